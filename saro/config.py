@@ -33,16 +33,17 @@ class ModelConfig:
     """The model and how it is trained.
 
     Attributes:
-        name: Folder or hub name of a causal LM; "demo" is SmolLM2-135M-Instruct, fetched once.
+        name: Folder or hub name of a causal LM, or folder of a LoRA adapter to go on with; "demo" is
+            SmolLM2-135M-Instruct, fetched once.
         revision: Branch, tag or commit of a hub model.
         method: full trains all weights; lora trains adapters; qlora trains adapters on a base in 4 bits (NF4).
         dtype: Precision of the base model's products; auto is bfloat16 on a GPU and float32 on a CPU.
         attention: sdpa runs anywhere; varlen is for CUDA; auto chooses.
         head: Implementation of the fused log-softmax: auto, tiled or reference.
-        lora_rank: Rank r of the adapters.
-        lora_alpha: Adapters are scaled by lora_alpha / lora_rank.
-        lora_dropout: Dropout before the adapters, 0 to 1.
-        lora_targets: Names of the linear layers with adapters; all but the LM head where not given.
+        lora_rank: Rank r of a new adapter; 16 where not given.
+        lora_alpha: A new adapter is scaled by lora_alpha / lora_rank; 32 where not given.
+        lora_dropout: Dropout before the adapter, 0 to 1; 0, or that of the adapter that goes on, where not given.
+        lora_targets: Names of the linear layers with a new adapter; all but the LM head where not given.
         dropout: Keep the dropout that the model's own config asks for; off otherwise.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third more time.
         trust_remote_code: Run code that comes with the model.
@@ -54,9 +55,9 @@ class ModelConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     attention: Literal["auto", "sdpa", "varlen"] = "auto"
     head: Literal["auto", "tiled", "reference"] = "auto"
-    lora_rank: int = 16
-    lora_alpha: float = 32
-    lora_dropout: float = 0.0
+    lora_rank: int | None = None
+    lora_alpha: float | None = None
+    lora_dropout: float | None = None
     lora_targets: list[str] | None = None
     dropout: bool = False
     gradient_checkpointing: bool = False

@@ -1,6 +1,8 @@
 """Files and folders that are complete or absent: written beside the target, flushed to disk, renamed into place."""
 
 import contextlib
+import hashlib
+import json
 import os
 import re
 import secrets
@@ -100,6 +102,28 @@ def remove_temps(path: str | os.PathLike) -> None:
                 shutil.rmtree(item)
             else:
                 item.unlink()
+
+
+def file_hash(path: Path) -> str:
+    """sha256 of a file, remembered by path, inode, size and time of change: large weights are read once."""
+    stat = path.stat()
+    key = f"{path.resolve()}:{stat.st_ino}:{stat.st_size}:{stat.st_mtime_ns}"
+    memory = cache_dir() / "hashes.json"
+    try:
+        known = json.loads(memory.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        known = {}
+    if key not in known:
+        with open(path, "rb") as file:
+            known[key] = hashlib.file_digest(file, "sha256").hexdigest()
+        # Only worth remembering where it took time. Two processes may overwrite each other's entry, and a cache may be
+        # read-only: both cost a reading.
+        if stat.st_size > 2**20:
+            with contextlib.suppress(OSError):
+                memory.parent.mkdir(parents=True, exist_ok=True)
+                with atomic_write(memory) as out:
+                    json.dump(known, out)
+    return known[key]
 
 
 def _temp_beside(path: Path) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import platform
@@ -21,7 +20,7 @@ import saro
 from saro.config import as_dict
 from saro.data.audit import Report
 from saro.errors import SaroError
-from saro.files import atomic_write, cache_dir
+from saro.files import atomic_write, file_hash
 from saro.model.load import ModelSource
 from saro.runtime import Runtime
 
@@ -149,8 +148,6 @@ class Run:
         self, source: ModelSource, files: list[str], reports: dict[str, Report], runtime: Runtime
     ) -> dict[str, Any]:
         """What the run is made from, with sha256 of every file."""
-        folder = Path(source.path)
-        weights = sorted(p for p in folder.glob("*.safetensors")) if folder.is_dir() else []
         return {
             "saro": saro.__version__,
             "code": _code_hash(),
@@ -162,11 +159,7 @@ class Run:
             },
             "template_date": self.template_date.isoformat(),
             "template": hashlib.sha256(str(source.tokenizer.chat_template or "").encode()).hexdigest(),
-            "model": {
-                "name": source.path,
-                "commit": getattr(source.config, "_commit_hash", None),
-                "files": {p.name: file_hash(p) for p in weights},
-            },
+            "model": source.identity(),
             "data": {name: file_hash(Path(name)) for name in files},
             "records": {name: report.as_dict() for name, report in reports.items()},
             "config": self.config,
@@ -181,28 +174,6 @@ def _manifest_of(folder: Path) -> dict[str, Any] | None:
         return None
     ours = isinstance(manifest, dict) and {"saro", "config", "template_date"} <= manifest.keys()
     return manifest if ours else None
-
-
-def file_hash(path: Path) -> str:
-    """sha256 of a file, remembered by path, inode, size and time of change: large weights are read once."""
-    stat = path.stat()
-    key = f"{path.resolve()}:{stat.st_ino}:{stat.st_size}:{stat.st_mtime_ns}"
-    memory = cache_dir() / "hashes.json"
-    try:
-        known = json.loads(memory.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        known = {}
-    if key not in known:
-        with open(path, "rb") as file:
-            known[key] = hashlib.file_digest(file, "sha256").hexdigest()
-        # Only worth remembering where it took time. Two processes may overwrite each other's entry, and a cache may be
-        # read-only: both cost a reading.
-        if stat.st_size > 2**20:
-            with contextlib.suppress(OSError):
-                memory.parent.mkdir(parents=True, exist_ok=True)
-                with atomic_write(memory) as out:
-                    json.dump(known, out)
-    return known[key]
 
 
 def _code_hash() -> str:

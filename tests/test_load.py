@@ -23,8 +23,9 @@ from saro.config import DataConfig, ModelConfig
 from saro.data.packs import lay_out
 from saro.data.tree import ScoredSequence, build_tree
 from saro.errors import SaroError
+from saro.model.adapter import linear_layers
 from saro.model.attention import native_attention
-from saro.model.load import ModelSource, compute_dtype, dropout_options, find_model, linear_layers, load_policy
+from saro.model.load import ModelSource, compute_dtype, dropout_options, find_model, load_policy
 from saro.train.checkpoint import save_final
 
 CPU = torch.device("cpu")
@@ -433,9 +434,9 @@ def test_pickled_weights_beside_safetensors_are_not_read(folder):
     assert load(folder).trainable()
 
 
-def test_a_folder_with_an_adapter_is_refused(folder):
+def test_a_base_that_holds_an_adapter_itself_is_refused(folder):
     load(folder).model.save_pretrained(folder)
-    refused(folder, "holds an adapter; give the model that it was made for")
+    refused(folder, "the base of an adapter holds an adapter itself; give the plain model")
 
 
 def test_a_missing_tokenizer_is_refused(folder):

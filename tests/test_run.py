@@ -15,9 +15,10 @@ from tiny import IM_END, tiny_config, tiny_tokenizer
 
 from saro.config import DataConfig, RWConfig, TrainConfig, as_dict
 from saro.errors import SaroError
+from saro.files import file_hash
 from saro.model.load import ModelSource
 from saro.options import parse_recipe
-from saro.run import Run, file_hash
+from saro.run import Run
 
 
 class OneProcess(SimpleNamespace):

@@ -111,7 +111,7 @@ def test_config_yaml_holds_every_option_and_starts_the_same_run(finished, recipe
     run, _ = finished("lora")
     config = yaml.safe_load((run / "config.yaml").read_text())
     assert config["train"]["lr"] == 1e-2
-    assert config["model"]["lora_rank"] == 16
+    assert config["model"]["gradient_checkpointing"] is False
     done = recipes.run("--config", run / "config.yaml", "--train.output", tmp_path / "again")
     assert done.code == 0, done.err
     assert_same_run(run, tmp_path / "again")

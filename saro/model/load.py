@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
@@ -26,7 +26,9 @@ from transformers import (
 
 from saro.config import DEMO, DataConfig, ModelConfig
 from saro.data.chat import ChatFormat
-from saro.errors import SaroError, nearest
+from saro.errors import SaroError
+from saro.files import file_hash
+from saro.model.adapter import WEIGHTS, continued_adapter, find_adapter, new_adapter
 from saro.model.attention import choose_backend
 from saro.model.policy import Policy
 from saro.model.supported import check_supported
@@ -37,16 +39,33 @@ class ModelSource:
     """A model that is known to exist and to be supported, before its weights are read.
 
     Attributes:
-        path: folder, or hub name.
+        path: folder, or hub name; of the base model, where the name is an adapter's.
         config: the model's config.
         tokenizer: its tokenizer.
         stop_ids: ids at which its generation ends.
+        adapter: folder of the LoRA adapter that is continued, or None.
     """
 
     path: str
     config: PretrainedConfig
     tokenizer: PreTrainedTokenizerBase
     stop_ids: frozenset[int]
+    adapter: str | None = None
+
+    def identity(self) -> dict[str, Any]:
+        """What tells these weights from others: sha256 of every weight file, or name and commit of a hub model.
+
+        ``adapter``: the same of the adapter's weights and config, or None.
+        """
+        folder = Path(self.path)
+        weights = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
+        adapter = [Path(self.adapter) / name for name in (WEIGHTS, "adapter_config.json")] if self.adapter else []
+        return {
+            "name": self.path,
+            "commit": getattr(self.config, "_commit_hash", None),
+            "files": {p.name: file_hash(p) for p in weights},
+            "adapter": {p.name: file_hash(p) for p in adapter} or None,
+        }
 
     def chat_format(self, data: DataConfig, template_date: date) -> ChatFormat:
         """How conversations become token ids with this model."""
@@ -61,10 +80,17 @@ class ModelSource:
 def find_model(options: ModelConfig) -> ModelSource:
     """Find a model and read what is small: config, tokenizer, end tokens.
 
+    Where the name is a folder with an adapter, such as ``final/`` of a run, the model is the adapter's base, and the
+    tokenizer the one that was saved with the adapter.
+
     Raises:
-        SaroError: there is no such model, its weights are not safetensors, or its kind is not supported.
+        SaroError: there is no such model, its weights are not safetensors, its kind is not supported, or the base is
+            not the one that the adapter was trained on.
     """
-    path = _resolve(options.name)
+    adapter = find_adapter(options.name)
+    path = _resolve(options.name if adapter is None else adapter.base)
+    if adapter is not None:
+        adapter.check_base(path)
     hub = {"revision": options.revision, "trust_remote_code": options.trust_remote_code}
     try:
         config = AutoConfig.from_pretrained(path, **hub)
@@ -72,7 +98,8 @@ def find_model(options: ModelConfig) -> ModelSource:
     except (OSError, ValueError, StrictDataclassError) as error:
         raise SaroError(f"{options.name}: {_first_line(error)}") from error
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, **hub)
+        own = adapter is not None and (Path(adapter.folder) / "tokenizer_config.json").is_file()
+        tokenizer = AutoTokenizer.from_pretrained(adapter.folder if own else path, **hub)
     except (OSError, ValueError) as error:
         raise SaroError(
             f"{options.name}: no tokenizer of this model loads; save it beside the weights (tokenizer.json, "
@@ -84,7 +111,7 @@ def find_model(options: ModelConfig) -> ModelSource:
         generation = GenerationConfig.from_model_config(config)
     eos = generation.eos_token_id if generation.eos_token_id is not None else tokenizer.eos_token_id
     stop_ids = frozenset(eos if isinstance(eos, list) else [] if eos is None else [eos])
-    return ModelSource(path, config, tokenizer, stop_ids)
+    return ModelSource(path, config, tokenizer, stop_ids, adapter.folder if adapter is not None else None)
 
 
 def _resolve(name: str) -> str:
@@ -95,7 +122,7 @@ def _resolve(name: str) -> str:
     folder = Path(name).expanduser()
     if folder.is_dir():
         if (folder / "adapter_config.json").is_file():
-            raise SaroError(f"{name}: the folder holds an adapter; give the model that it was made for")
+            raise SaroError(f"{name}: the base of an adapter holds an adapter itself; give the plain model")
         if not (folder / "config.json").is_file():
             raise SaroError(f"{name}: the folder holds no model (no config.json); give a folder saved by transformers")
         if not list(folder.glob("*.safetensors")):
@@ -111,7 +138,8 @@ def _resolve(name: str) -> str:
 def load_policy(source: ModelSource, options: ModelConfig, device: torch.device, seed: int) -> Policy:
     """Load the weights and make them trainable as ``options`` say.
 
-    Trainable parameters are fp32 in every mode. Under LoRA and QLoRA the base stays in the compute dtype.
+    Trainable parameters are fp32 in every mode. Under LoRA and QLoRA the base stays in the compute dtype. An adapter of
+    the source goes on as the one adapter: neither merged nor stacked.
 
     Args:
         device: where the model goes.
@@ -120,6 +148,11 @@ def load_policy(source: ModelSource, options: ModelConfig, device: torch.device,
     Raises:
         SaroError: for what cannot be loaded or trained.
     """
+    if source.adapter is not None and options.method == "full":
+        raise SaroError(
+            f"{options.name}: an adapter cannot be trained with --model.method full; give lora or qlora, "
+            "or merge it first with saro export --merge"
+        )
     dtype = compute_dtype(options.dtype, device)
     try:
         attention = choose_backend(options.attention, device, dtype)
@@ -131,7 +164,11 @@ def load_policy(source: ModelSource, options: ModelConfig, device: torch.device,
         model.requires_grad_(True)
     else:
         model.requires_grad_(False)
-        model = _with_adapter(model, options, seed)
+        model = (
+            new_adapter(model, options, seed)
+            if source.adapter is None
+            else continued_adapter(model, source.adapter, options)
+        )
     if options.gradient_checkpointing:
         lm = model.get_base_model() if isinstance(model, PeftModel) else model
         lm.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
@@ -204,55 +241,6 @@ def _check_head(model: PreTrainedModel) -> None:
     head = model.get_output_embeddings()
     if type(head) is not nn.Linear:
         raise SaroError(f"the LM head is a {type(head).__name__}, not a linear layer; it is not supported")
-
-
-def linear_layers(model: PreTrainedModel) -> list[str]:
-    """Names of the decoder's linear layers as PEFT matches them: last parts, such as q_proj. The head is not one."""
-    return sorted({name.rpartition(".")[2] for name, layer in _decoder_linears(model)})
-
-
-def _decoder_linears(model: PreTrainedModel) -> Iterator[tuple[str, nn.Linear]]:
-    for name, layer in model.get_decoder().named_modules():
-        if isinstance(layer, nn.Linear):
-            yield name, layer
-
-
-def _with_adapter(model: PreTrainedModel, options: ModelConfig, seed: int) -> PeftModel:
-    valid = linear_layers(model)
-    if not valid:
-        raise SaroError("the decoder has no linear layers for adapters; set --model.method full")
-    targets = valid if options.lora_targets is None else options.lora_targets
-    if not targets:
-        raise SaroError("model.lora_targets is empty; name linear layers, or leave the option out for all of them")
-    layers = [f".{name}" for name, _ in _decoder_linears(model)]
-    embeddings = {id(model.get_output_embeddings()), id(model.get_input_embeddings())}
-    heads = {name.rpartition(".")[2] for name, layer in model.named_modules() if id(layer) in embeddings}
-    for target in targets:
-        last = target.rpartition(".")[2]
-        if last in heads:
-            raise SaroError(
-                f"model.lora_targets: {target} is the embedding or the LM head; tied to each other, a merge would change both, "
-                "and the fused head reads the plain weight; leave it out"
-            )
-        if last not in valid:
-            raise SaroError(f"model.lora_targets: the model has no linear layer {target!r}{nearest(last, valid)}")
-        if not any(layer.endswith(f".{target}") for layer in layers):
-            raise SaroError(
-                f"model.lora_targets: no linear layer's name ends with {target!r}; {last!r} alone names all"
-            )
-    torch.manual_seed(seed)
-    return get_peft_model(
-        model,
-        LoraConfig(
-            r=options.lora_rank,
-            lora_alpha=options.lora_alpha,
-            lora_dropout=options.lora_dropout,
-            target_modules=list(targets),
-            bias="none",
-            task_type="CAUSAL_LM",
-        ),
-        autocast_adapter_dtype=True,
-    )
 
 
 def _first_line(error: Exception) -> str:

@@ -1,0 +1,178 @@
+"""LoRA adapters: a new one, or one that was trained before and goes on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+from transformers import PreTrainedModel
+
+from saro.config import ModelConfig
+from saro.errors import SaroError, nearest
+from saro.files import file_hash
+
+# Of a new adapter, where the options give none.
+RANK, ALPHA, DROPOUT = 16, 32, 0.0
+WEIGHTS = "adapter_model.safetensors"
+
+
+@dataclass(frozen=True)
+class AdapterSource:
+    """An adapter on disk.
+
+    Attributes:
+        folder: with adapter_config.json and safetensors weights.
+        base: name of the model that it was trained on: a folder or a hub name.
+    """
+
+    folder: str
+    base: str
+
+    def check_base(self, path: str) -> None:
+        """Raise SaroError where the run that wrote the adapter began with other weights than those in ``path``.
+
+        What can be known: a run's manifest lies beside its ``final/``. An adapter from elsewhere names its base alone.
+        """
+        try:
+            began = json.loads((Path(self.folder).resolve().parent / "manifest.json").read_text(encoding="utf-8"))
+            hashes: dict[str, str] = began["model"]["files"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return
+        for name, expected in hashes.items():
+            file = Path(path) / name
+            if not file.is_file() or file_hash(file) != expected:
+                raise SaroError(
+                    f"{self.folder}: was trained on another {name} than that of {path}; restore the base model"
+                )
+
+
+def find_adapter(name: str) -> AdapterSource | None:
+    """The adapter in the folder ``name``; None where there is none.
+
+    Raises:
+        SaroError: it is no plain LoRA adapter in safetensors.
+    """
+    folder = Path(name).expanduser()
+    file = folder / "adapter_config.json"
+    if not file.is_file():
+        return None
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        kind, base = config["peft_type"], config["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SaroError(
+            f"{file}: is no config of an adapter ({type(error).__name__}); save it again with peft"
+        ) from error
+    if kind != "LORA":
+        raise SaroError(f"{name}: an adapter of type {kind} cannot be continued; only LORA can")
+    for option in ("modules_to_save", "trainable_token_indices"):
+        if config.get(option):
+            raise SaroError(f"{name}: the adapter has {option}, which are not supported; merge it into its base first")
+    if config.get("bias", "none") != "none":
+        raise SaroError(f"{name}: the adapter trains biases, which is not supported; merge it into its base first")
+    if not (folder / WEIGHTS).is_file():
+        raise SaroError(f"{name}: the adapter has no {WEIGHTS}; save it with peft as safetensors")
+    if not base:
+        raise SaroError(f"{file}: names no base model; write its folder or hub name as base_model_name_or_path")
+    return AdapterSource(str(folder), base)
+
+
+def continued_adapter(model: PreTrainedModel, folder: str, options: ModelConfig) -> PeftModel:
+    """Put the adapter of ``folder`` on its base, to be trained on; its parameters become fp32.
+
+    Raises:
+        SaroError: an option asks for another rank, alpha or layers than the adapter has, or its weights do not fit.
+    """
+    config = LoraConfig.from_pretrained(folder)
+    own = {"lora_rank": config.r, "lora_alpha": config.lora_alpha, "lora_targets": config.target_modules}
+    for name, value in own.items():
+        asked = getattr(options, name)
+        if asked is not None and (set(asked) != set(value) if name == "lora_targets" else asked != value):
+            raise SaroError(
+                f"model.{name} is {asked}, and the adapter in {folder} has {value}; leave the option out, "
+                "or train a new adapter on a merged model (saro export --merge)"
+            )
+    config.inference_mode = False
+    if options.lora_dropout is not None:
+        config.lora_dropout = options.lora_dropout
+    path = Path(folder) / WEIGHTS
+    try:
+        adapted = get_peft_model(model, config, autocast_adapter_dtype=True)
+        weights = load_file(path)
+        result = set_peft_model_state_dict(adapted, weights)
+    except (ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        first = str(error).strip().partition("\n")[0]
+        raise SaroError(f"{path}: does not fit the base model ({first})") from error
+    missing = sorted(name for name in result.missing_keys if "lora_" in name)
+    wrong = [*missing, *sorted(result.unexpected_keys)]
+    if wrong:
+        raise SaroError(
+            f"{path}: does not fit the adapter's config or its base: {wrong[0]} and {len(wrong) - 1} others"
+        )
+    if (
+        type(adapted.get_base_model().get_output_embeddings()) is not nn.Linear
+        or type(adapted.get_base_model().get_input_embeddings()) is not nn.Embedding
+    ):
+        raise SaroError(f"{folder}: the adapter is on the embedding or the LM head, which the fused head cannot read")
+    return adapted
+
+
+def linear_layers(model: PreTrainedModel) -> list[str]:
+    """Names of the decoder's linear layers as PEFT matches them: last parts, such as q_proj. The head is not one."""
+    return sorted({name.rpartition(".")[2] for name, layer in _decoder_linears(model)})
+
+
+def _decoder_linears(model: PreTrainedModel) -> Iterator[tuple[str, nn.Linear]]:
+    for name, layer in model.get_decoder().named_modules():
+        if isinstance(layer, nn.Linear):
+            yield name, layer
+
+
+def new_adapter(model: PreTrainedModel, options: ModelConfig, seed: int) -> PeftModel:
+    """Put a new adapter on the model, its initial values drawn from ``seed``.
+
+    Raises:
+        SaroError: a target is no linear layer of the decoder.
+    """
+    valid = linear_layers(model)
+    if not valid:
+        raise SaroError("the decoder has no linear layers for adapters; set --model.method full")
+    targets = valid if options.lora_targets is None else options.lora_targets
+    if not targets:
+        raise SaroError("model.lora_targets is empty; name linear layers, or leave the option out for all of them")
+    layers = [f".{name}" for name, _ in _decoder_linears(model)]
+    embeddings = {id(model.get_output_embeddings()), id(model.get_input_embeddings())}
+    heads = {name.rpartition(".")[2] for name, layer in model.named_modules() if id(layer) in embeddings}
+    for target in targets:
+        last = target.rpartition(".")[2]
+        if last in heads:
+            raise SaroError(
+                f"model.lora_targets: {target} is the embedding or the LM head; tied to each other, a merge would change both, "
+                "and the fused head reads the plain weight; leave it out"
+            )
+        if last not in valid:
+            raise SaroError(f"model.lora_targets: the model has no linear layer {target!r}{nearest(last, valid)}")
+        if not any(layer.endswith(f".{target}") for layer in layers):
+            raise SaroError(
+                f"model.lora_targets: no linear layer's name ends with {target!r}; {last!r} alone names all"
+            )
+    torch.manual_seed(seed)
+    return get_peft_model(
+        model,
+        LoraConfig(
+            r=RANK if options.lora_rank is None else options.lora_rank,
+            lora_alpha=ALPHA if options.lora_alpha is None else options.lora_alpha,
+            lora_dropout=DROPOUT if options.lora_dropout is None else options.lora_dropout,
+            target_modules=list(targets),
+            bias="none",
+            task_type="CAUSAL_LM",
+        ),
+        autocast_adapter_dtype=True,
+    )
