@@ -83,17 +83,17 @@ def main() -> int:
     # 6. What the model does before training, the training, and what it does after.
     prompts = choose_prompts([e for file in heldout_files for e in read_examples(file)], options.samples)
 
-    def heldout_losses() -> dict[str, float]:
+    def heldout_losses(_: int) -> dict[str, float]:
         if heldout is None:
             return {}
         packs = packs_of(trees(heldout, range(len(heldout))), data_options.pack_tokens, runtime.rank, runtime.processes)
         return evaluate(runtime, policy, RWObjective(heldout.kinds), packs)
 
-    def measure() -> dict[str, Any]:
+    def measure(step: int) -> dict[str, Any]:
         answers = answer(policy, chat, prompts, options.sample_tokens) if runtime.is_main else []
-        return {"losses": heldout_losses(), "answers": answers}
+        return {"losses": heldout_losses(step), "answers": answers}
 
-    before = run.once(runtime, "before.json", measure)
+    before = run.once(runtime, "before.json", partial(measure, 0))
     if before["losses"]:
         runtime.say("before training  " + format_metrics(before["losses"]))
     outcome = fit(
@@ -111,7 +111,7 @@ def main() -> int:
         runtime.say(f"stopped after step {outcome.step} of {total_steps}; go on with --resume")
         runtime.end()
         return 128 + outcome.stopped_by
-    after = run.once(runtime, "after.json", measure)
+    after = run.once(runtime, "after.json", partial(measure, total_steps))
 
     # 7. What others load, and the table.
     if runtime.is_main:

@@ -8,9 +8,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from saro.errors import SaroError
+from saro.errors import SaroError, nearest
 
 DEMO = "demo"
+KINDS = ("general", "safety")
+PAIR_KINDS = ("op-cot", "pp-cot")
 
 
 def _check(owner: object, group: str, names: tuple[str, ...], valid: Callable[[float], bool], must: str) -> None:
@@ -22,6 +24,12 @@ def _check(owner: object, group: str, names: tuple[str, ...], valid: Callable[[f
 
 def _at_least(owner: object, group: str, minimum: int, *names: str) -> None:
     _check(owner, group, names, lambda value: value >= minimum, f"at least {minimum}")
+
+
+def _check_kinds(weights: dict[str, float], kinds: tuple[str, ...]) -> None:
+    for kind in weights:
+        if kind not in kinds:
+            raise SaroError(f"data.weights: unknown kind {kind!r}{nearest(kind, kinds)}")
 
 
 def _above_zero(owner: object, group: str, *names: str) -> None:
@@ -79,6 +87,8 @@ class DataConfig:
         pack_tokens: Tokens of one forward pass; no sequence may be longer.
         too_long: What to do with a record of more than pack_tokens tokens; nothing is ever cut.
         weights: Draws of each record in an epoch by kind, such as {general: 1, safety: 2}; 1 where not given.
+        group_by_prompt: Draw the pairs on one prompt next to each other, so that those of one step are read as one tree,
+            the prompt once; for SRPO.
         think_tags: Opening and closing tag of the reasoning.
         chat_template: File with a Jinja chat template, in place of the model's own.
         template_date: Day that templates see as today, YYYY-MM-DD; the day on which the run starts where not given.
@@ -90,15 +100,13 @@ class DataConfig:
     pack_tokens: int = 2048
     too_long: Literal["error", "drop"] = "error"
     weights: dict[str, float] = field(default_factory=dict)
+    group_by_prompt: bool = True
     think_tags: tuple[str, str] = ("<think>", "</think>")
     chat_template: str | None = None
     template_date: str | None = None
     template_variables: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        from saro.data.records import KINDS
-        from saro.errors import nearest
-
         _at_least(self, "data", 2, "pack_tokens")
         for name in ("train", "heldout"):
             if isinstance(getattr(self, name), str):
@@ -106,8 +114,6 @@ class DataConfig:
         if not self.train:
             raise SaroError("data.train names no file")
         for kind, weight in self.weights.items():
-            if kind not in KINDS:
-                raise SaroError(f"data.weights: unknown kind {kind!r}{nearest(kind, KINDS)}")
             if weight < 0:
                 raise SaroError(f"data.weights: {kind} is {weight}; it must be at least 0")
         if not all(self.think_tags) or self.think_tags[0] == self.think_tags[1]:
@@ -182,6 +188,68 @@ class RWConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        _check_kinds(self.data.weights, KINDS)
+
+
+@dataclass(frozen=True)
+class PreferenceConfig:
+    """The loss over pairs, and its reference.
+
+    Attributes:
+        loss: sigmoid is DPO (with label_smoothing cDPO), robust, hinge and ipo are named as in their papers and in TRL.
+        beta: Strength of the pull to the reference; tau of ipo.
+        label_smoothing: Share of the labels that is held to be wrong, for sigmoid and robust; 0 to below 0.5.
+        nll: Weight of the chosen responses' negative log-likelihood per token, added to the loss (RPO).
+        length_normalize: Divide log-probs by the number of tokens first; with ipo this is TRL's form.
+        scored: all tokens of the responses, or divergent, only those after the two responses part. Same margins.
+        reference: start is the model as it is before the first step; else folder or hub name of another model.
+        warn_chosen_fell: Warn once when the chosen log-prob falls in more than this share of the pairs.
+    """
+
+    loss: Literal["sigmoid", "robust", "hinge", "ipo"] = "sigmoid"
+    beta: float = 0.1
+    label_smoothing: float = 0.0
+    nll: float = 0.0
+    length_normalize: bool = False
+    scored: Literal["all", "divergent"] = "all"
+    reference: str = "start"
+    warn_chosen_fell: float = 0.5
+
+    def __post_init__(self) -> None:
+        _above_zero(self, "preference", "beta")
+        _at_least(self, "preference", 0, "nll")
+        _check(self, "preference", ("label_smoothing",), lambda value: 0 <= value < 0.5, "at least 0 and below 0.5")
+        _check(self, "preference", ("warn_chosen_fell",), lambda value: 0 <= value <= 1, "a share of the pairs, 0 to 1")
+        if self.label_smoothing and self.loss not in ("sigmoid", "robust"):
+            raise SaroError(f"preference.label_smoothing is for sigmoid and robust, not for {self.loss}; set it to 0")
+        if self.scored == "divergent":
+            for name in ("nll", "length_normalize"):
+                if getattr(self, name):
+                    raise SaroError(f"preference.scored divergent skips rows that {name} needs; set one of the two")
+        if not self.reference:
+            raise SaroError("preference.reference is empty; give start, or the folder of a model")
+
+
+@dataclass(frozen=True)
+class SRPOConfig:
+    """Options of stage 2, Safety-oriented Reasoning Process Optimization.
+
+    Attributes:
+        model: The model and how it is trained; an adapter that stage 1 trained goes on.
+        data: The pairs and how they become tokens.
+        preference: The loss over pairs, and its reference.
+        train: Steps, optimizer, and what is written.
+    """
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    preference: PreferenceConfig = field(default_factory=PreferenceConfig)
+    train: TrainConfig = field(default_factory=lambda: TrainConfig(output="output/srpo", lr=5e-5))
+
+    def __post_init__(self) -> None:
+        _check_kinds(self.data.weights, PAIR_KINDS)
 
 
 def as_dict(config: object) -> dict[str, Any]:

@@ -37,6 +37,7 @@ _FREE_ON_RESUME = frozenset(
         "train.sample_tokens",
         "train.trackers",
         "data.template_date",
+        "preference.warn_chosen_fell",
     }
 )
 
@@ -71,7 +72,7 @@ class Run:
             raise SaroError("--resume goes on with a run and --overwrite removes it; give one of them")
         if path.is_file():
             raise SaroError(f"{folder}: is a file; give a folder with --train.output")
-        began = _manifest_of(path)
+        began = manifest_of(path)
         held = began is not None
         if not held and path.is_dir() and any(not p.name.startswith(".") for p in path.iterdir()):
             raise SaroError(f"{folder}: holds files that are no run's; give an empty folder with --train.output")
@@ -104,7 +105,7 @@ class Run:
                     "or give another folder with --train.output"
                 ) from error
         if self.resumed:
-            began = _manifest_of(self.folder) or {}
+            began = manifest_of(self.folder) or {}
             for part in ("data", "template", "model"):
                 if began.get(part) != manifest[part]:
                     self.lock.release()
@@ -115,7 +116,7 @@ class Run:
         elif runtime.is_main:
             # At every moment a folder that is not empty holds a manifest, by which it is known as a run.
             manifest_file = self.folder / "manifest.json"
-            for item in self.folder.iterdir() if _manifest_of(self.folder) else ():
+            for item in self.folder.iterdir() if manifest_of(self.folder) else ():
                 # Hidden files are the user's, such as .gitignore, or what a killed process left.
                 if item == manifest_file or (item.name.startswith(".") and not item.name.endswith(".tmp")):
                     continue
@@ -166,7 +167,7 @@ class Run:
         }
 
 
-def _manifest_of(folder: Path) -> dict[str, Any] | None:
+def manifest_of(folder: Path) -> dict[str, Any] | None:
     """The manifest of the run in a folder; None where there is no run: other programs write a manifest.json too."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))

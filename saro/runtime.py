@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, gather_object
 from torch import nn
 
 from saro.errors import SaroError, nearest
@@ -107,6 +107,10 @@ class Runtime:
         if self.processes > 1:
             dist.all_reduce(tensor)
         return tensor
+
+    def gather(self, items: list[Any]) -> list[Any]:
+        """The lists of all processes as one, in the order of ranks; every process gets it."""
+        return gather_object(items) if self.processes > 1 else items
 
     def barrier(self) -> None:
         """Wait for all processes."""

@@ -10,20 +10,20 @@ from rich.table import Table
 from transformers import GenerationConfig
 
 from saro.data.chat import ChatFormat
-from saro.data.records import KINDS, Example
+from saro.data.records import KINDS, PAIR_KINDS, Record
 from saro.model.attention import native_attention
 from saro.model.policy import Policy
 
 
-def choose_prompts(examples: Sequence[Example], number: int) -> list[Example]:
-    """The first examples, taking the kinds in turn."""
-    by_kind = [[e for e in examples if e.kind == kind] for kind in KINDS]
+def choose_prompts(examples: Sequence[Record], number: int) -> list[Record]:
+    """The first records, taking their kinds in turn."""
+    by_kind = [[e for e in examples if e.kind == kind] for kind in KINDS + PAIR_KINDS]
     in_turn = [group[i] for i in range(len(examples)) for group in by_kind if i < len(group)]
     return in_turn[:number]
 
 
 @torch.no_grad()
-def answer(policy: Policy, chat: ChatFormat, examples: Sequence[Example], max_tokens: int) -> list[str]:
+def answer(policy: Policy, chat: ChatFormat, examples: Sequence[Record], max_tokens: int) -> list[str]:
     """Greedy answers of at most ``max_tokens`` tokens to the examples' prompts, in one batch."""
     if not examples:
         return []
@@ -59,7 +59,32 @@ def loss_table(before: dict[str, float], after: dict[str, float]) -> Table:
     return table
 
 
-def answer_table(before: Sequence[str], after: Sequence[str], examples: Sequence[Example], show_prompts: bool) -> Table:
+# What the table of stage 2 shows, with their names there.
+_PREFERENCE = {
+    "loss": "loss",
+    "rewards/accuracies": "accuracy: share of pairs with a margin above 0",
+    "rewards/margins": "reward margin",
+    "logps/chosen": "log-prob of the chosen response, nats",
+    "logps/rejected": "log-prob of the rejected response, nats",
+    "chosen_fell": "share of pairs whose chosen log-prob fell",
+}
+
+
+def preference_table(before: dict[str, float], after: dict[str, float]) -> Table:
+    """Held-out preference metrics before and after training."""
+    table = Table(title="Held-out pairs", title_justify="left")
+    table.add_column("metric")
+    for column in ("before", "after"):
+        table.add_column(column, justify="right")
+    for name, label in _PREFERENCE.items():
+        if (value := before.get(f"eval/{name}")) is not None:
+            # At its own reference a model has margins of rounding alone, and their signs tell nothing.
+            at_reference = name == "rewards/accuracies" and abs(before["eval/rewards/margins"]) < 1e-3
+            table.add_row(label, "-" if at_reference else f"{value:.3f}", f"{after[f'eval/{name}']:.3f}")
+    return table
+
+
+def answer_table(before: Sequence[str], after: Sequence[str], examples: Sequence[Record], show_prompts: bool) -> Table:
     """Answers to held-out prompts before and after training. Prompts are named by id unless ``show_prompts``."""
     table = Table(title="Answers to held-out prompts", title_justify="left", show_lines=True)
     for column, ratio in (("prompt", 1), ("before", 2), ("after", 2)):

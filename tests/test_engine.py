@@ -498,7 +498,7 @@ def test_evaluation_does_not_change_training(training, runtime):
     run = training("evaluated", model={"lora_dropout": 0.3}, eval_every=1)
     evaluated: list[int] = []
 
-    def held_out() -> dict[str, float]:
+    def held_out(_: int) -> dict[str, float]:
         evaluated.append(len(evaluated))
         trees = [*run.steps[7].trees]
         return evaluate(runtime, run.policy, run.objective, packs_of(trees, 256))
@@ -511,7 +511,7 @@ def test_evaluation_does_not_change_training(training, runtime):
 def test_evaluation_runs_every_so_many_steps_but_not_after_the_last(training, runtime):
     """After the last step the recipe measures anyway."""
     run = training(eval_every=2)
-    run.fit(runtime, 6, evaluate=lambda: {"eval/loss": 1.0})
+    run.fit(runtime, 6, evaluate=lambda step: {"eval/loss": 1.0})
     found = [line["step"] for line in lines_of(run) if "eval/loss" in line]
     assert found == [2, 4]
     assert [line["step"] for line in lines_of(run) if "loss" in line] == [1, 2, 3, 4, 5, 6]

@@ -183,7 +183,7 @@ def test_a_model_of_the_hub_has_no_files_but_its_commit(folder, source, data_fil
     config._commit_hash = "abc"
     of_hub = replace(source, path="owner/name", config=config)
     model = open_run(folder).manifest(of_hub, [str(data_file)], {}, OneProcess())["model"]
-    assert model == {"name": "owner/name", "commit": "abc", "files": {}}
+    assert model == {"name": "owner/name", "commit": "abc", "files": {}, "adapter": None}
 
 
 # A folder that holds a run

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,8 +11,9 @@ from rich.console import Console
 from rich.table import Table
 
 from saro.data.chat import ChatFormat
-from saro.data.dataset import ExampleSet
-from saro.data.records import KINDS, Example
+from saro.data.dataset import ExampleSet, PairSet
+from saro.data.records import KINDS, PAIR_KINDS, Example, Pair
+from saro.data.tree import build_tree, common_prefix
 from saro.errors import SaroError
 
 
@@ -33,60 +34,123 @@ class Lengths:
 
 
 @dataclass(frozen=True)
+class Sharing:
+    """Tokens of all pairs, with and without what they have in common.
+
+    Attributes:
+        apart: both sequences of each pair in full.
+        by_pair: one tree for each pair, what its two sides share once.
+        by_prompt: one tree for each prompt, what its pairs share once: the least that steps can reach.
+    """
+
+    apart: int
+    by_pair: int
+    by_prompt: int
+
+    @classmethod
+    def of(cls, data: PairSet) -> Sharing:
+        order = np.argsort(data.prompts, kind="stable")
+        groups = np.split(order, np.flatnonzero(np.diff(data.prompts[order])) + 1)
+        trees = (build_tree([side for pair in group for side in data.sequences(pair)]) for group in groups)
+        by_prompt = sum(len(node.tokens) for tree in trees for node in tree.nodes)
+        apart = int(data.chosen.lengths.sum() + data.rejected.lengths.sum())
+        return cls(apart, int(pair_lengths(data).sum()), by_prompt)
+
+    def __str__(self) -> str:
+        text = f"Sharing saves {self._saved(self.by_pair)} of {self.apart:,} tokens"
+        if self.by_prompt < self.by_pair:
+            text += f", and up to {self._saved(self.by_prompt)} where pairs on one prompt come into one step"
+        return text
+
+    def _saved(self, tokens: int) -> str:
+        return f"{100 * (1 - tokens / self.apart):.1f} %"
+
+
+@dataclass(frozen=True)
 class Report:
     """What a data set holds.
 
     Attributes:
         records: number of records, by kind.
-        tokens: whole sequences. prompt, reasoning, scored: parts of them; scored holds the reasoning.
+        lengths: spreads of lengths, by what is measured. Of an example: "whole record", "prompt", "reasoning" and
+            "scored", which holds the reasoning. Of a pair: "chosen" and "rejected" (both with the prompt), "prompt",
+            "shared reasoning" (with which both responses begin) and "pair, shared part once".
         dropped: ids of records that are too long.
+        sharing: for pairs.
     """
 
     records: dict[str, int]
-    tokens: Lengths
-    prompt: Lengths
-    reasoning: Lengths
-    scored: Lengths
+    lengths: dict[str, Lengths]
     dropped: tuple[str, ...]
+    sharing: Sharing | None = None
 
     @classmethod
-    def of(cls, data: ExampleSet) -> Report:
-        kinds = {name: int((data.kinds == i).sum()) for i, name in enumerate(KINDS)}
-        return cls(
-            {name: n for name, n in kinds.items() if n},
-            Lengths.of(data.lengths),
-            Lengths.of(data.prompt_tokens),
-            Lengths.of(data.think_tokens),
-            Lengths.of(data.scored_tokens),
-            data.dropped,
-        )
+    def of(cls, data: ExampleSet | PairSet) -> Report:
+        """The report on a set, as encoding gives it."""
+        if isinstance(data, ExampleSet):
+            lengths = {
+                "whole record": data.lengths,
+                "prompt": data.prompt_tokens,
+                "reasoning": data.think_tokens,
+                "scored": data.scored_tokens,
+            }
+            return cls(_by_kind(data.kinds, KINDS), _spreads(lengths), data.dropped)
+        lengths = {
+            "chosen": data.chosen.lengths,
+            "rejected": data.rejected.lengths,
+            "prompt": data.chosen.prompt_tokens,
+            "shared reasoning": shared_tokens(data) - data.chosen.prompt_tokens,
+            "pair, shared part once": pair_lengths(data),
+        }
+        return cls(_by_kind(data.kinds, PAIR_KINDS), _spreads(lengths), data.chosen.dropped, Sharing.of(data))
 
     def as_dict(self) -> dict[str, Any]:
+        """The report as plain data, fit for JSON."""
         return asdict(self)
 
     def show(self, console: Console, title: str) -> None:
         """Print the report."""
         kinds = ", ".join(f"{n:,} {name}" for name, n in self.records.items())
         dropped = f"; {len(self.dropped):,} dropped as too long" if self.dropped else ""
-        line = f"{title}: {sum(self.records.values()):,} records ({kinds}){dropped}"
+        noun = "pairs" if self.sharing else "records"
+        line = f"{title}: {sum(self.records.values()):,} {noun} ({kinds}){dropped}"
         console.print(line, markup=False, highlight=False, soft_wrap=True)
         table = Table()
         table.add_column("tokens")
         for column in ("least", "median", "95 %", "most", "total"):
             table.add_column(column, justify="right")
-        for name in ("tokens", "prompt", "reasoning", "scored"):
-            lengths: Lengths = getattr(self, name)
-            label = "whole record" if name == "tokens" else name
+        for label, lengths in self.lengths.items():
             table.add_row(label, *(f"{v:,}" for v in asdict(lengths).values()))
         console.print(table)
+        if self.sharing:
+            console.print(str(self.sharing), markup=False, highlight=False, soft_wrap=True)
 
 
-def check_masks(data: ExampleSet, chat: ChatFormat, examples: Iterable[Example], vocabulary: int) -> None:
+def _by_kind(kinds: np.ndarray, names: Sequence[str]) -> dict[str, int]:
+    counts = {name: int((kinds == i).sum()) for i, name in enumerate(names)}
+    return {name: n for name, n in counts.items() if n}
+
+
+def _spreads(lengths: dict[str, np.ndarray]) -> dict[str, Lengths]:
+    return {label: Lengths.of(tokens) for label, tokens in lengths.items()}
+
+
+def shared_tokens(data: PairSet) -> np.ndarray:
+    """(n,) int64, how many tokens both sequences of a pair begin with: the prompt and what their responses share."""
+    return np.array([common_prefix([s.tokens for s in data.sequences(i)]) for i in range(len(data))], np.int64)
+
+
+def pair_lengths(data: PairSet) -> np.ndarray:
+    """(n,) int64, tokens of each pair's tree: what its sides share counts once."""
+    return data.chosen.lengths + data.rejected.lengths - shared_tokens(data)
+
+
+def check_masks(data: ExampleSet, chat: ChatFormat, records: Iterable[Example | Pair], vocabulary: int) -> None:
     """Guarantee 1, on what encoding produced: every sequence scores something and ends with its only stop token.
 
-    Token ids must lie within the model's ``vocabulary``.
+    Token ids must lie within the model's ``vocabulary``. Of a ``PairSet``, each side is checked for itself.
 
-    For the first examples, the prompt is compared with what ``apply_chat_template`` gives at inference.
+    For the records given, the prompt is compared with what ``apply_chat_template`` gives at inference.
 
     Raises:
         SaroError: with the record's id.
@@ -103,10 +167,10 @@ def check_masks(data: ExampleSet, chat: ChatFormat, examples: Iterable[Example],
         if not is_stop[-1] or is_stop[:-1].any():
             raise SaroError(f"record {record}: the scored tokens do not end with their only stop token")
     position = {record: i for i, record in enumerate(data.ids)}
-    for example in examples:
-        if isinstance(example.prompt, str) or example.id not in position:
+    for record in records:
+        if isinstance(record.prompt, str) or record.id not in position:
             continue
-        sequence = data.sequence(position[example.id])
-        expected = chat.inference_prompt_ids(example.prompt)
+        sequence = data.sequence(position[record.id])
+        expected = chat.inference_prompt_ids(record.prompt)
         if sequence.tokens[: sequence.scored_from].tolist() != expected:
-            raise SaroError(f"{example.where}: the prompt's tokens differ from those that the model reads at inference")
+            raise SaroError(f"{record.where}: the prompt's tokens differ from those that the model reads at inference")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from tqdm import tqdm
@@ -12,7 +12,7 @@ from tqdm import tqdm
 from saro.data.chat import ChatFormat
 from saro.data.jsonl import shown
 from saro.data.records import KINDS, PAIR_KINDS, Record, read_examples, read_pairs
-from saro.data.tree import RowKind, ScoredSequence
+from saro.data.tree import RowKind, ScoredSequence, SequenceTree, build_tree, common_prefix
 from saro.errors import SaroError
 
 
@@ -66,10 +66,15 @@ class PairSet:
     """n encoded pairs: ``chosen`` and ``rejected`` hold one sequence of each, in the same order.
 
     ``kinds`` of both index into ``PAIR_KINDS``.
+
+    Attributes:
+        chosen, rejected: the two sides.
+        prompts: (n,) int32, number of the pair's prompt: pairs on one prompt have the same.
     """
 
     chosen: ExampleSet
     rejected: ExampleSet
+    prompts: np.ndarray
 
     def __len__(self) -> int:
         return len(self.chosen)
@@ -86,6 +91,38 @@ class PairSet:
     def sequences(self, record: int) -> tuple[ScoredSequence, ScoredSequence]:
         """The two sequences of one pair, chosen first."""
         return self.chosen.sequence(record), self.rejected.sequence(record)
+
+    def trees(self, records: Iterable[int], budget: int) -> list[SequenceTree]:
+        """Some of the pairs as trees of at most ``budget`` tokens: those on one prompt share one.
+
+        Where they would not fit one tree, they are split between pairs, and the prompt is repeated.
+        """
+        by_prompt: dict[int, list[int]] = {}
+        for record in records:
+            by_prompt.setdefault(int(self.prompts[record]), []).append(record)
+        trees: list[SequenceTree] = []
+        for group in by_prompt.values():
+            tree = None
+            for record in group:
+                pair = self.sequences(record)
+                larger = build_tree([*(tree.sequences if tree else ()), *pair])
+                if tree is not None and larger.tokens > budget:
+                    trees.append(tree)
+                    larger = build_tree(pair)
+                tree = larger
+            trees.append(tree)
+        return trees
+
+    def divergent(self) -> PairSet:
+        """The same pairs, scored only from where the two sides part: what they share cancels in the margin."""
+        shared = np.array([common_prefix([s.tokens for s in self.sequences(i)]) for i in range(len(self))], np.int32)
+        return replace(self, chosen=_scored_from(self.chosen, shared), rejected=_scored_from(self.rejected, shared))
+
+
+def _scored_from(data: ExampleSet, starts: np.ndarray) -> ExampleSet:
+    """The set with everything before ``starts``, (n,) positions, unscored."""
+    think = np.maximum(data.prompt_tokens + data.think_tokens - starts, 0).astype(np.int32)
+    return replace(data, prompt_tokens=starts, think_tokens=think)
 
 
 def encode_files(
@@ -109,9 +146,13 @@ def encode_files(
 def encode_pair_files(
     paths: Sequence[str], chat: ChatFormat, *, max_tokens: int, too_long: str = "error", progress: bool = False
 ) -> PairSet:
-    """Read and encode JSONL files of pairs. ``max_tokens`` holds for each side; a pair goes whole or not at all."""
+    """Read and encode JSONL files of pairs. A pair goes whole or not at all; what its sides share counts once."""
     pairs = (pair for path in paths for pair in read_pairs(path))
-    return PairSet(*_encode(pairs, chat.encode_pair, PAIR_KINDS, max_tokens, too_long, progress))
+    chosen, rejected = _encode(pairs, chat.encode_pair, PAIR_KINDS, max_tokens, too_long, progress)
+    numbers: dict[bytes, int] = {}
+    prompts = (chosen.sequence(i) for i in range(len(chosen)))
+    keys = (s.tokens[: s.scored_from].tobytes() for s in prompts)
+    return PairSet(chosen, rejected, np.array([numbers.setdefault(key, len(numbers)) for key in keys], np.int32))
 
 
 def _encode(
@@ -135,11 +176,11 @@ def _encode(
             raise SaroError(f"{record.where}: id {shown(record.id)} stands at {seen[record.id]} too; ids must differ")
         seen[record.id] = record.where
         sequences = encode(record)
-        longest = max(len(s.tokens) for s in sequences)
-        if longest > max_tokens:
+        tokens = sum(len(node.tokens) for node in build_tree(sequences).nodes)
+        if tokens > max_tokens:
             if too_long == "error":
                 raise SaroError(
-                    f"{record.where}: {longest} tokens, more than the {max_tokens} allowed; nothing is cut: "
+                    f"{record.where}: {tokens} tokens, more than the {max_tokens} allowed; nothing is cut: "
                     "raise --data.pack_tokens, shorten the record, or leave it out with --data.too_long drop"
                 )
             dropped.append(record.id)

@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from saro.config import KINDS, PAIR_KINDS
 from saro.data.jsonl import fault, read_objects, shown, type_name
 from saro.errors import nearest
 
-KINDS = ("general", "safety")
-PAIR_KINDS = ("op-cot", "pp-cot")
 ROLES = ("system", "user", "assistant")
 
 # The fields of each format of an example; a record has those of one format, and any of the common ones.

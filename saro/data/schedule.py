@@ -1,4 +1,4 @@
-"""Which records make which step: a pure function of (seed, epoch), and of nothing else.
+"""Which records make which step: a pure function of (seed, epoch) and the records, and of nothing else.
 
 Pack size, number of ranks and resuming do not enter, so none of them changes what a step learns from.
 """
@@ -25,6 +25,10 @@ class Schedule:
         seed: of the shuffle.
         weights: for a kind, how often each of its records is drawn in an epoch on average: 2 draws every one twice,
             0.5 a half of them, another half in each epoch. 1 where absent.
+        groups: (n,) integers: records with the same one, such as those on one prompt, are drawn next to each other.
+            Each record is drawn as often as without groups, and steps keep their sizes: the end of a step may part a
+            group, and a group larger than a step fills consecutive ones. Copies of a record are never in one run of
+            its group: where a weight draws records twice, their group has a second run, at a place of its own.
 
     Raises:
         SaroError: no record is left to draw.
@@ -36,8 +40,12 @@ class Schedule:
         records_per_step: int,
         seed: int,
         weights: Mapping[int, float] | None = None,
+        groups: Sequence[int] | np.ndarray | None = None,
     ) -> None:
         self.kinds = np.asarray(kinds)
+        self.groups = None if groups is None else np.asarray(groups)
+        if self.groups is not None and len(self.groups) != len(self.kinds):
+            raise ValueError(f"{len(self.groups)} groups for {len(self.kinds)} records")
         self.records_per_step = records_per_step
         self.seed = seed
         self.weights = dict(weights or {})
@@ -68,4 +76,22 @@ class Schedule:
             members = np.flatnonzero(self.kinds == kind)
             copies, rest = divmod(round(self.weights.get(int(kind), 1.0) * len(members)), len(members))
             drawn += [members] * copies + [rng.permutation(members)[:rest]]
-        return rng.permutation(np.concatenate(drawn))
+        order = rng.permutation(np.concatenate(drawn))
+        return order if self.groups is None else _together(order, self.groups)
+
+
+def _together(order: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    """The order with each group's first draws moved together, its second draws too, and so on.
+
+    Such a run goes where its lowest record was drawn: a place as random as any. (The place of its earliest draw would
+    bring large groups forward, all their runs at once.)
+    """
+    # Draws by record; those of one record in their order, so that position minus first position counts its copies.
+    by_record = np.argsort(order, kind="stable")
+    records = order[by_record]
+    copies = np.arange(len(order)) - np.searchsorted(records, records)
+    _, runs = np.unique(groups[records], return_inverse=True)
+    _, lowest, run_of = np.unique(runs * (copies.max() + 1) + copies, return_index=True, return_inverse=True)
+    places = np.empty(len(order), np.int64)
+    places[by_record] = by_record[lowest][run_of]
+    return order[np.argsort(places, kind="stable")]

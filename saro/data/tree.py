@@ -92,7 +92,7 @@ def build_tree(sequences: Sequence[ScoredSequence]) -> SequenceTree:
     pending = [(group, 0, -1) for group in reversed(_group_by_token(sequences, range(len(sequences)), 0))]
     while pending:
         members, start, parent = pending.pop()
-        stop = _common_prefix([sequences[m].tokens for m in members], start)
+        stop = common_prefix([sequences[m].tokens for m in members], start)
         index = len(nodes)
         for member in members:
             paths[member].append(index)
@@ -111,7 +111,7 @@ def _group_by_token(sequences: Sequence[ScoredSequence], members: Sequence[int],
     return list(groups.values())
 
 
-def _common_prefix(tokens: list[np.ndarray], start: int) -> int:
+def common_prefix(tokens: Sequence[np.ndarray], start: int = 0) -> int:
     """The position after the longest prefix that all share, given that they agree up to ``start``."""
     first = tokens[0]
     stop = min(len(t) for t in tokens)

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
@@ -21,6 +22,7 @@ from saro.files import file_hash
 # Of a new adapter, where the options give none.
 RANK, ALPHA, DROPOUT = 16, 32, 0.0
 WEIGHTS = "adapter_model.safetensors"
+_BASE = "base_model_name_or_path"
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ def find_adapter(name: str) -> AdapterSource | None:
         return None
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-        kind, base = config["peft_type"], config["base_model_name_or_path"]
+        kind, base = config["peft_type"], config[_BASE]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SaroError(
             f"{file}: is no config of an adapter ({type(error).__name__}); save it again with peft"
@@ -80,8 +82,16 @@ def find_adapter(name: str) -> AdapterSource | None:
     if not (folder / WEIGHTS).is_file():
         raise SaroError(f"{name}: the adapter has no {WEIGHTS}; save it with peft as safetensors")
     if not base:
-        raise SaroError(f"{file}: names no base model; write its folder or hub name as base_model_name_or_path")
+        raise SaroError(f"{file}: names no base model; write its folder or hub name as {_BASE}")
     return AdapterSource(str(folder), base)
+
+
+def adapter_identity(folder: str) -> dict[str, Any]:
+    """What tells an adapter from others: sha256 of its weights, and its config."""
+    config = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
+    # A copied base is the same base; peft writes sets in an order of the day.
+    told = {name: sorted(v) if isinstance(v, list) else v for name, v in config.items() if name != _BASE}
+    return {WEIGHTS: file_hash(Path(folder) / WEIGHTS), "config": told}
 
 
 def continued_adapter(model: PreTrainedModel, folder: str, options: ModelConfig) -> PeftModel:
@@ -105,8 +115,10 @@ def continued_adapter(model: PreTrainedModel, folder: str, options: ModelConfig)
     path = Path(folder) / WEIGHTS
     try:
         adapted = get_peft_model(model, config, autocast_adapter_dtype=True)
-        weights = load_file(path)
-        result = set_peft_model_state_dict(adapted, weights)
+        lm = adapted.get_base_model()
+        if type(lm.get_output_embeddings()) is not nn.Linear or type(lm.get_input_embeddings()) is not nn.Embedding:
+            raise SaroError(f"{folder}: the adapter is on the embedding or the LM head; the fused head cannot read it")
+        result = set_peft_model_state_dict(adapted, load_file(path))
     except (ValueError, RuntimeError, KeyError, SafetensorError) as error:
         first = str(error).strip().partition("\n")[0]
         raise SaroError(f"{path}: does not fit the base model ({first})") from error
@@ -116,11 +128,6 @@ def continued_adapter(model: PreTrainedModel, folder: str, options: ModelConfig)
         raise SaroError(
             f"{path}: does not fit the adapter's config or its base: {wrong[0]} and {len(wrong) - 1} others"
         )
-    if (
-        type(adapted.get_base_model().get_output_embeddings()) is not nn.Linear
-        or type(adapted.get_base_model().get_input_embeddings()) is not nn.Embedding
-    ):
-        raise SaroError(f"{folder}: the adapter is on the embedding or the LM head, which the fused head cannot read")
     return adapted
 
 

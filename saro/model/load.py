@@ -28,7 +28,7 @@ from saro.config import DEMO, DataConfig, ModelConfig
 from saro.data.chat import ChatFormat
 from saro.errors import SaroError
 from saro.files import file_hash
-from saro.model.adapter import WEIGHTS, continued_adapter, find_adapter, new_adapter
+from saro.model.adapter import adapter_identity, continued_adapter, find_adapter, new_adapter
 from saro.model.attention import choose_backend
 from saro.model.policy import Policy
 from saro.model.supported import check_supported
@@ -55,16 +55,15 @@ class ModelSource:
     def identity(self) -> dict[str, Any]:
         """What tells these weights from others: sha256 of every weight file, or name and commit of a hub model.
 
-        ``adapter``: the same of the adapter's weights and config, or None.
+        ``adapter``: the same of an adapter's weights, and its config, or None.
         """
         folder = Path(self.path)
         weights = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
-        adapter = [Path(self.adapter) / name for name in (WEIGHTS, "adapter_config.json")] if self.adapter else []
         return {
             "name": self.path,
             "commit": getattr(self.config, "_commit_hash", None),
             "files": {p.name: file_hash(p) for p in weights},
-            "adapter": {p.name: file_hash(p) for p in adapter} or None,
+            "adapter": adapter_identity(self.adapter) if self.adapter else None,
         }
 
     def chat_format(self, data: DataConfig, template_date: date) -> ChatFormat:

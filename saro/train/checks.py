@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from saro.data.dataset import ExampleSet
-from saro.data.packs import lay_out
-from saro.data.tree import ScoredSequence, build_tree
+from saro.data.dataset import ExampleSet, PairSet
+from saro.data.packs import Pack, lay_out
+from saro.data.tree import ScoredSequence, SequenceTree, build_tree
 from saro.errors import SaroError
 from saro.model.attention import native_attention
 from saro.model.policy import Policy
@@ -41,23 +41,38 @@ class PackCheck:
 def choose_sequences(data: ExampleSet, window: int | None) -> list[ScoredSequence]:
     """Two sequences of different lengths: the shortest, and one well beyond the model's window where there is one.
 
-    All their tokens but the first are scored, so that the check sees every row that another sequence could reach.
+    Each carries the number of its record. All their tokens but the first are scored, so that the check sees every row that another sequence could reach.
     """
     by_length = np.argsort(data.lengths, kind="stable")
     lengths = data.lengths[by_length]
     longer = int(np.searchsorted(lengths, lengths[0], side="right"))
     # Half as long again, so that many rows have lost many keys. Of W + 1 tokens W are read: no row has lost one.
     beyond = min(int(np.searchsorted(lengths, max(1.5 * (window or 0), lengths[0]), side="right")), len(data) - 1)
-    first = data.sequence(int(by_length[0])).tokens
+    shortest = int(by_length[0])
+    first = data.sequence(shortest).tokens
     if longer < len(data):
-        second = data.sequence(int(by_length[beyond if window and lengths[beyond] > window + 1 else longer])).tokens
-    else:  # All are of one length: the second is a part of the first.
-        second = first[: max(2, len(first) * 3 // 4)]
-    return [ScoredSequence(t, 1, np.zeros(len(t) - 1, np.uint8), i) for i, t in enumerate((first, second))]
+        other = int(by_length[beyond if window and lengths[beyond] > window + 1 else longer])
+        return [_all_scored(first, shortest), _all_scored(data.sequence(other).tokens, other)]
+    # All are of one length: the second is a part of the first.
+    return [_all_scored(first, shortest), _all_scored(first[: max(2, len(first) * 3 // 4)], shortest)]
 
 
-def check_packs(policy: Policy, data: ExampleSet) -> PackCheck:
+def _all_scored(tokens: np.ndarray, record: int) -> ScoredSequence:
+    return ScoredSequence(tokens, 1, np.zeros(len(tokens) - 1, np.uint8), record)
+
+
+def _choose_trees(data: ExampleSet | PairSet, window: int | None) -> list[SequenceTree]:
+    """The sequences of ``choose_sequences`` as training lays them out: a chosen one shares a tree with its rejected."""
+    if isinstance(data, ExampleSet):
+        return [build_tree([s]) for s in choose_sequences(data, window)]
+    chosen = choose_sequences(data.chosen, window)
+    return [build_tree([s, _all_scored(data.rejected.sequence(s.record).tokens, s.record)]) for s in chosen]
+
+
+def check_packs(policy: Policy, data: ExampleSet | PairSet) -> PackCheck:
     """Guarantee 3: packed log-probs and gradients are those of the unmodified model, one sequence at a time.
+
+    Of pairs, whole trees are checked: what both sides share is read once and has the gradients of both.
 
     Gradients are compared at the input embeddings, through which those of every layer pass: no parameter's gradient is
     allocated.
@@ -66,7 +81,8 @@ def check_packs(policy: Policy, data: ExampleSet) -> PackCheck:
         SaroError: they differ by more than three times what two native runs do, or the check cannot see a difference.
     """
     window = sliding_window(policy.causal_lm.config)
-    sequences = choose_sequences(data, window)
+    trees = _choose_trees(data, window)
+    sequences = [s for tree in trees for s in tree.sequences]
     was_training = policy.training
     policy.eval()
     try:
@@ -75,18 +91,23 @@ def check_packs(policy: Policy, data: ExampleSet) -> PackCheck:
             # fp32 log_softmax over a large vocabulary errs more than all else.
             alone = [_native(policy, [s], torch.float64) for s in sequences]
             padded = _native(policy, sequences, torch.promote_types(policy.causal_lm.dtype, torch.float32))
-        packed = _packed(policy, sequences)
+        pack = lay_out(trees).to(policy.causal_lm.device)
+        packed = _packed(policy, pack)
         with torch.no_grad():
-            pack = lay_out([build_tree([s]) for s in sequences]).to(policy.causal_lm.device)
-            leaky = policy(pack, isolated=False)
+            leaky = policy(pack, isolated=False).index_select(0, pack.entry_row)
     except (TypeError, ValueError) as error:
         raise SaroError(f"packed attention does not fit this model: {error}") from error
     finally:
         policy.train(was_training)
-    reference = tuple(torch.cat([run[i] for run in alone]) for i in range(2))
+    alone_logps, alone_gradients = (torch.cat([run[i] for run in alone]) for i in range(2))
+    # A token that several sequences share has the sum of their gradients.
+    positions = _read_positions(trees).to(pack.input_ids.device)
+    on_pack = torch.zeros_like(packed[1])
+    reference = alone_logps, on_pack.index_add(0, positions, alone_gradients.to(on_pack))
+    padded = padded[0], on_pack.index_add(0, positions, padded[1].to(on_pack))
     dtype = policy.autocast or policy.causal_lm.dtype
-    # The rows that a leak reaches: of the second sequence, whose window still holds some of the first.
-    leaks_from = len(sequences[0].tokens) - 1
+    # The rows that a leak reaches: of the second tree, whose window still holds some of the first.
+    leaks_from = sum(len(s.row_kinds) for s in trees[0].sequences)
     reached = slice(leaks_from, leaks_from + window if window else None)
     result = PackCheck(
         logps=_difference(packed[0], reference[0]),
@@ -137,13 +158,24 @@ def _native(
     return result.detach(), torch.cat([gradient[i, : len(s.tokens) - 1] for i, s in enumerate(sequences)])
 
 
-def _packed(policy: Policy, sequences: Sequence[ScoredSequence]) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same by the policy, in one pack."""
-    pack = lay_out([build_tree([s]) for s in sequences]).to(policy.causal_lm.device)
+def _packed(policy: Policy, pack: Pack) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same by the policy: log-probs (E,) of the pack's entries, gradients (T, D)."""
     with _embeddings(policy) as captured:
-        logps = policy(pack)
+        logps = policy(pack).index_select(0, pack.entry_row)
     (gradient,) = torch.autograd.grad(logps.sum(), captured)
     return logps.detach(), gradient[0]
+
+
+def _read_positions(trees: Sequence[SequenceTree]) -> torch.Tensor:
+    """Where in the pack of ``trees`` each sequence's tokens but the last are, sequence after sequence."""
+    positions, start = [], 0
+    for tree in trees:
+        ends = start + np.cumsum([node.fed_tokens for node in tree.nodes])
+        runs = [np.arange(end - node.fed_tokens, end) for node, end in zip(tree.nodes, ends, strict=True)]
+        for sequence, path in zip(tree.sequences, tree.paths, strict=True):
+            positions.append(np.concatenate([runs[i] for i in path])[: len(sequence.tokens) - 1])
+        start = int(ends[-1])
+    return torch.from_numpy(np.concatenate(positions))
 
 
 @contextmanager

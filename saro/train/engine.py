@@ -23,9 +23,14 @@ from saro.model.policy import Policy
 from saro.runtime import Runtime
 from saro.train.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from saro.train.metrics import Meter, MetricsFile, Progress, format_metrics
-from saro.train.objective import Objective
+from saro.train.objective import Objective, Sums
 from saro.train.optim import make_optimizer, make_scheduler
 from saro.train.steps import Step, Steps
+
+Observer = Callable[[Pack, Sums], None]
+
+# Of a log line, what the screen shows.
+_SHOWN = ("loss", "rewards/margins", "rewards/accuracies", "grad_norm", "lr", "tokens_per_second")
 
 
 @dataclass(frozen=True)
@@ -54,7 +59,9 @@ def fit(
     options: TrainConfig,
     *,
     record_ids: Callable[[Iterable[int]], list[str]],
-    evaluate: Callable[[], dict[str, float]] | None = None,
+    evaluate: Callable[[int], dict[str, float]] | None = None,
+    observe: Observer | None = None,
+    on_log: Callable[[int], object] | None = None,
     resume: bool = False,
 ) -> Outcome:
     """Train ``policy`` for ``total_steps`` steps, or for what a checkpoint leaves of them.
@@ -64,7 +71,9 @@ def fit(
 
     Args:
         record_ids: names records in an error.
-        evaluate: returns held-out metrics; called every ``options.eval_every`` steps.
+        evaluate: returns held-out metrics after so many steps; called every ``options.eval_every`` of them.
+        observe: sees every pack with its sums; it may keep tensors and must not read them.
+        on_log: called on all processes after each log line, with the number of finished steps.
         resume: go on from the newest checkpoint in the output folder, if there is one.
 
     Raises:
@@ -97,7 +106,7 @@ def fit(
             # Seeded for each step, so that a resumed run draws the same dropout without storing any state.
             torch.manual_seed(int(np.random.SeedSequence([options.seed, step, runtime.rank]).generate_state(1)[0]))
             with clock:
-                loss = _backward(runtime, module, objective, batch, meter)
+                loss = _backward(runtime, module, objective, batch, meter, observe)
                 norm = _clip(parameters, options.max_grad_norm)
                 # The one host read of the step, agreed across processes; a signal to any of them stops all.
                 agreed = runtime.sum_(torch.stack([loss, torch.full_like(loss, len(received))]))
@@ -129,11 +138,16 @@ def fit(
                     **means,
                 }
                 report(values)
-                progress.line(step, {k: values[k] for k in ("loss", "grad_norm", "lr", "tokens_per_second")})
+                progress.line(step, {k: values[k] for k in _SHOWN if k in values})
+                if on_log is not None:
+                    on_log(step)
             if evaluate is not None and options.eval_every and step % options.eval_every == 0 and step < total_steps:
-                values = evaluate()
+                values = evaluate(step)
                 report(values)
-                runtime.say(f"step {step}/{total_steps}  {format_metrics(values)}")
+                shown = {
+                    k: v for k, v in values.items() if k.startswith("eval/loss") or k.removeprefix("eval/") in _SHOWN
+                }
+                runtime.say(f"step {step}/{total_steps}  {format_metrics(shown)}")
             if signals and step < total_steps:
                 stop = signal.Signals(received[0]) if received else signal.SIGTERM
             if stop is not None or (options.save_every and step % options.save_every == 0) or step == total_steps:
@@ -146,7 +160,14 @@ def fit(
     return Outcome(step, stop, clock.rate(), runtime.memory())
 
 
-def _backward(runtime: Runtime, module: nn.Module, objective: Objective, batch: Step, meter: Meter) -> torch.Tensor:
+def _backward(
+    runtime: Runtime,
+    module: nn.Module,
+    objective: Objective,
+    batch: Step,
+    meter: Meter,
+    observe: Observer | None,
+) -> torch.Tensor:
     """Gradients of one step; returns this process's share of its loss, a scalar without gradient."""
     module.train()
     counts = objective.counts(batch.trees)
@@ -160,14 +181,24 @@ def _backward(runtime: Runtime, module: nn.Module, objective: Objective, batch: 
             (loss * runtime.processes).backward()
         total += loss.detach()
         meter.add(sums.metrics)
+        if observe is not None:
+            observe(pack, sums)
     return total
 
 
 @torch.no_grad()
 def evaluate(
-    runtime: Runtime, policy: Policy, objective: Objective, packs: Iterable[Pack], prefix: str = "eval/"
+    runtime: Runtime,
+    policy: Policy,
+    objective: Objective,
+    packs: Iterable[Pack],
+    prefix: str = "eval/",
+    observe: Observer | None = None,
 ) -> dict[str, float]:
-    """Losses and metrics over this process's packs and those of the others, as means; dropout off, no gradient."""
+    """Losses and metrics over this process's packs and those of the others, as means; dropout off, no gradient.
+
+    ``observe`` sees every pack with its sums.
+    """
     was_training = policy.training
     meter = Meter()
     policy.eval()
@@ -176,7 +207,10 @@ def evaluate(
         no_bar = None if runtime.is_main else True
         for pack in tqdm(packs, desc="evaluating", unit=" packs", delay=2, leave=False, disable=no_bar):
             pack = pack.to(runtime.device)
-            meter.add(objective(policy(pack), pack).metrics)
+            sums = objective(policy(pack), pack)
+            meter.add(sums.metrics)
+            if observe is not None:
+                observe(pack, sums)
     finally:
         policy.train(was_training)
     return {prefix + name: value for name, value in meter.read(runtime).items()}

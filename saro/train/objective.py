@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 import numpy as np
 import torch
 
+from saro.config import KINDS, PAIR_KINDS, PreferenceConfig
 from saro.data.packs import Pack
-from saro.data.records import KINDS, PAIR_KINDS
 from saro.data.tree import RowKind, SequenceTree
 from saro.train.losses import PAIR_LOSSES, nll_sum
+from saro.train.reference import Reference
 
 
 @dataclass(frozen=True)
@@ -22,10 +24,12 @@ class Sums:
     Attributes:
         losses: scalar sums, by the name of the count that divides them.
         metrics: by name, a sum and what divides it, ``loss`` among them; the same names from every pack.
+        pairs: by name, (P,) a value for each pair of the pack; empty where there are no pairs.
     """
 
     losses: dict[str, torch.Tensor]
     metrics: dict[str, tuple[torch.Tensor, torch.Tensor]]
+    pairs: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 class Objective(Protocol):
@@ -65,90 +69,93 @@ class RWObjective:
         return Sums({"rows": loss}, everything | by_record | by_token)
 
 
+# A chosen response counts as fallen when it lost more than this, nats per token: rounding alone moves it by less.
+FELL = 1e-3
+
+
 class SRPOObjective:
     """Preference optimization of pairs: a function of the margin between chosen and rejected, against a reference.
 
-    A tree's sequences come in twos, chosen before rejected, and both carry the pair's record index.
+    A tree's sequences come in twos, chosen before rejected, and both carry the pair's record index. Differences to the
+    reference are taken token by token, before they are summed: at the reference they are zero, not a rounded sum.
 
-    Metrics: rewards (``beta`` times the change of a log-prob), their margin and accuracy, the log-probs and by how much
-    they moved, and the share of pairs whose chosen log-prob fell; all but the last two also by kind of pair.
+    Metrics: rewards (``beta`` times the change of a log-prob), their margin and accuracy, the log-probs, and the
+    displacement: by how much they moved, split into reasoning and the rest, and the share of pairs whose chosen log-prob
+    fell by more than ``FELL`` per token. All also by kind of pair. Of each pair: margin and changes, in nats.
 
     Args:
         kinds: (n,) the kind of each pair, as an index into ``PAIR_KINDS``.
-        reference: (n, 2) log-probs of chosen and rejected under the reference, summed over their tokens, nats.
-        beta: strength of the pull to the reference.
-        loss: one of ``PAIR_LOSSES``.
-        label_smoothing: share of labels that is held to be wrong; for sigmoid and robust.
-        nll: weight of the chosen sequences' negative log-likelihood per token (RPO, Pang et al. 2024, arXiv 2404.19733).
-        length_normalize: divide each log-prob by its number of tokens first.
+        reference: log-probs of the pairs' scored tokens under the reference.
+        options: the loss and its parameters. Where ``scored`` is divergent, the pairs are those of
+            ``PairSet.divergent``, and what only whole responses tell is left out of the metrics.
     """
 
-    def __init__(
-        self,
-        kinds: np.ndarray,
-        reference: torch.Tensor,
-        *,
-        beta: float = 0.1,
-        loss: str = "sigmoid",
-        label_smoothing: float = 0.0,
-        nll: float = 0.0,
-        length_normalize: bool = False,
-    ) -> None:
+    def __init__(self, kinds: np.ndarray, reference: Reference, options: PreferenceConfig) -> None:
+        self.options = options
         self._kinds = torch.from_numpy(kinds.astype(np.int64))
         self._reference = reference
-        self._beta = beta
-        self._loss = PAIR_LOSSES[loss]
-        self._label_smoothing = label_smoothing
-        self._nll = nll
-        self._length_normalize = length_normalize
+        self._loss = PAIR_LOSSES[options.loss]
 
     def counts(self, trees: Sequence[SequenceTree]) -> dict[str, int]:
         chosen = [s for tree in trees for s in tree.sequences[0::2]]
         return {"pairs": len(chosen), "chosen_rows": sum(len(s.row_kinds) for s in chosen)}
 
-    def __call__(self, logps: torch.Tensor, pack: Pack) -> Sums:
-        entry_logps = logps.index_select(0, pack.entry_row)
-        sums = logps.new_zeros(len(pack.records)).index_add(0, pack.entry_sequence, entry_logps)
-        policy = sums.view(-1, 2)
-        records = torch.tensor(pack.records[0::2], dtype=torch.int64)
-        reference = self._reference.index_select(0, records).to(policy)
-        moved = policy - reference
-        if self._length_normalize:
-            rows = torch.bincount(pack.entry_sequence, minlength=len(pack.records)).view(-1, 2)
-            moved = moved / rows
-        losses = self._loss(moved[:, 0] - moved[:, 1], self._beta, self._label_smoothing)
-        terms = {"pairs": losses.sum()}
-        if self._nll:
-            # By the chosen rows of the whole step, not of this pack.
-            terms["chosen_rows"] = self._nll * nll_sum(policy[:, 0])
-        kinds = self._kinds.index_select(0, records).to(logps.device)
-        return Sums(terms, self._metrics(losses.detach(), policy.detach(), (policy - reference).detach(), moved, kinds))
+    def loss_of(self, margin: float) -> float:
+        """The loss of a pair of a given margin, the nll term aside. At 0: ln 2 for sigmoid, 1 / (4 beta^2) for ipo."""
+        margins = torch.tensor([margin], dtype=torch.float64)
+        return self._loss(margins, self.options.beta, self.options.label_smoothing).item()
 
-    @torch.no_grad()
-    def _metrics(
-        self, losses: torch.Tensor, policy: torch.Tensor, delta: torch.Tensor, moved: torch.Tensor, kinds: torch.Tensor
-    ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-        margins = self._beta * (moved[:, 0] - moved[:, 1])
-        by_kind = {
-            "loss": losses,
-            "rewards/chosen": self._beta * moved[:, 0],
-            "rewards/rejected": self._beta * moved[:, 1],
-            "rewards/margins": margins,
-            "rewards/accuracies": (margins > 0).to(margins),
-        }
-        overall = {
-            "logps/chosen": policy[:, 0],
-            "logps/rejected": policy[:, 1],
-            "delta_logps/chosen": delta[:, 0],
-            "delta_logps/rejected": delta[:, 1],
-            "chosen_fell": (delta[:, 0] < 0).to(margins),
-        }
-        pairs = torch.tensor(len(losses))
-        metrics = {name: (values.sum(), pairs) for name, values in (by_kind | overall).items()}
-        for index, kind in enumerate(PAIR_KINDS):
-            of_kind = (kinds == index).to(margins)
-            metrics |= {f"{kind}/{name}": ((values * of_kind).sum(), of_kind.sum()) for name, values in by_kind.items()}
-        return metrics
+    def __call__(self, logps: torch.Tensor, pack: Pack) -> Sums:
+        beta = self.options.beta
+        entry_logps = logps.index_select(0, pack.entry_row)
+        entry_moved = entry_logps - self._reference.of_pack(pack).to(entry_logps)
+        by_sequence = partial(_by_sequence, pack=pack)
+        moved, rows = by_sequence(entry_moved), by_sequence(torch.ones_like(entry_moved))
+        scaled = moved / rows if self.options.length_normalize else moved
+        margins = scaled[:, 0] - scaled[:, 1]
+        losses = self._loss(margins, beta, self.options.label_smoothing)
+        terms = {"pairs": losses.sum()}
+        policy = by_sequence(entry_logps)
+        if self.options.nll:
+            # RPO (Pang et al. 2024, arXiv 2404.19733). By the chosen rows of the whole step, not of this pack.
+            terms["chosen_rows"] = self.options.nll * nll_sum(policy[:, 0])
+        with torch.no_grad():
+            values = {"loss": losses, "rewards/margins": beta * margins, "rewards/accuracies": margins > 0}
+            pairs = {"margin": margins}
+            if self.options.scored == "all":
+                think = pack.row_kind.index_select(0, pack.entry_row) == RowKind.THINK
+                thought = by_sequence(entry_moved * think)
+                for side, name in enumerate(("chosen", "rejected")):
+                    values |= {
+                        f"rewards/{name}": beta * scaled[:, side],
+                        f"logps/{name}": policy[:, side],
+                        f"delta_logps/{name}": moved[:, side],
+                        f"delta_logps/{name}/think": thought[:, side],
+                        f"delta_logps/{name}/answer": moved[:, side] - thought[:, side],
+                    }
+                    pairs[f"delta_logps/{name}"] = moved[:, side]
+                values["chosen_fell"] = pairs["chosen_fell"] = moved[:, 0] < -FELL * rows[:, 0]
+            kinds = self._kinds[list(pack.records[0::2])].to(logps.device)
+            metrics = _overall_and_by_kind({k: v.detach().double() for k, v in values.items()}, kinds)
+        return Sums(terms, metrics, {k: v.detach() for k, v in pairs.items()})
+
+
+def _by_sequence(entries: torch.Tensor, pack: Pack) -> torch.Tensor:
+    """(E,) values of entries -> (P, 2) sums over the sequences, chosen and rejected."""
+    return entries.new_zeros(len(pack.records)).index_add(0, pack.entry_sequence, entries).view(-1, 2)
+
+
+def _overall_and_by_kind(
+    values: dict[str, torch.Tensor], kinds: torch.Tensor
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Sums and counts of (P,) values: under their own names, and of each kind of pair as ``KIND/NAME``."""
+    table = torch.stack(list(values.values()))
+    metrics = {name: (total, torch.tensor(table.shape[1])) for name, total in zip(values, table.sum(1), strict=True)}
+    for index, kind in enumerate(PAIR_KINDS):
+        of_kind = (kinds == index).to(table)
+        sums, count = table @ of_kind, of_kind.sum()
+        metrics |= {f"{kind}/{name}": (total, count) for name, total in zip(values, sums, strict=True)}
+    return metrics
 
 
 def _binned(
