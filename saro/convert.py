@@ -4,19 +4,35 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from saro.data.jsonl import decode, fault, open_data, parse_json, read_objects, shown
-from saro.data.records import parse_example
+from saro.data.records import parse_example, parse_pair
 from saro.errors import SaroError, nearest
 from saro.files import atomic_write
 
 Record = dict[str, Any]
 
 
-def convert(source_format: str, src: str | os.PathLike, dst: str | os.PathLike, *, overwrite: bool = False) -> int:
-    """Write the records of a public data set as native JSONL; returns their number.
+@dataclass(frozen=True)
+class Converted:
+    """What a conversion did.
+
+    Attributes:
+        records: how many were written.
+        left_out: places of the records that their format says to leave out.
+    """
+
+    records: int
+    left_out: tuple[str, ...]
+
+
+def convert(
+    source_format: str, src: str | os.PathLike, dst: str | os.PathLike, *, overwrite: bool = False
+) -> Converted:
+    """Write the records of a public data set as native JSONL.
 
     ``src`` is the data set as published: a JSON array or JSONL. ``dst`` appears complete or not at all.
     Formats (``source_format``), and where the fields come from:
@@ -24,11 +40,14 @@ def convert(source_format: str, src: str | os.PathLike, dst: str | os.PathLike, 
     - "star1" (UCSC-VLAA/STAR-1): ``question``, ``response`` = ``<think>…</think>`` and the answer; kind safety.
     - "gsm8k" (openai/grade-school-math): ``question``, ``answer`` = a step a line, then ``#### result``; kind general.
       Calculator annotations (``<<48/2=24>>``) are taken out.
+    - "gsm8k-pairs" (made from its example_model_solutions): ``question``, ``correct`` and ``incorrect`` = a step a line,
+      then ``A: result``; pairs, kind pp-cot where both begin with the same step, op-cot elsewhere. Treated as gsm8k. A
+      solution that is a bare number has no chain to compare (the published set has one): its pair is left out.
     - "stair-sft" (thu-ml/STAIR-SFT): ``prompt``, ``answer`` = steps and output between ``<|Reasoning_step|>`` and
       ``<|Output|>`` markers, ``source``, which tells the kind. A text without markers is an answer without reasoning.
 
-    Raises SaroError for an unknown format, a ``dst`` that exists unless ``overwrite``, and for the first record that is
-    not as its format says: nothing is skipped.
+    Raises SaroError for an unknown format, a ``dst`` that exists unless ``overwrite``, no record to write, and for the
+    first record that is not as its format says: but for what stands above, nothing is left out.
     """
     if source_format not in FORMATS:
         raise SaroError(f"unknown format {shown(source_format)}{nearest(source_format, FORMATS)}")
@@ -39,15 +58,22 @@ def convert(source_format: str, src: str | os.PathLike, dst: str | os.PathLike, 
         if not overwrite:
             raise SaroError(f"{dst}: exists already; name another file, or ask to overwrite it")
     first: dict[str, str] = {}
+    left_out: list[str] = []
     with atomic_write(dst) as file:
         for number, where, source in _source_objects(src):
             record = FORMATS[source_format](source, number, where)
+            if record is None:
+                left_out.append(where)
+                continue
             # Our own reader must accept what is written: it also refuses NUL characters and cut surrogate pairs.
-            parse_example(record, where, default_id=record["id"])
+            parse = parse_pair if "chosen" in record else parse_example
+            parse(record, where, default_id=record["id"])
             if (other := first.setdefault(record["id"], where)) != where:
                 fault(where, f"its id {shown(record['id'])} is that of {other}", "keep one of the two")
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
-    return len(first)
+        if not first:
+            fault(os.fsdecode(src), "none of its records has a chain of steps", "check how it was written")
+    return Converted(len(first), tuple(left_out))
 
 
 def _star1(source: Record, number: int, where: str) -> Record:
@@ -59,15 +85,36 @@ def _star1(source: Record, number: int, where: str) -> Record:
 
 
 def _gsm8k(source: Record, number: int, where: str) -> Record:
-    question, worked = _field(source, "question", where), _field(source, "answer", where)
-    steps, mark, result = worked.rpartition("\n#### ")
-    if not mark or not result.strip() or "\n" in result.strip():
-        fault(where, "answer does not end with a line #### and the result", "mend or drop the record")
-    steps = re.sub(r"<<[^<>\n]*>>", "", steps)
-    if "<<" in steps or ">>" in steps:
-        fault(where, "answer has a calculator annotation that does not end", "mend or drop the record")
-    reasoning = [line.strip() for line in steps.split("\n") if line.strip()]
-    return _native(f"gsm8k-{number:06d}", "general", question, reasoning, f"The answer is {result.strip()}.")
+    steps, answer = _worked(source, "answer", "####", where)
+    return _native(f"gsm8k-{number:06d}", "general", _field(source, "question", where), steps, answer)
+
+
+def _gsm8k_pair(source: Record, number: int, where: str) -> Record | None:
+    question = _field(source, "question", where)
+    if any(_BARE_NUMBER.fullmatch(_field(source, name, where)) for name in ("correct", "incorrect")):
+        return None
+    (chosen, right), (rejected, wrong) = (_worked(source, name, "A:", where) for name in ("correct", "incorrect"))
+    return {
+        "id": f"gsm8k-pairs-{number:06d}",
+        "kind": "pp-cot" if chosen[:1] == rejected[:1] else "op-cot",
+        "prompt": question,
+        "chosen": {"reasoning": chosen, "answer": right},
+        "rejected": {"reasoning": rejected, "answer": wrong},
+    }
+
+
+_BARE_NUMBER = re.compile(r"\s*\$?-?[\d,]+(\.\d+)?\s*")
+
+
+def _worked(source: Record, name: str, mark: str, where: str) -> tuple[list[str], str]:
+    """Steps and answer of a solution of GSM8K: a step a line, then ``mark`` and the result."""
+    text, found, result = _field(source, name, where).rpartition(f"\n{mark} ")
+    if not found or not result.strip() or "\n" in result.strip():
+        fault(where, f"{name} does not end with a line {mark} and the result", "mend or drop the record")
+    text = re.sub(r"<<[^<>\n]*>>", "", text)
+    if "<<" in text or ">>" in text:
+        fault(where, f"{name} has a calculator annotation that does not end", "mend or drop the record")
+    return [line.strip() for line in text.split("\n") if line.strip()], f"The answer is {result.strip()}."
 
 
 _STAIR_STEP = ["<|Reasoning_step|>", "<|/Reasoning_step|>"]
@@ -98,7 +145,12 @@ def _stair_kind(name: str, where: str) -> str:
     return kinds[0]
 
 
-FORMATS: dict[str, Callable[[Record, int, str], Record]] = {"star1": _star1, "gsm8k": _gsm8k, "stair-sft": _stair_sft}
+FORMATS: dict[str, Callable[[Record, int, str], Record | None]] = {
+    "star1": _star1,
+    "gsm8k": _gsm8k,
+    "gsm8k-pairs": _gsm8k_pair,
+    "stair-sft": _stair_sft,
+}
 
 
 def _native(id: str, kind: str, prompt: str, reasoning: str | list[str] | None, answer: str) -> Record:

@@ -7,16 +7,19 @@ from collections.abc import Sequence
 from datetime import date
 
 import numpy as np
-from rich.console import Console
+from rich.console import Console, Group
 from rich.markup import escape
 from rich.text import Text
+from rich.tree import Tree
 from transformers import PreTrainedTokenizerBase
 
 from saro.config import DataConfig, ModelConfig
-from saro.data.audit import Report, check_masks
-from saro.data.dataset import encode_files
-from saro.data.records import read_examples
-from saro.data.tree import RowKind, ScoredSequence
+from saro.data.audit import Report, check_masks, pair_lengths
+from saro.data.chat import ChatFormat
+from saro.data.dataset import ExampleSet, PairSet, encode_files, encode_pair_files
+from saro.data.jsonl import read_objects
+from saro.data.records import read_examples, read_pairs
+from saro.data.tree import RowKind, ScoredSequence, common_prefix
 from saro.errors import SaroError, nearest
 from saro.model.load import find_model
 
@@ -28,6 +31,8 @@ def inspect(
 ) -> None:
     """Print the length report of ``files`` and some of their records as the model will see them.
 
+    The first record tells whether they hold examples or preference pairs.
+
     Args:
         show: how many of the first records.
         ids: records to show instead of the first.
@@ -37,20 +42,27 @@ def inspect(
     """
     source = find_model(model)
     chat = source.chat_format(data, date.fromisoformat(data.template_date) if data.template_date else date.today())
-    encoded = encode_files(files, chat, max_tokens=sys.maxsize, progress=True)
-    check_masks(encoded, chat, (e for file in files for e in read_examples(file)), source.config.vocab_size)
+    encoded = _encode(files, chat, source.config.vocab_size)
+    of_pairs = isinstance(encoded, PairSet)
     Report.of(encoded).show(console, ", ".join(files))
-    too_long = [encoded.ids[i] for i in np.flatnonzero(encoded.lengths > data.pack_tokens)]
+    lengths = pair_lengths(encoded) if of_pairs else encoded.lengths
+    too_long = [encoded.ids[i] for i in np.flatnonzero(lengths > data.pack_tokens)]
     if too_long:
-        line = f"{len(too_long):,} records are longer than a pack of {data.pack_tokens:,} tokens: {', '.join(too_long)}"
+        noun = "pairs" if of_pairs else "records"
+        line = f"{len(too_long):,} {noun} are longer than a pack of {data.pack_tokens:,} tokens: {', '.join(too_long)}"
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     missing = [record for record in ids if record not in encoded.ids]
     if missing:
         raise SaroError(f"no record has the id {missing[0]!r}{nearest(missing[0], encoded.ids)}")
     for index in [encoded.ids.index(record) for record in ids] or range(min(show, len(encoded))):
-        sequence = encoded.sequence(index)
-        console.rule(f"{escape(encoded.ids[index])}: {len(sequence.tokens)} tokens, {len(sequence.row_kinds)} scored")
-        console.print(colour(sequence, chat.tokenizer), soft_wrap=True)
+        name = escape(encoded.ids[index])
+        if of_pairs:
+            console.rule(f"{name}: {lengths[index]} tokens, the shared part once")
+            console.print(pair_tree(*encoded.sequences(index), chat.tokenizer))
+        else:
+            sequence = encoded.sequence(index)
+            console.rule(f"{name}: {len(sequence.tokens)} tokens, {len(sequence.row_kinds)} scored")
+            console.print(colour(sequence, chat.tokenizer), soft_wrap=True)
     if show or ids:
         legend = Text("not scored: ").append("prompt", "dim").append("   scored: ")
         for kind, style in STYLES.items():
@@ -59,14 +71,43 @@ def inspect(
         console.print(legend)
 
 
-def colour(sequence: ScoredSequence, tokenizer: PreTrainedTokenizerBase) -> Text:
-    """The sequence as text: the prompt dim, scored tokens in the style of their kind."""
-    text = Text(tokenizer.decode(sequence.tokens[: sequence.scored_from].tolist()), style="dim")
-    scored = sequence.tokens[sequence.scored_from :]
-    start = 0
+def _encode(files: Sequence[str], chat: ChatFormat, vocabulary: int) -> ExampleSet | PairSet:
+    """All records, however long, encoded and checked."""
+    if not files:
+        raise SaroError("--data names no file; give one, or leave the option out for the demo data")
+    _, _, first = next(read_objects(files[0]))
+    if "chosen" in first or "rejected" in first:
+        pairs = encode_pair_files(files, chat, max_tokens=sys.maxsize, progress=True)
+        for side in (pairs.chosen, pairs.rejected):
+            check_masks(side, chat, (p for file in files for p in read_pairs(file)), vocabulary)
+        return pairs
+    examples = encode_files(files, chat, max_tokens=sys.maxsize, progress=True)
+    check_masks(examples, chat, (e for file in files for e in read_examples(file)), vocabulary)
+    return examples
+
+
+def pair_tree(chosen: ScoredSequence, rejected: ScoredSequence, tokenizer: PreTrainedTokenizerBase) -> Tree:
+    """What both sides of a pair begin with, and from where they part a branch for each."""
+    shared = common_prefix([chosen.tokens, rejected.tokens])
+    prompt = chosen.scored_from
+    label = Text(f"shared: {shared} tokens ({prompt} of the prompt, {shared - prompt} of the responses)", "bold")
+    tree = Tree(Group(label, colour(chosen, tokenizer, stop=shared)), guide_style="bold")
+    for name, sequence in (("chosen", chosen), ("rejected", rejected)):
+        label = Text(f"{name}: {len(sequence.tokens) - shared} tokens", "bold")
+        tree.add(Group(label, colour(sequence, tokenizer, start=shared)))
+    return tree
+
+
+def colour(
+    sequence: ScoredSequence, tokenizer: PreTrainedTokenizerBase, start: int = 0, stop: int | None = None
+) -> Text:
+    """The sequence from ``start`` to ``stop`` as text: the prompt dim, scored tokens in the style of their kind."""
+    styles = ["dim"] * sequence.scored_from + [STYLES[RowKind(kind)] for kind in sequence.row_kinds]
+    text = Text()
+    stop = len(styles) if stop is None else stop
     # Runs, not tokens: a character may take several tokens, and half of one is no text.
-    for stop in range(1, len(scored) + 1):
-        if stop == len(scored) or sequence.row_kinds[stop] != sequence.row_kinds[start]:
-            text.append(tokenizer.decode(scored[start:stop].tolist()), STYLES[RowKind(sequence.row_kinds[start])])
-            start = stop
+    for end in range(start + 1, stop + 1):
+        if end == stop or styles[end] != styles[start]:
+            text.append(tokenizer.decode(sequence.tokens[start:end].tolist()), styles[start])
+            start = end
     return text

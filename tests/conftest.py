@@ -79,9 +79,11 @@ def environment() -> dict[str, str]:
 # forks before any library has started threads.
 _FORKSERVER = """
 import importlib, importlib.util, json, os, signal, sys, time, traceback
-spec = importlib.util.spec_from_file_location("rw", "recipes/rw.py")
-rw = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(rw)
+recipes = {}
+for name in ("rw", "srpo"):
+    spec = importlib.util.spec_from_file_location(name, f"recipes/{name}.py")
+    recipes[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(recipes[name])
 from saro.options import run_program
 print("ready", flush=True)
 while line := sys.stdin.readline():
@@ -105,13 +107,13 @@ while line := sys.stdin.readline():
     for descriptor, name in ((0, os.devnull), (1, request["out"]), (2, request["err"])):
         os.dup2(os.open(name, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644), descriptor)
     os.chdir(request["folder"])
-    sys.argv = ["rw.py", *request["arguments"]]
+    sys.argv = [request["recipe"] + ".py", *request["arguments"]]
     try:
         if request["call"]:
             sys.path.insert(0, request["tests"])
             module, _, function = request["call"].partition(":")
             sys.exit(getattr(importlib.import_module(module), function)(*request["arguments"]))
-        run_program(rw.main)
+        run_program(recipes[request["recipe"]].main)
     except SystemExit as end:
         code = end.code
     except BaseException:
@@ -150,7 +152,7 @@ class Process:
 
 
 class Recipes:
-    """Runs ``recipes/rw.py``, or a function of a test module, in child processes of their own session."""
+    """Runs a recipe, or a function of a test module, in child processes of their own session."""
 
     def __init__(self, folder: Path, environment: dict[str, str]) -> None:
         self.folder = folder
@@ -171,13 +173,19 @@ class Recipes:
         return int(self._server.stdout.readline())
 
     def start(
-        self, *arguments: object, call: str = "", environment: dict[str, str] | None = None, folder: str | None = None
+        self,
+        *arguments: object,
+        recipe: str = "rw",
+        call: str = "",
+        environment: dict[str, str] | None = None,
+        folder: str | None = None,
     ) -> Process:
         """Start it with these command line arguments; ``call`` names a function, "module:function", to run instead."""
         self._started += 1
         out, err = (self.folder / f"{self._started}.{name}" for name in ("out", "err"))
         request = {
             "arguments": [str(a) for a in arguments],
+            "recipe": recipe,
             "call": call,
             # One thread: tiny models gain nothing from two, and lose much where the machine is shared.
             "environment": {"LOCAL_WORLD_SIZE": str(os.cpu_count())} | (environment or {}),
@@ -218,7 +226,7 @@ class Recipes:
 
 @pytest.fixture(scope="session")
 def recipes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Recipes]:
-    """Fast child processes that run ``recipes/rw.py``."""
+    """Fast child processes that run ``recipes/rw.py`` and ``recipes/srpo.py``."""
     dropped = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     server = Recipes(tmp_path_factory.mktemp("recipes"), {k: v for k, v in os.environ.items() if k not in dropped})
     yield server
@@ -233,6 +241,57 @@ def rw_arguments(tiny_model, records_file, examples, tmp_path) -> Callable[..., 
     """
     file = records_file(examples, "train.jsonl")
     heldout = records_file(examples[:5], "heldout.jsonl")
+
+    def get(*flags: str, **changes: object) -> list[str]:
+        options: dict[str, object] = {
+            "model_name": tiny_model(),
+            "model_method": "lora",
+            "data_train": json.dumps([file]),
+            "data_heldout": json.dumps([heldout]),
+            "data_pack_tokens": 256,
+            "train_output": tmp_path / "run",
+            "train_records_per_step": 4,
+            "train_samples": 0,
+            "train_max_steps": 4,
+            "train_save_every": 1,
+            "train_lr": 1e-2,
+        }
+        named = {k.replace("_", ".", 1): v for k, v in (options | changes).items()}
+        return [*flags, *(part for k, v in named.items() for part in (f"--{k}", str(v)))]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def pairs() -> list[dict[str, object]]:
+    """24 short native pairs of both kinds, of different lengths, two on each prompt; their chains share a step."""
+    return [
+        {
+            "id": f"p{i}",
+            "kind": "pp-cot" if i % 3 else "op-cot",
+            "prompt": f"Count to {i // 2}." + "?" * (i // 2 % 5),
+            "chosen": {"reasoning": [f"step {i // 2}", *["good"] * (1 + i % 3)], "answer": "a" * (3 + i % 5)},
+            "rejected": {"reasoning": [f"step {i // 2}", "bad"], "answer": "b" * (3 + i % 4)},
+        }
+        for i in range(24)
+    ]
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch) -> Path:
+    """A cache folder of the test's own."""
+    monkeypatch.setenv("SARO_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def srpo_arguments(tiny_model, records_file, pairs, tmp_path) -> Callable[..., list[str]]:
+    """Command line of a short SRPO run on a tiny model: 24 pairs, 4 in a step, output in ``tmp_path / "run"``.
+
+    Keyword arguments change options: ``srpo_arguments("--resume", preference_beta=0.5, train_max_steps=2)``.
+    """
+    file = records_file(pairs, "pairs.jsonl")
+    heldout = records_file(pairs[:5], "heldout-pairs.jsonl")
 
     def get(*flags: str, **changes: object) -> list[str]:
         options: dict[str, object] = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import subprocess
 import sys
 from datetime import date
@@ -11,15 +12,16 @@ from importlib.metadata import entry_points
 
 import pytest
 from rich.console import Console
+from rich.text import Text
 from tiny import IM_END, tiny_tokenizer
 
 from saro.cli import main
 from saro.config import DataConfig, ModelConfig
 from saro.data.chat import ChatFormat
-from saro.data.records import Example, Message, Response
+from saro.data.records import Example, Message, Pair, Response
 from saro.data.tree import RowKind
 from saro.errors import SaroError
-from saro.inspect import STYLES, colour, inspect
+from saro.inspect import STYLES, colour, inspect, pair_tree
 
 
 @pytest.fixture
@@ -38,10 +40,27 @@ def saro(monkeypatch, capsys):
 
 def _inspect(files, model, **options) -> str:
     output = io.StringIO()
-    console = Console(file=output, width=200, force_terminal=True, color_system="standard")
+    width, color = options.pop("width", 200), "standard" if options.pop("color", True) else None
+    console = Console(file=output, width=width, force_terminal=True, color_system=color)
     show, ids = options.pop("show", 1), options.pop("ids", ())
     inspect(ModelConfig(name=model), DataConfig(**options), files, show, console, ids)
     return output.getvalue()
+
+
+def _styled(text: Text) -> list[tuple[str, str]]:
+    return [(text.plain[span.start : span.end], span.style) for span in text.spans]
+
+
+PAIRS = [
+    {
+        "id": f"pair-{name}",
+        "kind": "pp-cot",
+        "prompt": "Hi",
+        "chosen": {"reasoning": ["Look first.", f"Yes {name}."], "answer": "yes"},
+        "rejected": {"reasoning": ["Look first.", f"No {name}."], "answer": "no"},
+    }
+    for name in "abc"
+]
 
 
 def test_the_console_script_is_installed():
@@ -61,9 +80,10 @@ def test_inspect_colours_what_is_scored():
     chat = ChatFormat(tiny_tokenizer(), frozenset([IM_END]), date(2024, 7, 26))
     example = Example("a", "general", (Message("user", "Hi"),), Response("why", "yes ☂"), "f:1")
     text = colour(chat.encode(example), chat.tokenizer)
-    assert text.plain[: -len("<think>\nwhy\n</think>\n\nyes ☂<|im_end|>")].endswith("<|im_start|>assistant\n")
-    assert text.style == "dim"
-    assert [(text.plain[span.start : span.end], span.style) for span in text.spans] == [
+    # No style for the whole: scored tokens would be dim too.
+    assert text.style == ""
+    assert _styled(text) == [
+        ("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n", "dim"),
         ("<think>\nwhy\n</think>", STYLES[RowKind.THINK]),
         ("\n\nyes ☂", STYLES[RowKind.ANSWER]),
         ("<|im_end|>", STYLES[RowKind.STOP]),
@@ -93,13 +113,139 @@ def test_text_that_looks_like_markup_is_shown_as_it_is(records_file, tiny_model)
     assert "[red]" in _inspect([file], tiny_model())
 
 
+def test_a_part_of_a_sequence_is_coloured_like_the_whole():
+    chat = ChatFormat(tiny_tokenizer(), frozenset([IM_END]), date(2024, 7, 26))
+    sequence = chat.encode(Example("a", "general", (Message("user", "Hi"),), Response("why", "yes"), "f:1"))
+    place = sequence.scored_from + len("<think>\nw")
+    parts = [colour(sequence, chat.tokenizer, stop=place), colour(sequence, chat.tokenizer, start=place)]
+    assert "".join(part.plain for part in parts) == colour(sequence, chat.tokenizer).plain
+    assert _styled(parts[0])[-1] == ("<think>\nw", STYLES[RowKind.THINK])
+    assert _styled(parts[1])[0] == ("hy\n</think>", STYLES[RowKind.THINK])
+
+
+def test_inspect_knows_pairs_by_their_fields(saro, records_file, tiny_model):
+    code, out, err = saro("inspect", "--data", records_file(PAIRS), "--model", tiny_model(), "--show", "0")
+    assert (code, err) == (0, "")
+    assert "3 pairs (3 pp-cot)" in " ".join(out.split())
+    assert "pair, shared part once" in out
+    assert "pair-a" not in out
+
+
+def test_inspect_tells_what_sharing_saves_on_all_pairs(records_file, tiny_model):
+    text = _inspect([records_file(PAIRS)], tiny_model(), show=0)
+    # One token a byte: a prompt of 21, and what follows "<think>\nLook first.\n" on either side.
+    sides = [len(f"{step} a.\n</think>\n\n{answer}") + 1 for step, answer in (("Yes", "yes"), ("No", "no"))]
+    shared = 21 + len("<think>\nLook first.\n")
+    apart, once = 2 * shared + sum(sides), shared + sum(sides)
+    assert f"Sharing saves {100 * (1 - once / apart):.1f} % of {3 * apart} tokens, and up to " in text
+
+
+def test_a_pair_is_shown_as_what_is_shared_and_two_branches(records_file, tiny_model):
+    text = _inspect([records_file(PAIRS)], tiny_model(), color=False)
+    shown = text[text.index("pair-a: ") :].splitlines()
+    shown = [line.rstrip() for line in shown[1:] if not line.startswith("─")]
+    assert shown[:-1] == [
+        "shared: 41 tokens (21 of the prompt, 20 of the responses)",
+        "<|im_start|>user",
+        "Hi<|im_end|>",
+        "<|im_start|>assistant",
+        "<think>",
+        "Look first.",
+        "",
+        "┣━━ chosen: 21 tokens",
+        "┃   Yes a.",
+        "┃   </think>",
+        "┃",
+        "┃   yes<|im_end|>",
+        "┗━━ rejected: 19 tokens",
+        "    No a.",
+        "    </think>",
+        "",
+        "    no<|im_end|>",
+    ]
+    assert "pair-b: " not in text
+
+
+def test_the_parts_of_a_pair_are_coloured_by_what_is_scored():
+    chat = ChatFormat(tiny_tokenizer(), frozenset([IM_END]), date(2024, 7, 26))
+    pair = Pair("a", "pp-cot", (Message("user", "Hi"),), Response("x\ny", "yes"), Response("x\nz", "no"), "f:1")
+    tree = pair_tree(*chat.encode_pair(pair), chat.tokenizer)
+    parts = [part.label.renderables[1] for part in (tree, *tree.children)]
+    think, answer, stop = (STYLES[kind] for kind in RowKind)
+    assert _styled(parts[0])[1:] == [("<think>\nx\n", think)]
+    assert _styled(parts[0])[0][1] == "dim"
+    assert _styled(parts[1]) == [("y\n</think>", think), ("\n\nyes", answer), ("<|im_end|>", stop)]
+    assert _styled(parts[2]) == [("z\n</think>", think), ("\n\nno", answer), ("<|im_end|>", stop)]
+
+
+def test_pairs_on_one_prompt_are_shown_each_for_itself(records_file, tiny_model):
+    text = _inspect([records_file(PAIRS)], tiny_model(), ids=["pair-c", "pair-a"], color=False)
+    assert text.index("pair-c: ") < text.index("pair-a: ")
+    assert text.count("chosen: 21 tokens") == 2
+    assert "pair-b: " not in text
+
+
+def test_pairs_fit_in_100_columns(records_file, tiny_model):
+    long = PAIRS[0] | {"prompt": "so many words " * 30, "rejected": {"answer": "and even more words " * 30}}
+    text = _inspect([records_file([long])], tiny_model(), width=100, color=False)
+    shown = text[text.index("pair-a: ") :].splitlines()
+    assert max(len(line) for line in shown) <= 100
+    assert " ".join(shown).count("so") == 30
+
+
+def test_inspect_lists_pairs_whose_tree_is_too_long(records_file, tiny_model):
+    # 41 tokens are shared; 21 and 19 follow.
+    text = _inspect([records_file([PAIRS[0], PAIRS[1] | {"prompt": "Hi!"}])], tiny_model(), pack_tokens=81, show=0)
+    assert "1 pairs are longer than a pack of 81 tokens: pair-b" in text
+
+
+def test_inspect_names_the_nearest_id_of_a_pair(records_file, tiny_model):
+    with pytest.raises(SaroError, match="no record has the id 'pair-d'; did you mean pair-"):
+        _inspect([records_file(PAIRS)], tiny_model(), ids=["pair-d"])
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["pairs", "examples"], "makes this an example, not a pair; give examples to stage 1 (RW)"),
+        (["examples", "pairs"], 'field "chosen" makes this a preference pair; give pairs to stage 2 (SRPO)'),
+    ],
+)
+def test_examples_and_pairs_do_not_go_together(records_file, examples, tiny_model, names, message):
+    records = {"pairs": PAIRS, "examples": examples}
+    files = [records_file(records[name], f"{name}.jsonl") for name in names]
+    with pytest.raises(SaroError) as caught:
+        _inspect(files, tiny_model())
+    assert str(caught.value).startswith(f"{files[1]}:1: ")
+    assert str(caught.value).endswith(message)
+
+
+def test_the_demo_has_pairs_too(saro, tiny_model):
+    code, out, err = saro("inspect", "--pairs", "--model", tiny_model(), "--show", "0")
+    assert (code, err) == (0, "")
+    assert re.search(r"srpo_train\.jsonl: \d+ pairs", " ".join(out.split()))
+
+
 def test_convert_writes_records_and_counts_them(saro, tmp_path):
     source = tmp_path / "gsm8k.jsonl"
     source.write_text(json.dumps({"question": "1 + 1?", "answer": "1+1=<<1+1=2>>2\n#### 2"}) + "\n")
     code, out, _ = saro("convert", "gsm8k", str(source), str(tmp_path / "out.jsonl"))
     assert code == 0
     assert out.startswith("1 records")
+    assert "left out" not in out
     assert json.loads((tmp_path / "out.jsonl").read_text())["kind"] == "general"
+
+
+def test_convert_names_the_records_that_it_leaves_out(saro, tmp_path):
+    source = tmp_path / "pairs.jsonl"
+    rows = [{"question": "1 + 1?", "correct": "1+1=2\nA: 2", "incorrect": wrong} for wrong in ("1+1=3\nA: 3", "3")]
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code, out, _ = saro("convert", "gsm8k-pairs", str(source), str(tmp_path / "out.jsonl"))
+    assert code == 0
+    assert out.splitlines() == [
+        f"1 records in {tmp_path / 'out.jsonl'}",
+        f"1 left out, without a chain of steps: {source}:2",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -108,6 +254,8 @@ def test_convert_writes_records_and_counts_them(saro, tmp_path):
         (["inspct"], "unknown subcommand 'inspct'; did you mean inspect?"),
         (["convert", "gsm8", "a", "b"], "unknown format 'gsm8'; did you mean gsm8k?"),
         (["inspect", "--dta", "x"], "unknown option --dta; did you mean --data?"),
+        (["inspect", "--data", "[]"], "--data names no file; give one, or leave the option out for the demo data"),
+        (["inspect", "--pairs", "--data", "my.jsonl"], "--pairs chooses among the demo data; a file of pairs is known"),
         (["inspect", "--data", "absent.jsonl"], "absent.jsonl: there is no such file"),
     ],
 )

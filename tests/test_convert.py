@@ -1,12 +1,13 @@
 """Public data sets become native records: exactly, completely, or not at all. The texts here are made up."""
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
-from saro.convert import convert
-from saro.data.records import Message, Response, read_examples
+from saro.convert import Converted, convert
+from saro.data.records import Message, Response, read_examples, read_pairs
 from saro.errors import SaroError
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -22,6 +23,11 @@ STAR1 = {
 GSM8K = {
     "question": "Ann has 48 clips and sells half. How many are left?",
     "answer": "She sells 48/2 = <<48/2=24>>24 clips.\n\nShe keeps 48-24 = <<48-24=24>>24. \n#### 24",
+}
+GSM8K_PAIR = {
+    "question": "Ann has 48 clips, sells half and finds 2. How many has she?",
+    "correct": "She sells 48/2 = <<48/2=24>>24 clips.\n\nShe has 24+2 = <<24+2=26>>26. \nA: 26",
+    "incorrect": "She sells 48/2 = <<48/2=24.0>>24 clips. \nShe has 48+2 = <<48+2=50>>50.\nA: 50",
 }
 STEPS = "<|Reasoning_step|>\nTitle: One:\nA first.\n<|/Reasoning_step|>\n\n<|Reasoning_step|>B\n<|/Reasoning_step|>\n"
 STAIR = {"prompt": "Why?", "answer": STEPS + "<|Output|>\nSo.\n<|/Output|>\n", "source": "PKU-SafeRLHF"}
@@ -43,6 +49,12 @@ def one(tmp_path: Path, source_format: str, record: dict):
     return example
 
 
+def one_pair(tmp_path: Path, record: dict):
+    convert("gsm8k-pairs", lines(tmp_path / "in.jsonl", record), tmp_path / "out.jsonl")
+    (pair,) = read_pairs(tmp_path / "out.jsonl")
+    return pair
+
+
 def error(tmp_path: Path, source_format: str, *records) -> str:
     """The error that these records give; nothing is written then."""
     with pytest.raises(SaroError) as caught:
@@ -62,6 +74,49 @@ def test_gsm8k_loses_its_annotations_and_keeps_its_steps(tmp_path):
     example = one(tmp_path, "gsm8k", GSM8K)
     assert (example.id, example.kind) == ("gsm8k-000001", "general")
     assert example.response == Response("She sells 48/2 = 24 clips.\nShe keeps 48-24 = 24.", "The answer is 24.")
+
+
+def test_gsm8k_pairs_are_treated_like_gsm8k_on_both_sides(tmp_path):
+    pair = one_pair(tmp_path, GSM8K_PAIR)
+    assert pair.id == "gsm8k-pairs-000001"
+    assert pair.prompt == (Message("user", GSM8K_PAIR["question"]),)
+    assert pair.chosen == Response("She sells 48/2 = 24 clips.\nShe has 24+2 = 26.", "The answer is 26.")
+    assert pair.rejected == Response("She sells 48/2 = 24 clips.\nShe has 48+2 = 50.", "The answer is 50.")
+
+
+@pytest.mark.parametrize(
+    ("correct", "kind"),
+    [
+        ("She sells 48/2 = <<48/2=24>>24 clips.\nSo 26.\nA: 26", "pp-cot"),
+        ("Half of 48 is 24.\nShe has 48+2 = 50.\nA: 26", "op-cot"),
+        ("She sells 48/2 = 24 clips, so 26.\nA: 26", "op-cot"),
+    ],
+    ids=["the same first step", "a later step", "the first words of a step"],
+)
+def test_chains_that_begin_with_the_same_step_make_a_process_pair(tmp_path, correct, kind):
+    assert one_pair(tmp_path, GSM8K_PAIR | {"correct": correct}).kind == kind
+
+
+@pytest.mark.parametrize("side", ["correct", "incorrect"])
+@pytest.mark.parametrize("number", ["25", " -1,250.50\n", "$3"])
+def test_a_solution_that_is_a_bare_number_has_no_chain_and_its_pair_is_left_out_and_named(tmp_path, side, number):
+    source = lines(tmp_path / "in.jsonl", GSM8K_PAIR, GSM8K_PAIR | {side: number}, GSM8K_PAIR)
+    assert convert("gsm8k-pairs", source, tmp_path / "out.jsonl") == Converted(2, (f"{source}:2",))
+    # Numbers are those of the source, so that ids do not depend on what is left out.
+    assert [p.id for p in read_pairs(tmp_path / "out.jsonl")] == ["gsm8k-pairs-000001", "gsm8k-pairs-000003"]
+
+
+def test_a_source_of_which_all_is_left_out_is_an_error(tmp_path):
+    message = error(tmp_path, "gsm8k-pairs", GSM8K_PAIR | {"correct": "26"})
+    assert message == "in.jsonl: none of its records has a chain of steps; check how it was written"
+
+
+def test_native_pairs_have_their_keys_in_order_and_lists_of_steps(tmp_path):
+    convert("gsm8k-pairs", lines(tmp_path / "in.jsonl", GSM8K_PAIR), tmp_path / "out.jsonl")
+    record = json.loads((tmp_path / "out.jsonl").read_text(encoding="utf-8"))
+    assert list(record) == ["id", "kind", "prompt", "chosen", "rejected"]
+    assert [list(record[side]) for side in ("chosen", "rejected")] == [["reasoning", "answer"]] * 2
+    assert [len(record[side]["reasoning"]) for side in ("chosen", "rejected")] == [2, 2]
 
 
 def test_stair_sft_steps_lose_their_marks(tmp_path):
@@ -93,14 +148,14 @@ def test_native_records_have_their_keys_in_order_and_readable_text(tmp_path):
 
 @pytest.mark.parametrize("write", [array, lines])
 def test_arrays_and_jsonl_are_read_and_counted(tmp_path, write):
-    assert convert("gsm8k", write(tmp_path / "in", GSM8K, GSM8K), tmp_path / "out.jsonl") == 2
+    assert convert("gsm8k", write(tmp_path / "in", GSM8K, GSM8K), tmp_path / "out.jsonl") == Converted(2, ())
     assert [example.id for example in read_examples(tmp_path / "out.jsonl")] == ["gsm8k-000001", "gsm8k-000002"]
 
 
 def test_an_array_with_a_byte_order_mark_is_read(tmp_path):
     source = array(tmp_path / "in.json", STAR1)
     source.write_bytes(b"\xef\xbb\xbf" + source.read_bytes())
-    assert convert("star1", source, tmp_path / "out.jsonl") == 1
+    assert convert("star1", source, tmp_path / "out.jsonl").records == 1
 
 
 @pytest.mark.parametrize(
@@ -120,6 +175,17 @@ def test_an_array_with_a_byte_order_mark_is_read(tmp_path):
         ("gsm8k", {**GSM8K, "answer": "a\n#### 2\nb"}, "answer does not end with a line #### and the result"),
         ("gsm8k", {**GSM8K, "answer": "a <<1+1=2\n#### 2"}, "calculator annotation that does not end"),
         ("gsm8k", {**GSM8K, "answer": "\n#### 2"}, "reasoning has no steps"),
+        ("gsm8k-pairs", GSM8K, 'field "correct" is missing; check that this is the format of the file'),
+        ("gsm8k-pairs", {**GSM8K_PAIR, "correct": "26 clips"}, "correct does not end with a line A: and the result"),
+        ("gsm8k-pairs", {**GSM8K_PAIR, "incorrect": "a\nA: "}, "incorrect does not end with a line A: and the result"),
+        ("gsm8k-pairs", {**GSM8K_PAIR, "incorrect": "a\n#### 2"}, "incorrect does not end with a line A: and"),
+        ("gsm8k-pairs", {**GSM8K_PAIR, "incorrect": "a 1>>1\nA: 2"}, "incorrect has a calculator annotation that does"),
+        ("gsm8k-pairs", {**GSM8K_PAIR, "incorrect": "\nA: 2"}, "rejected: reasoning has no steps"),
+        (
+            "gsm8k-pairs",
+            {**GSM8K_PAIR, "correct": "a <<1=1>>1\nA: 2", "incorrect": "a 1\n\nA:  2"},
+            "chosen equals rejected; drop this pair",
+        ),
         ("stair-sft", {**STAIR, "answer": STEPS}, "answer is not reasoning steps and then one output"),
         ("stair-sft", {**STAIR, "answer": STEPS * 40}, "answer is not reasoning steps and then one output"),
         (
@@ -134,7 +200,7 @@ def test_an_array_with_a_byte_order_mark_is_read(tmp_path):
     ],
 )
 def test_a_record_that_is_not_as_its_format_says_is_an_error(tmp_path, source_format, record, expected):
-    good = {"star1": {**STAR1, "id": "1"}, "gsm8k": GSM8K, "stair-sft": STAIR}[source_format]
+    good = {"star1": {**STAR1, "id": "1"}, "gsm8k": GSM8K, "gsm8k-pairs": GSM8K_PAIR, "stair-sft": STAIR}[source_format]
     message = error(tmp_path, source_format, good, record)
     assert message.startswith("in.jsonl:2: ")
     assert expected in message
@@ -184,7 +250,7 @@ def test_an_existing_file_is_overwritten_only_when_asked(tmp_path):
     with pytest.raises(SaroError, match="exists already"):
         convert("gsm8k", source, target)
     assert target.read_text() == "mine"
-    assert convert("gsm8k", source, target, overwrite=True) == 1
+    assert convert("gsm8k", source, target, overwrite=True).records == 1
     assert len(list(read_examples(target))) == 1
 
 
@@ -202,13 +268,16 @@ def test_the_source_is_never_overwritten(tmp_path):
         convert("gsm8k", source, source, overwrite=True)
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="the folder of public data sets is not here")
+published = pytest.mark.skipif(not SHARED.is_dir(), reason="the folder of public data sets is not here")
+
+
+@published
 @pytest.mark.parametrize(
     ("source_format", "name", "kind", "records"),
     [("star1", "star1.json", "safety", 1000), ("gsm8k", "gsm8k_train.jsonl", "general", 7473)],
 )
 def test_the_published_sets_convert_completely(tmp_path, source_format, name, kind, records):
-    assert convert(source_format, SHARED / name, tmp_path / "out.jsonl") == records
+    assert convert(source_format, SHARED / name, tmp_path / "out.jsonl") == Converted(records, ())
     examples = list(read_examples(tmp_path / "out.jsonl"))
     assert len(examples) == records
     assert {example.kind for example in examples} == {kind}
@@ -216,3 +285,14 @@ def test_the_published_sets_convert_completely(tmp_path, source_format, name, ki
     marks = ("<think>", "</think>", "<<", ">>", "####")
     texts = [example.response.reasoning + example.response.answer for example in examples]
     assert not any(mark in text for text in texts for mark in marks)
+
+
+@published
+def test_the_published_pairs_convert_but_for_the_one_without_a_chain(tmp_path):
+    source = SHARED / "gsm8k_solution_pairs.jsonl"
+    assert convert("gsm8k-pairs", source, tmp_path / "out.jsonl") == Converted(730, (f"{source}:473",))
+    pairs = list(read_pairs(tmp_path / "out.jsonl"))
+    assert Counter(pair.kind for pair in pairs) == {"op-cot": 715, "pp-cot": 15}
+    sides = [side for pair in pairs for side in (pair.chosen, pair.rejected)]
+    assert all(side.reasoning and side.answer.startswith("The answer is ") for side in sides)
+    assert not any(mark in side.reasoning + side.answer for side in sides for mark in ("<<", ">>", "A: "))

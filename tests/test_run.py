@@ -31,11 +31,7 @@ class OneProcess(SimpleNamespace):
         self.barriers += 1
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch) -> Path:
-    """A cache folder of the test's own."""
-    monkeypatch.setenv("SARO_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 @pytest.fixture

@@ -41,13 +41,14 @@ seeds = st.integers(0, 2**31)
 # A pure function
 
 
-@given(kind_lists, st.integers(1, 9), seeds, weightings, st.data())
-def test_a_fresh_schedule_gives_any_step_as_one_that_ran_up_to_it(kinds, per_step, seed, weights, data):
+@given(kind_lists, st.integers(1, 9), seeds, weightings, st.booleans(), st.data())
+def test_a_fresh_schedule_gives_any_step_as_one_that_ran_up_to_it(kinds, per_step, seed, weights, in_groups, data):
     # What a resumed run needs: accelerate#4233 is a sampler that began its epoch anew after a resume.
-    ran = drawable(kinds, per_step, seed, weights)
+    groups = [i // 3 for i in range(len(kinds))] if in_groups else None
+    ran = drawable(kinds, per_step, seed, weights, groups)
     steps = [ran.records(step).tolist() for step in range(3 * ran.steps_per_epoch)]
     start = data.draw(st.integers(0, len(steps) - 1))
-    fresh = Schedule(kinds, per_step, seed, weights)
+    fresh = Schedule(kinds, per_step, seed, weights, groups)
     assert [fresh.records(step).tolist() for step in range(start, len(steps))] == steps[start:]
 
 
@@ -185,6 +186,100 @@ def test_a_weight_of_a_kind_that_does_not_occur_changes_nothing():
 def test_weights_that_leave_no_record_are_an_error(kinds):
     with pytest.raises(SaroError, match="weights leave no record to draw; "):
         Schedule(kinds, 2, 0, {0: 0.0})
+
+
+# Groups
+
+
+def spans(order: list[int], groups: list[int]) -> dict[int, int]:
+    """For each group, the number of places from its first draw to its last."""
+    places: dict[int, list[int]] = {}
+    for place, record in enumerate(order):
+        places.setdefault(groups[record], []).append(place)
+    return {group: max(of) - min(of) + 1 for group, of in places.items()}
+
+
+grouped = st.lists(st.tuples(st.integers(0, 1), st.integers(-1, 6)), min_size=1, max_size=40)
+
+
+@given(kind_lists, st.integers(1, 9), seeds, weightings, st.integers(0, 2), st.randoms())
+def test_groups_of_one_record_change_nothing(kinds, per_step, seed, weights, epoch, rng):
+    numbers = rng.sample(range(1000), len(kinds))
+    plain, in_groups = drawable(kinds, per_step, seed, weights), drawable(kinds, per_step, seed, weights, numbers)
+    expected = [records.tolist() for records in epoch_of(plain, epoch)]
+    assert [records.tolist() for records in epoch_of(in_groups, epoch)] == expected
+
+
+@given(grouped, st.integers(1, 9), seeds, st.integers(0, 2))
+def test_a_group_is_drawn_without_a_gap(records, per_step, seed, epoch):
+    kinds, groups = map(list, zip(*records, strict=True))
+    order = np.concatenate(epoch_of(Schedule(kinds, per_step, seed, groups=groups), epoch)).tolist()
+    assert spans(order, groups) == Counter(groups)
+
+
+@given(grouped, st.integers(1, 9), seeds, weightings, st.integers(0, 2))
+def test_groups_change_neither_draws_nor_sizes_of_steps(records, per_step, seed, weights, epoch):
+    kinds, groups = map(list, zip(*records, strict=True))
+    plain, in_groups = drawable(kinds, per_step, seed, weights), drawable(kinds, per_step, seed, weights, groups)
+    assert draws(in_groups, epoch) == draws(plain, epoch)
+    assert [len(step) for step in epoch_of(in_groups, epoch)] == [len(step) for step in epoch_of(plain, epoch)]
+
+
+@given(grouped, seeds, st.integers(2, 3))
+def test_copies_of_a_record_come_in_different_runs_of_its_group(records, seed, weight):
+    kinds, groups = map(list, zip(*records, strict=True))
+    schedule = Schedule(kinds, 1, seed, {0: weight, 1: weight}, groups)
+    left = np.concatenate(epoch_of(schedule, 0)).tolist()
+    size = Counter(groups)
+    while left:
+        run = left[: size[groups[left[0]]]]
+        assert sorted(run) == [r for r, group in enumerate(groups) if group == groups[run[0]]]
+        left = left[len(run) :]
+
+
+def test_copies_come_no_closer_than_without_groups():
+    def twice_in_a_step(groups: list[int] | None) -> int:
+        schedules = [Schedule([0] * 96, 16, seed, {0: 2}, groups) for seed in range(50)]
+        steps = [step for schedule in schedules for step in epoch_of(schedule, 0)]
+        return sum(len(step) - len(set(step.tolist())) for step in steps)
+
+    assert twice_in_a_step([i // 6 for i in range(96)]) <= twice_in_a_step(None)
+
+
+def test_a_group_larger_than_a_step_fills_consecutive_ones():
+    groups = [7] * 12 + list(range(100, 112))
+    steps = [step.tolist() for step in epoch_of(Schedule([0] * 24, 4, seed=1, groups=groups), 0)]
+    held = [sum(record < 12 for record in step) for step in steps]
+    assert sum(held) == 12
+    first, last = np.flatnonzero(held)[[0, -1]]
+    assert all(n == 4 for n in held[first + 1 : last])
+
+
+def test_large_groups_come_neither_early_nor_late():
+    # As they would if a group stood where the first of its records was drawn.
+    groups = [0] * 20 + list(range(1, 81))
+    orders = (Schedule([0] * 100, 100, seed, groups=groups).records(0) for seed in range(400))
+    starts = np.array([np.flatnonzero(order < 20)[0] for order in orders])
+    # Uniform on 0..80, with a mean of 40 and a standard error of 23.4 / 20.
+    assert abs(starts.mean() - 40) < 4 * 23.4 / 20
+
+
+def test_the_order_within_a_group_and_of_the_groups_differs_by_epoch():
+    schedule = Schedule([0] * 24, 24, seed=0, groups=[i // 4 for i in range(24)])
+    orders = [schedule.records(epoch).tolist() for epoch in range(6)]
+    assert len({tuple(record // 4 for record in order) for order in orders}) == 6
+    assert len({tuple(record for record in order if record < 4) for order in orders}) > 1
+
+
+def test_the_order_with_groups_is_the_same_on_every_machine():
+    # Changes only with the algorithm, which would silently change what a resumed run learns from.
+    schedule = Schedule([0, 0, 1, 1, 1, 0, 1], 3, seed=0, weights={1: 2}, groups=[5, 5, 5, 2, 2, 9, 9])
+    assert [schedule.records(step).tolist() for step in range(4)] == [[5, 6], [2, 0, 1], [4, 3, 2], [4, 3, 6]]
+
+
+def test_as_many_groups_as_records_are_asked_for():
+    with pytest.raises(ValueError, match="2 groups for 3 records"):
+        Schedule([0, 0, 0], 2, 0, groups=[1, 1])
 
 
 # A million records

@@ -1,37 +1,51 @@
-"""SRPO's objective against a plain DPO written here: two full sequences for each pair, through the model's own forward."""
+"""SRPO's objective against a plain DPO written here: two full sequences for each pair, padded, through the model's own SDPA
+forward, in float64."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import tiny_config
+from torch import nn
 from transformers import AutoModelForCausalLM
 
+from saro.config import PAIR_KINDS, PreferenceConfig
+from saro.data.dataset import ExampleSet, PairSet
 from saro.data.packs import lay_out
-from saro.data.records import PAIR_KINDS
 from saro.data.tree import ScoredSequence, build_tree
 from saro.model.policy import Policy
 from saro.train.losses import PAIR_LOSSES
 from saro.train.objective import SRPOObjective
+from saro.train.reference import Reference
 
 BETA = 0.3
 
 
-@pytest.fixture(scope="module")
-def model():
+def _make_model(lora: bool) -> nn.Module:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(tiny_config(), attn_implementation="sdpa").double()
+    if lora:
+        targets = ["q_proj", "v_proj", "down_proj"]
+        model = get_peft_model(model, LoraConfig(r=3, lora_alpha=6, target_modules=targets, task_type="CAUSAL_LM"))
+        model.double()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim >= 2:
                 parameter.normal_(std=0.2)
     return model
+
+
+@pytest.fixture(scope="module", params=["full", "lora"])
+def model(request):
+    return _make_model(request.param == "lora")
 
 
 def _pair(prompt, shared, chosen, rejected, record=0) -> tuple[ScoredSequence, ScoredSequence]:
@@ -52,10 +66,31 @@ PAIRS = [
 REFERENCE = torch.tensor([[-20.0, -13.0], [-11.0, -26.0], [-17.0, -30.0]], dtype=torch.float64)
 
 
-def _plain_logp(model, sequence: ScoredSequence) -> torch.Tensor:
-    tokens = torch.tensor(sequence.tokens, dtype=torch.int64)[None]
-    logits = model(input_ids=tokens).logits[0, :-1]
-    return F.log_softmax(logits, -1).gather(1, tokens[0, 1:, None])[sequence.scored_from - 1 :].sum()
+def _lm(model):
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def _plain_logps(model, pair) -> list[torch.Tensor]:
+    """Of each scored token of both sides, which run as one right-padded batch."""
+    longest = max(len(side.tokens) for side in pair)
+    tokens = torch.zeros(2, longest, dtype=torch.int64)
+    mask = torch.zeros_like(tokens)
+    for i, side in enumerate(pair):
+        tokens[i, : len(side.tokens)] = torch.from_numpy(side.tokens.astype(np.int64))
+        mask[i, : len(side.tokens)] = 1
+    logits = model(input_ids=tokens, attention_mask=mask).logits
+    logps = F.log_softmax(logits[:, :-1], -1).gather(2, tokens[:, 1:, None])[..., 0]
+    return [logps[i, side.scored_from - 1 : len(side.tokens) - 1] for i, side in enumerate(pair)]
+
+
+def _reference(pairs, sums) -> Reference:
+    """Of given sums of each side, spread unevenly over its tokens."""
+    parts = []
+    for pair, of_pair in zip(pairs, sums, strict=True):
+        for side, total in zip(pair, of_pair, strict=True):
+            share = np.arange(1.0, len(side.row_kinds) + 1)
+            parts.append(float(total) * share / share.sum())
+    return Reference(np.concatenate(parts), np.cumsum([0, *map(len, parts)]))
 
 
 def _plain_loss(name: str, smoothing: float, margin: torch.Tensor) -> torch.Tensor:
@@ -71,16 +106,16 @@ def _plain_loss(name: str, smoothing: float, margin: torch.Tensor) -> torch.Tens
 
 
 def _gradient(model) -> torch.Tensor:
-    return torch.cat([p.grad.flatten() for p in model.parameters()])
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
 
 
 def _plain(model, pairs, reference, name, smoothing=0.0, nll=0.0, normalize=False) -> tuple[float, torch.Tensor]:
-    model.set_attn_implementation("sdpa")
+    _lm(model).set_attn_implementation("sdpa")
     model.zero_grad()
     total = torch.zeros((), dtype=torch.float64)
     rows = sum(len(chosen.row_kinds) for chosen, _ in pairs)
     for (chosen, rejected), (ref_chosen, ref_rejected) in zip(pairs, reference, strict=True):
-        lp_chosen, lp_rejected = _plain_logp(model, chosen), _plain_logp(model, rejected)
+        lp_chosen, lp_rejected = (logps.sum() for logps in _plain_logps(model, (chosen, rejected)))
         up, down = lp_chosen - ref_chosen, lp_rejected - ref_rejected
         if normalize:
             up, down = up / len(chosen.row_kinds), down / len(rejected.row_kinds)
@@ -92,7 +127,8 @@ def _plain(model, pairs, reference, name, smoothing=0.0, nll=0.0, normalize=Fals
 def _ours(model, pairs, reference, loss, packs=None, **options) -> tuple[float, torch.Tensor]:
     policy = Policy(model)
     model.zero_grad()
-    objective = SRPOObjective(np.zeros(len(pairs)), reference, beta=BETA, loss=loss, **options)
+    preference = PreferenceConfig(beta=BETA, loss=loss, **options)
+    objective = SRPOObjective(np.zeros(len(pairs)), _reference(pairs, reference), preference)
     trees = [build_tree(pair) for pair in pairs] if packs is None else packs
     counts = objective.counts(trees)
     total = 0.0
@@ -136,18 +172,53 @@ def test_pairs_on_one_prompt_may_share_one_tree(model):
     _assert_equal(ours, _plain(model, PAIRS, REFERENCE, "sigmoid"))
 
 
+@pytest.mark.parametrize("depth", [1, 2, 3, 4])
+def test_trees_of_every_depth(model, depth):
+    """Pairs on one prompt that part one after the other: node within node."""
+    trunk = [10, 11, 12, 13, 14, 15]
+    pairs = [_pair([5, 6, 7], trunk[:n], [20 + n, 30, 2], [40 + n, 2], n - 1) for n in range(1, depth + 1)]
+    tree = build_tree([side for pair in pairs for side in pair])
+    assert max(map(len, tree.paths)) == depth + 1
+    sums = torch.linspace(-30, -5, 2 * depth, dtype=torch.float64).view(-1, 2)
+    _assert_equal(_ours(model, pairs, sums, "sigmoid", packs=[tree]), _plain(model, pairs, sums, "sigmoid"))
+
+
+def test_a_response_that_stands_in_two_pairs_is_one_path(model):
+    pairs = [PAIRS[0], (PAIRS[0][0], _pair([5, 6, 7], [8], [30, 2], [31, 2], 1)[1])]
+    pairs[1] = tuple(replace(side, record=1) for side in pairs[1])
+    tree = build_tree([side for pair in pairs for side in pair])
+    assert tree.paths[0] == tree.paths[2]
+    sums = REFERENCE[:2]
+    _assert_equal(_ours(model, pairs, sums, "ipo", packs=[tree]), _plain(model, pairs, sums, "ipo"))
+
+
 tokens = st.lists(st.integers(4, 40), max_size=6)
+# Few different tokens, so that random sequences share prefixes, of any length.
+few = st.lists(st.integers(4, 5), max_size=5)
+losses = st.sampled_from([(name, 0.0) for name in PAIR_LOSSES] + [("sigmoid", 0.2), ("robust", 0.2)])
 
 
-@settings(max_examples=25, deadline=None)
-@given(
-    st.lists(st.tuples(tokens, tokens, tokens, tokens), min_size=1, max_size=3), st.sampled_from(sorted(PAIR_LOSSES))
-)
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.tuples(tokens, tokens, tokens, tokens), min_size=1, max_size=3), losses)
 def test_any_pairs_give_the_loss_and_gradients_of_plain_dpo(model, drawn, loss):
+    """With empty remainders a child is one token, the stop."""
     pairs = [_pair([3, *p], s, [41, *c, 2], [42, *r, 2], i) for i, (p, s, c, r) in enumerate(drawn)]
-    reference = torch.arange(2.0 * len(pairs), dtype=torch.float64).view(-1, 2) * -7
-    plain = _plain(model, pairs, reference, loss)
-    ours = _ours(model, pairs, reference, loss)
+    _assert_any(model, pairs, loss, None)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.tuples(few, few), min_size=1, max_size=4), losses)
+def test_any_pairs_on_one_prompt_in_one_tree_give_them_too(model, drawn, loss):
+    pairs = [_pair([3, 3], [], [*c, 2], [*r, 2], i) for i, (c, r) in enumerate((c, r) for c, r in drawn if c != r)]
+    if pairs:
+        _assert_any(model, pairs, loss, [build_tree([side for pair in pairs for side in pair])])
+
+
+def _assert_any(model, pairs, loss, packs):
+    name, smoothing = loss
+    sums = torch.arange(2.0 * len(pairs), dtype=torch.float64).view(-1, 2) * -7
+    plain = _plain(model, pairs, sums, name, smoothing)
+    ours = _ours(model, pairs, sums, name, packs=packs, label_smoothing=smoothing)
     assert ours[0] == pytest.approx(plain[0], rel=1e-10, abs=1e-12)
     assert (ours[1] - plain[1]).norm() <= 1e-6 * plain[1].norm() + 1e-12
 
@@ -156,38 +227,114 @@ def test_any_pairs_give_the_loss_and_gradients_of_plain_dpo(model, drawn, loss):
     ("loss", "value"), [("sigmoid", math.log(2)), ("robust", math.log(2)), ("hinge", 1.0), ("ipo", 1 / (4 * BETA**2))]
 )
 def test_at_the_reference_every_loss_has_its_value_at_margin_zero(model, loss, value):
+    """allenai/open-instruct#1900: the loss was not ln 2 at step 0."""
     with torch.no_grad():
-        model.set_attn_implementation("sdpa")
-        reference = torch.tensor([[_plain_logp(model, side).item() for side in pair] for pair in PAIRS])
-    total, _ = _ours(model, PAIRS, reference.double(), loss)
-    assert total == pytest.approx(value, rel=1e-4)
+        _lm(model).set_attn_implementation("sdpa")
+        sums = torch.stack([torch.stack([logps.sum() for logps in _plain_logps(model, pair)]) for pair in PAIRS])
+    total, _ = _ours(model, PAIRS, sums, loss)
+    assert total == pytest.approx(value, rel=1e-10)
+    objective = SRPOObjective(np.zeros(3), _reference(PAIRS, sums), PreferenceConfig(beta=BETA, loss=loss))
+    assert objective.loss_of(0) == pytest.approx(value)
+
+
+def _metrics(kinds, moved_of, options=None, pairs=PAIRS[:2]):
+    """Means of the metrics where every token of side s of pair i has moved by ``moved_of[i][s]``; and the values by pair."""
+    pack = lay_out([build_tree(pair) for pair in pairs])
+    logps = -torch.arange(1.0, pack.rows + 1, dtype=torch.float64)
+    moved = torch.tensor(moved_of, dtype=torch.float64).flatten()[pack.entry_sequence]
+    entries = logps[pack.entry_row]
+    offsets = np.cumsum([0, *np.bincount(pack.entry_sequence)])
+    sums = SRPOObjective(np.array(kinds), Reference((entries - moved).numpy(), offsets), options)(logps, pack)
+    return {name: (total / count).item() for name, (total, count) in sums.metrics.items() if count}, sums.pairs, pack
 
 
 def test_metrics_by_hand():
-    pack = lay_out([build_tree(pair) for pair in PAIRS[:2]])
-    logps = -torch.arange(1.0, pack.rows + 1)
-    sums = torch.zeros(4).index_add(0, pack.entry_sequence, logps[pack.entry_row]).view(2, 2)
-    reference = sums - torch.tensor([[3.0, 1.0], [-2.0, 5.0]])
-    metrics = SRPOObjective(np.array([0, 1]), reference, beta=0.5)(logps, pack).metrics
-    means = {name: (total / count).item() for name, (total, count) in metrics.items()}
+    # Scored tokens: 6 and 4 of the first pair, 2 and 4 of the second.
+    means, pairs, pack = _metrics([0, 1], [[0.5, 0.25], [-1.0, 1.0]], PreferenceConfig(beta=0.5))
+    assert np.bincount(pack.entry_sequence).tolist() == [6, 4, 2, 4]
     assert means["rewards/chosen"] == pytest.approx(0.5 * (3 - 2) / 2)
-    assert means["rewards/margins"] == pytest.approx(0.5 * (2 - 7) / 2)
+    assert means["rewards/rejected"] == pytest.approx(0.5 * (1 + 4) / 2)
+    assert means["rewards/margins"] == pytest.approx(0.5 * (2 - 6) / 2)
     assert means["rewards/accuracies"] == 0.5
     assert means["op-cot/rewards/margins"] == pytest.approx(1.0)
-    assert means["pp-cot/rewards/margins"] == pytest.approx(-3.5)
+    assert means["pp-cot/rewards/margins"] == pytest.approx(-3.0)
     assert means["delta_logps/chosen"] == pytest.approx(0.5)
-    assert means["delta_logps/rejected"] == pytest.approx(3.0)
+    assert means["op-cot/delta_logps/chosen"] == pytest.approx(3)
+    assert means["delta_logps/rejected"] == pytest.approx(2.5)
     assert means["chosen_fell"] == 0.5
-    assert means["logps/chosen"] == pytest.approx(sums[:, 0].mean().item())
-    assert {name.split("/")[0] for name in means} >= set(PAIR_KINDS)
+    assert means["pp-cot/chosen_fell"] == 1
+    assert means["loss"] == pytest.approx((math.log1p(math.exp(-1)) + math.log1p(math.exp(3))) / 2)
+    sums = torch.zeros(4, dtype=torch.float64).index_add(
+        0, pack.entry_sequence, -torch.arange(1.0, pack.rows + 1, dtype=torch.float64)[pack.entry_row]
+    )
+    assert means["logps/chosen"] == pytest.approx(sums[0::2].mean().item())
+    assert pairs["margin"].tolist() == pytest.approx([2.0, -6.0])
+    assert pairs["chosen_fell"].tolist() == [False, True]
 
 
-def test_shared_reasoning_cancels_in_the_margin(model):
+def test_the_displacement_is_split_into_reasoning_and_the_rest():
+    thinking = [
+        replace(side, row_kinds=np.array([0] * 3 + [1] * (len(side.row_kinds) - 4) + [2], np.uint8))
+        for side in PAIRS[0]
+    ]
+    means, _, _ = _metrics([0], [[0.5, 0.25]], PreferenceConfig(), [tuple(thinking)])
+    assert means["delta_logps/chosen/think"] == pytest.approx(1.5)
+    assert means["delta_logps/chosen/answer"] == pytest.approx(1.5)
+    assert means["delta_logps/rejected/think"] == pytest.approx(0.75)
+    assert means["delta_logps/rejected/answer"] == pytest.approx(0.25)
+
+
+def test_a_loss_in_rounding_alone_is_no_fall():
+    _, pairs, _ = _metrics([0, 1], [[-9e-4, 0.0], [-1.1e-3, 0.0]], PreferenceConfig())
+    assert pairs["chosen_fell"].tolist() == [False, True]
+
+
+def test_every_metric_stands_for_each_kind_of_pair_too():
+    means, _, _ = _metrics([0, 1], [[0.5, 0.25], [-1.0, 1.0]], PreferenceConfig())
+    overall = {name for name in means if name.split("/")[0] not in PAIR_KINDS}
+    assert set(means) == overall | {f"{kind}/{name}" for kind in PAIR_KINDS for name in overall}
+    assert {"loss", "rewards/chosen", "logps/rejected", "delta_logps/chosen/think", "chosen_fell"} <= overall
+
+
+def test_shared_reasoning_cancels_in_the_margin():
     """What both sides share has no gradient of its own: the margin's gradient is that of the remainders."""
     pack = lay_out([build_tree(PAIRS[0])])
     logps = torch.zeros(pack.rows, requires_grad=True)
-    SRPOObjective(np.zeros(1), torch.zeros(1, 2))(logps, pack).losses["pairs"].backward()
+    reference = _reference(PAIRS[:1], [[0.0, 0.0]])
+    SRPOObjective(np.zeros(1), reference, PreferenceConfig())(logps, pack).losses["pairs"].backward()
     shared = torch.bincount(pack.entry_row, minlength=pack.rows) == 2
     assert shared.sum() == 2
     assert torch.equal(logps.grad[shared], torch.zeros(2))
     assert (logps.grad[~shared] != 0).all()
+
+
+@pytest.mark.parametrize("loss", sorted(PAIR_LOSSES))
+def test_scoring_divergent_tokens_alone_gives_the_same_loss_and_gradients(model, loss):
+    pairs = _pair_set(PAIRS)
+    parted = pairs.divergent()
+    full, short = [pairs.sequences(i) for i in range(3)], [parted.sequences(i) for i in range(3)]
+    assert [len(side.row_kinds) for pair in short for side in pair] == [4, 2, 2, 4, 1, 3]
+    assert lay_out(pairs.trees(range(3), 100)).rows > lay_out(parted.trees(range(3), 100)).rows
+    zeros = torch.zeros(3, 2, dtype=torch.float64)
+    _assert_equal(_ours(model, short, zeros, loss, scored="divergent"), _ours(model, full, zeros, loss))
+
+
+def test_where_only_divergent_tokens_are_scored_no_absolute_values_are_reported():
+    parted = _pair_set(PAIRS[:2]).divergent()
+    options = PreferenceConfig(scored="divergent")
+    means, pairs, _ = _metrics([0, 1], [[0.5, 0.25], [-1.0, 1.0]], options, [parted.sequences(i) for i in range(2)])
+    kinds = {name for name in means if name.split("/")[0] not in PAIR_KINDS}
+    assert kinds == {"loss", "rewards/margins", "rewards/accuracies"}
+    assert set(pairs) == {"margin"}
+
+
+def _pair_set(pairs) -> PairSet:
+    sides = []
+    for side in (0, 1):
+        sequences = [pair[side] for pair in pairs]
+        lengths = [len(s.tokens) for s in sequences]
+        prompts = np.array([s.scored_from for s in sequences], np.int32)
+        tokens, offsets = np.concatenate([s.tokens for s in sequences]), np.cumsum([0, *lengths])
+        kinds, think = np.zeros(len(pairs), np.uint8), np.zeros(len(pairs), np.int32)
+        sides.append(ExampleSet(tokens, offsets, prompts, think, kinds, tuple(f"p{i}" for i in range(len(pairs)))))
+    return PairSet(*sides, np.arange(len(pairs), dtype=np.int32))

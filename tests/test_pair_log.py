@@ -1,0 +1,102 @@
+"""What becomes of each pair: rows by evaluation, and one warning when chosen responses lose probability."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from saro.train.objective import Sums
+from saro.train.pair_log import PairLog, write_margins
+
+
+@pytest.fixture
+def runtime():
+    """One process that keeps what it says."""
+    said: list[str] = []
+    return SimpleNamespace(say=said.append, said=said, gather=lambda items: items)
+
+
+def log_of(runtime, share=0.5, ids=("a", "b", "c", "d")) -> PairLog:
+    pairs = SimpleNamespace(ids=ids, kinds=np.arange(len(ids)) % 2)
+    return PairLog(runtime, pairs, "heldout", share)
+
+
+def observe(log: PairLog, records: list[int], margins: list[float], fell: list[bool]) -> None:
+    pack = SimpleNamespace(records=tuple(r for r in records for _ in range(2)))
+    log.observe(pack, Sums({}, {}, {"margin": torch.tensor(margins), "chosen_fell": torch.tensor(fell)}))
+
+
+def test_rows_come_in_the_order_of_the_files_with_id_and_kind(runtime):
+    log = log_of(runtime)
+    observe(log, [2], [0.5], [False])
+    observe(log, [3, 0], [1.5, -2.0], [False, False])
+    assert log.take(7) == [
+        {"step": 7, "id": "a", "kind": "op-cot", "margin": -2.0, "chosen_fell": False},
+        {"step": 7, "id": "c", "kind": "op-cot", "margin": 0.5, "chosen_fell": False},
+        {"step": 7, "id": "d", "kind": "pp-cot", "margin": 1.5, "chosen_fell": False},
+    ]
+    assert log.take(8) == []
+
+
+def test_rows_of_all_processes_are_taken(runtime):
+    runtime.gather = lambda items: [*items, (1, {"margin": 4.0})]
+    log = log_of(runtime)
+    observe(log, [2], [0.5], [False])
+    assert [row["id"] for row in log.take(1)] == ["b", "c"]
+
+
+def test_a_warning_names_the_pairs_whose_chosen_response_fell_once(runtime):
+    log = log_of(runtime)
+    observe(log, [0, 1, 2, 3], [1.0] * 4, [True, True, True, False])
+    log.take(5)
+    (line,) = runtime.said
+    assert line.startswith(
+        "warning: after step 5 the chosen response has lost probability in 3 of 4 heldout pairs (a, b, c); "
+    )
+    observe(log, [0, 1], [1.0] * 2, [True, True])
+    log.take(6)
+    assert len(runtime.said) == 1
+
+
+@pytest.mark.parametrize(("share", "warned"), [(0.5, False), (0.49, True), (1.0, False), (0.0, True)])
+def test_the_share_is_the_one_that_was_set(runtime, share, warned):
+    log = log_of(runtime, share)
+    observe(log, [0, 1], [1.0] * 2, [True, False])
+    log.take(1)
+    assert bool(runtime.said) == warned
+
+
+def test_a_long_warning_stays_one_line(runtime):
+    ids = tuple(f"pair-{i:03d}" for i in range(200))
+    log = log_of(runtime, ids=ids)
+    observe(log, list(range(200)), [0.0] * 200, [True] * 200)
+    log.take(1)
+    assert "pair-009 and 190 others)" in runtime.said[0]
+    assert "\n" not in runtime.said[0]
+
+
+def test_no_pairs_no_warning(runtime):
+    log_of(runtime, share=0.0).take(1)
+    assert not runtime.said
+
+
+def steps_of(path) -> list[tuple[int, str]]:
+    return [(line["step"], line["id"]) for line in map(json.loads, path.read_text().splitlines())]
+
+
+def test_evaluations_follow_each_other_in_one_file(tmp_path):
+    path = tmp_path / "margins.jsonl"
+    for step in (0, 4):
+        write_margins(path, step, [{"step": step, "id": i, "margin": 0.5} for i in "ab"])
+    assert steps_of(path) == [(0, "a"), (0, "b"), (4, "a"), (4, "b")]
+
+
+def test_an_evaluation_that_is_made_again_after_a_kill_takes_the_place_of_the_first(tmp_path):
+    path = tmp_path / "margins.jsonl"
+    for step in (0, 4, 8, 4):
+        write_margins(path, step, [{"step": step, "id": "a"}])
+    assert steps_of(path) == [(0, "a"), (4, "a")]

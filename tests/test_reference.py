@@ -1,0 +1,269 @@
+"""Reference log-probs: what they are, when they are scored again, and when not."""
+
+from __future__ import annotations
+
+import gc
+import shutil
+from dataclasses import replace
+from datetime import date
+
+import numpy as np
+import pytest
+import torch
+from tiny import save_tiny_model, tiny_tokenizer
+
+from saro.config import DataConfig, ModelConfig
+from saro.data.dataset import PairSet, encode_pair_files
+from saro.data.packs import lay_out
+from saro.data.tree import build_tree
+from saro.errors import SaroError
+from saro.model.load import find_model, load_policy
+from saro.train import reference as module
+from saro.train.reference import cache_key, layout_noise, load_reference, load_references, other_references, score_pairs
+
+CPU = torch.device("cpu")
+pytestmark = pytest.mark.usefixtures("cache", "one_thread")
+
+
+@pytest.fixture
+def world(tiny_model, records_file, pairs):
+    """Source, policy and pairs of a tiny model."""
+
+    def make(records=pairs, **options):
+        options = ModelConfig(**{"name": tiny_model(), "method": "lora"} | options)
+        source = find_model(options)
+        chat = source.chat_format(DataConfig(), date(2024, 7, 26))
+        data = encode_pair_files([records_file(records, "pairs.jsonl")], chat, max_tokens=512)
+        return source, load_policy(source, options, CPU, seed=0), data
+
+    return make
+
+
+@pytest.fixture
+def scored(monkeypatch) -> list[int]:
+    """How many sequences each call of the scorer has run."""
+    calls: list[int] = []
+    original = module.score
+
+    def counting(policy, packs, device):
+        for pack, entries in original(policy, packs, device):
+            calls.append(len(pack.records))
+            yield pack, entries
+
+    monkeypatch.setattr(module, "score", counting)
+    return calls
+
+
+def native_logps(policy, sequence) -> np.ndarray:
+    tokens = torch.from_numpy(sequence.tokens.astype(np.int64))
+    lm = policy.causal_lm
+    lm.set_attn_implementation("sdpa")
+    with torch.no_grad():
+        logps = lm(input_ids=tokens[None]).logits[0, :-1].double().log_softmax(-1)
+    lm.set_attn_implementation("saro_packed")
+    return logps.gather(1, tokens[1:, None])[sequence.scored_from - 1 :, 0].numpy()
+
+
+def test_they_are_the_models_own_log_probs_of_every_scored_token(runtime, world):
+    source, policy, data = world()
+    reference = load_reference(runtime, policy, source, data, 256)
+    for i in range(len(data)):
+        for side, sequence in enumerate(data.sequences(i)):
+            np.testing.assert_allclose(reference.of_side(i, side), native_logps(policy, sequence), atol=2e-5)
+
+
+def test_dropout_is_off_while_they_are_scored_and_the_mode_is_kept(runtime, world):
+    """huggingface/trl#744: dropout was on in the reference."""
+    source, policy, data = world()
+    plain = load_reference(runtime, policy, source, data, 256)
+    source, noisy, _ = world(lora_dropout=0.5)
+    with torch.no_grad():
+        for name, parameter in noisy.trainable().items():
+            if "lora_B" in name:
+                parameter.normal_()
+    noisy.train()
+    trees = data.trees(range(len(data)), 256)
+    first, second = (score_pairs(noisy, data, trees, 256) for _ in range(2))
+    assert noisy.training
+    np.testing.assert_array_equal(first.logps, second.logps)
+    assert np.abs(first.logps - plain.logps).mean() > 0.1
+
+
+def test_a_pack_gets_the_entries_of_its_sequences_in_their_order(runtime, world):
+    source, policy, data = world()
+    reference = load_reference(runtime, policy, source, data, 256)
+    pack = lay_out(data.trees([7, 2, 6], 256))
+    with torch.no_grad():
+        entries = policy.eval()(pack).index_select(0, pack.entry_row)
+    torch.testing.assert_close(reference.of_pack(pack), entries, rtol=0, atol=1e-5)
+
+
+def test_a_pack_without_trees_has_no_entries(runtime, world):
+    source, policy, data = world()
+    assert len(load_reference(runtime, policy, source, data, 256).of_pack(lay_out([]))) == 0
+
+
+def test_the_cached_and_the_uncached_are_the_same(runtime, world):
+    source, policy, data = world()
+    direct = score_pairs(policy, data, data.trees(range(len(data)), 256), 256)
+    first = load_reference(runtime, policy, source, data, 256)
+    again = load_reference(runtime, policy, source, data, 256)
+    np.testing.assert_array_equal(first.logps, again.logps)
+    np.testing.assert_array_equal(first.offsets, direct.offsets)
+    np.testing.assert_allclose(first.logps, direct.logps, atol=1e-5)
+
+
+def test_nothing_is_scored_twice_but_a_spot_check(runtime, world, scored):
+    source, policy, data = world()
+    load_reference(runtime, policy, source, data, 256)
+    assert sum(scored) == 2 * len(data)
+    scored.clear()
+    load_reference(runtime, policy, source, data, 256)
+    assert sum(scored) == 2 * 2 * 2  # two pairs, in two layouts
+
+
+def test_new_rows_cost_those_rows(runtime, world, scored, pairs):
+    source, policy, data = world(pairs[:20])
+    load_reference(runtime, policy, source, data, 256)
+    scored.clear()
+    _, _, more = world(pairs)
+    load_reference(runtime, policy, source, more, 256)
+    assert sum(scored) == 2 * 4 + 8
+
+
+def test_another_seed_or_rank_of_a_new_adapter_scores_nothing_again(runtime, world, scored):
+    source, policy, data = world()
+    load_reference(runtime, policy, source, data, 256)
+    scored.clear()
+    source, other, _ = world(lora_rank=4, gradient_checkpointing=True)
+    load_reference(runtime, other, source, data, 512)
+    assert sum(scored) == 8
+
+
+@pytest.mark.parametrize(
+    "change", [{"dtype": "bfloat16"}, {"method": "qlora"}, {"head": "reference"}], ids=["dtype", "4 bits", "head"]
+)
+def test_another_way_of_computing_is_another_reference(world, change):
+    """huggingface/trl#3985: a stale reference after a change of options."""
+    source, policy, _ = world()
+    _, other, _ = world(**change)
+    assert cache_key(policy, source, CPU) != cache_key(other, source, CPU)
+
+
+def test_another_device_or_version_is_another_reference(world, monkeypatch):
+    source, policy, _ = world()
+    here = cache_key(policy, source, CPU)
+    assert cache_key(policy, source, torch.device("cuda")) != here
+    monkeypatch.setattr(module, "version", lambda name: "0.0.1")
+    assert cache_key(policy, source, CPU) != here
+
+
+def test_where_a_model_lies_is_no_part_of_its_reference(world, tiny_model, tmp_path):
+    source, policy, _ = world()
+    moved, other, _ = world(name=str(shutil.copytree(tiny_model(), tmp_path / "moved")))
+    assert cache_key(policy, source, CPU) == cache_key(other, moved, CPU)
+
+
+def test_what_is_scored_from_later_on_is_scored_for_itself(runtime, world, scored):
+    """A cached value belongs to a scored span: where other tokens are scored, it is not taken."""
+    source, policy, data = world()
+    whole = load_reference(runtime, policy, source, data, 256)
+    scored.clear()
+    parted = data.divergent()
+    tail = load_reference(runtime, policy, source, parted, 256)
+    assert sum(scored) == 2 * len(data)
+    for i in range(len(data)):
+        for side in (0, 1):
+            rows = len(tail.of_side(i, side))
+            np.testing.assert_allclose(tail.of_side(i, side), whole.of_side(i, side)[-rows:], atol=1e-5)
+
+
+def test_a_cache_that_the_model_contradicts_is_an_error(runtime, world):
+    source, policy, data = world()
+    load_reference(runtime, policy, source, data, 256)
+    with torch.no_grad():
+        policy.causal_lm.get_decoder().norm.weight.mul_(1.001)
+    with pytest.raises(SaroError, match=r"the cached reference of p\d+, p\d+ differs .*; remove the folder"):
+        load_reference(runtime, policy, source, data, 256)
+
+
+def test_a_kill_costs_what_was_scored_since_the_last_flush(runtime, world, scored, monkeypatch):
+    source, policy, data = world()
+    monkeypatch.setattr(module, "_FLUSH_SECONDS", 0.0)
+    original = module.ReferenceCache.add
+    added = []
+
+    def dying(self, logps):
+        original(self, logps)
+        added.append(len(logps))
+        if len(added) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(module.ReferenceCache, "add", dying)
+    with pytest.raises(KeyboardInterrupt):
+        load_reference(runtime, policy, source, data, 256)
+    monkeypatch.setattr(module.ReferenceCache, "add", original)
+    scored.clear()
+    load_reference(runtime, policy, source, data, 256)
+    assert sum(scored) == 2 * len(data) - sum(added) + 8
+
+
+def test_all_pairs_are_scored_chunk_by_chunk(runtime, world, monkeypatch):
+    source, policy, data = world()
+    whole = score_pairs(policy, data, data.trees(range(len(data)), 256), 256)
+    monkeypatch.setattr(module, "_CHUNK_PAIRS", 5)
+    np.testing.assert_allclose(load_reference(runtime, policy, source, data, 256).logps, whole.logps, atol=1e-5)
+
+
+# Another model as the reference.
+
+
+def other(runtime, world, name, sets: list[PairSet], **options):
+    source, _, _ = world()
+    options = ModelConfig(**{"name": "the policy's, which is not looked at", "method": "lora"} | options)
+    return other_references(runtime, options, name, source.chat_format(DataConfig(), date(2024, 7, 26)), sets, 256)
+
+
+def test_another_model_gives_its_own_log_probs(runtime, world, tiny_model):
+    _, policy, data = world(name=tiny_model("qwen3"))
+    (reference,) = other(runtime, world, tiny_model("qwen3"), [data], lora_rank=3)
+    np.testing.assert_allclose(reference.of_side(3, 1), native_logps(policy, data.sequences(3)[1]), atol=2e-5)
+
+
+def test_the_other_model_is_gone_afterwards(runtime, world, tiny_model):
+    _, _, data = world()
+    gc.collect()
+    models = sum(isinstance(o, torch.nn.Embedding) for o in gc.get_objects())
+    other(runtime, world, tiny_model("qwen3"), [data])
+    gc.collect()
+    assert sum(isinstance(o, torch.nn.Embedding) for o in gc.get_objects()) == models
+
+
+def test_a_model_of_another_vocabulary_is_refused(runtime, world, tmp_path):
+    _, _, data = world()
+    folder = save_tiny_model(tmp_path / "other", vocab_size=300)
+    tiny_tokenizer(extra=("<|more|>",)).save_pretrained(folder)
+    with pytest.raises(SaroError, match="has another vocabulary than the policy; give a model of its family"):
+        other(runtime, world, str(folder), [data])
+
+
+def test_a_missing_model_is_refused(runtime, world):
+    with pytest.raises(SaroError, match=r"\./gone: no such folder"):
+        other(runtime, world, "./gone", [])
+
+
+# The noise of layouts.
+
+
+def test_the_noise_is_never_less_than_a_rounding(world):
+    _, policy, data = world()
+    logps, noise = layout_noise(policy, [build_tree(data.sequences(0))], CPU)
+    assert len(logps) == sum(len(s.row_kinds) for s in data.sequences(0))
+    assert noise.mean == pytest.approx(torch.finfo(torch.float32).eps * np.abs(logps).mean(), rel=1e-5)
+    assert noise.most >= noise.mean
+
+
+def test_several_sets_are_scored_in_turn(runtime, world):
+    source, policy, data = world()
+    first, second = load_references(runtime, policy, source, [data, replace(data)], 256)
+    np.testing.assert_array_equal(first.logps, second.logps)

@@ -1,0 +1,179 @@
+"""The cache of reference log-probs: what was added is found, whatever happens to processes and files."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from saro.data.tree import ScoredSequence
+from saro.errors import SaroError
+from saro.train import reference_cache
+from saro.train.reference_cache import ReferenceCache, sequence_key
+
+KEY = {"weights": "a"}
+
+
+def key(i: int) -> bytes:
+    return i.to_bytes(16, "little")
+
+
+def values(i: int) -> np.ndarray:
+    return np.arange(i, 2 * i + 1, dtype=np.float32)
+
+
+def load(cache: ReferenceCache, *numbers: int) -> list[list[float]]:
+    keys = [key(i) for i in numbers]
+    assert cache.find(keys) == [True] * len(keys)
+    logps, offsets = cache.load(keys, [i + 1 for i in numbers])
+    return [logps[a:b].tolist() for a, b in pairwise(offsets)]
+
+
+def shards(folder: Path) -> list[Path]:
+    return sorted(folder.rglob("shards/*.safetensors"))
+
+
+pytestmark = pytest.mark.usefixtures("cache")
+
+
+def test_what_was_added_is_found_in_the_order_asked_for():
+    ReferenceCache.of(KEY).add({key(i): values(i) for i in (3, 0, 5)})
+    assert load(ReferenceCache.of(KEY), 5, 3, 0, 5) == [values(i).tolist() for i in (5, 3, 0, 5)]
+
+
+def test_what_was_not_added_is_not_found():
+    cache = ReferenceCache.of(KEY)
+    assert cache.find([key(1)]) == [False]
+    cache.add({key(1): values(1)})
+    assert cache.find([key(1), key(2)]) == [True, False]
+
+
+@pytest.mark.parametrize("change", [{"weights": "b"}, {"weights": "a", "dtype": "bfloat16"}])
+def test_another_reference_has_a_cache_of_its_own(change):
+    ReferenceCache.of(KEY).add({key(1): values(1)})
+    assert ReferenceCache.of(change).find([key(1)]) == [False]
+
+
+def test_the_folder_says_what_its_values_were_scored_with():
+    assert '"weights": "a"' in (ReferenceCache.of(KEY).folder / "key.json").read_text()
+
+
+def test_adding_twice_does_no_harm():
+    for _ in range(2):
+        ReferenceCache.of(KEY).add({key(4): values(4)})
+    assert load(ReferenceCache.of(KEY), 4) == [values(4).tolist()]
+
+
+def test_the_dtype_is_kept():
+    ReferenceCache.of(KEY).add({key(1): values(1).astype(np.float64)})
+    cache = ReferenceCache.of(KEY)
+    cache.find([key(1)])
+    assert cache.load([key(1)], [2])[0].dtype == np.float64
+
+
+def test_many_rows_are_spread_over_shards(monkeypatch, cache):
+    monkeypatch.setattr(reference_cache, "SHARD_ROWS", 10)
+    ReferenceCache.of(KEY).add({key(i): values(i) for i in range(8)})
+    assert len(shards(cache)) > 2
+    assert load(ReferenceCache.of(KEY), *range(8)) == [values(i).tolist() for i in range(8)]
+
+
+def test_the_index_is_made_again_when_it_is_lost_old_or_broken(cache):
+    of_key = ReferenceCache.of(KEY)
+    of_key.add({key(1): values(1)})
+    load(of_key, 1)
+    index = of_key.folder / "index.safetensors"
+    old = index.read_bytes()
+    of_key.add({key(2): values(2)})
+    for content in (None, old, b"broken", b""):
+        index.unlink()
+        if content is not None:
+            index.write_bytes(content)
+        assert load(ReferenceCache.of(KEY), 1, 2) == [values(1).tolist(), values(2).tolist()]
+
+
+def test_the_index_is_not_made_again_while_it_is_right():
+    of_key = ReferenceCache.of(KEY)
+    of_key.add({key(1): values(1)})
+    load(of_key, 1)
+    before = (of_key.folder / "index.safetensors").stat().st_mtime_ns
+    load(ReferenceCache.of(KEY), 1)
+    assert (of_key.folder / "index.safetensors").stat().st_mtime_ns == before
+
+
+def test_what_a_killed_process_left_half_written_is_passed_over(cache):
+    of_key = ReferenceCache.of(KEY)
+    of_key.add({key(1): values(1)})
+    (shards(cache)[0].parent / ".0123.safetensors.89abcdef.tmp").write_bytes(b"half")
+    assert load(ReferenceCache.of(KEY), 1) == [values(1).tolist()]
+
+
+def test_a_shard_cut_by_the_disk_is_removed_and_its_keys_are_lacking(cache):
+    ReferenceCache.of(KEY).add({key(1): values(1)})
+    (shard,) = shards(cache)
+    shard.write_bytes(shard.read_bytes()[:-3])
+    assert ReferenceCache.of(KEY).find([key(1)]) == [False]
+    assert not shards(cache)
+
+
+def test_values_changed_by_the_disk_are_never_returned(cache):
+    ReferenceCache.of(KEY).add({key(9): values(9)})
+    (shard,) = shards(cache)
+    content = bytearray(shard.read_bytes())
+    position = bytes(content).index(values(9).tobytes())
+    content[position] ^= 1
+    shard.write_bytes(content)
+    of_key = ReferenceCache.of(KEY)
+    assert of_key.find([key(9)]) == [True]
+    with pytest.raises(SaroError, match="was damaged on disk, and is removed; start again"):
+        of_key.load([key(9)], [10])
+    assert ReferenceCache.of(KEY).find([key(9)]) == [False]
+
+
+def _add_many(folder: str, first: int) -> None:
+    os.environ["SARO_CACHE"] = folder
+    of_key = ReferenceCache.of(KEY)
+    for i in range(first, first + 10):
+        of_key.add({key(i): values(i)})
+        assert of_key.find([key(i)]) == [True]
+
+
+def test_processes_may_add_at_the_same_time(cache):
+    context = multiprocessing.get_context("fork")
+    workers = [context.Process(target=_add_many, args=(str(cache), first)) for first in (0, 5, 10)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert [worker.exitcode for worker in workers] == [0, 0, 0]
+    assert load(ReferenceCache.of(KEY), *range(20)) == [values(i).tolist() for i in range(20)]
+
+
+sequences = st.builds(
+    lambda tokens, start: (tuple(tokens), min(start, len(tokens) - 1)),
+    st.lists(st.integers(0, 300), min_size=2, max_size=5),
+    st.integers(1, 4),
+)
+
+
+@settings(max_examples=200)
+@given(sequences, sequences)
+def test_keys_are_equal_for_equal_tokens_and_scored_spans_alone(a, b):
+    def of(drawn):
+        tokens, start = drawn
+        return sequence_key(ScoredSequence(np.array(tokens, np.int32), start, np.zeros(len(tokens) - start), 0))
+
+    assert (of(a) == of(b)) == (a == b)
+
+
+def test_a_key_does_not_depend_on_how_the_tokens_lie_in_memory():
+    tokens = np.arange(20, dtype=np.int32)
+    one = ScoredSequence(tokens[::2], 1, np.zeros(9), 0)
+    other = ScoredSequence(tokens[::2].copy(), 1, np.zeros(9), 7)
+    assert sequence_key(one) == sequence_key(other)
