@@ -14,7 +14,7 @@ from rich.tree import Tree
 from transformers import PreTrainedTokenizerBase
 
 from saro.config import DataConfig, ModelConfig
-from saro.data.audit import Report, check_masks, pair_lengths
+from saro.data.audit import Report, check_masks
 from saro.data.chat import ChatFormat
 from saro.data.dataset import ExampleSet, PairSet, encode_files, encode_pair_files
 from saro.data.jsonl import read_objects
@@ -45,7 +45,7 @@ def inspect(
     encoded = _encode(files, chat, source.config.vocab_size)
     of_pairs = isinstance(encoded, PairSet)
     Report.of(encoded).show(console, ", ".join(files))
-    lengths = pair_lengths(encoded) if of_pairs else encoded.lengths
+    lengths = encoded.lengths
     too_long = [encoded.ids[i] for i in np.flatnonzero(lengths > data.pack_tokens)]
     if too_long:
         noun = "pairs" if of_pairs else "records"

@@ -314,6 +314,25 @@ def srpo_arguments(tiny_model, records_file, pairs, tmp_path) -> Callable[..., l
 
 
 @pytest.fixture
+def srpo(recipes, cache) -> Callable:
+    """Runs recipes/srpo.py with a cache of the test's own and waits for its end."""
+
+    def run(*arguments, **options):
+        environment = {"SARO_CACHE": str(cache)} | options.pop("environment", {})
+        return recipes.run(*arguments, recipe="srpo", environment=environment, **options)
+
+    return run
+
+
+@pytest.fixture
+def rw_final(recipes, rw_arguments, tmp_path) -> Path:
+    """The adapter that stage 1 has trained, on its base."""
+    done = recipes.run(*rw_arguments(train_output=tmp_path / "rw", model_lora_rank=4))
+    assert done.code == 0, done.err
+    return tmp_path / "rw" / "final"
+
+
+@pytest.fixture
 def runtime() -> Iterator[Runtime]:
     """One process, one thread."""
     threads = torch.get_num_threads()

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 from tiny import IM_END, tiny_tokenizer
 
-from saro.data.audit import Lengths, Report, Sharing, check_masks, pair_lengths, shared_tokens
+from saro.data.audit import Lengths, Report, Sharing, check_masks
 from saro.data.chat import ChatFormat
 from saro.data.dataset import ExampleSet, PairSet, encode_files, encode_pair_files
 from saro.data.records import read_examples, read_pairs
@@ -160,7 +160,7 @@ def test_the_report_measures_both_sides_of_pairs_and_what_they_share():
 
 
 def test_the_shared_tokens_of_a_pair_are_those_that_both_begin_with():
-    assert shared_tokens(pairs_by_hand()).tolist() == [3, 1, 3]
+    assert pairs_by_hand().shared_tokens.tolist() == [3, 1, 3]
 
 
 def test_sharing_by_hand():
@@ -178,7 +178,7 @@ def test_pairs_that_stand_apart_in_the_file_are_put_together_by_their_prompt():
 def test_the_length_of_a_pair_is_that_of_its_tree(records_file):
     data = encode_pair_files([records_file(PAIRS)], CHAT, max_tokens=512)
     trees = [build_tree(data.sequences(i)) for i in range(len(data))]
-    assert pair_lengths(data).tolist() == [sum(len(node.tokens) for node in tree.nodes) for tree in trees]
+    assert data.lengths.tolist() == [sum(len(node.tokens) for node in tree.nodes) for tree in trees]
 
 
 def test_the_report_on_pairs_is_plain_data_for_the_manifest():

@@ -2,28 +2,40 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from dataclasses import replace
 from datetime import date
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from tiny import CHATML, IM_END, PAD, tiny_tokenizer
+from test_rw import metrics_of
+from test_srpo_recipe import scored_lines
+from tiny import CHATML, IM_END, PAD, save_tiny_model, tiny_tokenizer
 
-from saro.config import ModelConfig, TrainConfig
+import saro.train.reference
+from saro.config import ModelConfig, PreferenceConfig, TrainConfig
 from saro.data.audit import check_masks
 from saro.data.chat import ChatFormat
-from saro.data.dataset import ExampleSet, encode_files
+from saro.data.dataset import ExampleSet, PairSet, encode_files, encode_pair_files
 from saro.data.packs import Pack, lay_out
 from saro.data.records import Example, Message, Response
 from saro.data.schedule import Schedule
 from saro.data.tree import build_tree
 from saro.errors import SaroError
+from saro.files import file_hash
 from saro.model.attention import native_attention
 from saro.model.load import find_model, load_policy
 from saro.model.policy import Policy
-from saro.train.objective import RWObjective
+from saro.train.checkpoint import save_final
+from saro.train.objective import RWObjective, SRPOObjective
 from saro.train.optim import make_optimizer
+from saro.train.reference import Reference, load_reference, score_pairs
+from saro.train.start_check import check_start
+from saro.train.steps import Steps
 
 DAY = date(2024, 7, 26)
 
@@ -201,3 +213,187 @@ def test_the_optimizer_holds_every_trainable_parameter_once(policy):
     optimizer = make_optimizer(policy.trainable().values(), TrainConfig())
     held = [id(p) for group in optimizer.param_groups for p in group["params"]]
     assert sorted(held) == sorted(id(p) for p in policy.trainable().values())
+
+
+# Preference optimization.
+
+
+@pytest.fixture
+def preferences(chat, records_file, pairs) -> PairSet:
+    return encode_pair_files([records_file(pairs, "pairs.jsonl")], chat, max_tokens=2048)
+
+
+@pytest.fixture
+def after_stage_1(tiny_model, tmp_path) -> str:
+    """The folder of an adapter that says something else than its base."""
+    policy = _policy(tiny_model(), "lora")
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in policy.trainable().values():
+            parameter.add_(torch.randn_like(parameter), alpha=0.05)
+    (tmp_path / "rw").mkdir()
+    save_final(tmp_path / "rw" / "final", policy.model, tiny_tokenizer())
+    return str(tmp_path / "rw" / "final")
+
+
+def _reference(runtime, folder: str, preferences: PairSet, **options) -> tuple[Policy, Reference]:
+    options = ModelConfig(**{"name": folder, "method": "lora"} | options)
+    source = find_model(options)
+    policy = load_policy(source, options, torch.device("cpu"), seed=0)
+    return policy, load_reference(runtime, policy, source, preferences, 256)
+
+
+def _objective(preferences: PairSet, reference: Reference, **options) -> SRPOObjective:
+    return SRPOObjective(preferences.kinds, reference, PreferenceConfig(**options))
+
+
+@pytest.fixture
+def scorings(monkeypatch) -> list[int]:
+    """Sequences that were scored for a reference, pack by pack."""
+    found: list[int] = []
+    original = saro.train.reference.score
+
+    def counting(*arguments):
+        for pack, entries in original(*arguments):
+            found.append(len(pack.records))
+            yield pack, entries
+
+    monkeypatch.setattr(saro.train.reference, "score", counting)
+    return found
+
+
+def test_the_reference_holds_the_adapter_of_stage_1(runtime, tiny_model, after_stage_1, preferences, cache):
+    """hiyouga/LLaMA-Factory#8459 and #8974: the reference was the base model, without the SFT adapter."""
+    policy, reference = _reference(runtime, after_stage_1, preferences)
+    pack = lay_out(preferences.trees(range(4), 256))
+    now = policy(pack).detach().index_select(0, pack.entry_row)
+    torch.testing.assert_close(reference.of_pack(pack), now, rtol=0, atol=1e-5)
+    _, of_base = _reference(runtime, tiny_model(), preferences)
+    assert (of_base.of_pack(pack) - now).abs().mean() > 0.05, "the control must differ"
+
+
+def test_a_reference_is_never_taken_for_other_tokens(runtime, tiny_model, preferences, cache, scorings):
+    """huggingface/trl#3985: after a change of lengths or of the template old log-probs were used."""
+    _reference(runtime, tiny_model(), preferences)
+    other = replace(preferences, chosen=replace(preferences.chosen, tokens=preferences.chosen.tokens.copy()))
+    other.chosen.tokens[other.chosen.offsets[3] + 5] += 1
+    scorings.clear()
+    policy, reference = _reference(runtime, tiny_model(), other)
+    assert sum(scorings) == 2 + 8  # that pair, and the spot check of two in two layouts
+    pack = lay_out(other.trees([3], 256))
+    now = policy(pack).detach().index_select(0, pack.entry_row)
+    torch.testing.assert_close(reference.of_pack(pack), now, rtol=0, atol=1e-5)
+
+
+def test_a_reference_is_never_taken_for_another_way_of_computing(runtime, tiny_model, preferences, cache, scorings):
+    """huggingface/trl#3985, of options."""
+    _reference(runtime, tiny_model(), preferences)
+    scorings.clear()
+    _reference(runtime, tiny_model(), preferences, dtype="bfloat16")
+    assert sum(scorings) == 2 * len(preferences)
+
+
+def test_another_beta_needs_no_new_reference(runtime, tiny_model, preferences, cache, scorings):
+    """The reference was recomputed for every run of a sweep."""
+    first = _reference(runtime, tiny_model(), preferences)[1]
+    scorings.clear()
+    again = _reference(runtime, tiny_model(), preferences)[1]
+    assert sum(scorings) == 8
+    np.testing.assert_array_equal(first.logps, again.logps)
+    pack = lay_out(preferences.trees(range(4), 256))
+    logps = torch.zeros(pack.rows)
+    losses = [_objective(preferences, again, beta=beta)(logps, pack).losses["pairs"].item() for beta in (0.1, 0.5)]
+    assert losses[0] != pytest.approx(losses[1])
+
+
+def test_the_reference_of_a_resumed_run_is_its_start(srpo, srpo_arguments, rw_final, cache, tmp_path):
+    """Elsewhere the reference is taken from the resumed weights. Here it is even scored again from the start."""
+    options = {"model_name": rw_final, "train_save_every": 2}
+    assert srpo(*srpo_arguments(train_output=tmp_path / "unbroken", **options)).code == 0
+    assert srpo(*srpo_arguments(train_max_steps=2, **options)).code == 0
+    (tmp_path / "run" / "config.yaml").unlink()
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    manifest["config"]["train"]["max_steps"] = 4
+    # As if the first part had been stopped after two of four steps.
+    (tmp_path / "run" / "manifest.json").write_text(json.dumps(manifest))
+    for name in ("after.json", "final"):
+        target = tmp_path / "run" / name
+        target.unlink() if target.is_file() else shutil.rmtree(target)
+    for shard in cache.rglob("shards/*.safetensors"):
+        shard.unlink()
+    done = srpo(*srpo_arguments("--resume", **options))
+    assert done.code == 0, done.err
+    assert scored_lines(done.err) == ["reference: scoring 24 of 24 pairs"]
+    assert "loss 0.6931 at the start" in done.err
+    assert metrics_of(tmp_path / "run")[2]["rewards/margins"] > 0
+
+
+def test_dropout_is_off_while_the_reference_is_scored(runtime, after_stage_1, preferences, cache):
+    """huggingface/trl#744."""
+    _, quiet = _reference(runtime, after_stage_1, preferences)
+    policy, _ = _reference(runtime, after_stage_1, preferences, lora_dropout=0.5)
+    policy.train()
+    noisy = score_pairs(policy, preferences, preferences.trees(range(len(preferences)), 256), 256)
+    np.testing.assert_allclose(noisy.logps, quiet.logps, atol=1e-5)
+    assert policy.training
+
+
+def test_the_prompt_is_what_the_record_says_and_not_what_both_answers_begin_with(chat, records_file):
+    """huggingface/trl#6472: the prompt was guessed from the common text of the two answers."""
+    record = {"prompt": "Hi", "chosen": {"answer": "Well, yes."}, "rejected": {"answer": "Well, no."}}
+    found = encode_pair_files([records_file([record])], chat, max_tokens=512)
+    prompt = chat.prompt_ids([Message("user", "Hi")])
+    for side in found.sequences(0):
+        assert side.scored_from == len(prompt)
+        assert side.tokens[: len(prompt)].tolist() == prompt
+    assert found.shared_tokens[0] == len(prompt) + len("Well, ")
+
+
+@pytest.mark.parametrize(("loss", "value"), [("sigmoid", np.log(2)), ("hinge", 1.0), ("ipo", 1 / (4 * 0.1**2))])
+def test_the_loss_of_the_first_step_is_its_value_at_margin_zero(
+    runtime, after_stage_1, preferences, cache, loss, value
+):
+    """allenai/open-instruct#1900: it was not ln 2."""
+    policy, reference = _reference(runtime, after_stage_1, preferences)
+    steps = Steps(Schedule(preferences.kinds, 4, 0), partial(preferences.trees, budget=256), 256)
+    found = check_start(runtime, policy, _objective(preferences, reference, loss=loss), steps[0], preferences)
+    assert found.loss == pytest.approx(value, rel=1e-4)
+
+
+def test_the_nll_term_weighs_chosen_tokens_alike_however_a_step_is_packed(runtime, tiny_model, preferences, cache):
+    """A term normalised by micro-batch gives the tokens of small batches more weight."""
+    policy, reference = _reference(runtime, tiny_model(), preferences)
+    objective = _objective(preferences, reference, nll=2.0)
+
+    def gradient(cuts: list[list[int]]) -> torch.Tensor:
+        policy.zero_grad()
+        counts = objective.counts(preferences.trees([r for records in cuts for r in records], 10_000))
+        for records in cuts:
+            pack = lay_out(preferences.trees(records, 10_000))
+            sums = objective(policy(pack), pack)
+            sum(value / counts[name] for name, value in sums.losses.items()).backward()
+        return torch.cat([p.grad.flatten() for p in policy.trainable().values()])
+
+    whole = gradient([[0, 5, 11, 14]])
+    torch.testing.assert_close(gradient([[0], [5, 11, 14]]), whole, rtol=1e-4, atol=1e-6)
+
+
+def test_an_adapter_never_meets_another_base_than_its_own(after_stage_1, tiny_model, tmp_path):
+    """unslothai/unsloth-zoo#810: an adapter was merged into the wrong base."""
+    began = {"model": {"files": {"model.safetensors": file_hash(Path(tiny_model()) / "model.safetensors")}}}
+    (Path(after_stage_1).parent / "manifest.json").write_text(json.dumps(began))
+    find_model(ModelConfig(name=after_stage_1))
+    other = save_tiny_model(tmp_path / "other", intermediate_size=32)
+    config = Path(after_stage_1) / "adapter_config.json"
+    changed = json.loads(config.read_text()) | {"base_model_name_or_path": str(other)}
+    config.write_text(json.dumps(changed))
+    with pytest.raises(SaroError, match=r"was trained on another model\.safetensors than that of .*other"):
+        find_model(ModelConfig(name=after_stage_1))
+
+
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+def test_an_adapter_never_touches_a_tied_head(tiny_model, target):
+    """huggingface/peft#2777: merging an adapter of a tied head changes the embedding too."""
+    options = ModelConfig(name=tiny_model(), method="lora", lora_targets=[target])
+    with pytest.raises(SaroError, match="tied to each other, a merge would change both"):
+        load_policy(find_model(options), options, torch.device("cpu"), seed=0)

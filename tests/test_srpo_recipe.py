@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,25 +18,6 @@ from safetensors.torch import load_file
 from test_rw import ROOT, TIMING, assert_same_run, metrics_of, steps_logged, wait_for, weights_of
 
 from saro.config import PAIR_KINDS
-
-
-@pytest.fixture
-def srpo(recipes, cache) -> Callable:
-    """Runs recipes/srpo.py with a cache of the test's own and waits for its end."""
-
-    def run(*arguments, **options):
-        environment = {"SARO_CACHE": str(cache)} | options.pop("environment", {})
-        return recipes.run(*arguments, recipe="srpo", environment=environment, **options)
-
-    return run
-
-
-@pytest.fixture
-def rw_final(recipes, rw_arguments, tmp_path) -> Path:
-    """The adapter that stage 1 has trained, on its base."""
-    done = recipes.run(*rw_arguments(train_output=tmp_path / "rw", model_lora_rank=4))
-    assert done.code == 0, done.err
-    return tmp_path / "rw" / "final"
 
 
 def margins_of(run: Path) -> list[dict]:
@@ -181,28 +161,6 @@ def test_added_rows_are_scored_alone(srpo, srpo_arguments, records_file, pairs, 
     assert scored_lines(srpo(*arguments).err) == ["reference: scoring 10 of 10 pairs"]
     assert file == records_file(pairs, "pairs.jsonl")
     assert scored_lines(srpo(*arguments, "--overwrite").err) == ["reference: scoring 14 of 24 pairs"]
-
-
-def test_the_reference_of_a_resumed_run_is_its_start(srpo, srpo_arguments, rw_final, cache, tmp_path):
-    """Elsewhere the reference is taken from the resumed weights. Here it is even scored again from the start."""
-    options = {"model_name": rw_final, "train_save_every": 2}
-    assert srpo(*srpo_arguments(train_output=tmp_path / "unbroken", **options)).code == 0
-    assert srpo(*srpo_arguments(train_max_steps=2, **options)).code == 0
-    (tmp_path / "run" / "config.yaml").unlink()
-    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
-    manifest["config"]["train"]["max_steps"] = 4
-    # As if the first part had been stopped after two of four steps.
-    (tmp_path / "run" / "manifest.json").write_text(json.dumps(manifest))
-    for name in ("after.json", "final"):
-        target = tmp_path / "run" / name
-        target.unlink() if target.is_file() else __import__("shutil").rmtree(target)
-    for shard in cache.rglob("shards/*.safetensors"):
-        shard.unlink()
-    done = srpo(*srpo_arguments("--resume", **options))
-    assert done.code == 0, done.err
-    assert scored_lines(done.err) == ["reference: scoring 24 of 24 pairs"]
-    assert "loss 0.6931 at the start" in done.err
-    assert metrics_of(tmp_path / "run")[2]["rewards/margins"] > 0
 
 
 def test_another_model_may_be_the_reference(srpo, srpo_arguments, rw_final, tiny_model, tmp_path):

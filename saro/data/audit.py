@@ -13,7 +13,7 @@ from rich.table import Table
 from saro.data.chat import ChatFormat
 from saro.data.dataset import ExampleSet, PairSet
 from saro.data.records import KINDS, PAIR_KINDS, Example, Pair
-from saro.data.tree import build_tree, common_prefix
+from saro.data.tree import build_tree
 from saro.errors import SaroError
 
 
@@ -54,7 +54,7 @@ class Sharing:
         trees = (build_tree([side for pair in group for side in data.sequences(pair)]) for group in groups)
         by_prompt = sum(len(node.tokens) for tree in trees for node in tree.nodes)
         apart = int(data.chosen.lengths.sum() + data.rejected.lengths.sum())
-        return cls(apart, int(pair_lengths(data).sum()), by_prompt)
+        return cls(apart, int(data.lengths.sum()), by_prompt)
 
     def __str__(self) -> str:
         text = f"Sharing saves {self._saved(self.by_pair)} of {self.apart:,} tokens"
@@ -99,8 +99,8 @@ class Report:
             "chosen": data.chosen.lengths,
             "rejected": data.rejected.lengths,
             "prompt": data.chosen.prompt_tokens,
-            "shared reasoning": shared_tokens(data) - data.chosen.prompt_tokens,
-            "pair, shared part once": pair_lengths(data),
+            "shared reasoning": data.shared_tokens - data.chosen.prompt_tokens,
+            "pair, shared part once": data.lengths,
         }
         return cls(_by_kind(data.kinds, PAIR_KINDS), _spreads(lengths), data.chosen.dropped, Sharing.of(data))
 
@@ -133,16 +133,6 @@ def _by_kind(kinds: np.ndarray, names: Sequence[str]) -> dict[str, int]:
 
 def _spreads(lengths: dict[str, np.ndarray]) -> dict[str, Lengths]:
     return {label: Lengths.of(tokens) for label, tokens in lengths.items()}
-
-
-def shared_tokens(data: PairSet) -> np.ndarray:
-    """(n,) int64, how many tokens both sequences of a pair begin with: the prompt and what their responses share."""
-    return np.array([common_prefix([s.tokens for s in data.sequences(i)]) for i in range(len(data))], np.int64)
-
-
-def pair_lengths(data: PairSet) -> np.ndarray:
-    """(n,) int64, tokens of each pair's tree: what its sides share counts once."""
-    return data.chosen.lengths + data.rejected.lengths - shared_tokens(data)
 
 
 def check_masks(data: ExampleSet, chat: ChatFormat, records: Iterable[Example | Pair], vocabulary: int) -> None:

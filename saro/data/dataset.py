@@ -5,6 +5,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 from tqdm import tqdm
@@ -88,6 +89,16 @@ class PairSet:
         """(n,) uint8."""
         return self.chosen.kinds
 
+    @property
+    def lengths(self) -> np.ndarray:
+        """(n,) int64, tokens of each pair's tree: what its sides share counts once."""
+        return self.chosen.lengths + self.rejected.lengths - self.shared_tokens
+
+    @cached_property
+    def shared_tokens(self) -> np.ndarray:
+        """(n,) int32, tokens that both sides begin with, prompt included."""
+        return np.array([common_prefix([s.tokens for s in self.sequences(i)]) for i in range(len(self))], np.int32)
+
     def sequences(self, record: int) -> tuple[ScoredSequence, ScoredSequence]:
         """The two sequences of one pair, chosen first."""
         return self.chosen.sequence(record), self.rejected.sequence(record)
@@ -115,8 +126,11 @@ class PairSet:
 
     def divergent(self) -> PairSet:
         """The same pairs, scored only from where the two sides part: what they share cancels in the margin."""
-        shared = np.array([common_prefix([s.tokens for s in self.sequences(i)]) for i in range(len(self))], np.int32)
-        return replace(self, chosen=_scored_from(self.chosen, shared), rejected=_scored_from(self.rejected, shared))
+        return replace(
+            self,
+            chosen=_scored_from(self.chosen, self.shared_tokens),
+            rejected=_scored_from(self.rejected, self.shared_tokens),
+        )
 
 
 def _scored_from(data: ExampleSet, starts: np.ndarray) -> ExampleSet:
