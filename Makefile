@@ -1,24 +1,32 @@
-# Set-up in one command each. `make demo` trains on the demo data; `make test` runs the tests.
+# Set-up in one command each. `make demo` runs both stages on the demo data and compares base, RW and SRPO; `make test`
+# runs the tests; `make trl` installs TRL and runs the tests that compare with it, which `make test` skips without it.
 #
 #   make demo TORCH_INDEX=URL   takes torch from another package index, such as PyTorch's CPU-only one
-#   make demo DEMO="--train.max_steps 3"   passes options to the recipe
+#   make demo DEMO="--train.max_steps 3"   passes options to both recipes
 
 PYTHON ?= python3
 VENV ?= .venv
 TORCH_INDEX ?=
 DEMO ?=
-OUTPUT ?= output/demo-rw
+OUTPUT ?= output
 
 PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 LAUNCH := $(VENV)/bin/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
 
-.PHONY: demo test lint clean
+.PHONY: demo test trl lint clean
 
 demo: $(VENV)/.demo
-	$(LAUNCH) recipes/rw.py --config recipes/configs/demo.yaml --train.output $(OUTPUT) --overwrite $(DEMO)
+	$(LAUNCH) recipes/rw.py --config recipes/configs/demo_rw.yaml --train.output $(OUTPUT)/demo-rw --overwrite $(DEMO)
+	$(LAUNCH) recipes/srpo.py --config recipes/configs/demo_srpo.yaml --model.name $(OUTPUT)/demo-rw/final \
+		--train.output $(OUTPUT)/demo-srpo --overwrite $(DEMO)
+	$(VENV)/bin/saro compare --models '["demo", "$(OUTPUT)/demo-rw/final", "$(OUTPUT)/demo-srpo/final"]' \
+		--names '[base, RW, SRPO]' --show '[heldout-pp-harmless-003, heldout-pp-harmful-001]'
 
 test: $(VENV)/.test
 	$(VENV)/bin/python -m pytest
+
+trl: $(VENV)/.bench
+	$(VENV)/bin/python -m pytest -m trl
 
 lint: $(VENV)/.test
 	$(VENV)/bin/ruff check .
@@ -38,4 +46,8 @@ $(VENV)/.demo: $(VENV)/.torch setup.py pyproject.toml
 
 $(VENV)/.test: $(VENV)/.torch setup.py pyproject.toml
 	$(PIP) --editable '.[test]'
+	touch $@
+
+$(VENV)/.bench: $(VENV)/.test
+	$(PIP) --editable '.[bench]'
 	touch $@
