@@ -57,7 +57,7 @@ def change_weights(adapter: Path, change) -> None:
 def test_the_policy_begins_where_the_adapter_ended(base, adapter):
     peft = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter)
     use_packed_attention(peft.get_base_model())
-    torch.testing.assert_close(load(adapter)(a_pack()), Policy(peft)(a_pack()), rtol=0, atol=1e-6)
+    torch.testing.assert_close(load(adapter)(a_pack()), Policy(peft)(a_pack()), rtol=1e-5, atol=1e-6)
 
 
 def test_it_is_one_adapter_trainable_in_fp32_with_its_own_rank_and_alpha(adapter):

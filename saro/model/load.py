@@ -30,6 +30,7 @@ from saro.errors import SaroError
 from saro.files import file_hash
 from saro.model.adapter import adapter_identity, continued_adapter, find_adapter, new_adapter
 from saro.model.attention import choose_backend
+from saro.model.fused_lora import fuse_lora
 from saro.model.policy import Policy
 from saro.model.supported import check_supported
 
@@ -168,6 +169,8 @@ def load_policy(source: ModelSource, options: ModelConfig, device: torch.device,
             if source.adapter is None
             else continued_adapter(model, source.adapter, options)
         )
+        if options.fused_lora:
+            fuse_lora(model)
     if options.gradient_checkpointing:
         lm = model.get_base_model() if isinstance(model, PeftModel) else model
         lm.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})

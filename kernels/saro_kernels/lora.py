@@ -1,0 +1,188 @@
+"""LoRA on a frozen linear layer as one autograd function (LoRA: Hu et al. 2021, arXiv 2106.09685; NF4: Dettmers et al.
+2023, arXiv 2305.14314).
+
+`lora_linear` keeps its input and the rank-r product for the backward, and nothing else. `lora_gated_mlp` does the same
+for a whole gated MLP (gate, up, activation, down) and keeps neither the activation nor the product that goes down.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+# Activations by name: forward, and the gradient in one pass.
+_FORWARD = {
+    "silu": torch.nn.functional.silu,
+    "gelu_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
+}
+_BACKWARD = {
+    "silu": torch.ops.aten.silu_backward,
+    "gelu_tanh": lambda gradient, x: torch.ops.aten.gelu_backward(gradient, x, approximate="tanh"),
+}
+ACTIVATIONS = tuple(_FORWARD)
+
+
+@dataclass(frozen=True, eq=False)
+class FrozenLinear:
+    """The weight that an adapter is on.
+
+    Attributes:
+        weight: (out, in) in the dtype of the products, or packed 4-bit numbers.
+        quant_state: bitsandbytes' QuantState of a packed weight; None for a dense one.
+        bias: (out,), or None; not trained.
+    """
+
+    weight: Tensor
+    quant_state: object | None = None
+    bias: Tensor | None = None
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """The weight in the dtype of the products; that of a packed one exists as long as the caller keeps it."""
+        if self.quant_state is None:
+            return self.weight.to(dtype)
+        from bitsandbytes.functional import dequantize_4bit
+
+        return dequantize_4bit(self.weight, self.quant_state).to(dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class LoraLinear:
+    """A frozen linear layer with a low-rank update: ``x W^T + b + scaling (x A^T) B^T``.
+
+    Attributes:
+        base: W and b.
+        a: (r, in) and
+        b: (out, r), trainable, in any floating dtype: they are cast to that of the input for the products.
+        scaling: alpha / r.
+    """
+
+    base: FrozenLinear
+    a: Tensor
+    b: Tensor
+    scaling: float
+
+
+def lora_linear(x: Tensor, layer: LoraLinear) -> Tensor:
+    """A linear layer with LoRA, once differentiable in ``x``, ``a`` and ``b``.
+
+    Products run in x's dtype and accumulate in float32; the gradients of ``a`` and ``b`` come in their own dtype. No copy
+    of the base weight in another dtype and no dequantized weight is kept between forward and backward.
+
+    Args:
+        x: (..., in).
+
+    Returns:
+        (..., out) in x's dtype.
+    """
+    return _LoraLinear.apply(x, layer.a, layer.b, layer)
+
+
+def lora_gated_mlp(x: Tensor, gate: LoraLinear, up: LoraLinear, down: LoraLinear, activation: str) -> Tensor:
+    """``down(activation(gate(x)) * up(x))``, as ``lora_linear`` and with the activation computed again in the backward.
+
+    It keeps x, the outputs of gate and up, and three rank-r products, where separate layers keep the activation and its
+    product with up too: two of four tensors of the intermediate size.
+
+    Args:
+        x: (..., D).
+        activation: one of ``ACTIVATIONS``.
+
+    Returns:
+        (..., D) in x's dtype.
+    """
+    layers = (gate, up, down)
+    return _LoraGatedMlp.apply(x, *(matrix for layer in layers for matrix in (layer.a, layer.b)), layers, activation)
+
+
+class _LoraLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, a, b, layer):
+        ctx.layer = layer
+        rows = x.reshape(-1, x.shape[-1])
+        out, product = _forward(rows, a, b, layer)
+        ctx.save_for_backward(rows, product, a, b)
+        return out.view(*x.shape[:-1], out.shape[-1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        rows, product, a, b = ctx.saved_tensors
+        upstream = gradient.reshape(-1, gradient.shape[-1])
+        d_rows, d_a, d_b = _backward(upstream, rows, product, a, b, ctx.layer, ctx.needs_input_grad[0])
+        if d_rows is not None:
+            d_rows = d_rows.view(*gradient.shape[:-1], rows.shape[-1])
+        return d_rows, d_a, d_b, None
+
+
+class _LoraGatedMlp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, a_gate, b_gate, a_up, b_up, a_down, b_down, layers, activation):
+        gate, up, down = layers
+        ctx.layers, ctx.activation = layers, activation
+        rows = x.reshape(-1, x.shape[-1])
+        gated, p_gate = _forward(rows, a_gate, b_gate, gate)
+        lifted, p_up = _forward(rows, a_up, b_up, up)
+        out, p_down = _forward(_FORWARD[activation](gated).mul_(lifted), a_down, b_down, down)
+        ctx.save_for_backward(rows, gated, lifted, p_gate, p_up, p_down, a_gate, b_gate, a_up, b_up, a_down, b_down)
+        return out.view(*x.shape[:-1], out.shape[-1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        rows, gated, lifted, p_gate, p_up, p_down, a_gate, b_gate, a_up, b_up, a_down, b_down = ctx.saved_tensors
+        gate, up, down = ctx.layers
+        needs_x = ctx.needs_input_grad[0]
+        upstream = gradient.reshape(-1, gradient.shape[-1])
+        active = _FORWARD[ctx.activation](gated)
+        d_hidden, d_a_down, d_b_down = _backward(upstream, active * lifted, p_down, a_down, b_down, down, True)
+        d_lifted = active.mul_(d_hidden)
+        d_gated = _BACKWARD[ctx.activation](d_hidden.mul_(lifted), gated)
+        d_rows, d_a_gate, d_b_gate = _backward(d_gated, rows, p_gate, a_gate, b_gate, gate, needs_x)
+        d_x, d_a_up, d_b_up = _backward(d_lifted, rows, p_up, a_up, b_up, up, needs_x, into=d_rows)
+        d_x = d_x.view(*gradient.shape[:-1], rows.shape[-1]) if needs_x else None
+        return d_x, d_a_gate, d_b_gate, d_a_up, d_b_up, d_a_down, d_b_down, None, None
+
+
+def _forward(rows: Tensor, a: Tensor, b: Tensor, layer: LoraLinear) -> tuple[Tensor, Tensor]:
+    """(N, out) of the layer and the (N, r) product x A^T."""
+    weight = layer.base.dense(rows.dtype)
+    if layer.base.bias is None:
+        out = torch.mm(rows, weight.t())
+    else:
+        out = torch.addmm(layer.base.bias.to(rows.dtype), rows, weight.t())
+    product = torch.mm(rows, a.to(rows.dtype).t())
+    return out.addmm_(product, b.to(rows.dtype).t(), alpha=layer.scaling), product
+
+
+def _backward(
+    upstream: Tensor,
+    rows: Tensor,
+    product: Tensor,
+    a: Tensor,
+    b: Tensor,
+    layer: LoraLinear,
+    needs_rows: bool,
+    into: Tensor | None = None,
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """Gradients of the rows, (N, in) or None, added to ``into`` where it is given, and of ``a`` and ``b``."""
+    d_b = _outer(upstream, product, layer.scaling).to(b.dtype)
+    d_product = torch.mm(upstream, b.to(upstream.dtype)).mul_(layer.scaling)
+    d_a = _outer(d_product, rows, 1.0).to(a.dtype)
+    if not needs_rows:
+        return None, d_a, d_b
+    weight = layer.base.dense(upstream.dtype)
+    d_rows = torch.mm(upstream, weight) if into is None else into.addmm_(upstream, weight)
+    return d_rows.addmm_(d_product, a.to(upstream.dtype)), d_a, d_b
+
+
+def _outer(left: Tensor, right: Tensor, factor: float) -> Tensor:
+    """factor * left^T @ right, at least in float32: it sums over all rows, and goes to float32 masters."""
+    if left.dtype in (torch.float32, torch.float64):
+        return torch.mm(left.t(), right).mul_(factor)
+    if left.is_cuda:
+        return torch.mm(left.t(), right, out_dtype=torch.float32).mul_(factor)
+    # Only CUDA sums half-precision products into a float32 matrix.
+    return torch.mm(left.float().t(), right.float()).mul_(factor)

@@ -1,0 +1,87 @@
+"""PEFT's LoRA layers computed by ``saro_kernels``: PEFT owns parameters, saving and loading, we replace the forward.
+
+Only where that is exact: one active adapter of plain LoRA, no dropout, on a dense or 4-bit linear layer. Every call looks
+again, so that a merged or disabled adapter is computed by PEFT's own forward.
+"""
+
+from __future__ import annotations
+
+from types import MethodType
+
+import bitsandbytes as bnb
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from transformers.activations import GELUTanh, SiLUActivation
+
+from saro_kernels import FrozenLinear, LoraLinear, lora_gated_mlp, lora_linear
+
+# Their forward is down_proj(act_fn(gate_proj(x)) * up_proj(x)) and nothing more; a test compares each.
+GATED_MLPS = frozenset(
+    {"LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP", "SmolLM3MLP", "GemmaMLP", "Gemma2MLP", "Gemma3MLP"}
+)
+_ACTIVATIONS: dict[type, str] = {nn.SiLU: "silu", SiLUActivation: "silu", GELUTanh: "gelu_tanh"}
+# Fewer rows than this without gradient are a generation step, for which bitsandbytes has kernels of its own.
+_FEW_ROWS = 8
+
+
+def fuse_lora(model: PeftModel) -> int:
+    """Let ``saro_kernels`` compute the LoRA layers of a model, and its gated MLPs whole; returns how many layers.
+
+    Layers that are not plain LoRA keep PEFT's forward.
+    """
+    layers = [layer for layer in model.modules() if isinstance(layer, LoraLayer) and _can_fuse(layer)]
+    for layer in layers:
+        layer.forward = MethodType(_linear_forward, layer)
+    fused = {id(layer) for layer in layers}
+    for module in model.modules():
+        if type(module).__name__ in GATED_MLPS and type(module.act_fn) in _ACTIVATIONS:
+            parts = (module.gate_proj, module.up_proj, module.down_proj)
+            if all(id(part) in fused for part in parts):
+                module.forward = MethodType(_mlp_forward, module)
+    return len(layers)
+
+
+def _can_fuse(layer: LoraLayer) -> bool:
+    base = layer.get_base_layer()
+    plain = isinstance(layer, nn.Module) and not layer.lora_variant and not getattr(layer, "fan_in_fan_out", False)
+    biased = any(getattr(matrix, "bias", None) is not None for matrix in layer.lora_B.values())
+    return plain and not biased and type(base) in (nn.Linear, bnb.nn.Linear4bit)
+
+
+def _exact(layer: LoraLayer, x: torch.Tensor) -> bool:
+    """Whether the layer is, at this call, one plain adapter on its base."""
+    if layer.disable_adapters or layer.merged or len(layer.active_adapters) != 1:
+        return False
+    if not torch.is_grad_enabled() and x.numel() < _FEW_ROWS * x.shape[-1]:
+        return False
+    (name,) = layer.active_adapters
+    dropout = layer.lora_dropout[name] if name in layer.lora_A else None
+    return isinstance(dropout, nn.Identity) or (dropout is not None and not (layer.training and dropout.p > 0))
+
+
+def _parts(layer: LoraLayer) -> LoraLinear:
+    base = layer.get_base_layer()
+    (name,) = layer.active_adapters
+    frozen = FrozenLinear(base.weight, getattr(base.weight, "quant_state", None), base.bias)
+    return LoraLinear(frozen, layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name])
+
+
+def _linear_forward(self: LoraLayer, x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+    if args or kwargs or not _exact(self, x):
+        return type(self).forward(self, x, *args, **kwargs)
+    return lora_linear(_cast(x), _parts(self))
+
+
+def _mlp_forward(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    layers = (self.gate_proj, self.up_proj, self.down_proj)
+    if not all(_exact(layer, x) for layer in layers):
+        return type(self).forward(self, x)
+    return lora_gated_mlp(_cast(x), *map(_parts, layers), _ACTIVATIONS[type(self.act_fn)])
+
+
+def _cast(x: torch.Tensor) -> torch.Tensor:
+    """Autocast would cast the input of a linear layer."""
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
