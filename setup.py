@@ -45,7 +45,7 @@ setup(
             "ruff>=0.17.6",
             "tensorboard>=2.21.0",
         ],
-        "bench": ["matplotlib"],
+        "bench": ["matplotlib>=3.11.2", "trl==1.16.0"],
         "tensorboard": ["tensorboard>=2.21.0"],
         "wandb": ["wandb"],
     },

@@ -15,7 +15,7 @@ from typing import Any
 
 from rich.console import Console
 
-from saro.config import DEMO, SRPOConfig
+from saro.config import DEMO, START, SRPOConfig
 from saro.data.audit import Report, check_masks
 from saro.data.dataset import encode_pair_files
 from saro.data.records import PAIR_KINDS, read_pairs
@@ -31,7 +31,7 @@ from saro.train.checks import check_packs
 from saro.train.engine import fit
 from saro.train.objective import SRPOObjective
 from saro.train.pair_log import PairLog, evaluate_pairs
-from saro.train.reference import START, load_references, other_references
+from saro.train.reference import load_references, other_references
 from saro.train.start_check import check_start
 from saro.train.steps import Steps
 
@@ -89,7 +89,7 @@ def main() -> int:
     of_each = zip(sets.items(), references, strict=True)
     objectives = {name: SRPOObjective(of.kinds, reference, preference) for (name, of), reference in of_each}
     if from_start:
-        zero = check_start(runtime, policy, objectives["train"], steps[0], pairs)
+        zero = check_start(runtime, policy, objectives["train"], steps[0], pairs, pack_tokens)
         runtime.say(
             f"loss {zero.loss:.4f} at the start; margins at most {zero.margin:.1e}, rounding {zero.allowed:.1e}"
         )

@@ -17,11 +17,11 @@ import yaml
 from filelock import FileLock, Timeout
 
 import saro
-from saro.config import as_dict
+from saro.config import START, ModelConfig, as_dict
 from saro.data.audit import Report
 from saro.errors import SaroError
 from saro.files import atomic_write, file_hash
-from saro.model.load import ModelSource
+from saro.model.load import ModelSource, find_model
 from saro.runtime import Runtime
 
 _PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "tokenizers", "safetensors", "numpy")
@@ -106,7 +106,7 @@ class Run:
                 ) from error
         if self.resumed:
             began = manifest_of(self.folder) or {}
-            for part in ("data", "template", "model"):
+            for part in ("data", "template", "model", "reference"):
                 if began.get(part) != manifest[part]:
                     self.lock.release()
                     raise SaroError(
@@ -161,10 +161,16 @@ class Run:
             "template_date": self.template_date.isoformat(),
             "template": hashlib.sha256(str(source.tokenizer.chat_template or "").encode()).hexdigest(),
             "model": source.identity(),
+            "reference": self._reference(),
             "data": {name: file_hash(Path(name)) for name in files},
             "records": {name: report.as_dict() for name, report in reports.items()},
             "config": self.config,
         }
+
+    def _reference(self) -> dict[str, Any] | None:
+        """Identity of the model that stage 2 takes as its reference; None where that is where training starts."""
+        name = self.config.get("preference", {}).get("reference", START)
+        return None if name == START else find_model(ModelConfig(name=name)).identity()
 
 
 def manifest_of(folder: Path) -> dict[str, Any] | None:

@@ -24,9 +24,9 @@ from transformers import (
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from saro.config import ModelConfig
-from saro.data.dataset import ExampleSet
+from saro.data.dataset import ExampleSet, PairSet
 from saro.errors import SaroError
-from saro.model import attention
+from saro.model import attention, fused_lora
 from saro.model import policy as policy_module
 from saro.model.attention import PACKED, AttentionPlan
 from saro.model.load import find_model, load_policy
@@ -220,6 +220,98 @@ def test_fails_on_wrong_packing(tiny_model, monkeypatch, method, sabotage, what)
         SaroError, match=f"^packed {what} differ from the model's own by .* packed training would be wrong"
     ):
         check_packs(policy, DATA)
+
+
+# Trees of pairs.
+
+
+def pairs_of(*lengths, shared=6, seed=0):
+    """Random pairs whose sides share some tokens: the rejected ones are three tokens longer."""
+    chosen = examples_of(*lengths, seed=seed)
+    rejected = examples_of(*(n + 3 for n in lengths), seed=seed + 1)
+    for i in range(len(lengths)):
+        start = rejected.offsets[i]
+        rejected.tokens[start : start + shared] = chosen.sequence(i).tokens[:shared]
+    return PairSet(chosen, rejected, np.arange(len(lengths), dtype=np.int32))
+
+
+PAIRS = pairs_of(21, 12, 34)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", KINDS_OF_MODEL)
+def test_passes_on_trees_of_pairs(tiny_model, kind, method):
+    result = check_packs(load(tiny_model(kind), method), PAIRS)
+    assert 0 < result.logps_floor < 1e-5
+    assert result.control > 0.01
+
+
+def children_that_do_not_see_what_is_shared(patch):
+    original = checks.lay_out
+
+    def lay_out(trees):
+        pack = original(trees)
+        return replace(pack, segments=tuple((start, stop, -1) for start, stop, _ in pack.segments))
+
+    patch.setattr(checks, "lay_out", lay_out)
+
+
+def children_that_begin_at_position_zero(patch):
+    original = checks.lay_out
+
+    def lay_out(trees):
+        pack = original(trees)
+        positions = pack.position_ids.clone()
+        for start, stop, parent in pack.segments:
+            if parent >= 0:
+                positions[start:stop] -= positions[start].item()
+        return replace(pack, position_ids=positions)
+
+    patch.setattr(checks, "lay_out", lay_out)
+
+
+def siblings_that_see_each_other(patch):
+    original = checks.lay_out
+
+    def lay_out(trees):
+        pack = original(trees)
+        segments = list(pack.segments)
+        segments[2] = (*segments[2][:2], 1)
+        return replace(pack, segments=tuple(segments))
+
+    patch.setattr(checks, "lay_out", lay_out)
+
+
+@pytest.mark.parametrize(
+    "sabotage",
+    [children_that_do_not_see_what_is_shared, children_that_begin_at_position_zero, siblings_that_see_each_other],
+    ids=lambda f: f.__name__.replace("_", " "),
+)
+def test_fails_on_wrong_trees(tiny_model, monkeypatch, sabotage):
+    policy = load(tiny_model())
+    sabotage(monkeypatch)
+    with pytest.raises(SaroError, match="packed logps differ from the model's own"):
+        check_packs(policy, PAIRS)
+
+
+# Adapters.
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_fails_on_adapters_computed_wrongly(tiny_model, monkeypatch, method):
+    """A new adapter is zero, where a wrong factor would not show."""
+    policy = load(tiny_model(), method)
+    original = fused_lora._parts
+    monkeypatch.setattr(fused_lora, "_parts", lambda layer: replace(original(layer), scaling=0.0))
+    with pytest.raises(SaroError, match="packed logps differ from the model's own"):
+        check_packs(policy, DATA)
+
+
+def test_adapters_are_as_they_were_afterwards(tiny_model):
+    policy = load(tiny_model())
+    before = {name: p.detach().clone() for name, p in policy.trainable().items()}
+    check_packs(policy, DATA)
+    assert all(torch.equal(p, before[name]) for name, p in policy.trainable().items())
 
 
 WINDOWS = {

@@ -356,7 +356,7 @@ def test_the_loss_of_the_first_step_is_its_value_at_margin_zero(
     """allenai/open-instruct#1900: it was not ln 2."""
     policy, reference = _reference(runtime, after_stage_1, preferences)
     steps = Steps(Schedule(preferences.kinds, 4, 0), partial(preferences.trees, budget=256), 256)
-    found = check_start(runtime, policy, _objective(preferences, reference, loss=loss), steps[0], preferences)
+    found = check_start(runtime, policy, _objective(preferences, reference, loss=loss), steps[0], preferences, 256)
     assert found.loss == pytest.approx(value, rel=1e-4)
 
 

@@ -257,10 +257,24 @@ def test_a_missing_model_is_refused(runtime, world):
 
 def test_the_noise_is_never_less_than_a_rounding(world):
     _, policy, data = world()
-    logps, noise = layout_noise(policy, [build_tree(data.sequences(0))], CPU)
+    logps, noise = layout_noise(policy, [build_tree(data.sequences(0))], 256)
     assert len(logps) == sum(len(s.row_kinds) for s in data.sequences(0))
     assert noise.mean == pytest.approx(torch.finfo(torch.float32).eps * np.abs(logps).mean(), rel=1e-5)
     assert noise.most >= noise.mean
+
+
+def test_the_noise_is_measured_within_the_budget_of_a_pack(world, scored):
+    _, policy, data = world()
+    trees = [build_tree(data.sequences(i)) for i in range(4)]
+    logps, _ = layout_noise(policy, trees, trees[0].tokens + trees[1].tokens)
+    assert len(logps) == sum(len(s.row_kinds) for i in (0, 1) for s in data.sequences(i))
+    assert len(layout_noise(policy, trees, 1)[0]) == sum(len(s.row_kinds) for s in data.sequences(0))
+
+
+def test_a_process_without_a_pack_scores_nothing(world):
+    _, policy, _ = world()
+    ((pack, entries),) = module.score(policy, [lay_out([])], CPU)
+    assert list(module._sides(pack, entries)) == []
 
 
 def test_several_sets_are_scored_in_turn(runtime, world):

@@ -293,9 +293,10 @@ def test_a_resume_from_another_start_is_refused(srpo, recipes, rw_arguments, srp
 # Several processes.
 
 
-def test_two_processes_take_the_steps_of_one(recipes, srpo, srpo_arguments, cache, tmp_path):
-    """Each scores its share of the reference; margins of all pairs are written once."""
-    options = {"train_max_steps": 3, "train_eval_every": 1, "train_records_per_step": 5}
+@pytest.mark.parametrize("records_per_step", [1, 5])
+def test_two_processes_take_the_steps_of_one(recipes, srpo, srpo_arguments, cache, tmp_path, records_per_step):
+    """Each scores its share of the reference, even none; margins of all pairs are written once."""
+    options = {"train_max_steps": 3, "train_eval_every": 1, "train_records_per_step": records_per_step}
     assert srpo(*srpo_arguments(train_output=tmp_path / "one", **options)).code == 0
     for shard in cache.rglob("shards/*.safetensors"):
         shard.unlink()

@@ -38,7 +38,7 @@ def world(tiny_model, records_file, pairs, runtime):
 
         def check(reference=reference, **preference):
             objective = SRPOObjective(data.kinds, reference, PreferenceConfig(**preference))
-            return check_start(runtime, policy, objective, steps[0], data)
+            return check_start(runtime, policy, objective, steps[0], data, 256)
 
         return policy, data, reference, check
 

@@ -6,6 +6,8 @@ again, so that a merged or disabled adapter is computed by PEFT's own forward.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import MethodType
 
 import bitsandbytes as bnb
@@ -41,6 +43,22 @@ def fuse_lora(model: PeftModel) -> int:
             if all(id(part) in fused for part in parts):
                 module.forward = MethodType(_mlp_forward, module)
     return len(layers)
+
+
+@contextmanager
+def pefts_own_lora(model: nn.Module) -> Iterator[None]:
+    """Inside, PEFT's own forward computes every layer again: for comparison."""
+    ours = {module: module.__dict__.pop("forward") for module in model.modules() if _is_ours(module)}
+    try:
+        yield
+    finally:
+        for module, forward in ours.items():
+            module.forward = forward
+
+
+def _is_ours(module: nn.Module) -> bool:
+    forward = module.__dict__.get("forward")
+    return getattr(forward, "__func__", None) in (_linear_forward, _mlp_forward)
 
 
 def _can_fuse(layer: LoraLayer) -> bool:

@@ -14,11 +14,14 @@ from saro.data.packs import Pack, lay_out
 from saro.data.tree import ScoredSequence, SequenceTree, build_tree
 from saro.errors import SaroError
 from saro.model.attention import native_attention
+from saro.model.fused_lora import pefts_own_lora
 from saro.model.policy import Policy
 from saro.model.supported import sliding_window
 
 # Packed and native runs may differ by so many times what two native runs differ by.
 _ALLOWED = 3.0
+# Entries of lora_B in the check: a layer's output then changes by a few per cent, far more than rounding.
+_AWAKE = 0.005
 
 
 @dataclass(frozen=True)
@@ -86,15 +89,16 @@ def check_packs(policy: Policy, data: ExampleSet | PairSet) -> PackCheck:
     was_training = policy.training
     policy.eval()
     try:
-        with native_attention(policy.causal_lm):
-            # The truth is taken in float64 from the logits on. The noise is what a plain padded batch is off by, whose
-            # fp32 log_softmax over a large vocabulary errs more than all else.
-            alone = [_native(policy, [s], torch.float64) for s in sequences]
-            padded = _native(policy, sequences, torch.promote_types(policy.causal_lm.dtype, torch.float32))
-        pack = lay_out(trees).to(policy.causal_lm.device)
-        packed = _packed(policy, pack)
-        with torch.no_grad():
-            leaky = policy(pack, isolated=False).index_select(0, pack.entry_row)
+        with _awake(policy):
+            with native_attention(policy.causal_lm), pefts_own_lora(policy.model):
+                # The truth is taken in float64 from the logits on. The noise is what a plain padded batch is off by,
+                # whose fp32 log_softmax over a large vocabulary errs more than all else.
+                alone = [_native(policy, [s], torch.float64) for s in sequences]
+                padded = _native(policy, sequences, torch.promote_types(policy.causal_lm.dtype, torch.float32))
+            pack = lay_out(trees).to(policy.causal_lm.device)
+            packed = _packed(policy, pack)
+            with torch.no_grad():
+                leaky = policy(pack, isolated=False).index_select(0, pack.entry_row)
     except (TypeError, ValueError) as error:
         raise SaroError(f"packed attention does not fit this model: {error}") from error
     finally:
@@ -176,6 +180,22 @@ def _read_positions(trees: Sequence[SequenceTree]) -> torch.Tensor:
             positions.append(np.concatenate([runs[i] for i in path])[: len(sequence.tokens) - 1])
         start = int(ends[-1])
     return torch.from_numpy(np.concatenate(positions))
+
+
+@contextmanager
+def _awake(policy: Policy) -> Iterator[None]:
+    """Inside, a new adapter changes the model a little: at zero, what it does wrong would not show."""
+    asleep = [p for name, p in policy.trainable().items() if "lora_B" in name and not p.any()]
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in asleep:
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * _AWAKE)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter in asleep:
+                parameter.zero_()
 
 
 @contextmanager

@@ -27,8 +27,6 @@ from saro.train.checks import check_packs
 from saro.train.reference_cache import ReferenceCache, sequence_key
 from saro.train.steps import packs_of
 
-# The option's value for the policy as it is at step 0.
-START = "start"
 # Grows when scoring changes what it gives.
 SCORER_VERSION = 1
 # So many seconds of scoring a kill may cost.
@@ -124,7 +122,7 @@ def load_reference(
     reference = Reference(*cache.load(keys, [rows for i in range(len(pairs)) for rows in _rows(pairs, i)]))
     if len(cached):
         chosen = np.random.default_rng().choice(cached, min(_SPOT_PAIRS, len(cached)), replace=False)
-        _spot_check(policy, pairs, reference, sorted(chosen.tolist()), cache, runtime.device)
+        _spot_check(policy, pairs, reference, sorted(chosen.tolist()), cache, pack_tokens)
     return reference
 
 
@@ -178,10 +176,9 @@ def _rows(pairs: PairSet, pair: int) -> tuple[int, int]:
 
 def _sides(pack: Pack, entries: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
     """Number 2 * pair + side of each sequence of a pack, and its rows."""
-    counts = np.bincount(pack.entry_sequence.numpy(), minlength=len(pack.records))
-    parts = np.split(entries, np.cumsum(counts)[:-1])
-    for i, (record, part) in enumerate(zip(pack.records, parts, strict=True)):
-        yield 2 * record + i % 2, part
+    ends = np.cumsum(np.bincount(pack.entry_sequence.numpy(), minlength=len(pack.records))).tolist()
+    for i, (record, start, stop) in enumerate(zip(pack.records, [0, *ends], ends, strict=False)):
+        yield 2 * record + i % 2, entries[start:stop]
 
 
 def _lacking(cache: ReferenceCache, keys: Sequence[bytes]) -> np.ndarray:
@@ -220,11 +217,13 @@ def _score_into(
 
 
 def _spot_check(
-    policy: Policy, pairs: PairSet, reference: Reference, chosen: list[int], cache: ReferenceCache, device: torch.device
+    policy: Policy, pairs: PairSet, reference: Reference, chosen: list[int], cache: ReferenceCache, pack_tokens: int
 ) -> None:
     """A few pairs scored again: what the cache says of them must be what the policy says, within the layout's noise."""
+    trees = _within([build_tree(pairs.sequences(i)) for i in chosen], pack_tokens)
+    chosen = chosen[: len(trees)]
     expected = np.concatenate([reference.of_side(i, side) for i in chosen for side in (0, 1)])
-    again, noise = layout_noise(policy, [build_tree(pairs.sequences(i)) for i in chosen], device)
+    again, noise = layout_noise(policy, trees, pack_tokens)
     difference = float(np.abs(again.astype(np.float64) - expected).mean())
     if not difference <= _ALLOWED * noise.mean:
         raise SaroError(
@@ -241,13 +240,21 @@ class Noise:
     most: float
 
 
-def layout_noise(policy: Policy, trees: Sequence[SequenceTree], device: torch.device) -> tuple[np.ndarray, Noise]:
+def layout_noise(policy: Policy, trees: Sequence[SequenceTree], pack_tokens: int) -> tuple[np.ndarray, Noise]:
     """Log-probs (E,) of the entries of trees in one pack, and by how much those differ from one tree at a time.
 
-    A rounding of the log-probs to the dtype of the products is noise at the least.
+    Of the trees only the first ones are taken that fit a pack, one at least. A rounding of the log-probs to the dtype of
+    the products is noise at the least.
     """
+    device, trees = policy.causal_lm.device, _within(trees, pack_tokens)
     ((_, together),) = score(policy, [lay_out(trees)], device)
     alone = np.concatenate([entries for _, entries in score(policy, [lay_out([tree]) for tree in trees], device)])
     rounding = torch.finfo(policy.autocast or policy.causal_lm.dtype).eps * np.abs(together)
     change = np.abs(together - alone)
     return together, Noise(max(change.mean(), rounding.mean()).item(), max(change.max(), rounding.max()).item())
+
+
+def _within(trees: Sequence[SequenceTree], pack_tokens: int) -> Sequence[SequenceTree]:
+    """The first trees that fit a pack together, one at least."""
+    fitting = np.cumsum([tree.tokens for tree in trees]) <= pack_tokens
+    return trees[: max(1, int(fitting.sum()))]

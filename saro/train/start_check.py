@@ -37,17 +37,20 @@ class StartCheck:
 
 
 @torch.no_grad()
-def check_start(runtime: Runtime, policy: Policy, objective: SRPOObjective, step: Step, pairs: PairSet) -> StartCheck:
+def check_start(
+    runtime: Runtime, policy: Policy, objective: SRPOObjective, step: Step, pairs: PairSet, pack_tokens: int
+) -> StartCheck:
     """Score the first step's pairs without dropout and compare with the reference.
 
     Args:
         objective: with the reference of the policy as it is now.
         step: the first one.
+        pack_tokens: budget of a pack, within which the noise is measured.
 
     Raises:
         SaroError: a margin is not zero, or the loss not its value at zero, by more than the layout's noise explains.
     """
-    _, noise = layout_noise(policy, step.trees[:_NOISE_TREES], runtime.device)
+    _, noise = layout_noise(policy, step.trees[:_NOISE_TREES], pack_tokens)
     found: list[tuple[int, float]] = []
     losses: list[tuple[float, int]] = []
     was_training = policy.training
