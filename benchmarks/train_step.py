@@ -1,19 +1,21 @@
 """How fast a training step is, against what the machine can do.
 
-    python benchmarks/train_step.py [--model demo] [--method lora] [--pack_tokens 2048] [--json FILE]
+    python benchmarks/train_step.py [--model demo] [--method lora] [--pack_tokens 2048] [--peft true] [--json_file FILE]
 
 One step is one pack of random token ids: forward, head, backward, AdamW. Reported are medians over steps that alternate
-with a measurement of the GEMM rate, so that a slow moment of the machine slows both. Operations are those that the
-mathematics needs (see `operations`); recomputation and the overhead of adapters in the framework count as lost time.
+with a measurement of the GEMM rate, so that a slow moment of the machine slows both; with `--peft true` also with steps
+whose adapters PEFT's own layers compute. Operations are those that the mathematics needs (see `operations`), and the
+floor of a step is their time at the GEMM rate: recomputation and whatever is no product count as lost time.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +28,7 @@ from torch import nn
 from saro.config import ModelConfig, TrainConfig
 from saro.data.packs import Pack, lay_out
 from saro.data.tree import RowKind, ScoredSequence, build_tree
+from saro.model.fused_lora import pefts_own_lora
 from saro.model.load import find_model, load_policy
 from saro.model.policy import Policy
 from saro.runtime import Runtime
@@ -35,13 +38,14 @@ from saro.train.optim import make_optimizer
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of the parts of one step, and of one GEMM of ``gemm_operations``."""
+    """Seconds of the parts of one step, of the same step with PEFT's own layers, and of one GEMM."""
 
     forward: float
     head: float
     backward: float
     optimizer: float
     gemm: float
+    peft_step: float = math.nan
 
     @property
     def step(self) -> float:
@@ -103,17 +107,21 @@ def gemm_seconds(device: torch.device) -> Callable[[], float]:
 
 
 def timed(work: Callable[[], object], device: torch.device) -> tuple[float, object]:
+    """Seconds that ``work`` takes on the device, and what it returns."""
     if device.type == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        result = work()
+        stop.record()
+        stop.synchronize()
+        return start.elapsed_time(stop) / 1e3, result
+    begin = time.perf_counter()
     result = work()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start, result
+    return time.perf_counter() - begin, result
 
 
-def time_step(policy: Policy, pack: Pack, optimizer: torch.optim.Optimizer, gemm: Callable[[], float]) -> Times:
-    """One training step, in parts."""
+def time_step(policy: Policy, pack: Pack, optimizer: torch.optim.Optimizer) -> Times:
+    """One training step, in parts; ``gemm`` is not measured yet."""
     device = pack.input_ids.device
     decoder = policy.causal_lm.get_decoder()
     marks: list[float] = []
@@ -131,7 +139,29 @@ def time_step(policy: Policy, pack: Pack, optimizer: torch.optim.Optimizer, gemm
     backward, _ = timed((nll_sum(logps) / pack.rows).backward, device)
     step, _ = timed(optimizer.step, device)
     optimizer.zero_grad(set_to_none=True)
-    return Times(marks[1] - marks[0], marks[2] - marks[1], backward, step, gemm())
+    return Times(marks[1] - marks[0], marks[2] - marks[1], backward, step, math.nan)
+
+
+def time_round(
+    policy: Policy, pack: Pack, optimizer: torch.optim.Optimizer, gemm: Callable[[], float], peft: bool
+) -> Times:
+    """A step, the same by PEFT's layers where ``peft`` asks for it, and a GEMM, one after the other."""
+    ours = time_step(policy, pack, optimizer)
+    theirs = math.nan
+    if peft:
+        with pefts_own_lora(policy.model):
+            theirs = time_step(policy, pack, optimizer).step
+    return replace(ours, gemm=gemm(), peft_step=theirs)
+
+
+def write_trace(policy: Policy, pack: Pack, optimizer: torch.optim.Optimizer, path: str) -> None:
+    """A profiler trace of one step, for chrome://tracing or Perfetto."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if pack.input_ids.is_cuda:
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        time_step(policy, pack, optimizer)
+    profile.export_chrome_trace(path)
 
 
 def main(
@@ -143,6 +173,8 @@ def main(
     steps: int = 8,
     warmup: int = 3,
     gradient_checkpointing: bool = False,
+    peft: bool = False,
+    trace: str | None = None,
     json_file: str | None = None,
 ) -> None:
     """Measure a training step.
@@ -156,6 +188,8 @@ def main(
         steps: Measured steps.
         warmup: Steps before them, which touch new memory and are slow.
         gradient_checkpointing: Recompute activations.
+        peft: In turn with each step run one whose adapters PEFT's own layers compute.
+        trace: Write a profiler trace of one step to this file.
         json_file: Also write the figures here.
     """
     runtime = Runtime.start()
@@ -166,10 +200,10 @@ def main(
     optimizer = make_optimizer(policy.trainable().values(), TrainConfig())
     pack = random_pack(pack_tokens, source.config.vocab_size, sequence_tokens, scored_share).to(runtime.device)
     gemm = gemm_seconds(runtime.device)
-    measured = [time_step(policy, pack, optimizer, gemm) for _ in range(warmup + steps)][warmup:]
+    measured = [time_round(policy, pack, optimizer, gemm, peft) for _ in range(warmup + steps)][warmup:]
     median = {
         part: statistics.median(getattr(t, part) for t in measured)
-        for part in ("forward", "head", "backward", "optimizer", "gemm", "step")
+        for part in ("forward", "head", "backward", "optimizer", "gemm", "step", "peft_step")
     }
     counted = operations(policy, pack)
     gemm_rate = 2 * GEMM_SIZE**3 / median["gemm"]
@@ -187,10 +221,14 @@ def main(
         "operations": counted,
         "gemm_operations_per_second": gemm_rate,
         "share_of_gemm_rate": share,
+        "floor_seconds": {part: count / gemm_rate for part, count in counted.items()},
+        "peft_to_saro": statistics.median(t.peft_step / t.step for t in measured),
         "loaded_memory_gib": loaded_gib,
         "peak_memory_gib": runtime.memory(),
     }
     show(result)
+    if trace is not None:
+        write_trace(policy, pack, optimizer, trace)
     if json_file is not None:
         Path(json_file).write_text(json.dumps(result, indent=2) + "\n")
 
@@ -207,6 +245,16 @@ def show(result: dict) -> None:
         table.add_row(part, f"{seconds[part]:.3f}", f"{seconds[part] / seconds['step']:.0%}")
     table.add_row("step", f"{seconds['step']:.3f}", "")
     console.print(table)
+    floor = result["floor_seconds"]
+    console.print(
+        f"floor at the GEMM rate: {sum(floor.values()):.3f} s ("
+        + ", ".join(f"{part} {value:.3f}" for part, value in floor.items())
+        + f"); measured over floor {seconds['step'] / sum(floor.values()):.2f}"
+    )
+    if not math.isnan(result["peft_to_saro"]):
+        console.print(
+            f"with PEFT's own layers {seconds['peft_step']:.3f} s, {result['peft_to_saro']:.2f} times as long"
+        )
     console.print(
         f"{result['tokens_per_second']:.0f} tokens/s; {sum(result['operations'].values()) / 1e12:.3f} TFLOP a step; "
         f"GEMM rate {result['gemm_operations_per_second'] / 1e9:.0f} GFLOP/s, of which a step reaches "
