@@ -1,0 +1,80 @@
+"""How long a large reference cache takes to load, and how much memory beside the result.
+
+    python benchmarks/reference_cache.py [--sequences 100000] [--tokens 500]
+
+It writes random log-probs for sequences of random token ids into a cache of its own, then finds and loads all of them in
+a fresh process, as a run does: keys from token ids, index, shards.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+
+import numpy as np
+from jsonargparse import auto_cli
+
+from saro.data.tree import ScoredSequence
+from saro.train.reference_cache import ReferenceCache, sequence_key
+
+KEY = {"benchmark": 1}
+
+
+def sequence(i: int, tokens: int) -> ScoredSequence:
+    """A sequence of which all tokens but the first are scored."""
+    ids = np.random.default_rng(i).integers(0, 49_152, tokens + 1).astype(np.int32)
+    return ScoredSequence(ids, 1, np.zeros(tokens, np.uint8), i)
+
+
+def fill(sequences: int, tokens: int) -> None:
+    """Add them in portions, as scoring does."""
+    cache = ReferenceCache.of(KEY)
+    for start in range(0, sequences, 5_000):
+        numbers = range(start, min(start + 5_000, sequences))
+        logps = np.random.default_rng(start).normal(-2, 1, (len(numbers), tokens)).astype(np.float32)
+        cache.add({sequence_key(sequence(i, tokens)): row for i, row in zip(numbers, logps, strict=True)})
+
+
+def load(sequences: int, tokens: int) -> None:
+    """Print seconds and memory as JSON."""
+    given = [sequence(i, tokens) for i in range(sequences)]
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    start = time.perf_counter()
+    cache = ReferenceCache.of(KEY)
+    keys = [sequence_key(s) for s in given]
+    assert all(cache.find(keys))
+    logps, _ = cache.load(keys, [tokens] * sequences)
+    seconds = time.perf_counter() - start
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 2**10
+    print(json.dumps({"seconds": seconds, "result_bytes": logps.nbytes, "peak_growth_bytes": grown}))
+
+
+def main(sequences: int = 100_000, tokens: int = 500) -> None:
+    """Measure.
+
+    Args:
+        sequences: Cached sequences.
+        tokens: Scored tokens of each.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["SARO_CACHE"] = folder
+        fill(sequences, tokens)
+        code = f"import reference_cache as r; r.load({sequences}, {tokens})"
+        for what in ("first load, which makes the index", "second load"):
+            command = [sys.executable, "-c", code]
+            done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=os.path.dirname(__file__))
+            found = json.loads(done.stdout)
+            print(
+                f"{what}: {sequences:,} sequences of {tokens} tokens in {found['seconds']:.1f} s; "
+                f"{found['result_bytes'] / 2**20:.0f} MiB of log-probs, memory grew by "
+                f"{found['peak_growth_bytes'] / 2**20:.0f} MiB at the peak"
+            )
+
+
+if __name__ == "__main__":
+    auto_cli(main, as_positional=False)
