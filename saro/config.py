@@ -346,6 +346,31 @@ class CompareConfig:
                 raise SaroError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it is too small")
 
 
+@dataclass(frozen=True)
+class DoctorConfig:
+    """Options of `saro doctor`: the model to check, and how it would be trained.
+
+    Attributes:
+        model: Folder or hub name of a causal LM, or folder of a LoRA adapter; "demo" is SmolLM2-135M-Instruct.
+        method: full trains all weights; lora trains adapters; qlora trains adapters on a base in 4 bits (NF4).
+        dtype: Precision of the base model's products; auto is bfloat16 on a GPU and float32 on a CPU.
+        attention: sdpa runs anywhere; varlen is for CUDA; auto chooses.
+        pack_tokens: Tokens of one forward pass; memory is measured on a sixteenth and a quarter of it.
+        json: File to write the findings to as well.
+    """
+
+    model: str = DEMO
+    method: Literal["full", "lora", "qlora"] = "qlora"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    attention: Literal["auto", "sdpa", "varlen"] = "auto"
+    pack_tokens: int = 2048
+    json: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.pack_tokens < 256:
+            raise SaroError(f"--pack-tokens is {self.pack_tokens}; it must be at least 256")
+
+
 def as_dict(config: object) -> dict[str, Any]:
     """A config as plain nested dicts and lists, fit for JSON and YAML."""
     return {

@@ -11,6 +11,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+# Triton asks once, when it is imported: its kernels run on the CPU then.
+os.environ.setdefault("TRITON_INTERPRET", "1")
+
 import pytest
 import torch
 from accelerate import Accelerator
@@ -231,6 +234,37 @@ def recipes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Recipes]:
     server = Recipes(tmp_path_factory.mktemp("recipes"), {k: v for k, v in os.environ.items() if k not in dropped})
     yield server
     server.close()
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory, tiny_model, recipes, examples) -> Callable[..., Path]:
+    """Folder of a finished RW run by method and kind of model; each is made once, and is not to be changed."""
+    made: dict[tuple[str, str], Path] = {}
+
+    def get(method: str = "lora", kind: str = "llama") -> Path:
+        if (method, kind) not in made:
+            folder = tmp_path_factory.mktemp(f"{method}_{kind}")
+            for name, records in (("train", examples), ("heldout", examples[:6])):
+                (folder / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+            options = {
+                "model.name": tiny_model(kind),
+                "model.method": method,
+                "data.train": json.dumps([str(folder / "train.jsonl")]),
+                "data.heldout": json.dumps([str(folder / "heldout.jsonl")]),
+                "data.pack_tokens": 256,
+                "data.template_date": "2024-07-26",
+                "train.output": folder / "run",
+                "train.records_per_step": 4,
+                "train.max_steps": 4,
+                "train.lr": 1e-2,
+                "train.samples": 0,
+            }
+            done = recipes.run(*(part for k, v in options.items() for part in (f"--{k}", v)))
+            assert done.code == 0, done.err
+            made[method, kind] = folder / "run"
+        return made[method, kind]
+
+    return get
 
 
 @pytest.fixture
