@@ -44,6 +44,8 @@ setup(
             "pytest-timeout>=2.4.0",
             "ruff>=0.17.6",
             "tensorboard>=2.21.0",
+            # The CUDA build of torch brings it; the CPU build does not, and there it interprets and compiles the kernels.
+            "triton>=3.7.1; platform_system == 'Linux'",
         ],
         "bench": ["matplotlib>=3.11.2", "trl==1.16.0"],
         "tensorboard": ["tensorboard>=2.21.0"],

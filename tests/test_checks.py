@@ -12,10 +12,8 @@ from transformers import (
     AutoModelForCausalLM,
     BertConfig,
     BloomConfig,
-    CohereConfig,
     FalconConfig,
     Gemma2Config,
-    GraniteConfig,
     MambaConfig,
     ModernBertDecoderConfig,
     RwkvConfig,
@@ -375,8 +373,6 @@ _SHAPE = {
 _DECODER = _SHAPE | {"intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
 UNFIT = {
     "no sdpa of its own": (lambda: Gemma2Config(**_DECODER, head_dim=8), "does not fit this model: Gemma2ForCausalLM"),
-    "logit scale": (lambda: CohereConfig(**_DECODER), "packed logps differ"),
-    "logits scaling": (lambda: GraniteConfig(**_DECODER, logits_scaling=8.0), "packed logps differ"),
     "alibi": (lambda: BloomConfig(**_SHAPE, n_head=4), "packed logps differ"),
     "attention of its own": (lambda: FalconConfig(**_SHAPE, num_attention_heads=4), "packed logps differ"),
     "arguments that get lost": (

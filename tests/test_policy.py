@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
-from tiny import KINDS_OF_MODEL, save_tiny_model
+from tiny import KINDS_OF_LOGITS, KINDS_OF_MODEL, save_tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, PhiConfig
@@ -142,7 +142,7 @@ def assert_equal_runs(packed, native, sequences):
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
 @pytest.mark.parametrize("method", ["full", "lora"])
-@pytest.mark.parametrize("kind", KINDS_OF_MODEL)
+@pytest.mark.parametrize("kind", [*KINDS_OF_MODEL, *KINDS_OF_LOGITS])
 def test_pack_of_single_sequences_is_each_sequence_alone(pair, kind, method, checkpointing):
     policy, model = pair(kind, method, checkpointing)
     sequences = random_sequences([13, 2, 30, 5])  # 30: well beyond the window of 8
@@ -349,7 +349,7 @@ def test_the_empty_pack_has_a_zero_gradient_for_every_trainable_parameter(tiny_m
 @pytest.mark.parametrize(
     ("method", "dtype"), [("full", "float32"), ("full", "bfloat16"), ("lora", "float32"), ("lora", "bfloat16")]
 )
-@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+@pytest.mark.parametrize("kind", ["llama", "gemma3", *KINDS_OF_LOGITS])
 def test_error_against_float64_is_at_most_twice_the_plain_forwards(pair, tiny_model, kind, method, dtype):
     policy = wake_adapters(load(tiny_model(kind), method, dtype=dtype, lora_rank=4))
     sequences = random_sequences([60, 40, 50])

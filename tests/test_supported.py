@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from tiny import KINDS_OF_MODEL, tiny_config
+from tiny import KINDS_OF_LOGITS, KINDS_OF_MODEL, tiny_config
 from transformers import (
     BambaConfig,
     BloomConfig,
@@ -58,13 +58,19 @@ REFUSED = {
     "experts of gpt-oss": (lambda: GptOssConfig(), "'gpt_oss' .* mixture of experts"),
     "experts of jamba": (lambda: JambaConfig(), "'jamba' .* mixture of experts"),
     "experts in a config inside": (lambda: DbrxConfig(), r"'dbrx' .* mixture of experts \(moe_num_experts=4\)"),
-    "softcaps": (lambda: Gemma2Config(), "'gemma2' .* (final|attn)_logit_softcapping=.* changes its scores"),
-    "attention softcap": (
-        lambda: Gemma2Config(final_logit_softcapping=None),
-        "attn_logit_softcapping=50.0 changes its scores",
+    "attention softcap": (lambda: Gemma2Config(), "'gemma2' .* attn_logit_softcapping=50.0 changes its scores"),
+    "a logit scale of unknown meaning": (
+        lambda: changed(LlamaConfig(), logit_scale=0.0625),
+        "'llama' .* logit_scale=0.0625 changes its scores",
     ),
-    "logit scale": (lambda: CohereConfig(), "'cohere' .* logit_scale=0.0625 changes its scores"),
-    "logits scaling": (lambda: GraniteConfig(logits_scaling=8.0), "'granite' .* logits_scaling=8.0 changes its scores"),
+    "a scaling by another model's option": (
+        lambda: changed(CohereConfig(), logits_scaling=8.0),
+        "'cohere' .* logits_scaling=8.0 changes its scores",
+    ),
+    "a multiplier of the head": (
+        lambda: changed(LlamaConfig(), lm_head_multiplier=0.5),
+        "'llama' .* lm_head_multiplier=0.5 changes its scores",
+    ),
     "attention in both directions": (
         lambda: tiny_config("gemma3", use_bidirectional_attention=True),
         "use_bidirectional_attention=True changes its scores",
@@ -146,7 +152,7 @@ def test_is_refused_by_name(config, message):
 
 
 ACCEPTED = {
-    **{kind: (lambda kind=kind: tiny_config(kind)) for kind in KINDS_OF_MODEL},
+    **{kind: (lambda kind=kind: tiny_config(kind)) for kind in (*KINDS_OF_MODEL, *KINDS_OF_LOGITS)},
     "rope of llama 3": lambda: tiny_config(
         "llama",
         rope_parameters={
@@ -171,7 +177,9 @@ ACCEPTED = {
         "llama", rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
     ),
     "no softcaps": lambda: changed(tiny_config("gemma3"), final_logit_softcapping=None, attn_logit_softcapping=None),
-    "a scale of one": lambda: GraniteConfig(logits_scaling=1.0),
+    "a scale of one": lambda: changed(LlamaConfig(), logit_scale=1.0, logits_scaling=1),
+    "cohere": CohereConfig,
+    "granite": lambda: GraniteConfig(logits_scaling=8.0),
     "experts of none": lambda: changed(LlamaConfig(), num_local_experts=0, num_experts_per_tok=0),
     "llama": LlamaConfig,
     "mistral": MistralConfig,

@@ -1,88 +1,29 @@
 """token_logps against its definition in float64: values, gradients, memory, work and errors."""
 
-import weakref
+from contextlib import suppress
 
 import pytest
 import torch
+from head_cases import (
+    BUDGETED,
+    DTYPES,
+    SHAPES,
+    VARIANTS,
+    Watch,
+    assert_within_budget,
+    exact,
+    inputs,
+    split,
+    values_and_gradients,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from saro_kernels import token_logps
 from saro_kernels.reference import reference_token_logps
-from saro_kernels.tile_ops import find_tile_op
-from saro_kernels.tiled import ACCELERATOR_TILE_BYTES, CPU_TILE_BYTES, MIN_ROWS, tile_rows, tiled_token_logps
-
-# An error budget needs a truth in a wider dtype, so float64 has an equality test instead.
-BUDGETED = [torch.float32, torch.bfloat16, torch.float16]
-DTYPES = [*BUDGETED, torch.float64]
-SHAPES = [(1, 1, 1), (1, 8, 16), (7, 5, 1), (5, 3, 2), (33, 17, 97), (64, 32, 256), (130, 9, 513)]
-VARIANTS = [
-    {},
-    {"bias": True},
-    {"softcap": 3.0},
-    {"scale": 0.25},
-    {"bias": True, "softcap": 2.0, "scale": 1.7},
-]
-MATRIX_PRODUCTS = {"mm", "addmm", "addmm_"}
-
+from saro_kernels.tiled import _float32_sums, tiled_token_logps
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def inputs(n, d, v, dtype=torch.float32, *, bias=False, seed=0, spread=2.0):
-    """(hidden, weight, targets, bias, upstream); logits have standard deviation `spread`."""
-    rng = torch.Generator().manual_seed(seed)
-    hidden = torch.randn(n, d, generator=rng).to(dtype)
-    weight = (torch.randn(v, d, generator=rng) * spread / d**0.5).to(dtype)
-    targets = torch.randint(v, (n,), generator=rng)
-    offset = torch.randn(v, generator=rng).to(dtype) if bias else None
-    upstream = torch.rand(n, generator=rng, dtype=torch.float64) - 0.3
-    return hidden, weight, targets, offset, upstream
-
-
-def split(variant):
-    """A VARIANTS entry as (bias wanted, options of the functions below token_logps)."""
-    return variant.get("bias", False), {"softcap": variant.get("softcap"), "scale": variant.get("scale", 1.0)}
-
-
-def definition(hidden, weight, targets, bias=None, *, softcap=None, scale=1.0):
-    logits = scale * (hidden @ weight.T + (0 if bias is None else bias))
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    logits = logits - logits.detach().amax(1, keepdim=True)  # at 1e4 even a float64 logsumexp has lost twelve digits
-    return logits[torch.arange(len(targets)), targets] - logits.logsumexp(1)
-
-
-def values_and_gradients(function, hidden, weight, targets, bias, upstream, needs, **options):
-    """[logps, d hidden, d weight, d bias] of sum(upstream * logps), without the gradients that `needs` leaves out."""
-    leaves = {"hidden": hidden, "weight": weight, "bias": bias}
-    leaves = {k: None if x is None else x.detach().clone().requires_grad_(k in needs) for k, x in leaves.items()}
-    logps = function(leaves["hidden"], leaves["weight"], targets, bias=leaves["bias"], **options)
-    wanted = [leaves[k] for k in needs]
-    return [logps.detach(), *torch.autograd.grad((logps * upstream.to(logps.dtype)).sum(), wanted)]
-
-
-def exact(hidden, weight, targets, bias, upstream, needs, **options):
-    """The same from the definition in float64, at the values that the inputs have in their dtype."""
-    wide = [None if x is None else x.double() for x in (hidden, weight, bias)]
-    return values_and_gradients(definition, wide[0], wide[1], targets, wide[2], upstream, needs, **options)
-
-
-def error(got, want):
-    """Root mean square and largest deviation."""
-    deviation = (got.double() - want).abs()
-    return deviation.square().mean().sqrt().item(), deviation.max().item()
-
-
-def assert_within_budget(got, plain, want):
-    """At most twice the plain path's error, plus the last bit of the largest number."""
-    for ours, theirs, truth in zip(got, plain, want, strict=True):
-        assert ours.dtype == theirs.dtype
-        last_bit = torch.finfo(ours.dtype).eps * truth.abs().max().item()
-        for mine, other in zip(error(ours, truth), error(theirs, truth), strict=True):
-            assert mine <= 2 * other + last_bit
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -270,38 +211,6 @@ def test_backward_twice_gives_the_same(needs):
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-class Watch(TorchDispatchMode):
-    """Counts matrix products and follows the bytes of the storages that live operations' outputs hold."""
-
-    def __init__(self):
-        super().__init__()
-        self.products, self.live, self.peak_bytes, self.largest_bytes = 0, {}, 0, 0
-
-    def __enter__(self):
-        self.old = set()
-        return super().__enter__()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        self.products += function.overloadpacket.__name__ in MATRIX_PRODUCTS
-        self.old.update(x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if self.foreign(x))
-        result = function(*args, **kwargs)
-        for tensor in tree_leaves(result):
-            if self.foreign(tensor) and tensor.untyped_storage()._cdata not in self.old:
-                self.follow(tensor.untyped_storage())
-        return result
-
-    def foreign(self, x):
-        return isinstance(x, torch.Tensor) and x.untyped_storage()._cdata not in self.live
-
-    def follow(self, storage):
-        key, size = storage._cdata, storage.nbytes()
-        self.live[key] = size
-        weakref.finalize(storage, self.live.pop, key, None)
-        self.largest_bytes = max(self.largest_bytes, size)
-        self.peak_bytes = max(self.peak_bytes, sum(self.live.values()))
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("softcap", [None, 5.0])
 def test_one_tile_and_the_outputs_are_live_at_most(dtype, softcap):
@@ -372,6 +281,34 @@ def test_matrix_products_per_tile(bias):
     assert products(lambda: torch.autograd.grad(logps.sum(), [hidden, weight]))[1] == 3
 
 
+REDUCED = ("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction")
+
+
+@pytest.fixture
+def matmul():
+    """PyTorch's settings for products on CUDA, put back afterwards."""
+    settings = torch.backends.cuda.matmul
+    before = {name: (getattr(settings, name), getattr(settings, f"{name}_split_k")) for name in REDUCED}
+    before["allow_fp16_accumulation"] = settings.allow_fp16_accumulation
+    yield settings
+    for name, value in before.items():
+        setattr(settings, name, value)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("allowed", [(True, True), (False, True), (False, False)], ids=str)
+def test_on_cuda_products_are_summed_in_float32_whatever_the_program_allows(matmul, allowed, fails):
+    for name in REDUCED:
+        setattr(matmul, name, allowed)
+    matmul.allow_fp16_accumulation = allowed[0]
+    with suppress(KeyError), _float32_sums(torch.device("cuda")):
+        assert not any(getattr(matmul, name) for name in (*REDUCED, "allow_fp16_accumulation"))
+        if fails:
+            raise KeyError
+    assert [(getattr(matmul, name), getattr(matmul, f"{name}_split_k")) for name in REDUCED] == [allowed] * 2
+    assert matmul.allow_fp16_accumulation == allowed[0]
+
+
 def test_results_are_bit_equal_when_repeated():
     case = inputs(70, 12, 300)
     first, second = (
@@ -379,42 +316,6 @@ def test_results_are_bit_equal_when_repeated():
         for _ in range(2)
     )
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-
-
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("vocab", [1, 1000, 49152, 128256, 262144, 10**7])
-def test_tile_rows(device, dtype, vocab):
-    budget = CPU_TILE_BYTES if device == "cpu" else ACCELERATOR_TILE_BYTES
-    size = max(4, dtype.itemsize)
-    height = tile_rows(10**9, vocab, dtype, torch.device(device))
-    assert height == MIN_ROWS or height * vocab * size <= budget < (height + 64) * vocab * size
-    assert height % 64 == 0
-    for n in (0, 1, 3, height, height + 1):
-        assert tile_rows(n, vocab, dtype, torch.device(device)) == max(1, min(n, height))
-
-
-def test_tile_rows_of_a_common_vocabulary():
-    assert tile_rows(2048, 49152, torch.float32, torch.device("cpu")) == 256
-
-
-@pytest.mark.parametrize(("impl", "nearest"), [("tile", "tiled"), ("ref", "reference"), ("Auto", "auto")])
-def test_unknown_impl_names_the_nearest(impl, nearest):
-    hidden, weight, targets, _, _ = inputs(2, 3, 4)
-    with pytest.raises(ValueError, match=f"nearest that is: '{nearest}'"):
-        token_logps(hidden, weight, targets, impl=impl)
-
-
-@pytest.mark.parametrize("impl", ["triton", ""])
-def test_unavailable_impl(impl):
-    hidden, weight, targets, _, _ = inputs(2, 3, 4)
-    with pytest.raises(ValueError, match=rf"impl '{impl}' is not available.*\(of auto, reference, tiled\)"):
-        token_logps(hidden, weight, targets, impl=impl)
-
-
-def test_unavailable_tile_op():
-    with pytest.raises(ValueError, match=r"tile op 'triton' is not available; .*'torch'"):
-        find_tile_op("triton")
 
 
 def test_named_impl_runs_that_impl():

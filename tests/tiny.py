@@ -10,9 +10,16 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
+    Cohere2Config,
+    CohereConfig,
     Gemma3TextConfig,
+    Gemma4TextConfig,
+    GraniteConfig,
+    HyperCLOVAXConfig,
     LlamaConfig,
+    MiniCPM3Config,
     MistralConfig,
+    NanoChatConfig,
     PreTrainedConfig,
     PreTrainedTokenizerFast,
     Qwen3Config,
@@ -66,7 +73,10 @@ def tiny_tokenizer(template: str | None = CHATML, extra: tuple[str, ...] = ()) -
 
 
 def tiny_config(kind: str = "llama", **changes: object) -> PreTrainedConfig:
-    """Config of a tiny model: "llama", "qwen3", "mistral" (window of 8 tokens) or "gemma3" (both layer types)."""
+    """Config of a tiny model: "llama", "qwen3", "mistral" (window of 8 tokens) or "gemma3" (both layer types).
+
+    Those of ``KINDS_OF_LOGITS`` scale or cap their logits.
+    """
     if kind == "llama":
         return LlamaConfig(**_SHAPE | {"tie_word_embeddings": True} | changes)
     if kind == "qwen3":
@@ -76,10 +86,42 @@ def tiny_config(kind: str = "llama", **changes: object) -> PreTrainedConfig:
     if kind == "gemma3":
         both = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
         return Gemma3TextConfig(**_SHAPE | {"query_pre_attn_scalar": 8} | both | changes)
+    if kind in _KINDS_OF_LOGITS:
+        config, options = _KINDS_OF_LOGITS[kind]
+        return config(**_SHAPE | options | changes)
     raise ValueError(kind)
 
 
+_KINDS_OF_LOGITS = {
+    "cohere": (CohereConfig, {"logit_scale": 0.25}),
+    "cohere2": (Cohere2Config, {"logit_scale": 0.25, "sliding_window": 8}),
+    "granite": (
+        GraniteConfig,
+        {
+            "logits_scaling": 4.0,
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.5,
+            "attention_multiplier": 0.2,
+        },
+    ),
+    "hyperclovax": (HyperCLOVAXConfig, {"logits_scaling": 0.25}),
+    "minicpm3": (MiniCPM3Config, {"dim_model_base": 8, "num_key_value_heads": 4}),
+    "gemma3 with a softcap": (Gemma3TextConfig, {"query_pre_attn_scalar": 8, "final_logit_softcapping": 3.0}),
+    "gemma4": (
+        Gemma4TextConfig,
+        {
+            "final_logit_softcapping": 3.0,
+            "sliding_window": 8,
+            "vocab_size_per_layer_input": 264,
+            "hidden_size_per_layer_input": 8,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+    ),
+    "nanochat": (NanoChatConfig, {"final_logit_softcapping": 3.0}),
+}
+
 KINDS_OF_MODEL = ("llama", "qwen3", "mistral", "gemma3")
+KINDS_OF_LOGITS = tuple(_KINDS_OF_LOGITS)
 
 
 def save_tiny_model(folder: Path, kind: str = "llama", **changes: object) -> Path:

@@ -5,9 +5,14 @@ reuses it: on a CPU the page faults of a fresh tile cost more than all arithmeti
 """
 
 import difflib
+import functools
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from saro_kernels.triton_tile import TritonTile
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -30,26 +35,18 @@ class TorchTile:
         # tanh's slope must outlive the exponentials that overwrite its argument.
         self.slope = like.new_empty(rows, vocab, dtype=dtype) if gradient and softcap is not None else None
 
+    @staticmethod
+    def logit_bytes(dtype: torch.dtype) -> int:
+        """Bytes of a tile for each product of that dtype, counted in the statistics dtype."""
+        return statistics_dtype(dtype).itemsize
+
     def run(self, targets: Tensor, upstream: Tensor | None = None) -> Tensor:
         """The log-probs (n,), in nats, of the first n = len(targets) rows of `product`.
 
         With `gradient`, those rows of `product` and `work` become d(sum(upstream * logps)) / d product; `upstream` is
         one by default.
         """
-        product, work, targets = self.product[: len(targets)], self.work[: len(targets)], targets[:, None]
-        if work.dtype != product.dtype:
-            work.copy_(product)
-        if self.softcap is not None:
-            work.mul_(self.scale / self.softcap).tanh_()
-            if self.slope is not None:
-                slope = torch.mul(work, work, out=self.slope[: len(work)]).neg_().add_(1)
-            work.mul_(self.softcap)
-        elif self.scale != 1:
-            work.mul_(self.scale)
-
-        # Subtracting the maximum first keeps the result's digits at any size of logits: logit - logsumexp would
-        # cancel them.
-        work.sub_(work.amax(1, keepdim=True))
+        work, targets = self._shifted_logits(len(targets)), targets[:, None]
         shifted_target = work.gather(1, targets)
         total = work.exp_().sum(1, keepdim=True)
         logps = shifted_target - total.log()
@@ -60,18 +57,95 @@ class TorchTile:
             # Writing 1 - p at the target, one place per row, rather than adding 1 to -p: no atomic add.
             work.scatter_(1, targets, torch.expm1(logps).mul_(factor).neg_())
             if self.slope is not None:
-                work.mul_(slope)
-            if work.dtype != product.dtype:
-                product.copy_(work)
+                work.mul_(self.slope[: len(work)])
+            if self.work is not self.product:
+                self.product[: len(work)].copy_(work)
         return logps.squeeze(1)
 
+    def statistics(self, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of the first n = len(targets) rows of `product`: log-probs (n,), entropies (n,) of the rows' distributions,
+        both in nats, and whether no token is likelier than the target, (n,) bool. Overwrites `work`.
+        """
+        work = self._shifted_logits(len(targets))
+        shifted_target = work.gather(1, targets[:, None])
+        total = work.exp_().sum(1, keepdim=True)
+        logps = shifted_target - total.log()
+        entropies = torch.special.entr(work.div_(total), out=work).sum(1)
+        return logps.squeeze(1), entropies, shifted_target.squeeze(1) == 0
 
-TILE_OPS = {"torch": TorchTile}
+    def _shifted_logits(self, rows: int) -> Tensor:
+        """The first rows of `work`, made logits less their row's maximum; fills `slope`."""
+        product, work = self.product[:rows], self.work[:rows]
+        if self.work is not self.product:
+            work.copy_(product)
+        if self.softcap is not None:
+            work.mul_(self.scale / self.softcap).tanh_()
+            if self.slope is not None:
+                torch.mul(work, work, out=self.slope[:rows]).neg_().add_(1)
+            work.mul_(self.softcap)
+        elif self.scale != 1:
+            work.mul_(self.scale)
+        # Subtracting the maximum first keeps the result's digits at any size of logits: logit - logsumexp would
+        # cancel them.
+        return work.sub_(work.amax(1, keepdim=True))
 
 
-def find_tile_op(name: str) -> type[TorchTile]:
-    """The tile op of that name; ValueError if there is none."""
+TILE_OPS = ("torch", "triton")
+# Devices that Triton compiles for; ROCm poses as CUDA.
+TRITON_DEVICES = ("cuda", "xpu")
+
+
+def choose_tile_op(name: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The tile op for products of `dtype` on `device`: `name` itself, or for "auto" Triton's where it can run.
+
+    Raises:
+        ValueError: there is none of that name, or it cannot run here; it names the nearest that can.
+    """
+    if name == "auto":
+        return "triton" if device.type in TRITON_DEVICES and _why_not_triton(device, dtype) is None else "torch"
     if name not in TILE_OPS:
         nearest = difflib.get_close_matches(name, TILE_OPS, n=1, cutoff=0)[0]
         raise ValueError(f"tile op {name!r} is not available; the nearest that is: {nearest!r}")
-    return TILE_OPS[name]
+    reason = _why_not_triton(device, dtype) if name == "triton" else None
+    if reason is not None:
+        raise ValueError(f"tile op 'triton' is not available: {reason}; the nearest that is: 'torch'")
+    return name
+
+
+def find_tile_op(name: str) -> "type[TorchTile] | type[TritonTile]":
+    """The class of a name that `choose_tile_op` gave."""
+    if name == "torch":
+        return TorchTile
+    # Triton is optional, and importing it takes a second.
+    from saro_kernels.triton_tile import TritonTile
+
+    return TritonTile
+
+
+def _why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why Triton's tile op cannot run there; None where it can."""
+    if not _triton_is_here():
+        return "triton is not installed"
+    if dtype == torch.float64:
+        return "it has no float64"
+    if device.type not in TRITON_DEVICES and not _interpreted():
+        return f"triton does not compile for {device.type}"
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
+    return None
+
+
+@functools.cache
+def _triton_is_here() -> bool:
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def _interpreted() -> bool:
+    """Whether Triton runs its kernels in the interpreter, on any device."""
+    from triton import knobs
+
+    return knobs.runtime.interpret

@@ -5,29 +5,16 @@ The softmax statistics and the gradient come from the tile while it is there, as
 the tile in on-chip memory. What differs: log-probs are returned per row, and the loss over them is the caller's.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from saro_kernels.tile_height import l2_bytes, tile_rows
 from saro_kernels.tile_ops import TorchTile, find_tile_op, statistics_dtype
-
-# Bytes of one tile, counted in the statistics dtype: 256 rows of a 49k vocabulary on a CPU, where 512 are no more than
-# 5 % faster, 1024 of a 128k one on an accelerator. A lower tile than MIN_ROWS starves the GEMM: 64 rows took 1.25 times
-# as long as 128.
-CPU_TILE_BYTES = 48 * 2**20
-ACCELERATOR_TILE_BYTES = 512 * 2**20
-MIN_ROWS = 128
-
-
-def tile_rows(rows: int, vocab: int, dtype: torch.dtype, device: torch.device) -> int:
-    """The height of a tile of products (rows, vocab) in `dtype`: what the byte budget allows, at least MIN_ROWS, in
-    multiples of 64; all `rows` if they are fewer; at least 1.
-    """
-    budget = CPU_TILE_BYTES if device.type == "cpu" else ACCELERATOR_TILE_BYTES
-    height = budget // (vocab * statistics_dtype(dtype).itemsize)
-    return max(1, min(rows, max(MIN_ROWS, height // 64 * 64)))
 
 
 class _Head(NamedTuple):
@@ -42,6 +29,13 @@ class _Head(NamedTuple):
         return self.tile_op(self.rows, hidden, len(weight), softcap=self.softcap, scale=self.scale, gradient=gradient)
 
 
+def _head(hidden: Tensor, weight: Tensor, softcap: float | None, scale: float, rows: int | None, name: str) -> _Head:
+    tile_op = find_tile_op(name)
+    if rows is None:
+        rows = tile_rows(len(hidden), *weight.shape, tile_op.logit_bytes(hidden.dtype), l2_bytes(hidden.device))
+    return _Head(softcap, scale, rows, tile_op)
+
+
 def tiled_token_logps(
     hidden: Tensor,
     weight: Tensor,
@@ -54,14 +48,36 @@ def tiled_token_logps(
     tile_op: str = "torch",
 ) -> Tensor:
     """`token_logps` by tiles of `rows` rows (default: `tile_rows`). Arguments are taken as valid."""
-    if rows is None:
-        rows = tile_rows(len(hidden), len(weight), hidden.dtype, hidden.device)
-    head = _Head(softcap, scale, rows, find_tile_op(tile_op))
+    head = _head(hidden, weight, softcap, scale, rows, tile_op)
     if torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad)):
         return _TrainableHead.apply(hidden, weight, bias, targets, head)
     if torch.is_grad_enabled() and hidden.requires_grad:
         return _FrozenHead.apply(hidden, weight, bias, targets, head)
     return _logps(hidden, weight, bias, targets, head)
+
+
+@torch.no_grad()
+def tiled_token_statistics(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None,
+    softcap: float | None,
+    scale: float,
+    rows: int | None = None,
+    tile_op: str = "torch",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`token_statistics` by tiles, as `tiled_token_logps`."""
+    head = _head(hidden, weight, softcap, scale, rows, tile_op)
+    logps, entropies = hidden.new_empty(2, len(hidden), dtype=statistics_dtype(hidden.dtype))
+    top1 = torch.empty(len(hidden), dtype=torch.bool, device=hidden.device)
+    tile = head.tile(hidden, weight, gradient=False)
+    matrix, offset = _for_product(weight, hidden.dtype), _for_product(bias, hidden.dtype)
+    with _float32_sums(hidden.device):
+        for part, _ in _tiles(hidden, matrix, offset, tile, head.rows):
+            logps[part], entropies[part], top1[part] = tile.statistics(targets[part])
+    return logps, entropies, top1
 
 
 class _FrozenHead(torch.autograd.Function):
@@ -109,16 +125,15 @@ class _TrainableHead(torch.autograd.Function):
 
         matrix, offset = _for_product(weight, hidden.dtype), _for_product(bias, hidden.dtype)
         tile = ctx.head.tile(hidden, weight, gradient=True)
-        for start in range(0, len(hidden), ctx.head.rows):
-            part = slice(start, start + ctx.head.rows)
-            _product(hidden[part], matrix, offset, tile)
-            tile.run(targets[part], upstream[part])
-            if needs_hidden:
-                torch.mm(tile.product[: len(hidden[part])], matrix, out=d_hidden[part])
-            if needs_weight:
-                _add_outer(d_weight, tile, hidden[part])
-            if needs_bias:
-                d_bias += tile.work[: len(hidden[part])].sum(0)
+        with _float32_sums(hidden.device):
+            for part, product in _tiles(hidden, matrix, offset, tile, ctx.head.rows):
+                tile.run(targets[part], upstream[part])
+                if needs_hidden:
+                    torch.mm(product, matrix, out=d_hidden[part])
+                if needs_weight:
+                    _add_outer(d_weight, tile, hidden[part])
+                if needs_bias:
+                    d_bias += tile.work[: len(product)].sum(0, dtype=dtype)
         return (
             d_hidden,
             d_weight.to(weight.dtype) if needs_weight else None,
@@ -133,12 +148,11 @@ def _logps(hidden, weight, bias, targets, head, unit_gradient=None) -> Tensor:
     logps = hidden.new_empty(len(hidden), dtype=statistics_dtype(hidden.dtype))
     matrix, offset = _for_product(weight, hidden.dtype), _for_product(bias, hidden.dtype)
     tile = head.tile(hidden, weight, gradient=unit_gradient is not None)
-    for start in range(0, len(hidden), head.rows):
-        part = slice(start, start + head.rows)
-        _product(hidden[part], matrix, offset, tile)
-        logps[part] = tile.run(targets[part])
-        if unit_gradient is not None:
-            torch.mm(tile.product[: len(hidden[part])], matrix, out=unit_gradient[part])
+    with _float32_sums(hidden.device):
+        for part, product in _tiles(hidden, matrix, offset, tile, head.rows):
+            logps[part] = tile.run(targets[part])
+            if unit_gradient is not None:
+                torch.mm(product, matrix, out=unit_gradient[part])
     return logps
 
 
@@ -150,21 +164,52 @@ def _for_product(parameter: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return parameter if 1 in parameter.stride() else parameter.contiguous()
 
 
-def _product(hidden: Tensor, matrix: Tensor, offset: Tensor | None, tile: TorchTile) -> None:
-    """hidden @ matrix^T + offset into the tile's first rows."""
-    if offset is None:
-        torch.mm(hidden, matrix.t(), out=tile.product[: len(hidden)])
-    else:
-        torch.addmm(offset, hidden, matrix.t(), out=tile.product[: len(hidden)])
+def _tiles(
+    hidden: Tensor, matrix: Tensor, offset: Tensor | None, tile: TorchTile, rows: int
+) -> Iterator[tuple[slice, Tensor]]:
+    """Which rows of `hidden` the tile holds, and the part of `tile.product` that hidden @ matrix^T + offset fills."""
+    for start in range(0, len(hidden), rows):
+        part = slice(start, start + rows)
+        product = tile.product[: len(hidden[part])]
+        if offset is None:
+            torch.mm(hidden[part], matrix.t(), out=product)
+        else:
+            torch.addmm(offset, hidden[part], matrix.t(), out=product)
+        yield part, product
 
 
 def _add_outer(d_weight: Tensor, tile: TorchTile, hidden: Tensor) -> None:
     """d_weight += (gradient of the products)^T @ hidden, summed in d_weight's dtype."""
+    product = tile.product[: len(hidden)].t()
     if d_weight.dtype == hidden.dtype:
-        d_weight.addmm_(tile.product[: len(hidden)].t(), hidden)
-    elif hidden.is_cuda:
-        torch.addmm(d_weight, tile.product[: len(hidden)].t(), hidden, out_dtype=d_weight.dtype, out=d_weight)
+        d_weight.addmm_(product, hidden)
+    elif hidden.device.type in ("cuda", "xpu"):
+        torch.addmm(d_weight, product, hidden, out_dtype=d_weight.dtype, out=d_weight)
     else:
-        # Only CUDA sums bfloat16 products into a float32 matrix. A bfloat16 product per tile would be rounded each time
-        # and take another (V, D) buffer.
-        d_weight.addmm_(tile.work[: len(hidden)].t(), hidden.to(d_weight.dtype))
+        # Only accelerators sum bfloat16 products into a float32 matrix. A bfloat16 product per tile would be rounded
+        # each time and take another (V, D) buffer.
+        d_weight.addmm_(tile.work[: len(hidden)].t().to(d_weight.dtype), hidden.to(d_weight.dtype))
+
+
+@contextmanager
+def _float32_sums(device: torch.device) -> Iterator[None]:
+    """Inside, cuBLAS adds the parts of a bfloat16 or float16 product in float32, whatever the program allows it.
+
+    The sums of d hidden run over the whole vocabulary; cuBLAS splits them, and by default adds the parts rounded.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    matmul = torch.backends.cuda.matmul
+    names = ("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction")
+    before = {name: (getattr(matmul, name), getattr(matmul, f"{name}_split_k")) for name in names}
+    accumulation = matmul.allow_fp16_accumulation
+    for name, (_, split) in before.items():
+        setattr(matmul, name, (False, split))
+    matmul.allow_fp16_accumulation = False
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(matmul, name, value)
+        matmul.allow_fp16_accumulation = accumulation

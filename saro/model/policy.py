@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from saro.data.packs import Pack
 from saro.model.attention import AttentionPlan, use_packed_attention
+from saro.model.logits import logit_options
 from saro_kernels import token_logps
 
 
@@ -18,7 +19,7 @@ class Policy(nn.Module):
     Args:
         model: a transformers causal LM, or a PEFT model around one.
         attention: "sdpa" or "varlen".
-        head: implementation of ``token_logps``: "auto", "tiled" or "reference".
+        head: implementation of ``token_logps``, by name.
         autocast: dtype of the products where parameters are fp32 masters of a lower-precision model; None without.
 
     Raises:
@@ -41,6 +42,7 @@ class Policy(nn.Module):
         self.attention = attention
         self.head = head
         self.autocast = autocast
+        self.logits = logit_options(self.causal_lm.config)
         use_packed_attention(self.causal_lm)
 
     @property
@@ -67,7 +69,7 @@ class Policy(nn.Module):
         if self.autocast is not None:
             rows = rows.to(self.autocast)
         head = lm.get_output_embeddings()
-        return token_logps(rows, head.weight, pack.row_target, bias=head.bias, impl=self.head)
+        return token_logps(rows, head.weight, pack.row_target, bias=head.bias, **self.logits._asdict(), impl=self.head)
 
     def precision(self) -> torch.autocast:
         """The context in which the model's products are computed."""

@@ -7,17 +7,15 @@ from collections.abc import Iterator
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig, PreTrainedModel
 
 from saro.errors import SaroError
+from saro.model.logits import SCALE_OPTIONS, scales_its_logits
 
 LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
 # Rotary embeddings whose frequencies depend on the length of the input cannot be right for many sequences at once.
 REFUSED_ROPE = frozenset({"dynamic", "longrope"})
 # Options that change the logits, or the attention scores, in a way that the fused head or attention does not compute.
 _NEUTRAL = {
-    "final_logit_softcapping": (None, 0),
     "attn_logit_softcapping": (None, 0),
-    "logit_scale": (None, 1, 1.0),
-    "logits_scaling": (None, 1, 1.0),
-    "lm_head_multiplier": (None, 1, 1.0),
+    **dict.fromkeys((*SCALE_OPTIONS, "lm_head_multiplier", "logits_mup_width_multiplier"), (None, 1)),
     "use_bidirectional_attention": (None, False),
     "attention_chunk_size": (None,),
 }
@@ -41,7 +39,7 @@ def check_supported(config: PretrainedConfig) -> None:
     for key, value in _flat(options):
         if "expert" in key and isinstance(value, int) and not isinstance(value, bool) and value > 1:
             raise refuse(f"it is a mixture of experts ({key}={value})")
-        if key in _NEUTRAL and value not in _NEUTRAL[key]:
+        if key in _NEUTRAL and value not in _NEUTRAL[key] and not scales_its_logits(config, key):
             raise refuse(f"{key}={value} changes its scores in a way that is not computed here yet")
     for layer_type in sorted(set(getattr(config, "layer_types", None) or ())):
         if layer_type not in LAYER_TYPES:

@@ -1,0 +1,235 @@
+"""Compile every Triton kernel for each GPU generation, on any x86 Linux machine, and read what it takes of the GPU.
+
+    python benchmarks/compile_matrix.py [--write] [--json FILE]
+
+What is compiled is what a run would launch: the tile op runs on tensors of the CPU, and in place of the launch its
+arguments are specialised and compiled for the target. Registers, stack (where spilled registers go), local and shared
+memory are read from the machine code by cuobjdump, which comes with Triton; the width of memory accesses from the PTX.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import tempfile
+from argparse import ArgumentParser
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from itertools import product
+from pathlib import Path
+
+# The interpreter, which tests use, compiles nothing; Triton asks when it is imported.
+os.environ["TRITON_INTERPRET"] = "0"
+
+import torch
+import triton
+from rich.console import Console
+from rich.table import Table
+from triton.backends.compiler import GPUTarget
+
+from saro_kernels import triton_tile
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),  # A100
+    "sm_86": GPUTarget("cuda", 86, 32),  # RTX 3090
+    "sm_89": GPUTarget("cuda", 89, 32),  # RTX 4090, L4
+    "sm_90": GPUTarget("cuda", 90, 32),  # H100
+    "sm_120": GPUTarget("cuda", 120, 32),  # RTX 5090
+    "gfx942": GPUTarget("hip", "gfx942", 64),  # MI300X
+}
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# GPT-2's: a multiple of nothing.
+VOCABULARY = 50257
+README = Path(__file__).with_name("README.md")
+BEGIN, END = "<!-- compile matrix: written by compile_matrix.py -->", "<!-- end of the compile matrix -->"
+
+
+@dataclass(frozen=True)
+class Build:
+    """One compiled kernel.
+
+    Attributes:
+        target: GPU generation.
+        kernel: name of the function.
+        variant: what the tile op was asked for.
+        dtype: of the products.
+        vocab: of the tile.
+        registers: 32-bit registers of a thread.
+        stack_bytes, local_bytes: of a thread; registers that do not fit are spilled there.
+        shared_bytes: of a program.
+        access_bytes: width of its widest load from memory.
+        wide_offsets: whether a row's place in memory is computed in 64 bits: a tile may have more than 2^31 logits.
+    """
+
+    target: str
+    kernel: str
+    variant: str
+    dtype: str
+    vocab: int
+    registers: int
+    stack_bytes: int
+    local_bytes: int
+    shared_bytes: int
+    access_bytes: int
+    wide_offsets: bool
+
+
+@dataclass(frozen=True)
+class _Driver:
+    """Stands in for a GPU's driver: Triton asks it what to compile for, and nothing is launched."""
+
+    target: GPUTarget
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> str:
+        return str(self.target)
+
+    def get_current_stream(self, device: str) -> int:
+        return 0
+
+
+class _Compiled(list):
+    """Takes the place of a kernel: collects what it would be compiled to in place of each launch."""
+
+    def __init__(self, kernel: triton.JITFunction) -> None:
+        super().__init__()
+        self.kernel = kernel
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return lambda *args, **options: self.append(self.kernel.warmup(*args, grid=grid, **options))
+
+
+def _variants() -> Iterator[tuple[str, dict[str, object], Callable[..., object]]]:
+    """Name, options and call of all that the tile op can be asked for."""
+    targets, upstream = torch.zeros(2, dtype=torch.int64), torch.ones(2)
+    for softcap in (None, 30.0):
+        capped = ", softcap" if softcap else ""
+        options = {"softcap": softcap, "scale": 1.0, "gradient": False}
+        yield "log-probs" + capped, options, lambda tile: tile.run(targets)
+        yield "statistics" + capped, options, lambda tile: tile.statistics(targets)
+        options = options | {"gradient": True}
+        yield "gradient" + capped, options, lambda tile: tile.run(targets)
+        yield "gradient, upstream" + capped, options, lambda tile: tile.run(targets, upstream)
+
+
+def build(name: str) -> list[Build]:
+    """All kernels in all variants for one target."""
+    triton.runtime.driver.set_active(_Driver(TARGETS[name]))
+    kernel, builds = triton_tile.tile_kernel, []
+    cases = [(VOCABULARY, dtype) for dtype in DTYPES] + [(1, torch.bfloat16)]
+    for (vocab, dtype), (variant, options, call) in product(cases, list(_variants())):
+        compiled = _Compiled(kernel)
+        triton_tile.tile_kernel = compiled
+        try:
+            call(triton_tile.TritonTile(2, torch.empty(0, dtype=dtype), vocab, **options))
+        finally:
+            triton_tile.tile_kernel = kernel
+        (result,) = compiled
+        usage = _nvidia_usage(result) if TARGETS[name].backend == "cuda" else _amd_usage(result)
+        label = str(dtype).removeprefix("torch.")
+        wide = re.search(r"arith\.muli .*: i64", result.asm["ttir"]) is not None
+        builds.append(Build(name, kernel.fn.__name__, variant, label, vocab, **usage, wide_offsets=wide))
+    return builds
+
+
+def _nvidia_usage(compiled: triton.compiler.CompiledKernel) -> dict[str, int]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", printed)}
+    loads = re.findall(r"ld\.global(?:\.\w+)*?(?:\.v(\d))?\.b(\d+)", compiled.asm["ptx"])
+    return {
+        "registers": found["REG"],
+        "stack_bytes": found["STACK"],
+        "local_bytes": found["LOCAL"],
+        "shared_bytes": compiled.metadata.shared,
+        "access_bytes": max(int(count or 1) * int(bits) // 8 for count, bits in loads),
+    }
+
+
+def _amd_usage(compiled: triton.compiler.CompiledKernel) -> dict[str, int]:
+    code = compiled.asm["amdgcn"]
+    found = {key: int(value) for key, value in re.findall(r"\.(\w+):\s+(\d+)\s", code)}
+    loads = re.findall(r"(?:global|buffer)_load_(?:(dword)(?:x(\d))?|ushort|short)\b", code)
+    return {
+        "registers": found["vgpr_count"],
+        "stack_bytes": 4 * (found["vgpr_spill_count"] + found["sgpr_spill_count"]),
+        "local_bytes": found["private_segment_fixed_size"],
+        "shared_bytes": compiled.metadata.shared,
+        "access_bytes": max(4 * int(count or 1) if word else 2 for word, count in loads),
+    }
+
+
+def build_all() -> list[Build]:
+    """For all targets, on all cores."""
+    with ProcessPoolExecutor(min(os.cpu_count() or 1, len(TARGETS))) as pool:
+        return [one for builds in pool.map(build, TARGETS) for one in builds]
+
+
+def rows(builds: list[Build]) -> Iterator[list[str]]:
+    """A row of the table for each variant and dtype at VOCABULARY; the first row is the heading."""
+    yield ["tile op", "dtype", *TARGETS, "stack, local", "shared", "load (sm)"]
+    shown = [b for b in builds if b.vocab == VOCABULARY]
+    for variant, dtype in dict.fromkeys((b.variant, b.dtype) for b in shown):
+        same = {b.target: b for b in shown if (b.variant, b.dtype) == (variant, dtype)}
+        most = {
+            key: max(getattr(b, key) for b in same.values()) for key in ("stack_bytes", "local_bytes", "shared_bytes")
+        }
+        yield [
+            variant,
+            dtype,
+            *(str(same[target].registers) for target in TARGETS),
+            f"{most['stack_bytes']}, {most['local_bytes']} B",
+            f"{most['shared_bytes']} B",
+            f"{min(b.access_bytes for name, b in same.items() if name.startswith('sm_'))} B",
+        ]
+
+
+def markdown(builds: list[Build]) -> str:
+    """The table for benchmarks/README.md."""
+    head, *body = rows(builds)
+    aligned = ["---", "---", *["---:"] * (len(head) - 2)]
+    lines = ["| " + " | ".join(row) + " |" for row in (head, aligned, *body)]
+    version = f"Triton {triton.__version__}, {triton_tile.WARPS} warps, vocabulary {VOCABULARY}"
+    return "\n".join([BEGIN, "", f"Registers of a thread ({version}):", "", *lines, "", END])
+
+
+def write_table(builds: list[Build], file: Path) -> None:
+    """Put the table between the markers of ``file``, which must be there."""
+    text = file.read_text(encoding="utf-8")
+    before, found, rest = text.partition(BEGIN)
+    _, ends, after = rest.partition(END)
+    if not (found and ends):
+        raise SystemExit(f"{file}: the markers of the compile matrix are missing; add the lines\n{BEGIN}\n{END}")
+    file.write_text(before + markdown(builds) + after, encoding="utf-8")
+
+
+def main() -> None:
+    """Compile and print the table."""
+    parser = ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--write", action="store_true", help="also write the table into benchmarks/README.md")
+    parser.add_argument("--json", metavar="FILE", help="also write all figures here")
+    options = parser.parse_args()
+    builds = build_all()
+    head, *body = rows(builds)
+    table = Table(title="Registers of a thread, and bytes")
+    for i, name in enumerate(head):
+        table.add_column(name, justify="left" if i < 2 else "right")
+    for row in body:
+        table.add_row(*row)
+    Console().print(table)
+    if options.write:
+        write_table(builds, README)
+    if options.json:
+        Path(options.json).write_text(json.dumps([asdict(b) for b in builds], indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

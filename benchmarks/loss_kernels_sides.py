@@ -1,0 +1,136 @@
+"""What `loss_kernels.py` measures: LM heads of known models, and the ways to the log-probs of their tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from saro_kernels import choose_impl, token_logps
+
+# Scoring has no gradient; "frozen" trains the hidden states (LoRA, QLoRA); "trainable" the head's weight, too.
+PASSES = ("scoring", "frozen", "trainable")
+# Multiplications and additions that the mathematics needs, in units of rows x width x vocabulary.
+OPERATIONS = {"scoring": 2, "frozen": 4, "trainable": 6}
+
+
+@dataclass(frozen=True)
+class Head:
+    """An LM head.
+
+    Attributes:
+        width, vocab: D and V of its weight.
+        cpu_rows, gpu_rows: rows scored at once unless the user says otherwise.
+    """
+
+    width: int
+    vocab: int
+    cpu_rows: int
+    gpu_rows: int = 4096
+
+
+HEADS = {
+    "SmolLM2-135M": Head(576, 49152, 2048),
+    "Qwen2.5-0.5B": Head(896, 151936, 512),
+    "Llama-3-8B": Head(4096, 128256, 512),
+    "Gemma-2-2B": Head(2304, 256000, 256),
+}
+SMOKE = {"smoke": Head(32, 1000, 64, 64)}
+
+
+@dataclass(frozen=True)
+class Case:
+    """Inputs of one measurement: hidden (N, D), weight (V, D), targets (N,)."""
+
+    hidden: Tensor
+    weight: Tensor
+    targets: Tensor
+
+    @classmethod
+    def of(cls, head: Head, rows: int, device: torch.device, dtype: torch.dtype) -> Case:
+        """Random ones, whose logits have standard deviation 2."""
+        rng = torch.Generator(device).manual_seed(0)
+        like = {"device": device, "dtype": dtype, "generator": rng}
+        weight = torch.randn(head.vocab, head.width, **like).mul_(2 / head.width**0.5)
+        hidden = torch.randn(rows, head.width, **like)
+        return cls(hidden, weight, torch.randint(head.vocab, (rows,), device=device, generator=rng))
+
+    def run(self, side: str, which: str) -> Tensor:
+        """The sum of the log-probs; after it, but in "scoring", gradients have been computed and dropped."""
+        self.hidden.requires_grad_(which != "scoring")
+        self.weight.requires_grad_(which == "trainable")
+        with torch.set_grad_enabled(which != "scoring"):
+            total = SIDES[side](self.hidden, self.weight, self.targets).sum()
+        if which != "scoring":
+            total.backward()
+        self.hidden.grad = self.weight.grad = None
+        return total.detach()
+
+    def floor_bytes(self, which: str) -> int:
+        """Memory of what has to be there at the end: log-probs and gradients."""
+        gradients = [] if which == "scoring" else [self.hidden] if which == "frozen" else [self.hidden, self.weight]
+        return 4 * len(self.targets) + sum(x.nbytes for x in gradients)
+
+
+def _saro(impl: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    return lambda hidden, weight, targets: token_logps(hidden, weight, targets, impl=impl)
+
+
+def _log_softmax(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    return F.linear(hidden, weight).float().log_softmax(1).gather(1, targets[:, None])
+
+
+def _cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    return -F.cross_entropy(F.linear(hidden, weight).float(), targets, reduction="sum")
+
+
+def _trl(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    from trl.kernels import ChunkedLogProbFunction
+    from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
+
+    # As its trainers call it: temperature 1, no softcap, no scale; no outputs for metrics.
+    options = (1.0, _CHUNKED_LOGPROB_CHUNK_SIZE, None, 1.0, ())
+    return ChunkedLogProbFunction.apply(hidden, weight, None, targets, *options)[0]
+
+
+def _liger(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    from liger_kernel.transformers.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyLoss
+
+    return -LigerFusedLinearCrossEntropyLoss(reduction="sum", accum_dtype=torch.float32)(weight, hidden, targets)
+
+
+def _cut(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    from cut_cross_entropy import linear_cross_entropy
+
+    return -linear_cross_entropy(hidden, weight, targets, reduction="sum")
+
+
+SIDES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "saro, torch tiles": _saro("tiled-torch"),
+    "saro, Triton tiles": _saro("tiled-triton"),
+    "log_softmax": _log_softmax,
+    "cross_entropy": _cross_entropy,
+    "TRL": _trl,
+    "Liger": _liger,
+    "cut cross-entropy": _cut,
+}
+_PACKAGES = {"TRL": "trl", "Liger": "liger_kernel", "cut cross-entropy": "cut_cross_entropy"}
+
+
+def why_not(side: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why a side cannot run here; None where it can."""
+    if side == "saro, Triton tiles":
+        try:
+            choose_impl("tiled-triton", device, dtype)
+        except ValueError as error:
+            return str(error)
+    if side in ("Liger", "cut cross-entropy") and device.type != "cuda":
+        return "it runs on CUDA only"
+    package = _PACKAGES.get(side)
+    if package is not None and find_spec(package) is None:
+        return f"{package} is not installed; pip install {package.replace('_', '-')}"
+    return None

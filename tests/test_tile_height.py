@@ -1,0 +1,98 @@
+"""How high tiles are: within memory, no lower than the GEMM needs, in the cache where that moves fewer bytes."""
+
+import pytest
+import torch
+
+from saro_kernels.tile_height import (
+    ACCELERATOR_TILE_BYTES,
+    CPU_TILE_BYTES,
+    L2_SHARE,
+    MAX_ACCELERATOR_ROWS,
+    MIN_L2_BYTES,
+    MIN_L2_ROWS,
+    MIN_ROWS,
+    l2_bytes,
+    tile_rows,
+)
+
+MIB = 2**20
+VOCABULARIES = [1, 1000, 32000, 49152, 128256, 262144, 10**7]
+# L2 caches: unknown, RTX 3090, A100, H100, RTX 4090, RTX 5090, B200.
+CACHES = [0, 6 * MIB, 40 * MIB, 50 * MIB, 72 * MIB, 96 * MIB, 126 * MIB]
+MANY = 64 * 10**12
+
+
+@pytest.mark.parametrize("logit_bytes", [2, 4, 8])
+@pytest.mark.parametrize("vocab", VOCABULARIES)
+def test_on_a_cpu_a_tile_fills_its_budget(vocab, logit_bytes):
+    height = tile_rows(MANY, vocab, 512, logit_bytes, None)
+    assert height % 64 == 0
+    assert height == MIN_ROWS or height * vocab * logit_bytes <= CPU_TILE_BYTES
+    assert (height + 64) * vocab * logit_bytes > CPU_TILE_BYTES
+
+
+@pytest.mark.parametrize("l2", CACHES)
+@pytest.mark.parametrize("logit_bytes", [2, 4, 8])
+@pytest.mark.parametrize("width", [64, 576, 4096])
+@pytest.mark.parametrize("vocab", VOCABULARIES)
+def test_on_an_accelerator_a_tile_is_within_its_bounds(vocab, width, logit_bytes, l2):
+    height = tile_rows(MANY, vocab, width, logit_bytes, l2)
+    assert height % 64 == 0
+    assert MIN_ROWS <= height <= MAX_ACCELERATOR_ROWS
+    assert height == MIN_ROWS or height * vocab * logit_bytes <= ACCELERATOR_TILE_BYTES
+
+
+@pytest.mark.parametrize("l2", [None, *CACHES])
+@pytest.mark.parametrize("vocab", VOCABULARIES)
+def test_tiles_of_one_batch_are_alike(vocab, l2):
+    highest = tile_rows(MANY, vocab, 512, 4, l2)
+    for rows in (0, 1, 3, 63, 64, 65, highest - 1, highest, highest + 1, 2 * highest + 1, 7 * highest - 3):
+        height = tile_rows(rows, vocab, 512, 4, l2)
+        if rows <= highest:
+            assert height == max(1, rows)
+            continue
+        tiles = -(-rows // height)
+        assert height % 64 == 0
+        assert height <= highest
+        assert tiles == -(-rows // highest)  # no more of them than there must be
+        assert rows > tiles * (height - 64)  # and none is needlessly high
+
+
+def test_the_last_tile_has_no_few_rows_only():
+    assert tile_rows(257, 49152, 576, 4, None) == 192
+
+
+def test_heights_of_common_heads():
+    """SmolLM2-135M and Llama-3-8B: rows of the vocabulary, on a CPU in float32 and on GPUs by Triton in bfloat16."""
+    assert tile_rows(2048, 49152, 576, 4, None) == 256
+    assert tile_rows(512, 128256, 4096, 4, None) == 128
+    assert tile_rows(8192, 128256, 4096, 2, 50 * MIB) == 2048  # H100: too few rows would fit its cache
+    assert tile_rows(8192, 49152, 576, 2, 50 * MIB) == 384  # a narrow weight costs little to read again
+    assert tile_rows(8192, 49152, 576, 2, 6 * MIB) == 2048  # RTX 3090
+
+
+@pytest.mark.parametrize("width", [64, 576, 4096])
+@pytest.mark.parametrize("vocab", VOCABULARIES)
+def test_a_small_cache_is_no_reason_for_a_low_tile(vocab, width):
+    assert tile_rows(MANY, vocab, width, 2, MIN_L2_BYTES - 1) == tile_rows(MANY, vocab, width, 2, 0)
+
+
+@pytest.mark.parametrize("l2", CACHES)
+@pytest.mark.parametrize("width", [64, 576, 4096])
+@pytest.mark.parametrize("vocab", VOCABULARIES)
+def test_a_tile_for_the_cache_fits_it_and_feeds_the_gemm(vocab, width, l2):
+    height, without = (tile_rows(MANY, vocab, width, 2, size) for size in (l2, 0))
+    assert height <= without
+    if height < without:
+        assert height * vocab * 2 <= L2_SHARE * l2
+        assert height >= MIN_L2_ROWS
+
+
+def test_the_cache_of_a_device_is_asked_for(monkeypatch):
+    class Properties:
+        L2_cache_size = 50 * MIB
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
+    assert l2_bytes(torch.device("cuda")) == 50 * MIB
+    assert l2_bytes(torch.device("xpu")) == 0
+    assert l2_bytes(torch.device("cpu")) is None
