@@ -45,7 +45,7 @@ def main() -> int:
 
     # 1. What there is: the folder of the run, and where training starts. Nothing is written yet.
     run = Run.open(config, options.output, template_date=data_options.template_date, **flags)
-    model_options = replace(model_options, name=start_of(model_options.name, runtime.say))
+    model_options = replace(model_options, name=run.start() or start_of(model_options.name, runtime.say))
     source = find_model(model_options)
     chat = source.chat_format(data_options, run.template_date)
 
@@ -59,6 +59,8 @@ def main() -> int:
     reports = {name: Report.of(pairs) for name, pairs in sets.items()}
     for name, report in reports.items():
         report.show(console, name)
+    manifest = run.manifest(source, train_files + heldout_files, reports, runtime)
+    run.check(runtime, manifest)
     for side in (sets["train"].chosen, sets["train"].rejected):
         check_masks(side, chat, islice(read_pairs(train_files[0]), 64), source.config.vocab_size)
     if preference.scored == "divergent":
@@ -80,7 +82,7 @@ def main() -> int:
         references = other_references(runtime, model_options, preference.reference, chat, **of_sets)
     policy = load_policy(source, model_options, runtime.device, options.seed)
     runtime.say(
-        f"{model_options.name}: {model_options.method}, {policy.size()}; checking that trees equal its own forward"
+        f"{model_options.name}: {model_options.method}, {policy.size()}; checking trees against its own forward"
     )
     found = check_packs(policy, pairs)
     runtime.say(f"packed log-probs differ from its own by {found.logps:.1e}, a padded batch by {found.logps_floor:.1e}")
@@ -90,12 +92,10 @@ def main() -> int:
     objectives = {name: SRPOObjective(of.kinds, reference, preference) for (name, of), reference in of_each}
     if from_start:
         zero = check_start(runtime, policy, objectives["train"], steps[0], pairs, pack_tokens)
-        runtime.say(
-            f"loss {zero.loss:.4f} at the start; margins at most {zero.margin:.1e}, rounding {zero.allowed:.1e}"
-        )
+        runtime.say(f"loss {zero.loss:.4f} at the start; margins up to {zero.margin:.1e}, rounding {zero.allowed:.1e}")
 
     # 5. The folder of the run; from here on things are written.
-    run.begin(runtime, run.manifest(source, train_files + heldout_files, reports, runtime))
+    run.begin(runtime, manifest)
     runtime.start_trackers("saro-srpo", run.config)
 
     # 6. What the model does before training, the training, and what it does after.
@@ -121,7 +121,7 @@ def main() -> int:
         record_ids=lambda records: [pairs.ids[r] for r in records],
         evaluate=heldout_metrics if heldout else None,
         observe=logs["train"].observe,
-        on_log=logs["train"].take,
+        on_log=logs["train"].watch,
         resume=run.resumed,
     )
     if outcome.stopped_by:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import date
 from itertools import chain
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,8 +22,10 @@ from saro.data.dataset import encode_files, encode_pair_files
 from saro.data.records import Record, read_examples, read_pairs
 from saro.data.tree import build_tree
 from saro.errors import SaroError, nearest
+from saro.model.adapter import find_adapter
 from saro.model.load import find_model, load_policy
 from saro.model.policy import Policy
+from saro.run import manifest_of
 from saro.samples import answer, choose_prompts
 from saro.train.reference import score, score_pairs
 from saro.train.steps import packs_of
@@ -61,11 +65,14 @@ def compare(options: CompareConfig, examples: Sequence[str], pairs: Sequence[str
     if not (examples or pairs):
         raise SaroError("there is nothing to compare on; give --examples or --pairs")
     prompts = _prompts(examples, pairs, options)
+    setting = _Setting.of(options)
     figures = []
     # None shows the bar on a terminal alone.
     for name in tqdm(options.models, desc="comparing", unit=" models", leave=False, disable=None):
         console.print(f"measuring {name}", markup=False, highlight=False, soft_wrap=True)
-        figures.append(_measure(name, options, examples, pairs, prompts))
+        figures.append(_measure(name, setting, options, examples, pairs, prompts))
+        # Modules and the forwards that are bound to them hold each other: freed before the next model is loaded.
+        gc.collect()
     console.print(_table(names, figures, prompts, options))
     return figures
 
@@ -82,15 +89,37 @@ def _prompts(examples: Sequence[str], pairs: Sequence[str], options: CompareConf
     return [*shown, *others][: max(options.prompts, len(shown))]
 
 
+@dataclass(frozen=True)
+class _Setting:
+    """How the models are loaded and read: as the first run among them was trained."""
+
+    method: str
+    data: DataConfig
+    day: date
+
+    @classmethod
+    def of(cls, options: CompareConfig) -> _Setting:
+        runs = (manifest_of(Path(name).expanduser().parent) for name in options.models)
+        run = next((manifest for manifest in runs if manifest is not None), None)
+        trained = run["config"] if run else {"model": {"method": "lora"}, "data": {}}
+        known = {k: trained["data"][k] for k in ("think_tags", "template_variables") if k in trained["data"]}
+        day = options.template_date or (run["template_date"] if run else date.today().isoformat())
+        data = DataConfig(**known | ({"think_tags": tuple(known["think_tags"])} if "think_tags" in known else {}))
+        return cls(options.method or trained["model"]["method"], data, date.fromisoformat(day))
+
+
 def _measure(
-    name: str, options: CompareConfig, examples: Sequence[str], pairs: Sequence[str], prompts: Sequence[Record]
+    name: str,
+    setting: _Setting,
+    options: CompareConfig,
+    examples: Sequence[str],
+    pairs: Sequence[str],
+    prompts: Sequence[Record],
 ) -> Figures:
-    model = ModelConfig(name=name, method=options.method)
+    method = "lora" if setting.method == "full" and find_adapter(name) is not None else setting.method
+    model = ModelConfig(name=name, method=method)
     source = find_model(model)
-    if source.adapter is not None and options.method == "full":
-        model = replace(model, method="lora")
-    day = date.fromisoformat(options.template_date) if options.template_date else date.today()
-    chat = source.chat_format(DataConfig(), day)
+    chat = source.chat_format(setting.data, setting.day)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     policy = load_policy(source, model, device, seed=0).eval()
     loss = _loss(policy, chat, examples, options.pack_tokens) if examples else None
@@ -116,10 +145,14 @@ def _preference(policy: Policy, chat: ChatFormat, files: Sequence[str], pack_tok
 
 
 def _reasoning_tokens(text: str, chat: ChatFormat) -> int:
-    """Tokens between the tags, or to the end where the closing one is missing; 0 without the opening one."""
+    """Tokens between the tags, or to the end where the closing one is missing; 0 without any.
+
+    Where the template has opened the reasoning, the answer holds the closing tag alone.
+    """
     opening, closing = chat.think_tags
-    _, found, rest = text.partition(opening)
-    return len(chat.tokenizer(rest.partition(closing)[0], add_special_tokens=False).input_ids) if found else 0
+    before, found, rest = text.partition(opening)
+    thought = rest if found else before if closing in before else ""
+    return len(chat.tokenizer(thought.partition(closing)[0], add_special_tokens=False).input_ids)
 
 
 def _table(

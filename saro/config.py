@@ -49,7 +49,7 @@ class ModelConfig:
         method: full trains all weights; lora trains adapters; qlora trains adapters on a base in 4 bits (NF4).
         dtype: Precision of the base model's products; auto is bfloat16 on a GPU and float32 on a CPU.
         attention: sdpa runs anywhere; varlen is for CUDA; auto chooses.
-        head: Implementation of the fused log-softmax: auto, tiled or reference.
+        head: Implementation of the fused log-softmax; auto chooses between the tiled ones, reference makes whole logits.
         lora_rank: Rank r of a new adapter; 16 where not given.
         lora_alpha: A new adapter is scaled by lora_alpha / lora_rank; 32 where not given.
         lora_dropout: Dropout before the adapter, 0 to 1; 0, or that of the adapter that goes on, where not given.
@@ -65,7 +65,7 @@ class ModelConfig:
     method: Literal["full", "lora", "qlora"] = "qlora"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     attention: Literal["auto", "sdpa", "varlen"] = "auto"
-    head: Literal["auto", "tiled", "reference"] = "auto"
+    head: Literal["auto", "tiled", "tiled-torch", "tiled-triton", "reference"] = "auto"
     lora_rank: int | None = None
     lora_alpha: float | None = None
     lora_dropout: float | None = None
@@ -209,7 +209,8 @@ class PreferenceConfig:
         length_normalize: Divide log-probs by the number of tokens first; with ipo this is TRL's form.
         scored: all tokens of the responses, or divergent, only those after the two responses part. Same margins.
         reference: start is the model as it is before the first step; else folder or hub name of another model.
-        warn_chosen_fell: Warn once when the chosen log-prob falls in more than this share of the pairs.
+        warn_chosen_fell: Warn once when the chosen log-prob falls in more than this share of the pairs; not where only
+            divergent tokens are scored, which do not tell.
     """
 
     loss: Literal["sigmoid", "robust", "hinge", "ipo"] = "sigmoid"
@@ -319,19 +320,21 @@ class CompareConfig:
     Attributes:
         models: Folders or hub names of models, or folders of adapters such as RUN/final, one column each.
         names: Their names in the table; the models' own where not given.
-        method: How they are loaded: qlora in 4 bits (NF4), lora and full in the compute dtype.
+        method: How they are loaded: qlora in 4 bits (NF4), lora and full in the compute dtype; where not given, as the
+            first run among them was trained, or else lora.
         examples: JSONL file or files of examples (RW) for the loss; "demo" is the held-out demo data.
         pairs: JSONL file or files of pairs (SRPO) for the preferences; "demo" is the held-out demo data.
         show: Ids of records whose prompts and answers are shown.
         prompts: How many prompts are answered, those shown among them, in one batch.
         max_tokens: Longest answer.
         pack_tokens: Tokens of one forward pass; no record may be longer.
-        template_date: Day that templates see as today, YYYY-MM-DD; today where not given.
+        template_date: Day that templates see as today, YYYY-MM-DD; that of the first run among them, or else today, where
+            not given. The tags of the reasoning and the template's variables are those of that run too.
     """
 
     models: list[str] = field(default_factory=lambda: [DEMO])
     names: list[str] = field(default_factory=list)
-    method: Literal["full", "lora", "qlora"] = "qlora"
+    method: Literal["full", "lora", "qlora"] | None = None
     examples: list[str] | str = field(default_factory=lambda: [DEMO])
     pairs: list[str] | str = field(default_factory=lambda: [DEMO])
     show: list[str] = field(default_factory=list)

@@ -86,33 +86,43 @@ class Run:
             today = date.fromisoformat(began["template_date"])
         return cls(path, options, today, held and resume, FileLock(path / ".lock"))
 
+    def start(self) -> str | None:
+        """The model that a resumed run began with: its adapter's folder, or the model itself; None for a new run."""
+        return (manifest_of(self.folder) or {}).get("start") if self.resumed else None
+
+    def check(self, runtime: Runtime, manifest: dict[str, Any]) -> None:
+        """Of a resumed run, check that what it was made from is what there is now, and take its lock.
+
+        Raises:
+            SaroError: another process trains in the folder; or data, template, weights or reference differ from those
+                that the run began with.
+        """
+        if not self.resumed:
+            return
+        if runtime.is_main:
+            self._take_lock()
+        began = manifest_of(self.folder) or {}
+        for part in ("data", "template", "model", "reference"):
+            if began.get(part) != manifest[part]:
+                self.lock.release(force=True)
+                raise SaroError(
+                    f"{self.folder}: the {part} is not what the run began with; restore it, "
+                    "or start anew with --overwrite"
+                )
+
     def begin(self, runtime: Runtime, manifest: dict[str, Any]) -> None:
         """Make the folder, or check that what it was made from is what there is now.
 
         Raises:
-            SaroError: another process trains in the folder; or data, template or weights differ from those that the
-                resumed run began with.
+            SaroError: as ``check``.
         """
         # Every process has looked at the folder before the first one writes to it.
         runtime.barrier()
         if runtime.is_main:
             self.folder.mkdir(parents=True, exist_ok=True)
-            try:
-                self.lock.acquire(timeout=0)
-            except Timeout as error:
-                raise SaroError(
-                    f"{self.folder}: another process trains in this folder; wait for it or stop it, "
-                    "or give another folder with --train.output"
-                ) from error
+            self._take_lock()
         if self.resumed:
-            began = manifest_of(self.folder) or {}
-            for part in ("data", "template", "model", "reference"):
-                if began.get(part) != manifest[part]:
-                    self.lock.release()
-                    raise SaroError(
-                        f"{self.folder}: the {part} is not what the run began with; restore it, "
-                        "or start anew with --overwrite"
-                    )
+            self.check(runtime, manifest)
         elif runtime.is_main:
             # At every moment a folder that is not empty holds a manifest, by which it is known as a run.
             manifest_file = self.folder / "manifest.json"
@@ -131,6 +141,15 @@ class Run:
             with atomic_write(self.folder / "config.yaml") as file:
                 yaml.safe_dump(self.config, file, sort_keys=False, allow_unicode=True)
         runtime.barrier()
+
+    def _take_lock(self) -> None:
+        try:
+            self.lock.acquire(timeout=0)
+        except Timeout as error:
+            raise SaroError(
+                f"{self.folder}: another process trains in this folder; wait for it or stop it, "
+                "or give another folder with --train.output"
+            ) from error
 
     def once(self, runtime: Runtime, name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """What ``measure`` gives, from the file ``name`` where a resumed run has it already."""
@@ -160,6 +179,7 @@ class Run:
             },
             "template_date": self.template_date.isoformat(),
             "template": hashlib.sha256(str(source.tokenizer.chat_template or "").encode()).hexdigest(),
+            "start": source.adapter or source.path,
             "model": source.identity(),
             "reference": self._reference(),
             "data": {name: file_hash(Path(name)) for name in files},
@@ -170,7 +190,13 @@ class Run:
     def _reference(self) -> dict[str, Any] | None:
         """Identity of the model that stage 2 takes as its reference; None where that is where training starts."""
         name = self.config.get("preference", {}).get("reference", START)
-        return None if name == START else find_model(ModelConfig(name=name)).identity()
+        return (
+            None
+            if name == START
+            else find_model(
+                ModelConfig(name=name, trust_remote_code=self.config["model"]["trust_remote_code"])
+            ).identity()
+        )
 
 
 def manifest_of(folder: Path) -> dict[str, Any] | None:

@@ -16,8 +16,11 @@ from saro.model.policy import Policy
 
 
 def choose_prompts(examples: Sequence[Record], number: int) -> list[Record]:
-    """The first records, taking their kinds in turn."""
-    by_kind = [[e for e in examples if e.kind == kind] for kind in KINDS + PAIR_KINDS]
+    """The first records, taking their kinds in turn; of several on one prompt the first."""
+    first: dict[object, Record] = {}
+    for example in examples:
+        first.setdefault(example.prompt, example)
+    by_kind = [[e for e in first.values() if e.kind == kind] for kind in KINDS + PAIR_KINDS]
     in_turn = [group[i] for i in range(len(examples)) for group in by_kind if i < len(group)]
     return in_turn[:number]
 

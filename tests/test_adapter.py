@@ -15,7 +15,9 @@ from tiny import save_tiny_model
 from transformers import AutoModelForCausalLM
 
 from saro.config import ModelConfig
+from saro.errors import SaroError
 from saro.files import file_hash
+from saro.model.adapter import find_adapter
 from saro.model.attention import use_packed_attention
 from saro.model.load import find_model
 from saro.model.policy import Policy
@@ -159,11 +161,21 @@ def test_an_adapter_on_the_head_is_refused(adapter):
 def test_another_base_than_the_one_it_was_trained_on_is_refused(base, adapter, tmp_path):
     """unslothai/unsloth-zoo#810: an adapter merged into a base that it was not trained on."""
     files = {"model.safetensors": file_hash(Path(base) / "model.safetensors")}
-    (adapter.parent / "manifest.json").write_text(json.dumps({"model": {"files": files}}))
+    began = {"model": {"files": files, "commit": None}}
+    (adapter.parent / "manifest.json").write_text(json.dumps(began))
     assert find_model(ModelConfig(name=str(adapter))).adapter == str(adapter)
     other = save_tiny_model(tmp_path / "other", hidden_size=32, intermediate_size=32)
     change_config(adapter, base_model_name_or_path=str(other))
     refused(adapter, "was trained on another model.safetensors than that of .*other; restore the base model")
+
+
+def test_another_commit_of_a_hub_base_is_refused(adapter):
+    began = {"model": {"files": {}, "commit": "abc"}}
+    (adapter.parent / "manifest.json").write_text(json.dumps(began))
+    source = find_adapter(str(adapter))
+    source.check_base("org/model", "abc")
+    with pytest.raises(SaroError, match=r"was trained on commit abc of org/model; set --model\.revision abc"):
+        source.check_base("org/model", "def")
 
 
 def test_the_identity_tells_adapters_apart(base, adapter, tmp_path):

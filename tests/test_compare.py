@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from datetime import date
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,11 +13,12 @@ import torch
 from rich.console import Console
 from tiny import save_tiny_model
 
-from saro.compare import _reasoning_tokens, compare
+from saro.compare import _reasoning_tokens, _Setting, compare
 from saro.config import CompareConfig, DataConfig, ModelConfig
 from saro.data.dataset import encode_files, encode_pair_files
 from saro.errors import SaroError
 from saro.model.load import find_model
+from saro.samples import choose_prompts
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -68,11 +71,25 @@ def test_the_table_has_a_column_for_each_model_and_shows_the_answers_asked_for(o
 
 @pytest.mark.parametrize(
     ("text", "tokens"),
-    [("<think>\nabc\n</think>\n\nx", 5), ("<think>abcd", 4), ("abc", 0), ("<think></think>x", 0)],
+    [("<think>\nabc\n</think>\n\nx", 5), ("<think>abcd", 4), ("abc", 0), ("<think></think>x", 0), ("abc</think>x", 3)],
 )
 def test_reasoning_is_what_stands_between_the_tags(tiny_model, text, tokens):
     chat = find_model(ModelConfig(name=tiny_model())).chat_format(DataConfig(), date.today())
     assert _reasoning_tokens(text, chat) == tokens
+
+
+def test_models_are_read_as_the_first_run_among_them_was_trained(finished_run, files, tmp_path):
+    run = finished_run("qlora")
+    manifest = json.loads((run / "manifest.json").read_text())
+    setting = _Setting.of(CompareConfig(["./base", str(run / "final")]))
+    assert (setting.method, setting.day.isoformat()) == ("qlora", manifest["template_date"])
+    assert setting.data.think_tags == ("<think>", "</think>")
+    assert _Setting.of(CompareConfig(["./base"])).method == "lora"
+
+
+def test_several_pairs_on_one_prompt_are_answered_once(pairs):
+    records = [SimpleNamespace(prompt=r["prompt"], kind=r["kind"], id=r["id"]) for r in pairs[:8]]
+    assert [r.id for r in choose_prompts(records, 4)] == ["p0", "p2", "p6", "p4"]
 
 
 @pytest.mark.parametrize(

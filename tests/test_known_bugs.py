@@ -380,7 +380,8 @@ def test_the_nll_term_weighs_chosen_tokens_alike_however_a_step_is_packed(runtim
 
 def test_an_adapter_never_meets_another_base_than_its_own(after_stage_1, tiny_model, tmp_path):
     """unslothai/unsloth-zoo#810: an adapter was merged into the wrong base."""
-    began = {"model": {"files": {"model.safetensors": file_hash(Path(tiny_model()) / "model.safetensors")}}}
+    files = {"model.safetensors": file_hash(Path(tiny_model()) / "model.safetensors")}
+    began = {"model": {"files": files, "commit": None}}
     (Path(after_stage_1).parent / "manifest.json").write_text(json.dumps(began))
     find_model(ModelConfig(name=after_stage_1))
     other = save_tiny_model(tmp_path / "other", intermediate_size=32)

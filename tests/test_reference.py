@@ -119,7 +119,21 @@ def test_nothing_is_scored_twice_but_a_spot_check(runtime, world, scored):
     assert sum(scored) == 2 * len(data)
     scored.clear()
     load_reference(runtime, policy, source, data, 256)
-    assert sum(scored) == 2 * 2 * 2  # two pairs, in two layouts
+    assert sum(scored) == 2 * 2 * 2  # two pairs, in a pack and each sequence alone
+
+
+def test_pairs_on_one_prompt_are_spot_checked_within_their_noise(runtime, tmp_path, records_file, pairs):
+    """They were scored in one tree and are scored again in two: other segments, other rounding. Deep and confident."""
+    folder = save_tiny_model(tmp_path / "deep", num_hidden_layers=12, hidden_size=64, intermediate_size=128)
+    options = ModelConfig(name=str(folder), method="lora")
+    source = find_model(options)
+    policy = load_policy(source, options, CPU, seed=0)
+    records = [pairs[i] | {"prompt": "One prompt for all of them."} for i in range(8)]
+    chat = source.chat_format(DataConfig(), date(2024, 7, 26))
+    data = encode_pair_files([records_file(records)], chat, max_tokens=2048)
+    assert len(data.trees(range(8), 2048)) == 1
+    for _ in range(12):
+        load_reference(runtime, policy, source, data, 2048)
 
 
 def test_new_rows_cost_those_rows(runtime, world, scored, pairs):
@@ -235,7 +249,6 @@ def test_the_other_model_is_gone_afterwards(runtime, world, tiny_model):
     gc.collect()
     models = sum(isinstance(o, torch.nn.Embedding) for o in gc.get_objects())
     other(runtime, world, tiny_model("qwen3"), [data])
-    gc.collect()
     assert sum(isinstance(o, torch.nn.Embedding) for o in gc.get_objects()) == models
 
 

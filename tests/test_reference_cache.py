@@ -70,6 +70,19 @@ def test_adding_twice_does_no_harm():
     assert load(ReferenceCache.of(KEY), 4) == [values(4).tolist()]
 
 
+def test_of_two_values_the_first_one_stays():
+    """So that a run that is resumed reads the bits that it began with, whoever has scored the same rows since."""
+    ReferenceCache.of(KEY).add({key(4): values(4)})
+    ReferenceCache.of(KEY).add({key(4): values(4) + 1, key(5): values(5)})
+    assert load(ReferenceCache.of(KEY), 4) == [values(4).tolist()]
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(cache):
+    cache.write_text("a file")
+    with pytest.raises(SaroError, match=r"cannot be written .*; set SARO_CACHE to another folder"):
+        ReferenceCache.of(KEY)
+
+
 def test_the_dtype_is_kept():
     ReferenceCache.of(KEY).add({key(1): values(1).astype(np.float64)})
     cache = ReferenceCache.of(KEY)

@@ -56,7 +56,7 @@ def test_a_run_from_the_base_model(srpo, srpo_arguments, tmp_path):
     after = json.loads((run / "after.json").read_text())["metrics"]
     assert sum(row["margin"] for row in rows[-5:]) / 5 == pytest.approx(after["eval/rewards/margins"] / 0.1, rel=1e-4)
 
-    assert "loss 0.6931 at the start; margins at most" in done.err
+    assert "loss 0.6931 at the start; margins up to" in done.err
     assert "Held-out pairs" in done.err
     last = [line for line in done.err.splitlines() if line.strip()][-1]
     assert last.startswith("6 steps, ")
@@ -68,8 +68,11 @@ def test_a_run_from_the_base_model(srpo, srpo_arguments, tmp_path):
 
 @pytest.mark.parametrize("method", ["lora", "qlora"])
 def test_it_goes_on_with_the_adapter_of_stage_1_as_one_adapter_on_the_original_base(
-    srpo, srpo_arguments, rw_final, tmp_path, tiny_model, method
+    srpo, recipes, rw_arguments, srpo_arguments, tmp_path, tiny_model, method
 ):
+    trained = rw_arguments(train_output=tmp_path / "rw", model_lora_rank=4, model_method=method)
+    assert recipes.run(*trained).code == 0
+    rw_final = tmp_path / "rw" / "final"
     done = srpo(*srpo_arguments(model_name=rw_final, model_method=method))
     assert done.code == 0, done.err
     final = tmp_path / "run" / "final"
@@ -80,6 +83,13 @@ def test_it_goes_on_with_the_adapter_of_stage_1_as_one_adapter_on_the_original_b
     moved = max((before[name] - after[name]).abs().max() for name in before)
     assert 0 < moved < 0.2
     assert list(AutoPeftModelForCausalLM.from_pretrained(final).peft_config) == ["default"]
+
+
+def test_another_method_than_stage_1_had_is_refused(srpo, srpo_arguments, rw_final):
+    """The base in 4 bits is another base than the one that the adapter was trained on."""
+    done = srpo(*srpo_arguments(model_name=rw_final, model_method="qlora"))
+    assert done.code == 2
+    assert "was trained with --model.method lora, on another base than qlora gives it" in done.err
 
 
 def test_full_fine_tuning_starts_from_a_full_model(srpo, recipes, rw_arguments, srpo_arguments, tmp_path):
@@ -161,6 +171,38 @@ def test_added_rows_are_scored_alone(srpo, srpo_arguments, records_file, pairs, 
     assert scored_lines(srpo(*arguments).err) == ["reference: scoring 10 of 10 pairs"]
     assert file == records_file(pairs, "pairs.jsonl")
     assert scored_lines(srpo(*arguments, "--overwrite").err) == ["reference: scoring 14 of 24 pairs"]
+
+
+def test_a_resumed_run_starts_where_it_began_though_another_start_has_appeared(
+    srpo, srpo_arguments, rw_final, tmp_path
+):
+    """The demo begins with what stage 1 has left, which may be there only later."""
+    folder = tmp_path / "run"
+    assert srpo(*srpo_arguments(model_name=rw_final, train_max_steps=1)).code == 0
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["start"] == str(rw_final)
+    manifest["config"]["model"]["name"] = "demo"
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    done = srpo(*srpo_arguments("--resume", model_name="demo", train_max_steps=1))
+    assert done.code == 0, done.err
+
+
+def test_changed_data_is_told_before_the_reference_is_scored(srpo, srpo_arguments, records_file, pairs):
+    arguments = srpo_arguments(train_max_steps=1)
+    assert srpo(*arguments).code == 0
+    records_file([*pairs, pairs[0] | {"id": "new", "prompt": "Another?"}], "pairs.jsonl")
+    done = srpo(*arguments, "--resume")
+    assert done.code == 2
+    assert "the data is not what the run began with" in done.err
+    assert scored_lines(done.err) == []
+
+
+def test_the_loss_that_is_logged_is_the_one_that_is_minimised(srpo, srpo_arguments, tmp_path):
+    assert srpo(*srpo_arguments(preference_nll=0.5, train_eval_every=1)).code == 0
+    for line in metrics_of(tmp_path / "run"):
+        prefix = "eval/" if "eval/loss" in line else ""
+        whole = line[f"{prefix}loss/preference"] + 0.5 * line[f"{prefix}loss/nll"]
+        assert line[f"{prefix}loss"] == pytest.approx(whole)
 
 
 def test_another_model_may_be_the_reference(srpo, srpo_arguments, rw_final, tiny_model, tmp_path):

@@ -32,21 +32,30 @@ class AdapterSource:
     Attributes:
         folder: with adapter_config.json and safetensors weights.
         base: name of the model that it was trained on: a folder or a hub name.
+        method: "lora" or "qlora", of the run that wrote it; None where the adapter is from elsewhere.
     """
 
     folder: str
     base: str
+    method: str | None = None
 
-    def check_base(self, path: str) -> None:
+    def check_base(self, path: str, commit: str | None) -> None:
         """Raise SaroError where the run that wrote the adapter began with other weights than those in ``path``.
+
+        Of a hub model the ``commit`` is compared.
 
         What can be known: a run's manifest lies beside its ``final/``. An adapter from elsewhere names its base alone.
         """
         try:
             began = json.loads((Path(self.folder).resolve().parent / "manifest.json").read_text(encoding="utf-8"))
             hashes: dict[str, str] = began["model"]["files"]
+            trained_on = began["model"]["commit"]
         except (OSError, ValueError, KeyError, TypeError):
             return
+        if not hashes and trained_on is not None and commit != trained_on:
+            raise SaroError(
+                f"{self.folder}: was trained on commit {trained_on} of {path}; set --model.revision {trained_on}"
+            )
         for name, expected in hashes.items():
             file = Path(path) / name
             if not file.is_file() or file_hash(file) != expected:
@@ -83,7 +92,12 @@ def find_adapter(name: str) -> AdapterSource | None:
         raise SaroError(f"{name}: the adapter has no {WEIGHTS}; save it with peft as safetensors")
     if not base:
         raise SaroError(f"{file}: names no base model; write its folder or hub name as {_BASE}")
-    return AdapterSource(str(folder), base)
+    try:
+        manifest = json.loads((folder.resolve().parent / "manifest.json").read_text(encoding="utf-8"))
+        method = manifest["config"]["model"]["method"]
+    except (OSError, ValueError, KeyError, TypeError):
+        method = None
+    return AdapterSource(str(folder), base, method)
 
 
 def adapter_identity(folder: str) -> dict[str, Any]:

@@ -89,17 +89,11 @@ def _parts(layer: LoraLayer) -> LoraLinear:
 def _linear_forward(self: LoraLayer, x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
     if args or kwargs or not _exact(self, x):
         return type(self).forward(self, x, *args, **kwargs)
-    return lora_linear(_cast(x), _parts(self))
+    return lora_linear(x, _parts(self))
 
 
 def _mlp_forward(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
     layers = (self.gate_proj, self.up_proj, self.down_proj)
     if not all(_exact(layer, x) for layer in layers):
         return type(self).forward(self, x)
-    return lora_gated_mlp(_cast(x), *map(_parts, layers), _ACTIVATIONS[type(self.act_fn)])
-
-
-def _cast(x: torch.Tensor) -> torch.Tensor:
-    """Autocast would cast the input of a linear layer."""
-    device = x.device.type
-    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+    return lora_gated_mlp(x, *map(_parts, layers), _ACTIVATIONS[type(self.act_fn)])

@@ -33,6 +33,7 @@ from saro.model.attention import choose_backend
 from saro.model.fused_lora import fuse_lora
 from saro.model.policy import Policy
 from saro.model.supported import check_supported
+from saro_kernels import choose_impl
 
 
 @dataclass(frozen=True)
@@ -88,13 +89,18 @@ def find_model(options: ModelConfig) -> ModelSource:
             not the one that the adapter was trained on.
     """
     adapter = find_adapter(options.name)
+    if adapter is not None and {adapter.method, options.method} == {"lora", "qlora"}:
+        raise SaroError(
+            f"{options.name}: was trained with --model.method {adapter.method}, on another base than {options.method} "
+            f"gives it; set --model.method {adapter.method}"
+        )
     path = _resolve(options.name if adapter is None else adapter.base)
-    if adapter is not None:
-        adapter.check_base(path)
     hub = {"revision": options.revision, "trust_remote_code": options.trust_remote_code}
     try:
         config = AutoConfig.from_pretrained(path, **hub)
         check_supported(config)
+        if adapter is not None:
+            adapter.check_base(path, getattr(config, "_commit_hash", None))
     except (OSError, ValueError, StrictDataclassError) as error:
         raise SaroError(f"{options.name}: {_first_line(error)}") from error
     try:
@@ -156,6 +162,7 @@ def load_policy(source: ModelSource, options: ModelConfig, device: torch.device,
     dtype = compute_dtype(options.dtype, device)
     try:
         attention = choose_backend(options.attention, device, dtype)
+        head = choose_impl(options.head, device, dtype)
     except ValueError as error:
         raise SaroError(str(error)) from error
     model = _load_base(source, options, device, torch.float32 if options.method == "full" else dtype)
@@ -175,7 +182,7 @@ def load_policy(source: ModelSource, options: ModelConfig, device: torch.device,
         lm = model.get_base_model() if isinstance(model, PeftModel) else model
         lm.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     autocast = dtype if options.method == "full" and dtype != torch.float32 else None
-    return Policy(model, attention=attention, head=options.head, autocast=autocast)
+    return Policy(model, attention=attention, head=head, autocast=autocast)
 
 
 def compute_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -126,7 +126,7 @@ def fit(
             clock.tokens += batch.tokens
             progress.step()
             if before is not None:
-                means = meter.read(runtime)
+                means = objective.combine(meter.read(runtime))
                 values = {
                     "loss": means.pop("loss"),
                     "grad_norm": norm_value,
@@ -213,7 +213,7 @@ def evaluate(
                 observe(pack, sums)
     finally:
         policy.train(was_training)
-    return {prefix + name: value for name, value in meter.read(runtime).items()}
+    return {prefix + name: value for name, value in objective.combine(meter.read(runtime)).items()}
 
 
 def _clip(parameters: list[nn.Parameter], max_norm: float) -> torch.Tensor:

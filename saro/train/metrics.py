@@ -26,10 +26,14 @@ class Meter:
     def __init__(self) -> None:
         self._sums: dict[str, torch.Tensor] = {}
 
-    def add(self, metrics: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
+    def add(self, metrics: dict[str, tuple[torch.Tensor, torch.Tensor | int]]) -> None:
         """Add sums and counts of one pack. No host read."""
         for name, (total, count) in metrics.items():
-            pair = torch.stack([total.detach().double(), torch.as_tensor(count, device=total.device).double()])
+            # A fill on the device, where a copy of a number from the host would wait for all that is queued.
+            number = (
+                count.double() if isinstance(count, torch.Tensor) else total.new_full((), count, dtype=torch.float64)
+            )
+            pair = torch.stack([total.detach().double(), number])
             self._sums[name] = self._sums[name] + pair if name in self._sums else pair
 
     def read(self, runtime: Runtime) -> dict[str, float]:

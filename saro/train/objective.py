@@ -28,7 +28,7 @@ class Sums:
     """
 
     losses: dict[str, torch.Tensor]
-    metrics: dict[str, tuple[torch.Tensor, torch.Tensor]]
+    metrics: dict[str, tuple[torch.Tensor, torch.Tensor | int]]
     pairs: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
@@ -40,6 +40,9 @@ class Objective(Protocol):
 
     def __call__(self, logps: torch.Tensor, pack: Pack) -> Sums:
         """Sums over one pack. ``logps``: (R,) of its rows."""
+
+    def combine(self, means: dict[str, float]) -> dict[str, float]:
+        """The means of the metrics, ``loss`` being what is minimised."""
 
 
 class RWObjective:
@@ -65,8 +68,11 @@ class RWObjective:
             by_record = _binned(entry_logps, sequence_kind.index_select(0, pack.entry_sequence), KINDS)
             row_kind = pack.row_kind.index_select(0, pack.entry_row)
             by_token = _binned(entry_logps, row_kind, [kind.name.lower() for kind in RowKind])
-        everything = {"loss": (loss.detach(), torch.tensor(len(entry_logps)))}
+        everything = {"loss": (loss.detach(), len(entry_logps))}
         return Sums({"rows": loss}, everything | by_record | by_token)
+
+    def combine(self, means: dict[str, float]) -> dict[str, float]:
+        return means
 
 
 # A chosen response counts as fallen when it lost more than this, nats per token: rounding alone moves it by less.
@@ -137,7 +143,15 @@ class SRPOObjective:
                 values["chosen_fell"] = pairs["chosen_fell"] = moved[:, 0] < -FELL * rows[:, 0]
             kinds = self._kinds[list(pack.records[0::2])].to(logps.device)
             metrics = _overall_and_by_kind({k: v.detach().double() for k, v in values.items()}, kinds)
+            if self.options.nll:
+                metrics["loss/nll"] = (nll_sum(policy[:, 0]), rows[:, 0].sum())
         return Sums(terms, metrics, {k: v.detach() for k, v in pairs.items()})
+
+    def combine(self, means: dict[str, float]) -> dict[str, float]:
+        if "loss/nll" not in means:
+            return means
+        whole = means["loss"] + self.options.nll * means["loss/nll"]
+        return means | {"loss": whole, "loss/preference": means["loss"]}
 
 
 def _by_sequence(entries: torch.Tensor, pack: Pack) -> torch.Tensor:
@@ -147,20 +161,20 @@ def _by_sequence(entries: torch.Tensor, pack: Pack) -> torch.Tensor:
 
 def _overall_and_by_kind(
     values: dict[str, torch.Tensor], kinds: torch.Tensor
-) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+) -> dict[str, tuple[torch.Tensor, torch.Tensor | int]]:
     """Sums and counts of (P,) values: under their own names, and of each kind of pair as ``KIND/NAME``."""
     table = torch.stack(list(values.values()))
-    metrics = {name: (total, torch.tensor(table.shape[1])) for name, total in zip(values, table.sum(1), strict=True)}
+    metrics = {name: (total, table.shape[1]) for name, total in zip(values, table.sum(1), strict=True)}
     for index, kind in enumerate(PAIR_KINDS):
-        of_kind = (kinds == index).to(table)
-        sums, count = table @ of_kind, of_kind.sum()
+        of_kind = kinds == index
+        sums, count = table.where(of_kind, 0).sum(1), of_kind.sum()
         metrics |= {f"{kind}/{name}": (total, count) for name, total in zip(values, sums, strict=True)}
     return metrics
 
 
 def _binned(
     logps: torch.Tensor, bins: torch.Tensor, names: Sequence[str]
-) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+) -> dict[str, tuple[torch.Tensor, torch.Tensor | int]]:
     """Loss sums and counts by bin: ``loss/NAME`` for each name."""
     zeros = torch.zeros(len(names), dtype=torch.float64, device=logps.device)
     sums = zeros.index_add(0, bins, -logps.double())

@@ -58,6 +58,13 @@ class PairLog:
         self._warn(step, rows)
         return rows
 
+    def watch(self, step: int) -> None:
+        """Look at the pairs seen since the last call for the warning alone."""
+        if self._warned or not any("chosen_fell" in values for _, values in self._seen):
+            self._seen.clear()
+        else:
+            self.take(step)
+
     def _warn(self, step: int, rows: Sequence[Row]) -> None:
         fallen = [str(row["id"]) for row in rows if row.get("chosen_fell")]
         if self._warned or len(fallen) <= self._warn_share * len(rows):

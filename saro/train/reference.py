@@ -5,6 +5,7 @@ The objective reads a ``Reference``; ``load_reference`` makes one from the cache
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -91,7 +92,11 @@ def other_references(
         options = replace(options, method="lora")
     policy = load_policy(source, options, runtime.device, seed=0)
     check_packs(policy, sets[0])
-    return load_references(runtime, policy, source, sets, pack_tokens)
+    references = load_references(runtime, policy, source, sets, pack_tokens)
+    del policy
+    # Modules and the forwards that are bound to them hold each other.
+    gc.collect()
+    return references
 
 
 def load_reference(
@@ -114,9 +119,11 @@ def load_reference(
     cached = np.setdiff1d(np.arange(len(pairs)), lacking)
     if runtime.sum_(torch.tensor(len(lacking), device=runtime.device)).item():
         runtime.say(f"reference: scoring {len(lacking):,} of {len(pairs):,} pairs, kept in {cache.folder}")
-    # More than one round only where processes do not see the same files.
+    share = runtime.rank, runtime.processes
     while runtime.sum_(torch.tensor(len(lacking), device=runtime.device)).item():
-        _score_into(cache, policy, pairs, lacking, keys, pack_tokens, runtime)
+        _score_into(cache, policy, pairs, lacking, keys, pack_tokens, runtime, share)
+        # What is lacking after that is with processes that see other files: each scores it for itself.
+        share = 0, 1
         runtime.barrier()
         lacking = _lacking(cache, keys)
     reference = Reference(*cache.load(keys, [rows for i in range(len(pairs)) for rows in _rows(pairs, i)]))
@@ -141,7 +148,8 @@ def cache_key(policy: Policy, source: ModelSource, device: torch.device) -> dict
         "attention": policy.attention,
         "head": policy.head,
         "device": device.type,
-        "versions": {name: version(name) for name in ("torch", "transformers", "bitsandbytes")},
+        "versions": {name: version(name) for name in ("torch", "transformers", "bitsandbytes")}
+        | ({"triton": version("triton")} if policy.head == "tiled-triton" else {}),
     }
 
 
@@ -195,8 +203,9 @@ def _score_into(
     keys: Sequence[bytes],
     pack_tokens: int,
     runtime: Runtime,
+    share: tuple[int, int],
 ) -> None:
-    """Score this process's share and add it to the cache from time to time, so that a kill costs little."""
+    """Score a share, (rank, processes), and add it to the cache from time to time, so that a kill costs little."""
     waiting: dict[bytes, np.ndarray] = {}
     since = time.monotonic()
     # Those on one prompt share a tree, wherever they stand in the files.
@@ -206,10 +215,10 @@ def _score_into(
     with tqdm(total=len(lacking), desc="reference", unit=" pairs", delay=2, leave=False, disable=no_bar) as bar:
         for start in range(0, len(by_prompt), _CHUNK_PAIRS):
             chunk = by_prompt[start : start + _CHUNK_PAIRS].tolist()
-            packs = packs_of(pairs.trees(chunk, pack_tokens), pack_tokens, runtime.rank, runtime.processes)
+            packs = packs_of(pairs.trees(chunk, pack_tokens), pack_tokens, *share)
             for pack, entries in score(policy, packs, runtime.device):
                 waiting |= {keys[at]: part for at, part in _sides(pack, entries)}
-                bar.update(len(pack.records) // 2 * runtime.processes)
+                bar.update(len(pack.records) // 2 * share[1])
                 if time.monotonic() - since >= _FLUSH_SECONDS:
                     cache.add(waiting)
                     waiting, since = {}, time.monotonic()
@@ -241,14 +250,15 @@ class Noise:
 
 
 def layout_noise(policy: Policy, trees: Sequence[SequenceTree], pack_tokens: int) -> tuple[np.ndarray, Noise]:
-    """Log-probs (E,) of the entries of trees in one pack, and by how much those differ from one tree at a time.
+    """Log-probs (E,) of the entries of trees in one pack, and by how much those differ from one sequence at a time.
 
     Of the trees only the first ones are taken that fit a pack, one at least. A rounding of the log-probs to the dtype of
     the products is noise at the least.
     """
     device, trees = policy.causal_lm.device, _within(trees, pack_tokens)
     ((_, together),) = score(policy, [lay_out(trees)], device)
-    alone = np.concatenate([entries for _, entries in score(policy, [lay_out([tree]) for tree in trees], device)])
+    sequences = [lay_out([build_tree([sequence])]) for tree in trees for sequence in tree.sequences]
+    alone = np.concatenate([entries for _, entries in score(policy, sequences, device)])
     rounding = torch.finfo(policy.autocast or policy.causal_lm.dtype).eps * np.abs(together)
     change = np.abs(together - alone)
     return together, Noise(max(change.mean(), rounding.mean()).item(), max(change.max(), rounding.max()).item())

@@ -13,6 +13,7 @@ import contextlib
 import hashlib
 import json
 import secrets
+import time
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -60,13 +61,22 @@ class ReferenceCache:
 
     @classmethod
     def of(cls, key: Mapping[str, object]) -> ReferenceCache:
-        """The cache of what was scored with ``key``, which is written beside it for people to read."""
+        """The cache of what was scored with ``key``, which is written beside it for people to read.
+
+        Raises:
+            SaroError: its folder cannot be written.
+        """
         text = json.dumps(key, sort_keys=True, indent=2, default=str)
         cache = cls(cache_dir() / "reference" / hashlib.sha256(text.encode()).hexdigest()[:32])
-        cache._shards.mkdir(parents=True, exist_ok=True)
-        if not (cache.folder / "key.json").is_file():
-            with atomic_write(cache.folder / "key.json") as file:
-                file.write(text + "\n")
+        try:
+            cache._shards.mkdir(parents=True, exist_ok=True)
+            if not (cache.folder / "key.json").is_file():
+                with atomic_write(cache.folder / "key.json") as file:
+                    file.write(text + "\n")
+        except OSError as error:
+            raise SaroError(
+                f"{cache.folder}: cannot be written ({error.strerror}); set SARO_CACHE to another folder"
+            ) from error
         return cache
 
     def add(self, logps: Mapping[bytes, np.ndarray]) -> None:
@@ -100,20 +110,14 @@ class ReferenceCache:
             by_shard.setdefault(self._places[key].shard, []).append(i)
         result: np.ndarray | None = None
         for shard, members in by_shard.items():
-            logps = self._read_logps(self._shards / shard)
+            logps = _read_logps(self._shards / shard)
             result = np.empty(offsets[-1], logps.dtype) if result is None else result
             for i in members:
                 place = self._places[keys[i]]
+                if place.stop - place.start != rows[i]:
+                    raise SaroError(f"{self.folder}: its index does not fit its shards; remove the folder")
                 result[offsets[i] : offsets[i + 1]] = logps[place.start : place.stop]
         return np.empty(0, np.float32) if result is None else result, offsets
-
-    def _read_logps(self, path: Path) -> np.ndarray:
-        with contextlib.suppress(OSError, SafetensorError, KeyError), safe_open(path, "numpy") as file:
-            logps = file.get_tensor("logps")
-            if zlib.crc32(logps) == int(file.metadata()["crc32"]):
-                return logps
-        path.unlink(missing_ok=True)
-        raise SaroError(f"{path}: was damaged on disk, and is removed; start again, and its rows are scored anew")
 
     def _write(self, entries: Sequence[tuple[bytes, np.ndarray]]) -> None:
         logps = np.concatenate([values for _, values in entries])
@@ -122,8 +126,10 @@ class ReferenceCache:
             "offsets": np.cumsum([0, *(len(values) for _, values in entries)]),
             "logps": logps,
         }
-        with atomic_write(self._shards / f"{secrets.token_hex(8)}.safetensors", "wb") as file:
-            file.write(save(tensors, metadata={"crc32": str(zlib.crc32(logps))}))
+        # Named by time: where several hold a key, the first one counts, whatever comes later.
+        name = f"{time.time_ns():020d}-{secrets.token_hex(4)}.safetensors"
+        with atomic_write(self._shards / name, "wb") as file:
+            file.write(save(tensors, metadata={"crc32": str(_checksum(tensors))}))
 
     def _read_index(self) -> dict[bytes, _Place]:
         """Where every key lies. An index that does not name exactly the shards that are there is made anew."""
@@ -151,15 +157,32 @@ class ReferenceCache:
 
 def _places(names: Sequence[str], keys: np.ndarray, shard: np.ndarray, bounds: np.ndarray) -> dict[bytes, _Place]:
     raw = keys.tobytes()
-    return {
-        raw[i * _KEY_BYTES : (i + 1) * _KEY_BYTES]: _Place(names[at], start, stop)
-        for i, (at, (start, stop)) in enumerate(zip(shard.tolist(), bounds.tolist(), strict=True))
-    }
+    places: dict[bytes, _Place] = {}
+    for i, (at, (start, stop)) in enumerate(zip(shard.tolist(), bounds.tolist(), strict=True)):
+        places.setdefault(raw[i * _KEY_BYTES : (i + 1) * _KEY_BYTES], _Place(names[at], start, stop))
+    return places
+
+
+def _checksum(tensors: Mapping[str, np.ndarray]) -> int:
+    checksum = 0
+    for name in ("keys", "offsets", "logps"):
+        checksum = zlib.crc32(np.ascontiguousarray(tensors[name]), checksum)
+    return checksum
+
+
+def _read_logps(path: Path) -> np.ndarray:
+    """All rows of a shard. Raises SaroError, and removes the file, where the disk has damaged it."""
+    with contextlib.suppress(SafetensorError, KeyError), safe_open(path, "numpy") as file:
+        tensors = {name: file.get_tensor(name) for name in ("keys", "offsets", "logps")}
+        if _checksum(tensors) == int(file.metadata()["crc32"]):
+            return tensors["logps"]
+    path.unlink(missing_ok=True)
+    raise SaroError(f"{path}: was damaged on disk, and is removed; start again, and its rows are scored anew")
 
 
 def _read_shard(path: Path) -> tuple[np.ndarray, np.ndarray] | None:
-    """Keys and offsets of a shard; None, and the file is removed, where it cannot be read: it is scored again."""
-    with contextlib.suppress(OSError, SafetensorError), safe_open(path, "numpy") as file:
+    """Keys and offsets of a shard; None, and the file is removed, where it is none any more: it is scored again."""
+    with contextlib.suppress(SafetensorError, KeyError), safe_open(path, "numpy") as file:
         return file.get_tensor("keys"), file.get_tensor("offsets")
     path.unlink(missing_ok=True)
     return None

@@ -26,7 +26,7 @@ class StartCheck:
     """What the check found.
 
     Attributes:
-        margin: largest absolute margin of a pair, nats.
+        margin: absolute margin of the pair that comes nearest to what rounding explains, nats.
         allowed: what rounding explains for that pair.
         loss: mean over the pairs.
     """
