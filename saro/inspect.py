@@ -17,8 +17,7 @@ from saro.config import DataConfig, ModelConfig
 from saro.data.audit import Report, check_masks
 from saro.data.chat import ChatFormat
 from saro.data.dataset import ExampleSet, PairSet, encode_files, encode_pair_files
-from saro.data.jsonl import read_objects
-from saro.data.records import read_examples, read_pairs
+from saro.data.records import holds_pairs, read_examples, read_pairs
 from saro.data.tree import RowKind, ScoredSequence, common_prefix
 from saro.errors import SaroError, nearest
 from saro.model.load import find_model
@@ -75,8 +74,7 @@ def _encode(files: Sequence[str], chat: ChatFormat, vocabulary: int) -> ExampleS
     """All records, however long, encoded and checked."""
     if not files:
         raise SaroError("--data names no file; give one, or leave the option out for the demo data")
-    _, _, first = next(read_objects(files[0]))
-    if "chosen" in first or "rejected" in first:
+    if holds_pairs(files[0]):
         pairs = encode_pair_files(files, chat, max_tokens=sys.maxsize, progress=True)
         for side in (pairs.chosen, pairs.rejected):
             check_masks(side, chat, (p for file in files for p in read_pairs(file)), vocabulary)

@@ -11,8 +11,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from saro.data.chat import ChatFormat
-from saro.data.jsonl import read_objects
-from saro.data.records import Pair, read_examples, read_pairs
+from saro.data.records import Pair, holds_pairs, read_examples, read_pairs
 from saro.data.tree import SequenceTree, build_tree
 from saro.errors import SaroError
 from saro.model.policy import Policy
@@ -66,7 +65,7 @@ def choose_records(files: Sequence[str], chat: ChatFormat, pack_tokens: int, num
     Raises:
         SaroError: a file or a record is faulty, or all are too long.
     """
-    records = [record for file in files for record in (read_pairs if _holds_pairs(file) else read_examples)(file)]
+    records = [record for file in files for record in (read_pairs if holds_pairs(file) else read_examples)(file)]
     spread = dict.fromkeys([*(i * len(records) // number for i in range(number)), *range(len(records))])
     trees: list[SequenceTree] = []
     sequences = 0
@@ -82,11 +81,6 @@ def choose_records(files: Sequence[str], chat: ChatFormat, pack_tokens: int, num
     if not trees:
         raise SaroError(f"{files[0]}: all records are longer than the run's packs of {pack_tokens} tokens")
     return trees
-
-
-def _holds_pairs(file: str) -> bool:
-    _, _, first = next(read_objects(file))
-    return "chosen" in first or "rejected" in first
 
 
 @torch.inference_mode()

@@ -123,6 +123,12 @@ def read_pairs(path: str | os.PathLike) -> Iterator[Pair]:
     return _read(path, parse_pair)
 
 
+def holds_pairs(path: str | os.PathLike) -> bool:
+    """Whether the first record of a JSONL file is a pair, by its fields. Raises SaroError as ``read_pairs`` does."""
+    _, _, first = next(read_objects(path))
+    return "chosen" in first or "rejected" in first
+
+
 def parse_pair(record: dict[str, Any], where: str, default_id: str) -> Pair:
     """The pair that a JSON object holds, in any of the formats; raises SaroError at ``where`` if it is faulty."""
     for name in ("completion", "messages", "answer", "reasoning"):
