@@ -15,6 +15,7 @@ from saro.data.records import Pair, holds_pairs, read_examples, read_pairs
 from saro.data.tree import SequenceTree, build_tree
 from saro.errors import SaroError
 from saro.model.policy import Policy
+from saro.train.reference import score
 from saro.train.steps import packs_of
 
 # An export may move log-probs by this share of what training moved them by.
@@ -83,15 +84,13 @@ def choose_records(files: Sequence[str], chat: ChatFormat, pack_tokens: int, num
     return trees
 
 
-@torch.inference_mode()
 def packed_logps(policy: Policy, trees: Sequence[SequenceTree], pack_tokens: int) -> torch.Tensor:
     """Log-probs of the scored tokens by the policy as in training: (R,) float64, sequence after sequence."""
     scored: dict[int, torch.Tensor] = {}
-    for pack in _bar(list(packs_of(trees, pack_tokens)), "packs"):
-        pack = pack.to(policy.causal_lm.device)
-        entries = policy(pack).index_select(0, pack.entry_row)
+    packs = _bar(list(packs_of(trees, pack_tokens)), "packs")
+    for pack, entries in score(policy, packs, policy.causal_lm.device):
         for position, record in enumerate(pack.records):
-            scored[record] = entries[pack.entry_sequence == position].double().cpu()
+            scored[record] = torch.from_numpy(entries)[pack.entry_sequence == position].double()
     return torch.cat([scored[record] for record in sorted(scored)])
 
 

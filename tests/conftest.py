@@ -267,23 +267,17 @@ def finished_run(tmp_path_factory, tiny_model, recipes, examples) -> Callable[..
     return get
 
 
-@pytest.fixture
-def rw_arguments(tiny_model, records_file, examples, tmp_path) -> Callable[..., list[str]]:
-    """Command line of a short RW run on a tiny model: 24 records, 4 in a step, output in ``tmp_path / "run"``.
-
-    Keyword arguments change options: ``rw_arguments("--resume", model_method="full", train_max_steps=2)``.
-    """
-    file = records_file(examples, "train.jsonl")
-    heldout = records_file(examples[:5], "heldout.jsonl")
+def _short_run(model: str, file: str, heldout: str, output: Path) -> Callable[..., list[str]]:
+    """The command line of a short run of either recipe: flags, and options that keyword arguments change."""
 
     def get(*flags: str, **changes: object) -> list[str]:
         options: dict[str, object] = {
-            "model_name": tiny_model(),
+            "model_name": model,
             "model_method": "lora",
             "data_train": json.dumps([file]),
             "data_heldout": json.dumps([heldout]),
             "data_pack_tokens": 256,
-            "train_output": tmp_path / "run",
+            "train_output": output,
             "train_records_per_step": 4,
             "train_samples": 0,
             "train_max_steps": 4,
@@ -294,6 +288,17 @@ def rw_arguments(tiny_model, records_file, examples, tmp_path) -> Callable[..., 
         return [*flags, *(part for k, v in named.items() for part in (f"--{k}", str(v)))]
 
     return get
+
+
+@pytest.fixture
+def rw_arguments(tiny_model, records_file, examples, tmp_path) -> Callable[..., list[str]]:
+    """Command line of a short RW run on a tiny model: 24 records, 4 in a step, output in ``tmp_path / "run"``.
+
+    Keyword arguments change options: ``rw_arguments("--resume", model_method="full", train_max_steps=2)``.
+    """
+    file = records_file(examples, "train.jsonl")
+    heldout = records_file(examples[:5], "heldout.jsonl")
+    return _short_run(tiny_model(), file, heldout, tmp_path / "run")
 
 
 @pytest.fixture(scope="session")
@@ -326,25 +331,7 @@ def srpo_arguments(tiny_model, records_file, pairs, tmp_path) -> Callable[..., l
     """
     file = records_file(pairs, "pairs.jsonl")
     heldout = records_file(pairs[:5], "heldout-pairs.jsonl")
-
-    def get(*flags: str, **changes: object) -> list[str]:
-        options: dict[str, object] = {
-            "model_name": tiny_model(),
-            "model_method": "lora",
-            "data_train": json.dumps([file]),
-            "data_heldout": json.dumps([heldout]),
-            "data_pack_tokens": 256,
-            "train_output": tmp_path / "run",
-            "train_records_per_step": 4,
-            "train_samples": 0,
-            "train_max_steps": 4,
-            "train_save_every": 1,
-            "train_lr": 1e-2,
-        }
-        named = {k.replace("_", ".", 1): v for k, v in (options | changes).items()}
-        return [*flags, *(part for k, v in named.items() for part in (f"--{k}", str(v)))]
-
-    return get
+    return _short_run(tiny_model(), file, heldout, tmp_path / "run")
 
 
 @pytest.fixture
