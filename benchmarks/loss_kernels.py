@@ -28,6 +28,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from saro.quiet import quiet_libraries
+from saro.runtime import keep_freed_memory
 
 # Sides of the square GEMM whose rate is the yardstick.
 GEMM_SIZE = {"cpu": 2048, "cuda": 8192}
@@ -233,6 +234,7 @@ def main(args: Sequence[str] | None = None) -> None:
     """Measure, print, and write what was asked for."""
     options = parse(args)
     quiet_libraries()
+    keep_freed_memory()  # as in training, for all sides
     torch.set_num_threads(options.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = getattr(

@@ -174,6 +174,7 @@ def main(
     warmup: int = 3,
     gradient_checkpointing: bool = False,
     peft: bool = False,
+    fused_lora: bool = True,
     trace: str | None = None,
     json_file: str | None = None,
 ) -> None:
@@ -189,11 +190,14 @@ def main(
         warmup: Steps before them, which touch new memory and are slow.
         gradient_checkpointing: Recompute activations.
         peft: In turn with each step run one whose adapters PEFT's own layers compute.
+        fused_lora: False measures PEFT's own layers alone, which is how to see their peak memory.
         trace: Write a profiler trace of one step to this file.
         json_file: Also write the figures here.
     """
     runtime = Runtime.start()
-    options = ModelConfig(name=model, method=method, gradient_checkpointing=gradient_checkpointing)
+    options = ModelConfig(
+        name=model, method=method, gradient_checkpointing=gradient_checkpointing, fused_lora=fused_lora
+    )
     source = find_model(options)
     policy = load_policy(source, options, runtime.device, seed=0).train()
     loaded_gib = runtime.memory()
