@@ -38,6 +38,8 @@ setup(
         "demo": ["gguf>=0.19.0"],
         "test": [
             "gguf>=0.19.0",
+            # Its layers are put in and taken out on a CPU; run they are on CUDA only.
+            "liger-kernel>=0.8.5",
             "hypothesis>=6.170.15",
             "pytest>=9.2.0",
             "pytest-randomly>=5.1.0",
@@ -48,6 +50,7 @@ setup(
             "triton>=3.7.1; platform_system == 'Linux'",
         ],
         "bench": ["matplotlib>=3.11.2", "trl==1.16.0"],
+        "liger": ["liger-kernel>=0.8.5"],
         "tensorboard": ["tensorboard>=2.21.0"],
         "wandb": ["wandb"],
     },

@@ -14,13 +14,13 @@ from tokenizers.decoders import DecodeStream
 from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
-from saro.config import ChatConfig
 from saro.data.chat import ChatFormat
 from saro.data.records import Message
 from saro.errors import nearest
 from saro.finished import FinishedRun, this_device
 from saro.model.attention import native_attention
 from saro.model.policy import Policy
+from saro.tool_config import ChatConfig
 
 COMMANDS = ("/reset", "/exit")
 

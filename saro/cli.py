@@ -31,9 +31,10 @@ def _add_options(parser: Parser, options: type) -> None:
 def _main() -> int:
     from rich.console import Console
 
-    from saro.config import DEMO, ChatConfig, CompareConfig, DataConfig, DoctorConfig, ExportConfig, ModelConfig
+    from saro.config import DEMO, DataConfig, ModelConfig
     from saro.convert import FORMATS
     from saro.quiet import quiet_libraries
+    from saro.tool_config import ChatConfig, CompareConfig, DoctorConfig, ExportConfig
 
     parser = Parser(prog="saro", description="Tools around the SaRO recipes, recipes/rw.py and recipes/srpo.py.")
     commands = parser.add_subcommands(required=True)

@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 from tqdm import tqdm
 
-from saro.config import CompareConfig, DataConfig, ModelConfig
+from saro.config import DataConfig, ModelConfig
 from saro.data.chat import ChatFormat
 from saro.data.dataset import encode_files, encode_pair_files
 from saro.data.records import Record, read_examples, read_pairs
@@ -27,6 +27,7 @@ from saro.model.load import find_model, load_policy
 from saro.model.policy import Policy
 from saro.run import manifest_of
 from saro.samples import answer, choose_prompts
+from saro.tool_config import CompareConfig
 from saro.train.reference import score, score_pairs
 from saro.train.steps import packs_of
 

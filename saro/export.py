@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.utils import cached_file
 
 import saro
-from saro.config import DEMO, ExportConfig
+from saro.config import DEMO
 from saro.data.tree import SequenceTree
 from saro.demo import data_files
 from saro.errors import SaroError
@@ -25,6 +25,7 @@ from saro.model.load import find_model, load_policy
 from saro.model.merge import merge
 from saro.model.policy import Policy
 from saro.rescore import Deviation, choose_records, packed_logps, plain_logps
+from saro.tool_config import ExportConfig
 from saro.train.checkpoint import save_final
 
 # In every export: what it was made from and how far it is off. By it --overwrite knows what it may replace.

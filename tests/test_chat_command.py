@@ -15,13 +15,13 @@ from tiny import IM_END, tiny_tokenizer
 
 from saro.chat import Speaker, ThinkSplitter, converse, read_stdin, speakers_of
 from saro.cli import main
-from saro.config import ChatConfig
 from saro.data.chat import ChatFormat
 from saro.data.records import Example, Message, Response
 from saro.errors import SaroError
 from saro.finished import FinishedRun
 from saro.model.attention import PACKED
 from saro.samples import answer
+from saro.tool_config import ChatConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -14,11 +14,12 @@ from rich.console import Console
 from tiny import save_tiny_model
 
 from saro.compare import _reasoning_tokens, _Setting, compare
-from saro.config import CompareConfig, DataConfig, ModelConfig
+from saro.config import DataConfig, ModelConfig
 from saro.data.dataset import encode_files, encode_pair_files
 from saro.errors import SaroError
 from saro.model.load import find_model
 from saro.samples import choose_prompts
+from saro.tool_config import CompareConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -14,7 +14,6 @@ from tiny import save_tiny_model, tiny_tokenizer
 from transformers import AutoTokenizer
 
 from saro.cli import main
-from saro.config import DoctorConfig
 from saro.doctor import kernels, memory, model, training
 from saro.doctor import subject as subject_module
 from saro.doctor.finding import Check, Finding, guarded, within
@@ -23,6 +22,7 @@ from saro.doctor.report import doctor
 from saro.errors import SaroError
 from saro.model import attention, fused_lora
 from saro.runtime import Runtime
+from saro.tool_config import DoctorConfig
 from saro.train import checkpoint, engine
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -75,7 +75,7 @@ def test_all_is_well_on_a_tiny_model(examine, method):
     assert findings["resume after two steps"].limit == "the same bits"
 
 
-@pytest.mark.parametrize("kind", ["mistral", "gemma3", "qwen3"])
+@pytest.mark.parametrize("kind", ["mistral", "gemma3", "gemma3 with a softcap", "granite", "qwen3"])
 def test_all_is_well_on_other_models(examine, tiny_model, kind):
     code, findings, _, _ = examine(model=tiny_model(kind))
     assert code == 0, failed(findings)
@@ -226,6 +226,13 @@ def test_what_is_broken_fails_in_its_row_alone(examine, monkeypatch, sabotage, e
     assert code == 1
     assert screen.count("FAILED") == len(expected)
     assert len(findings) == ROWS
+
+
+def test_a_head_is_checked_with_the_models_own_softcap(examine, tiny_model, monkeypatch):
+    original = kernels.tiled_token_logps
+    monkeypatch.setattr(kernels, "tiled_token_logps", lambda *args, **o: original(*args, **o | {"softcap": None}))
+    _, findings, _, _ = examine(model=tiny_model("gemma3 with a softcap"))
+    assert {f"token_logps, torch tiles, {head} head" for head in ("frozen", "trainable")} <= failed(findings)
 
 
 def test_an_error_is_shown_by_its_first_line(examine, monkeypatch):

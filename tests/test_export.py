@@ -21,7 +21,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 import saro.export
 from saro.cli import main
-from saro.config import ExportConfig
 from saro.demo import demo_file
 from saro.errors import SaroError
 from saro.export import NOTE, export, run_files
@@ -30,6 +29,7 @@ from saro.finished import FinishedRun
 from saro.model.merge import merge
 from saro.model.policy import Policy
 from saro.rescore import Deviation, choose_records, packed_logps, plain_logps
+from saro.tool_config import ExportConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -47,7 +47,7 @@ def kernel_checks(policy: Policy) -> list[Check]:
 
 
 def _token_logps(name: str, op: str, trainable: bool, policy: Policy) -> Finding:
-    """On as many columns of the model's own head as the truth has place for; all of its vocabulary."""
+    """On as many columns of the model's own head as the truth has place for; all of its vocabulary, its scale and its softcap."""
     device, dtype = policy.causal_lm.device, policy.autocast or policy.causal_lm.dtype
     try:
         choose_tile_op(op, device, dtype)
@@ -57,14 +57,15 @@ def _token_logps(name: str, op: str, trainable: bool, policy: Policy) -> Finding
     weight = head[:, : max(1, _NUMBERS // len(head))].to(dtype).contiguous()
     generator = torch.Generator().manual_seed(0)
     # Logits as a model has them: a few nats apart.
-    hidden = _normal(generator, _ROWS, weight.shape[1]) * (4 / weight.double().norm(dim=1).mean().item())
+    spread = weight.double().norm(dim=1).mean().item() * policy.logits.scale
+    hidden = _normal(generator, _ROWS, weight.shape[1]) * (4 / spread)
     hidden = hidden.to(device, dtype)
     targets = torch.randint(len(weight), (_ROWS,), generator=generator).to(device)
     upstream = _normal(generator, _ROWS).to(device)
 
     def run(kernel: _Run, dtype: torch.dtype) -> list[Tensor]:
         leaves = [hidden.to(dtype).detach().requires_grad_(), weight.to(dtype).detach().requires_grad_(trainable)]
-        logps = kernel(*leaves, targets, bias=None, softcap=None, scale=1.0)
+        logps = kernel(*leaves, targets, bias=None, **policy.logits._asdict())
         wanted = [leaf for leaf in leaves if leaf.requires_grad]
         return [logps.detach(), *torch.autograd.grad((logps * upstream.to(logps.dtype)).sum(), wanted)]
 

@@ -14,7 +14,7 @@ from saro.doctor.finding import Check, Finding
 from saro.files import cache_dir
 from saro.runtime import Runtime
 
-_PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "triton")
+_PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "triton", "liger-kernel")
 _FREE_GIB = 1.0
 
 

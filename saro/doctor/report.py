@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from saro.config import DoctorConfig, ModelConfig
+from saro.config import ModelConfig
 from saro.doctor.finding import Check, Finding, guarded
 from saro.doctor.kernels import kernel_checks
 from saro.doctor.machine import has_bf16, machine_checks
@@ -23,6 +23,7 @@ from saro.doctor.training import training_checks
 from saro.errors import SaroError
 from saro.files import atomic_write
 from saro.runtime import Runtime
+from saro.tool_config import DoctorConfig
 
 _RESULTS = {True: "[green]ok[/green]", False: "[bold red]FAILED[/bold red]", None: "skipped"}
 
@@ -35,7 +36,13 @@ def doctor(runtime: Runtime, options: DoctorConfig, console: Console) -> int:
     """
     if options.json is not None and not Path(options.json).absolute().parent.is_dir():
         raise SaroError(f"--json: there is no folder {Path(options.json).absolute().parent}; make it first")
-    model = ModelConfig(name=options.model, method=options.method, dtype=options.dtype, attention=options.attention)
+    model = ModelConfig(
+        name=options.model,
+        method=options.method,
+        dtype=options.dtype,
+        attention=options.attention,
+        liger=options.liger,
+    )
     findings = _run(runtime, machine_checks(runtime))
     loaded: list[Subject] = []
 

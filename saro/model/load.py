@@ -31,6 +31,7 @@ from saro.files import file_hash
 from saro.model.adapter import adapter_identity, continued_adapter, find_adapter, new_adapter
 from saro.model.attention import choose_backend
 from saro.model.fused_lora import fuse_lora
+from saro.model.liger import check_liger, use_liger
 from saro.model.policy import Policy
 from saro.model.supported import check_supported
 from saro_kernels import choose_impl
@@ -165,8 +166,12 @@ def load_policy(source: ModelSource, options: ModelConfig, device: torch.device,
         head = choose_impl(options.head, device, dtype)
     except ValueError as error:
         raise SaroError(str(error)) from error
+    if options.liger:
+        check_liger(source.config.model_type, device)
     model = _load_base(source, options, device, torch.float32 if options.method == "full" else dtype)
     _check_head(model)
+    if options.liger:
+        use_liger(model)
     if options.method == "full":
         model.requires_grad_(True)
     else:

@@ -15,6 +15,7 @@ from saro.data.tree import ScoredSequence, SequenceTree, build_tree
 from saro.errors import SaroError
 from saro.model.attention import native_attention
 from saro.model.fused_lora import pefts_own_lora
+from saro.model.liger import transformers_own_layers
 from saro.model.policy import Policy
 from saro.model.supported import sliding_window
 
@@ -90,7 +91,8 @@ def check_packs(policy: Policy, data: ExampleSet | PairSet) -> PackCheck:
     policy.eval()
     try:
         with _awake(policy):
-            with native_attention(policy.causal_lm), pefts_own_lora(policy.model):
+            lm = policy.causal_lm
+            with native_attention(lm), pefts_own_lora(policy.model), transformers_own_layers(lm):
                 # The truth is taken in float64 from the logits on. The noise is what a plain padded batch is off by,
                 # whose fp32 log_softmax over a large vocabulary errs more than all else.
                 alone = [_native(policy, [s], torch.float64) for s in sequences]

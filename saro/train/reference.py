@@ -21,6 +21,7 @@ from saro.data.dataset import PairSet
 from saro.data.packs import Pack, lay_out
 from saro.data.tree import SequenceTree, build_tree
 from saro.errors import SaroError
+from saro.model.liger import uses_liger
 from saro.model.load import ModelSource, find_model, load_policy
 from saro.model.policy import Policy
 from saro.runtime import Runtime
@@ -149,7 +150,8 @@ def cache_key(policy: Policy, source: ModelSource, device: torch.device) -> dict
         "head": policy.head,
         "device": device.type,
         "versions": {name: version(name) for name in ("torch", "transformers", "bitsandbytes")}
-        | ({"triton": version("triton")} if policy.head == "tiled-triton" else {}),
+        | ({"triton": version("triton")} if policy.head == "tiled-triton" else {})
+        | ({"liger-kernel": version("liger-kernel")} if uses_liger(policy.causal_lm) else {}),
     }
 
 

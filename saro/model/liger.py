@@ -1,0 +1,78 @@
+"""Layer kernels of liger-kernel (Hsu et al. 2024, arXiv 2410.10989): RMSNorm, rotary embedding, gated MLP in Triton.
+
+They are not ours, and nothing here needs them: this is the switch, for CUDA, where the user has installed them.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from saro.errors import SaroError
+
+# The function in transformers' file of a kind of model that all its layers call: it can only be replaced for all models
+# of that kind in the process. By file: transformers' own.
+_ROTARY = "apply_rotary_pos_emb"
+_own_rotary: dict[str, Callable] = {}
+
+
+def check_liger(model_type: str, device: torch.device) -> None:
+    """Raise SaroError, with what to do, where liger-kernel cannot compute the layers of a model."""
+    if device.type != "cuda":
+        raise SaroError("liger-kernel runs on CUDA only; leave --model.liger out")
+    if find_spec("liger_kernel") is None:
+        raise SaroError("--model.liger needs liger-kernel; pip install liger-kernel")
+    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN as KINDS
+
+    if model_type not in KINDS:
+        raise SaroError(f"liger-kernel has no layers for model type {model_type!r}; leave --model.liger out")
+
+
+def use_liger(model: PreTrainedModel) -> None:
+    """Let liger-kernel compute the norms, the rotary embedding and the gated MLPs of a model; the loss stays ours.
+
+    Call it before adapters are put on: `fuse_lora` then takes back the MLPs that it keeps fewer activations of.
+    """
+    from liger_kernel.transformers import _apply_liger_kernel_to_instance
+
+    file = sys.modules[type(model).__module__]
+    before = dict(vars(file))
+    _apply_liger_kernel_to_instance(model, cross_entropy=False, fused_linear_cross_entropy=False)
+    # liger-kernel replaces the classes in the file too, which other models of this kind would then be built of.
+    for name in before.keys() - {_ROTARY}:
+        setattr(file, name, before[name])
+    if vars(file).get(_ROTARY) is not before.get(_ROTARY):
+        _own_rotary[file.__name__] = before[_ROTARY]
+
+
+def uses_liger(model: nn.Module) -> bool:
+    """Whether liger-kernel computes any layer of the model."""
+    return any(_is_ligers(module) for module in model.modules())
+
+
+@contextmanager
+def transformers_own_layers(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, transformers' own code computes every layer again: for comparison."""
+    file = sys.modules[type(model).__module__]
+    forwards = {module: module.__dict__.pop("forward") for module in model.modules() if _is_ligers(module)}
+    rotary = getattr(file, _ROTARY, None)
+    if forwards and file.__name__ in _own_rotary:
+        setattr(file, _ROTARY, _own_rotary[file.__name__])
+    try:
+        yield
+    finally:
+        for module, forward in forwards.items():
+            module.forward = forward
+        if rotary is not None:
+            setattr(file, _ROTARY, rotary)
+
+
+def _is_ligers(module: nn.Module) -> bool:
+    forward = getattr(module.__dict__.get("forward"), "__func__", None)
+    return getattr(forward, "__module__", "").startswith("liger_kernel.")
