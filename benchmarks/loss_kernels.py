@@ -14,6 +14,7 @@ import argparse
 import json
 import multiprocessing
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -242,7 +243,8 @@ def main(args: Sequence[str] | None = None) -> None:
     )
     if options.smoke:
         options.rounds, options.warmup = 1, 0
-    console = Console()
+    # A file has room for the whole table.
+    console = Console(width=None if sys.stdout.isatty() else 160)
     sides = []
     for side in options.sides:
         reason = why_not(side, device, dtype)

@@ -4,7 +4,8 @@
 
 One step is one pack of random token ids: forward, head, backward, AdamW. Reported are medians over steps that alternate
 with a measurement of the GEMM rate, so that a slow moment of the machine slows both; with `--peft true` also with steps
-whose adapters PEFT's own layers compute. Operations are those that the mathematics needs (see `operations`), and the
+whose adapters PEFT's own layers compute, and with steps without adapters, whose gradient goes to the embeddings: no
+adapter can be faster. Operations are those that the mathematics needs (see `operations`), and the
 floor of a step is their time at the GEMM rate: recomputation and whatever is no product count as lost time.
 """
 
@@ -14,7 +15,8 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -38,7 +40,7 @@ from saro.train.optim import make_optimizer
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of the parts of one step, of the same step with PEFT's own layers, and of one GEMM."""
+    """Seconds of the parts of one step, of one GEMM, and of the same step with PEFT's own layers and without adapters."""
 
     forward: float
     head: float
@@ -46,6 +48,7 @@ class Times:
     optimizer: float
     gemm: float
     peft_step: float = math.nan
+    bare_step: float = math.nan
 
     @property
     def step(self) -> float:
@@ -145,13 +148,26 @@ def time_step(policy: Policy, pack: Pack, optimizer: torch.optim.Optimizer) -> T
 def time_round(
     policy: Policy, pack: Pack, optimizer: torch.optim.Optimizer, gemm: Callable[[], float], peft: bool
 ) -> Times:
-    """A step, the same by PEFT's layers where ``peft`` asks for it, and a GEMM, one after the other."""
+    """A step, where ``peft`` asks for it the same by PEFT's layers and without adapters, and a GEMM, in turn."""
     ours = time_step(policy, pack, optimizer)
-    theirs = math.nan
+    theirs = bare = math.nan
     if peft:
         with pefts_own_lora(policy.model):
             theirs = time_step(policy, pack, optimizer).step
-    return replace(ours, gemm=gemm(), peft_step=theirs)
+        with policy.model.disable_adapter(), embeddings_with_gradient(policy):
+            bare = time_step(policy, pack, optimizer).step
+    return replace(ours, gemm=gemm(), peft_step=theirs, bare_step=bare)
+
+
+@contextmanager
+def embeddings_with_gradient(policy: Policy) -> Iterator[None]:
+    """Inside, gradients go through all layers, whatever of them is trained."""
+    embeddings = policy.causal_lm.get_input_embeddings()
+    hook = embeddings.register_forward_hook(lambda module, inputs, output: output.requires_grad_())
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def write_trace(policy: Policy, pack: Pack, optimizer: torch.optim.Optimizer, path: str) -> None:
@@ -189,7 +205,7 @@ def main(
         steps: Measured steps.
         warmup: Steps before them, which touch new memory and are slow.
         gradient_checkpointing: Recompute activations.
-        peft: In turn with each step run one whose adapters PEFT's own layers compute.
+        peft: In turn with each step run one whose adapters PEFT's own layers compute, and one without adapters.
         fused_lora: False measures PEFT's own layers alone, which is how to see their peak memory.
         trace: Write a profiler trace of one step to this file.
         json_file: Also write the figures here.
@@ -207,7 +223,7 @@ def main(
     measured = [time_round(policy, pack, optimizer, gemm, peft) for _ in range(warmup + steps)][warmup:]
     median = {
         part: statistics.median(getattr(t, part) for t in measured)
-        for part in ("forward", "head", "backward", "optimizer", "gemm", "step", "peft_step")
+        for part in ("forward", "head", "backward", "optimizer", "gemm", "step", "peft_step", "bare_step")
     }
     counted = operations(policy, pack)
     gemm_rate = 2 * GEMM_SIZE**3 / median["gemm"]
@@ -227,6 +243,7 @@ def main(
         "share_of_gemm_rate": share,
         "floor_seconds": {part: count / gemm_rate for part, count in counted.items()},
         "peft_to_saro": statistics.median(t.peft_step / t.step for t in measured),
+        "bare_to_saro": statistics.median(t.bare_step / t.step for t in measured),
         "loaded_memory_gib": loaded_gib,
         "peak_memory_gib": runtime.memory(),
     }
@@ -257,7 +274,8 @@ def show(result: dict) -> None:
     )
     if not math.isnan(result["peft_to_saro"]):
         console.print(
-            f"with PEFT's own layers {seconds['peft_step']:.3f} s, {result['peft_to_saro']:.2f} times as long"
+            f"with PEFT's own layers {seconds['peft_step']:.3f} s, {result['peft_to_saro']:.2f} times as long; "
+            f"without adapters {seconds['bare_step']:.3f} s, {result['bare_to_saro']:.2f} times"
         )
     console.print(
         f"{result['tokens_per_second']:.0f} tokens/s; {sum(result['operations'].values()) / 1e12:.3f} TFLOP a step; "
