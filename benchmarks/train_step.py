@@ -5,8 +5,8 @@
 One step is one pack of random token ids: forward, head, backward, AdamW. Reported are medians over steps that alternate
 with a measurement of the GEMM rate, so that a slow moment of the machine slows both; with `--peft true` also with steps
 whose adapters PEFT's own layers compute, and with steps without adapters, whose gradient goes to the embeddings: no
-adapter can be faster. Operations are those that the mathematics needs (see `operations`), and the
-floor of a step is their time at the GEMM rate: recomputation and whatever is no product count as lost time.
+adapter can be faster. The floor of a step is what its operations take at the GEMM rate, or its bytes at the rate of a
+copy (`step_floor.py`): recomputation and whatever is no product count as lost time.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import torch
 from jsonargparse import auto_cli
 from rich.console import Console
 from rich.table import Table
-from torch import nn
+from step_floor import copy_bytes, floor_of_step
 
 from saro.config import ModelConfig, TrainConfig
 from saro.data.packs import Pack, lay_out
@@ -71,33 +71,6 @@ def random_pack(pack_tokens: int, vocabulary: int, sequence_tokens: int, scored_
     )
 
 
-def operations(policy: Policy, pack: Pack) -> dict[str, float]:
-    """Floating-point operations of one step, by part; a multiplication and an addition are two.
-
-    A product with a frozen weight costs 2 per weight and token in the forward and 2 in the backward; a trainable weight
-    costs 2 more. Causal attention over L tokens costs 2 L^2 H D forward, twice that backward.
-    """
-    lm = policy.causal_lm
-    linear = trainable = 0
-    for layer in lm.get_decoder().modules():
-        weight = getattr(layer, "weight", None)
-        if isinstance(layer, nn.Linear):
-            state = getattr(weight, "quant_state", None)
-            size = state.shape.numel() if state is not None else weight.numel()
-            linear += size
-            trainable += size if weight.requires_grad else 0
-    config = lm.config
-    width = config.num_attention_heads * getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
-    attention = sum(2 * (stop - start) ** 2 * width for start, stop, _ in pack.segments) * config.num_hidden_layers
-    head = 2 * pack.rows * lm.get_output_embeddings().weight.numel()
-    head_trainable = lm.get_output_embeddings().weight.requires_grad
-    return {
-        "linear layers": (4 * linear + 2 * trainable) * pack.tokens,
-        "attention": 3 * attention,
-        "head": (3 if head_trainable else 2) * head,
-    }
-
-
 def gemm_seconds(device: torch.device) -> Callable[[], float]:
     """Times one square GEMM in float32 on a CPU, bfloat16 on a GPU."""
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
@@ -107,6 +80,12 @@ def gemm_seconds(device: torch.device) -> Callable[[], float]:
         return timed(lambda: torch.mm(a, b, out=out), device)[0]
 
     return run
+
+
+def copy_per_second(device: torch.device) -> float:
+    """Bytes that a copy moves in a second, median of six."""
+    source, target, moved = copy_bytes(device)
+    return moved / statistics.median(timed(lambda: target.copy_(source), device)[0] for _ in range(6))
 
 
 def timed(work: Callable[[], object], device: torch.device) -> tuple[float, object]:
@@ -225,10 +204,12 @@ def main(
         part: statistics.median(getattr(t, part) for t in measured)
         for part in ("forward", "head", "backward", "optimizer", "gemm", "step", "peft_step", "bare_step")
     }
-    counted = operations(policy, pack)
+    floor = floor_of_step(policy, pack)
+    operations = sum(work.operations for work in floor.values())
     gemm_rate = 2 * GEMM_SIZE**3 / median["gemm"]
+    copy_rate = copy_per_second(runtime.device)
     # Ratio step by step, then its median: a slow moment of the machine enters both sides.
-    share = statistics.median(sum(counted.values()) / t.step / (2 * GEMM_SIZE**3 / t.gemm) for t in measured)
+    share = statistics.median(operations / t.step / (2 * GEMM_SIZE**3 / t.gemm) for t in measured)
     result = {
         "model": model,
         "method": method,
@@ -238,10 +219,12 @@ def main(
         "scored_rows": pack.rows,
         "tokens_per_second": pack.tokens / median["step"],
         "seconds": median,
-        "operations": counted,
+        "operations": {part: work.operations for part, work in floor.items()},
+        "bytes": {part: work.bytes for part, work in floor.items()},
         "gemm_operations_per_second": gemm_rate,
+        "copy_bytes_per_second": copy_rate,
         "share_of_gemm_rate": share,
-        "floor_seconds": {part: count / gemm_rate for part, count in counted.items()},
+        "floor_seconds": {part: work.seconds(gemm_rate, copy_rate) for part, work in floor.items()},
         "peft_to_saro": statistics.median(t.peft_step / t.step for t in measured),
         "bare_to_saro": statistics.median(t.bare_step / t.step for t in measured),
         "loaded_memory_gib": loaded_gib,
@@ -267,10 +250,17 @@ def show(result: dict) -> None:
     table.add_row("step", f"{seconds['step']:.3f}", "")
     console.print(table)
     floor = result["floor_seconds"]
+    least = Table(title="the least that it must do", title_justify="left")
+    for column in ("part", "TFLOP", "GiB", "floor, s"):
+        least.add_column(column, justify="left" if column == "part" else "right")
+    for part, value in floor.items():
+        operations, moved = result["operations"][part] / 1e12, result["bytes"][part] / 2**30
+        least.add_row(part, f"{operations:.3f}", f"{moved:.2f}", f"{value:.3f}")
+    console.print(least)
     console.print(
-        f"floor at the GEMM rate: {sum(floor.values()):.3f} s ("
-        + ", ".join(f"{part} {value:.3f}" for part, value in floor.items())
-        + f"); measured over floor {seconds['step'] / sum(floor.values()):.2f}"
+        f"floor {sum(floor.values()):.3f} s at the rates of a GEMM and of a copy "
+        f"({result['copy_bytes_per_second'] / 2**30:.1f} GiB/s); measured over floor "
+        f"{seconds['step'] / sum(floor.values()):.2f}"
     )
     if not math.isnan(result["peft_to_saro"]):
         console.print(
