@@ -62,7 +62,7 @@ def test_absent_packages_are_left_out_with_a_reason(monkeypatch, side):
 def test_the_peak_of_a_pass_is_that_of_the_logits():
     """Two copies of N x V, by the plain way; one tile, by this project's."""
     head = HEADS["SmolLM2-135M"]
-    rows = 512
+    rows = 1024
     plain, ours = (
         loss_kernels.peak_bytes(side, "scoring", head, Case.of(SMOKE["smoke"], rows, CPU, torch.float32), threads=1)
         for side in ("log_softmax", "saro, torch tiles")
