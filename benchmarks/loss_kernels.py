@@ -14,7 +14,6 @@ import argparse
 import json
 import multiprocessing
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -243,8 +242,9 @@ def main(args: Sequence[str] | None = None) -> None:
     )
     if options.smoke:
         options.rounds, options.warmup = 1, 0
-    # A file has room for the whole table.
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    console = Console()
+    if not console.is_terminal:
+        console.width = 160  # a file has room for the whole table
     sides = []
     for side in options.sides:
         reason = why_not(side, device, dtype)

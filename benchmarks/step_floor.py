@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 from transformers import PretrainedConfig
 
@@ -60,29 +59,15 @@ def _product(layer: nn.Linear, rows: int, width: int, logits: bool = True) -> Wo
     products = 3 if weight.requires_grad else 2
     x, y = rows * n_in * width, rows * n_out * width if logits else 0
     stored = weight.numel() * weight.element_size()  # of a 4-bit weight, its packed bytes
-    moved = (x + stored + y) + (y + stored + x)
-    if weight.requires_grad:
-        moved += x + y + stored
-    return Work(products * 2 * rows * n_in * n_out, moved)
+    return Work(products * 2 * rows * n_in * n_out, products * (x + stored + y))
 
 
 def _attention(config: PretrainedConfig, pack: Pack, width: int) -> Work:
     """Causal attention over L tokens and its ancestors' P: 4 (L^2 / 2 + L P) H D operations forward, twice that backward."""
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     queries, keys = config.num_attention_heads * size, config.num_key_value_heads * size
-    before: list[int] = []
-    scores = 0.0
-    for start, stop, parent in pack.segments:
-        length = stop - start
-        ancestors = before[parent] if parent >= 0 else 0
-        before.append(ancestors + length)
-        scores += length**2 / 2 + length * ancestors
+    # A token attends to as many as stand before it on its path, and to itself, of which half is counted.
+    scores = pack.position_ids.sum().item() + pack.tokens / 2
     # Forward: q, k, v in, the output out. Backward: those and the output's gradient in, three gradients out.
     moved = pack.tokens * width * ((2 * queries + 2 * keys) + (3 * queries + 2 * keys) + (queries + 2 * keys))
     return Work(3 * 4 * scores * queries * config.num_hidden_layers, moved * config.num_hidden_layers)
-
-
-def copy_bytes(device: torch.device) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """Two tensors larger than any cache, to copy one into the other, and the bytes that this moves."""
-    source = torch.ones(2**26 if device.type == "cpu" else 2**28, device=device)
-    return source, torch.empty_like(source), 2 * source.numel() * source.element_size()

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from step_floor import Work, _attention, _product, floor_of_step
 from test_load import a_pack, load
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+from train_step import copy_bytes
+
+from saro.data.packs import lay_out
+from saro.data.tree import ScoredSequence, build_tree
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -29,7 +34,13 @@ def test_operations_of_products_are_those_that_torch_counts(tiny_model, kind):
 def test_attention_counts_the_scores_of_each_path():
     config = SimpleNamespace(num_attention_heads=4, num_key_value_heads=2, head_dim=8, num_hidden_layers=3)
     # A prompt of 10 tokens with two children of 4 and 6: each token reads its ancestors and what is before it.
-    pack = SimpleNamespace(tokens=20, segments=[(0, 10, -1), (10, 14, 0), (14, 20, 0)])
+    # (The last token of a sequence is not read.)
+    prompt = list(range(10))
+    sequences = [(*prompt, *[20] * 5), (*prompt, *[30] * 7)]
+    pack = lay_out(
+        [build_tree([ScoredSequence(np.array(s, np.int32), 10, np.zeros(len(s) - 10, np.uint8), 0) for s in sequences])]
+    )
+    assert pack.segments == ((0, 10, -1), (10, 14, 0), (14, 20, 0))
     scores = 10 * 10 / 2 + (4 * 4 / 2 + 4 * 10) + (6 * 6 / 2 + 6 * 10)
     assert _attention(config, pack, 4).operations == 3 * 4 * scores * 4 * 8 * 3
 
@@ -55,7 +66,5 @@ def test_the_floor_is_the_longer_of_both():
 
 
 def test_a_copy_moves_what_it_reads_and_writes():
-    from step_floor import copy_bytes
-
     source, target, moved = copy_bytes(torch.device("cpu"))
     assert moved == source.nbytes + target.nbytes

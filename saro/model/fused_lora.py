@@ -17,6 +17,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers.activations import GELUTanh, SiLUActivation
 
+from saro.model.own_forward import own_forwards, replacement
 from saro_kernels import FrozenLinear, LoraLinear, lora_gated_mlp, lora_linear
 
 # Their forward is down_proj(act_fn(gate_proj(x)) * up_proj(x)) and nothing more; a test compares each.
@@ -48,17 +49,8 @@ def fuse_lora(model: PeftModel) -> int:
 @contextmanager
 def pefts_own_lora(model: nn.Module) -> Iterator[None]:
     """Inside, PEFT's own forward computes every layer again: for comparison."""
-    ours = {module: module.__dict__.pop("forward") for module in model.modules() if _is_ours(module)}
-    try:
+    with own_forwards(model, lambda module: replacement(module) in (_linear_forward, _mlp_forward)):
         yield
-    finally:
-        for module, forward in ours.items():
-            module.forward = forward
-
-
-def _is_ours(module: nn.Module) -> bool:
-    forward = module.__dict__.get("forward")
-    return getattr(forward, "__func__", None) in (_linear_forward, _mlp_forward)
 
 
 def _can_fuse(layer: LoraLayer) -> bool:

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from saro.errors import SaroError
+from saro.model.own_forward import own_forwards, replacement
 
 # The function in transformers' file of a kind of model that all its layers call: it can only be replaced for all models
 # of that kind in the process. By file: transformers' own.
@@ -60,19 +61,17 @@ def uses_liger(model: nn.Module) -> bool:
 def transformers_own_layers(model: PreTrainedModel) -> Iterator[None]:
     """Inside, transformers' own code computes every layer again: for comparison."""
     file = sys.modules[type(model).__module__]
-    forwards = {module: module.__dict__.pop("forward") for module in model.modules() if _is_ligers(module)}
-    rotary = getattr(file, _ROTARY, None)
-    if forwards and file.__name__ in _own_rotary:
+    ligers_rotary = getattr(file, _ROTARY, None)
+    swap = uses_liger(model) and file.__name__ in _own_rotary
+    if swap:
         setattr(file, _ROTARY, _own_rotary[file.__name__])
     try:
-        yield
+        with own_forwards(model, _is_ligers):
+            yield
     finally:
-        for module, forward in forwards.items():
-            module.forward = forward
-        if rotary is not None:
-            setattr(file, _ROTARY, rotary)
+        if swap:
+            setattr(file, _ROTARY, ligers_rotary)
 
 
 def _is_ligers(module: nn.Module) -> bool:
-    forward = getattr(module.__dict__.get("forward"), "__func__", None)
-    return getattr(forward, "__module__", "").startswith("liger_kernel.")
+    return getattr(replacement(module), "__module__", "").startswith("liger_kernel.")
