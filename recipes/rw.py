@@ -26,7 +26,7 @@ from saro.model.load import dropout_options, find_model, load_policy
 from saro.options import parse_recipe, run_program
 from saro.run import Run
 from saro.runtime import Runtime
-from saro.samples import answer, answer_table, choose_prompts, loss_table
+from saro.samples import answer, answer_table, choose_prompts, token_table
 from saro.train.checkpoint import save_final
 from saro.train.checks import check_packs
 from saro.train.engine import evaluate, fit
@@ -83,7 +83,7 @@ def main() -> int:
     # 6. What the model does before training, the training, and what it does after.
     prompts = choose_prompts([e for file in heldout_files for e in read_examples(file)], options.samples)
 
-    def heldout_losses(_: int) -> dict[str, float]:
+    def heldout_metrics(_: int) -> dict[str, float]:
         if heldout is None:
             return {}
         packs = packs_of(trees(heldout, range(len(heldout))), data_options.pack_tokens, runtime.rank, runtime.processes)
@@ -91,11 +91,12 @@ def main() -> int:
 
     def measure(step: int) -> dict[str, Any]:
         answers = answer(policy, chat, prompts, options.sample_tokens) if runtime.is_main else []
-        return {"losses": heldout_losses(step), "answers": answers}
+        return {"metrics": heldout_metrics(step), "answers": answers}
 
     before = run.once(runtime, "before.json", partial(measure, 0))
-    if before["losses"]:
-        runtime.say("before training  " + format_metrics(before["losses"]))
+    if heldout:
+        losses = {name: value for name, value in before["metrics"].items() if name.startswith("eval/loss")}
+        runtime.say("before training  " + format_metrics(losses))
     outcome = fit(
         runtime,
         policy,
@@ -104,7 +105,7 @@ def main() -> int:
         total_steps,
         options,
         record_ids=lambda records: [data.ids[r] for r in records],
-        evaluate=heldout_losses if heldout else None,
+        evaluate=heldout_metrics if heldout else None,
         resume=run.resumed,
     )
     if outcome.stopped_by:
@@ -119,7 +120,7 @@ def main() -> int:
         if prompts:
             console.print(answer_table(before["answers"], after["answers"], prompts, data_options.heldout == [DEMO]))
         if heldout:
-            console.print(loss_table(before["losses"], after["losses"]))
+            console.print(token_table(before["metrics"], after["metrics"]))
     runtime.say(
         f"{total_steps} steps, {outcome.tokens_per_second:.0f} tokens/s, peak memory {outcome.peak_memory_gib:.2f} GiB; "
         f"model in {run.folder / 'final'}"

@@ -50,15 +50,22 @@ def answer(policy: Policy, chat: ChatFormat, examples: Sequence[Record], max_tok
     return [chat.tokenizer.decode(row, skip_special_tokens=True) for row in output[:, longest:]]
 
 
-def loss_table(before: dict[str, float], after: dict[str, float]) -> Table:
-    """Held-out losses before and after training."""
-    table = Table(title="Held-out nats per token", title_justify="left")
+# What the table of stage 1 shows of held-out tokens, with the names and formats there.
+_TOKENS = {"loss": ("loss, nats", ".3f"), "entropy": ("entropy, nats", ".3f"), "mean_token_accuracy": ("top-1", ".1%")}
+
+
+def token_table(before: dict[str, float], after: dict[str, float]) -> Table:
+    """Means over held-out tokens before and after training."""
+    table = Table(title="Held-out tokens, before → after", title_justify="left")
     table.add_column("tokens")
-    for column in ("before", "after"):
-        table.add_column(column, justify="right")
-    for name, value in before.items():
-        of = name.removeprefix("eval/").removeprefix("loss").removeprefix("/") or "all"
-        table.add_row(of, f"{value:.3f}", f"{after[name]:.3f}")
+    for label, _ in _TOKENS.values():
+        table.add_column(label, justify="right")
+    for of in (name.removeprefix("eval/loss") for name in before if name.startswith("eval/loss")):
+        cells = [
+            f"{before[f'eval/{name}{of}']:{form}} → {after[f'eval/{name}{of}']:{form}}"
+            for name, (_, form) in _TOKENS.items()
+        ]
+        table.add_row(of.removeprefix("/") or "all", *cells)
     return table
 
 
@@ -69,6 +76,8 @@ _PREFERENCE = {
     "rewards/margins": "reward margin",
     "logps/chosen": "log-prob of the chosen response, nats",
     "logps/rejected": "log-prob of the rejected response, nats",
+    "entropy/chosen": "entropy in the chosen response, nats per token",
+    "mean_token_accuracy/chosen": "top-1 accuracy in the chosen response",
     "chosen_fell": "share of pairs whose chosen log-prob fell",
 }
 

@@ -24,6 +24,7 @@ from saro.runtime import Runtime
 from saro.train.checkpoint import list_checkpoints
 from saro.train.engine import evaluate
 from saro.train.steps import Step, Steps, packs_of
+from saro_kernels import TokenStatistics
 
 METHODS = ("full", "lora", "qlora")
 
@@ -38,8 +39,15 @@ class Bigram(nn.Module):
         self.head = nn.Parameter(torch.randn(264, 6, generator=random, dtype=torch.float64))
 
     def forward(self, pack: Pack) -> torch.Tensor:
+        return self._distributions(pack).gather(1, pack.row_target[:, None])[:, 0]
+
+    def statistics(self, pack: Pack) -> TokenStatistics:
+        logps = self._distributions(pack)
+        return TokenStatistics(self(pack), -(logps.exp() * logps).sum(1), logps.argmax(1) == pack.row_target)
+
+    def _distributions(self, pack: Pack) -> torch.Tensor:
         hidden = self.embedding.index_select(0, pack.input_ids).index_select(0, pack.row_hidden)
-        return (hidden @ self.head.T).log_softmax(-1).gather(1, pack.row_target[:, None])[:, 0]
+        return (hidden @ self.head.T).log_softmax(-1)
 
     def trainable(self) -> dict[str, nn.Parameter]:
         return dict(self.named_parameters())
@@ -537,11 +545,14 @@ def test_evaluation_reports_each_kind_of_record_and_does_not_depend_on_packs(tra
     trees = run.steps.trees(range(24))
     wide = evaluate(runtime, run.policy, run.objective, packs_of(trees, 4096))
     narrow = evaluate(runtime, run.policy, run.objective, packs_of(trees, 110))
-    assert wide.keys() == {f"eval/loss{x}" for x in ("", "/general", "/safety", "/think", "/answer", "/stop")}
+    parts = ("", "/general", "/safety", "/think", "/answer", "/stop")
+    names = [f"eval/{name}" for name in ("loss", "entropy", "mean_token_accuracy")]
+    assert wide.keys() == {name + part for name in names for part in parts}
     assert narrow == pytest.approx(wide, rel=1e-12)
     scored, kinds = run.data.scored_tokens, run.data.kinds
-    mean = sum(wide[f"eval/loss/{n}"] * scored[kinds == i].sum() for i, n in enumerate(("general", "safety")))
-    assert wide["eval/loss"] == pytest.approx(mean / scored.sum(), rel=1e-12)
+    for name in names:
+        mean = sum(wide[f"{name}/{n}"] * scored[kinds == i].sum() for i, n in enumerate(("general", "safety")))
+        assert wide[name] == pytest.approx(mean / scored.sum(), rel=1e-12)
 
 
 def test_evaluation_makes_no_gradient(training, runtime):

@@ -13,6 +13,7 @@ from saro.data.records import KINDS
 from saro.data.tree import RowKind, ScoredSequence, build_tree
 from saro.train.losses import nll_sum
 from saro.train.objective import RWObjective
+from saro_kernels import TokenStatistics
 
 T, A, S = RowKind.THINK, RowKind.ANSWER, RowKind.STOP
 METRICS = {"loss", *(f"loss/{name}" for name in (*KINDS, "think", "answer", "stop"))}
@@ -82,6 +83,25 @@ def test_the_kind_is_that_of_the_record_not_of_its_place(trees):
     assert (alone["loss/general"], alone["loss/safety"]) == ((0.0, 0.0), (48.0, 2.0))
     turned = means(rw(LOGPS.roll(2), lay_out(trees[::-1])).metrics)
     assert (turned["loss/general"], turned["loss/safety"]) == ((15.0, 4.0), (48.0, 2.0))
+
+
+def test_entropy_and_accuracy_by_kind_of_record_and_by_part(trees):
+    statistics = TokenStatistics(LOGPS, -LOGPS / 2, torch.tensor([True, False, True, True, False, True]))
+    rw = objective("general", "safety")
+    assert means(rw.describe(statistics, lay_out(trees))) == {
+        "entropy": (31.5, 6.0),
+        "entropy/general": (7.5, 4.0),
+        "entropy/safety": (24.0, 2.0),
+        "entropy/think": (1.5, 2.0),
+        "entropy/answer": (10.0, 2.0),
+        "entropy/stop": (20.0, 2.0),
+        "mean_token_accuracy": (4.0, 6.0),
+        "mean_token_accuracy/general": (3.0, 4.0),
+        "mean_token_accuracy/safety": (1.0, 2.0),
+        "mean_token_accuracy/think": (1.0, 2.0),
+        "mean_token_accuracy/answer": (1.0, 2.0),
+        "mean_token_accuracy/stop": (2.0, 2.0),
+    }
 
 
 @pytest.fixture

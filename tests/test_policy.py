@@ -325,6 +325,30 @@ def test_the_same_pack_gives_the_same_bits(tiny_model, method):
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
+@pytest.mark.parametrize("kind", ["llama", "gemma3 with a softcap", "cohere"])
+def test_statistics_are_those_of_the_models_own_distributions(pair, kind):
+    policy, model = pair(kind, "lora")
+    tree, n = ladder(3), 0
+    got = policy.statistics(lay_out([build_tree([s]) for s in tree]))
+    for s in tree:
+        tokens = torch.from_numpy(s.tokens.astype(np.int64))
+        with torch.no_grad():
+            logits = model(input_ids=tokens[None, :-1], use_cache=False).logits[0, s.scored_from - 1 :]
+        logps, rows = logits.log_softmax(-1), slice(n, n := n + len(logits))
+        torch.testing.assert_close(got.entropy[rows], -(logps.exp() * logps).sum(1), rtol=1e-6, atol=1e-6)
+        assert torch.equal(got.top1[rows], logits.argmax(1) == tokens[s.scored_from :])
+    assert len(got.entropy) == n
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_evaluation_scores_the_bits_of_the_forward_without_gradient(tiny_model, method):
+    policy = wake_adapters(load(tiny_model("llama"), method))
+    pack = lay_out([build_tree(ladder(3))])
+    logps = policy.statistics(pack).logps
+    assert not logps.requires_grad
+    assert torch.equal(logps, policy(pack).detach())
+
+
 # The empty pack: what a rank runs that has no work.
 
 

@@ -139,9 +139,23 @@ def test_metrics_have_the_names_that_dashboards_know(finished):
     assert all(line.keys() == names for line in steps)
     evaluations = [line for line in lines if "eval/loss" in line]
     assert [line["step"] for line in evaluations] == [2, 4]
-    assert all(line.keys() == {"step", "eval/loss"} | {f"eval/{n}" for n in kinds} for line in evaluations)
+    of_loss = {"loss"} | kinds
+    of_tokens = {n.replace("loss", other) for n in of_loss for other in ("loss", "entropy", "mean_token_accuracy")}
+    assert all(line.keys() == {"step"} | {f"eval/{n}" for n in of_tokens} for line in evaluations)
     assert steps[-1]["loss"] < steps[0]["loss"] - 1
     assert steps[-1]["epoch"] == 2
+
+
+def test_the_table_at_the_end_is_of_the_two_evaluations(finished):
+    run, done = finished("lora")
+    before, after = (json.loads((run / f"{n}.json").read_text())["metrics"] for n in ("before", "after"))
+    shown = [line.strip("│ ").split("│") for line in done.err.splitlines() if "→" in line and "│" in line]
+    assert {row[0].strip() for row in shown} == {"all", "general", "safety", "think", "answer", "stop"}
+    (everything,) = (row for row in shown if row[0].strip() == "all")
+    for cell, name, form in zip(
+        everything[1:], ("loss", "entropy", "mean_token_accuracy"), (".3f", ".3f", ".1%"), strict=True
+    ):
+        assert cell.strip() == f"{before[f'eval/{name}']:{form}} → {after[f'eval/{name}']:{form}}"
 
 
 def test_the_tensorboard_tracker_writes_events(finished):
@@ -161,7 +175,7 @@ def test_the_screen_shows_our_lines_and_no_librarys(finished, tiny_model):
         run, done = finished(method)
         assert done.out == ""
         assert "step 6/6" in done.err
-        assert "Held-out nats per token" in done.err
+        assert "Held-out tokens, before → after" in done.err
         own = done.err.replace(str(run), "").replace(tiny_model(), "")
         for word in ("warn", "Warning", "deprecat", "torch", "transformers", "accelerate", "peft", "bitsandbytes"):
             assert word.lower() not in own.lower(), word
@@ -182,7 +196,7 @@ def test_records_are_named_by_id_and_not_shown(finished):
 def test_the_final_model_loads_elsewhere_and_gives_the_log_probs_of_the_run(finished, method, tiny_model):
     """In fp32 and by transformers' own forward: the held-out loss of after.json."""
     run, _ = finished(method)
-    after = json.loads((run / "after.json").read_text())["losses"]
+    after = json.loads((run / "after.json").read_text())["metrics"]
     options = {} if method != "qlora" else {"quantization_config": quantization()}
     kind = AutoModelForCausalLM if method == "full" else AutoPeftModelForCausalLM
     model = kind.from_pretrained(run / "final", dtype=torch.float32, **options).eval()
@@ -226,9 +240,11 @@ def test_the_final_adapter_names_its_base_model(finished, tiny_model):
 def test_training_lowers_the_held_out_loss_of_each_kind(finished):
     for method in ("full", "lora", "qlora"):
         run, _ = finished(method)
-        before, after = (json.loads((run / f"{n}.json").read_text()) for n in ("before", "after"))
-        assert all(after["losses"][n] < before["losses"][n] for n in before["losses"])
-        assert [len(m["answers"]) for m in (before, after)] == [3, 3]
+        measured = [json.loads((run / f"{n}.json").read_text()) for n in ("before", "after")]
+        before, after = (m["metrics"] for m in measured)
+        assert all(after[n] < before[n] for n in before if n.startswith("eval/loss"))
+        assert after["eval/mean_token_accuracy"] > before["eval/mean_token_accuracy"]
+        assert [len(m["answers"]) for m in measured] == [3, 3]
 
 
 # Starting again.
@@ -417,7 +433,7 @@ def test_two_processes_under_accelerate_launch(rw_arguments, tmp_path, environme
             # The share of changed weights turns on momenta that pass through zero.
             assert two[name] == pytest.approx(one[name], rel=1e-5, abs=1e-2 if name == "changed_parameters" else 1e-6)
     for name in ("before", "after"):
-        one, two = (json.loads((folder / f"{name}.json").read_text())["losses"] for folder in (tmp_path / "one", run))
+        one, two = (json.loads((folder / f"{name}.json").read_text())["metrics"] for folder in (tmp_path / "one", run))
         assert two == pytest.approx(one, abs=1e-6 if name == "before" else 1e-4)
 
 

@@ -25,6 +25,7 @@ from saro.model.policy import Policy
 from saro.train.losses import PAIR_LOSSES
 from saro.train.objective import SRPOObjective
 from saro.train.reference import Reference
+from saro_kernels import TokenStatistics
 
 BETA = 0.3
 
@@ -270,6 +271,33 @@ def test_metrics_by_hand():
     assert means["logps/chosen"] == pytest.approx(sums[0::2].mean().item())
     assert pairs["margin"].tolist() == pytest.approx([2.0, -6.0])
     assert pairs["chosen_fell"].tolist() == [False, True]
+
+
+def test_entropy_and_accuracy_by_side_and_by_kind_of_pair():
+    # Scored tokens: 6 and 4 of the first pair, 2 and 4 of the second; the first row is both sides' of the first pair.
+    pack = lay_out([build_tree(pair) for pair in PAIRS[:2]])
+    objective = SRPOObjective(np.array([0, 1]), _reference(PAIRS[:2], [[0, 0]] * 2), PreferenceConfig())
+    entropy = torch.arange(1.0, pack.rows + 1)
+    top1 = torch.arange(pack.rows) == 0
+    metrics = objective.describe(TokenStatistics(-entropy, entropy, top1), pack)
+    entropies = [entropy[pack.entry_row[pack.entry_sequence == i]].tolist() for i in range(4)]
+    assert [len(of) for of in entropies] == [6, 4, 2, 4]
+    totals = {name: (total.item(), int(count)) for name, (total, count) in metrics.items()}
+    op, pp = PAIR_KINDS
+    assert totals == {
+        "entropy/chosen": (sum(entropies[0] + entropies[2]), 8),
+        "entropy/rejected": (sum(entropies[1] + entropies[3]), 8),
+        f"{op}/entropy/chosen": (sum(entropies[0]), 6),
+        f"{op}/entropy/rejected": (sum(entropies[1]), 4),
+        f"{pp}/entropy/chosen": (sum(entropies[2]), 2),
+        f"{pp}/entropy/rejected": (sum(entropies[3]), 4),
+        "mean_token_accuracy/chosen": (1, 8),
+        "mean_token_accuracy/rejected": (1, 8),
+        f"{op}/mean_token_accuracy/chosen": (1, 6),
+        f"{op}/mean_token_accuracy/rejected": (1, 4),
+        f"{pp}/mean_token_accuracy/chosen": (0, 2),
+        f"{pp}/mean_token_accuracy/rejected": (0, 4),
+    }
 
 
 def test_the_displacement_is_split_into_reasoning_and_the_rest():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from peft import PeftModel
 from torch import nn
@@ -10,7 +12,7 @@ from transformers import PreTrainedModel
 from saro.data.packs import Pack
 from saro.model.attention import AttentionPlan, use_packed_attention
 from saro.model.logits import logit_options
-from saro_kernels import token_logps
+from saro_kernels import TokenStatistics, token_logps, token_statistics
 
 
 class Policy(nn.Module):
@@ -55,6 +57,15 @@ class Policy(nn.Module):
 
         ``isolated=False`` lets sequences see each other: the control of the start-up check, never for training.
         """
+        return token_logps(**self._head_inputs(pack, isolated))
+
+    @torch.no_grad()
+    def statistics(self, pack: Pack) -> TokenStatistics:
+        """The same log-probs with the entropy of each row's distribution, and whether its target is the likeliest."""
+        return token_statistics(**self._head_inputs(pack, isolated=True))
+
+    def _head_inputs(self, pack: Pack, isolated: bool) -> dict[str, Any]:
+        """Arguments of ``token_logps``: the hidden states of the pack's rows, their targets, and the head."""
         plan = AttentionPlan.of(pack, self.attention, isolated)
         lm = self.causal_lm
         with self.precision():
@@ -69,7 +80,14 @@ class Policy(nn.Module):
         if self.autocast is not None:
             rows = rows.to(self.autocast)
         head = lm.get_output_embeddings()
-        return token_logps(rows, head.weight, pack.row_target, bias=head.bias, **self.logits._asdict(), impl=self.head)
+        return {
+            "hidden": rows,
+            "weight": head.weight,
+            "targets": pack.row_target,
+            "bias": head.bias,
+            **self.logits._asdict(),
+            "impl": self.head,
+        }
 
     def precision(self) -> torch.autocast:
         """The context in which the model's products are computed."""

@@ -197,7 +197,7 @@ def evaluate(
 ) -> dict[str, float]:
     """Losses and metrics over this process's packs and those of the others, as means; dropout off, no gradient.
 
-    ``observe`` sees every pack with its sums.
+    Among them the entropy and the accuracy of the scored tokens. ``observe`` sees every pack with its sums.
     """
     was_training = policy.training
     meter = Meter()
@@ -207,8 +207,9 @@ def evaluate(
         no_bar = None if runtime.is_main else True
         for pack in tqdm(packs, desc="evaluating", unit=" packs", delay=2, leave=False, disable=no_bar):
             pack = pack.to(runtime.device)
-            sums = objective(policy(pack), pack)
-            meter.add(sums.metrics)
+            statistics = policy.statistics(pack)
+            sums = objective(statistics.logps, pack)
+            meter.add(sums.metrics | objective.describe(statistics, pack))
             if observe is not None:
                 observe(pack, sums)
     finally:

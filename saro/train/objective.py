@@ -15,6 +15,10 @@ from saro.data.packs import Pack
 from saro.data.tree import RowKind, SequenceTree
 from saro.train.losses import PAIR_LOSSES, nll_sum
 from saro.train.reference import Reference
+from saro_kernels import TokenStatistics
+
+# By name, a sum and what divides it.
+Metrics = dict[str, tuple[torch.Tensor, torch.Tensor | int]]
 
 
 @dataclass(frozen=True)
@@ -23,12 +27,12 @@ class Sums:
 
     Attributes:
         losses: scalar sums, by the name of the count that divides them.
-        metrics: by name, a sum and what divides it, ``loss`` among them; the same names from every pack.
+        metrics: ``loss`` among them; the same names from every pack.
         pairs: by name, (P,) a value for each pair of the pack; empty where there are no pairs.
     """
 
     losses: dict[str, torch.Tensor]
-    metrics: dict[str, tuple[torch.Tensor, torch.Tensor | int]]
+    metrics: Metrics
     pairs: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
@@ -41,6 +45,12 @@ class Objective(Protocol):
     def __call__(self, logps: torch.Tensor, pack: Pack) -> Sums:
         """Sums over one pack. ``logps``: (R,) of its rows."""
 
+    def describe(self, statistics: TokenStatistics, pack: Pack) -> Metrics:
+        """What an evaluation reports besides, of the distributions of a pack's rows: (R,) each.
+
+        ``entropy``, nats, and ``mean_token_accuracy``, the share of scored tokens that are the likeliest.
+        """
+
     def combine(self, means: dict[str, float]) -> dict[str, float]:
         """The means of the metrics, ``loss`` being what is minimised."""
 
@@ -48,7 +58,7 @@ class Objective(Protocol):
 class RWObjective:
     """Reasoning-style Warmup: the mean negative log-likelihood of the scored tokens.
 
-    Metrics: the same mean by kind of record, and by what the token is part of.
+    Metrics: the same mean by kind of record, and by what the token is part of; entropy and accuracy likewise.
 
     Args:
         kinds: (n,) the kind of each record, as an index into ``KINDS``.
@@ -62,18 +72,29 @@ class RWObjective:
 
     def __call__(self, logps: torch.Tensor, pack: Pack) -> Sums:
         entry_logps = logps.index_select(0, pack.entry_row)
-        loss = nll_sum(entry_logps)
-        with torch.no_grad():
-            sequence_kind = self._kinds[list(pack.records)].to(logps.device)
-            by_record = _binned(entry_logps, sequence_kind.index_select(0, pack.entry_sequence), KINDS)
-            row_kind = pack.row_kind.index_select(0, pack.entry_row)
-            by_token = _binned(entry_logps, row_kind, [kind.name.lower() for kind in RowKind])
-        everything = {"loss": (loss.detach(), len(entry_logps))}
-        return Sums({"rows": loss}, everything | by_record | by_token)
+        return Sums({"rows": nll_sum(entry_logps)}, self._means("loss", -logps.detach(), pack))
+
+    def describe(self, statistics: TokenStatistics, pack: Pack) -> Metrics:
+        entropy = self._means("entropy", statistics.entropy, pack)
+        return entropy | self._means("mean_token_accuracy", statistics.top1, pack)
 
     def combine(self, means: dict[str, float]) -> dict[str, float]:
         return means
 
+    def _means(self, name: str, values: torch.Tensor, pack: Pack) -> Metrics:
+        """(R,) values of rows as ``NAME``, and as ``NAME/KIND`` by kind of record and of token."""
+        entries = values.index_select(0, pack.entry_row)
+        record_kind = self._kinds[list(pack.records)].to(values.device).index_select(0, pack.entry_sequence)
+        token_kind = pack.row_kind.index_select(0, pack.entry_row)
+        return {
+            name: (entries.double().sum(), len(entries)),
+            **_binned(entries, record_kind, [f"{name}/{kind}" for kind in KINDS]),
+            **_binned(entries, token_kind, [f"{name}/{kind.name.lower()}" for kind in RowKind]),
+        }
+
+
+# Of a pair, in the order of a tree's sequences.
+SIDES = ("chosen", "rejected")
 
 # A chosen response counts as fallen when it lost more than this, nats per token: rounding alone moves it by less.
 FELL = 1e-3
@@ -87,7 +108,8 @@ class SRPOObjective:
 
     Metrics: rewards (``beta`` times the change of a log-prob), their margin and accuracy, the log-probs, and the
     displacement: by how much they moved, split into reasoning and the rest, and the share of pairs whose chosen log-prob
-    fell by more than ``FELL`` per token. All also by kind of pair. Of each pair: margin and changes, in nats.
+    fell by more than ``FELL`` per token. All also by kind of pair. Of each pair: margin and changes, in nats. Entropy and
+    accuracy are those of the scored tokens of each side.
 
     Args:
         kinds: (n,) the kind of each pair, as an index into ``PAIR_KINDS``.
@@ -131,7 +153,7 @@ class SRPOObjective:
             if self.options.scored == "all":
                 think = pack.row_kind.index_select(0, pack.entry_row) == RowKind.THINK
                 thought = by_sequence(entry_moved * think)
-                for side, name in enumerate(("chosen", "rejected")):
+                for side, name in enumerate(SIDES):
                     values |= {
                         f"rewards/{name}": beta * scaled[:, side],
                         f"logps/{name}": policy[:, side],
@@ -147,6 +169,16 @@ class SRPOObjective:
                 metrics["loss/nll"] = (nll_sum(policy[:, 0]), rows[:, 0].sum())
         return Sums(terms, metrics, {k: v.detach() for k, v in pairs.items()})
 
+    def describe(self, statistics: TokenStatistics, pack: Pack) -> Metrics:
+        kind = self._kinds[list(pack.records)].to(statistics.entropy.device).index_select(0, pack.entry_sequence)
+        side = pack.entry_sequence % 2
+        metrics = {}
+        for name, values in {"entropy": statistics.entropy, "mean_token_accuracy": statistics.top1}.items():
+            entries, names = values.index_select(0, pack.entry_row), [f"{name}/{of}" for of in SIDES]
+            metrics |= _binned(entries, side, names)
+            metrics |= _binned(entries, 2 * kind + side, [f"{of}/{n}" for of in PAIR_KINDS for n in names])
+        return metrics
+
     def combine(self, means: dict[str, float]) -> dict[str, float]:
         if "loss/nll" not in means:
             return means
@@ -159,9 +191,7 @@ def _by_sequence(entries: torch.Tensor, pack: Pack) -> torch.Tensor:
     return entries.new_zeros(len(pack.records)).index_add(0, pack.entry_sequence, entries).view(-1, 2)
 
 
-def _overall_and_by_kind(
-    values: dict[str, torch.Tensor], kinds: torch.Tensor
-) -> dict[str, tuple[torch.Tensor, torch.Tensor | int]]:
+def _overall_and_by_kind(values: dict[str, torch.Tensor], kinds: torch.Tensor) -> Metrics:
     """Sums and counts of (P,) values: under their own names, and of each kind of pair as ``KIND/NAME``."""
     table = torch.stack(list(values.values()))
     metrics = {name: (total, table.shape[1]) for name, total in zip(values, table.sum(1), strict=True)}
@@ -172,11 +202,9 @@ def _overall_and_by_kind(
     return metrics
 
 
-def _binned(
-    logps: torch.Tensor, bins: torch.Tensor, names: Sequence[str]
-) -> dict[str, tuple[torch.Tensor, torch.Tensor | int]]:
-    """Loss sums and counts by bin: ``loss/NAME`` for each name."""
-    zeros = torch.zeros(len(names), dtype=torch.float64, device=logps.device)
-    sums = zeros.index_add(0, bins, -logps.double())
-    counts = zeros.index_add(0, bins, torch.ones_like(logps, dtype=torch.float64))
-    return {f"loss/{name}": (sums[i], counts[i]) for i, name in enumerate(names)}
+def _binned(values: torch.Tensor, bins: torch.Tensor, names: Sequence[str]) -> Metrics:
+    """Sums and counts of the values of each bin, by the bins' names."""
+    zeros = torch.zeros(len(names), dtype=torch.float64, device=values.device)
+    sums = zeros.index_add(0, bins, values.double())
+    counts = zeros.index_add(0, bins, torch.ones_like(values, dtype=torch.float64))
+    return {name: (sums[i], counts[i]) for i, name in enumerate(names)}
