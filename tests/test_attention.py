@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import IM_END
 from torch.nn.attention import varlen
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig
 
 from saro.data.packs import lay_out
 from saro.data.tree import ScoredSequence, build_tree
@@ -81,10 +81,13 @@ def dense_mask(pack, window):
     return mask
 
 
-def definition(query, key, value, mask, scale):
+def definition(query, key, value, mask, scale, softcap=None):
     """(1, T, H, D): softmax over the allowed keys."""
     key, value = (x.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for x in (key, value))
-    scores = (query @ key.transpose(2, 3) * scale).masked_fill(~mask, -torch.inf)
+    scores = query @ key.transpose(2, 3) * scale
+    if softcap is not None:
+        scores = softcap * (scores / softcap).tanh()
+    scores = scores.masked_fill(~mask, -torch.inf)
     return (scores.softmax(-1) @ value).transpose(1, 2)
 
 
@@ -127,6 +130,7 @@ class VarlenOnCPU:
     ):
         assert return_aux is seqused_k is block_table is num_splits is None
         assert enable_gqa == (query.shape[1] != key.shape[1])
+        assert query.dtype == key.dtype == value.dtype
         self.calls.append(SimpleNamespace(q=cu_seq_q, k=cu_seq_k, max_q=max_q, max_k=max_k, window=window_size))
         outputs = []
         for i in range(len(cu_seq_q) - 1):
@@ -140,7 +144,8 @@ class VarlenOnCPU:
             mask &= (other >= at - left) if left >= 0 else True
             mask &= (other <= at + right) if right >= 0 else True
             q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-            outputs.append(definition(q, k, v, mask, q.shape[-1] ** -0.5 if scale is None else scale)[0])
+            with torch.autocast("cpu", enabled=False):  # which has no rule for the real one
+                outputs.append(definition(q, k, v, mask, q.shape[-1] ** -0.5 if scale is None else scale)[0])
         return torch.cat(outputs)
 
 
@@ -226,6 +231,36 @@ def test_without_a_scaling_it_is_one_over_the_root_of_the_head_size(backend, var
     assert (output - definition(*inputs, dense_mask(pack, None), 8**-0.5)).abs().max() <= 1e-12
 
 
+@settings(deadline=None, max_examples=20)
+@given(pack=packs(), window=st.sampled_from([None, 1, 3]), backend=st.sampled_from(["sdpa", "varlen"]))
+def test_capped_scores_are_the_dense_definition_by_either_backend(pack, window, backend):
+    inputs, softcap = tensors(pack), 1.5
+    plan = AttentionPlan.of(pack, backend)
+    output, _ = packed_attention(CAUSAL, *inputs, None, plan=plan, scaling=0.4, sliding_window=window, softcap=softcap)
+    expected = definition(*inputs, dense_mask(pack, window), 0.4, softcap)
+    assert_same(output_and_gradients(output, inputs), output_and_gradients(expected, inputs), 1e-12)
+
+
+def test_capped_scores_have_no_dropout(call):
+    with pytest.raises(ValueError, match=r"softcapped attention has no dropout; set --model.dropout false"):
+        call(softcap=2.0, dropout=0.1)
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("backend", ["sdpa", "varlen"])
+def test_autocast_gives_all_backends_one_dtype(backend, softcap, varlen_calls):
+    """Float32 masters: a rotary embedding returns float32 queries and keys, and values are bfloat16."""
+    pack = lay_out([build_tree([sequence(1, 2, 3, 4), sequence(1, 2, 5, 6)])])
+    query, key, value = (x.detach().float() for x in tensors(pack))
+    plan = AttentionPlan.of(pack, backend)
+    low = [x.bfloat16() for x in (query, key, value)]
+    with torch.autocast("cpu", torch.bfloat16):
+        found, _ = packed_attention(CAUSAL, query, key, low[2], None, plan=plan, softcap=softcap)
+    expected, _ = packed_attention(CAUSAL, *low, None, plan=plan, softcap=softcap)
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found, expected)
+
+
 def test_a_value_may_have_another_size_than_its_key():
     pack = lay_out([build_tree([sequence(1, 2, 3, 4), sequence(1, 2, 5, 6)])])
     query, key, _ = tensors(pack)
@@ -268,7 +303,7 @@ def test_torch_has_the_varlen_parameters_that_are_passed():
 
 def test_varlen_has_no_dropout(varlen_calls):
     pack = lay_out([build_tree([sequence(1, 2, 3)])])
-    with pytest.raises(ValueError, match=r"no dropout; set --model.attention sdpa or --model.dropout false"):
+    with pytest.raises(ValueError, match=r"varlen attention has no dropout; set --model.dropout false"):
         packed_attention(CAUSAL, *tensors(pack), None, plan=AttentionPlan.of(pack, "varlen"), dropout=0.1)
     assert not varlen_calls
 
@@ -288,7 +323,7 @@ def call():
     return run
 
 
-@pytest.mark.parametrize("name", ["softcap", "s_aux", "is_causal", "head_mask", "position_bias", "never_heard_of"])
+@pytest.mark.parametrize("name", ["s_aux", "is_causal", "head_mask", "position_bias", "never_heard_of"])
 def test_an_unknown_argument_is_refused_by_name(call, name):
     with pytest.raises(ValueError, match=f"does not know the argument {name} of SimpleNamespace"):
         call(**{name: 0.0})
@@ -407,10 +442,16 @@ def test_a_model_saved_in_packed_mode_has_no_trace_of_it(model, tmp_path):
     ],
 )
 def test_backend_by_device_and_dtype(name, device, dtype, chosen):
-    assert choose_backend(name, torch.device(device), dtype) == chosen
+    assert choose_backend(name, torch.device(device), dtype, LlamaConfig()) == chosen
 
 
 @pytest.mark.parametrize(("device", "dtype"), [("cpu", torch.bfloat16), ("cuda", torch.float32)])
 def test_varlen_is_refused_where_it_cannot_run(device, dtype):
     with pytest.raises(ValueError, match=r"needs CUDA and bfloat16; set --model.attention sdpa"):
-        choose_backend("varlen", torch.device(device), dtype)
+        choose_backend("varlen", torch.device(device), dtype, LlamaConfig())
+
+
+def test_capped_scores_have_the_sdpa_backend_alone():
+    assert choose_backend("auto", torch.device("cuda"), torch.bfloat16, Gemma2Config()) == "sdpa"
+    with pytest.raises(ValueError, match=r"no softcap, which the model needs; set --model.attention sdpa"):
+        choose_backend("varlen", torch.device("cuda"), torch.bfloat16, Gemma2Config())

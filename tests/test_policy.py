@@ -17,6 +17,8 @@ from tiny import KINDS_OF_LOGITS, KINDS_OF_MODEL, save_tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, PhiConfig
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from saro.config import ModelConfig
 from saro.data.packs import lay_out
@@ -52,13 +54,28 @@ def wake_adapters(policy):
     return policy
 
 
+def eager_in_float64(module, query, key, value, attention_mask, *, scaling, softcap, dropout=0.0, **_):
+    """transformers' eager attention, whose softmax is in float32 for any model."""
+    key, value = (x.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for x in (key, value))
+    scores = softcap * (query @ key.mT * scaling / softcap).tanh() + attention_mask
+    return (scores.softmax(-1) @ value).transpose(1, 2), None
+
+
 def unmodified(policy, folder):
     """The same model in float64, never packed: loaded apart, with the policy's adapters."""
-    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    native = model.config._attn_implementation
     if isinstance(policy.model, PeftModel):
         model = get_peft_model(model, policy.model.peft_config["default"])
         model.load_state_dict(policy.model.state_dict())
-    assert model.config._attn_implementation == "sdpa"
+    if getattr(model.config, "attn_logit_softcapping", None) is None:
+        assert native == "sdpa"
+    else:
+        assert native == "eager"
+        ALL_ATTENTION_FUNCTIONS.register("eager in float64", eager_in_float64)
+        ALL_MASK_ATTENTION_FUNCTIONS.register("eager in float64", ALL_MASK_ATTENTION_FUNCTIONS["eager"])
+        lm = model.get_base_model() if isinstance(model, PeftModel) else model
+        lm.set_attn_implementation("eager in float64")
     return model.double().train()
 
 
@@ -378,9 +395,7 @@ def test_error_against_float64_is_at_most_twice_the_plain_forwards(pair, tiny_mo
     policy = wake_adapters(load(tiny_model(kind), method, dtype=dtype, lora_rank=4))
     sequences = random_sequences([60, 40, 50])
     truth = native_run(pair(kind, method)[1], sequences)[0]
-    plain_model = AutoModelForCausalLM.from_pretrained(
-        tiny_model(kind), attn_implementation="sdpa", dtype=policy.causal_lm.dtype
-    )
+    plain_model = AutoModelForCausalLM.from_pretrained(tiny_model(kind), dtype=policy.causal_lm.dtype)
     if method == "lora":
         plain_model = get_peft_model(plain_model, policy.model.peft_config["default"])
         plain_model.load_state_dict(policy.model.state_dict())

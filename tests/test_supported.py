@@ -12,7 +12,6 @@ from transformers import (
     DeepseekV3Config,
     FalconConfig,
     FalconMambaConfig,
-    Gemma2Config,
     Gemma3Config,
     GPT2Config,
     GPTNeoXConfig,
@@ -58,7 +57,6 @@ REFUSED = {
     "experts of gpt-oss": (lambda: GptOssConfig(), "'gpt_oss' .* mixture of experts"),
     "experts of jamba": (lambda: JambaConfig(), "'jamba' .* mixture of experts"),
     "experts in a config inside": (lambda: DbrxConfig(), r"'dbrx' .* mixture of experts \(moe_num_experts=4\)"),
-    "attention softcap": (lambda: Gemma2Config(), "'gemma2' .* attn_logit_softcapping=50.0 changes its scores"),
     "a logit scale of unknown meaning": (
         lambda: changed(LlamaConfig(), logit_scale=0.0625),
         "'llama' .* logit_scale=0.0625 changes its scores",

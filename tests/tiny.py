@@ -12,6 +12,7 @@ from transformers import (
     AutoModelForCausalLM,
     Cohere2Config,
     CohereConfig,
+    Gemma2Config,
     Gemma3TextConfig,
     Gemma4TextConfig,
     GraniteConfig,
@@ -23,6 +24,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedTokenizerFast,
     Qwen3Config,
+    VaultGemmaConfig,
 )
 
 from saro.config import DataConfig, ModelConfig, TrainConfig
@@ -75,7 +77,7 @@ def tiny_tokenizer(template: str | None = CHATML, extra: tuple[str, ...] = ()) -
 def tiny_config(kind: str = "llama", **changes: object) -> PreTrainedConfig:
     """Config of a tiny model: "llama", "qwen3", "mistral" (window of 8 tokens) or "gemma3" (both layer types).
 
-    Those of ``KINDS_OF_LOGITS`` scale or cap their logits.
+    Those of ``KINDS_OF_LOGITS`` scale or cap their logits, or the scores of their attention.
     """
     if kind == "llama":
         return LlamaConfig(**_SHAPE | {"tie_word_embeddings": True} | changes)
@@ -107,6 +109,17 @@ _KINDS_OF_LOGITS = {
     "hyperclovax": (HyperCLOVAXConfig, {"logits_scaling": 0.25}),
     "minicpm3": (MiniCPM3Config, {"dim_model_base": 8, "num_key_value_heads": 4}),
     "gemma3 with a softcap": (Gemma3TextConfig, {"query_pre_attn_scalar": 8, "final_logit_softcapping": 3.0}),
+    "gemma2": (
+        Gemma2Config,
+        {
+            "final_logit_softcapping": 3.0,
+            "attn_logit_softcapping": 1.5,
+            "query_pre_attn_scalar": 8,
+            "sliding_window": 8,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+    ),
+    "vaultgemma": (VaultGemmaConfig, {"attn_logit_softcapping": 1.5, "query_pre_attn_scalar": 8, "sliding_window": 8}),
     "gemma4": (
         Gemma4TextConfig,
         {

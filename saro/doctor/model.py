@@ -48,7 +48,7 @@ def _attention(subject: Subject) -> Finding:
     dtype = policy.autocast or policy.causal_lm.dtype
     try:
         for backend in BACKENDS:
-            choose_backend(backend, policy.causal_lm.device, dtype)
+            choose_backend(backend, policy.causal_lm.device, dtype, policy.causal_lm.config)
     except ValueError as error:
         return Finding(ATTENTION, None, str(error))
     trees = subject.pairs.trees(range(len(subject.pairs)), subject.pack_tokens)

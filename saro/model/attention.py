@@ -2,23 +2,25 @@
 
 Registered with transformers' attention interface under ``PACKED``; the plan of a pack travels through the decoder's
 keyword arguments. Two backends: ``sdpa`` makes one call per segment, on any device; ``varlen`` makes one call of
-``torch.nn.attention.varlen.varlen_attn``, on CUDA.
+``torch.nn.attention.varlen.varlen_attn``, on CUDA. Capped scores are computed per segment too, by ``softcap_attention``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import varlen
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from saro.data.packs import Pack
+from saro.model.softcap_attention import softcap_attention
 
 PACKED = "saro_packed"
 BACKENDS = ("sdpa", "varlen")
@@ -114,6 +116,7 @@ def packed_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
+    softcap: float | None = None,
     **others: object,
 ) -> tuple[torch.Tensor, None]:
     """Attention over one pack, with the signature that transformers asks for.
@@ -122,6 +125,7 @@ def packed_attention(
         query: (1, H, T, D); key, value: (1, G, T, D), H a multiple of G.
         plan: from ``AttentionPlan.of``.
         sliding_window: W tokens, the token itself included.
+        softcap: bound of the scores.
 
     Returns:
         (1, T, H, D), and None for the attention weights.
@@ -137,38 +141,53 @@ def packed_attention(
         raise ValueError(f"packed attention does not know the argument {names} of {type(module).__name__}")
     if not getattr(module, "is_causal", True):
         raise ValueError(f"{type(module).__name__} is not causal; packed attention is")
+    if dropout and (softcap is not None or plan.backend == "varlen"):
+        kind = "varlen" if softcap is None else "softcapped"
+        raise ValueError(f"{kind} attention has no dropout; set --model.dropout false")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    query, key, value = map(_as_autocast, (query, key, value))
+    if softcap is not None:
+        attend = partial(softcap_attention, softcap=softcap, scale=scale)
+        return _by_segment(attend, query, key, value, plan, sliding_window), None
     if plan.backend == "varlen":
-        return _varlen(query, key, value, plan, scaling, dropout, sliding_window), None
-    return _sdpa(query, key, value, plan, scaling, dropout, sliding_window), None
+        return _varlen(query, key, value, plan, scale, sliding_window), None
+    attend = partial(_sdpa, scale=scale, dropout=dropout)
+    return _by_segment(attend, query, key, value, plan, sliding_window), None
 
 
-def _sdpa(query, key, value, plan, scaling, dropout, window):
+def _as_autocast(tensor: torch.Tensor) -> torch.Tensor:
+    """As autocast casts for SDPA, and not for other attention: rotary embeddings of float32 hidden states are float32."""
+    device = tensor.device.type
+    cast = torch.is_autocast_enabled(device) and tensor.dtype == torch.float32
+    return tensor.to(torch.get_autocast_dtype(device)) if cast else tensor
+
+
+def _sdpa(query, key, value, *, attn_mask, scale, dropout):
+    return F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=attn_mask,
+        is_causal=attn_mask is None,
+        dropout_p=dropout,
+        scale=scale,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+
+
+def _by_segment(attend: Callable[..., torch.Tensor], query, key, value, plan, window):
+    """(1, T, H, D): each segment's queries with the keys of its path, by ``attend``."""
     # split, not slices: the backward of a split is one concatenation, that of n slices n sums over the whole pack.
     queries, keys, values = (x.split(plan.lengths, dim=2) for x in (query, key, value))
-    gqa = query.shape[1] != key.shape[1]
     outputs = []
     for segment, path in enumerate(plan.paths):
         k = keys[segment] if len(path) == 1 else torch.cat([keys[s] for s in path], dim=2)
         v = values[segment] if len(path) == 1 else torch.cat([values[s] for s in path], dim=2)
-        mask = plan.mask(segment, window)
-        outputs.append(
-            F.scaled_dot_product_attention(
-                queries[segment],
-                k,
-                v,
-                attn_mask=mask,
-                is_causal=mask is None,
-                dropout_p=dropout,
-                scale=scaling,
-                enable_gqa=gqa,
-            ).transpose(1, 2)
-        )
+        outputs.append(attend(queries[segment], k, v, attn_mask=plan.mask(segment, window)).transpose(1, 2))
     return torch.cat(outputs, dim=1)
 
 
-def _varlen(query, key, value, plan, scaling, dropout, window):
-    if dropout:
-        raise ValueError("varlen attention has no dropout; set --model.attention sdpa or --model.dropout false")
+def _varlen(query, key, value, plan, scale, window):
     gather, bounds_q, bounds_k, max_q, max_k = plan.varlen()
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     # Keys end where their queries end, which is how varlen_attn aligns a causal mask. Its window leaves out the token.
@@ -180,7 +199,7 @@ def _varlen(query, key, value, plan, scaling, dropout, window):
         bounds_k,
         max_q,
         max_k,
-        scale=scaling,
+        scale=scale,
         window_size=(-1, 0) if window is None else (window - 1, 0),
         enable_gqa=q.shape[1] != k.shape[1],
     )
@@ -200,26 +219,32 @@ def use_packed_attention(model: PreTrainedModel) -> None:
 
 @contextmanager
 def native_attention(model: PreTrainedModel) -> Iterator[None]:
-    """The model's own SDPA attention inside, packed attention again after: for generation and comparison.
+    """transformers' own attention inside, packed attention again after: for generation and comparison.
 
     No backward of a forward outside may run inside: recomputed checkpoints would meet the wrong attention.
     """
-    model.set_attn_implementation("sdpa")
+    model.set_attn_implementation("sdpa" if _softcap(model.config) is None else "eager")
     try:
         yield
     finally:
         use_packed_attention(model)
 
 
-def choose_backend(name: str, device: torch.device, dtype: torch.dtype) -> str:
-    """Resolve "auto": varlen on CUDA in half precision, else sdpa.
+def choose_backend(name: str, device: torch.device, dtype: torch.dtype, config: PretrainedConfig) -> str:
+    """Resolve "auto" for a model: varlen on CUDA in half precision where its scores are not capped, else sdpa.
 
     Raises:
         ValueError: when a backend is asked for that cannot run here.
     """
     able = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
     if name == "auto":
-        return "varlen" if able else "sdpa"
+        return "varlen" if able and _softcap(config) is None else "sdpa"
     if name == "varlen" and not able:
         raise ValueError("varlen attention needs CUDA and bfloat16; set --model.attention sdpa")
+    if name == "varlen" and _softcap(config) is not None:
+        raise ValueError("varlen attention has no softcap, which the model needs; set --model.attention sdpa")
     return name
+
+
+def _softcap(config: PretrainedConfig) -> float | None:
+    return getattr(config, "attn_logit_softcapping", None)

@@ -162,7 +162,7 @@ def load_policy(source: ModelSource, options: ModelConfig, device: torch.device,
         )
     dtype = compute_dtype(options.dtype, device)
     try:
-        attention = choose_backend(options.attention, device, dtype)
+        attention = choose_backend(options.attention, device, dtype, source.config)
         head = choose_impl(options.head, device, dtype)
     except ValueError as error:
         raise SaroError(str(error)) from error
@@ -227,7 +227,7 @@ def _load_base(source: ModelSource, options: ModelConfig, device: torch.device, 
             trust_remote_code=options.trust_remote_code,
             dtype=dtype,
             use_safetensors=True,
-            attn_implementation="sdpa",
+            attn_implementation="eager",  # any model has it; the policy puts packed attention in its place
             device_map={"": device},
             output_loading_info=True,
             ignore_mismatched_sizes=True,

@@ -12,9 +12,8 @@ from saro.model.logits import SCALE_OPTIONS, scales_its_logits
 LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
 # Rotary embeddings whose frequencies depend on the length of the input cannot be right for many sequences at once.
 REFUSED_ROPE = frozenset({"dynamic", "longrope"})
-# Options that change the logits, or the attention scores, in a way that the fused head or attention does not compute.
+# Options that change the logits, or the attention, in a way that the fused head or packed attention does not compute.
 _NEUTRAL = {
-    "attn_logit_softcapping": (None, 0),
     **dict.fromkeys((*SCALE_OPTIONS, "lm_head_multiplier", "logits_mup_width_multiplier"), (None, 1)),
     "use_bidirectional_attention": (None, False),
     "attention_chunk_size": (None,),
