@@ -303,7 +303,7 @@ def test_torch_has_the_varlen_parameters_that_are_passed():
 
 def test_varlen_has_no_dropout(varlen_calls):
     pack = lay_out([build_tree([sequence(1, 2, 3)])])
-    with pytest.raises(ValueError, match=r"varlen attention has no dropout; set --model.dropout false"):
+    with pytest.raises(ValueError, match=r"no dropout; set --model.attention sdpa or --model.dropout false"):
         packed_attention(CAUSAL, *tensors(pack), None, plan=AttentionPlan.of(pack, "varlen"), dropout=0.1)
     assert not varlen_calls
 

@@ -140,8 +140,8 @@ def not_a_number(patch):
 def wrong_attention(patch):
     original = attention._sdpa
 
-    def sdpa(query, key, value, plan, scaling, dropout, window):
-        return original(query, key, value, plan, scaling * 1.01, dropout, window)
+    def sdpa(query, key, value, plan, scaling, *others):
+        return original(query, key, value, plan, scaling * 1.01, *others)
 
     patch.setattr(attention, "_sdpa", sdpa)
 

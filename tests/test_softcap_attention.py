@@ -38,7 +38,7 @@ def definition(query, key, value, mask):
 
 
 def capped(query, key, value, mask):
-    return softcap_attention(query, key, value, softcap=SOFTCAP, scale=SCALE, attn_mask=mask)
+    return softcap_attention(query, key, value, softcap=SOFTCAP, scale=SCALE, attn_mask=mask, is_causal=mask is None)
 
 
 def output_and_gradients(function, tensors, *args):
@@ -76,6 +76,11 @@ def test_without_a_mask_it_is_causal(monkeypatch, block):
         strict=True,
     ):
         torch.testing.assert_close(ours, expected, rtol=0, atol=1e-12)
+
+
+def test_without_a_mask_it_must_be_causal():
+    with pytest.raises(ValueError, match="takes a mask, or is_causal"):
+        softcap_attention(*inputs(3, 3), softcap=SOFTCAP, scale=SCALE)
 
 
 def test_gradcheck(monkeypatch):

@@ -7,7 +7,7 @@ keyword arguments. Two backends: ``sdpa`` makes one call per segment, on any dev
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -141,18 +141,11 @@ def packed_attention(
         raise ValueError(f"packed attention does not know the argument {names} of {type(module).__name__}")
     if not getattr(module, "is_causal", True):
         raise ValueError(f"{type(module).__name__} is not causal; packed attention is")
-    if dropout and (softcap is not None or plan.backend == "varlen"):
-        kind = "varlen" if softcap is None else "softcapped"
-        raise ValueError(f"{kind} attention has no dropout; set --model.dropout false")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     query, key, value = map(_as_autocast, (query, key, value))
-    if softcap is not None:
-        attend = partial(softcap_attention, softcap=softcap, scale=scale)
-        return _by_segment(attend, query, key, value, plan, sliding_window), None
-    if plan.backend == "varlen":
-        return _varlen(query, key, value, plan, scale, sliding_window), None
-    attend = partial(_sdpa, scale=scale, dropout=dropout)
-    return _by_segment(attend, query, key, value, plan, sliding_window), None
+    if softcap is None and plan.backend == "varlen":
+        return _varlen(query, key, value, plan, scale, dropout, sliding_window), None
+    return _sdpa(query, key, value, plan, scale, dropout, sliding_window, softcap), None
 
 
 def _as_autocast(tensor: torch.Tensor) -> torch.Tensor:
@@ -162,32 +155,28 @@ def _as_autocast(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to(torch.get_autocast_dtype(device)) if cast else tensor
 
 
-def _sdpa(query, key, value, *, attn_mask, scale, dropout):
-    return F.scaled_dot_product_attention(
-        query,
-        key,
-        value,
-        attn_mask=attn_mask,
-        is_causal=attn_mask is None,
-        dropout_p=dropout,
-        scale=scale,
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
-
-
-def _by_segment(attend: Callable[..., torch.Tensor], query, key, value, plan, window):
-    """(1, T, H, D): each segment's queries with the keys of its path, by ``attend``."""
+def _sdpa(query, key, value, plan, scale, dropout, window, softcap=None):
+    if softcap is None:
+        gqa = query.shape[1] != key.shape[1]
+        attend = partial(F.scaled_dot_product_attention, dropout_p=dropout, scale=scale, enable_gqa=gqa)
+    elif dropout:
+        raise ValueError("softcapped attention has no dropout; set --model.dropout false")
+    else:
+        attend = partial(softcap_attention, scale=scale, softcap=softcap)
     # split, not slices: the backward of a split is one concatenation, that of n slices n sums over the whole pack.
     queries, keys, values = (x.split(plan.lengths, dim=2) for x in (query, key, value))
     outputs = []
     for segment, path in enumerate(plan.paths):
         k = keys[segment] if len(path) == 1 else torch.cat([keys[s] for s in path], dim=2)
         v = values[segment] if len(path) == 1 else torch.cat([values[s] for s in path], dim=2)
-        outputs.append(attend(queries[segment], k, v, attn_mask=plan.mask(segment, window)).transpose(1, 2))
+        mask = plan.mask(segment, window)
+        outputs.append(attend(queries[segment], k, v, attn_mask=mask, is_causal=mask is None).transpose(1, 2))
     return torch.cat(outputs, dim=1)
 
 
-def _varlen(query, key, value, plan, scale, window):
+def _varlen(query, key, value, plan, scale, dropout, window):
+    if dropout:
+        raise ValueError("varlen attention has no dropout; set --model.attention sdpa or --model.dropout false")
     gather, bounds_q, bounds_k, max_q, max_k = plan.varlen()
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     # Keys end where their queries end, which is how varlen_attn aligns a causal mask. Its window leaves out the token.

@@ -18,7 +18,14 @@ _BLOCK = 2**22
 
 
 def softcap_attention(
-    query: Tensor, key: Tensor, value: Tensor, *, softcap: float, scale: float, attn_mask: Tensor | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    softcap: float,
+    scale: float,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
 ) -> Tensor:
     """As ``F.scaled_dot_product_attention``, with the scores capped. Once differentiable.
 
@@ -26,12 +33,17 @@ def softcap_attention(
         query: (1, H, Q, D); key and value: (1, G, K, D), H a multiple of G. Scores and probabilities are computed in
             float32, or float64 for float64.
         softcap: bound of the scores, positive.
-        attn_mask: (Q, K) bool, True where attended. The last query may be the last key: each query attends to keys up to
-            its own at most. None for all of those.
+        attn_mask: (Q, K) bool, True where attended: the last query stands at the last key, and none attends to what is
+            behind it. None with ``is_causal``, for all that is not.
 
     Returns:
         (1, H, Q, D).
+
+    Raises:
+        ValueError: without a mask, and not causal.
     """
+    if is_causal != (attn_mask is None):
+        raise ValueError("softcapped attention is causal: it takes a mask, or is_causal")
     # (1, H, Q, D) -> (G, H/G, Q, D): the heads of a group read the same keys.
     grouped = query[0].unflatten(0, (key.shape[1], -1))
     return _SoftcapAttention.apply(grouped, key[0], value[0], attn_mask, softcap, scale).flatten(0, 1)[None]
