@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from transformers.modeling_layers import GradientCheckpointingLayer
+from torch import nn
 
 from saro.data.dataset import ExampleSet, PairSet
 from saro.data.packs import Pack, lay_out
@@ -223,7 +223,9 @@ def _rounded_otherwise(policy: Policy) -> Iterator[None]:
         off = torch.rand(output.shape, generator=torch.Generator().manual_seed(layer)).sub_(0.5).mul_(eps)
         return (output * (1 + off.to(output.device))).to(output.dtype)
 
-    layers = [m for m in policy.causal_lm.modules() if isinstance(m, GradientCheckpointingLayer)]
+    number = policy.causal_lm.config.num_hidden_layers
+    lists = [m for m in policy.causal_lm.modules() if isinstance(m, nn.ModuleList) and len(m) == number]
+    layers = [layer for of_model in lists for layer in of_model]
     handles = [
         layer.register_forward_hook(lambda _, __, output, i=i: round_otherwise(i, output))
         for i, layer in enumerate(layers)
@@ -240,7 +242,7 @@ def _embeddings(policy: Policy) -> Iterator[list[torch.Tensor]]:
     """Inside, the output of the input embeddings is a leaf of the graph, put into the list."""
     captured: list[torch.Tensor] = []
 
-    def make_leaf(_: torch.nn.Module, __: object, output: torch.Tensor) -> torch.Tensor:
+    def make_leaf(_: nn.Module, __: object, output: torch.Tensor) -> torch.Tensor:
         captured.append(output.detach().requires_grad_())
         return captured[-1]
 
