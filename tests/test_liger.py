@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError
 
 import pytest
 import torch
 from test_load import a_pack, load
-from transformers import PreTrainedModel
+from tiny import save_tiny_model
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers.models.llama import modeling_llama
 
 import saro.model.liger as liger
 import saro.model.load
 from saro.config import ModelConfig
 from saro.errors import SaroError
 from saro.model.fused_lora import pefts_own_lora
-from saro.model.liger import check_liger, transformers_own_layers, uses_liger
+from saro.model.liger import check_liger, transformers_own_layers, use_liger, uses_liger
 from saro.model.load import find_model, load_policy
 from saro.train.reference import cache_key
 
@@ -138,9 +141,39 @@ def test_without_cuda_it_is_refused_before_the_weights_are_read(tiny_model, monk
 
 
 def test_where_it_is_not_installed_it_says_how_to(monkeypatch):
-    monkeypatch.setattr(liger, "find_spec", lambda name: None)
+    def missing(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(liger, "version", missing)
     with pytest.raises(SaroError, match=r"pip install liger-kernel$"):
         check_liger("llama", CUDA)
+
+
+def test_a_version_of_it_that_does_not_go_with_transformers_is_refused(monkeypatch):
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers.monkey_patch", None)
+    with pytest.raises(SaroError, match=r"^--model.liger: .*liger_kernel"):
+        check_liger("llama", CUDA)
+
+
+def test_a_model_that_brings_its_own_code_is_refused_and_transformers_left_as_it_was(tiny_model):
+    class OwnLlama(LlamaForCausalLM):
+        pass
+
+    before = dict(vars(modeling_llama))
+    model = OwnLlama(LlamaConfig.from_pretrained(tiny_model()))
+    with pytest.raises(SaroError, match=r"OwnLlama brings its own code; leave --model.liger out"):
+        use_liger(model)
+    assert vars(modeling_llama) == before
+
+
+@pytest.mark.parametrize(("kind", "option"), [("llama", "hidden_act"), ("gemma3", "hidden_activation")])
+def test_an_mlp_with_another_activation_stays_transformers(tmp_path, anywhere, kind, option):
+    lm = load(str(save_tiny_model(tmp_path, kind, **{option: "gelu"})), "full", liger=True).causal_lm
+    assert ligers(lm) == ["LigerRMSNorm"]
+    mlp = lm.model.layers[0].mlp
+    assert type(mlp).__name__ in repr(mlp)
+    x = torch.randn(2, 32)
+    assert torch.equal(mlp(x), mlp.down_proj(torch.nn.functional.gelu(mlp.gate_proj(x)) * mlp.up_proj(x)))
 
 
 def test_a_kind_of_model_that_it_does_not_know_is_refused():

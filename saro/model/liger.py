@@ -8,11 +8,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
+from importlib.metadata import PackageNotFoundError, version
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.activations import GELUTanh, SiLUActivation
 
 from saro.errors import SaroError
 from saro.model.own_forward import own_forwards, replacement
@@ -27,10 +28,13 @@ def check_liger(model_type: str, device: torch.device) -> None:
     """Raise SaroError, with what to do, where liger-kernel cannot compute the layers of a model."""
     if device.type != "cuda":
         raise SaroError("liger-kernel runs on CUDA only; leave --model.liger out")
-    if find_spec("liger_kernel") is None:
-        raise SaroError("--model.liger needs liger-kernel; pip install liger-kernel")
-    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN as KINDS
-
+    try:
+        version("liger-kernel")
+        from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN as KINDS
+    except PackageNotFoundError as error:
+        raise SaroError("--model.liger needs liger-kernel; pip install liger-kernel") from error
+    except ImportError as error:  # of a version that does not go with transformers'
+        raise SaroError(f"--model.liger: {error}") from error
     if model_type not in KINDS:
         raise SaroError(f"liger-kernel has no layers for model type {model_type!r}; leave --model.liger out")
 
@@ -38,16 +42,27 @@ def check_liger(model_type: str, device: torch.device) -> None:
 def use_liger(model: PreTrainedModel) -> None:
     """Let liger-kernel compute the norms, the rotary embedding and the gated MLPs of a model; the loss stays ours.
 
-    Call it before adapters are put on: `fuse_lora` then takes back the MLPs that it keeps fewer activations of.
+    Call it before adapters are put on: `fuse_lora` then takes back the MLPs that it keeps fewer activations of. The rotary
+    embedding of other models of this kind in the process becomes liger-kernel's too.
+
+    Raises:
+        SaroError: the model brings its own code, which need not compute what liger-kernel's layers do.
     """
+    if not type(model).__module__.startswith("transformers.models."):
+        raise SaroError(f"{type(model).__name__} brings its own code; leave --model.liger out")
     from liger_kernel.transformers import _apply_liger_kernel_to_instance
 
     file = sys.modules[type(model).__module__]
     before = dict(vars(file))
-    _apply_liger_kernel_to_instance(model, cross_entropy=False, fused_linear_cross_entropy=False)
-    # liger-kernel replaces the classes in the file too, which other models of this kind would then be built of.
-    for name in before.keys() - {_ROTARY}:
-        setattr(file, name, before[name])
+    try:
+        _apply_liger_kernel_to_instance(model, cross_entropy=False, fused_linear_cross_entropy=False)
+    finally:
+        # liger-kernel replaces the classes in the file too, which other models of this kind would then be built of.
+        for name in before.keys() - {_ROTARY}:
+            setattr(file, name, before[name])
+    for module in model.modules():
+        if _is_ligers(module) and not _has_ligers_activation(module):
+            del module.forward, module._get_name
     if vars(file).get(_ROTARY) is not before.get(_ROTARY):
         _own_rotary[file.__name__] = before[_ROTARY]
 
@@ -71,6 +86,13 @@ def transformers_own_layers(model: PreTrainedModel) -> Iterator[None]:
     finally:
         if swap:
             setattr(file, _ROTARY, ligers_rotary)
+
+
+def _has_ligers_activation(module: nn.Module) -> bool:
+    """Whether a layer of liger-kernel has no activation, or the one that liger-kernel computes: it asks for none."""
+    activation = getattr(module, "act_fn", getattr(module, "activation_fn", None))
+    geglu = replacement(module).__qualname__.startswith("LigerGEGLU")
+    return activation is None or isinstance(activation, GELUTanh if geglu else (nn.SiLU, SiLUActivation))
 
 
 def _is_ligers(module: nn.Module) -> bool:

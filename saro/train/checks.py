@@ -16,7 +16,7 @@ from saro.data.tree import ScoredSequence, SequenceTree, build_tree
 from saro.errors import SaroError
 from saro.model.attention import native_attention
 from saro.model.fused_lora import pefts_own_lora
-from saro.model.liger import transformers_own_layers
+from saro.model.liger import transformers_own_layers, uses_liger
 from saro.model.policy import Policy
 from saro.model.supported import sliding_window
 
@@ -134,8 +134,10 @@ def check_packs(policy: Policy, data: ExampleSet | PairSet) -> PackCheck:
         if not difference <= _ALLOWED * floor:
             raise SaroError(
                 f"packed {what} differ from the model's own by {difference:.3g} on average, and two runs of its own by "
-                f"{floor:.3g}: packed training would be wrong for this model and backend; try --model.attention sdpa "
-                "and --model.head reference, and report it"
+                f"{floor:.3g}: packed training would be wrong for this model and backend; try --model.attention sdpa, "
+                "--model.head reference and --model.fused_lora false"
+                + (", leave --model.liger out" if uses_liger(policy.causal_lm) else "")
+                + ", and report it"
             )
     if not result.control > _ALLOWED * result.logps_floor:
         raise SaroError(
