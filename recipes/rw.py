@@ -74,7 +74,7 @@ def main() -> int:
         f"{model_options.name}: {model_options.method}, {policy.size()}; checking that packs equal its own forward"
     )
     found = check_packs(policy, data)
-    runtime.say(f"packed log-probs differ from its own by {found.logps:.1e}, a padded batch by {found.logps_floor:.1e}")
+    runtime.say(f"packed log-probs differ from its own by {found.logps:.1e}, rounding by {found.logps_floor:.1e}")
 
     # 5. The folder of the run; from here on things are written.
     run.begin(runtime, run.manifest(source, train_files + heldout_files, reports, runtime))

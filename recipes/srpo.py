@@ -85,7 +85,7 @@ def main() -> int:
         f"{model_options.name}: {model_options.method}, {policy.size()}; checking trees against its own forward"
     )
     found = check_packs(policy, pairs)
-    runtime.say(f"packed log-probs differ from its own by {found.logps:.1e}, a padded batch by {found.logps_floor:.1e}")
+    runtime.say(f"packed log-probs differ from its own by {found.logps:.1e}, rounding by {found.logps_floor:.1e}")
     if from_start:
         references = load_references(runtime, policy, source, **of_sets)
     of_each = zip(sets.items(), references, strict=True)

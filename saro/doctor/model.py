@@ -39,7 +39,7 @@ def _packs(name: str, subject: Subject, *, pairs: bool) -> Finding:
     found = check_packs(subject.policy, subject.pairs if pairs else subject.examples)
     ratio = f"{found.logps / found.logps_floor:.2g} (gradients {found.gradients / found.gradients_floor:.2g})"
     # The check itself has the limit.
-    return Finding(name, True, f"{ratio} times a padded batch's error", "at most 3")
+    return Finding(name, True, f"{ratio} times what rounding makes", "at most 3")
 
 
 @torch.no_grad()
