@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from test_load import a_pack, load, refused
-from tiny import save_tiny_model
+from tiny import KINDS_OF_LOGITS, KINDS_OF_MODEL, save_tiny_model
 from transformers import AutoModelForCausalLM
 
 from saro.config import ModelConfig
@@ -31,18 +31,21 @@ def base(tiny_model) -> str:
     return tiny_model()
 
 
-@pytest.fixture
-def adapter(base, tmp_path) -> Path:
-    """The folder of an adapter of rank 4 that changes what the model says."""
+def save_adapter(base: str, folder: Path) -> Path:
+    """An adapter of rank 4 that changes what the model says."""
     policy = load(base, lora_rank=4, lora_alpha=12)
     torch.manual_seed(1)
     with torch.no_grad():
         for parameter in policy.trainable().values():
             parameter.add_(torch.randn_like(parameter), alpha=0.1)
-    folder = tmp_path / "run" / "final"
     folder.parent.mkdir()
     save_final(folder, policy.model, find_model(ModelConfig(name=base)).tokenizer)
     return folder
+
+
+@pytest.fixture
+def adapter(base, tmp_path) -> Path:
+    return save_adapter(base, tmp_path / "run" / "final")
 
 
 def change_config(adapter: Path, **changes: object) -> None:
@@ -56,7 +59,10 @@ def change_weights(adapter: Path, change) -> None:
     save_file(weights, adapter / "adapter_model.safetensors")
 
 
-def test_the_policy_begins_where_the_adapter_ended(base, adapter):
+@pytest.mark.parametrize("kind", [*KINDS_OF_MODEL, *KINDS_OF_LOGITS])
+def test_the_policy_begins_where_the_adapter_ended(tiny_model, tmp_path, kind):
+    base = tiny_model(kind)
+    adapter = save_adapter(base, tmp_path / "run" / "final")
     peft = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter)
     use_packed_attention(peft.get_base_model())
     torch.testing.assert_close(load(adapter)(a_pack()), Policy(peft)(a_pack()), rtol=1e-5, atol=1e-6)

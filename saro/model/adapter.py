@@ -127,10 +127,11 @@ def continued_adapter(model: PreTrainedModel, folder: str, options: ModelConfig)
     if options.lora_dropout is not None:
         config.lora_dropout = options.lora_dropout
     path = Path(folder) / WEIGHTS
+    ends = model.get_input_embeddings(), model.get_output_embeddings()
     try:
         adapted = get_peft_model(model, config, autocast_adapter_dtype=True)
-        lm = adapted.get_base_model()
-        if type(lm.get_output_embeddings()) is not nn.Linear or type(lm.get_input_embeddings()) is not nn.Embedding:
+        # peft puts a layer of its own in the place of one that it adapts.
+        if ends != (model.get_input_embeddings(), model.get_output_embeddings()):
             raise SaroError(f"{folder}: the adapter is on the embedding or the LM head; the fused head cannot read it")
         result = set_peft_model_state_dict(adapted, load_file(path))
     except (ValueError, RuntimeError, KeyError, SafetensorError) as error:
