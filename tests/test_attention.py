@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import IM_END
 from torch.nn.attention import varlen
-from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig
+from transformers import AutoModelForCausalLM, Gemma2Config, Gemma4TextConfig, LlamaConfig, MiniCPM3Config
 
+import saro.model.attention as attention
 from saro.data.packs import lay_out
 from saro.data.tree import ScoredSequence, build_tree
 from saro.model.attention import (
@@ -131,6 +132,8 @@ class VarlenOnCPU:
         assert return_aux is seqused_k is block_table is num_splits is None
         assert enable_gqa == (query.shape[1] != key.shape[1])
         assert query.dtype == key.dtype == value.dtype
+        assert query.shape[-1] == key.shape[-1] == value.shape[-1] <= 256
+        assert query.shape[-1] % 8 == 0
         self.calls.append(SimpleNamespace(q=cu_seq_q, k=cu_seq_k, max_q=max_q, max_k=max_k, window=window_size))
         outputs = []
         for i in range(len(cu_seq_q) - 1):
@@ -291,6 +294,36 @@ def test_varlen_gets_int32_bounds_and_the_longest_query_and_key(varlen_calls):
     assert type(call.max_q) is type(call.max_k) is int
 
 
+def test_varlen_copies_no_keys_where_nothing_is_shared(varlen_calls):
+    pack = lay_out([build_tree([sequence(1, 2, 3)]), build_tree([sequence(4, 5)])])
+    assert AttentionPlan.of(pack, "varlen").varlen()[0] is None
+    inputs = tensors(pack)
+    output, _ = packed_attention(CAUSAL, *inputs, None, plan=AttentionPlan.of(pack, "varlen"), scaling=0.4)
+    expected = definition(*inputs, dense_mask(pack, None), 0.4)
+    assert_same(output_and_gradients(output, inputs), output_and_gradients(expected, inputs), 1e-12)
+
+
+@pytest.mark.parametrize("window", [None, 2])
+def test_where_no_kernel_shares_keys_they_are_copied_for_each_query(monkeypatch, window):
+    """On CUDA in float32, or with a mask: else a kernel would hold queries x keys."""
+    pack = lay_out([build_tree([sequence(1, 2, 3, 4), sequence(1, 2, 5, 6)])])
+    inputs, plan, calls = tensors(pack), AttentionPlan.of(pack, "sdpa"), []
+    sdpa = attention.F.scaled_dot_product_attention
+
+    def spy(query, key, value, **options):
+        calls.append((key.shape[1], value.shape[1], options["enable_gqa"]))
+        return sdpa(query, key, value, **options)
+
+    monkeypatch.setattr(attention.F, "scaled_dot_product_attention", spy)
+    results = []
+    for shares in (True, False):
+        monkeypatch.setattr(attention, "_shares_keys", lambda query, mask, shares=shares: shares)
+        output, _ = packed_attention(CAUSAL, *inputs, None, plan=plan, sliding_window=window)
+        results.append(output_and_gradients(output, inputs))
+    assert set(calls) == {(2, 2, True), (4, 4, False)}
+    assert_same(*results, 1e-12)
+
+
 def test_varlen_indices_are_made_once_for_all_layers():
     plan = AttentionPlan.of(lay_out([build_tree([sequence(1, 2, 3)])]), "varlen")
     assert plan.varlen() is plan.varlen()
@@ -449,6 +482,22 @@ def test_backend_by_device_and_dtype(name, device, dtype, chosen):
 def test_varlen_is_refused_where_it_cannot_run(device, dtype):
     with pytest.raises(ValueError, match=r"needs CUDA and bfloat16; set --model.attention sdpa"):
         choose_backend("varlen", torch.device(device), dtype, LlamaConfig())
+
+
+@pytest.mark.parametrize(
+    ("config", "sizes"),
+    [
+        (MiniCPM3Config(qk_nope_head_dim=64, qk_rope_head_dim=32, v_head_dim=64), "64 and 96"),
+        (Gemma4TextConfig(head_dim=256, global_head_dim=512), "256 and 512"),
+        (LlamaConfig(hidden_size=48, num_attention_heads=4), "12"),
+        (LlamaConfig(head_dim=512), "512"),
+    ],
+    ids=["values of another size", "layers of another size", "no multiple of 8", "too large"],
+)
+def test_heads_that_varlen_does_not_have_take_the_sdpa_backend(config, sizes):
+    assert choose_backend("auto", torch.device("cuda"), torch.bfloat16, config) == "sdpa"
+    with pytest.raises(ValueError, match=rf"no heads of .*{sizes} numbers, .*; set --model.attention sdpa"):
+        choose_backend("varlen", torch.device("cuda"), torch.bfloat16, config)
 
 
 def test_capped_scores_have_the_sdpa_backend_alone():

@@ -46,7 +46,7 @@ class AttentionPlan:
     paths: tuple[tuple[int, ...], ...]
     device: torch.device
     _masks: dict[tuple[int, int | None], torch.Tensor | None] = field(default_factory=dict)
-    _varlen: tuple[torch.Tensor, torch.Tensor, torch.Tensor, int, int] | None = None
+    _varlen: tuple[torch.Tensor | None, torch.Tensor, torch.Tensor, int, int] | None = None
 
     @classmethod
     def of(cls, pack: Pack, backend: str, isolated: bool = True) -> AttentionPlan:
@@ -84,21 +84,26 @@ class AttentionPlan:
         allowed = k <= q
         return allowed if window is None else allowed & (q - k < window)
 
-    def varlen(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int, int]:
-        """Indices that gather the keys of all paths, (N+1,) int32 bounds of queries and keys, longest of each."""
+    def varlen(self) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor, int, int]:
+        """Indices that gather the keys of all paths, None where each is one segment; (N+1,) int32 bounds of queries and
+        keys; the longest of each.
+        """
         if self._varlen is None:
             device = self.device
             starts = [0]
             for length in self.lengths:
                 starts.append(starts[-1] + length)
-            gather = torch.cat([torch.arange(starts[s], starts[s + 1]) for path in self.paths for s in path])
+            gather = None
+            if any(len(path) > 1 for path in self.paths):
+                gather = torch.cat([torch.arange(starts[s], starts[s + 1]) for path in self.paths for s in path])
+                gather = gather.to(device, non_blocking=True)
             key_lengths = [sum(self.lengths[s] for s in path) for path in self.paths]
             bounds_q = torch.tensor(starts, dtype=torch.int32)
             bounds_k = torch.tensor([0, *key_lengths]).cumsum(0).to(torch.int32)
             self._varlen = (
-                gather.to(device),
-                bounds_q.to(device),
-                bounds_k.to(device),
+                gather,
+                bounds_q.to(device, non_blocking=True),
+                bounds_k.to(device, non_blocking=True),
                 max(self.lengths),
                 max(key_lengths),
             )
@@ -157,8 +162,7 @@ def _as_autocast(tensor: torch.Tensor) -> torch.Tensor:
 
 def _sdpa(query, key, value, plan, scale, dropout, window, softcap=None):
     if softcap is None:
-        gqa = query.shape[1] != key.shape[1]
-        attend = partial(F.scaled_dot_product_attention, dropout_p=dropout, scale=scale, enable_gqa=gqa)
+        attend = partial(_attend, dropout_p=dropout, scale=scale)
     elif dropout:
         raise ValueError("softcapped attention has no dropout; set --model.dropout false")
     else:
@@ -174,16 +178,33 @@ def _sdpa(query, key, value, plan, scale, dropout, window, softcap=None):
     return torch.cat(outputs, dim=1)
 
 
+def _attend(query, key, value, *, attn_mask, **options):
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1 and not _shares_keys(query, attn_mask):
+        key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    gqa = query.shape[1] != key.shape[1]
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=attn_mask, enable_gqa=gqa, **options)
+
+
+def _shares_keys(query: torch.Tensor, mask: torch.Tensor | None) -> bool:
+    """Whether a kernel that holds no queries x keys takes fewer heads of keys than of queries: on CUDA flash attention
+    alone does, which has neither float32 nor masks; copied keys are what memory-efficient attention takes.
+    """
+    return query.device.type != "cuda" or (query.dtype != torch.float32 and mask is None)
+
+
 def _varlen(query, key, value, plan, scale, dropout, window):
     if dropout:
         raise ValueError("varlen attention has no dropout; set --model.attention sdpa or --model.dropout false")
     gather, bounds_q, bounds_k, max_q, max_k = plan.varlen()
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    if gather is not None:
+        k, v = k.index_select(0, gather), v.index_select(0, gather)
     # Keys end where their queries end, which is how varlen_attn aligns a causal mask. Its window leaves out the token.
     output = varlen.varlen_attn(
         q,
-        k.index_select(0, gather),
-        v.index_select(0, gather),
+        k,
+        v,
         bounds_q,
         bounds_k,
         max_q,
@@ -220,19 +241,39 @@ def native_attention(model: PreTrainedModel) -> Iterator[None]:
 
 
 def choose_backend(name: str, device: torch.device, dtype: torch.dtype, config: PretrainedConfig) -> str:
-    """Resolve "auto" for a model: varlen on CUDA in half precision where its scores are not capped, else sdpa.
+    """Resolve "auto" for a model: varlen where it can run, else sdpa.
 
     Raises:
         ValueError: when a backend is asked for that cannot run here.
     """
-    able = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
+    reason = _why_not_varlen(device, dtype, config)
     if name == "auto":
-        return "varlen" if able and _softcap(config) is None else "sdpa"
-    if name == "varlen" and not able:
-        raise ValueError("varlen attention needs CUDA and bfloat16; set --model.attention sdpa")
-    if name == "varlen" and _softcap(config) is not None:
-        raise ValueError("varlen attention has no softcap, which the model needs; set --model.attention sdpa")
+        return "varlen" if reason is None else "sdpa"
+    if name == "varlen" and reason is not None:
+        raise ValueError(f"varlen attention {reason}; set --model.attention sdpa")
     return name
+
+
+def _why_not_varlen(device: torch.device, dtype: torch.dtype, config: PretrainedConfig) -> str | None:
+    """What varlen attention lacks there, None where it can run. Its heads are those of FlashAttention 2."""
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        return "needs CUDA and bfloat16"
+    if _softcap(config) is not None:
+        return "has no softcap, which the model needs"
+    sizes = _head_sizes(config)
+    if len(sizes) > 1 or max(sizes) > 256 or max(sizes) % 8:
+        return f"has no heads of {' and '.join(map(str, sorted(sizes)))} numbers, which the model needs"
+    return None
+
+
+def _head_sizes(config: PretrainedConfig) -> set[int]:
+    """Sizes of the heads of queries, keys and values, in all layers."""
+    sizes = set()
+    for layer in config.per_layer_config:
+        of_key = getattr(layer, "qk_head_dim", None) or getattr(layer, "head_dim", None)
+        of_key = of_key or layer.hidden_size // layer.num_attention_heads
+        sizes |= {of_key, getattr(layer, "v_head_dim", None) or of_key}
+    return sizes
 
 
 def _softcap(config: PretrainedConfig) -> float | None:

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Scores of a block, over all heads: 16 MiB in float32.
-_BLOCK = 2**22
+# Scores of a block, over all heads: 16 MiB in float32 on a CPU, for its caches, and 256 MiB elsewhere, for few launches.
+_BLOCK = {"cpu": 2**22}
+_LARGE_BLOCK = 2**26
 
 
 def softcap_attention(
@@ -94,7 +95,7 @@ def _wide(tensor: Tensor) -> torch.dtype:
 def _blocks(query: Tensor, key: Tensor, mask: Tensor | None) -> Iterator[tuple[slice, slice, Tensor]]:
     """Of each block its queries, the keys up to its last query, and (queries, keys) where those are not attended."""
     (groups, heads, queries, _), total = query.shape, key.shape[1]
-    height = max(1, _BLOCK // (groups * heads * total))
+    height = max(1, _BLOCK.get(query.device.type, _LARGE_BLOCK) // (groups * heads * total))
     for start in range(0, queries, height):
         stop = min(start + height, queries)
         keys = total - queries + stop
