@@ -84,7 +84,9 @@ class RWObjective:
     def _means(self, name: str, values: torch.Tensor, pack: Pack) -> Metrics:
         """(R,) values of rows as ``NAME``, and as ``NAME/KIND`` by kind of record and of token."""
         entries = values.index_select(0, pack.entry_row)
-        record_kind = self._kinds[list(pack.records)].to(values.device).index_select(0, pack.entry_sequence)
+        record_kind = (
+            self._kinds[list(pack.records)].to(values.device, non_blocking=True).index_select(0, pack.entry_sequence)
+        )
         token_kind = pack.row_kind.index_select(0, pack.entry_row)
         return {
             name: (entries.double().sum(), len(entries)),
@@ -136,7 +138,7 @@ class SRPOObjective:
     def __call__(self, logps: torch.Tensor, pack: Pack) -> Sums:
         beta = self.options.beta
         entry_logps = logps.index_select(0, pack.entry_row)
-        entry_moved = entry_logps - self._reference.of_pack(pack).to(entry_logps)
+        entry_moved = entry_logps - self._reference.of_pack(pack).to(entry_logps, non_blocking=True)
         by_sequence = partial(_by_sequence, pack=pack)
         moved, rows = by_sequence(entry_moved), by_sequence(torch.ones_like(entry_moved))
         scaled = moved / rows if self.options.length_normalize else moved
@@ -163,7 +165,7 @@ class SRPOObjective:
                     }
                     pairs[f"delta_logps/{name}"] = moved[:, side]
                 values["chosen_fell"] = pairs["chosen_fell"] = moved[:, 0] < -FELL * rows[:, 0]
-            kinds = self._kinds[list(pack.records[0::2])].to(logps.device)
+            kinds = self._kinds[list(pack.records[0::2])].to(logps.device, non_blocking=True)
             metrics = _overall_and_by_kind({k: v.detach().double() for k, v in values.items()}, kinds)
             if self.options.nll:
                 metrics["loss/nll"] = (nll_sum(policy[:, 0]), rows[:, 0].sum())
