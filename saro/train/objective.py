@@ -84,9 +84,7 @@ class RWObjective:
     def _means(self, name: str, values: torch.Tensor, pack: Pack) -> Metrics:
         """(R,) values of rows as ``NAME``, and as ``NAME/KIND`` by kind of record and of token."""
         entries = values.index_select(0, pack.entry_row)
-        record_kind = (
-            self._kinds[list(pack.records)].to(values.device, non_blocking=True).index_select(0, pack.entry_sequence)
-        )
+        record_kind = _record_kinds(self._kinds, pack)
         token_kind = pack.row_kind.index_select(0, pack.entry_row)
         return {
             name: (entries.double().sum(), len(entries)),
@@ -172,7 +170,7 @@ class SRPOObjective:
         return Sums(terms, metrics, {k: v.detach() for k, v in pairs.items()})
 
     def describe(self, statistics: TokenStatistics, pack: Pack) -> Metrics:
-        kind = self._kinds[list(pack.records)].to(statistics.entropy.device).index_select(0, pack.entry_sequence)
+        kind = _record_kinds(self._kinds, pack)
         side = pack.entry_sequence % 2
         metrics = {}
         for name, values in {"entropy": statistics.entropy, "mean_token_accuracy": statistics.top1}.items():
@@ -186,6 +184,12 @@ class SRPOObjective:
             return means
         whole = means["loss"] + self.options.nll * means["loss/nll"]
         return means | {"loss": whole, "loss/preference": means["loss"]}
+
+
+def _record_kinds(kinds: torch.Tensor, pack: Pack) -> torch.Tensor:
+    """(E,) the kind of each entry's record, of the (n,) kinds of all."""
+    of_sequence = kinds[list(pack.records)].to(pack.entry_sequence.device, non_blocking=True)
+    return of_sequence.index_select(0, pack.entry_sequence)
 
 
 def _by_sequence(entries: torch.Tensor, pack: Pack) -> torch.Tensor:
