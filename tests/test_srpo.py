@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, given, settings
+from float64 import in_float64
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import tiny_config
@@ -110,6 +111,7 @@ def _gradient(model) -> torch.Tensor:
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
 
 
+@in_float64()
 def _plain(model, pairs, reference, name, smoothing=0.0, nll=0.0, normalize=False) -> tuple[float, torch.Tensor]:
     _lm(model).set_attn_implementation("sdpa")
     model.zero_grad()
@@ -125,6 +127,7 @@ def _plain(model, pairs, reference, name, smoothing=0.0, nll=0.0, normalize=Fals
     return total.item(), _gradient(model)
 
 
+@in_float64()
 def _ours(model, pairs, reference, loss, packs=None, **options) -> tuple[float, torch.Tensor]:
     policy = Policy(model)
     model.zero_grad()
@@ -143,8 +146,8 @@ def _ours(model, pairs, reference, loss, packs=None, **options) -> tuple[float, 
 
 
 def _assert_equal(ours, plain):
-    assert ours[0] == pytest.approx(plain[0], rel=1e-10)
-    assert (ours[1] - plain[1]).norm() <= 1e-6 * plain[1].norm()
+    assert ours[0] == pytest.approx(plain[0], rel=1e-12)
+    assert (ours[1] - plain[1]).norm() <= 1e-11 * plain[1].norm()
 
 
 @pytest.mark.parametrize(
@@ -200,6 +203,7 @@ losses = st.sampled_from([(name, 0.0) for name in PAIR_LOSSES] + [("sigmoid", 0.
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@example([([], [25, 25, 19, 23, 31, 26], [], [4, 4, 4, 4])], ("sigmoid", 0.0))  # its norms rounded otherwise in float32
 @given(st.lists(st.tuples(tokens, tokens, tokens, tokens), min_size=1, max_size=3), losses)
 def test_any_pairs_give_the_loss_and_gradients_of_plain_dpo(model, drawn, loss):
     """With empty remainders a child is one token, the stop."""
@@ -220,8 +224,8 @@ def _assert_any(model, pairs, loss, packs):
     sums = torch.arange(2.0 * len(pairs), dtype=torch.float64).view(-1, 2) * -7
     plain = _plain(model, pairs, sums, name, smoothing)
     ours = _ours(model, pairs, sums, name, packs=packs, label_smoothing=smoothing)
-    assert ours[0] == pytest.approx(plain[0], rel=1e-10, abs=1e-12)
-    assert (ours[1] - plain[1]).norm() <= 1e-6 * plain[1].norm() + 1e-12
+    assert ours[0] == pytest.approx(plain[0], rel=1e-12, abs=1e-13)
+    assert (ours[1] - plain[1]).norm() <= 1e-11 * plain[1].norm() + 1e-12
 
 
 @pytest.mark.parametrize(
@@ -229,11 +233,11 @@ def _assert_any(model, pairs, loss, packs):
 )
 def test_at_the_reference_every_loss_has_its_value_at_margin_zero(model, loss, value):
     """allenai/open-instruct#1900: the loss was not ln 2 at step 0."""
-    with torch.no_grad():
+    with torch.no_grad(), in_float64():
         _lm(model).set_attn_implementation("sdpa")
         sums = torch.stack([torch.stack([logps.sum() for logps in _plain_logps(model, pair)]) for pair in PAIRS])
     total, _ = _ours(model, PAIRS, sums, loss)
-    assert total == pytest.approx(value, rel=1e-10)
+    assert total == pytest.approx(value, rel=1e-12)
     objective = SRPOObjective(np.zeros(3), _reference(PAIRS, sums), PreferenceConfig(beta=BETA, loss=loss))
     assert objective.loss_of(0) == pytest.approx(value)
 
