@@ -14,16 +14,19 @@ from tiny import save_tiny_model, tiny_tokenizer
 from transformers import AutoTokenizer
 
 from saro.cli import main
+from saro.config import ModelConfig
 from saro.doctor import kernels, memory, model, training
 from saro.doctor import subject as subject_module
 from saro.doctor.finding import Check, Finding, guarded, within
 from saro.doctor.memory import Memory
 from saro.doctor.report import doctor
+from saro.doctor.subject import Subject
 from saro.errors import SaroError
 from saro.model import attention, fused_lora
 from saro.runtime import Runtime
 from saro.tool_config import DoctorConfig
 from saro.train import checkpoint, engine
+from saro.train.optim import make_optimizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -198,7 +201,7 @@ def another_reference(patch):
 
 
 def packs_that_take_no_memory(patch):
-    patch.setattr(memory, "_peak", lambda subject, tokens: 1.0)
+    patch.setattr(memory, "_peak", lambda subject, pack: 1.0)
 
 
 TILES = {"token_logps, torch tiles, frozen head", "token_logps, torch tiles, trainable head"}
@@ -342,6 +345,29 @@ def test_the_largest_pack_is_a_multiple_of_256():
     assert line.largest_pack(3.0) == 1792
     assert line.largest_pack(1.1) == 0
     assert line.largest_pack(0.5) == 0
+
+
+def test_memory_is_measured_beside_gradients_and_states(runtime, tiny_model, monkeypatch):
+    """From the second step on they are there; a first step makes its states when the activations are gone."""
+    subject = Subject.load(runtime, ModelConfig(name=tiny_model(), method="full"), PACK_TOKENS)
+    optimizers, seen = [], []
+
+    def note_optimizer(*args):
+        optimizers.append(make_optimizer(*args))
+        return optimizers[-1]
+
+    def note(backward):
+        backward()
+        parameters = subject.policy.trainable().values()
+        seen.append(all(p.grad is not None and "exp_avg" in optimizers[0].state[p] for p in parameters))
+        return float(len(seen))
+
+    monkeypatch.setattr(memory, "make_optimizer", note_optimizer)
+    monkeypatch.setattr(memory, "_resident_peak", note)
+    measured = memory.measure_memory(subject)
+    assert seen == [True, True]
+    assert measured.slope > 0
+    assert all(p.grad is None for p in subject.policy.trainable().values())
 
 
 def test_gradient_checkpointing_is_advised_where_packs_do_not_fit(monkeypatch):

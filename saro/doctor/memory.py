@@ -12,7 +12,7 @@ import psutil
 import torch
 
 from saro.config import TrainConfig
-from saro.data.packs import lay_out
+from saro.data.packs import Pack, lay_out
 from saro.data.tree import RowKind, ScoredSequence, build_tree
 from saro.doctor.finding import Finding
 from saro.doctor.machine import device_memory
@@ -46,43 +46,48 @@ class Memory:
 
 
 def measure_memory(subject: Subject) -> Memory:
-    """Two steps, of a small and a larger pack of one sequence.
+    """Forward and backward of a small and of a larger pack of one sequence.
+
+    Gradients and the optimizer's states are there before, as from the second pack of the second step on: a first step
+    has its states only when the activations are gone, and its peak may be the same for every pack.
 
     Raises:
         SaroError: the larger one took no more memory, so there is no line.
     """
     sizes = [int(share * subject.pack_tokens) for share in _SHARES]
-    small, large = (_peak(subject, tokens) for tokens in sizes)
+    # At a rate near zero: the weights matter to nobody any more, but they should stay finite.
+    optimizer = make_optimizer(subject.policy.trainable().values(), TrainConfig(lr=1e-12))
+    subject.policy.train()
+    _backward(subject, _pack(subject, sizes[0]))
+    optimizer.step()
+    small, large = (_peak(subject, _pack(subject, tokens)) for tokens in sizes)
+    optimizer.zero_grad(set_to_none=True)
     slope = (large - small) / (sizes[1] - sizes[0])
     if slope <= 0:
         raise SaroError(f"a pack of {sizes[1]} tokens took no more memory than one of {sizes[0]}")
     return Memory(small - slope * sizes[0], slope)
 
 
-def _peak(subject: Subject, tokens: int) -> float:
-    """Most memory of one step on a pack of so many tokens, GiB."""
-    device = subject.runtime.device
+def _pack(subject: Subject, tokens: int) -> Pack:
     vocab = subject.policy.causal_lm.config.get_text_config().vocab_size
     ids = np.random.default_rng(0).integers(vocab, size=tokens + 1).astype(np.int32)
     sequence = ScoredSequence(ids, 1, np.full(tokens, RowKind.THINK, np.uint8), 0)
-    pack = lay_out([build_tree([sequence])]).to(device)
-    parameters = list(subject.policy.trainable().values())
-    # At a rate near zero: the weights matter to nobody any more, but they should stay finite.
-    optimizer = make_optimizer(parameters, TrainConfig(lr=1e-12))
+    return lay_out([build_tree([sequence])]).to(subject.runtime.device)
 
-    def step() -> None:
-        subject.policy.train()
-        (-subject.policy(pack).mean()).backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
 
-    if device.type == "cuda":
+def _backward(subject: Subject, pack: Pack) -> None:
+    (-subject.policy(pack).mean()).backward()
+
+
+def _peak(subject: Subject, pack: Pack) -> float:
+    """Most memory of forward and backward, GiB."""
+    if subject.runtime.device.type == "cuda":
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
-        step()
+        torch.cuda.reset_peak_memory_stats(subject.runtime.device)
+        _backward(subject, pack)
         return subject.runtime.memory()
     _give_freed_memory_back()
-    return _resident_peak(step)
+    return _resident_peak(lambda: _backward(subject, pack))
 
 
 def _give_freed_memory_back() -> None:
