@@ -15,10 +15,11 @@ from transformers import (
     FalconConfig,
     MambaConfig,
     ModernBertDecoderConfig,
+    OPTConfig,
     RwkvConfig,
     StableLmConfig,
 )
-from transformers.models.llama.modeling_llama import LlamaAttention
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaForCausalLM
 
 from saro.config import ModelConfig
 from saro.data.dataset import ExampleSet, PairSet
@@ -56,6 +57,16 @@ DATA = examples_of(21, 12, 34)  # 21 and 34 are beyond the window of 8
 def load(folder, method="lora", **options):
     options = ModelConfig(name=folder, method=method, **options)
     return load_policy(find_model(options), options, torch.device("cpu"), seed=0)
+
+
+def random_model(config):
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config)
+        for parameter in model.parameters():
+            if parameter.ndim >= 2:
+                parameter.normal_(std=0.2)
+    return model
 
 
 # Which sequences are run.
@@ -226,6 +237,80 @@ def test_fails_on_wrong_packing(tiny_model, monkeypatch, method, sabotage, what)
         SaroError, match=f"^packed {what} differ from the model's own by .* packed training would be wrong"
     ):
         check_packs(policy, DATA)
+
+
+# Long sequences, of which some rows are compared.
+
+LONG = examples_of(150, 400)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+@pytest.mark.parametrize("kind", KINDS_OF_MODEL)
+def test_passes_on_long_sequences(tiny_model, kind, checkpointing):
+    for data in (LONG, pairs_of(150, 400)):
+        result = check_packs(load(tiny_model(kind), gradient_checkpointing=checkpointing), data)
+        assert 0 < result.logps_floor < 1e-5
+        assert result.control > 1e-3
+
+
+@pytest.mark.parametrize(("sabotage", "what"), SABOTAGES.values(), ids=SABOTAGES)
+def test_fails_on_wrong_packing_of_long_sequences(tiny_model, monkeypatch, sabotage, what):
+    policy = load(tiny_model("llama"))
+    sabotage(monkeypatch)
+    with pytest.raises(SaroError, match=f"^packed {what} differ from the model's own"):
+        check_packs(policy, LONG)
+
+
+def logits_made(policy, data):
+    """Shapes of the logits that the model's own forward makes in the check."""
+    shapes = []
+    handle = policy.causal_lm.register_forward_hook(lambda _, __, output: shapes.append(tuple(output.logits.shape)))
+    check_packs(policy, data)
+    handle.remove()
+    return shapes
+
+
+def test_native_runs_hold_the_logits_of_few_rows(tiny_model):
+    """Of a whole sequence they are gigabytes where the vocabulary is large."""
+    shapes = logits_made(load(tiny_model()), LONG)
+    assert len(shapes) == 5  # each alone, both padded, and each alone once more
+    assert max(rows for _, rows, _ in shapes) <= 128
+
+
+def test_a_model_that_cannot_choose_its_rows_makes_all(tiny_model, monkeypatch):
+    """Such as one with code of its own."""
+    original = LlamaForCausalLM.forward
+    monkeypatch.setattr(
+        LlamaForCausalLM,
+        "forward",
+        lambda self, input_ids=None, attention_mask=None, use_cache=None: original(
+            self, input_ids=input_ids, attention_mask=attention_mask, use_cache=use_cache
+        ),
+    )
+    assert max(rows for _, rows, _ in logits_made(load(tiny_model()), LONG)) == 399
+
+
+def test_layers_are_recomputed_where_training_does_so(tiny_model):
+    """Without it, a sequence that fits in training might not fit in the check."""
+
+    def forwards(**options):
+        policy, calls = load(tiny_model(), **options), []
+        for layer in policy.causal_lm.get_decoder().layers:
+            layer.input_layernorm.register_forward_hook(lambda *_: calls.append(1))
+        check_packs(policy, DATA)
+        return len(calls)
+
+    layers, with_gradient, without = 2, 6, 1  # runs: five native and a packed one; the one that leaks
+    assert forwards() == layers * (with_gradient + without)
+    assert forwards(gradient_checkpointing=True) == layers * (2 * with_gradient + without)
+
+
+def test_a_models_own_dropout_stays_off_in_layers_that_are_recomputed():
+    """OPT's layers drop some of their output while they are in training, even if nothing inside them is."""
+    shape = {"hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = random_model(OPTConfig(vocab_size=264, word_embed_proj_dim=32, dropout=0.5, **shape))
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    assert check_packs(Policy(model), DATA).logps_floor < 1e-5
 
 
 # Trees of pairs.
@@ -403,15 +488,8 @@ UNFIT = {
 
 @pytest.mark.parametrize(("config", "message"), UNFIT.values(), ids=UNFIT)
 def test_fails_on_models_that_cannot_be_packed(config, message):
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config())
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim >= 2:
-                parameter.normal_(std=0.2)
     with pytest.raises(SaroError, match=message):
-        check_packs(Policy(model), DATA)
+        check_packs(Policy(random_model(config())), DATA)
 
 
 @pytest.mark.parametrize("name", ["s_aux", "position_bias", "attention_bias"])

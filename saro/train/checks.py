@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import nn
 
 from saro.data.dataset import ExampleSet, PairSet
-from saro.data.packs import Pack, lay_out
+from saro.data.packs import lay_out
 from saro.data.tree import ScoredSequence, SequenceTree, build_tree
 from saro.errors import SaroError
 from saro.model.attention import native_attention
@@ -19,11 +17,13 @@ from saro.model.fused_lora import pefts_own_lora
 from saro.model.liger import transformers_own_layers, uses_liger
 from saro.model.policy import Policy
 from saro.model.supported import sliding_window
+from saro.train.check_runs import awake, native_run, packed_run, recomputing_layers, rounded_otherwise
 
 # Packed and native runs may differ by so many times what two native runs differ by.
 _ALLOWED = 3.0
-# Entries of lora_B in the check: a layer's output then changes by a few per cent, far more than rounding.
-_AWAKE = 0.005
+# So many rows of the shortest sequence and so many of the longest are compared, where they have more: a native run holds
+# its logits whole, 8 GiB of them for a thousand rows of the largest vocabularies.
+_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,8 @@ class PackCheck:
 def choose_sequences(data: ExampleSet, window: int | None) -> list[ScoredSequence]:
     """Two sequences of different lengths: the shortest, and one well beyond the model's window where there is one.
 
-    Each carries the number of its record. All their tokens but the first are scored, so that the check sees every row that another sequence could reach.
+    Each carries the number of its record. All their tokens but the first are scored, so that the check can compare any row
+    that another sequence could reach.
     """
     by_length = np.argsort(data.lengths, kind="stable")
     lengths = data.lengths[by_length]
@@ -75,13 +76,23 @@ def _choose_trees(data: ExampleSet | PairSet, window: int | None) -> list[Sequen
     return [build_tree([s, _all_scored(data.rejected.sequence(s.record).tokens, s.record)]) for s in chosen]
 
 
+def _choose_rows(sequences: Sequence[ScoredSequence]) -> torch.Tensor:
+    """Positions (K,), rising, whose next token's log-probs are compared in every sequence that has them.
+
+    The first and the last of the shortest and of the longest are among them, the others spread evenly.
+    """
+    lengths = [len(s.tokens) - 1 for s in sequences]
+    spread = [np.linspace(0, n - 1, min(n, _ROWS)).round() for n in (min(lengths), max(lengths))]
+    return torch.from_numpy(np.unique(np.concatenate(spread)).astype(np.int64))
+
+
 def check_packs(policy: Policy, data: ExampleSet | PairSet) -> PackCheck:
     """Guarantee 3: packed log-probs and gradients are those of the unmodified model, one sequence at a time.
 
     Of pairs, whole trees are checked: what both sides share is read once and has the gradients of both.
 
-    Gradients are compared at the input embeddings, through which those of every layer pass: no parameter's gradient is
-    allocated.
+    Of long sequences some rows are compared, spread over them. Gradients are those at the input embeddings, through which
+    those of every layer pass: no parameter's gradient is allocated.
 
     Raises:
         SaroError: they differ by more than three times what two native runs do, or the check cannot see a difference.
@@ -89,22 +100,25 @@ def check_packs(policy: Policy, data: ExampleSet | PairSet) -> PackCheck:
     window = sliding_window(policy.causal_lm.config)
     trees = _choose_trees(data, window)
     sequences = [s for tree in trees for s in tree.sequences]
+    rows = _choose_rows(sequences)
+    compared = _entries(sequences, rows)
     was_training = policy.training
     policy.eval()
     try:
-        with _awake(policy):
+        with awake(policy), recomputing_layers(policy):
             lm = policy.causal_lm
             with native_attention(lm), pefts_own_lora(policy.model), transformers_own_layers(lm):
                 # The truth is taken in float64 from the logits on. The noise is what a plain padded batch is off by,
                 # whose fp32 log_softmax over a large vocabulary errs more than all else.
-                alone = [_native(policy, [s], torch.float64) for s in sequences]
-                padded = _native(policy, sequences, torch.promote_types(policy.causal_lm.dtype, torch.float32))
-                with _rounded_otherwise(policy):
-                    rounded = [_native(policy, [s], torch.float64) for s in sequences]
-            pack = lay_out(trees).to(policy.causal_lm.device)
-            packed = _packed(policy, pack)
+                alone = [native_run(policy, [s], rows, torch.float64) for s in sequences]
+                padded = native_run(policy, sequences, rows, torch.promote_types(policy.causal_lm.dtype, torch.float32))
+                with rounded_otherwise(policy):
+                    rounded = [native_run(policy, [s], rows, torch.float64) for s in sequences]
+            pack = lay_out(trees).to(lm.device)
+            packed_rows = pack.entry_row[compared.to(lm.device)]
+            packed = packed_run(policy, pack, packed_rows)
             with torch.no_grad():
-                leaky = policy(pack, isolated=False).index_select(0, pack.entry_row)
+                leaky = policy(pack, isolated=False)[packed_rows]
     except (TypeError, ValueError) as error:
         raise SaroError(f"packed attention does not fit this model: {error}") from error
     finally:
@@ -121,7 +135,8 @@ def check_packs(policy: Policy, data: ExampleSet | PairSet) -> PackCheck:
     others = of_pack([padded]), of_pack(rounded)
     # The rows that a leak reaches: of the second tree, whose window still holds some of the first.
     leaks_from = sum(len(s.row_kinds) for s in trees[0].sequences)
-    reached = slice(leaks_from, leaks_from + window if window else None)
+    reached = (compared >= leaks_from) & (compared < leaks_from + window if window else True)
+    reached = reached.to(lm.device)
     result = PackCheck(
         logps=_difference(packed[0], reference[0]),
         logps_floor=max(_difference(other[0], reference[0]) for other in others),
@@ -147,38 +162,11 @@ def check_packs(policy: Policy, data: ExampleSet | PairSet) -> PackCheck:
     return result
 
 
-def _native(
-    policy: Policy, sequences: Sequence[ScoredSequence], softmax: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probs (R,) and embedding gradients (T, D) by the model's own forward on a right-padded batch."""
-    lm = policy.causal_lm
-    longest = max(len(s.tokens) for s in sequences) - 1
-    ids = torch.zeros(len(sequences), longest, dtype=torch.int64)
-    mask = torch.zeros_like(ids)
-    for i, s in enumerate(sequences):
-        n = len(s.tokens) - 1
-        ids[i, :n] = torch.from_numpy(s.tokens[:-1].astype(np.int64))
-        mask[i, :n] = 1
-    with _embeddings(policy) as captured, policy.precision():
-        # A batch of one goes without a mask, as transformers' own fast path does.
-        arguments = {} if len(sequences) == 1 else {"attention_mask": mask.to(lm.device)}
-        logits = lm(input_ids=ids.to(lm.device), use_cache=False, **arguments).logits
-    logps = []
-    for i, s in enumerate(sequences):
-        rows = logits[i, s.scored_from - 1 : len(s.tokens) - 1]
-        targets = torch.from_numpy(s.tokens[s.scored_from :].astype(np.int64)).to(lm.device)
-        logps.append(rows.to(softmax).log_softmax(-1).gather(1, targets[:, None])[:, 0])
-    result = torch.cat(logps)
-    (gradient,) = torch.autograd.grad(result.sum(), captured)
-    return result.detach(), torch.cat([gradient[i, : len(s.tokens) - 1] for i, s in enumerate(sequences)])
-
-
-def _packed(policy: Policy, pack: Pack) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same by the policy: log-probs (E,) of the pack's entries, gradients (T, D)."""
-    with _embeddings(policy) as captured:
-        logps = policy(pack).index_select(0, pack.entry_row)
-    (gradient,) = torch.autograd.grad(logps.sum(), captured)
-    return logps.detach(), gradient[0]
+def _entries(sequences: Sequence[ScoredSequence], rows: torch.Tensor) -> torch.Tensor:
+    """Of the entries of ``sequences``, which are all scored from their second token on, those of ``rows``."""
+    lengths = [len(s.row_kinds) for s in sequences]
+    starts = np.cumsum([0, *lengths[:-1]]).tolist()
+    return torch.cat([start + rows[rows < n] for start, n in zip(starts, lengths, strict=True)])
 
 
 def _read_positions(trees: Sequence[SequenceTree]) -> torch.Tensor:
@@ -191,68 +179,6 @@ def _read_positions(trees: Sequence[SequenceTree]) -> torch.Tensor:
             positions.append(np.concatenate([runs[i] for i in path])[: len(sequence.tokens) - 1])
         start = int(ends[-1])
     return torch.from_numpy(np.concatenate(positions))
-
-
-@contextmanager
-def _awake(policy: Policy) -> Iterator[None]:
-    """Inside, a new adapter changes the model a little: at zero, what it does wrong would not show."""
-    asleep = [p for name, p in policy.trainable().items() if "lora_B" in name and not p.any()]
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in asleep:
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * _AWAKE)
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for parameter in asleep:
-                parameter.zero_()
-
-
-@contextmanager
-def _rounded_otherwise(policy: Policy) -> Iterator[None]:
-    """Inside, each entry of each layer's output, and of its gradient, is off by at most half a unit of rounding.
-
-    A padded batch can agree with single sequences to the bit, where one kernel computes both. Another kernel, as near to
-    the truth, does not: its roundings are these, and the layers above make of them what they make of any.
-    """
-    eps = torch.finfo(policy.autocast or policy.causal_lm.dtype).eps
-
-    def round_otherwise(layer: int, output: torch.Tensor | tuple) -> torch.Tensor | tuple:
-        if isinstance(output, tuple):
-            return round_otherwise(layer, output[0]), *output[1:]
-        # Seeded, so that a recomputed layer rounds alike.
-        off = torch.rand(output.shape, generator=torch.Generator().manual_seed(layer)).sub_(0.5).mul_(eps)
-        return (output * (1 + off.to(output.device))).to(output.dtype)
-
-    number = policy.causal_lm.config.num_hidden_layers
-    lists = [m for m in policy.causal_lm.modules() if isinstance(m, nn.ModuleList) and len(m) == number]
-    layers = [layer for of_model in lists for layer in of_model]
-    handles = [
-        layer.register_forward_hook(lambda _, __, output, i=i: round_otherwise(i, output))
-        for i, layer in enumerate(layers)
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
-def _embeddings(policy: Policy) -> Iterator[list[torch.Tensor]]:
-    """Inside, the output of the input embeddings is a leaf of the graph, put into the list."""
-    captured: list[torch.Tensor] = []
-
-    def make_leaf(_: nn.Module, __: object, output: torch.Tensor) -> torch.Tensor:
-        captured.append(output.detach().requires_grad_())
-        return captured[-1]
-
-    handle = policy.causal_lm.get_input_embeddings().register_forward_hook(make_leaf)
-    try:
-        yield captured
-    finally:
-        handle.remove()
 
 
 def _difference(a: torch.Tensor, b: torch.Tensor) -> float:

@@ -122,10 +122,12 @@ def fit(
                 optimizer.step()
                 scheduler.step()
                 optimizer.zero_grad(set_to_none=True)
+                # Read here, so that the clock has waited for the optimizer when its rate is shown.
+                changed = _changed(parameters, before) if before is not None else None
             step += 1
             clock.tokens += batch.tokens
             progress.step()
-            if before is not None:
+            if changed is not None:
                 means = objective.combine(meter.read(runtime))
                 values = {
                     "loss": means.pop("loss"),
@@ -134,7 +136,7 @@ def fit(
                     "epoch": step / steps.schedule.steps_per_epoch,
                     "tokens_per_second": clock.rate(),
                     "peak_memory_gib": runtime.memory(),
-                    "changed_parameters": _changed(parameters, before),
+                    "changed_parameters": changed,
                     **means,
                 }
                 report(values)
