@@ -27,6 +27,7 @@ from saro.model.policy import Policy
 from saro.rescore import Deviation, choose_records, packed_logps, plain_logps
 from saro.tool_config import ExportConfig
 from saro.train.checkpoint import save_final
+from saro.train.reference import layout_noise
 
 # In every export: what it was made from and how far it is off. By it --overwrite knows what it may replace.
 NOTE = "export.json"
@@ -44,7 +45,7 @@ def export(folder: str, options: ExportConfig, say: Callable[[str], None]) -> st
 
     Raises:
         SaroError: there is no finished run, its base or its records are gone or changed, the target is taken, or the
-            export is off by more than a tenth of what training changed.
+            export is off by more than a tenth of what training changed and than what rounding explains.
     """
     run = FinishedRun.open(folder)
     if not options.merge and not run.full:
@@ -104,20 +105,20 @@ class _Export:
 
     def adapter(self, folder: Path) -> tuple[str, Deviation]:
         """Copy the adapter and its tokenizer, and score with the copy. Returns what was written and how far it is off."""
-        policy, trained, base = self._trained()
+        policy, scores = self._trained()
         del policy
         _free_memory()
         shutil.copytree(self.run.folder / "final", folder, dirs_exist_ok=True)
         self.say("loading the copy")
         options = replace(self.run.options, name=str(folder))
         exported = self._score(load_policy(find_model(options), options, self.device, seed=0).eval())
-        return "adapter", Deviation.of(exported, trained, base, len(self.trees))
+        return "adapter", Deviation.of(exported, *scores, len(self.trees))
 
     def merged(self, folder: Path) -> tuple[str, Deviation]:
         """Write a plain model, and score with what was written. Returns as ``adapter`` does."""
         run, of_base = self.run, self.run.base()[0]
         dtype = getattr(torch, self.options.dtype, None) or of_base.config.dtype or torch.float32
-        policy, trained, base = self._trained()
+        policy, scores = self._trained()
         if run.options.method == "qlora" and self.options.into == "original":
             del policy
             _free_memory()
@@ -143,7 +144,7 @@ class _Export:
             folder, dtype="auto", device_map={"": self.device}, trust_remote_code=run.options.trust_remote_code
         )
         exported = plain_logps(model, self.trees)
-        return f"model in {_name(dtype)}", Deviation.of(exported, trained, base, len(self.trees))
+        return f"model in {_name(dtype)}", Deviation.of(exported, *scores, len(self.trees))
 
     def mend(self, what: str) -> str:
         """What to do where the export is too far off."""
@@ -153,8 +154,8 @@ class _Export:
             return f"the {what} rounds away too much: set --dtype float32"
         return "report it"
 
-    def _trained(self) -> tuple[Policy, torch.Tensor, torch.Tensor]:
-        """The trained model; log-probs by it and by the base model."""
+    def _trained(self) -> tuple[Policy, tuple[torch.Tensor, torch.Tensor, float]]:
+        """The trained model; log-probs by it and by the base model, and the noise of the former."""
         run = self.run
         self.say(f"scoring {len(self.trees)} records as trained and before training")
         if run.full:
@@ -166,7 +167,8 @@ class _Export:
             policy = run.load(self.device)
             with policy.model.disable_adapter():
                 base = self._score(policy)
-        return policy, self._score(policy), base
+        _, noise = layout_noise(policy, self.trees, self.pack_tokens)
+        return policy, (self._score(policy), base, noise.mean)
 
     def _score(self, policy: Policy) -> torch.Tensor:
         return packed_logps(policy, self.trees, self.pack_tokens)
