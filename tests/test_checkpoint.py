@@ -97,6 +97,20 @@ def test_training_goes_on_from_a_checkpoint_as_if_it_had_not_stopped(tmp_path, o
         assert torch.equal(resumed.trainable[name], parameter)
 
 
+def test_the_states_of_a_paged_optimizer_are_in_pages_after_loading_too(tmp_path, monkeypatch):
+    """On a GPU, where plain tensors of them would fill the memory that paging spares. Here no tensor is paged."""
+    folder = State("paged_adamw8bit").train(1).save(tmp_path, 1)
+    loaded = State("paged_adamw8bit", seed=1)
+    pages = []
+    make = loaded.optimizer.get_state_buffer
+    monkeypatch.setattr(loaded.optimizer, "get_state_buffer", lambda *a: pages.append(make(*a)) or pages[-1])
+    loaded.load(folder)
+    states = [state[name] for state in loaded.states() for name in ("state1", "state2")]
+    assert {id(state) for state in states} == {id(page) for page in pages}
+    loaded.train(1)
+    assert {id(state[name]) for state in loaded.states() for name in ("state1", "state2")} == {id(p) for p in pages}
+
+
 @pytest.mark.parametrize("optimizer", OPTIMIZERS[1:])
 def test_the_states_of_8_bit_optimizers_are_in_8_bits(optimizer):
     large = State(optimizer).train(1).states()[0]

@@ -82,9 +82,21 @@ def load_checkpoint(
         for name, parameter in trainable.items():
             parameter.copy_(weights[name])
     state: dict[str, Any] = torch.load(folder / _OPTIMIZER, map_location="cpu", weights_only=True)
-    optimizer.load_state_dict(state["optimizer"])
+    if getattr(optimizer, "is_paged", False):
+        _load_paged(optimizer, state["optimizer"])
+    else:
+        optimizer.load_state_dict(state["optimizer"])
     scheduler.load_state_dict(state["scheduler"])
     return int(json.loads((folder / _STATE).read_text())["step"])
+
+
+def _load_paged(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Load the states of a paged optimizer into pages: bitsandbytes would make plain tensors of them, on the GPU."""
+    optimizer.load_state_dict(state, move_to_device=False)
+    for parameter, of_parameter in optimizer.state.items():
+        for name in {"state1", "state2"} & of_parameter.keys():
+            pages = optimizer.get_state_buffer(parameter, of_parameter[name].dtype)
+            of_parameter[name] = pages.copy_(of_parameter[name])
 
 
 def save_final(
