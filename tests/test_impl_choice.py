@@ -12,6 +12,7 @@ from saro_kernels.tile_ops import TorchTile, choose_tile_op, find_tile_op
 
 CPU, CUDA, XPU = (torch.device(name) for name in ("cpu", "cuda", "xpu"))
 FAMILY = ["auto", "tiled"]
+WHY_NO_LAUNCHER = module._why_no_launcher
 
 
 @pytest.fixture
@@ -19,6 +20,7 @@ def gpu(monkeypatch):
     """A CUDA device as seen by the choice, of compute capability 8.0, with Triton, and no interpreter."""
     monkeypatch.setattr(module, "_triton_is_here", lambda: True)
     monkeypatch.setattr(module, "_interpreted", lambda: False)
+    monkeypatch.setattr(module, "_why_no_launcher", lambda: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
     return monkeypatch
@@ -51,6 +53,30 @@ def test_auto_is_torch_in_float64(gpu, impl):
 def test_auto_is_torch_on_an_old_gpu(gpu, impl):
     gpu.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     assert choose_impl(impl, CUDA, torch.float32) == "tiled-torch"
+
+
+@pytest.fixture
+def no_compiler(gpu):
+    """That GPU, and Triton's driver that compiles C at its first use, with no compiler."""
+    pytest.importorskip("triton")
+    from triton.runtime import driver
+
+    def compile_launcher(self):
+        raise RuntimeError("Failed to find C compiler.\nPlease specify via CC environment variable")
+
+    gpu.setattr(type(driver), "active", property(compile_launcher))
+    gpu.setattr(module, "_why_no_launcher", WHY_NO_LAUNCHER.__wrapped__)
+
+
+@pytest.mark.parametrize("impl", FAMILY)
+def test_auto_is_torch_where_triton_finds_no_c_compiler(no_compiler, impl):
+    assert choose_impl(impl, CUDA, torch.bfloat16) == "tiled-torch"
+
+
+def test_triton_by_name_without_a_c_compiler_is_an_error(no_compiler):
+    reason = "its launcher cannot be made: Failed to find C compiler.; the nearest that is: 'torch'"
+    with pytest.raises(ValueError, match=reason):
+        choose_impl("tiled-triton", CUDA, torch.bfloat16)
 
 
 @pytest.mark.parametrize("device", [CPU, CUDA], ids=str)

@@ -132,7 +132,7 @@ def _why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
         return f"triton does not compile for {device.type}"
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
         return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
-    return None
+    return None if _interpreted() else _why_no_launcher()
 
 
 @functools.cache
@@ -142,6 +142,19 @@ def _triton_is_here() -> bool:
     except ImportError:
         return False
     return True
+
+
+@functools.cache
+def _why_no_launcher() -> str | None:
+    """Why Triton cannot launch kernels here; None where it can. It compiles its launcher in C at the first use."""
+    from triton.runtime import driver
+
+    try:
+        _ = driver.active.utils
+    # No compiler, one that fails, no headers of Python, no libcuda: each has its own type.
+    except Exception as error:
+        return f"its launcher cannot be made: {str(error).strip().partition(chr(10))[0]}"
+    return None
 
 
 def _interpreted() -> bool:
