@@ -74,10 +74,11 @@ def test_the_loss_stays_ours(tiny_model, anywhere):
     assert type(lm).forward.__module__.startswith("transformers.")
 
 
-def test_a_fused_mlp_keeps_our_function(tiny_model, anywhere):
+def test_a_fused_mlp_keeps_our_function_and_another_ligers(tiny_model, anywhere):
     policy = load(tiny_model(), liger=True)
     assert ligers(policy.model) == ["LigerRMSNorm"]
-    assert ligers(load(tiny_model(), liger=True, fused_lora=False).model) == ["LigerRMSNorm", "LigerSwiGLUMLP"]
+    for options in ({"fused_lora": False}, {"lora_dropout": 0.1}):
+        assert ligers(load(tiny_model(), liger=True, **options).model) == ["LigerRMSNorm", "LigerSwiGLUMLP"]
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma3"])

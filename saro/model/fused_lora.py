@@ -41,7 +41,8 @@ def fuse_lora(model: PeftModel) -> int:
     for module in model.modules():
         if type(module).__name__ in GATED_MLPS and type(module.act_fn) in _ACTIVATIONS:
             parts = (module.gate_proj, module.up_proj, module.down_proj)
-            if all(id(part) in fused for part in parts):
+            # With dropout a step of training computes none whole, and liger-kernel's forward may be there to do it.
+            if all(id(part) in fused and not _drops(part) for part in parts):
                 module.forward = MethodType(_mlp_forward, module)
     return len(layers)
 
@@ -58,6 +59,10 @@ def _can_fuse(layer: LoraLayer) -> bool:
     plain = isinstance(layer, nn.Module) and not layer.lora_variant and not getattr(layer, "fan_in_fan_out", False)
     biased = any(getattr(matrix, "bias", None) is not None for matrix in layer.lora_B.values())
     return plain and not biased and type(base) in (nn.Linear, bnb.nn.Linear4bit)
+
+
+def _drops(layer: LoraLayer) -> bool:
+    return any(not isinstance(dropout, nn.Identity) for dropout in layer.lora_dropout.values())
 
 
 def _exact(layer: LoraLayer, x: torch.Tensor) -> bool:
