@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from attention_cases import definition, output_and_gradients
 from head_cases import Watch, assert_within_budget
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -28,24 +29,17 @@ def causal(queries, keys, window=None):
     return (distance >= 0) & (distance < (window or keys))
 
 
-def definition(query, key, value, mask):
-    """As transformers' eager attention computes it: the softmax in float32 or wider."""
-    key, value = (x.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for x in (key, value))
-    scores = SOFTCAP * (query @ key.mT * SCALE / SOFTCAP).tanh()
-    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-    wide = torch.promote_types(scores.dtype, torch.float32)
-    return scores.softmax(-1, dtype=wide).to(query.dtype) @ value
+def plain(query, key, value, mask):
+    return definition(query, key, value, mask, SCALE, SOFTCAP)
 
 
 def capped(query, key, value, mask):
     return softcap_attention(query, key, value, softcap=SOFTCAP, scale=SCALE, attn_mask=mask, is_causal=mask is None)
 
 
-def output_and_gradients(function, tensors, *args):
+def run(function, tensors, mask):
     leaves = [x.clone().requires_grad_() for x in tensors]
-    output = function(*leaves, *args)
-    upstream = torch.linspace(-1, 1, output.numel(), dtype=output.dtype).reshape(output.shape)
-    return [output.detach(), *torch.autograd.grad((output * upstream).sum(), leaves)]
+    return output_and_gradients(function(*leaves, mask), leaves)
 
 
 @settings(deadline=None, max_examples=60)
@@ -60,19 +54,19 @@ def test_is_the_definition_for_any_shape_and_block(queries, before, window, grou
     tensors = inputs(queries, before + queries, groups=groups)
     mask = causal(queries, before + queries, window)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(module._BLOCK, "cpu", block)
-        found = output_and_gradients(capped, tensors, mask)
-    for ours, expected in zip(found, output_and_gradients(definition, tensors, mask), strict=True):
+        patch.setattr(module, "_block", lambda _: block)
+        found = run(capped, tensors, mask)
+    for ours, expected in zip(found, run(plain, tensors, mask), strict=True):
         torch.testing.assert_close(ours, expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("block", [50, 2**22])
 def test_without_a_mask_it_is_causal(monkeypatch, block):
-    monkeypatch.setitem(module._BLOCK, "cpu", block)
+    monkeypatch.setattr(module, "_block", lambda _: block)
     tensors = inputs(9, 9)
     for ours, expected in zip(
-        output_and_gradients(capped, tensors, None),
-        output_and_gradients(definition, tensors, causal(9, 9)),
+        run(capped, tensors, None),
+        run(plain, tensors, causal(9, 9)),
         strict=True,
     ):
         torch.testing.assert_close(ours, expected, rtol=0, atol=1e-12)
@@ -84,31 +78,29 @@ def test_without_a_mask_it_must_be_causal():
 
 
 def test_gradcheck(monkeypatch):
-    monkeypatch.setitem(module._BLOCK, "cpu", 60)
+    monkeypatch.setattr(module, "_block", lambda _: 60)
     tensors = [x.requires_grad_() for x in inputs(5, 8, size=3)]
     assert torch.autograd.gradcheck(lambda *x: capped(*x, causal(5, 8)), tensors)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_error_is_within_the_budget_of_the_plain_path(monkeypatch, dtype):
-    monkeypatch.setitem(module._BLOCK, "cpu", 4 * 16 * 100)
+    monkeypatch.setattr(module, "_block", lambda _: 4 * 16 * 100)
     tensors, mask = inputs(100, 130, size=32, dtype=dtype), causal(100, 130)
-    exact = output_and_gradients(definition, [x.double() for x in tensors], mask)
-    assert_within_budget(
-        output_and_gradients(capped, tensors, mask), output_and_gradients(definition, tensors, mask), exact
-    )
+    exact = run(plain, [x.double() for x in tensors], mask)
+    assert_within_budget(run(capped, tensors, mask), run(plain, tensors, mask), exact)
 
 
 def test_scores_far_beyond_the_cap_are_finite():
     tensors = [1e3 * x for x in inputs(6, 6)[:2]] + inputs(6, 6)[2:]
-    found = output_and_gradients(capped, tensors, causal(6, 6))
-    for ours, expected in zip(found, output_and_gradients(definition, tensors, causal(6, 6)), strict=True):
+    found = run(capped, tensors, causal(6, 6))
+    for ours, expected in zip(found, run(plain, tensors, causal(6, 6)), strict=True):
         torch.testing.assert_close(ours, expected, rtol=0, atol=1e-12)
 
 
 def test_of_queries_times_keys_nothing_outlives_a_block(monkeypatch):
     queries, heads, rows = 512, 4, 16
-    monkeypatch.setitem(module._BLOCK, "cpu", heads * rows * queries)
+    monkeypatch.setattr(module, "_block", lambda _: heads * rows * queries)
     leaves = [x.requires_grad_() for x in inputs(queries, queries, heads=heads, dtype=torch.float32)]
     block, inputs_bytes = 4 * heads * rows * queries, sum(x.nbytes for x in leaves)
     with Watch() as forward:

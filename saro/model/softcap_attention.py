@@ -13,10 +13,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Scores of a block, over all heads: 16 MiB in float32 on a CPU, for its caches, and 256 MiB elsewhere, for few launches.
-_BLOCK = {"cpu": 2**22}
-_LARGE_BLOCK = 2**26
-
 
 def softcap_attention(
     query: Tensor,
@@ -92,10 +88,15 @@ def _wide(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
+def _block(device: torch.device) -> int:
+    """Scores of a block, over all heads: 16 MiB in float32 on a CPU, for its caches, 256 MiB elsewhere, for few launches."""
+    return 2**22 if device.type == "cpu" else 2**26
+
+
 def _blocks(query: Tensor, key: Tensor, mask: Tensor | None) -> Iterator[tuple[slice, slice, Tensor]]:
     """Of each block its queries, the keys up to its last query, and (queries, keys) where those are not attended."""
     (groups, heads, queries, _), total = query.shape, key.shape[1]
-    height = max(1, _BLOCK.get(query.device.type, _LARGE_BLOCK) // (groups * heads * total))
+    height = max(1, _block(query.device) // (groups * heads * total))
     for start in range(0, queries, height):
         stop = min(start + height, queries)
         keys = total - queries + stop
