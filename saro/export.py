@@ -112,7 +112,9 @@ class _Export:
         self.say("loading the copy")
         options = replace(self.run.options, name=str(folder))
         exported = self._score(load_policy(find_model(options), options, self.device, seed=0).eval())
-        return "adapter", Deviation.of(exported, *scores, len(self.trees))
+        # The same numbers in the same packs: nothing is rounded otherwise.
+        trained, base, _ = scores
+        return "adapter", Deviation.of(exported, trained, base, 0.0, len(self.trees))
 
     def merged(self, folder: Path) -> tuple[str, Deviation]:
         """Write a plain model, and score with what was written. Returns as ``adapter`` does."""

@@ -19,7 +19,7 @@ from saro.train.reference import score
 from saro.train.steps import packs_of
 
 # An export may move log-probs by this share of what training moved them by, and so many times what rounding does. The
-# two add in quadrature, so that an export without what training changed is noticed where that is more than rounding.
+# latter adds in quadrature to what is missing, so that an export that lost all is noticed from 1.3 times the noise on.
 ALLOWED = 0.1
 _ALLOWED_NOISE = 1.5
 # Rows whose probabilities over the whole vocabulary are held at a time.
@@ -33,7 +33,8 @@ class Deviation:
     Attributes:
         shift: of |log-prob of the export - log-prob as trained|.
         change: of |log-prob as trained - log-prob of the base model|: what training did.
-        noise: of what the layout of a pack changes in the log-probs as trained: no export can be nearer.
+        noise: of what another layout, or a rounding to the dtype of the run's products, changes in the log-probs as
+            trained; 0 where the export is scored as the trained model was.
         tokens: how many were scored.
         records: whose they are.
     """

@@ -21,6 +21,6 @@ class _Float64ForFloat32(TorchDispatchMode):
 
 @contextmanager
 def in_float64() -> Iterator[None]:
-    """Inside, whoever asks torch for float32 gets float64. For models whose parameters are float64; a decorator too."""
+    """Inside, whoever names float32 to torch gets float64. For models whose parameters are float64; a decorator too."""
     with _Float64ForFloat32():
         yield

@@ -278,7 +278,7 @@ def test_native_runs_hold_the_logits_of_few_rows(tiny_model):
 
 
 def test_a_model_that_cannot_choose_its_rows_makes_all(tiny_model, monkeypatch):
-    """Such as one with code of its own."""
+    """Such as one with code of its own, which may have no option for it, or take a number of last rows alone."""
     original = LlamaForCausalLM.forward
     monkeypatch.setattr(
         LlamaForCausalLM,
@@ -383,6 +383,25 @@ def test_fails_on_wrong_trees(tiny_model, monkeypatch, sabotage):
     sabotage(monkeypatch)
     with pytest.raises(SaroError, match="packed logps differ from the model's own"):
         check_packs(policy, PAIRS)
+
+
+@pytest.mark.parametrize("shared", [9, 11, 120])
+@pytest.mark.parametrize("part", ["target", "hidden state"])
+def test_fails_where_the_fork_of_a_long_tree_alone_is_wrong(tiny_model, monkeypatch, part, shared):
+    """The last shared token predicts the first one of each child: two rows at one place."""
+    original = checks.lay_out
+
+    def lay_out(trees):
+        pack = original(trees)
+        at_fork = pack.row_hidden == shared - 1
+        assert at_fork.sum() == 2
+        if part == "target":
+            return replace(pack, row_target=pack.row_target - at_fork.long())
+        return replace(pack, row_hidden=pack.row_hidden - at_fork.long())
+
+    monkeypatch.setattr(checks, "lay_out", lay_out)
+    with pytest.raises(SaroError, match="packed logps differ from the model's own"):
+        check_packs(load(tiny_model()), pairs_of(150, 400, shared=shared))
 
 
 # Adapters.

@@ -357,9 +357,9 @@ def test_memory_is_measured_beside_gradients_and_states(runtime, tiny_model, mon
         return optimizers[-1]
 
     def note(backward):
-        backward()
         parameters = subject.policy.trainable().values()
         seen.append(all(p.grad is not None and "exp_avg" in optimizers[0].state[p] for p in parameters))
+        backward()
         return float(len(seen))
 
     monkeypatch.setattr(memory, "make_optimizer", note_optimizer)

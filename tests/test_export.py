@@ -26,6 +26,7 @@ from saro.errors import SaroError
 from saro.export import NOTE, export, run_files
 from saro.files import file_hash
 from saro.finished import FinishedRun
+from saro.model.load import load_policy
 from saro.model.merge import merge
 from saro.model.policy import Policy
 from saro.rescore import Deviation, choose_records, packed_logps, plain_logps
@@ -370,6 +371,14 @@ def test_an_export_in_bfloat16_that_lost_the_change_is_refused(own_run, monkeypa
     run = in_bfloat16(own_run(), 1.0)
     monkeypatch.setattr(saro.export, "merge", lambda policy, *rest: merge(without_adapters(policy), *rest))
     refused(run, "not written, it is off by .* rounding alone makes", merge=True, dtype="bfloat16")
+
+
+def test_a_copied_adapter_owes_nothing_to_rounding(own_run, monkeypatch):
+    run = in_bfloat16(own_run(), 0.02)
+    monkeypatch.setattr(
+        saro.export, "load_policy", lambda *arguments, **kw: without_adapters(load_policy(*arguments, **kw))
+    )
+    refused(run, r"not written, it is off by .*, 100.00% of the .* rounding alone makes 0 ")
 
 
 def without_adapters(policy: Policy) -> Policy:

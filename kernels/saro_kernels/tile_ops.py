@@ -153,7 +153,7 @@ def _why_no_launcher() -> str | None:
         _ = driver.active.utils
     # No compiler, one that fails, no headers of Python, no libcuda: each has its own type.
     except Exception as error:
-        return f"its launcher cannot be made: {str(error).strip().partition(chr(10))[0]}"
+        return f"its launcher cannot be made: {str(error).strip().partition(chr(10))[0].rstrip('.')}"
     return None
 
 

@@ -30,9 +30,9 @@ _FEW_ROWS = 8
 
 
 def fuse_lora(model: PeftModel) -> int:
-    """Let ``saro_kernels`` compute the LoRA layers of a model, and its gated MLPs whole; returns how many layers.
+    """Let ``saro_kernels`` compute the LoRA layers of a model, and its gated MLPs whole where they drop nothing.
 
-    Layers that are not plain LoRA keep PEFT's forward.
+    Layers that are not plain LoRA keep PEFT's forward. Returns how many do not.
     """
     layers = [layer for layer in model.modules() if isinstance(layer, LoraLayer) and _can_fuse(layer)]
     for layer in layers:

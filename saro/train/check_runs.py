@@ -35,8 +35,9 @@ def native_run(
     rows = rows[rows < longest]
     # A batch of one goes without a mask, as transformers' own fast path does.
     arguments = {} if len(sequences) == 1 else {"attention_mask": mask.to(lm.device)}
-    # transformers' models all have it; one with code of its own may not.
-    can_choose = "logits_to_keep" in signature(lm.forward).parameters
+    # A model with code of its own may have no such option, or take a number alone.
+    transformers_own = type(lm).__module__.startswith("transformers.models.")
+    can_choose = transformers_own and "logits_to_keep" in signature(lm.forward).parameters
     if can_choose:
         arguments["logits_to_keep"] = rows.to(lm.device)
     with _embeddings(policy) as captured, policy.precision():
@@ -109,7 +110,7 @@ def rounded_otherwise(policy: Policy) -> Iterator[None]:
     def round_otherwise(layer: int, output: torch.Tensor | tuple) -> torch.Tensor | tuple:
         if isinstance(output, tuple):
             return round_otherwise(layer, output[0]), *output[1:]
-        # Seeded, so that a recomputed layer rounds alike.
+        # Seeded, and by a generator of its own, so that the check finds the same twice and leaves torch's alone.
         off = torch.rand(output.shape, generator=torch.Generator().manual_seed(layer)).sub_(0.5).mul_(eps)
         return (output * (1 + off.to(output.device))).to(output.dtype)
 

@@ -97,6 +97,8 @@ def _load_paged(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None
         for name in {"state1", "state2"} & of_parameter.keys():
             pages = optimizer.get_state_buffer(parameter, of_parameter[name].dtype)
             of_parameter[name] = pages.copy_(of_parameter[name])
+    # What is not in pages: scales and code books.
+    optimizer.to_gpu()
 
 
 def save_final(

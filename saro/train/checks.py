@@ -76,14 +76,16 @@ def _choose_trees(data: ExampleSet | PairSet, window: int | None) -> list[Sequen
     return [build_tree([s, _all_scored(data.rejected.sequence(s.record).tokens, s.record)]) for s in chosen]
 
 
-def _choose_rows(sequences: Sequence[ScoredSequence]) -> torch.Tensor:
+def _choose_rows(trees: Sequence[SequenceTree]) -> torch.Tensor:
     """Positions (K,), rising, whose next token's log-probs are compared in every sequence that has them.
 
-    The first and the last of the shortest and of the longest are among them, the others spread evenly.
+    Those on both sides of every fork are among them, and the first and the last of each sequence; others spread evenly.
     """
-    lengths = [len(s.tokens) - 1 for s in sequences]
+    lengths = [len(s.tokens) - 1 for tree in trees for s in tree.sequences]
+    starts = [node.start for tree in trees for node in tree.nodes]
+    edges = [[start - 1 for start in starts if start], starts, [n - 1 for n in lengths]]
     spread = [np.linspace(0, n - 1, min(n, _ROWS)).round() for n in (min(lengths), max(lengths))]
-    return torch.from_numpy(np.unique(np.concatenate(spread)).astype(np.int64))
+    return torch.from_numpy(np.unique(np.concatenate(edges + spread).astype(np.int64)))
 
 
 def check_packs(policy: Policy, data: ExampleSet | PairSet) -> PackCheck:
@@ -100,7 +102,7 @@ def check_packs(policy: Policy, data: ExampleSet | PairSet) -> PackCheck:
     window = sliding_window(policy.causal_lm.config)
     trees = _choose_trees(data, window)
     sequences = [s for tree in trees for s in tree.sequences]
-    rows = _choose_rows(sequences)
+    rows = _choose_rows(trees)
     compared = _entries(sequences, rows)
     was_training = policy.training
     policy.eval()
