@@ -71,8 +71,7 @@ def main() -> int:
     # 4. The model, and the proof that packs give what the model itself gives.
     policy = load_policy(source, model_options, runtime.device, options.seed)
     runtime.say(
-        f"{model_options.name}: {model_options.method}, {policy.size()}, attention {policy.attention}, "
-        f"head {policy.head}; checking that packs equal its own forward"
+        f"{model_options.name}: {model_options.method}, {policy.summary()}; checking that packs equal its own forward"
     )
     found = check_packs(policy, data)
     runtime.say(f"packed log-probs differ from its own by {found.logps:.1e}, rounding by {found.logps_floor:.1e}")

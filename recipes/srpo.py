@@ -82,8 +82,7 @@ def main() -> int:
         references = other_references(runtime, model_options, preference.reference, chat, **of_sets)
     policy = load_policy(source, model_options, runtime.device, options.seed)
     runtime.say(
-        f"{model_options.name}: {model_options.method}, {policy.size()}, attention {policy.attention}, "
-        f"head {policy.head}; checking trees against its own forward"
+        f"{model_options.name}: {model_options.method}, {policy.summary()}; checking trees against its own forward"
     )
     found = check_packs(policy, pairs)
     runtime.say(f"packed log-probs differ from its own by {found.logps:.1e}, rounding by {found.logps_floor:.1e}")

@@ -176,7 +176,8 @@ def test_the_screen_shows_our_lines_and_no_librarys(finished, tiny_model):
         assert done.out == ""
         assert "step 6/6" in done.err
         assert "Held-out tokens, before → after" in done.err
-        own = done.err.replace(str(run), "").replace(tiny_model(), "")
+        own = done.err.replace(str(run), "").replace(tiny_model(), "").replace("head tiled-torch", "")
+        assert "attention sdpa, head tiled-torch; checking" in done.err
         for word in ("warn", "Warning", "deprecat", "torch", "transformers", "accelerate", "peft", "bitsandbytes"):
             assert word.lower() not in own.lower(), word
         assert "Traceback" not in own

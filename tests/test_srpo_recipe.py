@@ -62,8 +62,9 @@ def test_a_run_from_the_base_model(srpo, srpo_arguments, tmp_path):
     assert last.startswith("6 steps, ")
     # Records are named by id; what they say does not end in a log.
     assert "Count to" not in done.err
-    for word in ("warn", "deprecat", "torch", "transformers", "Traceback"):
-        assert word.lower() not in done.err.replace(str(tmp_path), "").lower(), word
+    own = done.err.replace(str(tmp_path), "").replace("head tiled-torch", "").lower()
+    for word in ("warn", "deprecat", "torch", "transformers", "traceback"):
+        assert word not in own, word
 
 
 @pytest.mark.parametrize("method", ["lora", "qlora"])

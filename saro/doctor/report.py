@@ -48,8 +48,8 @@ def doctor(runtime: Runtime, options: DoctorConfig, console: Console) -> int:
 
     def load() -> Finding:
         loaded.append(Subject.load(runtime, model, options.pack_tokens))
-        size = loaded[0].policy.size()
-        return Finding("the model loads", True, f"{model.name}, {model.method}: {size}; on {loaded[0].records}")
+        summary = loaded[0].policy.summary()
+        return Finding("the model loads", True, f"{model.name}, {model.method}: {summary}; on {loaded[0].records}")
 
     findings += _run(runtime, [Check("the model loads", load)], users=(SaroError,))
     advice: list[str] = []

@@ -98,11 +98,11 @@ class Policy(nn.Module):
         """Trainable parameters by name, tied ones once."""
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
-    def size(self) -> str:
-        """Number of parameters, for people: trainable of all. 4-bit weights count as what they stand for."""
+    def summary(self) -> str:
+        """For people: parameters, trainable of all, 4-bit weights as what they stand for; which attention and head run."""
         sizes = [
             (p.quant_state.shape.numel() if getattr(p, "quant_state", None) is not None else p.numel(), p.requires_grad)
             for p in self.model.parameters()
         ]
         trainable, total = sum(n for n, grad in sizes if grad), sum(n for n, _ in sizes)
-        return f"{trainable:,} of {total:,} parameters trainable"
+        return f"{trainable:,} of {total:,} parameters trainable, attention {self.attention}, head {self.head}"
