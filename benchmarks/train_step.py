@@ -168,6 +168,7 @@ def write_trace(policy: Policy, pack: Pack, optimizer: torch.optim.Optimizer, pa
 def main(
     model: str = "demo",
     method: str = "lora",
+    rank: int = 16,
     pack_tokens: int = 2048,
     sequence_tokens: int = 256,
     scored_share: float = 0.75,
@@ -184,6 +185,7 @@ def main(
     Args:
         model: Folder or hub name of a causal LM.
         method: full, lora or qlora.
+        rank: Of the adapters.
         pack_tokens: Tokens of the pack.
         sequence_tokens: Tokens of each sequence in it.
         scored_share: Share of a sequence's tokens that is scored.
@@ -197,7 +199,11 @@ def main(
     """
     runtime = Runtime.start()
     options = ModelConfig(
-        name=model, method=method, gradient_checkpointing=gradient_checkpointing, fused_lora=fused_lora
+        name=model,
+        method=method,
+        lora_rank=rank,
+        gradient_checkpointing=gradient_checkpointing,
+        fused_lora=fused_lora,
     )
     source = find_model(options)
     policy = load_policy(source, options, runtime.device, seed=0).train()
@@ -220,6 +226,7 @@ def main(
     result = {
         "model": model,
         "method": method,
+        "rank": rank,
         "device": str(runtime.device),
         "threads": runtime.threads,
         "tokens": pack.tokens,

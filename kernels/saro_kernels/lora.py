@@ -169,7 +169,7 @@ def _backward(
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     """Gradients of the rows, (N, in) or None, added to ``into`` where it is given, and of ``a`` and ``b``."""
     d_b = _outer(upstream, product, layer.scaling).to(b.dtype)
-    d_product = torch.mm(upstream, b.to(upstream.dtype)).mul_(layer.scaling)
+    d_product = _project(upstream, b.to(upstream.dtype)).mul_(layer.scaling)
     d_a = _outer(d_product, rows, 1.0).to(a.dtype)
     if not needs_rows:
         return None, d_a, d_b
@@ -178,11 +178,22 @@ def _backward(
     return d_rows.addmm_(d_product, a.to(upstream.dtype)), d_a, d_b
 
 
+def _project(rows: Tensor, matrix: Tensor) -> Tensor:
+    """(N, m) times (m, r)."""
+    return torch.mm(rows, matrix.t().contiguous().t() if _is_thin(matrix) else matrix)
+
+
 def _outer(left: Tensor, right: Tensor, factor: float) -> Tensor:
     """factor * left^T @ right, at least in float32: it sums over all rows, and goes to float32 masters."""
-    if left.dtype in (torch.float32, torch.float64):
-        return torch.mm(left.t(), right).mul_(factor)
-    if left.is_cuda:
+    if left.is_cuda and left.dtype not in (torch.float32, torch.float64):
         return torch.mm(left.t(), right, out_dtype=torch.float32).mul_(factor)
     # Only CUDA sums half-precision products into a float32 matrix.
-    return torch.mm(left.float().t(), right.float()).mul_(factor)
+    left, right = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (left, right))
+    if _is_thin(right):
+        return torch.mm(right.t(), left).t().contiguous().mul_(factor)
+    return torch.mm(left.t(), right).mul_(factor)
+
+
+def _is_thin(matrix: Tensor) -> bool:
+    """Whether MKL is slow with that few columns on the right, up to ten times, and not in another layout."""
+    return matrix.device.type == "cpu" and matrix.shape[1] < 16
