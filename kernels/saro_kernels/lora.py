@@ -24,6 +24,10 @@ _BACKWARD = {
 }
 ACTIVATIONS = tuple(_FORWARD)
 
+# MKL takes up to ten times as long for a product with fewer columns than this on its right, and a third longer for one
+# with more of them, but still few, on its left: of two layouts of the same product, the other one is taken.
+_FEW = 16
+
 
 @dataclass(frozen=True, eq=False)
 class FrozenLinear:
@@ -168,9 +172,9 @@ def _backward(
     into: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     """Gradients of the rows, (N, in) or None, added to ``into`` where it is given, and of ``a`` and ``b``."""
-    d_b = _outer(upstream, product, layer.scaling).to(b.dtype)
-    d_product = _project(upstream, b.to(upstream.dtype)).mul_(layer.scaling)
-    d_a = _outer(d_product, rows, 1.0).to(a.dtype)
+    d_b = _outer(upstream, product).mul_(layer.scaling).to(b.dtype)
+    d_product = _project(upstream, b.to(upstream.dtype) * layer.scaling)
+    d_a = _outer(d_product, rows).to(a.dtype)
     if not needs_rows:
         return None, d_a, d_b
     weight = layer.base.dense(upstream.dtype)
@@ -180,20 +184,17 @@ def _backward(
 
 def _project(rows: Tensor, matrix: Tensor) -> Tensor:
     """(N, m) times (m, r)."""
-    return torch.mm(rows, matrix.t().contiguous().t() if _is_thin(matrix) else matrix)
+    slow = matrix.device.type == "cpu" and matrix.shape[1] < _FEW
+    return torch.mm(rows, matrix.t().contiguous().t() if slow else matrix)
 
 
-def _outer(left: Tensor, right: Tensor, factor: float) -> Tensor:
-    """factor * left^T @ right, at least in float32: it sums over all rows, and goes to float32 masters."""
+def _outer(left: Tensor, right: Tensor) -> Tensor:
+    """left^T @ right, at least in float32: it sums over all rows, and goes to float32 masters."""
     if left.is_cuda and left.dtype not in (torch.float32, torch.float64):
-        return torch.mm(left.t(), right, out_dtype=torch.float32).mul_(factor)
+        return torch.mm(left.t(), right, out_dtype=torch.float32)
     # Only CUDA sums half-precision products into a float32 matrix.
     left, right = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (left, right))
-    if _is_thin(right):
-        return torch.mm(right.t(), left).t().contiguous().mul_(factor)
-    return torch.mm(left.t(), right).mul_(factor)
-
-
-def _is_thin(matrix: Tensor) -> bool:
-    """Whether MKL is slow with that few columns on the right, up to ten times, and not in another layout."""
-    return matrix.device.type == "cpu" and matrix.shape[1] < 16
+    rank = min(left.shape[1], right.shape[1])
+    if left.device.type == "cpu" and (right.shape[1] == rank) == (rank < _FEW):
+        return torch.mm(right.t(), left).t()
+    return torch.mm(left.t(), right)
