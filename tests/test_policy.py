@@ -54,6 +54,8 @@ def wake_adapters(policy):
 def unmodified(policy, folder):
     """The same model in float64, never packed: loaded apart, with the policy's adapters."""
     model = AutoModelForCausalLM.from_pretrained(folder)
+    capped = getattr(model.config, "attn_logit_softcapping", None) is not None
+    assert model.config._attn_implementation == ("eager" if capped else "sdpa")
     if isinstance(policy.model, PeftModel):
         model = get_peft_model(model, policy.model.peft_config["default"])
         model.load_state_dict(policy.model.state_dict())
