@@ -7,9 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from tiny import BOS, IM_END, KINDS_OF_LOGITS, KINDS_OF_MODEL, PAD, save_tiny_model
+from tiny import BOS, IM_END, KINDS_OF_LOGITS, KINDS_OF_MODEL, PAD, random_model, save_tiny_model
 from transformers import (
-    AutoModelForCausalLM,
     BertConfig,
     BloomConfig,
     FalconConfig,
@@ -57,16 +56,6 @@ DATA = examples_of(21, 12, 34)  # 21 and 34 are beyond the window of 8
 def load(folder, method="lora", **options):
     options = ModelConfig(name=folder, method=method, **options)
     return load_policy(find_model(options), options, torch.device("cpu"), seed=0)
-
-
-def random_model(config):
-    with torch.random.fork_rng(), torch.no_grad():
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config)
-        for parameter in model.parameters():
-            if parameter.ndim >= 2:
-                parameter.normal_(std=0.2)
-    return model
 
 
 # Which sequences are run.

@@ -22,6 +22,7 @@ from transformers import (
     MistralConfig,
     NanoChatConfig,
     PreTrainedConfig,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen3Config,
     VaultGemmaConfig,
@@ -137,16 +138,20 @@ KINDS_OF_MODEL = ("llama", "qwen3", "mistral", "gemma3")
 KINDS_OF_LOGITS = tuple(_KINDS_OF_LOGITS)
 
 
-def save_tiny_model(folder: Path, kind: str = "llama", **changes: object) -> Path:
-    """A folder that ``find_model`` and ``load_policy`` take: random weights, tokenizer, chat template."""
+def random_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """The same weights each time, and large: with the default ones all logits are alike and a wrong mask would not show."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(tiny_config(kind, **changes))
-    # The default initial weights are so small that all logits are alike and a wrong mask would not show.
+    model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim >= 2:
                 parameter.normal_(std=0.2)
-    model.save_pretrained(folder)
+    return model
+
+
+def save_tiny_model(folder: Path, kind: str = "llama", **changes: object) -> Path:
+    """A folder that ``find_model`` and ``load_policy`` take: random weights, tokenizer, chat template."""
+    random_model(tiny_config(kind, **changes)).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder
 
