@@ -22,7 +22,7 @@ from rich.table import Table
 from torch import nn
 from train_step import timed
 
-from saro.runtime import Runtime
+from saro.distributed.runtime import Runtime
 from saro_kernels import FrozenLinear, LoraLinear, lora_linear
 
 # Layers by name: in and out features.

@@ -31,7 +31,7 @@ from rich.table import Table
 from saro.config import DEMO, ModelConfig
 from saro.errors import SaroError
 from saro.model.load import find_model
-from saro.options import run_program
+from saro.program import run_program
 
 # What saro/runtime.py sets through mallopt: freed memory is kept for the next step. Here it holds for every side.
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}

@@ -10,7 +10,7 @@ import numpy as np
 import psutil
 from torch import nn
 
-from saro.data.chat import ChatFormat
+from saro.data.chat_format import ChatFormat
 from saro.data.dataset import ExampleSet, PairSet, encode_files, encode_pair_files
 from saro.data.tree import ScoredSequence, SequenceTree, build_tree
 from saro.errors import SaroError

@@ -37,8 +37,8 @@ from peers_data import (
 from saro.config import DataConfig, ModelConfig, PreferenceConfig, TrainConfig
 from saro.data.dataset import PairSet
 from saro.data.tree import SequenceTree, build_tree
+from saro.distributed.runtime import Runtime
 from saro.model.load import ModelSource, find_model, load_policy
-from saro.runtime import Runtime
 from saro.train.engine import fit
 from saro.train.objective import RWObjective, SRPOObjective
 from saro.train.reference import score_pairs

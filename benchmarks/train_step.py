@@ -30,10 +30,10 @@ from step_floor import floor_of_step
 from saro.config import ModelConfig, TrainConfig
 from saro.data.packs import Pack, lay_out
 from saro.data.tree import RowKind, ScoredSequence, build_tree
+from saro.distributed.runtime import Runtime
 from saro.model.fused_lora import pefts_own_lora
 from saro.model.load import find_model, load_policy
 from saro.model.policy import Policy
-from saro.runtime import Runtime
 from saro.train.losses import nll_sum
 from saro.train.optim import make_optimizer
 

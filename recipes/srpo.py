@@ -15,19 +15,19 @@ from typing import Any
 
 from rich.console import Console
 
+from saro.checks.check_packs import check_packs
 from saro.config import DEMO, START, SRPOConfig
-from saro.data.audit import Report, check_masks
 from saro.data.dataset import encode_pair_files
+from saro.data.lengths import Report, check_masks
 from saro.data.records import PAIR_KINDS, read_pairs
-from saro.data.schedule import Schedule
+from saro.data.steps import Schedule
 from saro.demo import data_files, start_of
+from saro.distributed.runtime import Runtime
+from saro.evaluate.answers import answer, answer_table, choose_prompts, preference_table
 from saro.model.load import dropout_options, find_model, load_policy
-from saro.options import parse_recipe, run_program
-from saro.run import Run
-from saro.runtime import Runtime
-from saro.samples import answer, answer_table, choose_prompts, preference_table
+from saro.program import parse_recipe, run_program
+from saro.runs.folder import Run
 from saro.train.checkpoint import save_final
-from saro.train.checks import check_packs
 from saro.train.engine import fit
 from saro.train.objective import SRPOObjective
 from saro.train.pair_log import PairLog, evaluate_pairs

@@ -8,7 +8,7 @@ from typing import Any, NoReturn, get_type_hints
 
 from docstring_parser import parse as parse_docstring
 
-from saro.options import Parser, run_program
+from saro.program import Parser, run_program
 
 
 def main() -> NoReturn:
@@ -32,8 +32,8 @@ def _main() -> int:
     from rich.console import Console
 
     from saro.config import DEMO, DataConfig, ModelConfig
-    from saro.convert import FORMATS
     from saro.quiet import quiet_libraries
+    from saro.synth.public_sets import FORMATS
     from saro.tool_config import ChatConfig, CompareConfig, DoctorConfig, ExportConfig
 
     parser = Parser(prog="saro", description="Tools around the SaRO recipes, recipes/rw.py and recipes/srpo.py.")
@@ -82,7 +82,7 @@ def _main() -> int:
     parsed = parser.parse()
     options = parsed[parsed.subcommand]
     if parsed.subcommand == "convert":
-        from saro.convert import convert
+        from saro.synth.public_sets import convert
 
         done = convert(options.format, options.source, options.target, overwrite=options.overwrite)
         print(f"{done.records:,} records in {options.target}")
@@ -91,7 +91,7 @@ def _main() -> int:
         return 0
 
     if parsed.subcommand == "export":
-        from saro.export import export
+        from saro.tools.export import export
 
         quiet_libraries()
         config = ExportConfig(**{field.name: options[field.name] for field in fields(ExportConfig)})
@@ -99,7 +99,7 @@ def _main() -> int:
         return 0
 
     if parsed.subcommand == "chat":
-        from saro.chat import chat
+        from saro.tools.chat import chat
 
         quiet_libraries()
         config = ChatConfig(**{field.name: options[field.name] for field in fields(ChatConfig)})
@@ -107,8 +107,8 @@ def _main() -> int:
         return 0
 
     if parsed.subcommand == "doctor":
-        from saro.doctor.report import doctor
-        from saro.runtime import Runtime
+        from saro.distributed.runtime import Runtime
+        from saro.tools.doctor.doctor import doctor
 
         runtime = Runtime.start()
         config = DoctorConfig(**{field.name: options[field.name] for field in fields(DoctorConfig)})
@@ -119,7 +119,7 @@ def _main() -> int:
     from saro.demo import data_files
 
     if parsed.subcommand == "compare":
-        from saro.compare import compare
+        from saro.tools.compare import compare
 
         quiet_libraries()
         config = CompareConfig(**{field.name: options[field.name] for field in fields(CompareConfig)})
@@ -128,7 +128,7 @@ def _main() -> int:
         return 0
 
     from saro.errors import SaroError
-    from saro.inspect import inspect
+    from saro.tools.inspect_data import inspect
 
     quiet_libraries()
     data = DataConfig(**{name: options[name] for name in names})

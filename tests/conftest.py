@@ -19,7 +19,7 @@ import torch
 from accelerate import Accelerator
 from tiny import save_tiny_model
 
-from saro.runtime import Runtime
+from saro.distributed.runtime import Runtime
 
 
 @pytest.fixture
@@ -81,13 +81,13 @@ def environment() -> dict[str, str]:
 # Imports everything once, then forks a child for each request: a run of a recipe costs a second in place of six. It
 # forks before any library has started threads.
 _FORKSERVER = """
-import importlib, importlib.util, json, os, signal, sys, time, traceback
+import importlib.util, json, os, signal, sys, time, traceback
 recipes = {}
 for name in ("rw", "srpo"):
     spec = importlib.util.spec_from_file_location(name, f"recipes/{name}.py")
     recipes[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(recipes[name])
-from saro.options import run_program
+from saro.program import run_program
 print("ready", flush=True)
 while line := sys.stdin.readline():
     request = json.loads(line)
@@ -113,9 +113,12 @@ while line := sys.stdin.readline():
     sys.argv = [request["recipe"] + ".py", *request["arguments"]]
     try:
         if request["call"]:
-            sys.path.insert(0, request["tests"])
-            module, _, function = request["call"].partition(":")
-            sys.exit(getattr(importlib.import_module(module), function)(*request["arguments"]))
+            sys.path.insert(0, request["helpers"])
+            file, _, function = request["call"].rpartition(":")
+            spec = importlib.util.spec_from_file_location("called", file)
+            module = sys.modules["called"] = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+            sys.exit(getattr(module, function)(*request["arguments"]))
         run_program(recipes[request["recipe"]].main)
     except SystemExit as end:
         code = end.code
@@ -183,7 +186,7 @@ class Recipes:
         environment: dict[str, str] | None = None,
         folder: str | None = None,
     ) -> Process:
-        """Start it with these command line arguments; ``call`` names a function, "module:function", to run instead."""
+        """Start it with these command line arguments; ``call`` names a function to run instead, "file:function"."""
         self._started += 1
         out, err = (self.folder / f"{self._started}.{name}" for name in ("out", "err"))
         request = {
@@ -193,7 +196,7 @@ class Recipes:
             # One thread: tiny models gain nothing from two, and lose much where the machine is shared.
             "environment": {"LOCAL_WORLD_SIZE": str(os.cpu_count())} | (environment or {}),
             "folder": folder or str(Path(__file__).parents[1]),
-            "tests": str(Path(__file__).parent),
+            "helpers": str(Path(__file__).parent / "helpers"),
             "out": str(out),
             "err": str(err),
         }

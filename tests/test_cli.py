@@ -17,11 +17,11 @@ from tiny import IM_END, tiny_tokenizer
 
 from saro.cli import main
 from saro.config import DataConfig, ModelConfig
-from saro.data.chat import ChatFormat
+from saro.data.chat_format import ChatFormat
 from saro.data.records import Example, Message, Pair, Response
 from saro.data.tree import RowKind
 from saro.errors import SaroError
-from saro.inspect import STYLES, colour, inspect, pair_tree
+from saro.tools.inspect_data import STYLES, colour, inspect, pair_tree
 
 
 @pytest.fixture

@@ -12,18 +12,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_rw import metrics_of
-from test_srpo_recipe import scored_lines
+from run_files import metrics_of, scored_lines
 from tiny import CHATML, IM_END, PAD, save_tiny_model, tiny_tokenizer
 
 import saro.train.reference
 from saro.config import ModelConfig, PreferenceConfig, TrainConfig
-from saro.data.audit import check_masks
-from saro.data.chat import ChatFormat
+from saro.data.chat_format import ChatFormat
 from saro.data.dataset import ExampleSet, PairSet, encode_files, encode_pair_files
+from saro.data.lengths import check_masks
 from saro.data.packs import Pack, lay_out
 from saro.data.records import Example, Message, Response
-from saro.data.schedule import Schedule
+from saro.data.steps import Schedule
 from saro.data.tree import build_tree
 from saro.errors import SaroError
 from saro.files import file_hash

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from saro_kernels.reference import reference_token_logps, reference_token_statistics
+from saro_kernels.definition import reference_token_logps, reference_token_statistics
 from saro_kernels.tile_ops import choose_tile_op
 from saro_kernels.tiled import tiled_token_logps, tiled_token_statistics
 

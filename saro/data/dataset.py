@@ -10,7 +10,7 @@ from functools import cached_property
 import numpy as np
 from tqdm import tqdm
 
-from saro.data.chat import ChatFormat
+from saro.data.chat_format import ChatFormat
 from saro.data.jsonl import shown
 from saro.data.records import KINDS, PAIR_KINDS, Record, read_examples, read_pairs
 from saro.data.tree import RowKind, ScoredSequence, SequenceTree, build_tree, common_prefix

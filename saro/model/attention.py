@@ -20,7 +20,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from saro.data.packs import Pack
-from saro.model.softcap_attention import softcap_attention
+from saro_kernels.softcap_attention import softcap_attention
 
 PACKED = "saro_packed"
 BACKENDS = ("sdpa", "varlen")

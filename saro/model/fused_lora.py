@@ -17,7 +17,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers.activations import GELUTanh, SiLUActivation
 
-from saro.model.own_forward import own_forwards, replacement
+from saro.model.unmodified import own_forwards, replacement
 from saro_kernels import FrozenLinear, LoraLinear, lora_gated_mlp, lora_linear
 
 # Their forward is down_proj(act_fn(gate_proj(x)) * up_proj(x)) and nothing more; a test compares each.

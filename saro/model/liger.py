@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from transformers.activations import GELUTanh, SiLUActivation
 
 from saro.errors import SaroError
-from saro.model.own_forward import own_forwards, replacement
+from saro.model.unmodified import own_forwards, replacement
 
 # The function in transformers' file of a kind of model that all its layers call: it can only be replaced for all models
 # of that kind in the process. By file: transformers' own.

@@ -25,15 +25,15 @@ from transformers import (
 )
 
 from saro.config import DEMO, DataConfig, ModelConfig
-from saro.data.chat import ChatFormat
+from saro.data.chat_format import ChatFormat
 from saro.errors import SaroError
 from saro.files import file_hash
 from saro.model.adapter import adapter_identity, continued_adapter, find_adapter, new_adapter
+from saro.model.architectures import check_supported
 from saro.model.attention import choose_backend
 from saro.model.fused_lora import fuse_lora
 from saro.model.liger import check_liger, use_liger
 from saro.model.policy import Policy
-from saro.model.supported import check_supported
 from saro_kernels import choose_impl
 
 
@@ -123,7 +123,7 @@ def find_model(options: ModelConfig) -> ModelSource:
 
 def _resolve(name: str) -> str:
     if name == DEMO:
-        from saro.demo.model import demo_model
+        from saro.demo.demo_model import demo_model
 
         return str(demo_model())
     folder = Path(name).expanduser()

@@ -18,9 +18,9 @@ from tqdm import tqdm
 
 from saro.config import TrainConfig
 from saro.data.packs import Pack
+from saro.distributed.runtime import Runtime
 from saro.errors import SaroError
 from saro.model.policy import Policy
-from saro.runtime import Runtime
 from saro.train.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from saro.train.metrics import Meter, MetricsFile, Progress, format_metrics
 from saro.train.objective import Objective, Sums

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from saro.distributed.runtime import Runtime
 from saro.files import atomic_write
-from saro.runtime import Runtime
 
 
 def format_metrics(values: Mapping[str, float]) -> str:

@@ -11,9 +11,9 @@ import torch
 from saro.config import PAIR_KINDS
 from saro.data.dataset import PairSet
 from saro.data.packs import Pack
+from saro.distributed.runtime import Runtime
 from saro.files import atomic_write
 from saro.model.policy import Policy
-from saro.runtime import Runtime
 from saro.train.engine import evaluate
 from saro.train.objective import SRPOObjective, Sums
 from saro.train.steps import packs_of

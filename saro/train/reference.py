@@ -15,17 +15,17 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from saro.checks.check_packs import check_packs
 from saro.config import ModelConfig
-from saro.data.chat import ChatFormat
+from saro.data.chat_format import ChatFormat
 from saro.data.dataset import PairSet
 from saro.data.packs import Pack, lay_out
 from saro.data.tree import SequenceTree, build_tree
+from saro.distributed.runtime import Runtime
 from saro.errors import SaroError
 from saro.model.liger import uses_liger
 from saro.model.load import ModelSource, find_model, load_policy
 from saro.model.policy import Policy
-from saro.runtime import Runtime
-from saro.train.checks import check_packs
 from saro.train.reference_cache import ReferenceCache, sequence_key
 from saro.train.steps import packs_of
 

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 
 from saro.data.dataset import PairSet
+from saro.distributed.runtime import Runtime
 from saro.errors import SaroError
 from saro.model.policy import Policy
-from saro.runtime import Runtime
 from saro.train.objective import SRPOObjective
 from saro.train.reference import layout_noise
 from saro.train.steps import Step

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from saro.data.packs import Pack, lay_out, plan_step
-from saro.data.schedule import Schedule
+from saro.data.steps import Schedule
 from saro.data.tree import SequenceTree
 
 

@@ -1,0 +1,65 @@
+"""Draw a run's margins.jsonl: the margin of every held-out pair over the steps, their mean, and the accuracy.
+
+python -m saro.report.plots output/srpo --output margins.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+
+def read_margins(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """(S,) steps of the evaluations and (S, P) margins in nats, pairs in the order of the first evaluation."""
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    steps = sorted({row["step"] for row in rows})
+    of_step = {step: {row["id"]: row["margin"] for row in rows if row["step"] == step} for step in steps}
+    ids = list(of_step[steps[0]])
+    return np.array(steps), np.array([[of_step[step][id] for id in ids] for step in steps])
+
+
+def draw(steps: np.ndarray, margins: np.ndarray, title: str, output: Path) -> None:
+    """Write the plot as PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (above, below) = pyplot.subplots(
+        2, 1, sharex=True, figsize=(7, 5), height_ratios=(3, 1), layout="constrained"
+    )
+    above.plot(steps, margins, color="tab:blue", alpha=0.15, linewidth=0.8)
+    above.plot(
+        steps, margins.mean(1), color="tab:blue", linewidth=2.5, label=f"mean of {margins.shape[1]} held-out pairs"
+    )
+    above.axhline(0, color="black", linewidth=0.6)
+    above.set_ylabel("margin to the reference, nats")
+    above.legend(loc="upper left")
+    above.set_title(title)
+    below.plot(steps, (margins > 0).mean(1), color="tab:orange", linewidth=2)
+    below.set_ylim(0, 1)
+    below.set_ylabel("margin > 0")
+    below.set_xlabel("step")
+    figure.savefig(output, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("run", type=Path, help="folder of an SRPO run")
+    parser.add_argument("--output", type=Path, default=Path("margins.png"), help="PNG file to write")
+    parser.add_argument("--title", default="SRPO: margins of held-out pairs", help="above the plot")
+    options = parser.parse_args()
+    file = options.run / "margins.jsonl"
+    if not file.is_file():
+        sys.exit(f"error: {file}: there is no such file; give the folder of an SRPO run with held-out pairs")
+    steps, margins = read_margins(file)
+    draw(steps, margins, options.title, options.output)
+    print(f"{options.output}: {len(steps)} evaluations of {margins.shape[1]} pairs")
+
+
+if __name__ == "__main__":
+    main()

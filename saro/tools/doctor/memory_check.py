@@ -1,0 +1,134 @@
+"""What a training step takes of the memory, as a line in the tokens of its pack."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import psutil
+import torch
+
+from saro.config import TrainConfig
+from saro.data.packs import Pack, lay_out
+from saro.data.tree import RowKind, ScoredSequence, build_tree
+from saro.errors import SaroError
+from saro.tools.doctor.finding import Finding
+from saro.tools.doctor.machine_checks import device_memory
+from saro.tools.doctor.subject import Subject
+from saro.train.optim import make_optimizer
+
+# Sizes of two packs, as shares of the budget.
+_SHARES = (0.0625, 0.25)
+# Of the device's memory; the rest is for what the measurement does not see, such as fragments.
+_USED = 0.85
+_USUAL_PACKS = (2048, 4096)
+_SAMPLE_SECONDS = 0.002
+
+MEMORY = "memory of two packs"
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Peak memory of a training step as a line in the tokens of its pack, GiB: ``base + slope * tokens``."""
+
+    base: float
+    slope: float
+
+    def of(self, tokens: int) -> float:
+        return self.base + self.slope * tokens
+
+    def largest_pack(self, gib: float) -> int:
+        """Tokens that fit, a multiple of 256; 0 where none does."""
+        return max(0, int((gib - self.base) / self.slope) // 256 * 256)
+
+
+def measure_memory(subject: Subject) -> Memory:
+    """Forward and backward of a small and of a larger pack of one sequence.
+
+    Gradients and the optimizer's states are there before, as from the second pack of the second step on: a first step
+    has its states only when the activations are gone, and its peak may be the same for every pack.
+
+    Raises:
+        SaroError: the larger one took no more memory, so there is no line.
+    """
+    sizes = [int(share * subject.pack_tokens) for share in _SHARES]
+    # At a rate near zero: the weights matter to nobody any more, but they should stay finite.
+    optimizer = make_optimizer(subject.policy.trainable().values(), TrainConfig(lr=1e-12))
+    subject.policy.train()
+    _backward(subject, _pack(subject, sizes[0]))
+    optimizer.step()
+    small, large = (_peak(subject, _pack(subject, tokens)) for tokens in sizes)
+    optimizer.zero_grad(set_to_none=True)
+    slope = (large - small) / (sizes[1] - sizes[0])
+    if slope <= 0:
+        raise SaroError(f"a pack of {sizes[1]} tokens took no more memory than one of {sizes[0]}")
+    return Memory(small - slope * sizes[0], slope)
+
+
+def _pack(subject: Subject, tokens: int) -> Pack:
+    vocab = subject.policy.causal_lm.config.get_text_config().vocab_size
+    ids = np.random.default_rng(0).integers(vocab, size=tokens + 1).astype(np.int32)
+    sequence = ScoredSequence(ids, 1, np.full(tokens, RowKind.THINK, np.uint8), 0)
+    return lay_out([build_tree([sequence])]).to(subject.runtime.device)
+
+
+def _backward(subject: Subject, pack: Pack) -> None:
+    (-subject.policy(pack).mean()).backward()
+
+
+def _peak(subject: Subject, pack: Pack) -> float:
+    """Most memory of forward and backward, GiB."""
+    if subject.runtime.device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(subject.runtime.device)
+        _backward(subject, pack)
+        return subject.runtime.memory()
+    _give_freed_memory_back()
+    return _resident_peak(lambda: _backward(subject, pack))
+
+
+def _give_freed_memory_back() -> None:
+    # ``Runtime.start`` has told glibc to keep it, and then it would count for the next step.
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+def _resident_peak(step: Callable[[], None]) -> float:
+    """Most resident memory while a function runs, GiB; sampled, since the system's own peak never falls."""
+    process, done, peak = psutil.Process(), threading.Event(), 0
+
+    def sample() -> None:
+        nonlocal peak
+        while not done.wait(_SAMPLE_SECONDS):
+            peak = max(peak, process.memory_info().rss)
+
+    sampler = threading.Thread(target=sample, daemon=True)
+    sampler.start()
+    try:
+        step()
+    finally:
+        done.set()
+        sampler.join()
+    return peak / 2**30
+
+
+def memory_check(subject: Subject, advise: Callable[[str], object]) -> Finding:
+    """Measures, and gives advice: the largest pack that fits, and whether the usual ones need gradient checkpointing."""
+    memory = measure_memory(subject)
+    gib = _USED * device_memory(subject.runtime.device)
+    largest = memory.largest_pack(gib)
+    advise(f"pack size: up to {largest:,} tokens (--data.pack_tokens)" if largest else "pack size: none fits")
+    for tokens in _USUAL_PACKS:
+        needed = memory.of(tokens)
+        verdict = "not needed" if needed <= gib else "needed (--model.gradient_checkpointing true)"
+        advise(f"gradient checkpointing for packs of {tokens:,} tokens: {verdict}; a step takes {needed:.1f} GiB")
+    return Finding(
+        MEMORY,
+        largest > 0,
+        f"{memory.base:.2f} GiB + {memory.slope * 2**10:.2f} MiB per token",
+        f"256 tokens in {gib:.1f} GiB, {_USED:.0%} of what there is",
+    )

@@ -1,0 +1,117 @@
+"""Checks of the model as it is loaded, before it is trained."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from saro.checks.check_packs import check_packs
+from saro.config import PreferenceConfig
+from saro.data.packs import lay_out
+from saro.model.attention import BACKENDS, choose_backend, native_attention
+from saro.tools.doctor.finding import Check, Finding, within
+from saro.tools.doctor.subject import Subject
+from saro.train.engine import evaluate
+from saro.train.objective import RWObjective, SRPOObjective
+from saro.train.reference import layout_noise, score_pairs
+from saro.train.start_check import check_start
+from saro.train.steps import packs_of
+
+# Two backends may differ by so many times what two layouts under one of them do.
+_ALLOWED = 3.0
+_GENERATED = 4
+
+ATTENTION = "attention backends"
+
+
+def model_checks(subject: Subject) -> list[Check]:
+    """They leave the model as it was."""
+    return [
+        Check("packs of examples", lambda: _packs("packs of examples", subject, pairs=False)),
+        Check("packs of pair trees", lambda: _packs("packs of pair trees", subject, pairs=True)),
+        Check(ATTENTION, lambda: _attention(subject)),
+        Check("qlora after generation", lambda: _qlora(subject)),
+        Check("margins at the start", lambda: _start(subject)),
+    ]
+
+
+def _packs(name: str, subject: Subject, *, pairs: bool) -> Finding:
+    found = check_packs(subject.policy, subject.pairs if pairs else subject.examples)
+    ratio = f"{found.logps / found.logps_floor:.2g} (gradients {found.gradients / found.gradients_floor:.2g})"
+    # The check itself has the limit.
+    return Finding(name, True, f"{ratio} times what rounding makes", "at most 3")
+
+
+@torch.no_grad()
+def _attention(subject: Subject) -> Finding:
+    policy = subject.policy
+    dtype = policy.autocast or policy.causal_lm.dtype
+    try:
+        for backend in BACKENDS:
+            choose_backend(backend, policy.causal_lm.device, dtype, policy.causal_lm.config)
+    except ValueError as error:
+        return Finding(ATTENTION, None, str(error))
+    trees = subject.pairs.trees(range(len(subject.pairs)), subject.pack_tokens)
+    before, logps, noises = policy.attention, [], []
+    try:
+        for backend in BACKENDS:
+            policy.attention = backend
+            together, noise = layout_noise(policy, trees, subject.pack_tokens)
+            logps.append(together.astype(np.float64))
+            noises.append(noise.mean)
+    finally:
+        policy.attention = before
+    difference = float(np.abs(logps[0] - logps[1]).mean())
+    return within(ATTENTION, difference, _ALLOWED * max(noises), "nats per token apart")
+
+
+def _qlora(subject: Subject) -> Finding:
+    """Guarantee 12. Where the backend does not repeat itself to the bit, its own differences are the limit."""
+    name, policy = "qlora after generation", subject.policy
+    if subject.model.method != "qlora":
+        return Finding(name, None, f"of method qlora, and this is {subject.model.method}")
+    first, again = _gradients(subject), _gradients(subject)
+    packs = packs_of(subject.example_trees([0]), subject.pack_tokens)
+    evaluate(subject.runtime, policy, RWObjective(subject.examples.kinds), packs)
+    _generate(subject)
+    after = _gradients(subject)
+    noise, difference = ((other - first).norm().item() / first.norm().item() for other in (again, after))
+    exact = not noise and difference <= 0
+    limit = "the same bits" if not noise else f"at most {_ALLOWED * noise:.2g}, it repeats itself to {noise:.2g}"
+    return Finding(name, exact or difference <= _ALLOWED * noise, f"gradients differ by {difference:.2g}", limit)
+
+
+def _gradients(subject: Subject) -> torch.Tensor:
+    """Gradients of one example's log-probs in all trainable parameters, one after the other, float64."""
+    policy = subject.policy.eval()
+    pack = lay_out(subject.example_trees([0])).to(policy.causal_lm.device)
+    gradients = torch.autograd.grad(policy(pack).sum(), list(policy.trainable().values()))
+    policy.train()
+    return torch.cat([g.double().flatten() for g in gradients])
+
+
+@torch.no_grad()
+def _generate(subject: Subject) -> None:
+    policy, prompt = subject.policy.eval(), subject.examples.sequence(0)
+    lm = policy.causal_lm
+    ids = torch.from_numpy(prompt.tokens[: prompt.scored_from].astype(np.int64))[None].to(lm.device)
+    with native_attention(lm), policy.precision():
+        lm.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=_GENERATED,
+            do_sample=False,
+            pad_token_id=int(ids[0, 0]),
+        )
+    policy.train()
+
+
+def _start(subject: Subject) -> Finding:
+    policy, pairs, budget = subject.policy, subject.pairs, subject.pack_tokens
+    # Scored one by one, and checked together: another layout than the one that it is checked in.
+    trees = [tree for i in range(len(pairs)) for tree in pairs.trees([i], budget)]
+    reference = score_pairs(policy, pairs, trees, budget)
+    objective = SRPOObjective(pairs.kinds, reference, PreferenceConfig())
+    found = check_start(subject.runtime, policy, objective, subject.pair_steps()[0], pairs, budget)
+    figure = f"{found.margin:.2g} nats, loss {found.loss:.6g}"
+    return Finding("margins at the start", True, figure, f"at most {found.allowed:.2g} nats, ln 2")

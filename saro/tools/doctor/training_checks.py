@@ -1,0 +1,107 @@
+"""Checks of training: a few steps by the engine itself, and a resume."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from contextlib import redirect_stderr
+from pathlib import Path
+
+import torch
+
+from saro.config import TrainConfig
+from saro.errors import SaroError
+from saro.tools.doctor.finding import Check, Finding
+from saro.tools.doctor.subject import Subject
+from saro.train.checkpoint import checkpoint_folder
+from saro.train.engine import Outcome, evaluate, fit
+from saro.train.objective import RWObjective
+from saro.train.steps import packs_of
+
+_STEPS = 3
+_RATE = {"full": 2e-5, "lora": 1e-3, "qlora": 1e-3}
+# A resumed run on a GPU, whose backward may add in another order, may be off by this share of what a step changed.
+_RESUME_SHARE = 1e-2
+# Copies of the trainable weights in two checkpoints: weights and the optimizer's two moments.
+_COPIES = 6
+
+
+def training_checks(subject: Subject, folder: Path) -> list[Check]:
+    """In this order: the second one goes on with what the first one has left in ``folder``."""
+    return [
+        Check("three steps of training", lambda: _training(subject, folder)),
+        Check("resume after two steps", lambda: _resume(subject, folder)),
+    ]
+
+
+def _training(subject: Subject, folder: Path) -> Finding:
+    name = "three steps of training"
+    needed = _COPIES * sum(p.nbytes for p in subject.policy.trainable().values())
+    if shutil.disk_usage(folder).free < needed:
+        return Finding(name, None, f"checkpoints need {needed / 2**30:.1f} GiB in {folder}; set TMPDIR to another disk")
+    before = _loss(subject)
+    outcome = _fit(subject, folder, resume=False)
+    after = _loss(subject)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    changed = min(line["changed_parameters"] for line in lines)
+    norms = max(line["grad_norm"] for line in lines)
+    figure = (
+        f"loss {before:.4f} -> {after:.4f}, gradient norm up to {norms:.2g}, {changed:.0%} of the parameters changed, "
+        f"{outcome.tokens_per_second:.0f} tokens/s, peak {outcome.peak_memory_gib:.2f} GiB"
+    )
+    # The engine itself refuses what is not finite.
+    return Finding(name, changed > 0 and after < before, figure, "lower loss, parameters changed")
+
+
+def _resume(subject: Subject, folder: Path) -> Finding:
+    """The checkpoint of step 2 into weights that were spoilt, and step 3 again."""
+    name, trainable = "resume after two steps", subject.policy.trainable()
+    last, kept = (checkpoint_folder(folder / "checkpoints", step) for step in (_STEPS, _STEPS - 1))
+    if not (last.is_dir() and kept.is_dir()):
+        return Finding(name, None, "there are no checkpoints: the steps of training did not end")
+    straight = {key: p.detach().clone() for key, p in trainable.items()}
+    shutil.rmtree(last)
+    with torch.no_grad():
+        for parameter in trainable.values():
+            parameter.zero_()
+    outcome = _fit(subject, folder, resume=True)
+    if outcome.step != _STEPS:
+        raise SaroError(f"the resumed run ended after step {outcome.step} of {_STEPS}")
+    # Relative to what one step changes: about the learning rate in each entry.
+    step = _RATE[subject.model.method]
+    off = max((p.detach() - straight[key]).abs().mean().item() for key, p in trainable.items()) / step
+    if subject.runtime.device.type == "cpu":
+        same = all(torch.equal(p, straight[key]) for key, p in trainable.items())
+        return Finding(name, same, f"off by {off:.2g} of a step", "the same bits")
+    return Finding(name, off <= _RESUME_SHARE, f"off by {off:.2g} of a step", f"at most {_RESUME_SHARE:.2g}")
+
+
+def _fit(subject: Subject, folder: Path, *, resume: bool) -> Outcome:
+    examples = subject.examples
+    options = TrainConfig(
+        output=str(folder),
+        records_per_step=len(examples),
+        lr=_RATE[subject.model.method],
+        schedule="constant",
+        warmup=0.0,
+        save_every=_STEPS - 1,
+        keep_checkpoints=2,
+    )
+    # The engine's own lines say nothing here.
+    with redirect_stderr(io.StringIO()):
+        return fit(
+            subject.runtime,
+            subject.policy,
+            RWObjective(examples.kinds),
+            subject.example_steps(),
+            _STEPS,
+            options,
+            record_ids=lambda records: [examples.ids[r] for r in records],
+            resume=resume,
+        )
+
+
+def _loss(subject: Subject) -> float:
+    packs = packs_of(subject.example_trees(range(len(subject.examples))), subject.pack_tokens)
+    return evaluate(subject.runtime, subject.policy, RWObjective(subject.examples.kinds), packs)["eval/loss"]

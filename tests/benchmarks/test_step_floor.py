@@ -1,0 +1,70 @@
+"""The floor of a training step: its operations are those that torch counts, its bytes those of the tensors."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from loaded import a_pack, load
+from step_floor import Work, _attention, _product, floor_of_step
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from train_step import copy_bytes
+
+from saro.data.packs import lay_out
+from saro.data.tree import ScoredSequence, build_tree
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_operations_of_products_are_those_that_torch_counts(tiny_model, kind):
+    # The reference head computes no logits twice; with all weights trained no gradient is left out.
+    policy, pack = load(tiny_model(kind), "full", head="reference"), a_pack()
+    with FlopCounterMode(display=False) as counter:
+        policy(pack).sum().backward()
+    counted = counter.get_flop_counts()["Global"]
+    products = sum(n for op, n in counted.items() if "mm" in str(op))
+    floor = floor_of_step(policy, pack)
+    assert floor["linear layers"].operations + floor["head"].operations == products
+
+
+def test_attention_counts_the_scores_of_each_path():
+    config = SimpleNamespace(num_attention_heads=4, num_key_value_heads=2, head_dim=8, num_hidden_layers=3)
+    # A prompt of 10 tokens with two children of 4 and 6: each token reads its ancestors and what is before it.
+    # (The last token of a sequence is not read.)
+    prompt = list(range(10))
+    sequences = [(*prompt, *[20] * 5), (*prompt, *[30] * 7)]
+    pack = lay_out(
+        [build_tree([ScoredSequence(np.array(s, np.int32), 10, np.zeros(len(s) - 10, np.uint8), 0) for s in sequences])]
+    )
+    assert pack.segments == ((0, 10, -1), (10, 14, 0), (14, 20, 0))
+    scores = 10 * 10 / 2 + (4 * 4 / 2 + 4 * 10) + (6 * 6 / 2 + 6 * 10)
+    assert _attention(config, pack, 4).operations == 3 * 4 * scores * 4 * 8 * 3
+
+
+@pytest.mark.parametrize(("trained", "tensors"), [(False, 2), (True, 3)])
+def test_bytes_are_each_tensor_once_for_each_product(trained, tensors):
+    layer = nn.Linear(32, 48, bias=False).requires_grad_(trained)
+    each = 4 * (10 * 32 + 32 * 48 + 10 * 48)
+    assert _product(layer, 10, 4).bytes == tensors * each
+    assert _product(layer, 10, 4, logits=False).bytes == tensors * (each - 4 * 10 * 48)
+
+
+def test_a_4_bit_weight_counts_as_it_is_stored_and_multiplies_as_it_stands_for(tiny_model):
+    pack = a_pack()
+    dense, packed = (floor_of_step(load(tiny_model(), method), pack) for method in ("lora", "qlora"))
+    assert packed["linear layers"].operations == dense["linear layers"].operations
+    assert packed["linear layers"].bytes < dense["linear layers"].bytes
+
+
+def test_the_floor_is_the_longer_of_both():
+    assert Work(100.0, 10.0).seconds(10.0, 10.0) == 10.0
+    assert Work(10.0, 100.0).seconds(10.0, 10.0) == 10.0
+
+
+def test_a_copy_moves_what_it_reads_and_writes():
+    source, target, moved = copy_bytes(torch.device("cpu"))
+    assert moved == source.nbytes + target.nbytes

@@ -1,0 +1,529 @@
+"""The start-up check of packs: it passes on what is right, and every kind of wrong packing fails it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from loaded import DATA, examples_of, load
+from tiny import BOS, IM_END, KINDS_OF_LOGITS, KINDS_OF_MODEL, PAD, random_model, save_tiny_model
+from transformers import (
+    BertConfig,
+    BloomConfig,
+    FalconConfig,
+    MambaConfig,
+    ModernBertDecoderConfig,
+    OPTConfig,
+    RwkvConfig,
+    StableLmConfig,
+)
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaForCausalLM
+
+from saro.checks import check_packs as checks
+from saro.checks.check_packs import check_packs, choose_sequences
+from saro.data.dataset import PairSet
+from saro.errors import SaroError
+from saro.model import attention, fused_lora
+from saro.model import policy as policy_module
+from saro.model.attention import PACKED, AttentionPlan
+from saro.model.policy import Policy
+
+METHODS = ("full", "lora", "qlora")
+
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+# Which sequences are run.
+
+
+@pytest.mark.parametrize(
+    ("lengths", "window", "chosen"),
+    [
+        ((21, 12, 34), None, (12, 21)),
+        ((12, 12, 34), None, (12, 34)),
+        ((21, 12, 34), 8, (12, 21)),
+        ((5, 6, 12, 13, 34), 8, (5, 13)),  # 13 is more than 8 and a half of it
+        ((5, 6, 10, 11), 8, (5, 11)),  # none is: the longest
+        ((5, 6, 9), 8, (5, 6)),  # of 9 tokens 8 are read: all within the window
+        ((5, 6, 9), 100, (5, 6)),
+        ((40, 40), 8, (40, 30)),
+        ((12,), None, (12, 9)),
+        ((2, 2), None, (2, 2)),
+    ],
+)
+def test_the_shortest_and_a_longer_sequence_are_chosen(lengths, window, chosen):
+    data = examples_of(*lengths)
+    sequences = choose_sequences(data, window)
+    assert tuple(len(s.tokens) for s in sequences) == chosen
+    assert all(s.scored_from == 1 for s in sequences)
+    records = [list(data.sequence(i).tokens) for i in range(len(data))]
+    for s in sequences:  # a record, or the beginning of one
+        assert any(record[: len(s.tokens)] == list(s.tokens) for record in records)
+
+
+# It passes on what is right.
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", KINDS_OF_MODEL)
+def test_passes_on_supported_models(tiny_model, kind, method, checkpointing):
+    result = check_packs(load(tiny_model(kind), method, gradient_checkpointing=checkpointing), DATA)
+    assert 0 < result.logps_floor < 1e-5
+    assert result.control > 1e-2
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", [*KINDS_OF_MODEL, *KINDS_OF_LOGITS])
+def test_passes_in_bfloat16(tiny_model, kind, method):
+    assert check_packs(load(tiny_model(kind), method, dtype="bfloat16"), DATA).control > 0.1
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+def test_passes_on_a_deep_model_whose_layers_multiply_what_rounding_does(tmp_path, kind, dtype):
+    types = {"layer_types": ["sliding_attention", "full_attention"] * 8} if kind == "gemma2" else {}
+    folder = str(save_tiny_model(tmp_path, kind, num_hidden_layers=16, **types))
+    for data in (DATA, PAIRS):
+        assert check_packs(load(folder, "lora", dtype=dtype), data).control > 0.1
+
+
+@pytest.mark.parametrize("lengths", [(4, 70), (120, 121)])
+@pytest.mark.parametrize("method", METHODS)
+def test_passes_in_bfloat16_where_two_native_runs_agree_to_the_bit(tiny_model, method, lengths):
+    """Beyond the window both native runs take the kernel with a mask, and pack another one: as near to float64, and
+    1e-2 from them."""
+    check_packs(load(tiny_model("mistral"), method, dtype="bfloat16"), examples_of(*lengths))
+
+
+@pytest.mark.parametrize("head", ["reference", "tiled"])
+def test_passes_with_each_head(tiny_model, head):
+    check_packs(load(tiny_model("qwen3"), head=head), DATA)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_passes_on_other_records(tiny_model, seed):
+    check_packs(load(tiny_model("gemma3")), examples_of(9, 30, 17, seed=seed))
+
+
+@pytest.mark.parametrize("lengths", [(12,), (12, 12), (40, 41)])
+def test_passes_on_few_records(tiny_model, lengths):
+    check_packs(load(tiny_model("mistral")), examples_of(*lengths))
+
+
+def test_dropout_does_not_disturb_it(tiny_model):
+    check_packs(load(tiny_model("llama"), lora_dropout=0.5).train(), DATA)
+
+
+# It fails on what is wrong.
+
+
+def without_isolation(patch):
+    make = AttentionPlan.of
+    patch.setattr(AttentionPlan, "of", lambda pack, backend, isolated=True: make(pack, backend, False))
+
+
+def without_causality(patch):
+    def everything(plan, segment, window):
+        return torch.ones(plan.lengths[segment], sum(plan.lengths[i] for i in plan.paths[segment]), dtype=torch.bool)
+
+    patch.setattr(AttentionPlan, "mask", everything)
+
+
+def changed_attention(**changes):
+    """Sabotage of what ``packed_attention`` hands to its backend."""
+
+    def sabotage(patch):
+        original = attention._sdpa
+
+        def sdpa(query, key, value, plan, scaling, dropout, window, softcap):
+            arguments = {"scaling": scaling, "window": window}
+            arguments |= {name: change(arguments[name]) for name, change in changes.items()}
+            return original(query, key, value, plan, arguments["scaling"], dropout, arguments["window"], softcap)
+
+        patch.setattr(attention, "_sdpa", sdpa)
+
+    return sabotage
+
+
+def changed_pack(**changes):
+    """Sabotage of the tensors of a pack."""
+
+    def sabotage(patch):
+        original = checks.lay_out
+
+        def lay_out(trees):
+            pack = original(trees)
+            return replace(pack, **{name: change(getattr(pack, name)) for name, change in changes.items()})
+
+        patch.setattr(checks, "lay_out", lay_out)
+
+    return sabotage
+
+
+def changed_logps(change):
+    def sabotage(patch):
+        original = policy_module.token_logps
+        patch.setattr(policy_module, "token_logps", lambda *args, **kw: change(original(*args, **kw)))
+
+    return sabotage
+
+
+SABOTAGES = {
+    "sequences see each other": (without_isolation, "logps"),
+    "tokens see what comes after": (without_causality, "logps"),
+    "scale of one percent": (changed_attention(scaling=lambda s: s * 1.01), "logps"),
+    "positions that stand still": (changed_pack(position_ids=torch.zeros_like), "logps"),
+    "positions that run backwards": (changed_pack(position_ids=torch.neg), "logps"),
+    "positions in steps of two": (changed_pack(position_ids=lambda p: 2 * p), "logps"),
+    "rows that read the token before": (changed_pack(row_hidden=lambda r: (r - 1).clamp_min(0)), "logps"),
+    "rows that read their own token": (changed_pack(row_hidden=lambda r: (r + 1).clamp_max(r.max())), "logps"),
+    "targets of the row before": (changed_pack(row_target=lambda t: t.roll(1)), "logps"),
+    "one target": (changed_pack(row_target=lambda t: torch.cat([t[:1] - 1, t[1:]])), "logps"),
+    "one input token": (changed_pack(input_ids=lambda t: torch.cat([t[:-1], t[-1:] - 1])), "logps"),
+    "log-probs in bits": (changed_logps(lambda logps: logps / np.log(2)), "logps"),
+    "log-probs off by a tenth of a promille": (changed_logps(lambda logps: logps * 1.0001), "logps"),
+    "a missing gradient": (
+        changed_logps(lambda logps: torch.cat([logps[:1].detach(), logps[1:]])),
+        "gradients",
+    ),
+    "gradients of one promille more": (changed_logps(lambda x: x + 0.001 * (x - x.detach())), "gradients"),
+    "not a number": (changed_logps(lambda logps: logps * torch.nan), "logps"),
+}
+
+
+@pytest.mark.parametrize(("sabotage", "what"), SABOTAGES.values(), ids=SABOTAGES)
+@pytest.mark.parametrize("method", METHODS)
+def test_fails_on_wrong_packing(tiny_model, monkeypatch, method, sabotage, what):
+    policy = load(tiny_model("llama"), method)
+    sabotage(monkeypatch)
+    with pytest.raises(
+        SaroError, match=f"^packed {what} differ from the model's own by .* packed training would be wrong"
+    ):
+        check_packs(policy, DATA)
+
+
+# Long sequences, of which some rows are compared.
+
+LONG = examples_of(150, 400)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+@pytest.mark.parametrize("kind", KINDS_OF_MODEL)
+def test_passes_on_long_sequences(tiny_model, kind, checkpointing):
+    for data in (LONG, pairs_of(150, 400)):
+        result = check_packs(load(tiny_model(kind), gradient_checkpointing=checkpointing), data)
+        assert 0 < result.logps_floor < 1e-5
+        assert result.control > 1e-3
+
+
+@pytest.mark.parametrize(("sabotage", "what"), SABOTAGES.values(), ids=SABOTAGES)
+def test_fails_on_wrong_packing_of_long_sequences(tiny_model, monkeypatch, sabotage, what):
+    policy = load(tiny_model("llama"))
+    sabotage(monkeypatch)
+    with pytest.raises(SaroError, match=f"^packed {what} differ from the model's own"):
+        check_packs(policy, LONG)
+
+
+def logits_made(policy, data):
+    """Shapes of the logits that the model's own forward makes in the check."""
+    shapes = []
+    handle = policy.causal_lm.register_forward_hook(lambda _, __, output: shapes.append(tuple(output.logits.shape)))
+    check_packs(policy, data)
+    handle.remove()
+    return shapes
+
+
+def test_native_runs_hold_the_logits_of_few_rows(tiny_model):
+    """Of a whole sequence they are gigabytes where the vocabulary is large."""
+    shapes = logits_made(load(tiny_model()), LONG)
+    assert len(shapes) == 5  # each alone, both padded, and each alone once more
+    assert max(rows for _, rows, _ in shapes) <= 128
+
+
+def test_a_model_that_cannot_choose_its_rows_makes_all(tiny_model, monkeypatch):
+    """Such as one with code of its own, which may have no option for it, or take a number of last rows alone."""
+    original = LlamaForCausalLM.forward
+    monkeypatch.setattr(
+        LlamaForCausalLM,
+        "forward",
+        lambda self, input_ids=None, attention_mask=None, use_cache=None: original(
+            self, input_ids=input_ids, attention_mask=attention_mask, use_cache=use_cache
+        ),
+    )
+    assert max(rows for _, rows, _ in logits_made(load(tiny_model()), LONG)) == 399
+
+
+def test_layers_are_recomputed_where_training_does_so(tiny_model):
+    """Without it, a sequence that fits in training might not fit in the check."""
+
+    def forwards(**options):
+        policy, calls = load(tiny_model(), **options), []
+        for layer in policy.causal_lm.get_decoder().layers:
+            layer.input_layernorm.register_forward_hook(lambda *_: calls.append(1))
+        check_packs(policy, DATA)
+        return len(calls)
+
+    layers, with_gradient, without = 2, 6, 1  # runs: five native and a packed one; the one that leaks
+    assert forwards() == layers * (with_gradient + without)
+    assert forwards(gradient_checkpointing=True) == layers * (2 * with_gradient + without)
+
+
+def test_a_models_own_dropout_stays_off_in_layers_that_are_recomputed():
+    """OPT's layers drop some of their output while they are in training, even if nothing inside them is."""
+    shape = {"hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = random_model(OPTConfig(vocab_size=264, word_embed_proj_dim=32, dropout=0.5, **shape))
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    assert check_packs(Policy(model), DATA).logps_floor < 1e-5
+
+
+# Trees of pairs.
+
+
+def pairs_of(*lengths, shared=6, seed=0):
+    """Random pairs whose sides share some tokens: the rejected ones are three tokens longer."""
+    chosen = examples_of(*lengths, seed=seed)
+    rejected = examples_of(*(n + 3 for n in lengths), seed=seed + 1)
+    for i in range(len(lengths)):
+        start = rejected.offsets[i]
+        rejected.tokens[start : start + shared] = chosen.sequence(i).tokens[:shared]
+    return PairSet(chosen, rejected, np.arange(len(lengths), dtype=np.int32))
+
+
+PAIRS = pairs_of(21, 12, 34)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", [*KINDS_OF_MODEL, "gemma2"])
+def test_passes_on_trees_of_pairs(tiny_model, kind, method):
+    result = check_packs(load(tiny_model(kind), method), PAIRS)
+    assert 0 < result.logps_floor < 1e-5
+    assert result.control > 0.01
+
+
+def children_that_do_not_see_what_is_shared(patch):
+    original = checks.lay_out
+
+    def lay_out(trees):
+        pack = original(trees)
+        return replace(pack, segments=tuple((start, stop, -1) for start, stop, _ in pack.segments))
+
+    patch.setattr(checks, "lay_out", lay_out)
+
+
+def children_that_begin_at_position_zero(patch):
+    original = checks.lay_out
+
+    def lay_out(trees):
+        pack = original(trees)
+        positions = pack.position_ids.clone()
+        for start, stop, parent in pack.segments:
+            if parent >= 0:
+                positions[start:stop] -= positions[start].item()
+        return replace(pack, position_ids=positions)
+
+    patch.setattr(checks, "lay_out", lay_out)
+
+
+def siblings_that_see_each_other(patch):
+    original = checks.lay_out
+
+    def lay_out(trees):
+        pack = original(trees)
+        segments = list(pack.segments)
+        segments[2] = (*segments[2][:2], 1)
+        return replace(pack, segments=tuple(segments))
+
+    patch.setattr(checks, "lay_out", lay_out)
+
+
+@pytest.mark.parametrize(
+    "sabotage",
+    [children_that_do_not_see_what_is_shared, children_that_begin_at_position_zero, siblings_that_see_each_other],
+    ids=lambda f: f.__name__.replace("_", " "),
+)
+def test_fails_on_wrong_trees(tiny_model, monkeypatch, sabotage):
+    policy = load(tiny_model())
+    sabotage(monkeypatch)
+    with pytest.raises(SaroError, match="packed logps differ from the model's own"):
+        check_packs(policy, PAIRS)
+
+
+@pytest.mark.parametrize("shared", [9, 11, 120])
+@pytest.mark.parametrize("part", ["target", "hidden state"])
+def test_fails_where_the_fork_of_a_long_tree_alone_is_wrong(tiny_model, monkeypatch, part, shared):
+    """The last shared token predicts the first one of each child: two rows at one place."""
+    original = checks.lay_out
+
+    def lay_out(trees):
+        pack = original(trees)
+        at_fork = pack.row_hidden == shared - 1
+        assert at_fork.sum() == 2
+        if part == "target":
+            return replace(pack, row_target=pack.row_target - at_fork.long())
+        return replace(pack, row_hidden=pack.row_hidden - at_fork.long())
+
+    monkeypatch.setattr(checks, "lay_out", lay_out)
+    with pytest.raises(SaroError, match="packed logps differ from the model's own"):
+        check_packs(load(tiny_model()), pairs_of(150, 400, shared=shared))
+
+
+# Adapters.
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_fails_on_adapters_computed_wrongly(tiny_model, monkeypatch, method):
+    """A new adapter is zero, where a wrong factor would not show."""
+    policy = load(tiny_model(), method)
+    original = fused_lora._parts
+    monkeypatch.setattr(fused_lora, "_parts", lambda layer: replace(original(layer), scaling=0.0))
+    with pytest.raises(SaroError, match="packed logps differ from the model's own"):
+        check_packs(policy, DATA)
+
+
+def test_adapters_are_as_they_were_afterwards(tiny_model):
+    policy = load(tiny_model())
+    before = {name: p.detach().clone() for name, p in policy.trainable().items()}
+    check_packs(policy, DATA)
+    assert all(torch.equal(p, before[name]) for name, p in policy.trainable().items())
+
+
+WINDOWS = {
+    "no window": lambda w: None,
+    "a token more": lambda w: w and w + 1,
+    "a token less": lambda w: w and w - 1,
+}
+
+
+@pytest.mark.parametrize("change", WINDOWS.values(), ids=WINDOWS)
+@pytest.mark.parametrize("kind", ["mistral", "gemma3"])
+def test_fails_on_a_wrong_window(tiny_model, monkeypatch, kind, change):
+    changed_attention(window=change)(monkeypatch)
+    with pytest.raises(SaroError, match=r"^packed logps differ"):
+        check_packs(load(tiny_model(kind)), DATA)
+
+
+def test_fails_on_a_window_in_layers_that_have_none(tiny_model, monkeypatch):
+    changed_attention(window=lambda w: w or 8)(monkeypatch)
+    with pytest.raises(SaroError, match=r"^packed logps differ"):
+        check_packs(load(tiny_model("gemma3")), DATA)
+
+
+@pytest.mark.parametrize("sabotage", [without_isolation, changed_attention(scaling=lambda s: s * 1.5)])
+@pytest.mark.parametrize("kind", [*KINDS_OF_MODEL, "gemma2"])
+def test_fails_in_bfloat16_too(tiny_model, monkeypatch, kind, sabotage):
+    policy = load(tiny_model(kind), dtype="bfloat16")
+    sabotage(monkeypatch)
+    with pytest.raises(SaroError, match=r"^packed logps differ"):
+        check_packs(policy, DATA)
+
+
+def test_a_model_that_sequences_cannot_reach_each_other_in_gives_no_proof(tiny_model):
+    policy = load(tiny_model("llama"))
+    with torch.no_grad():
+        for name, parameter in policy.model.named_parameters():
+            if "o_proj" in name:
+                parameter.zero_()
+    with pytest.raises(SaroError, match="check of packs has no power here: without isolation"):
+        check_packs(policy, DATA)
+
+
+def test_weights_that_are_not_finite_fail(tiny_model):
+    policy = load(tiny_model("llama"))
+    with torch.no_grad():
+        policy.causal_lm.get_input_embeddings().weight[100:].fill_(torch.nan)
+    with pytest.raises(SaroError, match=r"^packed logps differ from the model's own by nan"):
+        check_packs(policy, DATA)
+
+
+# Real models that packed training cannot be right for, had their config not been refused before.
+
+_SHAPE = {
+    "vocab_size": 264,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "bos_token_id": BOS,
+    "eos_token_id": IM_END,
+    "pad_token_id": PAD,
+}
+_DECODER = _SHAPE | {"intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+UNFIT = {
+    "alibi": (lambda: BloomConfig(**_SHAPE, n_head=4), "packed logps differ"),
+    "attention of its own": (lambda: FalconConfig(**_SHAPE, num_attention_heads=4), "packed logps differ"),
+    "arguments that get lost": (
+        lambda: StableLmConfig(**_DECODER),
+        "does not fit this model: StableLmAttention got no plan",
+    ),
+    "attention in both directions": (
+        lambda: BertConfig(**_SHAPE, num_attention_heads=4, intermediate_size=64),
+        "does not fit this model: BertSelfAttention is not causal",
+    ),
+    "state space": (lambda: MambaConfig(**_SHAPE), "does not fit this model|packed logps differ"),
+    "recurrence": (lambda: RwkvConfig(**_SHAPE), "does not fit this model|packed logps differ"),
+    "another decoder": (
+        lambda: ModernBertDecoderConfig(
+            **_SHAPE, num_attention_heads=4, intermediate_size=64, cls_token_id=1, sep_token_id=1
+        ),
+        "does not fit this model|packed logps differ",
+    ),
+}
+
+
+@pytest.mark.parametrize(("config", "message"), UNFIT.values(), ids=UNFIT)
+def test_fails_on_models_that_cannot_be_packed(config, message):
+    with pytest.raises(SaroError, match=message):
+        check_packs(Policy(random_model(config())), DATA)
+
+
+@pytest.mark.parametrize("name", ["s_aux", "position_bias", "attention_bias"])
+def test_fails_on_an_attention_argument_that_is_not_known(tiny_model, monkeypatch, name):
+    """transformers' own sdpa function swallows these; packed attention must not."""
+    original = LlamaAttention.forward
+    monkeypatch.setattr(LlamaAttention, "forward", lambda *args, **kw: original(*args, **kw, **{name: 30.0}))
+    message = f"^packed attention does not fit this model: .* does not know the argument {name} of LlamaAttention"
+    with pytest.raises(SaroError, match=message):
+        check_packs(load(tiny_model("llama")), DATA)
+
+
+# It leaves no trace.
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["passes", "fails"])
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("method", METHODS)
+def test_leaves_the_policy_as_it_was(tiny_model, monkeypatch, method, training, fails):
+    policy = load(tiny_model("mistral"), method).train(training)
+    before = {name: t.clone() for name, t in policy.state_dict().items()}
+    for parameter in policy.trainable().values():
+        parameter.grad = torch.full_like(parameter, 0.5)
+    trainable = set(policy.trainable())
+    random = torch.get_rng_state()
+    if fails:
+        without_isolation(monkeypatch)
+        with pytest.raises(SaroError):
+            check_packs(policy, DATA)
+    else:
+        check_packs(policy, DATA)
+    assert policy.training == training
+    assert all(module.training == training for module in policy.modules())
+    assert set(policy.trainable()) == trainable
+    assert all((p.grad == 0.5).all() for p in policy.trainable().values())
+    assert all(torch.equal(t, before[name]) for name, t in policy.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), random)
+    assert policy.causal_lm.config._attn_implementation == PACKED
+    assert not policy.causal_lm.get_input_embeddings()._forward_hooks
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_gives_no_parameter_a_gradient(tiny_model, method):
+    policy = load(tiny_model("llama"), method)
+    check_packs(policy, DATA)
+    assert all(parameter.grad is None for parameter in policy.parameters())
+
+
+def test_gives_the_same_numbers_twice(tiny_model):
+    policy = load(tiny_model("gemma3"), "qlora")
+    assert check_packs(policy, DATA) == check_packs(policy, DATA)

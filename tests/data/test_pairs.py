@@ -1,0 +1,141 @@
+"""Preference pairs from JSONL to token ids."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from datetime import date
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny import IM_END, tiny_tokenizer
+
+from saro.data.chat_format import ChatFormat
+from saro.data.dataset import encode_pair_files
+from saro.data.records import Message, Response, read_pairs
+from saro.demo import demo_file
+from saro.errors import SaroError
+
+CHAT = ChatFormat(tiny_tokenizer(), frozenset([IM_END]), date(2024, 7, 26))
+USER = [{"role": "user", "content": "Hi"}]
+NATIVE = {
+    "id": "p",
+    "kind": "pp-cot",
+    "prompt": "Hi",
+    "chosen": {"reasoning": ["a", "b"], "answer": "c"},
+    "rejected": {"answer": "d"},
+}
+
+
+def _turn(text: str) -> list[dict]:
+    return [{"role": "assistant", "content": text}]
+
+
+def _only(pairs):
+    (pair,) = pairs
+    return pair
+
+
+def _refusal(file: str) -> str:
+    with pytest.raises(SaroError) as caught:
+        list(read_pairs(file))
+    return str(caught.value)
+
+
+def test_a_native_pair(records_file):
+    pair = _only(read_pairs(records_file([NATIVE])))
+    assert (pair.id, pair.kind, pair.prompt) == ("p", "pp-cot", (Message("user", "Hi"),))
+    assert (pair.chosen, pair.rejected) == (Response("a\nb", "c"), Response(None, "d"))
+
+
+def test_trls_string_preference_format_takes_no_template(records_file):
+    pair = _only(read_pairs(records_file([{"prompt": "Hi", "chosen": " yes", "rejected": " no"}])))
+    assert (pair.prompt, pair.kind) == ("Hi", "op-cot")
+    assert (pair.chosen.answer, pair.rejected.answer) == (" yes", " no")
+
+
+def test_trls_conversational_preference_format(records_file):
+    pair = _only(read_pairs(records_file([{"prompt": USER, "chosen": _turn("yes"), "rejected": _turn("no")}])))
+    assert pair.prompt == (Message("user", "Hi"),)
+    assert (pair.chosen.answer, pair.rejected.answer) == ("yes", "no")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rejected": NATIVE["chosen"]}, "chosen equals rejected; drop this pair"),
+        ({"rejected": {"answer": " "}}, "rejected: answer is empty; write it or drop the record"),
+        ({"rejected": {"reasoning": "x"}}, "rejected has no answer; add it"),
+        ({"rejected": "d"}, "chosen is an object; give both sides in one form"),
+        ({"rejected": {"answr": "d", "answer": "e"}}, 'rejected has the field "answr"; did you mean answer?'),
+        ({"kind": "pp-cott"}, 'kind is "pp-cott"; did you mean pp-cot?'),
+        ({"messages": USER}, 'field "messages" makes this an example, not a pair; give examples to stage 1 (RW)'),
+        (
+            {"prompt": USER, "chosen": USER + _turn("a"), "rejected": USER + _turn("b")},
+            "chosen is not one assistant turn; put the turns before it into the prompt",
+        ),
+    ],
+)
+def test_a_faulty_pair_is_named_with_its_line_and_the_mend(records_file, change, message):
+    file = records_file([NATIVE | {"id": "good"}, NATIVE | change])
+    assert _refusal(file) == f"{file}:2: {message}"
+
+
+def test_a_pair_without_a_prompt_is_refused_and_the_prompt_is_not_guessed(records_file):
+    """huggingface/trl#6472: the prompt was guessed from the text that both answers begin with."""
+    file = records_file([{"chosen": USER + _turn("a"), "rejected": USER + _turn("b")}])
+    assert 'field "prompt" is missing' in _refusal(file)
+
+
+def test_both_sides_are_encoded_on_the_same_prompt(records_file):
+    pairs = encode_pair_files([records_file([NATIVE])], CHAT, max_tokens=512)
+    chosen, rejected = pairs.sequences(0)
+    assert chosen.scored_from == rejected.scored_from
+    assert np.array_equal(chosen.tokens[: chosen.scored_from], rejected.tokens[: rejected.scored_from])
+    text = CHAT.tokenizer.decode
+    assert text(chosen.tokens[chosen.scored_from :]) == "<think>\na\nb\n</think>\n\nc<|im_end|>"
+    assert text(rejected.tokens[rejected.scored_from :]) == "d<|im_end|>"
+    assert (pairs.ids, pairs.kinds.tolist(), len(pairs)) == (("p",), [1], 1)
+
+
+@pytest.mark.parametrize("long_side", ["chosen", "rejected"])
+def test_a_pair_too_long_on_one_side_is_an_error_or_dropped_whole(records_file, long_side):
+    file = records_file([NATIVE, NATIVE | {"id": "long", long_side: {"answer": "x" * 300}}])
+    with pytest.raises(SaroError, match=r":2: \d+ tokens, more than the 200 allowed; nothing is cut"):
+        encode_pair_files([file], CHAT, max_tokens=200)
+    pairs = encode_pair_files([file], CHAT, max_tokens=200, too_long="drop")
+    assert (pairs.ids, pairs.chosen.dropped) == (("p",), ("long",))
+
+
+def test_sides_that_are_the_same_tokens_are_refused(records_file):
+    same = {"chosen": {"reasoning": "a", "answer": "b"}, "rejected": {"answer": "<think>\na\n</think>\n\nb"}}
+    with pytest.raises(SaroError, match="chosen and rejected are the same tokens; drop this pair"):
+        encode_pair_files([records_file([NATIVE | same])], CHAT, max_tokens=200)
+
+
+def _demo(name: str) -> list[dict]:
+    return [json.loads(line) for line in Path(demo_file(name)).read_text(encoding="utf-8").splitlines()]
+
+
+def _shared_steps(record: dict) -> int:
+    sides = zip(record["chosen"]["reasoning"], record["rejected"]["reasoning"], strict=False)
+    return next((i for i, (a, b) in enumerate(sides) if a != b), -1)
+
+
+def test_there_are_enough_demo_pairs_and_all_can_be_read():
+    assert len(list(read_pairs(demo_file("srpo_train")))) >= 64
+    assert len(list(read_pairs(demo_file("srpo_heldout")))) >= 16
+    assert Counter(r["kind"] for r in _demo("srpo_train"))["pp-cot"] >= 40
+
+
+@pytest.mark.parametrize("name", ["srpo_train", "srpo_heldout"])
+def test_process_pairs_of_the_demo_share_one_to_five_first_steps_and_outcome_pairs_none(name):
+    for record in _demo(name):
+        assert _shared_steps(record) in (range(1, 6) if record["kind"] == "pp-cot" else [0])
+
+
+def test_no_demo_prompt_is_used_twice_in_either_stage():
+    names = ("srpo_train", "srpo_heldout", "rw_train", "rw_heldout")
+    prompts = Counter(json.dumps(r["prompt"]) for name in names for r in _demo(name))
+    assert prompts.most_common(1)[0][1] == 1

@@ -1,0 +1,137 @@
+"""Processes, threads and trackers."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from accelerate import Accelerator
+
+from saro.distributed.runtime import Runtime
+from saro.errors import SaroError
+
+ROOT = Path(__file__).parents[2]
+
+
+def start(*trackers: str) -> None:
+    """In a process of its own: starts a runtime and prints what it found."""
+    try:
+        runtime = Runtime.start(list(trackers), "output")
+    except SaroError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    total = runtime.sum_(torch.tensor([1.0, runtime.rank]))
+    runtime.say("only once")
+    found = {
+        "rank": runtime.rank,
+        "processes": runtime.processes,
+        "threads": torch.get_num_threads(),
+        "said_threads": runtime.threads,
+        "device": str(runtime.device),
+        "main": runtime.is_main,
+        "sum": total.tolist(),
+        "memory": runtime.memory(),
+    }
+    print(json.dumps(found))
+    runtime.barrier()
+    runtime.end()
+
+
+def start_alone(_: str) -> None:
+    """The same where the launcher's promise is not seen by accelerate."""
+    promised = os.environ.pop("WORLD_SIZE")
+    Accelerator(cpu=True)
+    os.environ["WORLD_SIZE"] = promised
+    start()
+
+
+def found_by(process) -> dict[str, object]:
+    assert process.code == 0, process.err
+    return json.loads(process.out)
+
+
+def test_one_process_is_the_normal_case(recipes):
+    done = recipes.run(call=f"{__file__}:start")
+    found = found_by(done)
+    assert (found["rank"], found["processes"], found["main"], found["sum"]) == (0, 1, True, [1.0, 0.0])
+    assert found["device"] == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert done.err == "only once\n"
+
+
+@pytest.mark.parametrize("local_processes", [1, 2, 1000])
+def test_the_cores_are_shared_between_the_processes_of_a_machine(recipes, local_processes):
+    """`accelerate launch` without a GPU sets OMP_NUM_THREADS=1, as this test does, and training would crawl."""
+    found = found_by(recipes.run(call=f"{__file__}:start", environment={"LOCAL_WORLD_SIZE": str(local_processes)}))
+    cores = min(len(os.sched_getaffinity(0)), psutil.cpu_count(logical=False) or 1)
+    assert found["threads"] == found["said_threads"] == max(1, cores // local_processes)
+
+
+def test_two_processes_find_each_other(recipes):
+    done = recipes.run_ranks(2, call=f"{__file__}:start")
+    found = [found_by(p) for p in done]
+    assert [f["rank"] for f in found] == [0, 1]
+    assert [f["processes"] for f in found] == [2, 2]
+    assert [f["main"] for f in found] == [True, False]
+    assert [f["sum"] for f in found] == [[2.0, 1.0]] * 2
+    assert [p.err for p in done] == ["only once\n", ""]
+
+
+def test_fewer_processes_than_the_launcher_promised_is_an_error_with_the_mend(recipes):
+    """`accelerate launch --cpu --num_processes 2` starts one process, which would train on every record as if alone."""
+    done = recipes.run("lonely", call=f"{__file__}:start_alone", environment={"WORLD_SIZE": "2"})
+    assert done.code == 2, done.err
+    mend = "on a CPU use accelerate launch --multi_gpu --num_processes N --num_machines 1, or torchrun"
+    assert done.err == f"error: the launcher promised 2 processes, and there are 1; {mend}\n"
+
+
+def test_a_process_that_cannot_find_the_others_says_how_to_launch(recipes):
+    done = recipes.run(call=f"{__file__}:start", environment={"WORLD_SIZE": "2"})
+    assert done.code == 2, done.err
+    assert done.err.startswith("error: cannot join the launcher's processes (")
+    assert done.err.endswith("or torchrun\n")
+    assert done.err.count("\n") == 1
+
+
+def test_an_unknown_tracker_is_an_error_that_names_it(recipes, tmp_path):
+    done = recipes.run("tensorbord", call=f"{__file__}:start", folder=str(tmp_path))
+    assert done.code == 2
+    assert done.err == "error: train.trackers: unknown tracker 'tensorbord'; did you mean tensorboard?\n"
+
+
+def test_a_tracker_that_is_not_installed_is_an_error(recipes, tmp_path):
+    """accelerate leaves it out without a word, and the user finds an empty dashboard in the morning."""
+    done = recipes.run("wandb", call=f"{__file__}:start", folder=str(tmp_path))
+    assert done.code == 2
+    assert done.err == "error: train.trackers: wandb is not installed; install it with pip, or leave it out\n"
+
+
+def test_starting_writes_nothing(recipes, tmp_path):
+    found_by(recipes.run("tensorboard", call=f"{__file__}:start", folder=str(tmp_path)))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_memory_is_in_gib(recipes):
+    assert 0.1 < found_by(recipes.run(call=f"{__file__}:start"))["memory"] < 8
+
+
+def test_collectives_of_one_process_do_nothing(runtime):
+    tensor = torch.tensor([3.0])
+    assert runtime.sum_(tensor) is tensor
+    assert tensor.item() == 3
+    module = torch.nn.Linear(1, 1)
+    assert runtime.wrap(module) is module
+    with runtime.synchronize(module, last=False):
+        pass
+    runtime.barrier()
+
+
+def test_only_runtime_imports_accelerate_or_torch_distributed():
+    for file in [*(ROOT / "saro").rglob("*.py"), *(ROOT / "recipes").glob("*.py")]:
+        text = file.read_text()
+        found = "import accelerate" in text or "from accelerate" in text or "torch.distributed as" in text
+        assert found == (file.name == "runtime.py"), file

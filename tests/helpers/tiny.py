@@ -1,0 +1,213 @@
+"""Tiny models and a byte-level tokenizer, made from their configs: what most tests train."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from datetime import date
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    Cohere2Config,
+    CohereConfig,
+    Gemma2Config,
+    Gemma3TextConfig,
+    Gemma4TextConfig,
+    GraniteConfig,
+    HyperCLOVAXConfig,
+    LlamaConfig,
+    MiniCPM3Config,
+    MistralConfig,
+    NanoChatConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    VaultGemmaConfig,
+)
+
+from saro.config import DataConfig, ModelConfig, TrainConfig
+from saro.data.dataset import ExampleSet, encode_files
+from saro.data.steps import Schedule
+from saro.data.tree import build_tree
+from saro.distributed.runtime import Runtime
+from saro.model.load import find_model, load_policy
+from saro.train.engine import Outcome, fit
+from saro.train.objective import Objective, RWObjective
+from saro.train.steps import Steps
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+SPECIAL = ("<|pad|>", "<|im_start|>", "<|im_end|>", "<|bos|>")
+PAD, IM_START, IM_END, BOS = range(4)
+
+_SHAPE = {
+    "vocab_size": 264,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 512,
+    "pad_token_id": PAD,
+    "bos_token_id": BOS,
+    "eos_token_id": IM_END,
+}
+
+
+def tiny_tokenizer(template: str | None = CHATML, extra: tuple[str, ...] = ()) -> PreTrainedTokenizerFast:
+    """One token per byte, and the special tokens; ``extra`` adds more of them."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: i for i, token in enumerate((*SPECIAL, *alphabet))}
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([*SPECIAL, *extra])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<|bos|>", eos_token="<|im_end|>", pad_token="<|pad|>"
+    )
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def tiny_config(kind: str = "llama", **changes: object) -> PreTrainedConfig:
+    """Config of a tiny model: "llama", "qwen3", "mistral" (window of 8 tokens) or "gemma3" (both layer types).
+
+    Those of ``KINDS_OF_LOGITS`` scale or cap their logits, or the scores of their attention.
+    """
+    if kind == "llama":
+        return LlamaConfig(**_SHAPE | {"tie_word_embeddings": True} | changes)
+    if kind == "qwen3":
+        return Qwen3Config(**_SHAPE | changes)
+    if kind == "mistral":
+        return MistralConfig(**_SHAPE | {"sliding_window": 8} | changes)
+    if kind == "gemma3":
+        both = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
+        return Gemma3TextConfig(**_SHAPE | {"query_pre_attn_scalar": 8} | both | changes)
+    if kind in _KINDS_OF_LOGITS:
+        config, options = _KINDS_OF_LOGITS[kind]
+        return config(**_SHAPE | options | changes)
+    raise ValueError(kind)
+
+
+_KINDS_OF_LOGITS = {
+    "cohere": (CohereConfig, {"logit_scale": 0.25}),
+    "cohere2": (Cohere2Config, {"logit_scale": 0.25, "sliding_window": 8}),
+    "granite": (
+        GraniteConfig,
+        {
+            "logits_scaling": 4.0,
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.5,
+            "attention_multiplier": 0.2,
+        },
+    ),
+    "hyperclovax": (HyperCLOVAXConfig, {"logits_scaling": 0.25}),
+    "minicpm3": (MiniCPM3Config, {"dim_model_base": 8, "num_key_value_heads": 4}),
+    "gemma3 with a softcap": (Gemma3TextConfig, {"query_pre_attn_scalar": 8, "final_logit_softcapping": 3.0}),
+    "gemma2": (
+        Gemma2Config,
+        {
+            "final_logit_softcapping": 3.0,
+            "attn_logit_softcapping": 1.5,
+            "query_pre_attn_scalar": 8,
+            "sliding_window": 8,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+    ),
+    "vaultgemma": (VaultGemmaConfig, {"attn_logit_softcapping": 1.5, "query_pre_attn_scalar": 8, "sliding_window": 8}),
+    "gemma4": (
+        Gemma4TextConfig,
+        {
+            "final_logit_softcapping": 3.0,
+            "sliding_window": 8,
+            "vocab_size_per_layer_input": 264,
+            "hidden_size_per_layer_input": 8,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+    ),
+    "nanochat": (NanoChatConfig, {"final_logit_softcapping": 3.0}),
+}
+
+KINDS_OF_MODEL = ("llama", "qwen3", "mistral", "gemma3")
+KINDS_OF_LOGITS = tuple(_KINDS_OF_LOGITS)
+
+
+def random_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """The same weights each time, and large: with the default ones all logits are alike and a wrong mask would not show."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim >= 2:
+                parameter.normal_(std=0.2)
+    return model
+
+
+def save_tiny_model(folder: Path, kind: str = "llama", **changes: object) -> Path:
+    """A folder that ``find_model`` and ``load_policy`` take: random weights, tokenizer, chat template."""
+    random_model(tiny_config(kind, **changes)).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@dataclass
+class Training:
+    """All that ``fit`` takes, for a run in this process. Change a part of it, then call ``fit``."""
+
+    policy: torch.nn.Module
+    data: ExampleSet
+    objective: Objective
+    steps: Steps
+    options: TrainConfig
+
+    @classmethod
+    def on(
+        cls,
+        folder: str,
+        records: str,
+        output: Path,
+        *,
+        pack_tokens: int = 256,
+        model: dict[str, object] | None = None,
+        policy: torch.nn.Module | None = None,
+        rank: int = 0,
+        processes: int = 1,
+        **train: object,
+    ) -> Training:
+        """Of a model's folder (LoRA unless ``model`` says otherwise) on a records file; ``train``: TrainConfig's."""
+        model_options = ModelConfig(**{"name": folder, "method": "lora"} | (model or {}))
+        source = find_model(model_options)
+        chat = source.chat_format(DataConfig(), date(2024, 7, 26))
+        data = encode_files([records], chat, max_tokens=pack_tokens)
+        defaults = {"output": str(output), "records_per_step": 4, "lr": 1e-2, "save_every": 0, "epochs": 100}
+        options = TrainConfig(**defaults | train)
+        if policy is None:
+            policy = load_policy(source, model_options, torch.device("cpu"), options.seed)
+        output.mkdir(parents=True, exist_ok=True)
+        schedule = Schedule(data.kinds, options.records_per_step, options.seed)
+        steps = Steps(schedule, lambda rs: [build_tree([data.sequence(r)]) for r in rs], pack_tokens, rank, processes)
+        return cls(policy, data, RWObjective(data.kinds), steps, options)
+
+    def fit(self, runtime: Runtime, total_steps: int, **options: object) -> Outcome:
+        """Train."""
+        train = {k: options.pop(k) for k in list(options) if k in TrainConfig.__dataclass_fields__}
+        return fit(
+            runtime,
+            self.policy,
+            self.objective,
+            self.steps,
+            total_steps,
+            replace(self.options, **train),
+            record_ids=lambda records: [self.data.ids[r] for r in records],
+            **options,
+        )
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """Copies of the trainable weights."""
+        return {name: p.detach().clone() for name, p in self.policy.trainable().items()}

@@ -1,0 +1,272 @@
+"""Which model types are refused before anything is loaded, and what is known of those that are not."""
+
+from __future__ import annotations
+
+import pytest
+from loaded import DATA, load
+from tiny import KINDS_OF_LOGITS, KINDS_OF_MODEL, tiny_config
+from transformers import (
+    BambaConfig,
+    BloomConfig,
+    CohereConfig,
+    DbrxConfig,
+    DeepseekV3Config,
+    FalconConfig,
+    FalconMambaConfig,
+    Gemma2Config,
+    Gemma3Config,
+    GPT2Config,
+    GPTNeoXConfig,
+    GptOssConfig,
+    GraniteConfig,
+    JambaConfig,
+    Lfm2Config,
+    Llama4Config,
+    Llama4TextConfig,
+    LlamaConfig,
+    MambaConfig,
+    MistralConfig,
+    MixtralConfig,
+    MptConfig,
+    Olmo3Config,
+    Phi3Config,
+    Qwen2Config,
+    Qwen2VLConfig,
+    Qwen3MoeConfig,
+    Qwen3NextConfig,
+    RwkvConfig,
+    SmolLM3Config,
+    T5Config,
+)
+from transformers.models.emu3 import Emu3Config
+from transformers.models.fuyu import FuyuConfig
+
+from saro.checks.check_packs import check_packs
+from saro.errors import SaroError
+from saro.model.architectures import check_supported, sliding_window
+from saro.model.logits import LogitOptions, logit_options
+
+
+def changed(config, **changes):
+    for name, value in changes.items():
+        setattr(config, name, value)
+    return config
+
+
+REFUSED = {
+    "encoder-decoder": (lambda: T5Config(), "'t5' is not supported: it is an encoder-decoder"),
+    "experts of mixtral": (lambda: MixtralConfig(), "'mixtral' .* mixture of experts"),
+    "experts of qwen3": (lambda: Qwen3MoeConfig(), "'qwen3_moe' .* mixture of experts"),
+    "experts of deepseek": (lambda: DeepseekV3Config(), "'deepseek_v3' .* mixture of experts"),
+    "experts of gpt-oss": (lambda: GptOssConfig(), "'gpt_oss' .* mixture of experts"),
+    "experts of jamba": (lambda: JambaConfig(), "'jamba' .* mixture of experts"),
+    "experts in a config inside": (lambda: DbrxConfig(), r"'dbrx' .* mixture of experts \(moe_num_experts=4\)"),
+    "a logit scale of unknown meaning": (
+        lambda: changed(LlamaConfig(), logit_scale=0.0625),
+        "'llama' .* logit_scale=0.0625 changes its scores",
+    ),
+    "a scaling by another model's option": (
+        lambda: changed(CohereConfig(), logits_scaling=8.0),
+        "'cohere' .* logits_scaling=8.0 changes its scores",
+    ),
+    "a multiplier of the head": (
+        lambda: changed(LlamaConfig(), lm_head_multiplier=0.5),
+        "'llama' .* lm_head_multiplier=0.5 changes its scores",
+    ),
+    "attention in both directions": (
+        lambda: tiny_config("gemma3", use_bidirectional_attention=True),
+        "use_bidirectional_attention=True changes its scores",
+    ),
+    "chunked attention": (lambda: changed(LlamaConfig(), attention_chunk_size=64), "attention_chunk_size=64 changes"),
+    "chunked layers": (
+        lambda: tiny_config("qwen3", layer_types=["chunked_attention", "full_attention"]),
+        "layers of type chunked_attention; only full_attention and sliding_attention can be packed",
+    ),
+    "llama 4 text": (lambda: Llama4TextConfig(), "'llama4_text' is not supported"),
+    "dynamic rope": (
+        lambda: tiny_config("llama", rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}),
+        r"rotary embedding \(dynamic\) depends on the length",
+    ),
+    "dynamic rope in its old spelling": (
+        lambda: tiny_config("llama", rope_scaling={"type": "dynamic", "factor": 2.0}),
+        r"rotary embedding \(dynamic\) depends on the length",
+    ),
+    "longrope": (
+        lambda: Phi3Config(
+            rope_parameters={
+                "rope_type": "longrope",
+                "short_factor": [1.0] * 48,
+                "long_factor": [1.0] * 48,
+                "rope_theta": 1e4,
+                "original_max_position_embeddings": 4096,
+            },
+            max_position_embeddings=131072,
+        ),
+        r"'phi3' .* rotary embedding \(longrope\) depends on the length",
+    ),
+    "dynamic rope of one layer type": (
+        lambda: tiny_config(
+            "gemma3",
+            rope_parameters={
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+                "full_attention": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e6},
+            },
+        ),
+        r"rotary embedding \(dynamic\) depends on the length",
+    ),
+    "linear attention": (
+        lambda: Qwen3NextConfig(num_experts=0, num_experts_per_tok=0, shared_expert_intermediate_size=0),
+        "'qwen3_next' .* layers of type linear_attention",
+    ),
+    "linear attention set by hand": (
+        lambda: changed(tiny_config("qwen3"), layer_types=["linear_attention", "full_attention"]),
+        "layers of type linear_attention",
+    ),
+    "convolutions": (
+        lambda: Lfm2Config(num_hidden_layers=2, layer_types=["conv", "full_attention"]),
+        "layers of type conv",
+    ),
+    "mamba": (lambda: MambaConfig(), "'mamba' is not supported"),
+    "falcon mamba": (lambda: FalconMambaConfig(), "'falcon_mamba' is not supported"),
+    "mamba and attention": (lambda: BambaConfig(), "'bamba' is not supported"),
+    "recurrent": (lambda: RwkvConfig(), "'rwkv' .* carry a state from token to token"),
+    "alibi of bloom": (lambda: BloomConfig(), "'bloom' .* attention interface"),
+    "alibi of mpt": (lambda: MptConfig(), "'mpt' .* attention interface"),
+    "attention of its own": (lambda: FalconConfig(), "'falcon' .* attention interface"),
+    "vision of gemma 3": (lambda: Gemma3Config(), "'gemma3' .* multimodal; extract the text model"),
+    "vision of qwen2": (lambda: Qwen2VLConfig(), "'qwen2_vl' .* multimodal; extract the text model"),
+    "vision of llama 4": (lambda: Llama4Config(), "'llama4' .* multimodal"),
+    "vision without a vision config": (lambda: FuyuConfig(), "'fuyu' .* multimodal"),
+    "vision of emu3": (lambda: Emu3Config(), "'emu3' .* multimodal"),
+    "quantized weights": (
+        lambda: changed(LlamaConfig(), quantization_config={"quant_method": "gptq", "bits": 4}),
+        "its weights are quantized already; give the original model",
+    ),
+}
+
+
+@pytest.mark.parametrize(("config", "message"), REFUSED.values(), ids=REFUSED)
+def test_is_refused_by_name(config, message):
+    with pytest.raises(SaroError, match=message) as caught:
+        check_supported(config())
+    assert str(caught.value).startswith("model type '")
+    assert "\n" not in str(caught.value)
+
+
+ACCEPTED = {
+    **{kind: (lambda kind=kind: tiny_config(kind)) for kind in (*KINDS_OF_MODEL, *KINDS_OF_LOGITS)},
+    "rope of llama 3": lambda: tiny_config(
+        "llama",
+        rope_parameters={
+            "rope_type": "llama3",
+            "rope_theta": 5e5,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 128,
+        },
+    ),
+    "yarn": lambda: tiny_config(
+        "llama",
+        rope_parameters={
+            "rope_type": "yarn",
+            "rope_theta": 1e4,
+            "factor": 4.0,
+            "original_max_position_embeddings": 128,
+        },
+    ),
+    "linear rope": lambda: tiny_config(
+        "llama", rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
+    ),
+    "no softcaps": lambda: changed(tiny_config("gemma3"), final_logit_softcapping=None, attn_logit_softcapping=None),
+    "a scale of one": lambda: changed(LlamaConfig(), logit_scale=1.0, logits_scaling=1),
+    "cohere": CohereConfig,
+    "granite": lambda: GraniteConfig(logits_scaling=8.0),
+    "experts of none": lambda: changed(LlamaConfig(), num_local_experts=0, num_experts_per_tok=0),
+    "llama": LlamaConfig,
+    "mistral": MistralConfig,
+    "qwen2": Qwen2Config,
+    "phi3": Phi3Config,
+    "smollm3": SmolLM3Config,
+    "olmo3": Olmo3Config,
+    "gpt2": GPT2Config,
+    "gpt_neox": GPTNeoXConfig,
+}
+
+
+@pytest.mark.parametrize("config", ACCEPTED.values(), ids=ACCEPTED)
+def test_is_accepted(config):
+    check_supported(config())
+
+
+def test_a_config_of_code_that_comes_with_a_model_is_judged_by_its_options():
+    class TheirConfig(LlamaConfig):
+        model_type = "theirs"
+
+    check_supported(TheirConfig())
+    with pytest.raises(SaroError, match=r"'theirs' .* mixture of experts"):
+        check_supported(changed(TheirConfig(), n_routed_experts=8))
+
+
+@pytest.mark.parametrize(
+    ("config", "window"),
+    [
+        (lambda: tiny_config("llama"), None),
+        (lambda: tiny_config("mistral"), 8),
+        (lambda: tiny_config("mistral", sliding_window=None), None),
+        (lambda: tiny_config("gemma3"), 8),
+        (lambda: tiny_config("gemma3", layer_types=["full_attention", "full_attention"]), None),
+        (lambda: Qwen2Config(use_sliding_window=False, sliding_window=16), None),
+        (lambda: Qwen2Config(use_sliding_window=True, sliding_window=16, max_window_layers=2), 16),
+    ],
+    ids=["llama", "mistral", "mistral without", "gemma3", "gemma3 full", "qwen2 off", "qwen2 on"],
+)
+def test_sliding_window_is_that_of_the_layers(config, window):
+    assert sliding_window(config()) == window
+
+
+# Scales and softcaps of logits.
+
+
+@pytest.mark.parametrize(
+    ("config", "want"),
+    [
+        (CohereConfig(), LogitOptions(scale=0.0625)),
+        (GraniteConfig(logits_scaling=8.0), LogitOptions(scale=0.125)),
+        (Gemma2Config(), LogitOptions(softcap=30.0)),
+        (tiny_config("hyperclovax", logits_scaling=0.125), LogitOptions(scale=0.125)),
+        (tiny_config("minicpm3", dim_model_base=4), LogitOptions(scale=0.125)),
+        (tiny_config("gemma3 with a softcap", final_logit_softcapping=None), LogitOptions()),
+        *((tiny_config(kind), LogitOptions()) for kind in KINDS_OF_MODEL),
+    ],
+    ids=lambda x: x.model_type if hasattr(x, "model_type") else "",
+)
+def test_options_of_a_config(config, want):
+    assert logit_options(config) == want
+
+
+@pytest.mark.parametrize("kind", KINDS_OF_LOGITS)
+@pytest.mark.parametrize("method", ["full", "qlora"])
+@pytest.mark.parametrize("head", ["reference", "tiled-torch"])
+def test_packs_equal_the_unmodified_model(tiny_model, kind, method, head):
+    policy = load(tiny_model(kind), method)
+    policy.head = head
+    result = check_packs(policy, DATA)
+    assert result.logps < 1e-6
+    assert result.control > 1e-2
+
+
+@pytest.mark.parametrize("kind", KINDS_OF_LOGITS)
+def test_without_them_the_check_fails(tiny_model, kind):
+    policy = load(tiny_model(kind))
+    policy.logits = LogitOptions()
+    with pytest.raises(SaroError, match=r"^packed logps differ"):
+        check_packs(policy, DATA)
+
+
+@pytest.mark.parametrize("kind", ["granite", "cohere"])
+def test_a_factor_that_should_divide_fails_the_check(tiny_model, kind):
+    policy = load(tiny_model(kind))
+    policy.logits = LogitOptions(scale=1 / policy.logits.scale)
+    with pytest.raises(SaroError, match=r"^packed logps differ"):
+        check_packs(policy, DATA)

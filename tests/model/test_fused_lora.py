@@ -1,0 +1,153 @@
+"""PEFT's layers computed by saro_kernels: the same numbers, and PEFT's own forward wherever ours would not be exact."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from loaded import a_pack, load
+from peft import LoraConfig, get_peft_model
+from tiny import KINDS_OF_MODEL, tiny_config
+from transformers import AutoModelForCausalLM
+
+import saro.model.fused_lora
+from saro.model.fused_lora import fuse_lora
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def wake(policy):
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for parameter in policy.trainable().values():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    return policy
+
+
+def outcome(policy) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    policy.train()
+    policy.zero_grad(set_to_none=True)
+    logps = policy(a_pack())
+    logps.sum().backward()
+    return logps.detach(), {name: p.grad.clone() for name, p in policy.trainable().items()}
+
+
+@pytest.fixture
+def calls(monkeypatch) -> list[str]:
+    """Names of our functions as they are called."""
+    found: list[str] = []
+    for name in ("lora_linear", "lora_gated_mlp"):
+        original = getattr(saro.model.fused_lora, name)
+
+        def counting(*arguments, name=name, original=original):
+            found.append(name)
+            return original(*arguments)
+
+        monkeypatch.setattr(saro.model.fused_lora, name, counting)
+    return found
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+@pytest.mark.parametrize("kind", KINDS_OF_MODEL)
+def test_log_probs_and_gradients_are_those_of_pefts_layers(tiny_model, kind, method, calls):
+    logps, gradients = outcome(wake(load(tiny_model(kind), method)))
+    assert calls.count("lora_linear") == 2 * 4
+    assert calls.count("lora_gated_mlp") == 2
+    expected_logps, expected = outcome(wake(load(tiny_model(kind), method, fused_lora=False)))
+    assert len(calls) == 10
+    torch.testing.assert_close(logps, expected_logps, rtol=1e-5, atol=1e-5)
+    whole, theirs = (torch.cat([g.flatten() for g in of.values()]) for of in (gradients, expected))
+    assert (whole - theirs).norm() < 1e-5 * theirs.norm()
+
+
+def test_in_float64_they_agree_to_the_last_digits(tiny_model):
+    runs = [outcome(wake(load(tiny_model("qwen3"), fused_lora=fused)).double()) for fused in (True, False)]
+    torch.testing.assert_close(runs[0][0], runs[1][0], rtol=1e-11, atol=1e-11)
+    for name, gradient in runs[0][1].items():
+        torch.testing.assert_close(gradient, runs[1][1][name], rtol=1e-7, atol=1e-9)
+
+
+def test_a_layer_alone_is_fused_where_its_neighbours_have_no_adapter(tiny_model, calls):
+    outcome(load(tiny_model(), lora_targets=["q_proj", "down_proj"]))
+    assert calls == ["lora_linear"] * 4
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_a_disabled_adapter_gives_the_base(tiny_model, method, calls):
+    policy = wake(load(tiny_model(), method))
+    with torch.no_grad(), policy.model.disable_adapter():
+        base = policy(a_pack())
+    assert not calls
+    plain = load(tiny_model(), method, fused_lora=False)
+    with torch.no_grad():
+        torch.testing.assert_close(base, plain(a_pack()), rtol=1e-5, atol=1e-5)
+
+
+def test_a_merged_adapter_is_not_added_twice(tiny_model, calls):
+    policy = wake(load(tiny_model()))
+    with torch.no_grad():
+        apart = policy(a_pack())
+        calls.clear()
+        policy.model.merge_adapter()
+        merged = policy(a_pack())
+    assert not calls
+    torch.testing.assert_close(merged, apart, rtol=1e-4, atol=1e-4)
+
+
+def test_dropout_is_left_to_peft_while_training(tiny_model, calls):
+    policy = load(tiny_model(), lora_dropout=0.5)
+    outcome(policy)
+    assert not calls
+    with torch.no_grad():
+        policy.eval()(a_pack())
+    assert calls
+
+
+def test_a_generation_step_is_left_to_peft(tiny_model, calls):
+    policy = load(tiny_model()).eval()
+    layer = policy.causal_lm.get_decoder().layers[0].mlp
+    with torch.no_grad():
+        layer(torch.zeros(1, 3, 32))
+        assert not calls
+        layer(torch.zeros(1, 30, 32))
+    assert calls == ["lora_gated_mlp"]
+
+
+@pytest.mark.parametrize("options", [{"use_dora": True}, {"lora_bias": True}], ids=lambda o: next(iter(o)))
+def test_what_is_not_plain_lora_is_left_to_peft(options):
+    model = AutoModelForCausalLM.from_config(tiny_config())
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "down_proj"], **options))
+    assert fuse_lora(adapted) == 0
+
+
+def test_two_active_adapters_are_left_to_peft(tiny_model, calls):
+    policy = load(tiny_model())
+    policy.model.add_adapter("second", LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    policy.model.base_model.set_adapter(["default", "second"])
+    with torch.no_grad():
+        policy.causal_lm.get_decoder().layers[0].self_attn.q_proj(torch.zeros(1, 30, 32))
+    assert not calls
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_gradient_checkpointing_gives_the_same_gradients(tiny_model, method):
+    plain = outcome(wake(load(tiny_model(), method)))[1]
+    again = outcome(wake(load(tiny_model(), method, gradient_checkpointing=True)))[1]
+    assert all(torch.equal(plain[name], again[name]) for name in plain)
+
+
+def test_bfloat16_stays_within_the_error_budget(tiny_model):
+    """Against the same weights in float64: at most twice the error of PEFT's layers."""
+    truth, errors = None, []
+    for options in ({"fused_lora": False, "dtype": "float32"}, {}, {"fused_lora": False}):
+        policy = wake(load(tiny_model("qwen3"), **{"dtype": "bfloat16"} | options))
+        if truth is None:
+            with torch.no_grad():
+                for parameter in policy.causal_lm.parameters():
+                    if not parameter.requires_grad:
+                        parameter.copy_(parameter.bfloat16())
+            policy = policy.double()
+        gradients = torch.cat([g.double().flatten() for g in outcome(policy)[1].values()])
+        truth = gradients if truth is None else truth
+        errors.append(((gradients - truth).norm() / truth.norm()).item())
+    _, ours, theirs = errors
+    assert ours <= 2 * theirs

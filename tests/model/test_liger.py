@@ -1,0 +1,203 @@
+"""liger-kernel's layers: put in and taken out as a whole, refused with a reason, and part of the reference's key."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError
+
+import pytest
+import torch
+from loaded import a_pack, load
+from tiny import save_tiny_model
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers.models.llama import modeling_llama
+
+import saro.model.liger as liger
+import saro.model.load
+from saro.config import ModelConfig
+from saro.errors import SaroError
+from saro.model.fused_lora import pefts_own_lora
+from saro.model.liger import check_liger, transformers_own_layers, use_liger, uses_liger
+from saro.model.load import find_model, load_policy
+from saro.train.reference import cache_key
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.fixture(autouse=True)
+def own_rotary(tiny_model) -> Iterator[None]:
+    from transformers.models.gemma3 import modeling_gemma3
+    from transformers.models.llama import modeling_llama
+    from transformers.models.qwen3 import modeling_qwen3
+
+    files = (modeling_llama, modeling_qwen3, modeling_gemma3)
+    before = [file.apply_rotary_pos_emb for file in files]
+    yield
+    for file, rotary in zip(files, before, strict=True):
+        file.apply_rotary_pos_emb = rotary
+
+
+@pytest.fixture
+def anywhere(monkeypatch) -> None:
+    """As if this were a GPU: the layers are put in, though they could not be run."""
+    monkeypatch.setattr(saro.model.load, "check_liger", lambda model_type, device: None)
+
+
+def rotary(model: PreTrainedModel) -> str:
+    return sys.modules[type(model).__module__].apply_rotary_pos_emb.__module__
+
+
+def ligers(model: torch.nn.Module) -> list[str]:
+    return sorted({module._get_name() for module in model.modules() if liger._is_ligers(module)})
+
+
+@pytest.mark.parametrize(
+    ("kind", "layers"),
+    [
+        ("llama", ["LigerRMSNorm", "LigerSwiGLUMLP"]),
+        ("qwen3", ["LigerRMSNorm", "LigerSwiGLUMLP"]),
+        ("gemma3", ["LigerGEGLUMLP", "LigerRMSNorm"]),
+    ],
+)
+def test_norms_gated_mlp_and_rotary_embedding_are_ligers(tiny_model, anywhere, kind, layers):
+    lm = load(tiny_model(kind), "full", liger=True).causal_lm
+    assert ligers(lm) == layers
+    assert rotary(lm).startswith("liger_kernel.")
+    assert uses_liger(lm)
+
+
+def test_the_loss_stays_ours(tiny_model, anywhere):
+    lm = load(tiny_model(), "full", liger=True).causal_lm
+    assert "forward" not in lm.__dict__
+    assert type(lm).forward.__module__.startswith("transformers.")
+
+
+def test_a_fused_mlp_keeps_our_function_and_another_ligers(tiny_model, anywhere):
+    policy = load(tiny_model(), liger=True)
+    assert ligers(policy.model) == ["LigerRMSNorm"]
+    for options in ({"fused_lora": False}, {"lora_dropout": 0.1}):
+        assert ligers(load(tiny_model(), liger=True, **options).model) == ["LigerRMSNorm", "LigerSwiGLUMLP"]
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma3"])
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_transformers_own_layers_compute_inside(tiny_model, anywhere, kind, method):
+    expected = load(tiny_model(kind), method)(a_pack())
+    policy = load(tiny_model(kind), method, liger=True)
+    lm, layers = policy.causal_lm, ligers(policy.model)
+    with transformers_own_layers(lm):
+        assert not uses_liger(lm)
+        assert rotary(lm).startswith("transformers.")
+        assert torch.equal(policy(a_pack()), expected)
+    assert ligers(policy.model) == layers
+    assert rotary(lm).startswith("liger_kernel.")
+
+
+def test_another_model_of_that_kind_keeps_its_own_norms_and_mlp(tiny_model, anywhere):
+    load(tiny_model(), "full", liger=True)
+    other = load(tiny_model(), "full").causal_lm
+    assert ligers(other) == []
+    assert not any(type(module).__module__.startswith("liger_kernel.") for module in other.modules())
+
+
+def test_they_are_put_back_after_an_error(tiny_model, anywhere):
+    lm = load(tiny_model(), "full", liger=True).causal_lm
+    with pytest.raises(KeyError), transformers_own_layers(lm):
+        raise KeyError
+    assert uses_liger(lm)
+    assert rotary(lm).startswith("liger_kernel.")
+
+
+def test_it_nests_with_pefts_own_layers(tiny_model, anywhere):
+    expected = load(tiny_model(), fused_lora=False)(a_pack())
+    policy = load(tiny_model(), liger=True)
+    with pefts_own_lora(policy.model), transformers_own_layers(policy.causal_lm):
+        assert torch.equal(policy(a_pack()), expected)
+
+
+def test_a_model_without_them_is_left_alone(tiny_model):
+    policy = load(tiny_model(), "full")
+    expected = policy(a_pack())
+    with transformers_own_layers(policy.causal_lm):
+        assert torch.equal(policy(a_pack()), expected)
+    assert not uses_liger(policy.causal_lm)
+
+
+def test_the_reference_is_scored_again_with_them(tiny_model, anywhere):
+    source = find_model(ModelConfig(name=tiny_model()))
+    keys = [
+        cache_key(load_policy(source, ModelConfig(name=tiny_model(), method="lora", liger=on), CPU, 0), source, CPU)
+        for on in (False, True)
+    ]
+    assert "liger-kernel" in keys[1]["versions"]
+    assert "liger-kernel" not in keys[0]["versions"]
+
+
+def test_without_cuda_it_is_refused_before_the_weights_are_read(tiny_model, monkeypatch):
+    monkeypatch.setattr(saro.model.load, "_load_base", lambda *_: pytest.fail("the weights were read"))
+    with pytest.raises(SaroError, match=r"CUDA only; leave --model.liger out"):
+        load(tiny_model(), liger=True)
+
+
+def test_where_it_is_not_installed_it_says_how_to(monkeypatch):
+    def missing(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(liger, "version", missing)
+    with pytest.raises(SaroError, match=r"pip install liger-kernel$"):
+        check_liger("llama", CUDA)
+
+
+def test_a_version_of_it_that_does_not_go_with_transformers_is_refused(monkeypatch):
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers.monkey_patch", None)
+    with pytest.raises(SaroError, match=r"^--model.liger: .*liger_kernel"):
+        check_liger("llama", CUDA)
+
+
+def test_a_model_that_brings_its_own_code_is_refused_and_transformers_left_as_it_was(tiny_model):
+    class OwnLlama(LlamaForCausalLM):
+        pass
+
+    before = dict(vars(modeling_llama))
+    model = OwnLlama(LlamaConfig.from_pretrained(tiny_model()))
+    with pytest.raises(SaroError, match=r"OwnLlama brings its own code; leave --model.liger out"):
+        use_liger(model)
+    assert vars(modeling_llama) == before
+
+
+@pytest.mark.parametrize(("kind", "option"), [("llama", "hidden_act"), ("gemma3", "hidden_activation")])
+def test_an_mlp_with_another_activation_stays_transformers(tmp_path, anywhere, kind, option):
+    lm = load(str(save_tiny_model(tmp_path, kind, **{option: "gelu"})), "full", liger=True).causal_lm
+    assert ligers(lm) == ["LigerRMSNorm"]
+    mlp = lm.model.layers[0].mlp
+    assert type(mlp).__name__ in repr(mlp)
+    x = torch.randn(2, 32)
+    assert torch.equal(mlp(x), mlp.down_proj(torch.nn.functional.gelu(mlp.gate_proj(x)) * mlp.up_proj(x)))
+
+
+def test_a_kind_of_model_that_it_does_not_know_is_refused():
+    with pytest.raises(SaroError, match="no layers for model type 'gpt_neox'"):
+        check_liger("gpt_neox", CUDA)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma3"])
+def test_kinds_that_it_knows_are_accepted(kind):
+    check_liger(kind, CUDA)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="liger-kernel runs on CUDA only")
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma3"])
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_on_a_gpu_log_probs_and_gradients_are_those_of_transformers_layers(tiny_model, kind, method):
+    runs = []
+    for on in (False, True):
+        options = ModelConfig(name=tiny_model(kind), method=method, dtype="float32", liger=on)
+        policy = load_policy(find_model(options), options, CUDA, 0)
+        logps = policy(a_pack().to(CUDA))
+        logps.sum().backward()
+        runs.append((logps.detach(), torch.cat([p.grad.flatten() for p in policy.trainable().values()])))
+    (logps, gradients), (ligers_logps, ligers_gradients) = runs
+    torch.testing.assert_close(ligers_logps, logps, rtol=1e-5, atol=1e-5)
+    assert (ligers_gradients - gradients).norm() < 1e-4 * gradients.norm()

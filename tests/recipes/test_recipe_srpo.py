@@ -1,0 +1,380 @@
+"""recipes/srpo.py from end to end, in processes: what it writes, what it says, and how it ends and goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM
+from run_files import ROOT, TIMING, assert_same_run, metrics_of, scored_lines, steps_logged, wait_for, weights_of
+from safetensors.torch import load_file
+
+from saro.config import PAIR_KINDS
+
+
+def margins_of(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "margins.jsonl").read_text().splitlines()]
+
+
+# What a run leaves.
+
+
+def test_a_run_from_the_base_model(srpo, srpo_arguments, tmp_path):
+    done = srpo(*srpo_arguments(train_eval_every=2, train_samples=2, train_sample_tokens=3, train_max_steps=6))
+    assert done.code == 0, done.err
+    assert done.out == ""
+    run = tmp_path / "run"
+    names = {p.name for p in run.iterdir() if not p.name.startswith(".")}
+    written = {"config.yaml", "manifest.json", "metrics.jsonl", "margins.jsonl", "before.json", "after.json"}
+    assert names == written | {"checkpoints", "final"}
+
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "grad_norm" in line]
+    assert [line["step"] for line in steps] == [1, 2, 3, 4, 5, 6]
+    own = {"loss", "chosen_fell"} | {f"rewards/{n}" for n in ("chosen", "rejected", "margins", "accuracies")}
+    own |= {f"{n}/{side}" for n in ("logps", "delta_logps") for side in ("chosen", "rejected")}
+    own |= {f"delta_logps/{side}/{part}" for side in ("chosen", "rejected") for part in ("think", "answer")}
+    shared = {"step", "grad_norm", "lr", "epoch", "changed_parameters", *TIMING}
+    assert set(steps[0]) >= shared | own
+    assert set(steps[0]) - shared <= own | {f"{kind}/{name}" for kind in PAIR_KINDS for name in own}
+    assert steps[0]["loss"] == pytest.approx(0.6931, abs=1e-4)
+    assert steps[-1]["loss"] < 0.5
+    evaluations = [line for line in lines if "eval/loss" in line]
+    assert [line["step"] for line in evaluations] == [2, 4]
+
+    rows = margins_of(run)
+    assert [(row["step"], row["id"]) for row in rows] == [(s, f"p{i}") for s in (0, 2, 4, 6) for i in range(5)]
+    assert all(abs(row["margin"]) < 1e-3 for row in rows[:5])
+    after = json.loads((run / "after.json").read_text())["metrics"]
+    assert sum(row["margin"] for row in rows[-5:]) / 5 == pytest.approx(after["eval/rewards/margins"] / 0.1, rel=1e-4)
+
+    assert "loss 0.6931 at the start; margins up to" in done.err
+    assert "Held-out pairs" in done.err
+    last = [line for line in done.err.splitlines() if line.strip()][-1]
+    assert last.startswith("6 steps, ")
+    # Records are named by id; what they say does not end in a log.
+    assert "Count to" not in done.err
+    own = done.err.replace(str(tmp_path), "").replace("head tiled-torch", "").lower()
+    for word in ("warn", "deprecat", "torch", "transformers", "traceback"):
+        assert word not in own, word
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_it_goes_on_with_the_adapter_of_stage_1_as_one_adapter_on_the_original_base(
+    srpo, recipes, rw_arguments, srpo_arguments, tmp_path, tiny_model, method
+):
+    trained = rw_arguments(train_output=tmp_path / "rw", model_lora_rank=4, model_method=method)
+    assert recipes.run(*trained).code == 0
+    rw_final = tmp_path / "rw" / "final"
+    done = srpo(*srpo_arguments(model_name=rw_final, model_method=method))
+    assert done.code == 0, done.err
+    final = tmp_path / "run" / "final"
+    config = json.loads((final / "adapter_config.json").read_text())
+    assert (config["r"], config["base_model_name_or_path"]) == (4, tiny_model())
+    before, after = (load_file(folder / "adapter_model.safetensors") for folder in (rw_final, final))
+    assert before.keys() == after.keys()
+    moved = max((before[name] - after[name]).abs().max() for name in before)
+    assert 0 < moved < 0.2
+    assert list(AutoPeftModelForCausalLM.from_pretrained(final).peft_config) == ["default"]
+
+
+def test_another_method_than_stage_1_had_is_refused(srpo, srpo_arguments, rw_final):
+    """The base in 4 bits is another base than the one that the adapter was trained on."""
+    done = srpo(*srpo_arguments(model_name=rw_final, model_method="qlora"))
+    assert done.code == 2
+    assert "was trained with --model.method lora, on another base than qlora gives it" in done.err
+
+
+def test_full_fine_tuning_starts_from_a_full_model(srpo, recipes, rw_arguments, srpo_arguments, tmp_path):
+    done = recipes.run(*rw_arguments(train_output=tmp_path / "rw", model_method="full", train_lr=1e-4))
+    assert done.code == 0, done.err
+    done = srpo(*srpo_arguments(model_name=tmp_path / "rw" / "final", model_method="full", train_lr=1e-3))
+    assert done.code == 0, done.err
+    assert metrics_of(tmp_path / "run")[0]["loss"] == pytest.approx(0.6931, abs=1e-4)
+
+
+def test_without_arguments_it_takes_the_demo_run_of_stage_1_where_there_is_one(srpo, tmp_path, monkeypatch):
+    """Up to where the model would load: the demo model itself is not at hand in every test."""
+    from saro.demo import start_of
+
+    monkeypatch.chdir(tmp_path)
+    said: list[str] = []
+    assert start_of("demo", said.append) == "demo"
+    assert "starting from the base model" in said[0]
+    for name, model in (("output/rw", "org/other"), ("output/demo-rw", "demo")):
+        (tmp_path / name / "final").mkdir(parents=True)
+        (tmp_path / name / "manifest.json").write_text(json.dumps({"config": {"model": {"name": model}}}))
+    assert start_of("demo", said.append) == "output/demo-rw/final"
+    assert "output/demo-rw/final" in said[1]
+    assert start_of("org/own", said.append) == "org/own"
+    assert len(said) == 2
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"preference_loss": "hinge"},
+        {"preference_loss": "ipo", "preference_length_normalize": True},
+        {"preference_loss": "robust", "preference_label_smoothing": 0.1},
+        {"preference_nll": 0.5},
+        {"preference_scored": "divergent"},
+        {"data_group_by_prompt": False},
+        {"data_heldout": "[]"},
+    ],
+    ids=lambda options: " ".join(f"{k}={v}" for k, v in options.items()),
+)
+def test_every_option_of_the_loss_trains(srpo, srpo_arguments, tmp_path, options):
+    done = srpo(*srpo_arguments(**options))
+    assert done.code == 0, done.err
+    lines = metrics_of(tmp_path / "run")
+    assert len(lines) == 4
+    assert lines[-1]["rewards/margins"] > 0
+
+
+def test_a_warning_tells_when_chosen_responses_lose_probability(srpo, srpo_arguments):
+    done = srpo(*srpo_arguments(preference_warn_chosen_fell=0.0, train_lr=0.1, train_max_steps=8))
+    assert done.code == 0, done.err
+    warnings = [line for line in done.err.splitlines() if line.startswith("warning:")]
+    assert 1 <= len(warnings) <= 2  # of the training pairs, and of the held-out ones
+    assert "the chosen response has lost probability in" in warnings[0]
+
+
+# The reference.
+
+
+def test_a_sweep_scores_the_reference_once(srpo, srpo_arguments, tmp_path):
+    """The reference is recomputed needlessly elsewhere when only beta changes."""
+    first = srpo(*srpo_arguments(train_output=tmp_path / "first"))
+    assert scored_lines(first.err) == ["reference: scoring 24 of 24 pairs"]  # the held-out ones are among them
+    sweep = [{"preference_beta": 0.5}, {"train_lr": 1e-3}, {"preference_loss": "ipo"}, {"train_seed": 3}]
+    sweep += [{"data_pack_tokens": 200}, {"train_records_per_step": 3}, {"model_lora_rank": 2}]
+    for i, change in enumerate(sweep):
+        done = srpo(*srpo_arguments(train_output=tmp_path / str(i), train_max_steps=1, **change))
+        assert done.code == 0, done.err
+        assert scored_lines(done.err) == [], change
+
+
+def test_added_rows_are_scored_alone(srpo, srpo_arguments, records_file, pairs, tmp_path):
+    arguments = srpo_arguments(train_max_steps=1, data_heldout="[]")
+    file = records_file(pairs[:10], "pairs.jsonl")
+    assert scored_lines(srpo(*arguments).err) == ["reference: scoring 10 of 10 pairs"]
+    assert file == records_file(pairs, "pairs.jsonl")
+    assert scored_lines(srpo(*arguments, "--overwrite").err) == ["reference: scoring 14 of 24 pairs"]
+
+
+def test_a_resumed_run_starts_where_it_began_though_another_start_has_appeared(
+    srpo, srpo_arguments, rw_final, tmp_path
+):
+    """The demo begins with what stage 1 has left, which may be there only later."""
+    folder = tmp_path / "run"
+    assert srpo(*srpo_arguments(model_name=rw_final, train_max_steps=1)).code == 0
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["start"] == str(rw_final)
+    manifest["config"]["model"]["name"] = "demo"
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    done = srpo(*srpo_arguments("--resume", model_name="demo", train_max_steps=1))
+    assert done.code == 0, done.err
+
+
+def test_changed_data_is_told_before_the_reference_is_scored(srpo, srpo_arguments, records_file, pairs):
+    arguments = srpo_arguments(train_max_steps=1)
+    assert srpo(*arguments).code == 0
+    records_file([*pairs, pairs[0] | {"id": "new", "prompt": "Another?"}], "pairs.jsonl")
+    done = srpo(*arguments, "--resume")
+    assert done.code == 2
+    assert "the data is not what the run began with" in done.err
+    assert scored_lines(done.err) == []
+
+
+def test_the_loss_that_is_logged_is_the_one_that_is_minimised(srpo, srpo_arguments, tmp_path):
+    assert srpo(*srpo_arguments(preference_nll=0.5, train_eval_every=1)).code == 0
+    for line in metrics_of(tmp_path / "run"):
+        prefix = "eval/" if "eval/loss" in line else ""
+        whole = line[f"{prefix}loss/preference"] + 0.5 * line[f"{prefix}loss/nll"]
+        assert line[f"{prefix}loss"] == pytest.approx(whole)
+
+
+def test_another_model_may_be_the_reference(srpo, srpo_arguments, rw_final, tiny_model, tmp_path):
+    done = srpo(*srpo_arguments(model_name=rw_final, preference_reference=tiny_model()))
+    assert done.code == 0, done.err
+    assert "at the start; margins" not in done.err  # the policy is not its reference, so the check has nothing to say
+    before = json.loads((tmp_path / "run" / "before.json").read_text())["metrics"]
+    assert abs(before["eval/delta_logps/chosen"]) > 1
+
+
+# Bad input.
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rejected": {"reasoning": ["x"], "answer": " "}}, "rejected: answer is empty; write it or drop the record"),
+        ({"rejected": "text"}, "chosen is an object; give both sides in one form"),
+        ({"chosen": {"answer": "x" * 300}}, "400 tokens, more than the 256 allowed; nothing is cut"),
+    ],
+)
+def test_a_bad_pair_is_one_line_and_leaves_nothing(
+    srpo, srpo_arguments, records_file, pairs, tmp_path, change, message
+):
+    file = records_file([pairs[0], pairs[1] | change], "bad.jsonl")
+    done = srpo(*srpo_arguments(data_train=json.dumps([file])))
+    assert done.code == 2
+    assert done.err.startswith(f"error: {file}:2: ")
+    assert message in done.err or ("tokens, more than the 256 allowed" in done.err and "tokens" in message)
+    assert done.err.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_pair_too_long_on_one_side_is_dropped_whole_and_named(srpo, srpo_arguments, records_file, pairs, tmp_path):
+    file = records_file([*pairs[:6], pairs[6] | {"rejected": {"answer": "x" * 300}}], "long.jsonl")
+    done = srpo(*srpo_arguments(data_train=json.dumps([file]), data_too_long="drop", train_max_steps=1))
+    assert done.code == 0, done.err
+    assert "train: 6 pairs" in done.err
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    assert manifest["records"]["train"]["dropped"] == ["p6"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--preference.bta", "1"], "unknown option --preference.bta; did you mean --preference.beta?"),
+        (["--preference.beta", "0"], "preference.beta is 0.0; it must be above 0"),
+        (["--preference.label_smoothing", "0.5"], "it must be at least 0 and below 0.5"),
+        (
+            ["--preference.loss", "hinge", "--preference.label_smoothing", "0.1"],
+            "is for sigmoid and robust, not for hinge",
+        ),
+        (
+            ["--preference.scored", "divergent", "--preference.nll", "1"],
+            "skips rows that nll needs; set one of the two",
+        ),
+        (["--preference.scored", "divergent", "--preference.length_normalize", "true"], "length_normalize needs"),
+        (["--preference.warn_chosen_fell", "2"], "a share of the pairs, 0 to 1"),
+        (["--preference.reference", ""], "preference.reference is empty; give start, or the folder of a model"),
+        (["--data.weights", "{general: 2}"], "unknown kind 'general'; valid are op-cot, pp-cot"),
+    ],
+)
+def test_a_wrong_option_is_one_line(srpo, tmp_path, arguments, message):
+    done = srpo(*arguments, "--train.output", tmp_path / "run")
+    assert done.code == 2
+    assert message in done.err
+    assert done.err.count("\n") == 1
+
+
+def test_examples_of_stage_1_are_refused(srpo, srpo_arguments, records_file, examples):
+    file = records_file(examples, "examples.jsonl")
+    done = srpo(*srpo_arguments(data_train=json.dumps([file])))
+    assert done.code == 2
+    assert "makes this an example, not a pair; give examples to stage 1 (RW)" in done.err
+
+
+# Being stopped.
+
+
+def test_kill_9_at_any_moment_loses_nothing_but_time(recipes, srpo, srpo_arguments, rw_final, cache, tmp_path):
+    options = {"model_name": rw_final, "train_max_steps": 60, "train_epochs": 100, "train_eval_every": 7}
+    options |= {"model_lora_dropout": 0.3}
+    unbroken = srpo(*srpo_arguments(train_output=tmp_path / "unbroken", **options))
+    assert unbroken.code == 0, unbroken.err
+    for shard in cache.rglob("shards/*.safetensors"):
+        shard.unlink()
+    seed = random.SystemRandom().randrange(10**6)
+    print(f"seed of the moments: {seed}")
+    moments = random.Random(seed)
+    for _ in range(8):
+        environment = {"SARO_CACHE": str(cache)}
+        process = recipes.start(*srpo_arguments("--resume", **options), recipe="srpo", environment=environment)
+        if moments.random() < 0.4:
+            time.sleep(moments.uniform(0, 1.5))
+        else:
+            steps = moments.randrange(1, 6)
+            wait_for(lambda p=process, n=steps: p.err.count("grad_norm") >= n or "model in" in p.err, process)
+            time.sleep(moments.uniform(0, 0.02))
+        process.send(signal.SIGKILL)
+        assert process.wait().code in (-signal.SIGKILL, 0), process.err
+    last = srpo(*srpo_arguments("--resume", **options))
+    assert last.code == 0, last.err
+    assert_same_run(tmp_path / "unbroken", tmp_path / "run")
+    assert margins_of(tmp_path / "run") == margins_of(tmp_path / "unbroken")
+
+
+def test_sigterm_ends_with_a_checkpoint_and_the_run_goes_on_as_if_unbroken(
+    recipes, srpo, srpo_arguments, cache, tmp_path
+):
+    options = {"train_max_steps": 30, "train_epochs": 100, "train_save_every": 0}
+    assert srpo(*srpo_arguments(train_output=tmp_path / "unbroken", **options)).code == 0
+    process = recipes.start(*srpo_arguments(**options), recipe="srpo", environment={"SARO_CACHE": str(cache)})
+    wait_for(lambda: steps_logged(tmp_path / "run") >= 2, process)
+    process.send(signal.SIGTERM)
+    assert process.wait().code == 143, process.err
+    resumed = srpo(*srpo_arguments("--resume", **options))
+    assert resumed.code == 0, resumed.err
+    assert_same_run(tmp_path / "unbroken", tmp_path / "run")
+
+
+def test_a_resume_from_another_start_is_refused(srpo, recipes, rw_arguments, srpo_arguments, rw_final, tmp_path):
+    assert srpo(*srpo_arguments(model_name=rw_final, train_max_steps=1)).code == 0
+    again = rw_arguments("--overwrite", train_output=tmp_path / "rw", model_lora_rank=4, train_seed=5)
+    assert recipes.run(*again).code == 0
+    done = srpo(*srpo_arguments("--resume", model_name=rw_final, train_max_steps=1))
+    assert done.code == 2
+    assert "the model is not what the run began with; restore it, or start anew with --overwrite" in done.err
+
+
+# Several processes.
+
+
+@pytest.mark.parametrize("records_per_step", [1, 5])
+def test_two_processes_take_the_steps_of_one(recipes, srpo, srpo_arguments, cache, tmp_path, records_per_step):
+    """Each scores its share of the reference, even none; margins of all pairs are written once."""
+    options = {"train_max_steps": 3, "train_eval_every": 1, "train_records_per_step": records_per_step}
+    assert srpo(*srpo_arguments(train_output=tmp_path / "one", **options)).code == 0
+    for shard in cache.rglob("shards/*.safetensors"):
+        shard.unlink()
+    ranks = recipes.run_ranks(2, *srpo_arguments(**options), recipe="srpo")
+    assert [p.code for p in ranks] == [0, 0], ranks[0].err + ranks[1].err
+    assert ranks[1].out + ranks[1].err == ""
+    one, two = (tmp_path / name for name in ("one", "run"))
+    for a, b in zip(metrics_of(one), metrics_of(two), strict=True):
+        for name in a:
+            assert b[name] == pytest.approx(a[name], rel=1e-4, abs=1e-2 if name == "changed_parameters" else 1e-3), name
+    for a, b in zip(margins_of(one), margins_of(two), strict=True):
+        assert (a["step"], a["id"]) == (b["step"], b["id"])
+        assert b["margin"] == pytest.approx(a["margin"], abs=1e-2)
+
+
+def test_under_accelerate_launch(srpo_arguments, environment, cache, tmp_path):
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
+    launcher += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+    done = subprocess.run(
+        [*launcher, "recipes/srpo.py", *srpo_arguments(train_max_steps=2)],
+        cwd=ROOT,
+        env=environment | {"SARO_CACHE": str(cache)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert all(torch.isfinite(w).all() for w in weights_of(tmp_path / "run").values())
+
+
+def test_the_recipe_reads_from_top_to_bottom():
+    assert len((ROOT / "recipes" / "srpo.py").read_text().splitlines()) < 150
+    done = subprocess.run(
+        [sys.executable, "-c", "import sys; sys.path.insert(0, 'recipes'); import srpo"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"},
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -1,0 +1,518 @@
+"""The folder of a run: what may be begun, resumed and removed, and what it says that the run was made from."""
+
+import hashlib
+import json
+import os
+from dataclasses import replace
+from datetime import date
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+from tiny import IM_END, tiny_config, tiny_tokenizer
+
+from saro.config import DataConfig, RWConfig, TrainConfig, as_dict
+from saro.errors import SaroError
+from saro.files import file_hash
+from saro.model.load import ModelSource
+from saro.program import parse_recipe
+from saro.runs.folder import Run
+
+
+class OneProcess(SimpleNamespace):
+    """What a run's folder asks of the runtime."""
+
+    def __init__(self, is_main: bool = True) -> None:
+        super().__init__(is_main=is_main, processes=1, threads=2, device=torch.device("cpu"), barriers=0)
+
+    def barrier(self) -> None:
+        self.barriers += 1
+
+
+pytestmark = pytest.mark.usefixtures("cache")
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    return tmp_path / "out"
+
+
+@pytest.fixture
+def data_file(tmp_path) -> Path:
+    path = tmp_path / "train.jsonl"
+    path.write_text('{"prompt": "Why?", "answer": "So."}\n')
+    return path
+
+
+@pytest.fixture
+def source(tmp_path) -> ModelSource:
+    """A model whose weights are a file of any content."""
+    weights = tmp_path / "model"
+    weights.mkdir()
+    (weights / "model.safetensors").write_bytes(b"weights")
+    (weights / "config.json").write_text("{}")
+    return ModelSource(str(weights), tiny_config(), tiny_tokenizer(), frozenset({IM_END}))
+
+
+def open_run(folder: Path, config: RWConfig | None = None, **options) -> Run:
+    given = {"resume": False, "overwrite": False, "template_date": None} | options
+    return Run.open(config or RWConfig(), str(folder), **given)
+
+
+def begin(folder: Path, source: ModelSource, data_file: Path, config: RWConfig | None = None, **options) -> Run:
+    """Open and begin a run on one data file."""
+    run = open_run(folder, config, **options)
+    runtime = OneProcess()
+    run.begin(runtime, run.manifest(source, [str(data_file)], {}, runtime))
+    return run
+
+
+def refusal(folder: Path, config: RWConfig | None = None, **options) -> str:
+    with pytest.raises(SaroError) as caught:
+        open_run(folder, config, **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def raising(error: type[BaseException]):
+    def call(*arguments, **options):
+        raise error
+
+    return call
+
+
+def with_train(**changes) -> RWConfig:
+    return RWConfig(train=TrainConfig(**changes))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    files = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != ".lock"]
+    return {str(p.relative_to(folder)): p.read_bytes() for p in files}
+
+
+# A new run
+
+
+def test_opening_writes_nothing(folder):
+    run = open_run(folder)
+    assert not folder.exists()
+    assert not run.resumed
+
+
+@pytest.mark.parametrize("flags", [{}, {"resume": True}, {"overwrite": True}], ids=["plain", "resume", "overwrite"])
+def test_a_run_begins_where_there_is_none_whatever_the_flags(folder, source, data_file, flags):
+    assert not begin(folder, source, data_file, **flags).resumed
+    assert sorted(contents(folder)) == ["config.yaml", "manifest.json"]
+
+
+def test_a_run_begins_in_an_empty_folder(folder, source, data_file):
+    folder.mkdir()
+    begin(folder, source, data_file)
+    assert (folder / "manifest.json").is_file()
+
+
+def test_a_run_begins_in_a_folder_that_is_yet_to_make(folder, source, data_file):
+    begin(folder / "deep" / "down", source, data_file)
+    assert (folder / "deep" / "down" / "manifest.json").is_file()
+
+
+def test_hidden_files_are_no_hindrance_and_stay(folder, source, data_file):
+    folder.mkdir()
+    (folder / ".gitignore").write_text("*")
+    begin(folder, source, data_file)
+    assert sorted(contents(folder)) == [".gitignore", "config.yaml", "manifest.json"]
+
+
+def test_the_config_is_written_as_it_can_be_given_again(folder, source, data_file):
+    config = RWConfig(train=TrainConfig(lr=0.5, output=str(folder)), data=DataConfig(weights={"safety": 2.0}))
+    begin(folder, source, data_file, config)
+    assert yaml.safe_load((folder / "config.yaml").read_text()) == as_dict(config)
+    again, _ = parse_recipe(RWConfig, "rw.py", "Train.", ["--config", str(folder / "config.yaml")])
+    assert again == config
+
+
+def test_only_the_main_process_writes(folder, source, data_file):
+    runtime = OneProcess(is_main=False)
+    run = open_run(folder)
+    run.begin(runtime, run.manifest(source, [str(data_file)], {}, runtime))
+    assert not folder.exists()
+    assert runtime.barriers == 2
+
+
+# The manifest
+
+
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def test_the_manifest_says_what_the_run_is_made_from(folder, source, data_file):
+    begin(folder, source, data_file, template_date="1999-07-04")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["template_date"] == "1999-07-04"
+    assert manifest["template"] == sha256(source.tokenizer.chat_template.encode())
+    assert manifest["model"]["name"] == source.path
+    assert manifest["model"]["files"] == {"model.safetensors": sha256(b"weights")}
+    assert manifest["data"] == {str(data_file): sha256(data_file.read_bytes())}
+    assert manifest["config"] == as_dict(RWConfig())
+    assert manifest["machine"] == {"processes": 1, "threads_per_process": 2, "device": "cpu"}
+    assert manifest["versions"]["torch"] == torch.__version__
+    assert len(manifest["code"]) == 64
+
+
+def test_the_manifest_holds_the_reports(folder, source, data_file):
+    report = SimpleNamespace(as_dict=lambda: {"records": {"general": 3}})
+    manifest = open_run(folder).manifest(source, [str(data_file)], {"train": report}, OneProcess())
+    assert manifest["records"] == {"train": {"records": {"general": 3}}}
+
+
+@pytest.mark.parametrize("template", [None, {"default": "a", "rag": "b"}], ids=["none", "several"])
+def test_a_model_without_one_template_has_a_manifest_too(folder, source, data_file, template):
+    source.tokenizer.chat_template = template
+    assert len(open_run(folder).manifest(source, [str(data_file)], {}, OneProcess())["template"]) == 64
+
+
+def test_a_model_of_the_hub_has_no_files_but_its_commit(folder, source, data_file):
+    config = tiny_config()
+    config._commit_hash = "abc"
+    of_hub = replace(source, path="owner/name", config=config)
+    model = open_run(folder).manifest(of_hub, [str(data_file)], {}, OneProcess())["model"]
+    assert model == {"name": "owner/name", "commit": "abc", "files": {}, "adapter": None}
+
+
+# A folder that holds a run
+
+
+def test_a_run_is_neither_gone_on_with_nor_removed_unasked(folder, source, data_file):
+    begin(folder, source, data_file)
+    before = contents(folder)
+    assert refusal(folder) == (
+        f"{folder}: holds a run already; add --resume to go on with it, or --overwrite to start anew"
+    )
+    assert contents(folder) == before
+
+
+def test_both_flags_are_refused(folder, source, data_file):
+    begin(folder, source, data_file)
+    assert refusal(folder, resume=True, overwrite=True).startswith(
+        "--resume goes on with a run and --overwrite removes"
+    )
+
+
+def test_overwrite_removes_the_run_when_the_new_one_begins(folder, source, data_file):
+    begin(folder, source, data_file)
+    (folder / "checkpoints").mkdir()
+    (folder / "checkpoints" / "old").write_text("old")
+    open_run(folder, overwrite=True)
+    assert (folder / "checkpoints" / "old").is_file()
+    begin(folder, source, data_file, with_train(lr=0.5), overwrite=True)
+    assert sorted(contents(folder)) == ["config.yaml", "manifest.json"]
+    assert yaml.safe_load((folder / "config.yaml").read_text())["train"]["lr"] == 0.5
+
+
+def test_a_beginning_that_was_cut_off_can_be_resumed_and_overwritten(folder, source, data_file, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(yaml, "safe_dump", raising(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            begin(folder, source, data_file)
+    assert sorted(contents(folder)) == ["manifest.json"]
+    assert "holds a run already" in refusal(folder)
+    begin(folder, source, data_file, resume=True)
+    assert sorted(contents(folder)) == ["config.yaml", "manifest.json"]
+    begin(folder, source, data_file, overwrite=True)
+
+
+def test_two_runs_never_write_one_folder(folder, source, data_file):
+    first = begin(folder, source, data_file)
+    for flags in ({"resume": True}, {"overwrite": True}):
+        with pytest.raises(SaroError, match="another process trains in this folder"):
+            begin(folder, source, data_file, **flags)
+    assert sorted(contents(folder)) == ["config.yaml", "manifest.json"]
+    first.lock.release()
+    begin(folder, source, data_file, resume=True)
+
+
+@pytest.mark.parametrize("text", ["{}", '{"name": "My site"}', "[1]", "{broken"])
+def test_another_programs_manifest_makes_no_run(folder, text):
+    folder.mkdir()
+    (folder / "manifest.json").write_text(text)
+    assert "holds files that are no run's" in refusal(folder, overwrite=True)
+
+
+def test_overwrite_keeps_hidden_files(folder, source, data_file):
+    begin(folder, source, data_file)
+    (folder / ".gitignore").write_text("*")
+    begin(folder, source, data_file, overwrite=True)
+    assert (folder / ".gitignore").is_file()
+
+
+def test_resume_keeps_what_is_there(folder, source, data_file):
+    begin(folder, source, data_file)
+    (folder / "metrics.jsonl").write_text("{}\n")
+    before = contents(folder)
+    assert begin(folder, source, data_file, resume=True).resumed
+    assert contents(folder) == before
+
+
+def test_resume_with_another_option_is_refused_with_both_values(folder, source, data_file):
+    begin(folder, source, data_file, with_train(lr=0.5))
+    assert refusal(folder, with_train(lr=0.25), resume=True) == (
+        f"{folder}: the run began with train.lr 0.5, not 0.25; resume with the same, or start anew with --overwrite"
+    )
+
+
+@pytest.mark.parametrize(
+    ("option", "config"),
+    [
+        ("train.seed", with_train(seed=5)),
+        ("train.records_per_step", with_train(records_per_step=5)),
+        ("train.epochs", with_train(epochs=5.0)),
+        ("data.pack_tokens", RWConfig(data=DataConfig(pack_tokens=5))),
+        ("data.weights", RWConfig(data=DataConfig(weights={"safety": 2.0}))),
+        ("data.think_tags", RWConfig(data=DataConfig(think_tags=("<a>", "</a>")))),
+    ],
+)
+def test_what_decides_what_is_learnt_may_not_change(folder, source, data_file, option, config):
+    begin(folder, source, data_file)
+    assert f"the run began with {option} " in refusal(folder, config, resume=True)
+    # Nor may it change back.
+    begin(folder, source, data_file, config, overwrite=True)
+    assert f"the run began with {option} " in refusal(folder, resume=True)
+    assert open_run(folder, config, resume=True).resumed
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"output": "elsewhere"},
+        {"eval_every": 5},
+        {"save_every": 5},
+        {"keep_checkpoints": 5},
+        {"log_every": 5},
+        {"samples": 0},
+        {"sample_tokens": 5},
+        {"trackers": ["tensorboard"]},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_what_decides_what_is_written_may_change(folder, source, data_file, changes):
+    begin(folder, source, data_file)
+    assert open_run(folder, with_train(**changes), resume=True).resumed
+
+
+def test_an_option_that_the_run_did_not_know_is_refused_by_name(folder, source, data_file):
+    begin(folder, source, data_file)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["config"]["model"]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    assert "the run began with model.name None, not demo" in refusal(folder, resume=True)
+
+
+@pytest.mark.parametrize("flags", [{}, {"resume": True}, {"overwrite": True}], ids=["plain", "resume", "overwrite"])
+def test_files_that_are_no_runs_are_refused_and_stay(folder, flags):
+    (folder / "photos").mkdir(parents=True)
+    (folder / "photos" / "cat.png").write_bytes(b"cat")
+    assert refusal(folder, **flags) == (
+        f"{folder}: holds files that are no run's; give an empty folder with --train.output"
+    )
+    assert contents(folder) == {"photos/cat.png": b"cat"}
+
+
+def test_files_that_came_after_opening_stay(folder, source, data_file):
+    # Minutes pass between the two, in which the model loads.
+    run, runtime = open_run(folder), OneProcess()
+    folder.mkdir()
+    (folder / "cat.png").write_bytes(b"cat")
+    run.begin(runtime, run.manifest(source, [str(data_file)], {}, runtime))
+    assert (folder / "cat.png").read_bytes() == b"cat"
+
+
+def test_a_file_in_the_folders_place_is_refused(folder):
+    folder.write_text("file")
+    assert refusal(folder) == f"{folder}: is a file; give a folder with --train.output"
+    assert folder.read_text() == "file"
+
+
+# What a resumed run is made from
+
+
+def changed_data(source, data_file):
+    data_file.write_text(data_file.read_text() + '{"prompt": "And?", "answer": "No."}\n')
+    return source
+
+
+def changed_template(source, data_file):
+    source.tokenizer.chat_template += " "
+    return source
+
+
+def changed_weights(source, data_file):
+    (Path(source.path) / "model.safetensors").write_bytes(b"WEIGHTS")
+    return source
+
+
+def other_model(source, data_file):
+    return replace(source, path="owner/name")
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [(changed_data, "data"), (changed_template, "template"), (changed_weights, "model"), (other_model, "model")],
+)
+def test_a_run_does_not_go_on_from_something_else(folder, source, data_file, change, part):
+    begin(folder, source, data_file)
+    before = contents(folder)
+    source = change(source, data_file)
+    with pytest.raises(SaroError) as caught:
+        begin(folder, source, data_file, resume=True)
+    assert str(caught.value) == (
+        f"{folder}: the {part} is not what the run began with; restore it, or start anew with --overwrite"
+    )
+    assert contents(folder) == before
+    assert not begin(folder, source, data_file, overwrite=True).resumed
+
+
+# The day
+
+
+def test_the_day_is_the_one_given(folder):
+    assert open_run(folder, template_date="1999-07-04").template_date == date(1999, 7, 4)
+
+
+def test_without_a_day_given_it_is_today(folder):
+    before = date.today()
+    assert before <= open_run(folder).template_date <= date.today()
+
+
+@pytest.mark.parametrize("text", ["today", "04.07.1999", "1999-13-01", "1999-7-4"])
+def test_what_is_no_day_is_refused(folder, text):
+    assert refusal(folder, template_date=text) == f"data.template_date is {text!r}; write it as YYYY-MM-DD"
+
+
+@pytest.mark.parametrize("given", [None, "2024-02-29"], ids=["another day", "given anew"])
+def test_a_resumed_run_has_the_day_on_which_it_began(folder, source, data_file, given):
+    begin(folder, source, data_file, template_date="1999-07-04")
+    assert open_run(folder, resume=True, template_date=given).template_date == date(1999, 7, 4)
+
+
+def test_a_run_that_starts_anew_has_a_new_day(folder, source, data_file):
+    begin(folder, source, data_file, template_date="1999-07-04")
+    assert open_run(folder, overwrite=True).template_date > date(1999, 7, 4)
+
+
+# What is measured once
+
+
+def test_a_measurement_is_kept_for_the_resumed_run(folder, source, data_file):
+    measured = begin(folder, source, data_file).once(OneProcess(), "before.json", lambda: {"loss": 0.1, "name": "é"})
+    resumed = begin(folder, source, data_file, resume=True)
+    again = resumed.once(OneProcess(), "before.json", lambda: pytest.fail("measured again"))
+    assert measured == again == {"loss": 0.1, "name": "é"}
+
+
+def test_a_resumed_run_measures_what_it_has_not(folder, source, data_file):
+    begin(folder, source, data_file)
+    resumed = begin(folder, source, data_file, resume=True)
+    assert resumed.once(OneProcess(), "after.json", lambda: {"loss": 0.1}) == {"loss": 0.1}
+    assert json.loads((folder / "after.json").read_text()) == {"loss": 0.1}
+
+
+def test_a_new_run_measures_anew(folder, source, data_file):
+    begin(folder, source, data_file).once(OneProcess(), "before.json", lambda: {"loss": 0.1})
+    run = begin(folder, source, data_file, overwrite=True)
+    assert run.once(OneProcess(), "before.json", lambda: {"loss": 0.2}) == {"loss": 0.2}
+
+
+def test_a_new_run_trusts_no_file_that_is_there(folder, source, data_file):
+    run = begin(folder, source, data_file)
+    (folder / "before.json").write_text('{"loss": 0.1}')
+    assert run.once(OneProcess(), "before.json", lambda: {"loss": 0.2}) == {"loss": 0.2}
+    assert json.loads((folder / "before.json").read_text()) == {"loss": 0.2}
+
+
+def test_all_processes_measure_and_the_main_one_writes(folder, source, data_file):
+    run = begin(folder, source, data_file)
+    assert run.once(OneProcess(is_main=False), "before.json", lambda: {"loss": 0.1}) == {"loss": 0.1}
+    assert not (folder / "before.json").exists()
+
+
+# Hashes of files
+
+
+def large_file(tmp_path: Path, content: bytes = b"a") -> Path:
+    path = tmp_path / "large.safetensors"
+    path.write_bytes(content * (2**20 + 1))
+    return path
+
+
+def forge_memory(cache: Path) -> None:
+    """Give every remembered file another hash, so that what is remembered can be told from what is read."""
+    memory = cache / "hashes.json"
+    memory.write_text(json.dumps(dict.fromkeys(json.loads(memory.read_text()), "remembered")))
+
+
+def test_the_hash_is_sha256(tmp_path):
+    path = tmp_path / "a"
+    path.write_bytes(b"abc")
+    assert file_hash(path) == sha256(b"abc")
+
+
+def test_a_large_file_is_read_once(tmp_path, cache):
+    path = large_file(tmp_path)
+    assert file_hash(path) == sha256(path.read_bytes())
+    forge_memory(cache)
+    assert file_hash(path) == "remembered"
+
+
+def test_several_large_files_are_remembered(tmp_path, cache):
+    one, two = large_file(tmp_path), tmp_path / "two"
+    two.write_bytes(b"b" * 2**21)
+    file_hash(one), file_hash(two)
+    forge_memory(cache)
+    assert (file_hash(one), file_hash(two)) == ("remembered", "remembered")
+
+
+def test_a_file_written_again_is_read_again(tmp_path, cache):
+    path = large_file(tmp_path)
+    file_hash(path)
+    forge_memory(cache)
+    time = path.stat().st_mtime_ns
+    path.write_bytes(b"b" * (2**20 + 1))
+    os.utime(path, ns=(time + 1, time + 1))
+    assert file_hash(path) == sha256(path.read_bytes())
+
+
+def test_a_file_of_another_size_or_in_anothers_place_is_read_again(tmp_path, cache):
+    path = large_file(tmp_path)
+    file_hash(path)
+    forge_memory(cache)
+    time = path.stat().st_mtime_ns
+    with open(path, "ab") as file:
+        file.write(b"b")
+    os.utime(path, ns=(time, time))
+    assert file_hash(path) == sha256(path.read_bytes())
+    forge_memory(cache)
+    other = tmp_path / "other"
+    other.write_bytes(b"c" * path.stat().st_size)
+    os.utime(other, ns=(time, time))
+    other.replace(path)
+    assert file_hash(path) == sha256(path.read_bytes())
+
+
+def test_a_small_file_is_not_worth_remembering(tmp_path, cache):
+    path = tmp_path / "a"
+    path.write_bytes(b"abc")
+    file_hash(path)
+    assert not cache.exists()
+
+
+@pytest.mark.parametrize("memory", ["", "{", "\xff"], ids=["empty", "broken", "other encoding"])
+def test_a_broken_memory_is_made_anew(tmp_path, cache, memory):
+    cache.mkdir()
+    (cache / "hashes.json").write_text(memory, encoding="latin-1")
+    path = large_file(tmp_path)
+    assert file_hash(path) == sha256(path.read_bytes())
+    forge_memory(cache)
+    assert file_hash(path) == "remembered"

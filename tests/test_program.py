@@ -1,0 +1,359 @@
+"""Options: YAML file, then command line; every mistake is one line that says where and what to do."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from saro.config import RWConfig, as_dict
+from saro.errors import SaroError
+from saro.program import parse_recipe, run_program
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def parse(*args: str):
+    return parse_recipe(RWConfig, "rw.py", "Train.\nMore.", args)
+
+
+def refusal(*args: str) -> str:
+    """The error that the arguments give: one line."""
+    with pytest.raises(SaroError) as caught:
+        parse(*args)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.fixture
+def yaml_file(tmp_path):
+    """Writes options to a YAML file and returns its name."""
+
+    def write(text: str | bytes, name: str = "options.yaml") -> str:
+        path = tmp_path / name
+        path.write_bytes(text.encode() if isinstance(text, str) else text)
+        return str(path)
+
+    return write
+
+
+# Values
+
+
+def test_without_arguments_all_options_have_their_defaults():
+    assert parse() == (RWConfig(), {"resume": False, "overwrite": False})
+
+
+@pytest.mark.parametrize(
+    ("args", "group", "name", "value"),
+    [
+        (["--train.lr", "1e-3"], "train", "lr", 1e-3),
+        (["--train.lr=0.5"], "train", "lr", 0.5),
+        (["--train.max_steps", "3"], "train", "max_steps", 3),
+        (["--train.betas", "[0.8, 0.9]"], "train", "betas", (0.8, 0.9)),
+        (["--model.method", "full"], "model", "method", "full"),
+        (["--model.dropout", "true"], "model", "dropout", True),
+        (["--data.train", "[a.jsonl, b.jsonl]"], "data", "train", ["a.jsonl", "b.jsonl"]),
+        (["--data.train", "a.jsonl"], "data", "train", ["a.jsonl"]),
+        (["--data.heldout", "[]"], "data", "heldout", []),
+        (["--data.weights", "{general: 1, safety: 2}"], "data", "weights", {"general": 1, "safety": 2}),
+        (["--data.weights.safety", "0.5"], "data", "weights", {"safety": 0.5}),
+        (["--data.think_tags", "[<a>, </a>]"], "data", "think_tags", ("<a>", "</a>")),
+        (["--data.template_date", "2024-02-29"], "data", "template_date", "2024-02-29"),
+        (
+            ["--data.template_variables.enable_thinking", "true"],
+            "data",
+            "template_variables",
+            {"enable_thinking": True},
+        ),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) and value else None,
+)
+def test_an_option_on_the_command_line_arrives(args, group, name, value):
+    config, _ = parse(*args)
+    assert getattr(getattr(config, group), name) == value
+    # And nothing else changes.
+    expected = as_dict(RWConfig())
+    expected[group][name] = list(value) if isinstance(value, tuple) else value
+    assert as_dict(config) == expected
+
+
+def test_an_option_in_a_file_arrives(yaml_file):
+    config, _ = parse("--config", yaml_file("train: {lr: 0.5}\ndata:\n  weights: {safety: 2}\n"))
+    assert (config.train.lr, config.data.weights) == (0.5, {"safety": 2})
+    assert config.train.seed == RWConfig().train.seed
+
+
+@pytest.mark.parametrize("flag", ["resume", "overwrite"])
+def test_flags_take_no_value(flag):
+    assert parse(f"--{flag}")[1][flag] is True
+
+
+@pytest.mark.parametrize("order", [1, -1], ids=["file first", "file last"])
+def test_the_command_line_goes_before_the_file_wherever_the_file_stands(yaml_file, order):
+    path = yaml_file("train: {lr: 0.5, seed: 3}")
+    for config_args in (["--config", path], [f"--config={path}"]):
+        args = [config_args, ["--train.lr", "0.25"]][::order]
+        config, _ = parse(*args[0], *args[1])
+        assert (config.train.lr, config.train.seed) == (0.25, 3)
+
+
+def test_of_two_files_the_later_wins(yaml_file):
+    one, two = yaml_file("train: {lr: 0.5, seed: 3}", "one.yaml"), yaml_file("train: {lr: 0.25}", "two.yaml")
+    config, _ = parse("--config", one, "--config", two)
+    assert (config.train.lr, config.train.seed) == (0.25, 3)
+
+
+def test_the_printed_config_can_be_given_back(yaml_file, capsys):
+    args = ["--train.lr", "0.5", "--data.weights", "{safety: 2}", "--model.lora_targets", "[q_proj]", "--resume"]
+    with pytest.raises(SystemExit) as ended:
+        parse(*args, "--print_config")
+    assert ended.value.code == 0
+    assert parse("--config", yaml_file(capsys.readouterr().out)) == parse(*args)
+
+
+def test_the_config_of_a_run_can_be_given_back(yaml_file):
+    config, _ = parse("--train.lr", "0.5", "--data.think_tags", "[<a>, </a>]")
+    assert parse("--config", yaml_file(yaml.safe_dump(as_dict(config))))[0] == config
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes/configs").glob("*.yaml")), ids=lambda path: path.name)
+def test_the_configurations_that_come_along_are_valid(path):
+    config, _ = parse("--config", str(path))
+    assert config.train.output
+
+
+def test_help_names_every_option_and_what_it_means(capsys):
+    with pytest.raises(SystemExit) as ended:
+        parse("--help")
+    assert ended.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for group, options in as_dict(RWConfig()).items():
+        for name in options:
+            assert f"--{group}.{name} " in text
+    assert "Tokens of one forward pass" in text
+    assert "Peak learning rate" in text
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--hlep"], "unknown option --hlep; did you mean --help?"),
+        (["--train.lrr", "1"], "unknown option --train.lrr; did you mean --train.lr?"),
+        (["--train.lrr=1"], "unknown option --train.lrr; did you mean --train.lr?"),
+        (["--trian.lr", "1"], "unknown option --trian.lr; did you mean --train.lr?"),
+        (["--train.max-steps", "1"], "unknown option --train.max-steps; did you mean --train.max_steps?"),
+        (["--model.lora_rnk", "1"], "unknown option --model.lora_rnk; did you mean --model.lora_rank?"),
+        (["--resmue"], "unknown option --resmue; did you mean --resume?"),
+        (["stray"], "unknown option stray"),
+        (["--resume", "yes"], "unknown option yes"),
+    ],
+)
+def test_an_unknown_option_names_the_nearest(args, message):
+    assert refusal(*args) == message
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("train: {lrr: 1}", "unknown option train.lrr; did you mean train.lr?"),
+        ("train:\n  max-steps: 1", "unknown option train.max-steps; did you mean train.max_steps?"),
+        ("trian: {lr: 1}", "unknown option trian.lr; did you mean train.lr?"),
+        ("trian.lr: 1", "unknown option trian.lr; did you mean train.lr?"),
+        ("model: {nme: x}", "unknown option model.nme; did you mean model.name?"),
+        ("resmue: true", "unknown option resmue; did you mean resume?"),
+    ],
+)
+def test_an_unknown_option_in_a_file_names_the_nearest(yaml_file, text, message):
+    assert refusal("--config", yaml_file(text)) == message
+
+
+def test_an_unknown_option_like_no_other_names_some():
+    assert refusal("--qqq").startswith("unknown option --qqq; valid are ")
+
+
+@pytest.mark.parametrize("args", [["--train.l", "1"], ["--train.max", "3"], ["--res"], ["--conf", "x.yaml"]])
+def test_options_may_not_be_abbreviated(args):
+    assert refusal(*args).startswith(f"unknown option {args[0]}")
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "wanted"),
+    [
+        ("train.lr", "fast", "float"),
+        ("train.seed", "1.5", "int"),
+        ("train.max_steps", "some", "int"),
+        ("train.betas", "[0.9]", "tuple with 2 elements"),
+        ("model.dropout", "maybe", "bool"),
+        ("model.method", "loraa", "'lora'"),
+        ("train.schedule", "cosin", "'cosine'"),
+        ("data.too_long", "cut", "'drop'"),
+        ("data.weights", "5", "dict"),
+        ("data.weights", "{general: much}", "float"),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_refused_with_the_option_and_what_it_takes(yaml_file, option, value, wanted):
+    group, name = option.split(".")
+    text = yaml.safe_dump({group: {name: yaml.safe_load(value)}})
+    for message in (refusal(f"--{option}", value), refusal("--config", yaml_file(text))):
+        assert message.startswith(f"--{option}: Expected a")
+        assert wanted in message
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("train.lr", "-1", "train.lr is -1.0; it must be above 0"),
+        ("train.lr", "0", "train.lr is 0.0; it must be above 0"),
+        ("train.max_steps", "0", "train.max_steps is 0; it must be at least 1"),
+        ("train.warmup", "2", "train.warmup is 2.0; it must be a share of the steps, 0 to 1"),
+        ("model.lora_dropout", "1", "model.lora_dropout is 1.0; it must be at least 0 and below 1"),
+        ("model.lora_rank", "0", "model.lora_rank is 0; it must be at least 1"),
+        ("data.pack_tokens", "1", "data.pack_tokens is 1; it must be at least 2"),
+        ("data.train", "[]", "data.train names no file"),
+        ("data.weights", "{safty: 2}", "data.weights: unknown kind 'safty'; did you mean safety?"),
+        ("data.weights", "{safety: -1}", "data.weights: safety is -1.0; it must be at least 0"),
+        ("data.think_tags", "[<a>, <a>]", "data.think_tags must be two different tags"),
+    ],
+)
+def test_a_value_that_a_check_refuses_is_one_line(yaml_file, option, value, message):
+    assert refusal(f"--{option}", value) == message
+    group, name = option.split(".")
+    assert refusal("--config", yaml_file(f"{group}: {{{name}: {value}}}")) == message
+
+
+def test_an_option_without_its_value_is_refused():
+    assert refusal("--train.seed") == "argument --train.seed: expected one argument"
+
+
+def test_a_missing_file_is_named(tmp_path):
+    assert refusal("--config", str(tmp_path / "none.yaml")) == f"--config: File does not exist: '{tmp_path}/none.yaml'"
+
+
+def test_a_folder_is_no_file(tmp_path):
+    assert refusal("--config", str(tmp_path)) == f"--config: Path is not a file: '{tmp_path}'"
+
+
+def test_config_without_a_file_is_refused():
+    assert refusal("--train.lr", "1", "--config") == "argument --config: expected one argument"
+
+
+def test_a_file_that_is_no_yaml_says_at_which_line(yaml_file):
+    assert "line 2, column 1" in refusal("--config", yaml_file("train: [1\n"))
+
+
+@pytest.mark.parametrize("text", ["", "# lr: 1\n", "- train\n", "train\n", "5"])
+def test_a_file_without_options_is_refused(yaml_file, text):
+    expected = "--config: the file holds no options; write them as group: {option: value}"
+    assert refusal("--config", yaml_file(text)) == expected
+
+
+def test_a_file_that_is_not_utf8_is_refused(yaml_file):
+    assert refusal("--config", yaml_file(b"train: {output: \xff}")) == "--config: the file is not UTF-8; convert it"
+
+
+@pytest.mark.parametrize("value", ["5", "null", "[1]"])
+def test_a_group_that_holds_no_options_is_refused(yaml_file, value):
+    message = refusal("--config", yaml_file(f"model: {{name: x}}\ntrain: {value}\n"))
+    assert re.fullmatch(r"train is (5|None|\[1\]); it must hold options, such as \{option: value\}", message)
+
+
+@pytest.mark.parametrize("option", ["train.lr", "train.seed", "data.pack_tokens", "data.train", "data.think_tags"])
+def test_an_option_whose_value_was_left_out_is_refused(yaml_file, option):
+    group, name = option.split(".")
+    expected = f"--{option} has no value; give one or leave the option out"
+    assert refusal("--config", yaml_file(f"{group}:\n  {name}:\n")) == expected
+
+
+@pytest.mark.parametrize("option", ["train.max_steps", "data.chat_template", "model.lora_targets", "model.revision"])
+def test_an_option_that_may_have_no_value_may_be_null(yaml_file, option):
+    group, name = option.split(".")
+    for args in ([f"--{option}", "null"], ["--config", yaml_file(f"{group}:\n  {name}:\n")]):
+        assert getattr(getattr(parse(*args)[0], group), name) is None
+
+
+def test_a_flag_in_a_file_is_true_or_false(yaml_file):
+    assert parse("--config", yaml_file("resume: true"))[1] == {"resume": True, "overwrite": False}
+    assert refusal("--config", yaml_file("resume: maybe")) == "resume is 'maybe'; it must be true or false"
+
+
+# The frame of a program
+
+
+def ended(main, capsys) -> tuple[int, str]:
+    """Exit code and standard error."""
+    with pytest.raises(SystemExit) as caught:
+        run_program(main)
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    return caught.value.code, captured.err
+
+
+def raises(error: BaseException):
+    def main() -> int:
+        raise error
+
+    return main
+
+
+@pytest.mark.parametrize("code", [0, 1, 143])
+def test_a_program_ends_with_its_code(code, capsys):
+    assert ended(lambda: code, capsys) == (code, "")
+
+
+def test_what_a_user_can_mend_is_one_line_and_exit_code_2(capsys):
+    assert ended(raises(SaroError("a.jsonl:3: wrong; mend it")), capsys) == (2, "error: a.jsonl:3: wrong; mend it\n")
+
+
+def test_a_refused_option_ends_a_program_with_code_2(capsys):
+    assert ended(lambda: parse("--hlep"), capsys) == (2, "error: unknown option --hlep; did you mean --help?\n")
+
+
+def test_an_error_on_another_rank_says_on_which(capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "3")
+    assert ended(raises(SaroError("wrong")), capsys) == (2, "[rank 3] error: wrong\n")
+
+
+def test_the_first_rank_needs_no_name(capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    assert ended(raises(SaroError("wrong")), capsys) == (2, "error: wrong\n")
+
+
+@pytest.mark.parametrize(
+    ("error", "shown"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore."), "CUDA out of memory. Tried"),
+        (MemoryError(), "(host)"),
+    ],
+    ids=["gpu", "host"],
+)
+def test_out_of_memory_is_one_line_that_names_the_pack_size(error, shown, capsys):
+    code, text = ended(raises(error), capsys)
+    assert code == 2
+    assert text.startswith("error: out of memory (")
+    assert shown in text
+    assert "--data.pack_tokens" in text
+    assert text.count("\n") == 1
+
+
+def test_an_interrupted_program_ends_as_shells_expect(capsys):
+    assert ended(raises(KeyboardInterrupt()), capsys) == (130, "")
+
+
+def test_a_fault_of_our_own_keeps_its_traceback():
+    with pytest.raises(ZeroDivisionError):
+        run_program(raises(ZeroDivisionError()))
+
+
+def test_a_misspelt_option_of_the_recipe_is_one_line_and_exit_code_2(environment, tmp_path):
+    command = [sys.executable, str(ROOT / "recipes/rw.py"), "--hlep"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2
+    assert (done.stdout, done.stderr) == ("", "error: unknown option --hlep; did you mean --help?\n")
+    assert list(tmp_path.iterdir()) == []

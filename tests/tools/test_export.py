@@ -1,0 +1,645 @@
+"""`saro export`: what it writes is what was trained, measured with the files it wrote, or it writes nothing."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from datetime import date
+from pathlib import Path
+
+import pytest
+import torch
+from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.nn import Linear4bit
+from loaded import load
+from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file, save_file
+from tiny import IM_END, save_tiny_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+import saro.tools.export
+from saro.checks.deviation import Deviation, choose_records, packed_logps, plain_logps
+from saro.cli import main
+from saro.demo import demo_file
+from saro.errors import SaroError
+from saro.files import file_hash
+from saro.model.load import load_policy
+from saro.model.merge import merge
+from saro.model.policy import Policy
+from saro.runs.finished import FinishedRun
+from saro.tool_config import ExportConfig
+from saro.tools.export import NOTE, export, run_files
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+NF4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+CPU = torch.device("cpu")
+MERGED_FILES = {
+    "chat_template.jinja",
+    "config.json",
+    NOTE,
+    "generation_config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+}
+
+
+@pytest.fixture
+def exported(finished_run, tmp_path):
+    """Exports a run of a method and returns the folder and the line about it."""
+
+    def run(method: str = "lora", kind: str = "llama", **options) -> tuple[Path, str]:
+        folder = tmp_path / "out"
+        line = export(str(finished_run(method, kind)), ExportConfig(output=str(folder), **options), lambda line: None)
+        return folder, line
+
+    return run
+
+
+@pytest.fixture
+def own_run(finished_run, tmp_path):
+    """A copy of a run, to be changed, on a copy of its base."""
+
+    def copy(method: str = "lora") -> Path:
+        run = shutil.copytree(finished_run(method), tmp_path / "run")
+        manifest = json.loads((run / "manifest.json").read_text())
+        base = shutil.copytree(manifest["model"]["name"], tmp_path / "base")
+        manifest["model"]["name"] = manifest["config"]["model"]["name"] = str(base)
+        (run / "manifest.json").write_text(json.dumps(manifest))
+        config = run / "final" / "adapter_config.json"
+        if config.exists():
+            config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": str(base)}))
+        return run
+
+    return copy
+
+
+def change_manifest(run: Path, change) -> None:
+    manifest = json.loads((run / "manifest.json").read_text())
+    change(manifest)
+    (run / "manifest.json").write_text(json.dumps(manifest))
+
+
+def refused(run: Path, message: str, **options) -> None:
+    """The export ends with this message and leaves nothing."""
+    before = sorted(run.parent.iterdir()), sorted(run.iterdir())
+    with pytest.raises(SaroError, match=message):
+        export(str(run), ExportConfig(**options), lambda line: None)
+    assert (sorted(run.parent.iterdir()), sorted(run.iterdir())) == before
+
+
+def as_trained(run: Path, method: str) -> torch.nn.Module:
+    """The trained model as PEFT and transformers load it, without any code of ours."""
+    if method == "full":
+        return AutoModelForCausalLM.from_pretrained(run / "final")
+    if method == "lora":
+        return AutoPeftModelForCausalLM.from_pretrained(run / "final")
+    model = AutoPeftModelForCausalLM.from_pretrained(run / "final", quantization_config=NF4, dtype=torch.float32)
+    for layer in model.modules():
+        if isinstance(layer, Linear4bit):
+            # bitsandbytes would repack its weight for bfloat16 on CPUs that are fast with it.
+            layer.support_avx512bf16_for_cpu = False
+    return model
+
+
+def trees_of(run: Path, number: int = 4):
+    opened = FinishedRun.open(str(run))
+    return choose_records(run_files(opened), opened.chat_format(), 256, number)
+
+
+# What a merged export is.
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora", "full"])
+def test_a_merged_export_loads_as_a_plain_model_that_says_what_the_trained_one_says(exported, finished_run, method):
+    folder, _ = exported(method, merge=True)
+    trees = trees_of(finished_run(method))
+    plain = AutoModelForCausalLM.from_pretrained(folder)
+    expected = plain_logps(as_trained(finished_run(method), method), trees)
+    torch.testing.assert_close(plain_logps(plain, trees), expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora", "full"])
+def test_it_is_a_plain_model_without_a_trace_of_peft_or_quantization(exported, method):
+    folder, _ = exported(method, merge=True)
+    assert {p.name for p in folder.iterdir()} == MERGED_FILES
+    config = json.loads((folder / "config.json").read_text())
+    assert config["architectures"] == ["LlamaForCausalLM"]
+    assert "quantization_config" not in config
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert set(load_file(folder / "model.safetensors")) == set(model.state_dict()) - {"lm_head.weight"}
+
+
+def test_it_has_the_tokenizer_and_chat_template_of_the_run_and_the_generation_config_of_the_base(
+    exported, finished_run, tiny_model
+):
+    folder, _ = exported("qlora", merge=True)
+    turns = [{"role": "user", "content": "Hi"}]
+    new, old = (AutoTokenizer.from_pretrained(f) for f in (folder, finished_run("qlora") / "final"))
+    assert new.apply_chat_template(turns) == old.apply_chat_template(turns)
+    base = Path(tiny_model()) / "generation_config.json"
+    assert (folder / "generation_config.json").read_bytes() == base.read_bytes()
+
+
+def test_a_base_without_a_generation_config_is_exported_with_its_end_tokens(own_run, tmp_path):
+    run = own_run("lora")
+    (tmp_path / "base" / "generation_config.json").unlink()
+    export(str(run), ExportConfig(merge=True), lambda line: None)
+    assert AutoModelForCausalLM.from_pretrained(run / "export").generation_config.eos_token_id == IM_END
+
+
+def test_a_generation_config_that_transformers_would_not_write_is_kept_as_it_is(own_run, tmp_path):
+    run = own_run("lora")
+    file = tmp_path / "base" / "generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"do_sample": False, "temperature": 0.6}))
+    export(str(run), ExportConfig(merge=True), lambda line: None)
+    assert (run / "export" / file.name).read_bytes() == file.read_bytes()
+
+
+def test_full_fine_tuning_exports_a_model_without_being_told_to_merge(exported):
+    folder, line = exported("full")
+    assert {p.name for p in folder.iterdir()} == MERGED_FILES
+    assert "AutoModelForCausalLM.from_pretrained" in line
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora", "full"])
+def test_tied_embeddings_stay_tied(exported, method):
+    """huggingface/peft#2777: a head of its own is written beside the embedding that it was tied to."""
+    folder, _ = exported(method, merge=True)
+    assert "lm_head.weight" not in load_file(folder / "model.safetensors")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
+def test_a_head_of_its_own_is_written(exported):
+    folder, _ = exported("qlora", "qwen3", merge=True)
+    weights = load_file(folder / "model.safetensors")
+    assert not torch.equal(weights["lm_head.weight"], weights["model.embed_tokens.weight"])
+
+
+def test_the_dtype_is_that_of_the_option(exported):
+    folder, line = exported("qlora", merge=True, dtype="bfloat16")
+    assert {w.dtype for w in load_file(folder / "model.safetensors").values()} == {torch.bfloat16}
+    assert json.loads((folder / "config.json").read_text())["dtype"] == "bfloat16"
+    assert "model in bfloat16" in line
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_the_dtype_is_the_bases_own_where_none_is_given(recipes, rw_arguments, tiny_model, tmp_path, method):
+    base = AutoModelForCausalLM.from_pretrained(tiny_model(), dtype=torch.bfloat16)
+    shutil.copytree(tiny_model(), tmp_path / "base")
+    base.save_pretrained(tmp_path / "base")
+    done = recipes.run(*rw_arguments(model_name=tmp_path / "base", model_method=method))
+    assert done.code == 0, done.err
+    export(str(tmp_path / "run"), ExportConfig(merge=True), lambda line: None)
+    weights = load_file(tmp_path / "run" / "export" / "model.safetensors")
+    assert {w.dtype for w in weights.values()} == {torch.bfloat16}
+
+
+# The merge itself.
+
+
+def test_a_merged_weight_is_the_dequantized_one_plus_the_adapter_rounded_once(finished_run):
+    """huggingface/peft#2321: a merge into the 4-bit layer itself quantizes the sum again."""
+    run = FinishedRun.open(str(finished_run("qlora")))
+    name = "model.layers.1.mlp.down_proj"
+    layer = run.load(CPU).causal_lm.get_submodule(name)
+    a, b = (getattr(layer, part)["default"].weight for part in ("lora_A", "lora_B"))
+    stored = layer.get_base_layer().weight
+    expected = dequantize_4bit(stored.data, stored.quant_state).float() + 2 * b @ a
+    merged = merge(run.load(CPU), run.source.config, torch.bfloat16).get_submodule(name).weight
+    assert torch.equal(merged, expected.bfloat16())
+
+
+def test_layers_without_an_adapter_are_dequantized_too(tiny_model):
+    policy = load(tiny_model(), "qlora", lora_targets=["q_proj"])
+    model = merge(policy, policy.causal_lm.config, torch.float32)
+    assert not [n for n, layer in model.named_modules() if isinstance(layer, (LoraLayer, Linear4bit))]
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("changes", [{"use_dora": True}, {"lora_bias": True}])
+def test_an_adapter_that_is_more_than_a_product_is_refused(tiny_model, changes):
+    base = AutoModelForCausalLM.from_pretrained(tiny_model("qwen3"))
+    if "lora_bias" in changes:
+        base.model.layers[0].self_attn.q_proj.bias = torch.nn.Parameter(torch.zeros(32))
+    config = LoraConfig(target_modules=["layers.0.self_attn.q_proj"], **changes)
+    policy = Policy(get_peft_model(base, config))
+    with pytest.raises(SaroError, match=r"q_proj: the adapter is no plain LoRA"):
+        merge(policy, base.config, torch.float32)
+
+
+# The adapter alone.
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_without_merge_the_export_is_the_adapter_with_its_tokenizer(exported, finished_run, method):
+    folder, line = exported(method)
+    final = finished_run(method) / "final"
+    assert {p.name for p in folder.iterdir()} == {p.name for p in final.iterdir()} | {NOTE}
+    assert all((folder / p.name).read_bytes() == p.read_bytes() for p in final.iterdir())
+    assert "adapter, off by 0 nats" in line
+    assert ("BitsAndBytesConfig" in line) == (method == "qlora")
+
+
+@pytest.mark.parametrize(("option", "value"), [("into", "original"), ("dtype", "bfloat16")])
+def test_options_of_a_merge_are_refused_without_one(finished_run, option, value):
+    refused(finished_run(), f"--{option} is for a merged model; add --merge", **{option: value})
+
+
+# The verification.
+
+
+def test_the_line_and_the_note_tell_how_far_it_is_off_and_how_to_load_it(exported):
+    folder, line = exported("qlora", merge=True)
+    note = json.loads((folder / NOTE).read_text())
+    assert 0 < note["shift"] < 1e-4 < 0.1 < note["change"]
+    assert (note["records"], note["holds"]) == (6, "model in float32")
+    assert line.startswith(f"{folder}: model in float32, off by ")
+    assert f"({note['tokens']:,} tokens of 6 records)" in line
+    assert line.endswith(f"load it with AutoModelForCausalLM.from_pretrained('{folder}')")
+
+
+def test_the_measured_change_is_that_from_the_base_to_the_trained_model(exported, finished_run, tiny_model):
+    for method in ("lora", "full"):
+        folder, _ = exported(method, merge=True)
+        trees = trees_of(finished_run(method), 16)
+        base = plain_logps(AutoModelForCausalLM.from_pretrained(tiny_model()), trees)
+        trained = plain_logps(as_trained(finished_run(method), method), trees)
+        note = json.loads((folder / NOTE).read_text())
+        assert note["change"] == pytest.approx((trained - base).abs().mean().item(), rel=1e-4)
+        shutil.rmtree(folder)
+
+
+def spoil(model: torch.nn.Module) -> torch.nn.Module:
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight.mul_(-1)
+    return model
+
+
+@pytest.fixture
+def wrong_merge(monkeypatch):
+    monkeypatch.setattr(saro.tools.export, "merge", lambda *arguments: spoil(merge(*arguments)))
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora", "full"])
+def test_a_merge_that_is_not_what_was_trained_leaves_nothing(finished_run, wrong_merge, method):
+    refused(finished_run(method), r"export: not written, it is off by .* of the .* that training changed", merge=True)
+
+
+def test_what_is_in_the_files_counts_and_not_what_was_merged(finished_run, monkeypatch):
+    save = saro.tools.export.save_final
+    monkeypatch.setattr(saro.tools.export, "save_final", lambda folder, model, tok: save(folder, spoil(model), tok))
+    refused(finished_run("qlora"), "not written", merge=True)
+
+
+def test_an_export_that_is_there_survives_one_that_fails(exported, monkeypatch):
+    folder, _ = exported("lora", merge=True)
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    monkeypatch.setattr(saro.tools.export, "merge", lambda *arguments: spoil(merge(*arguments)))
+    with pytest.raises(SaroError, match="not written"):
+        exported("lora", merge=True, overwrite=True)
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+
+
+def test_rounding_that_costs_too_much_is_refused_with_the_mend(finished_run, monkeypatch):
+    monkeypatch.setattr("saro.checks.deviation.ALLOWED", 1e-5)
+    refused(
+        finished_run("lora"),
+        "the model in bfloat16 rounds away too much: set --dtype float32$",
+        merge=True,
+        dtype="bfloat16",
+    )
+
+
+def test_no_number_is_refused_even_with_allow_shift(finished_run, monkeypatch):
+    monkeypatch.setattr(saro.tools.export, "plain_logps", lambda *arguments: torch.full((1,), torch.nan))
+    options = {"merge": True, "into": "original", "allow_shift": True}
+    refused(finished_run(), "not written, it is off by nan nats", **options)
+
+
+def test_too_little_memory_is_one_line_and_leaves_nothing(finished_run, monkeypatch):
+    def full(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(saro.tools.export, "plain_logps", full)
+    refused(finished_run(), "not written, the GPU has too little memory; set CUDA_VISIBLE_DEVICES=", merge=True)
+
+
+def test_no_number_is_no_pass():
+    nan = torch.tensor([float("nan")])
+    assert not Deviation.of(nan, torch.tensor([1.0]), torch.tensor([2.0]), 0.1, 1).allowed
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.1])
+def test_a_deviation_is_allowed_up_to_a_tenth_of_the_change_and_one_and_a_half_times_the_rounding(noise):
+    trained, base = torch.tensor([-1.0, -1.0]), torch.tensor([-2.0, -4.0])
+    exact, over = (Deviation.of(trained + d + 1.5 * noise, trained, base, noise, 1) for d in (0.199, 0.201))
+    assert (exact.allowed, over.allowed) == (True, False)
+
+
+def test_a_deviation_says_what_it_is_measured_against():
+    trained, base = torch.tensor([-1.0, -1.0]), torch.tensor([-2.0, -4.0])
+    assert str(Deviation.of(trained + 0.201, trained, base, 1e-6, 1)) == (
+        "0.2 nats per token from the trained model, 10.05% of the 2 that training changed; rounding alone makes 1e-06 "
+        "(2 tokens of 1 records)"
+    )
+
+
+def in_bfloat16(run: Path, share: float) -> Path:
+    """A LoRA run as one that computed in bfloat16 and had learned this share of what it has."""
+    change_manifest(run, lambda manifest: manifest["config"]["model"].update(dtype="bfloat16"))
+    weights = load_file(run / "final" / "adapter_model.safetensors")
+    save_file(
+        {k: share * w if "lora_B" in k else w for k, w in weights.items()}, run / "final/adapter_model.safetensors"
+    )
+    return run
+
+
+def test_a_small_change_by_a_run_in_bfloat16_can_be_exported(own_run, tmp_path):
+    """Its own rounding is more than a tenth of what it changed: no file could be nearer."""
+    run = in_bfloat16(own_run(), 0.02)
+    export(str(run), ExportConfig(merge=True, dtype="float32", output=str(tmp_path / "out")), lambda line: None)
+    note = json.loads((tmp_path / "out" / NOTE).read_text())
+    assert 0.1 * note["change"] < note["shift"] < 0.1 * note["change"] + 1.5 * note["noise"]
+
+
+def test_an_export_in_bfloat16_that_lost_the_change_is_refused(own_run, monkeypatch):
+    run = in_bfloat16(own_run(), 1.0)
+    monkeypatch.setattr(saro.tools.export, "merge", lambda policy, *rest: merge(without_adapters(policy), *rest))
+    refused(run, "not written, it is off by .* rounding alone makes", merge=True, dtype="bfloat16")
+
+
+def test_a_copied_adapter_owes_nothing_to_rounding(own_run, monkeypatch):
+    run = in_bfloat16(own_run(), 0.02)
+    monkeypatch.setattr(
+        saro.tools.export, "load_policy", lambda *arguments, **kw: without_adapters(load_policy(*arguments, **kw))
+    )
+    refused(run, r"not written, it is off by .*, 100.00% of the .* rounding alone makes 0 ")
+
+
+def without_adapters(policy: Policy) -> Policy:
+    with torch.no_grad():
+        for parameter in policy.trainable().values():
+            parameter.zero_()
+    return policy
+
+
+# Into the original weights.
+
+
+def test_a_merge_into_the_original_weights_is_refused_where_it_shifts(finished_run):
+    refused(
+        finished_run("qlora"),
+        "leave --into original out, or take the shift with --allow-shift",
+        merge=True,
+        into="original",
+    )
+
+
+def test_with_allow_shift_it_is_written_and_the_shift_reported(exported, finished_run, tiny_model):
+    folder, line = exported("qlora", merge=True, into="original", allow_shift=True)
+    note = json.loads((folder / NOTE).read_text())
+    assert note["shift"] > 0.1 * note["change"]
+    assert f"off by {note['shift']:.2g} nats" in line
+    adapted = AutoPeftModelForCausalLM.from_pretrained(finished_run("qlora") / "final")
+    expected = adapted.merge_and_unload().state_dict()
+    weights = load_file(folder / "model.safetensors")
+    for name, weight in weights.items():
+        torch.testing.assert_close(weight, expected[name], rtol=0, atol=1e-6)
+
+
+def test_for_a_run_on_the_original_weights_there_is_no_shift(exported):
+    folder, _ = exported("lora", merge=True, into="original")
+    assert json.loads((folder / NOTE).read_text())["shift"] < 1e-4
+
+
+def test_allow_shift_is_for_the_original_weights_alone():
+    with pytest.raises(SaroError, match="--allow-shift goes with --into original"):
+        ExportConfig(merge=True, allow_shift=True)
+
+
+# The base, and the run.
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_another_base_than_the_trained_one_is_refused(own_run, tmp_path, method):
+    """unslothai/unsloth-zoo#810: an adapter merged into a base that it was not trained on."""
+    run = own_run(method)
+    torch.manual_seed(9)
+    shutil.rmtree(tmp_path / "base")
+    save_tiny_model(tmp_path / "base", intermediate_size=32)
+    refused(run, "was trained on another model.safetensors than that of .*base; restore the base model", merge=True)
+
+
+def test_a_full_model_is_not_measured_against_another_base(own_run, tmp_path):
+    run = own_run("full")
+    shutil.rmtree(tmp_path / "base")
+    save_tiny_model(tmp_path / "base", intermediate_size=32)
+    refused(run, "base: the weights are not those that the run began with; restore them")
+
+
+def test_a_base_that_is_gone_is_named(own_run, tmp_path):
+    run = own_run("qlora")
+    shutil.rmtree(tmp_path / "base")
+    refused(run, "base: no such folder")
+
+
+def test_a_missing_run_names_the_nearest(own_run):
+    run = own_run()
+    with pytest.raises(SaroError, match=f"rum: there is no such folder; did you mean {run}"):
+        FinishedRun.open(str(run.with_name("rum")))
+
+
+def test_without_a_run_nearby_the_option_is_named(tmp_path):
+    with pytest.raises(SaroError, match=r"holds no run \(no manifest.json\); give the folder that --train"):
+        FinishedRun.open(str(tmp_path))
+
+
+def test_a_folder_inside_a_run_is_not_the_run(own_run):
+    run = own_run()
+    with pytest.raises(SaroError, match=f"final: is a part of a run; give the run's folder, {run}$"):
+        FinishedRun.open(str(run / "final"))
+
+
+def test_an_unfinished_run_is_to_go_on(own_run):
+    run = own_run()
+    shutil.rmtree(run / "final")
+    refused(run, "the run has not finished .no final/.; go on with it with --resume")
+
+
+@pytest.mark.parametrize(("device", "dtype"), [("cpu", "float32"), ("cuda:0", "bfloat16")])
+def test_the_precision_is_that_of_the_training_wherever_it_is_exported(own_run, device, dtype):
+    run = own_run()
+    change_manifest(run, lambda m: m["machine"].update(device=device))
+    assert FinishedRun.open(str(run)).options.dtype == dtype
+
+
+def test_conversations_become_tokens_as_in_the_run(own_run):
+    run = own_run()
+    change_manifest(run, lambda m: m["config"]["data"].update(think_tags=["<a>", "</a>"], template_variables={"x": 1}))
+    chat = FinishedRun.open(str(run)).chat_format()
+    assert (chat.think_tags, chat.template_variables) == (("<a>", "</a>"), {"x": 1})
+    assert chat.template_date == date(2024, 7, 26)
+
+
+# The records.
+
+
+def test_heldout_records_come_first_and_training_records_where_there_are_no_others(own_run):
+    run = own_run()
+    assert [Path(f).name for f in run_files(FinishedRun.open(str(run)))] == ["heldout.jsonl"]
+    change_manifest(run, lambda m: m["config"]["data"].update(heldout=[]))
+    assert [Path(f).name for f in run_files(FinishedRun.open(str(run)))] == ["train.jsonl"]
+
+
+def test_the_demo_records_are_found_wherever_the_package_lies(own_run):
+    run = own_run()
+    digest = file_hash(Path(demo_file("srpo_heldout")))
+    change_manifest(run, lambda m: m["config"]["data"].update(heldout=["demo"]))
+    change_manifest(run, lambda m: m["data"].update({"/elsewhere/saro/demo/srpo_heldout.jsonl": digest}))
+    assert run_files(FinishedRun.open(str(run))) == [demo_file("srpo_heldout")]
+
+
+@pytest.mark.parametrize(("change", "state"), [("remove", "is not here any more"), ("edit", "has changed")])
+def test_records_that_are_not_those_of_the_run_are_refused_with_the_mend(own_run, tmp_path, change, state):
+    run = own_run()
+    heldout = shutil.copy(json.loads((run / "manifest.json").read_text())["config"]["data"]["heldout"][0], tmp_path)
+
+    def use_copy(manifest):
+        old = manifest["config"]["data"]["heldout"][0]
+        manifest["data"][heldout] = manifest["data"].pop(old)
+        manifest["config"]["data"]["heldout"] = [heldout]
+
+    change_manifest(run, use_copy)
+    if change == "edit":
+        Path(heldout).write_text(Path(heldout).read_text() + "\n")
+    else:
+        Path(heldout).unlink()
+    refused(run, f"heldout.jsonl: {state}.*; restore it, or verify the export with other records: --data FILE")
+
+
+def test_other_records_can_be_given(exported, records_file):
+    file = records_file([{"prompt": "Hi", "reasoning": "well", "answer": f"answer {i}"} for i in range(3)])
+    folder, _ = exported("lora", data=file)
+    assert json.loads((folder / NOTE).read_text())["records"] == 3
+
+
+def pairs(n: int) -> list[dict[str, object]]:
+    return [
+        {
+            "prompt": f"Question {i}",
+            "chosen": {"reasoning": "first this, then that", "answer": "yes"},
+            "rejected": {"reasoning": "first this, then nothing", "answer": "no"},
+        }
+        for i in range(n)
+    ]
+
+
+def test_preference_pairs_are_scored_on_both_sides(exported, records_file):
+    file = records_file(pairs(3))
+    folder, _ = exported("qlora", merge=True, data=[file])
+    note = json.loads((folder / NOTE).read_text())
+    assert note["records"] == 3
+    assert note["shift"] < 1e-4
+    ends = ("<think>\nfirst this, then that\n</think>\n\nyes", "<think>\nfirst this, then nothing\n</think>\n\nno")
+    assert note["tokens"] >= 3 * sum(len(end) + 1 for end in ends)
+
+
+def test_packed_and_plain_scoring_give_the_same_tokens_in_the_same_order(finished_run, records_file):
+    run = FinishedRun.open(str(finished_run("full")))
+    trees = choose_records([records_file(pairs(4))], run.chat_format(), 256, 3)
+    packed = packed_logps(run.load(CPU), trees, 256)
+    plain = plain_logps(AutoModelForCausalLM.from_pretrained(finished_run("full") / "final"), trees)
+    assert len(packed) == sum(len(s.row_kinds) for tree in trees for s in tree.sequences)
+    torch.testing.assert_close(packed, plain, rtol=0, atol=1e-4)
+
+
+def test_records_are_chosen_from_all_over_the_files(finished_run, records_file):
+    chat = FinishedRun.open(str(finished_run())).chat_format()
+    files = [records_file([{"prompt": "Hi", "answer": f"{n}{i}"} for i in range(4)], f"{n}.jsonl") for n in "ab"]
+    trees = choose_records(files, chat, 256, 4)
+    answers = [chat.tokenizer.decode(t.sequences[0].tokens).split("\n")[-1] for t in trees]
+    assert answers == [f"{n}<|im_end|>" for n in ("a0", "a2", "b0", "b2")]
+
+
+def test_records_that_are_too_long_are_passed_over(finished_run, records_file):
+    chat = FinishedRun.open(str(finished_run())).chat_format()
+    file = records_file([{"prompt": "x" * n, "answer": "y"} for n in (300, 1, 300, 2)])
+    assert [s.tokens.size < 100 for tree in choose_records([file], chat, 256, 4) for s in tree.sequences] == [
+        True,
+        True,
+    ]
+    with pytest.raises(SaroError, match="all records are longer than the run's packs of 20 tokens"):
+        choose_records([file], chat, 20, 4)
+
+
+# The target.
+
+
+def test_the_default_target_lies_in_the_run(own_run):
+    run = own_run()
+    line = export(str(run), ExportConfig(), lambda line: None)
+    assert line.startswith(str(run / "export"))
+    assert (run / "export" / "adapter_model.safetensors").is_file()
+
+
+def test_an_export_is_replaced_only_when_asked_to(exported):
+    folder, _ = exported("lora")
+    with pytest.raises(SaroError, match="out: exists already; add --overwrite, or give another folder with --output"):
+        exported("lora", merge=True)
+    exported("lora", merge=True, overwrite=True)
+    assert {p.name for p in folder.iterdir()} == MERGED_FILES
+
+
+def test_a_folder_that_holds_something_else_is_never_replaced(finished_run, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").touch()
+    for target in (tmp_path / "mine", finished_run(), finished_run() / "final"):
+        refused(finished_run(), "holds files that are no export's", output=str(target), overwrite=True)
+
+
+def test_an_empty_folder_is_taken(finished_run, tmp_path):
+    (tmp_path / "empty").mkdir()
+    export(str(finished_run()), ExportConfig(output=str(tmp_path / "empty")), lambda line: None)
+    assert (tmp_path / "empty" / NOTE).is_file()
+
+
+# The command.
+
+
+def run_command(monkeypatch, capsys, *arguments: str) -> tuple[int, str, str]:
+    monkeypatch.setattr(sys, "argv", ["saro", "export", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    out, err = capsys.readouterr()
+    return stop.value.code or 0, out, err
+
+
+def test_the_command_ends_with_one_line_on_stdout(finished_run, tmp_path, monkeypatch, capsys):
+    target = str(tmp_path / "out")
+    code, out, err = run_command(
+        monkeypatch, capsys, "--run", str(finished_run("qlora")), "--merge", "--dtype", "bfloat16", "--output", target
+    )
+    assert (code, out.count("\n")) == (0, 1)
+    assert out.startswith(f"{target}: model in bfloat16, off by")
+    assert err.splitlines()[0] == "scoring 6 records as trained and before training"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--run", "absent"], "absent: there is no such folder"),
+        (["--run", "x", "--into", "orignal"], "--into: Expected a Literal['dequantized', 'original']"),
+        (["--run", "x", "--records", "0"], "--records is 0; it must be at least 1"),
+        (["--run", "x", "--mrge"], "unknown option --mrge; did you mean --merge?"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(monkeypatch, capsys, arguments, message):
+    code, _, err = run_command(monkeypatch, capsys, *arguments)
+    assert code == 2
+    assert err.startswith(f"error: {message}")
+    assert err.count("\n") == 1

@@ -1,0 +1,619 @@
+"""fit() and evaluate(): what a step learns from, when it stops, and what it refuses to do."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from tiny import Training
+from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from saro.data.packs import Pack
+from saro.distributed.runtime import Runtime
+from saro.errors import SaroError
+from saro.train.checkpoint import list_checkpoints
+from saro.train.engine import evaluate
+from saro.train.steps import Step, Steps, packs_of
+from saro_kernels import TokenStatistics
+
+METHODS = ("full", "lora", "qlora")
+
+
+class Bigram(nn.Module):
+    """The smallest policy, in float64: a token's log-probs depend on the one before it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        random = torch.Generator().manual_seed(0)
+        self.embedding = nn.Parameter(torch.randn(264, 6, generator=random, dtype=torch.float64))
+        self.head = nn.Parameter(torch.randn(264, 6, generator=random, dtype=torch.float64))
+
+    def forward(self, pack: Pack) -> torch.Tensor:
+        return self._distributions(pack).gather(1, pack.row_target[:, None])[:, 0]
+
+    def statistics(self, pack: Pack) -> TokenStatistics:
+        logps = self._distributions(pack)
+        return TokenStatistics(self(pack), -(logps.exp() * logps).sum(1), logps.argmax(1) == pack.row_target)
+
+    def _distributions(self, pack: Pack) -> torch.Tensor:
+        hidden = self.embedding.index_select(0, pack.input_ids).index_select(0, pack.row_hidden)
+        return (hidden @ self.head.T).log_softmax(-1)
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        return dict(self.named_parameters())
+
+
+class Sending:
+    """Steps that send this process a signal when the step of this number is asked for."""
+
+    def __init__(self, steps: Steps, at: int, number: int, times: int = 1) -> None:
+        self.schedule, self._steps, self._at, self._number, self._times = steps.schedule, steps, at, number, times
+
+    def __getitem__(self, step: int) -> Step:
+        if step == self._at:
+            for _ in range(self._times):
+                os.kill(os.getpid(), self._number)
+        return self._steps[step]
+
+
+@contextmanager
+def gradients_seen() -> Iterator[list[torch.Tensor]]:
+    """The gradient that each optimizer step is given, as one vector."""
+    seen: list[torch.Tensor] = []
+
+    def look(optimizer: torch.optim.Optimizer, *_: object) -> None:
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        seen.append(torch.cat([p.grad.detach().flatten().clone() for p in parameters]))
+
+    handle = register_optimizer_step_pre_hook(look)
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+@pytest.fixture
+def training(tiny_model, records_file, examples, tmp_path) -> Callable[..., Training]:
+    file = records_file(examples)
+
+    def make(output: str = "run", **options: object) -> Training:
+        return Training.on(tiny_model(), file, tmp_path / output, **options)
+
+    return make
+
+
+def lines_of(training: Training) -> list[dict[str, float]]:
+    text = (Path(training.options.output) / "metrics.jsonl").read_text()
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+# What a step learns from.
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_training_lowers_the_loss_on_what_it_trains_on(training, runtime, method):
+    run = training(model={"method": method}, records_per_step=24, pack_tokens=1024)
+    outcome = run.fit(runtime, 5)
+    losses = [line["loss"] for line in lines_of(run)]
+    assert (outcome.step, outcome.stopped_by) == (5, None)
+    assert all(math.isfinite(loss) for loss in losses)
+    assert losses[-1] < losses[0] - 0.5
+
+
+def test_the_loss_is_the_mean_over_the_scored_tokens_of_the_whole_step(training, runtime):
+    policy = Bigram()
+    run = training(policy=policy, pack_tokens=128)
+    assert len(run.steps[0].packs) > 1
+    logps = []
+    with torch.no_grad():
+        for record in run.steps[0].records:
+            s = run.data.sequence(record)
+            ids = torch.tensor(s.tokens.astype("int64"))
+            rows = (policy.embedding[ids[:-1]] @ policy.head.T).log_softmax(-1)
+            logps.append(rows.gather(1, ids[1:, None])[s.scored_from - 1 :, 0])
+    run.fit(runtime, 1)
+    assert lines_of(run)[0]["loss"] == pytest.approx(-torch.cat(logps).mean().item(), rel=1e-12)
+
+
+def test_gradients_do_not_depend_on_the_pack_size(training, runtime):
+    seen = {}
+    for tokens in (110, 256, 4096):
+        run = training(f"{tokens}", policy=Bigram(), pack_tokens=tokens, max_grad_norm=0)
+        with gradients_seen() as gradients:
+            run.fit(runtime, 3)
+        seen[len(run.steps[0].packs)] = gradients
+    one_record_each, _, whole = (seen[n] for n in sorted(seen, reverse=True))
+    assert max(seen) == 4
+    assert min(seen) == 1
+    for gradients in seen.values():
+        for step, expected in zip(gradients, whole, strict=True):
+            assert (step - expected).norm() <= 1e-12 * expected.norm()
+    assert one_record_each[0].norm() > 0.01
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_gradients_of_a_model_do_not_depend_on_the_pack_size(training, runtime, method):
+    seen = []
+    for tokens in (110, 4096):
+        run = training(f"{tokens}", pack_tokens=tokens, max_grad_norm=0, model={"method": method})
+        with gradients_seen() as gradients:
+            run.fit(runtime, 1)
+        seen.append(gradients[0])
+    assert (seen[0] - seen[1]).norm() <= 2e-6 * seen[1].norm()
+
+
+def two_processes(records: str, folder: str, output: str, records_per_step: str, pack_tokens: str) -> None:
+    """One rank of a run in two processes: gradients of each step go to ``output``."""
+    accelerator = Accelerator(cpu=True, mixed_precision="no")
+    runtime = Runtime(accelerator, accelerator.process_index, accelerator.num_processes, 1)
+    run = Training.on(
+        folder,
+        records,
+        Path(output),
+        policy=Bigram(),
+        records_per_step=int(records_per_step),
+        pack_tokens=int(pack_tokens),
+        max_grad_norm=0,
+        rank=runtime.rank,
+        processes=runtime.processes,
+    )
+    packs = [sum(pack.rows > 0 for pack in run.steps[step].packs) for step in range(3)]
+    with gradients_seen() as gradients:
+        run.fit(runtime, 3)
+    torch.save(
+        {"processes": runtime.processes, "packs": packs, "gradients": gradients}, f"{output}/rank{runtime.rank}.pt"
+    )
+    runtime.end()
+
+
+@pytest.mark.parametrize(("records_per_step", "packs"), [(4, (2, 2)), (1, (1, 0)), (3, (1, 2))])
+def test_two_processes_take_the_same_steps_as_one(
+    training, runtime, recipes, records_file, examples, tiny_model, tmp_path, records_per_step, packs
+):
+    """Also where they have different numbers of packs, and where one has no record at all."""
+    out = tmp_path / "two"
+    arguments = (records_file(examples, "two.jsonl"), tiny_model(), out, records_per_step, 110)
+    done = recipes.run_ranks(2, *arguments, call=f"{__file__}:two_processes")
+    assert [p.code for p in done] == [0, 0], done[0].err + done[1].err
+    ranks = [torch.load(out / f"rank{r}.pt") for r in range(2)]
+    assert [r["processes"] for r in ranks] == [2, 2]
+    assert tuple(r["packs"][0] for r in ranks) == packs
+
+    run = training(policy=Bigram(), records_per_step=records_per_step, pack_tokens=4096, max_grad_norm=0)
+    with gradients_seen() as expected:
+        run.fit(runtime, 3)
+    for step in range(3):
+        for rank in ranks:
+            assert (rank["gradients"][step] - expected[step]).norm() <= 1e-12 * expected[step].norm()
+    both = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    for line, other in zip(lines_of(run), both, strict=True):
+        for name in ("loss", "grad_norm", "lr", "epoch", *(n for n in line if n.startswith("loss/"))):
+            assert other[name] == pytest.approx(line[name], rel=1e-12), name
+
+
+def test_the_same_records_in_another_order_within_a_step_give_the_same_gradient(training, runtime):
+    seen = []
+    for name, turn in (("a", 1), ("b", -1)):
+        run = training(name, policy=Bigram(), max_grad_norm=0)
+        trees = run.steps.trees
+        run.steps = replace(run.steps, trees=lambda records, t=trees, turn=turn: t(records[::turn]))
+        with gradients_seen() as gradients:
+            run.fit(runtime, 1)
+        seen.append(gradients[0])
+    assert (seen[0] - seen[1]).norm() <= 1e-12 * seen[0].norm()
+
+
+def test_dropout_is_on_in_training_and_the_same_for_the_same_seed(training, runtime):
+    def after_two_steps(name: str, dropout: float, seed: int) -> dict[str, torch.Tensor]:
+        run = training(name, model={"lora_dropout": dropout})
+        torch.manual_seed(seed)  # of no consequence: each step is seeded for itself
+        run.fit(runtime, 2)
+        return run.weights()
+
+    assert_same(after_two_steps("a", 0.5, 1), after_two_steps("b", 0.5, 2))
+    without = after_two_steps("c", 0.0, 1)
+    assert any(not torch.equal(w, without[n]) for n, w in after_two_steps("d", 0.5, 1).items())
+
+
+def test_each_step_and_each_rank_has_random_numbers_of_its_own(training, runtime):
+    """One seed for all would drop the same units in every step."""
+    seeds: list[int] = []
+    for rank in range(2):
+        run = training(f"{rank}")
+        run.policy.register_forward_pre_hook(lambda *_: seeds.append(torch.initial_seed()))
+        run.fit(replace(runtime, rank=rank), 3)
+    per_pack = [len(run.steps[i].packs) for i in range(3)]
+    assert len(seeds) == 2 * sum(per_pack)
+    assert len(set(seeds)) == 6
+
+
+def test_dropout_is_on_even_where_the_model_comes_in_evaluation_mode(training, runtime):
+    ends = []
+    for name, mode in (("train", True), ("eval", False)):
+        run = training(name, model={"lora_dropout": 0.5})
+        run.policy.train(mode)
+        run.fit(runtime, 2)
+        ends.append(run.weights())
+    assert_same(*ends)
+
+
+# Clipping.
+
+
+def test_the_gradient_norm_is_reported_before_clipping_and_applied_after(training, runtime):
+    run = training(max_grad_norm=0.1)
+    with gradients_seen() as gradients:
+        run.fit(runtime, 1)
+    free = training("free", max_grad_norm=0)
+    with gradients_seen() as unclipped:
+        free.fit(runtime, 1)
+    assert lines_of(run)[0]["grad_norm"] == pytest.approx(unclipped[0].norm().item(), rel=1e-5)
+    assert lines_of(run)[0]["grad_norm"] > 0.2
+    assert gradients[0].norm().item() == pytest.approx(0.1, rel=1e-4)
+
+
+def test_a_clipping_norm_of_zero_turns_clipping_off(training, runtime):
+    run = training(max_grad_norm=0)
+    with gradients_seen() as gradients:
+        run.fit(runtime, 1)
+    assert gradients[0].norm().item() == pytest.approx(lines_of(run)[0]["grad_norm"], rel=1e-5)
+    assert gradients[0].norm() > 1
+
+
+# What is not finite.
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_stops_before_the_step_is_made(training, runtime, poison):
+    run = training(model={"method": "full"}, save_every=1)
+    run.fit(runtime, 2)
+    record = run.steps[2].records[0]
+    token = int(run.data.sequence(record).tokens[5])
+    with torch.no_grad():
+        run.policy.causal_lm.get_input_embeddings().weight[token] = poison
+    before = run.weights()
+    files = sorted(p.name for p in (Path(run.options.output) / "checkpoints").rglob("*"))
+    resumed = training(model={"method": "full"}, save_every=1)
+    resumed.policy = run.policy
+    checkpoint = list_checkpoints(Path(run.options.output) / "checkpoints")[-1][1]
+    weights = checkpoint / "trainable.safetensors"
+    from safetensors.torch import load_file, save_file
+
+    poisoned = load_file(weights)
+    poisoned["model.embed_tokens.weight"][token] = poison
+    save_file(poisoned, weights)
+    names = [run.data.ids[r] for r in run.steps[2].records]
+    with pytest.raises(SaroError, match="step 3: loss nan") as error:
+        resumed.fit(runtime, 4, resume=True)
+    assert f"Records of the step: {', '.join(names)}." in str(error.value)
+    assert "the weights were not changed" in str(error.value)
+    after = resumed.weights()
+    assert all(torch.equal(after[n].nan_to_num(1e9), before[n].nan_to_num(1e9)) for n in before)
+    assert sorted(p.name for p in (Path(run.options.output) / "checkpoints").rglob("*")) == files
+    assert [line["step"] for line in lines_of(run)] == [1, 2]
+
+
+def test_a_gradient_norm_alone_that_is_not_finite_stops_too(training, runtime):
+    run = training()
+    before = run.weights()
+    parameter = next(p for name, p in run.policy.trainable().items() if "lora_B" in name)
+    parameter.register_hook(lambda gradient: gradient * float("inf"))
+    with (
+        gradients_seen() as steps_made,
+        pytest.raises(SaroError, match=r"step 1: loss \d\.\d+, gradient norm (inf|nan)"),
+    ):
+        run.fit(runtime, 4, save_every=1)
+    assert steps_made == []
+    assert_same(run.weights(), before)
+    assert list_checkpoints(Path(run.options.output) / "checkpoints") == []
+    assert lines_of(run) == []
+
+
+def test_signals_are_obeyed_as_before_after_an_error(training, runtime):
+    run = training()
+    handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    next(iter(run.policy.trainable().values())).register_hook(lambda g: g * float("nan"))
+    with pytest.raises(SaroError):
+        run.fit(runtime, 1)
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
+
+
+# Stopping and going on.
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_finishes_the_step_and_writes_a_checkpoint(training, runtime, number):
+    run = training()
+    handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    run.steps = Sending(run.steps, at=1, number=number)
+    outcome = run.fit(runtime, 4)
+    assert (outcome.step, outcome.stopped_by) == (2, number)
+    assert [step for step, _ in list_checkpoints(Path(run.options.output) / "checkpoints")] == [2]
+    assert [line["step"] for line in lines_of(run)] == [1, 2]
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
+
+
+def test_a_signal_in_the_last_step_does_not_stop_what_is_done(training, runtime):
+    run = training()
+    run.steps = Sending(run.steps, at=3, number=signal.SIGTERM)
+    outcome = run.fit(runtime, 4)
+    assert (outcome.step, outcome.stopped_by) == (4, None)
+    assert [step for step, _ in list_checkpoints(Path(run.options.output) / "checkpoints")] == [4]
+
+
+def test_a_second_ctrl_c_interrupts_at_once(training, runtime, monkeypatch):
+    run = training()
+
+    class Impatient(Sending):
+        def __getitem__(self, step: int) -> Step:
+            os.kill(os.getpid(), signal.SIGINT)
+            now = engine.time.monotonic()
+            monkeypatch.setattr(engine.time, "monotonic", lambda: now + 60)
+            os.kill(os.getpid(), signal.SIGINT)
+            raise AssertionError("not reached")
+
+    from saro.train import engine
+
+    run.steps = Impatient(run.steps, at=0, number=signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        run.fit(runtime, 4)
+    assert list_checkpoints(Path(run.options.output) / "checkpoints") == []
+
+
+def test_a_launcher_that_repeats_the_ctrl_c_does_not_cost_the_checkpoint(training, runtime):
+    """torchrun sends its children a SIGINT of its own, right after the terminal's, which reached them already."""
+    run = training()
+    run.steps = Sending(run.steps, at=1, number=signal.SIGINT, times=2)
+    outcome = run.fit(runtime, 4)
+    assert (outcome.step, outcome.stopped_by) == (2, signal.SIGINT)
+    assert [step for step, _ in list_checkpoints(Path(run.options.output) / "checkpoints")] == [2]
+
+
+RESUMED = [
+    ("lora", {"lora_dropout": 0.3}, "adamw"),
+    ("qlora", {"lora_dropout": 0.3}, "adamw"),
+    ("full", {}, "adamw"),
+    ("full", {}, "adamw8bit"),
+    ("full", {}, "paged_adamw8bit"),
+    ("lora", {"gradient_checkpointing": True, "lora_dropout": 0.3}, "adamw"),
+]
+
+
+@pytest.mark.parametrize(("method", "model", "optimizer"), RESUMED)
+def test_four_steps_are_two_steps_a_stop_and_two_steps_bit_for_bit(training, runtime, method, model, optimizer):
+    options = {"model": {"method": method} | model, "optimizer": optimizer, "weight_decay": 0.1, "warmup": 0.5}
+    unbroken = training("unbroken", **options)
+    unbroken.fit(runtime, 4)
+
+    stopped = training("stopped", **options)
+    stopped.steps = Sending(stopped.steps, at=1, number=signal.SIGTERM)
+    assert stopped.fit(runtime, 4).step == 2
+
+    torch.manual_seed(12345)
+    resumed = training("stopped", **options)
+    outcome = resumed.fit(runtime, 4, resume=True)
+    assert (outcome.step, outcome.stopped_by) == (4, None)
+    assert_same(resumed.weights(), unbroken.weights())
+    assert any(not torch.equal(w, stopped.weights()[n]) for n, w in resumed.weights().items())
+    for name in ("trainable.safetensors", "state.json"):
+        a, b = (Path(r.options.output) / "checkpoints" / "step_000004" / name for r in (unbroken, resumed))
+        assert a.read_bytes() == b.read_bytes(), name
+    states = [
+        torch.load(Path(r.options.output) / "checkpoints" / "step_000004" / "optimizer.pt", weights_only=True)
+        for r in (unbroken, resumed)
+    ]
+    assert_states_equal(*states)
+    timing = ("tokens_per_second", "peak_memory_gib")
+    a, b = ([{k: v for k, v in line.items() if k not in timing} for line in lines_of(r)] for r in (unbroken, resumed))
+    assert a == b
+
+
+def assert_states_equal(a: object, b: object, at: str = "") -> None:
+    assert type(a) is type(b), at
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), at
+        for key in a:
+            assert_states_equal(a[key], b[key], f"{at}.{key}")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), at
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_states_equal(x, y, f"{at}[{i}]")
+    elif isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype, at
+        assert torch.equal(a, b), at
+    else:
+        assert a == b, at
+
+
+def test_resume_takes_the_newest_checkpoint(training, runtime):
+    run = training(save_every=1, keep_checkpoints=3)
+    run.steps = Sending(run.steps, at=10, number=signal.SIGTERM)
+    run.fit(runtime, 12)
+    asked: list[int] = []
+
+    class Noting(Sending):
+        def __getitem__(self, step: int) -> Step:
+            asked.append(step)
+            return super().__getitem__(step)
+
+    resumed = training()
+    resumed.steps = Noting(resumed.steps, at=-1, number=0)
+    resumed.fit(runtime, 12, resume=True)
+    assert asked == [11]
+
+
+def test_resume_without_a_checkpoint_starts_at_the_first_step(training, runtime):
+    run = training()
+    (Path(run.options.output) / "metrics.jsonl").write_text('{"step": 1, "loss": 99}\n')
+    assert run.fit(runtime, 2, resume=True).step == 2
+    assert [line["step"] for line in lines_of(run)] == [1, 2]
+    assert lines_of(run)[0]["loss"] < 99
+
+
+def test_resuming_a_finished_run_trains_no_step_and_loads_its_weights(training, runtime):
+    run = training()
+    run.fit(runtime, 2)
+    again = training()
+    with gradients_seen() as gradients:
+        outcome = again.fit(runtime, 2, resume=True)
+    assert (outcome.step, outcome.stopped_by, gradients) == (2, None, [])
+    assert_same(again.weights(), run.weights())
+    assert [line["step"] for line in lines_of(run)] == [1, 2]
+
+
+def test_a_run_without_resume_ignores_checkpoints(training, runtime):
+    training().fit(runtime, 2)
+    run = training()
+    with gradients_seen() as gradients:
+        run.fit(runtime, 2)
+    assert len(gradients) == 2
+
+
+def test_checkpoints_are_written_every_so_many_steps_and_at_the_end(training, runtime):
+    run = training(save_every=2, keep_checkpoints=10)
+    run.fit(runtime, 5)
+    assert [step for step, _ in list_checkpoints(Path(run.options.output) / "checkpoints")] == [2, 4, 5]
+
+
+def test_without_save_every_there_is_one_checkpoint_at_the_end(training, runtime):
+    run = training(save_every=0)
+    run.fit(runtime, 3)
+    assert [step for step, _ in list_checkpoints(Path(run.options.output) / "checkpoints")] == [3]
+
+
+# Evaluation.
+
+
+def test_evaluation_does_not_change_training(training, runtime):
+    plain = training("plain", model={"lora_dropout": 0.3})
+    plain.fit(runtime, 4)
+    run = training("evaluated", model={"lora_dropout": 0.3}, eval_every=1)
+    evaluated: list[int] = []
+
+    def held_out(_: int) -> dict[str, float]:
+        evaluated.append(len(evaluated))
+        trees = [*run.steps[7].trees]
+        return evaluate(runtime, run.policy, run.objective, packs_of(trees, 256))
+
+    run.fit(runtime, 4, evaluate=held_out)
+    assert_same(run.weights(), plain.weights())
+    assert len(evaluated) == 3
+
+
+def test_evaluation_runs_every_so_many_steps_but_not_after_the_last(training, runtime):
+    """After the last step the recipe measures anyway."""
+    run = training(eval_every=2)
+    run.fit(runtime, 6, evaluate=lambda step: {"eval/loss": 1.0})
+    found = [line["step"] for line in lines_of(run) if "eval/loss" in line]
+    assert found == [2, 4]
+    assert [line["step"] for line in lines_of(run) if "loss" in line] == [1, 2, 3, 4, 5, 6]
+
+
+def test_evaluation_is_without_dropout_and_leaves_training_mode_on(training, runtime):
+    run = training(model={"lora_dropout": 0.5})
+    run.fit(runtime, 2)
+    run.policy.train()
+    packs = run.steps[0].packs
+    torch.manual_seed(1)
+    first = evaluate(runtime, run.policy, run.objective, packs)
+    torch.manual_seed(2)
+    assert evaluate(runtime, run.policy, run.objective, packs) == first
+    assert run.policy.training
+    run.policy.eval()
+    assert evaluate(runtime, run.policy, run.objective, packs) == first
+    assert not run.policy.training
+
+
+def test_evaluation_reports_each_kind_of_record_and_does_not_depend_on_packs(training, runtime):
+    run = training(policy=Bigram())
+    trees = run.steps.trees(range(24))
+    wide = evaluate(runtime, run.policy, run.objective, packs_of(trees, 4096))
+    narrow = evaluate(runtime, run.policy, run.objective, packs_of(trees, 110))
+    parts = ("", "/general", "/safety", "/think", "/answer", "/stop")
+    names = [f"eval/{name}" for name in ("loss", "entropy", "mean_token_accuracy")]
+    assert wide.keys() == {name + part for name in names for part in parts}
+    assert narrow == pytest.approx(wide, rel=1e-12)
+    scored, kinds = run.data.scored_tokens, run.data.kinds
+    for name in names:
+        mean = sum(wide[f"{name}/{n}"] * scored[kinds == i].sum() for i, n in enumerate(("general", "safety")))
+        assert wide[name] == pytest.approx(mean / scored.sum(), rel=1e-12)
+
+
+def test_evaluation_makes_no_gradient(training, runtime):
+    run = training()
+    evaluate(runtime, run.policy, run.objective, run.steps[0].packs)
+    assert all(p.grad is None for p in run.policy.trainable().values())
+
+
+# Small updates arrive.
+
+
+def test_every_adapter_weight_changes_at_a_small_learning_rate(training, runtime):
+    run = training(lr=1e-6, schedule="constant")
+    run.fit(runtime, 4)
+    shares = [line["changed_parameters"] for line in lines_of(run)]
+    assert shares[0] < 1, "lora_A has no gradient while lora_B is zero"
+    # A few momenta pass through zero; all others move their weight.
+    assert min(shares[1:]) > 0.999
+
+
+def test_bfloat16_adapters_would_lose_updates_and_the_metric_shows_it(training, runtime):
+    """The control: from the same point, fp32 adapters all change and bf16 ones hardly."""
+    share = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        run = training(str(dtype), lr=1e-6, schedule="constant", pack_tokens=4096)
+        run.fit(runtime, 1, lr=1e-2)  # lora_B is no longer zero
+        for parameter in run.policy.trainable().values():
+            parameter.data = parameter.data.to(dtype)
+        run.fit(runtime, 3)
+        share[dtype] = lines_of(run)[-1]["changed_parameters"]
+    assert share[torch.float32] > 0.999
+    assert share[torch.bfloat16] < 0.1
+
+
+# Log lines.
+
+
+def test_a_log_line_holds_the_mean_over_its_steps_weighted_by_tokens(training, runtime):
+    each = training("each", policy=Bigram())
+    each.fit(runtime, 4)
+    pairs = training("pairs", policy=Bigram(), log_every=2)
+    pairs.fit(runtime, 4)
+    tokens = [sum(int(each.data.scored_tokens[r]) for r in each.steps[s].records) for s in range(4)]
+    losses = [line["loss"] for line in lines_of(each)]
+    expected = [(losses[i] * tokens[i] + losses[i + 1] * tokens[i + 1]) / (tokens[i] + tokens[i + 1]) for i in (0, 2)]
+    assert [line["step"] for line in lines_of(pairs)] == [2, 4]
+    assert [line["loss"] for line in lines_of(pairs)] == pytest.approx(expected, rel=1e-12)
+
+
+def test_the_rate_counts_the_tokens_that_the_model_reads(training, runtime):
+    run = training()
+    outcome = run.fit(runtime, 2)
+    assert lines_of(run)[-1]["tokens_per_second"] == pytest.approx(outcome.tokens_per_second)
+    assert outcome.tokens_per_second > 0
+    assert run.steps[0].tokens == sum(int(run.data.lengths[r]) - 1 for r in run.steps[0].records)
+
+
+def test_a_run_longer_than_an_epoch_goes_on_with_another_order(training, runtime):
+    run = training(records_per_step=12)
+    run.fit(runtime, 5)
+    assert [line["epoch"] for line in lines_of(run)] == [0.5, 1.0, 1.5, 2.0, 2.5]
+    epochs = [[*run.steps[i].records, *run.steps[i + 1].records] for i in (0, 2)]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(24))
+    assert epochs[0] != epochs[1]

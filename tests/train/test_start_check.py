@@ -1,0 +1,137 @@
+"""Before the first step margins are zero and the loss is known; where not, training does not begin."""
+
+from __future__ import annotations
+
+from datetime import date
+
+import numpy as np
+import pytest
+import torch
+
+from saro.config import DataConfig, ModelConfig, PreferenceConfig
+from saro.data.dataset import encode_pair_files
+from saro.data.steps import Schedule
+from saro.errors import SaroError
+from saro.model.load import find_model, load_policy
+from saro.train.objective import SRPOObjective
+from saro.train.reference import Reference, load_reference, score_pairs
+from saro.train.start_check import check_start
+from saro.train.steps import Steps
+
+CPU = torch.device("cpu")
+pytestmark = pytest.mark.usefixtures("cache", "one_thread")
+
+
+@pytest.fixture
+def world(tiny_model, records_file, pairs, runtime):
+    """Policy, pairs, their reference, and a function that checks the first step."""
+
+    def make(divergent=False, **options):
+        options = ModelConfig(**{"name": tiny_model(), "method": "lora"} | options)
+        source = find_model(options)
+        chat = source.chat_format(DataConfig(), date(2024, 7, 26))
+        data = encode_pair_files([records_file(pairs, "pairs.jsonl")], chat, max_tokens=512)
+        data = data.divergent() if divergent else data
+        policy = load_policy(source, options, CPU, seed=0)
+        reference = load_reference(runtime, policy, source, data, 256)
+        steps = Steps(Schedule(data.kinds, 4, 0), lambda records: data.trees(records, 256), 256)
+
+        def check(reference=reference, **preference):
+            objective = SRPOObjective(data.kinds, reference, PreferenceConfig(**preference))
+            return check_start(runtime, policy, objective, steps[0], data, 256)
+
+        return policy, data, reference, check
+
+    return make
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_policy_is_its_own_reference(world, method, dtype):
+    found = world(method=method, dtype=dtype)[3]()
+    assert found.margin <= found.allowed
+    assert found.loss == pytest.approx(np.log(2), abs=1e-3 if dtype == "float32" else 0.2)
+
+
+@pytest.mark.parametrize(
+    "preference",
+    [
+        {"loss": "hinge"},
+        {"loss": "ipo", "length_normalize": True},
+        {"loss": "robust", "label_smoothing": 0.2},
+        {"nll": 1.0},
+    ],
+    ids=lambda p: "-".join(p),
+)
+def test_it_passes_with_every_loss(world, preference):
+    world()[3](**preference)
+
+
+def test_it_passes_where_only_divergent_tokens_are_scored(world):
+    world(divergent=True)[3](scored="divergent")
+
+
+def move(policy) -> None:
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in policy.trainable().values():
+            parameter.normal_(std=0.2)
+
+
+def test_dropout_does_not_disturb_it_and_stays_on(world):
+    policy, data, _, check = world(lora_dropout=0.5)
+    move(policy)
+    policy.train()
+    check(score_pairs(policy, data, data.trees(range(len(data)), 256), 256))
+    assert policy.training
+
+
+def test_a_policy_that_has_moved_since_is_found(world):
+    policy, _, _, check = world()
+    move(policy)
+    with pytest.raises(SaroError, match="the reference is not the model that training starts from"):
+        check()
+
+
+def wrong_reference(reference: Reference, change) -> Reference:
+    logps = reference.logps.copy()
+    change(logps, reference.offsets)
+    return Reference(logps, reference.offsets)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda logps, offsets: logps.__iadd__(np.where(np.arange(len(logps)) % 2, 0.01, -0.02)),
+        lambda logps, offsets: np.multiply(logps, 1.001, out=logps),
+        lambda logps, offsets: logps.__setitem__(slice(0, len(logps)), np.roll(logps, 1)),
+        lambda logps, offsets: logps.fill(np.nan),
+    ],
+    ids=["noise", "scale", "shifted by a token", "not a number"],
+)
+def test_a_wrong_reference_stops_before_the_first_step(world, change):
+    _, _, reference, check = world()
+    with pytest.raises(SaroError, match=r"before the first step the margin of p\d+ is .* nats, and rounding explains"):
+        check(wrong_reference(reference, change))
+
+
+def test_a_reference_without_the_adapter_of_stage_1_stops_it(world):
+    """hiyouga/LLaMA-Factory#8459 and #8974: the reference was the base model, without the SFT adapter."""
+    policy, data, _, check = world()
+    with torch.no_grad():
+        for name, parameter in policy.trainable().items():
+            if "lora_B" in name:
+                parameter.normal_(std=0.02)
+    with policy.model.disable_adapter():
+        without = score_pairs(policy, data, data.trees(range(len(data)), 256), 256)
+    with pytest.raises(SaroError, match="the reference is not the model that training starts from"):
+        check(without)
+    check(score_pairs(policy, data, data.trees(range(len(data)), 256), 256))
+
+
+def test_a_loss_that_is_not_its_value_at_zero_stops_it(world, monkeypatch):
+    check = world()[3]
+    original = SRPOObjective.loss_of
+    monkeypatch.setattr(SRPOObjective, "loss_of", lambda self, margin: original(self, margin) + 0.01)
+    with pytest.raises(SaroError, match=r"the loss is 0\.693\d+, and 0\.703\d+ at margins of zero"):
+        check()
