@@ -30,7 +30,7 @@ from rich.table import Table
 
 from saro.config import DEMO, ModelConfig
 from saro.errors import SaroError
-from saro.model.load import find_model
+from saro.model.source import find_model
 from saro.program import run_program
 
 # What saro/runtime.py sets through mallopt: freed memory is kept for the next step. Here it holds for every side.

@@ -36,13 +36,14 @@ from peers_data import (
 
 from saro.config import DataConfig, ModelConfig, PreferenceConfig, TrainConfig
 from saro.data.dataset import PairSet
+from saro.data.steps import Step, Steps
 from saro.data.tree import SequenceTree, build_tree
 from saro.distributed.runtime import Runtime
-from saro.model.load import ModelSource, find_model, load_policy
+from saro.model.load import load_policy
+from saro.model.score import score_pairs
+from saro.model.source import ModelSource, find_model
 from saro.train.engine import fit
 from saro.train.objective import RWObjective, SRPOObjective
-from saro.train.reference import score_pairs
-from saro.train.steps import Step, Steps
 
 
 class Done(Exception):

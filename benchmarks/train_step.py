@@ -31,9 +31,10 @@ from saro.config import ModelConfig, TrainConfig
 from saro.data.packs import Pack, lay_out
 from saro.data.tree import RowKind, ScoredSequence, build_tree
 from saro.distributed.runtime import Runtime
-from saro.model.fused_lora import pefts_own_lora
-from saro.model.load import find_model, load_policy
+from saro.model.load import load_policy
 from saro.model.policy import Policy
+from saro.model.source import find_model
+from saro.model.unmodified import own_layers
 from saro.train.losses import nll_sum
 from saro.train.optim import make_optimizer
 
@@ -137,7 +138,7 @@ def time_round(
     ours = time_step(policy, pack, optimizer)
     theirs = bare = math.nan
     if peft:
-        with pefts_own_lora(policy.model):
+        with own_layers(policy.causal_lm):
             theirs = time_step(policy, pack, optimizer).step
         with policy.model.disable_adapter(), embeddings_with_gradient(policy):
             bare = time_step(policy, pack, optimizer).step

@@ -104,6 +104,17 @@ def remove_temps(path: str | os.PathLike) -> None:
                 item.unlink()
 
 
+def follow_umask(folder: Path) -> None:
+    """Give all files of a folder the permissions of a new file. safetensors makes its files readable only to their owner."""
+    probe = folder / ".mode"
+    probe.touch()
+    mode = probe.stat().st_mode & 0o777
+    probe.unlink()
+    for file in folder.rglob("*"):
+        if file.is_file():
+            file.chmod(mode)
+
+
 def file_hash(path: Path) -> str:
     """sha256 of a file, remembered by path, inode, size and time of change: large weights are read once."""
     stat = path.stat()

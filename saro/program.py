@@ -5,17 +5,25 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
 from itertools import islice
-from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
+from typing import Any, NamedTuple, NoReturn, TypeVar, get_args, get_type_hints
 
 import torch
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
+from tqdm import tqdm
 
 from saro.errors import SaroError, nearest
 
 Config = TypeVar("Config")
+
+
+class RunFlags(NamedTuple):
+    """What a recipe may do with a run that is in its output folder already."""
+
+    resume: bool
+    overwrite: bool
 
 
 class Parser(ArgumentParser):
@@ -63,7 +71,7 @@ class Parser(ArgumentParser):
 
 def parse_recipe(
     config: type[Config], prog: str, description: str, args: Sequence[str] | None = None
-) -> tuple[Config, dict[str, bool]]:
+) -> tuple[Config, RunFlags]:
     """Options of a recipe: YAML file first, then command line. Returns the config and the flags of the run's folder.
 
     Raises:
@@ -79,7 +87,7 @@ def parse_recipe(
     parsed = parser.parse(_files_first(sys.argv[1:] if args is None else args))
     _check_parsed(config, parsed)
     groups = parser.instantiate(parsed)
-    flags = {"resume": parsed.resume, "overwrite": parsed.overwrite}
+    flags = RunFlags(resume=parsed.resume, overwrite=parsed.overwrite)
     return config(**{field.name: groups[field.name] for field in fields(config)}), flags
 
 
@@ -111,6 +119,15 @@ def _files_first(args: Sequence[str]) -> list[str]:
         else:
             (files if arg.startswith("--config=") else options).append(arg)
     return files + options
+
+
+def progress_bar(
+    items: Iterable[Any] | None, description: str, unit: str, *, shown: bool = True, total: int | None = None
+) -> tqdm:
+    """Return a progress bar over ``items``, or of ``total`` units. It appears after two seconds, on a terminal only."""
+    # disable=None hides the bar if standard error is no terminal.
+    disable = None if shown else True
+    return tqdm(items, desc=description, unit=f" {unit}", total=total, delay=2, leave=False, disable=disable)
 
 
 def run_program(main: Callable[[], int]) -> NoReturn:

@@ -6,7 +6,6 @@ import json
 import shutil
 from dataclasses import replace
 from datetime import date
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,25 +15,26 @@ from run_files import metrics_of, scored_lines
 from tiny import CHATML, IM_END, PAD, save_tiny_model, tiny_tokenizer
 
 import saro.train.reference
+from saro.checks.check_masks import check_masks
 from saro.config import ModelConfig, PreferenceConfig, TrainConfig
 from saro.data.chat_format import ChatFormat
 from saro.data.dataset import ExampleSet, PairSet, encode_files, encode_pair_files
-from saro.data.lengths import check_masks
 from saro.data.packs import Pack, lay_out
 from saro.data.records import Example, Message, Response
-from saro.data.steps import Schedule
+from saro.data.steps import Schedule, Steps
 from saro.data.tree import build_tree
 from saro.errors import SaroError
 from saro.files import file_hash
 from saro.model.attention import native_attention
-from saro.model.load import find_model, load_policy
+from saro.model.load import load_policy
 from saro.model.policy import Policy
-from saro.train.checkpoint import save_final
+from saro.model.score import score_pairs
+from saro.model.source import find_model
+from saro.runs.finish import save_final
 from saro.train.objective import RWObjective, SRPOObjective
 from saro.train.optim import make_optimizer
-from saro.train.reference import Reference, load_reference, score_pairs
+from saro.train.reference import load_reference
 from saro.train.start_check import check_start
-from saro.train.steps import Steps
 
 DAY = date(2024, 7, 26)
 
@@ -250,14 +250,14 @@ def _objective(preferences: PairSet, reference: Reference, **options) -> SRPOObj
 def scorings(monkeypatch) -> list[int]:
     """Sequences that were scored for a reference, pack by pack."""
     found: list[int] = []
-    original = saro.train.reference.score
+    original = saro.train.reference.score_packs
 
     def counting(*arguments):
         for pack, entries in original(*arguments):
             found.append(len(pack.records))
             yield pack, entries
 
-    monkeypatch.setattr(saro.train.reference, "score", counting)
+    monkeypatch.setattr(saro.train.reference, "score_packs", counting)
     return found
 
 
@@ -266,9 +266,9 @@ def test_the_reference_holds_the_adapter_of_stage_1(runtime, tiny_model, after_s
     policy, reference = _reference(runtime, after_stage_1, preferences)
     pack = lay_out(preferences.trees(range(4), 256))
     now = policy(pack).detach().index_select(0, pack.entry_row)
-    torch.testing.assert_close(reference.of_pack(pack), now, rtol=0, atol=1e-5)
+    torch.testing.assert_close(torch.from_numpy(reference.pack_logps(pack)), now, rtol=0, atol=1e-5)
     _, of_base = _reference(runtime, tiny_model(), preferences)
-    assert (of_base.of_pack(pack) - now).abs().mean() > 0.05, "the control must differ"
+    assert (torch.from_numpy(of_base.pack_logps(pack)) - now).abs().mean() > 0.05, "the control must differ"
 
 
 def test_a_reference_is_never_taken_for_other_tokens(runtime, tiny_model, preferences, cache, scorings):
@@ -281,7 +281,7 @@ def test_a_reference_is_never_taken_for_other_tokens(runtime, tiny_model, prefer
     assert sum(scorings) == 2 + 8  # that pair, and the spot check of two in two layouts
     pack = lay_out(other.trees([3], 256))
     now = policy(pack).detach().index_select(0, pack.entry_row)
-    torch.testing.assert_close(reference.of_pack(pack), now, rtol=0, atol=1e-5)
+    torch.testing.assert_close(torch.from_numpy(reference.pack_logps(pack)), now, rtol=0, atol=1e-5)
 
 
 def test_a_reference_is_never_taken_for_another_way_of_computing(runtime, tiny_model, preferences, cache, scorings):
@@ -354,7 +354,7 @@ def test_the_loss_of_the_first_step_is_its_value_at_margin_zero(
 ):
     """allenai/open-instruct#1900: it was not ln 2."""
     policy, reference = _reference(runtime, after_stage_1, preferences)
-    steps = Steps(Schedule(preferences.kinds, 4, 0), partial(preferences.trees, budget=256), 256)
+    steps = Steps(preferences, Schedule(preferences.kinds, 4, 0), 256)
     found = check_start(runtime, policy, _objective(preferences, reference, loss=loss), steps[0], preferences, 256)
     assert found.loss == pytest.approx(value, rel=1e-4)
 

@@ -1,29 +1,35 @@
-"""Start-up checks: they run on the user's own model and backend, before step 1, and abort with a diagnosis."""
+"""The start-up check of packs, on the user's own model, backend and data: packed equals unmodified, or training aborts."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from inspect import signature
 
 import numpy as np
 import torch
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
+from saro.checks.noise import NOISE_FACTOR, perturbed
 from saro.data.dataset import ExampleSet, PairSet
-from saro.data.packs import lay_out
+from saro.data.packs import Pack, lay_out
 from saro.data.tree import ScoredSequence, SequenceTree, build_tree
 from saro.errors import SaroError
-from saro.model.architectures import sliding_window
-from saro.model.attention import native_attention
-from saro.model.fused_lora import pefts_own_lora
-from saro.model.liger import transformers_own_layers, uses_liger
+from saro.model.architectures import dropout_options, sliding_window
+from saro.model.liger import uses_liger
 from saro.model.policy import Policy
-from saro.train.check_runs import awake, native_run, packed_run, recomputing_layers, rounded_otherwise
+from saro.model.unmodified import unmodified
 
-# Packed and native runs may differ by so many times what two native runs differ by.
-_ALLOWED = 3.0
-# So many rows of the shortest sequence and so many of the longest are compared, where they have more: a native run holds
-# its logits whole, 8 GiB of them for a thousand rows of the largest vocabularies.
+# Compare at most this many rows of the shortest and of the longest sequence. A native run holds whole logits: for a
+# thousand rows of the largest vocabularies they take 8 GiB.
 _ROWS = 64
+# Scale of the entries of lora_B in the check. A layer's output then changes by a few per cent, far more than rounding.
+_LORA_B_SCALE = 0.005
+
+# Log-probs (R,) and gradients at the embeddings (T, D) of one run.
+_Run = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -31,10 +37,12 @@ class PackCheck:
     """Mean absolute differences from the unmodified model on one sequence at a time.
 
     Attributes:
-        logps, logps_floor: of packed log-probs, and of native ones in a padded batch or, where those differ by more, with
-            each layer's output rounded otherwise: nats per row.
-        gradients, gradients_floor: the same of the gradients at the input embeddings.
-        control: of packed log-probs without isolation, in the rows that this reaches; it must be large.
+        logps: difference of packed log-probs, nats per row.
+        logps_floor: the same of unmodified runs: of a padded batch, or with perturbed layers if that differs by more.
+        gradients: difference of the packed run's gradients at the input embeddings.
+        gradients_floor: the same of unmodified runs.
+        control: difference of packed log-probs without isolation, in the rows that another tree can reach. It must be
+            large.
     """
 
     logps: float
@@ -44,8 +52,109 @@ class PackCheck:
     control: float
 
 
+def check_packs(policy: Policy, data: ExampleSet | PairSet) -> PackCheck:
+    """Check that packed log-probs and gradients are those of the unmodified model on one sequence at a time.
+
+    Pairs are checked as whole trees: the shared part is read once and gets the gradients of both sides. Rows of long
+    sequences are sampled. Gradients are compared at the input embeddings: those of every layer pass through them, and no
+    parameter's gradient is allocated.
+
+    Raises:
+        SaroError: they differ by more than ``NOISE_FACTOR`` times what two unmodified runs differ by, or the check would
+            not notice a leak between sequences.
+    """
+    window = sliding_window(policy.causal_lm.config)
+    trees = _choose_trees(data, window)
+    sequences = [sequence for tree in trees for sequence in tree.sequences]
+    rows = _choose_rows(trees)
+    compared = _choose_entries(sequences, rows)
+    try:
+        with policy.evaluating(), nonzero_adapter(policy), _checkpointing(policy):
+            with unmodified(policy):
+                # The truth is taken in float64 from the logits on. The noise is that of a plain padded batch, whose
+                # float32 log-softmax over a large vocabulary errs more than everything else.
+                true_runs = [_run_natively(policy, [s], rows, torch.float64) for s in sequences]
+                padded_dtype = torch.promote_types(policy.causal_lm.dtype, torch.float32)
+                padded_run = _run_natively(policy, sequences, rows, padded_dtype)
+                with perturbed(policy):
+                    perturbed_runs = [_run_natively(policy, [s], rows, torch.float64) for s in sequences]
+            pack = lay_out(trees).to(policy.causal_lm.device)
+            packed_rows = pack.entry_row[compared.to(pack.entry_row.device)]
+            packed = _run_packed(policy, pack, packed_rows)
+            with torch.no_grad():
+                leaky_logps = policy(pack, isolated=False)[packed_rows]
+    except (TypeError, ValueError) as error:
+        raise SaroError(f"packed attention does not fit this model: {error}") from error
+    truth = _map_to_pack(true_runs, trees, packed)
+    padded = _map_to_pack([padded_run], trees, packed)
+    rounded = _map_to_pack(perturbed_runs, trees, packed)
+    reached = _reached_by_leak(compared, trees, window).to(leaky_logps.device)
+    result = PackCheck(
+        logps=_mean_difference(packed[0], truth[0]),
+        logps_floor=max(_mean_difference(padded[0], truth[0]), _mean_difference(rounded[0], truth[0])),
+        gradients=_mean_difference(packed[1], truth[1]),
+        gradients_floor=max(_mean_difference(padded[1], truth[1]), _mean_difference(rounded[1], truth[1])),
+        control=_mean_difference(leaky_logps[reached], truth[0][reached]),
+    )
+    _raise_if_different(policy, "logps", result.logps, result.logps_floor)
+    _raise_if_different(policy, "gradients", result.gradients, result.gradients_floor)
+    if not result.control > NOISE_FACTOR * result.logps_floor:
+        raise SaroError(
+            f"the check of packs has no power here: without isolation the log-probs differ by only {result.control:.3g}, "
+            f"at a noise of {result.logps_floor:.3g}"
+        )
+    return result
+
+
+def _raise_if_different(policy: Policy, quantity: str, difference: float, floor: float) -> None:
+    # Not "difference > ...": NaN must fail.
+    if not difference <= NOISE_FACTOR * floor:
+        raise SaroError(
+            f"packed {quantity} differ from the model's own by {difference:.3g} on average, and two runs of its own by "
+            f"{floor:.3g}: packed training would be wrong for this model and backend; try --model.attention sdpa, "
+            "--model.head reference and --model.fused_lora false"
+            + (", leave --model.liger out" if uses_liger(policy.causal_lm) else "")
+            + ", and report it"
+        )
+
+
+def _map_to_pack(runs: Sequence[_Run], trees: Sequence[SequenceTree], packed: _Run) -> _Run:
+    """Join native runs of all sequences into the layout of the pack.
+
+    A token that several sequences share gets the sum of their gradients.
+    """
+    logps = torch.cat([logps for logps, _ in runs])
+    gradients = torch.cat([gradients for _, gradients in runs])
+    on_pack = torch.zeros_like(packed[1])
+    positions = _read_positions(trees).to(on_pack.device)
+    return logps, on_pack.index_add(0, positions, gradients.to(on_pack))
+
+
+def _reached_by_leak(compared: torch.Tensor, trees: Sequence[SequenceTree], window: int | None) -> torch.Tensor:
+    """Return which of the compared entries a leak reaches: those of the second tree whose window holds some of the first."""
+    leak_begins = sum(len(sequence.row_kinds) for sequence in trees[0].sequences)
+    reached = compared >= leak_begins
+    return reached if window is None else reached & (compared < leak_begins + window)
+
+
+@contextmanager
+def nonzero_adapter(policy: Policy) -> Iterator[None]:
+    """Give a new adapter small non-zero weights: errors in it would not show at zero."""
+    zero_parameters = [p for name, p in policy.trainable().items() if "lora_B" in name and not p.any()]
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in zero_parameters:
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * _LORA_B_SCALE)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter in zero_parameters:
+                parameter.zero_()
+
+
 def choose_sequences(data: ExampleSet, window: int | None) -> list[ScoredSequence]:
-    """Two sequences of different lengths: the shortest, and one well beyond the model's window where there is one.
+    """Choose two sequences of different lengths: the shortest, and one well beyond the model's window if it has one.
 
     Each carries the number of its record. All their tokens but the first are scored, so that the check can compare any row
     that another sequence could reach.
@@ -53,14 +162,15 @@ def choose_sequences(data: ExampleSet, window: int | None) -> list[ScoredSequenc
     by_length = np.argsort(data.lengths, kind="stable")
     lengths = data.lengths[by_length]
     longer = int(np.searchsorted(lengths, lengths[0], side="right"))
-    # Half as long again, so that many rows have lost many keys. Of W + 1 tokens W are read: no row has lost one.
+    # Half as long again as the window, so that many rows have lost many keys. With W + 1 tokens, of which W are read, no
+    # row has lost a key.
     beyond = min(int(np.searchsorted(lengths, max(1.5 * (window or 0), lengths[0]), side="right")), len(data) - 1)
     shortest = int(by_length[0])
     first = data.sequence(shortest).tokens
     if longer < len(data):
         other = int(by_length[beyond if window and lengths[beyond] > window + 1 else longer])
         return [_all_scored(first, shortest), _all_scored(data.sequence(other).tokens, other)]
-    # All are of one length: the second is a part of the first.
+    # All have the same length: the second is the beginning of the first.
     return [_all_scored(first, shortest), _all_scored(first[: max(2, len(first) * 3 // 4)], shortest)]
 
 
@@ -69,7 +179,7 @@ def _all_scored(tokens: np.ndarray, record: int) -> ScoredSequence:
 
 
 def _choose_trees(data: ExampleSet | PairSet, window: int | None) -> list[SequenceTree]:
-    """The sequences of ``choose_sequences`` as training lays them out: a chosen one shares a tree with its rejected."""
+    """Return the sequences of ``choose_sequences`` in the trees of training: a chosen one shares a tree with its rejected."""
     if isinstance(data, ExampleSet):
         return [build_tree([s]) for s in choose_sequences(data, window)]
     chosen = choose_sequences(data.chosen, window)
@@ -77,9 +187,9 @@ def _choose_trees(data: ExampleSet | PairSet, window: int | None) -> list[Sequen
 
 
 def _choose_rows(trees: Sequence[SequenceTree]) -> torch.Tensor:
-    """Positions (K,), rising, whose next token's log-probs are compared in every sequence that has them.
+    """Return ascending positions (K,). The log-prob of the next token is compared there in every sequence that has them.
 
-    Those on both sides of every fork are among them, and the first and the last of each sequence; others spread evenly.
+    They include both sides of every fork and the ends of each sequence; the others are spread evenly.
     """
     lengths = [len(s.tokens) - 1 for tree in trees for s in tree.sequences]
     starts = [node.start for tree in trees for node in tree.nodes]
@@ -88,91 +198,101 @@ def _choose_rows(trees: Sequence[SequenceTree]) -> torch.Tensor:
     return torch.from_numpy(np.unique(np.concatenate(edges + spread).astype(np.int64)))
 
 
-def check_packs(policy: Policy, data: ExampleSet | PairSet) -> PackCheck:
-    """Guarantee 3: packed log-probs and gradients are those of the unmodified model, one sequence at a time.
+def _run_natively(
+    policy: Policy, sequences: Sequence[ScoredSequence], rows: torch.Tensor, softmax: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run the model's own forward on a right-padded batch.
 
-    Of pairs, whole trees are checked: what both sides share is read once and has the gradients of both.
+    Args:
+        rows: positions, ascending, see ``_choose_rows``.
+        softmax: dtype of the log-softmax.
 
-    Of long sequences some rows are compared, spread over them. Gradients are those at the input embeddings, through which
-    those of every layer pass: no parameter's gradient is allocated.
-
-    Raises:
-        SaroError: they differ by more than three times what two native runs do, or the check cannot see a difference.
+    Returns:
+        Log-probs (R,) of the rows of all sequences, and gradients (T, D) at the embeddings of their T tokens.
     """
-    window = sliding_window(policy.causal_lm.config)
-    trees = _choose_trees(data, window)
-    sequences = [s for tree in trees for s in tree.sequences]
-    rows = _choose_rows(trees)
-    compared = _entries(sequences, rows)
-    was_training = policy.training
-    policy.eval()
+    lm = policy.causal_lm
+    longest = max(len(s.tokens) for s in sequences) - 1
+    ids = torch.zeros(len(sequences), longest, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for i, s in enumerate(sequences):
+        n = len(s.tokens) - 1
+        ids[i, :n] = torch.from_numpy(s.tokens[:-1].astype(np.int64))
+        mask[i, :n] = 1
+    rows = rows[rows < longest]
+    # A batch of one needs no mask, and transformers has a fast path without.
+    arguments = {} if len(sequences) == 1 else {"attention_mask": mask.to(lm.device)}
+    # A model with code of its own may lack this option, or take only a number.
+    is_transformers = type(lm).__module__.startswith("transformers.models.")
+    can_choose = is_transformers and "logits_to_keep" in signature(lm.forward).parameters
+    if can_choose:
+        arguments["logits_to_keep"] = rows.to(lm.device)
+    with _captured_embeddings(policy) as captured, policy.precision():
+        logits = lm(input_ids=ids.to(lm.device), use_cache=False, **arguments).logits
+        if not can_choose:
+            logits = logits[:, rows.to(lm.device)]
+    logps = []
+    for i, s in enumerate(sequences):
+        here = rows[rows < len(s.tokens) - 1]
+        targets = torch.from_numpy(s.tokens.astype(np.int64))[here + 1].to(lm.device)
+        logps.append(logits[i, : len(here)].to(softmax).log_softmax(-1).gather(1, targets[:, None])[:, 0])
+    result = torch.cat(logps)
+    (gradient,) = torch.autograd.grad(result.sum(), captured)
+    return result.detach(), torch.cat([gradient[i, : len(s.tokens) - 1] for i, s in enumerate(sequences)])
+
+
+def _run_packed(policy: Policy, pack: Pack, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run the policy; returns the log-probs (R,) of these rows of the pack, and gradients (T, D) at its embeddings."""
+    with _captured_embeddings(policy) as captured:
+        logps = policy(pack)[rows]
+    (gradient,) = torch.autograd.grad(logps.sum(), captured)
+    return logps.detach(), gradient[0]
+
+
+@contextmanager
+def _checkpointing(policy: Policy) -> Iterator[None]:
+    """Keep gradient checkpointing on although the policy is in eval mode, so that what fits in training fits here.
+
+    Checkpointing stays off if the model has dropout, which a layer in training mode applies.
+    """
+    lm = policy.causal_lm
+    layers = []
+    if not any(dropout_options(lm.config).values()):
+        layers = [m for m in lm.modules() if isinstance(m, GradientCheckpointingLayer) and m.gradient_checkpointing]
+    for layer in layers:
+        # Only the layer itself: train() would also switch the modules in it.
+        layer.training = True
     try:
-        with awake(policy), recomputing_layers(policy):
-            lm = policy.causal_lm
-            with native_attention(lm), pefts_own_lora(policy.model), transformers_own_layers(lm):
-                # The truth is taken in float64 from the logits on. The noise is what a plain padded batch is off by,
-                # whose fp32 log_softmax over a large vocabulary errs more than all else.
-                alone = [native_run(policy, [s], rows, torch.float64) for s in sequences]
-                padded = native_run(policy, sequences, rows, torch.promote_types(policy.causal_lm.dtype, torch.float32))
-                with rounded_otherwise(policy):
-                    rounded = [native_run(policy, [s], rows, torch.float64) for s in sequences]
-            pack = lay_out(trees).to(lm.device)
-            packed_rows = pack.entry_row[compared.to(lm.device)]
-            packed = packed_run(policy, pack, packed_rows)
-            with torch.no_grad():
-                leaky = policy(pack, isolated=False)[packed_rows]
-    except (TypeError, ValueError) as error:
-        raise SaroError(f"packed attention does not fit this model: {error}") from error
+        yield
     finally:
-        policy.train(was_training)
-    # A token that several sequences share has the sum of their gradients.
-    positions = _read_positions(trees).to(pack.input_ids.device)
-    on_pack = torch.zeros_like(packed[1])
-
-    def of_pack(runs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
-        logps, gradients = (torch.cat([run[i] for run in runs]) for i in range(2))
-        return logps, on_pack.index_add(0, positions, gradients.to(on_pack))
-
-    reference = of_pack(alone)
-    others = of_pack([padded]), of_pack(rounded)
-    # The rows that a leak reaches: of the second tree, whose window still holds some of the first.
-    leaks_from = sum(len(s.row_kinds) for s in trees[0].sequences)
-    reached = (compared >= leaks_from) & (compared < leaks_from + window if window else True)
-    reached = reached.to(lm.device)
-    result = PackCheck(
-        logps=_difference(packed[0], reference[0]),
-        logps_floor=max(_difference(other[0], reference[0]) for other in others),
-        gradients=_difference(packed[1], reference[1]),
-        gradients_floor=max(_difference(other[1], reference[1]) for other in others),
-        control=_difference(leaky[reached], reference[0][reached]),
-    )
-    for what in ("logps", "gradients"):
-        difference, floor = getattr(result, what), getattr(result, f"{what}_floor")
-        if not difference <= _ALLOWED * floor:
-            raise SaroError(
-                f"packed {what} differ from the model's own by {difference:.3g} on average, and two runs of its own by "
-                f"{floor:.3g}: packed training would be wrong for this model and backend; try --model.attention sdpa, "
-                "--model.head reference and --model.fused_lora false"
-                + (", leave --model.liger out" if uses_liger(policy.causal_lm) else "")
-                + ", and report it"
-            )
-    if not result.control > _ALLOWED * result.logps_floor:
-        raise SaroError(
-            f"the check of packs has no power here: without isolation the log-probs differ by {result.control:.3g} only, "
-            f"at a noise of {result.logps_floor:.3g}"
-        )
-    return result
+        for layer in layers:
+            layer.training = False
 
 
-def _entries(sequences: Sequence[ScoredSequence], rows: torch.Tensor) -> torch.Tensor:
-    """Of the entries of ``sequences``, which are all scored from their second token on, those of ``rows``."""
+@contextmanager
+def _captured_embeddings(policy: Policy) -> Iterator[list[torch.Tensor]]:
+    """Make the output of the input embeddings a leaf of the graph, and append it to the list."""
+    captured: list[torch.Tensor] = []
+
+    def make_leaf(_: nn.Module, __: object, output: torch.Tensor) -> torch.Tensor:
+        captured.append(output.detach().requires_grad_())
+        return captured[-1]
+
+    handle = policy.causal_lm.get_input_embeddings().register_forward_hook(make_leaf)
+    try:
+        yield captured
+    finally:
+        handle.remove()
+
+
+def _choose_entries(sequences: Sequence[ScoredSequence], rows: torch.Tensor) -> torch.Tensor:
+    """Return the entries (R,) of ``rows`` among all entries of the sequences, which are scored from their second token on."""
     lengths = [len(s.row_kinds) for s in sequences]
     starts = np.cumsum([0, *lengths[:-1]]).tolist()
     return torch.cat([start + rows[rows < n] for start, n in zip(starts, lengths, strict=True)])
 
 
 def _read_positions(trees: Sequence[SequenceTree]) -> torch.Tensor:
-    """Where in the pack of ``trees`` each sequence's tokens but the last are, sequence after sequence."""
+    """Return where in the pack of ``trees`` the tokens of each sequence, except its last, are: sequence after sequence."""
     positions, start = [], 0
     for tree in trees:
         ends = start + np.cumsum([node.fed_tokens for node in tree.nodes])
@@ -183,5 +303,5 @@ def _read_positions(trees: Sequence[SequenceTree]) -> torch.Tensor:
     return torch.from_numpy(np.concatenate(positions))
 
 
-def _difference(a: torch.Tensor, b: torch.Tensor) -> float:
+def _mean_difference(a: torch.Tensor, b: torch.Tensor) -> float:
     return (a.double() - b.double()).abs().mean().item()

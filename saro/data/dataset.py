@@ -8,13 +8,13 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
-from tqdm import tqdm
 
 from saro.data.chat_format import ChatFormat
 from saro.data.jsonl import shown
 from saro.data.records import KINDS, PAIR_KINDS, Record, read_examples, read_pairs
 from saro.data.tree import RowKind, ScoredSequence, SequenceTree, build_tree, common_prefix
 from saro.errors import SaroError
+from saro.program import progress_bar
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,7 +25,7 @@ class ExampleSet:
         tokens: int32, all sequences one after the other.
         offsets: (n + 1,) int64, sequence i is ``tokens[offsets[i]:offsets[i + 1]]``.
         prompt_tokens: (n,) int32.
-        think_tokens: (n,) int32, scored tokens of the reasoning, its tags included.
+        think_tokens: (n,) int32, scored tokens of the reasoning, including its tags.
         kinds: (n,) uint8, index into ``KINDS``.
         ids: the records' ids.
         dropped: ids of the records that were left out because they are too long.
@@ -44,16 +44,16 @@ class ExampleSet:
 
     @property
     def lengths(self) -> np.ndarray:
-        """(n,) int64, tokens of each sequence."""
+        """(n,) int64, number of tokens of each sequence."""
         return np.diff(self.offsets)
 
     @property
     def scored_tokens(self) -> np.ndarray:
-        """(n,) int64, scored tokens of each sequence."""
+        """(n,) int64, number of scored tokens of each sequence."""
         return self.lengths - self.prompt_tokens
 
     def sequence(self, record: int) -> ScoredSequence:
-        """The sequence of one record."""
+        """Return the sequence of one record."""
         prompt, think = int(self.prompt_tokens[record]), int(self.think_tokens[record])
         tokens = self.tokens[self.offsets[record] : self.offsets[record + 1]]
         kinds = np.full(len(tokens) - prompt, RowKind.ANSWER, np.uint8)
@@ -61,16 +61,21 @@ class ExampleSet:
         kinds[-1] = RowKind.STOP
         return ScoredSequence(tokens, prompt, kinds, record)
 
+    def trees(self, records: Iterable[int], budget: int) -> list[SequenceTree]:
+        """Return one tree for each of the records, in their order.
+
+        Examples share nothing, so the ``budget`` of ``PairSet.trees`` changes nothing here.
+        """
+        return [build_tree([self.sequence(record)]) for record in records]
+
 
 @dataclass(frozen=True, eq=False)
 class PairSet:
-    """n encoded pairs: ``chosen`` and ``rejected`` hold one sequence of each, in the same order.
-
-    ``kinds`` of both index into ``PAIR_KINDS``.
+    """n encoded pairs.
 
     Attributes:
-        chosen, rejected: the two sides.
-        prompts: (n,) int32, number of the pair's prompt: pairs on one prompt have the same.
+        chosen, rejected: the two sides: sequence i of each belongs to pair i. Their ``kinds`` index into ``PAIR_KINDS``.
+        prompts: (n,) int32, a number for each pair's prompt; pairs on the same prompt have the same number.
     """
 
     chosen: ExampleSet
@@ -91,22 +96,22 @@ class PairSet:
 
     @property
     def lengths(self) -> np.ndarray:
-        """(n,) int64, tokens of each pair's tree: what its sides share counts once."""
+        """(n,) int64, number of tokens of each pair's tree, which holds the shared part once."""
         return self.chosen.lengths + self.rejected.lengths - self.shared_tokens
 
     @cached_property
     def shared_tokens(self) -> np.ndarray:
-        """(n,) int32, tokens that both sides begin with, prompt included."""
+        """(n,) int32, number of tokens that both sides begin with, including the prompt."""
         return np.array([common_prefix([s.tokens for s in self.sequences(i)]) for i in range(len(self))], np.int32)
 
     def sequences(self, record: int) -> tuple[ScoredSequence, ScoredSequence]:
-        """The two sequences of one pair, chosen first."""
+        """Return the chosen and the rejected sequence of one pair."""
         return self.chosen.sequence(record), self.rejected.sequence(record)
 
     def trees(self, records: Iterable[int], budget: int) -> list[SequenceTree]:
-        """Some of the pairs as trees of at most ``budget`` tokens: those on one prompt share one.
+        """Return some of the pairs as trees of at most ``budget`` tokens. Pairs on one prompt share a tree.
 
-        Where they would not fit one tree, they are split between pairs, and the prompt is repeated.
+        If they do not fit into one tree, they are divided between two or more, each of which begins with the prompt.
         """
         by_prompt: dict[int, list[int]] = {}
         for record in records:
@@ -125,16 +130,16 @@ class PairSet:
         return trees
 
     def divergent(self) -> PairSet:
-        """The same pairs, scored only from where the two sides part: what they share cancels in the margin."""
+        """Return the same pairs, scored only from where the two sides diverge: the shared part cancels in the margin."""
         return replace(
             self,
-            chosen=_scored_from(self.chosen, self.shared_tokens),
-            rejected=_scored_from(self.rejected, self.shared_tokens),
+            chosen=_score_from(self.chosen, self.shared_tokens),
+            rejected=_score_from(self.rejected, self.shared_tokens),
         )
 
 
-def _scored_from(data: ExampleSet, starts: np.ndarray) -> ExampleSet:
-    """The set with everything before ``starts``, (n,) positions, unscored."""
+def _score_from(data: ExampleSet, starts: np.ndarray) -> ExampleSet:
+    """Return the set with all tokens before ``starts``, (n,) positions, unscored."""
     think = np.maximum(data.prompt_tokens + data.think_tokens - starts, 0).astype(np.int32)
     return replace(data, prompt_tokens=starts, think_tokens=think)
 
@@ -146,11 +151,11 @@ def encode_files(
 
     Args:
         max_tokens: longest sequence allowed; nothing is ever cut.
-        too_long: "error", or "drop": leave the record out and remember its id.
-        progress: show a progress bar.
+        too_long: "error", or "drop" to leave the record out and remember its id.
+        progress: show a progress bar on a terminal.
 
     Raises:
-        SaroError: for the first record that is wrong, with its file and line.
+        SaroError: names file and line of the first record that is wrong.
     """
     examples = (example for path in paths for example in read_examples(path))
     (columns,) = _encode(examples, lambda e: (chat.encode(e),), KINDS, max_tokens, too_long, progress)
@@ -160,13 +165,19 @@ def encode_files(
 def encode_pair_files(
     paths: Sequence[str], chat: ChatFormat, *, max_tokens: int, too_long: str = "error", progress: bool = False
 ) -> PairSet:
-    """Read and encode JSONL files of pairs. A pair goes whole or not at all; what its sides share counts once."""
+    """Read and encode JSONL files of pairs, as ``encode_files`` does examples.
+
+    A pair whose tree is longer than ``max_tokens`` is too long, as a whole: its sides are never separated.
+    """
     pairs = (pair for path in paths for pair in read_pairs(path))
     chosen, rejected = _encode(pairs, chat.encode_pair, PAIR_KINDS, max_tokens, too_long, progress)
-    numbers: dict[bytes, int] = {}
-    prompts = (chosen.sequence(i) for i in range(len(chosen)))
-    keys = (s.tokens[: s.scored_from].tobytes() for s in prompts)
-    return PairSet(chosen, rejected, np.array([numbers.setdefault(key, len(numbers)) for key in keys], np.int32))
+    number_of_prompt: dict[bytes, int] = {}
+    prompts = np.empty(len(chosen), np.int32)
+    for i in range(len(chosen)):
+        sequence = chosen.sequence(i)
+        prompt = sequence.tokens[: sequence.scored_from].tobytes()
+        prompts[i] = number_of_prompt.setdefault(prompt, len(number_of_prompt))
+    return PairSet(chosen, rejected, prompts)
 
 
 def _encode(
@@ -177,15 +188,13 @@ def _encode(
     too_long: str,
     progress: bool,
 ) -> list[ExampleSet]:
-    """One set for each sequence that a record has."""
+    """Encode the records; returns one set for each sequence that a record has."""
     sides: list[_Columns] = []
     kinds = array("B")
     ids: list[str] = []
     dropped: list[str] = []
     seen: dict[str, str] = {}
-    # None shows the bar on a terminal alone.
-    no_bar = None if progress else True
-    for record in tqdm(records, desc="encoding", unit=" records", delay=2, leave=False, disable=no_bar):
+    for record in progress_bar(records, "encoding", "records", shown=progress):
         if record.id in seen:
             raise SaroError(f"{record.where}: id {shown(record.id)} stands at {seen[record.id]} too; ids must differ")
         seen[record.id] = record.where
@@ -206,24 +215,32 @@ def _encode(
         ids.append(record.id)
     if not ids:
         raise SaroError(f"all {len(dropped)} records are longer than {max_tokens} tokens; raise --data.pack_tokens")
-    return [ExampleSet(*side.arrays(), np.frombuffer(kinds, np.uint8), tuple(ids), tuple(dropped)) for side in sides]
+    return [side.as_set(np.frombuffer(kinds, np.uint8), tuple(ids), tuple(dropped)) for side in sides]
 
 
 class _Columns:
-    """Sequences, added one by one, as flat arrays."""
+    """Flat arrays of the sequences that were added."""
 
     def __init__(self) -> None:
-        self._tokens, self._lengths, self._prompts, self._thinks = array("i"), array("q", [0]), array("i"), array("i")
+        self._tokens = array("i")
+        self._offsets = array("q", [0])
+        self._prompt_tokens = array("i")
+        self._think_tokens = array("i")
 
     def add(self, sequence: ScoredSequence) -> None:
         self._tokens.frombytes(sequence.tokens.tobytes())
-        self._lengths.append(len(sequence.tokens))
-        self._prompts.append(sequence.scored_from)
-        self._thinks.append(int((sequence.row_kinds == RowKind.THINK).sum()))
+        self._offsets.append(len(self._tokens))
+        self._prompt_tokens.append(sequence.scored_from)
+        self._think_tokens.append(int((sequence.row_kinds == RowKind.THINK).sum()))
 
-    def arrays(self) -> tuple[np.ndarray, ...]:
-        """tokens, offsets, prompt_tokens, think_tokens."""
-        offsets = np.cumsum(np.frombuffer(self._lengths, np.int64))
-        columns = (np.frombuffer(column, np.int32) for column in (self._tokens, self._prompts, self._thinks))
-        tokens, prompts, thinks = columns
-        return tokens, offsets, prompts, thinks
+    def as_set(self, kinds: np.ndarray, ids: tuple[str, ...], dropped: tuple[str, ...]) -> ExampleSet:
+        """Return the sequences as a set. Its arrays share the memory of these."""
+        return ExampleSet(
+            tokens=np.frombuffer(self._tokens, np.int32),
+            offsets=np.frombuffer(self._offsets, np.int64),
+            prompt_tokens=np.frombuffer(self._prompt_tokens, np.int32),
+            think_tokens=np.frombuffer(self._think_tokens, np.int32),
+            kinds=kinds,
+            ids=ids,
+            dropped=dropped,
+        )

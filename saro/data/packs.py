@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 from bisect import bisect_left, insort
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
@@ -12,16 +12,20 @@ import torch
 
 from saro.data.tree import SequenceTree
 
+# The two responses of a pair. Its sequences come in this order in every tree and pack, next to each other.
+CHOSEN, REJECTED = 0, 1
+SIDES = ("chosen", "rejected")
+
 
 @dataclass(frozen=True, eq=False)
 class Pack:
-    """What one forward pass reads. T tokens, R scored rows, E entries, S sequences.
+    """The input of one forward pass. T tokens, R scored rows, E entries, S sequences, P = S / 2 pairs.
 
     Attributes:
         input_ids: (T,) int64.
         position_ids: (T,) int64; a child segment continues its parent's positions.
-        segments: (start, stop, parent segment or -1) each; a segment attends to its ancestors, all of them, and to
-            itself causally. A segment may be empty: a child of one token, which is predicted but not read.
+        segments: (start, stop, parent segment or -1) for each segment. A segment attends to all of its ancestors, and
+            causally to itself. It may be empty: a child of one token is predicted but not read.
         row_hidden: (R,) int64, the position whose hidden state predicts this row. Two rows may read one position.
         row_target: (R,) int64, the token id that is scored.
         row_kind: (R,) int64, a ``RowKind``.
@@ -49,31 +53,58 @@ class Pack:
     def rows(self) -> int:
         return len(self.row_target)
 
+    @property
+    def pairs(self) -> tuple[int, ...]:
+        """(P,) the record of each pair, for packs of pairs: a record's two sequences are neighbours."""
+        return self.records[CHOSEN::2]
+
+    @property
+    def entry_side(self) -> torch.Tensor:
+        """(E,) int64, ``CHOSEN`` or ``REJECTED``, for packs of pairs."""
+        return self.entry_sequence % 2
+
     def to(self, device: torch.device | str) -> Pack:
-        """The pack with its tensors on ``device``."""
-        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(
-            self, **{k: v.to(device, non_blocking=True) for k, v in tensors.items() if isinstance(v, torch.Tensor)}
-        )
+        """Return the pack with its tensors on ``device``."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        tensors = {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
+        return replace(self, **{name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()})
+
+
+@dataclass(frozen=True)
+class Share:
+    """The part of the work that rank ``rank`` of ``processes`` does."""
+
+    rank: int = 0
+    processes: int = 1
+
+
+ALL_WORK = Share()
+
+
+def pack_trees(trees: Sequence[SequenceTree], pack_tokens: int, share: Share = ALL_WORK) -> Iterator[Pack]:
+    """Yield one rank's packs of some trees. Each is laid out when it is asked for."""
+    plan = plan_step([tree.tokens for tree in trees], pack_tokens, share.processes)
+    for items in plan[share.rank]:
+        yield lay_out([trees[i] for i in items])
 
 
 def lay_out(trees: Sequence[SequenceTree]) -> Pack:
     """Lay trees out one after the other.
 
-    Without trees it makes a pack of one token and no scored row, whose gradient is exactly zero: what a rank runs
-    that has no work in a step, so that the ranks stay together.
+    Without trees, return a pack of one token and no scored row, whose gradient is exactly zero. A rank that has no
+    work in a step runs it, so that the ranks stay together.
     """
     input_ids, position_ids, segments = [], [], []
     row_hidden, row_target, row_kind, entry_row, entry_sequence, records = [], [], [], [], [], []
-    n_tokens = n_rows = 0
+    num_tokens = num_rows = 0
     for tree in trees:
         first_segment = len(segments)
-        first_rows: list[int] = []  # per node: its first scored position, and the row of that position
-        first_scored: list[int] = []
+        node_row: list[int] = []  # the row of each node's first scored position
+        node_scored_from: list[int] = []  # that position
         for index, node in enumerate(tree.nodes):
             stop = node.start + len(node.tokens)
             parent = node.parent + first_segment if node.parent >= 0 else -1
-            segments.append((n_tokens, n_tokens + node.fed_tokens, parent))
+            segments.append((num_tokens, num_tokens + node.fed_tokens, parent))
             input_ids.append(node.tokens[: node.fed_tokens])
             position_ids.append(np.arange(node.start, node.start + node.fed_tokens))
 
@@ -81,50 +112,50 @@ def lay_out(trees: Sequence[SequenceTree]) -> Pack:
             scored_from = min(max(min(s.scored_from for s in through), node.start), stop)
             earliest = min(through, key=lambda s: s.scored_from)
             # The token at position p is predicted by the one before it: its neighbour, or its parent's last token.
-            hidden = np.arange(scored_from, stop) - 1 - node.start + n_tokens
+            hidden = np.arange(scored_from, stop) - 1 - node.start + num_tokens
             if scored_from == node.start and len(hidden):
                 hidden[0] = segments[parent][1] - 1
-            first_rows.append(n_rows)
-            first_scored.append(scored_from)
+            node_row.append(num_rows)
+            node_scored_from.append(scored_from)
             row_hidden.append(hidden)
             row_target.append(node.tokens[scored_from - node.start :])
-            row_kind.append(
-                earliest.row_kinds[scored_from - earliest.scored_from : stop - earliest.scored_from]
-                if scored_from < stop
-                else np.empty(0, np.uint8)
-            )
-            n_rows += stop - scored_from
-            n_tokens += node.fed_tokens
+            # Empty if nothing in the node is scored: the slice must not begin at a negative index then.
+            kinds_from = max(scored_from - earliest.scored_from, 0)
+            kinds_to = max(stop - earliest.scored_from, 0)
+            row_kind.append(earliest.row_kinds[kinds_from:kinds_to])
+            num_rows += stop - scored_from
+            num_tokens += node.fed_tokens
         for sequence, path in zip(tree.sequences, tree.paths, strict=True):
             for index in path:
                 node = tree.nodes[index]
-                start = max(sequence.scored_from, first_scored[index])
+                start = max(sequence.scored_from, node_scored_from[index])
                 stop = node.start + len(node.tokens)
-                rows = np.arange(start, max(start, stop)) - first_scored[index] + first_rows[index]
+                rows = np.arange(start, max(start, stop)) - node_scored_from[index] + node_row[index]
                 entry_row.append(rows)
                 entry_sequence.append(np.full(len(rows), len(records)))
             records.append(sequence.record)
     if not trees:
         input_ids, position_ids, segments = [np.zeros(1)], [np.zeros(1)], [(0, 1, -1)]
-
-    def tensor(parts: list[np.ndarray]) -> torch.Tensor:
-        return torch.from_numpy(np.concatenate([np.empty(0, np.int64), *parts]).astype(np.int64))
-
     return Pack(
-        tensor(input_ids),
-        tensor(position_ids),
-        tuple(segments),
-        tensor(row_hidden),
-        tensor(row_target),
-        tensor(row_kind),
-        tensor(entry_row),
-        tensor(entry_sequence),
-        tuple(records),
+        input_ids=_int64(input_ids),
+        position_ids=_int64(position_ids),
+        segments=tuple(segments),
+        row_hidden=_int64(row_hidden),
+        row_target=_int64(row_target),
+        row_kind=_int64(row_kind),
+        entry_row=_int64(entry_row),
+        entry_sequence=_int64(entry_sequence),
+        records=tuple(records),
     )
 
 
+def _int64(parts: Sequence[np.ndarray]) -> torch.Tensor:
+    """Concatenate arrays into one tensor; it is empty if there are none."""
+    return torch.from_numpy(np.concatenate([np.empty(0, np.int64), *parts]).astype(np.int64))
+
+
 def balance(tokens: Sequence[int], ranks: int) -> list[list[int]]:
-    """Deal items of the given sizes to ``ranks``, largest first, each to the rank with the least so far.
+    """Deal items of the given sizes to ``ranks``, largest first, each to the rank with the fewest tokens so far.
 
     Returns the indices for each rank. (Graham 1969, longest processing time first.)
     """
@@ -138,7 +169,7 @@ def balance(tokens: Sequence[int], ranks: int) -> list[list[int]]:
 
 
 def best_fit_decreasing(tokens: Sequence[int], budget: int) -> list[list[int]]:
-    """Bins of at most ``budget`` tokens: each item, largest first, goes where it leaves the least room.
+    """Fill bins of at most ``budget`` tokens: each item, largest first, goes where it leaves the least room.
 
     Returns the item indices of each bin. Raises ValueError for an item over the budget. (Johnson 1973.)
     """
@@ -160,7 +191,7 @@ def best_fit_decreasing(tokens: Sequence[int], budget: int) -> list[list[int]]:
 
 
 def plan_step(tokens: Sequence[int], budget: int, ranks: int = 1) -> list[list[list[int]]]:
-    """Packs of a step, for each rank: lists of indices into ``tokens``. A rank without work gets one empty pack."""
+    """Return each rank's packs as lists of indices into ``tokens``. A rank without work gets one empty pack."""
     plan = []
     for items in balance(tokens, ranks):
         packs = best_fit_decreasing([tokens[i] for i in items], budget)

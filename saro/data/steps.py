@@ -1,34 +1,83 @@
-"""Which records make which step: a pure function of (seed, epoch) and the records, and of nothing else.
+"""Which records make which step, and the packs of a step.
 
-Pack size, number of ranks and resuming do not enter, so none of them changes what a step learns from.
+The records of a step are a pure function of the seed, the epoch and the records' kinds and groups. Pack size, number of
+ranks and resuming do not enter, so none of them changes what a step learns from.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
+from saro.config import KINDS, PAIR_KINDS, DataConfig, TrainConfig
+from saro.data.dataset import ExampleSet, PairSet
+from saro.data.packs import ALL_WORK, Pack, Share, pack_trees
+from saro.data.tree import SequenceTree
 from saro.errors import SaroError
 
 
-class Schedule:
-    """Steps of an epoch after epoch of shuffled records.
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step.
 
-    An epoch of n records has ceil(n / records_per_step) steps whose sizes differ by one at most, so that no step at
-    the end of an epoch gives a handful of records the weight of a full step.
+    Attributes:
+        records: indices of the step's records, over all ranks.
+        trees: the trees of these records, over all ranks.
+        packs: this rank's share of them, at least one pack.
+    """
+
+    records: tuple[int, ...]
+    trees: tuple[SequenceTree, ...]
+    packs: tuple[Pack, ...]
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens that the model reads in this step, over all ranks."""
+        return sum(tree.tokens for tree in self.trees)
+
+
+@dataclass(frozen=True)
+class Steps:
+    """All steps of a run: ``steps[i]`` is made when it is asked for.
+
+    Attributes:
+        data: the records; records that share tokens come in one tree (``data.trees``).
+        schedule: which records make which step.
+        pack_tokens: budget of a pack.
+        share: the rank whose packs are laid out.
+    """
+
+    data: ExampleSet | PairSet
+    schedule: Schedule
+    pack_tokens: int
+    share: Share = ALL_WORK
+
+    def __getitem__(self, step: int) -> Step:
+        records = self.schedule.records(step).tolist()
+        trees = self.data.trees(records, self.pack_tokens)
+        packs = pack_trees(trees, self.pack_tokens, self.share)
+        return Step(tuple(records), tuple(trees), tuple(packs))
+
+
+class Schedule:
+    """The records of each step, drawn from one shuffled epoch after another.
+
+    An epoch of n records has ceil(n / records_per_step) steps, whose sizes differ by at most one. So no step at the
+    end of an epoch gives a handful of records the weight of a full step.
 
     Args:
         kinds: (n,) the kind of each record, as small integers.
         records_per_step: upper bound of the records in a step.
-        seed: of the shuffle.
-        weights: for a kind, how often each of its records is drawn in an epoch on average: 2 draws every one twice,
-            0.5 a half of them, another half in each epoch. 1 where absent.
-        groups: (n,) integers: records with the same one, such as those on one prompt, are drawn next to each other.
-            Each record is drawn as often as without groups, and steps keep their sizes: the end of a step may part a
-            group, and a group larger than a step fills consecutive ones. Copies of a record are never in one run of
-            its group: where a weight draws records twice, their group has a second run, at a place of its own.
+        seed: seed of the shuffle.
+        weights: for each kind, how often its records are drawn in an epoch on average; 1 if absent. 2 draws every
+            record twice, 0.5 draws half of them, another half in each epoch.
+        groups: (n,) integers. Records with the same number, such as those on one prompt, are drawn next to each other.
+            Each record is drawn as often as without groups, and steps keep their sizes: the end of a step may split a
+            group, and a group larger than a step fills consecutive steps. Two copies of a record never stand in the
+            same run of their group: if a weight draws records twice, the group has a second run at another place.
 
     Raises:
         SaroError: no record is left to draw.
@@ -59,14 +108,28 @@ class Schedule:
         self._epoch = -1
         self._order = np.empty(0, np.int64)
 
+    @classmethod
+    def of(cls, data: ExampleSet | PairSet, data_options: DataConfig, train: TrainConfig) -> Schedule:
+        """Make the schedule that the options of a run ask for."""
+        is_pairs = isinstance(data, PairSet)
+        names = PAIR_KINDS if is_pairs else KINDS
+        weights = {kind: data_options.weights.get(name, 1.0) for kind, name in enumerate(names)}
+        groups = data.prompts if is_pairs and data_options.group_by_prompt else None
+        return cls(data.kinds, train.records_per_step, train.seed, weights, groups)
+
+    def num_steps(self, train: TrainConfig) -> int:
+        """Return the number of steps of a run: its epochs, or ``max_steps`` if that is less."""
+        steps = math.ceil(train.epochs * self.steps_per_epoch)
+        return steps if train.max_steps is None else min(steps, train.max_steps)
+
     def records(self, step: int) -> np.ndarray:
-        """Indices of the records of step ``step``, counted from 0 over all epochs."""
+        """Return the indices of the records of step ``step``, counted from 0 over all epochs."""
         epoch, in_epoch = divmod(step, self.steps_per_epoch)
         if epoch != self._epoch:
             self._epoch, self._order = epoch, self._draw(epoch)
-        bounds = np.arange(2) + in_epoch
-        start, stop = bounds * self.records_per_epoch // self.steps_per_epoch
-        # A copy: who changes what they get must not change the order.
+        start = in_epoch * self.records_per_epoch // self.steps_per_epoch
+        stop = (in_epoch + 1) * self.records_per_epoch // self.steps_per_epoch
+        # Copy, so that callers cannot change the order.
         return self._order[start:stop].copy()
 
     def _draw(self, epoch: int) -> np.ndarray:
@@ -77,21 +140,31 @@ class Schedule:
             copies, rest = divmod(round(self.weights.get(int(kind), 1.0) * len(members)), len(members))
             drawn += [members] * copies + [rng.permutation(members)[:rest]]
         order = rng.permutation(np.concatenate(drawn))
-        return order if self.groups is None else _together(order, self.groups)
+        return order if self.groups is None else _gather_groups(order, self.groups)
 
 
-def _together(order: np.ndarray, groups: np.ndarray) -> np.ndarray:
-    """The order with each group's first draws moved together, its second draws too, and so on.
+def _gather_groups(order: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    """Move the first draws of each group's records together, likewise their second draws, and so on.
 
-    Such a run goes where its lowest record was drawn: a place as random as any. (The place of its earliest draw would
-    bring large groups forward, all their runs at once.)
+    Such a run goes to the place where the lowest of its records was drawn, which is as random as any. (The place of its
+    earliest draw would bring large groups forward, with all their runs at once.)
+
+    Example: records 0 and 1 are group 5, record 2 is group 7, and each is drawn twice.
+
+        order            1  2  0  0  2  1    the draws
+        copy             0  0  0  1  1  1    how often the record was drawn before
+        run             5a 7a 5a 5b 7b 5b    one for each (group, copy)
+        place of run     2  1  2  3  4  3    where its lowest record stands: record 0 for 5a and 5b, record 2 for 7a, 7b
+        result           2  1  0  0  1  2    sorted by place; draws of one run keep their order
     """
-    # Draws by record; those of one record in their order, so that position minus first position counts its copies.
+    # The draws sorted by record. Draws of one record keep their order, so that a draw's distance from the record's first
+    # one counts its copies.
     by_record = np.argsort(order, kind="stable")
     records = order[by_record]
-    copies = np.arange(len(order)) - np.searchsorted(records, records)
-    _, runs = np.unique(groups[records], return_inverse=True)
-    _, lowest, run_of = np.unique(runs * (copies.max() + 1) + copies, return_index=True, return_inverse=True)
-    places = np.empty(len(order), np.int64)
-    places[by_record] = by_record[lowest][run_of]
-    return order[np.argsort(places, kind="stable")]
+    copy = np.arange(len(order)) - np.searchsorted(records, records)
+    group = np.unique(groups[records], return_inverse=True)[1]
+    # The first draw of a run in this sorting is that of its lowest record.
+    _, run_first, run = np.unique(group * (copy.max() + 1) + copy, return_index=True, return_inverse=True)
+    place = np.empty(len(order), np.int64)
+    place[by_record] = by_record[run_first][run]
+    return order[np.argsort(place, kind="stable")]

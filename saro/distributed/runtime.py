@@ -20,6 +20,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, gather_object
 from torch import nn
 
+from saro.data.packs import Share
 from saro.errors import SaroError, nearest
 from saro.quiet import quiet_libraries
 
@@ -88,6 +89,11 @@ class Runtime:
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    @property
+    def share(self) -> Share:
+        """This rank's share of the packs of a step."""
+        return Share(self.rank, self.processes)
 
     def wrap(self, module: nn.Module) -> nn.Module:
         """The module as it is trained: under DistributedDataParallel where there are several processes."""

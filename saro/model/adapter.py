@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from saro.config import ModelConfig
 from saro.errors import SaroError, nearest
 from saro.files import file_hash
+from saro.manifest import read_manifest
 
 # Of a new adapter, where the options give none.
 RANK, ALPHA, DROPOUT = 16, 32, 0.0
@@ -46,12 +47,11 @@ class AdapterSource:
 
         What can be known: a run's manifest lies beside its ``final/``. An adapter from elsewhere names its base alone.
         """
-        try:
-            began = json.loads((Path(self.folder).resolve().parent / "manifest.json").read_text(encoding="utf-8"))
-            hashes: dict[str, str] = began["model"]["files"]
-            trained_on = began["model"]["commit"]
-        except (OSError, ValueError, KeyError, TypeError):
+        manifest = read_manifest(Path(self.folder).resolve().parent)
+        if manifest is None:
             return
+        hashes: dict[str, str] = manifest["model"]["files"]
+        trained_on = manifest["model"]["commit"]
         if not hashes and trained_on is not None and commit != trained_on:
             raise SaroError(
                 f"{self.folder}: was trained on commit {trained_on} of {path}; set --model.revision {trained_on}"
@@ -92,11 +92,8 @@ def find_adapter(name: str) -> AdapterSource | None:
         raise SaroError(f"{name}: the adapter has no {WEIGHTS}; save it with peft as safetensors")
     if not base:
         raise SaroError(f"{file}: names no base model; write its folder or hub name as {_BASE}")
-    try:
-        manifest = json.loads((folder.resolve().parent / "manifest.json").read_text(encoding="utf-8"))
-        method = manifest["config"]["model"]["method"]
-    except (OSError, ValueError, KeyError, TypeError):
-        method = None
+    manifest = read_manifest(folder.resolve().parent)
+    method = None if manifest is None else manifest["config"]["model"].get("method")
     return AdapterSource(str(folder), base, method)
 
 

@@ -1,29 +1,93 @@
-"""Which models packed training can be right for; the others are refused by name before anything is loaded."""
+"""What is known of model families: which ones packed training supports, and what each computes in a way of its own."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig, PreTrainedModel
 
 from saro.errors import SaroError
-from saro.model.logits import SCALE_OPTIONS, scales_its_logits
 
+# Types of layers that packed attention computes.
 LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
-# Rotary embeddings whose frequencies depend on the length of the input cannot be right for many sequences at once.
+# Rotary embeddings whose frequencies depend on the length of the input: one pack holds sequences of many lengths.
 REFUSED_ROPE = frozenset({"dynamic", "longrope"})
-# Options that change the logits, or the attention, in a way that the fused head or packed attention does not compute.
+# MLPs whose forward is down_proj(act_fn(gate_proj(x)) * up_proj(x)) and nothing more; a test compares each.
+GATED_MLPS = frozenset(
+    {"LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP", "SmolLM3MLP", "GemmaMLP", "Gemma2MLP", "Gemma3MLP"}
+)
+# Options by which a model scales its logits. The same name means a factor in one model and a divisor in another, so
+# each model type is listed with the power of the option that is its factor.
+_SCALES = {
+    "cohere": ("logit_scale", 1),
+    "cohere2": ("logit_scale", 1),
+    "granite": ("logits_scaling", -1),
+    "hyperclovax": ("logits_scaling", 1),
+    "minicpm3": ("logits_scaling", -1),
+}
+# Options that change logits or attention in a way that is not computed here, and the values with which they do not.
 _NEUTRAL = {
-    **dict.fromkeys((*SCALE_OPTIONS, "lm_head_multiplier", "logits_mup_width_multiplier"), (None, 1)),
+    "logit_scale": (None, 1),
+    "logits_scaling": (None, 1),
+    "lm_head_multiplier": (None, 1),
+    "logits_mup_width_multiplier": (None, 1),
     "use_bidirectional_attention": (None, False),
     "attention_chunk_size": (None,),
 }
-# Beginnings of the names of a multimodal model's other configs.
-_OTHER_SENSES = ("vision", "audio", "vq")
+# Beginnings of the names of the configs that only a multimodal model has.
+_OTHER_MODALITIES = ("vision", "audio", "vq")
+
+
+class LogitOptions(NamedTuple):
+    """How a model makes logits of the LM head's products, as ``token_logps`` takes it.
+
+    Logits are ``softcap * tanh(scale * products / softcap)``, or ``scale * products`` without a softcap.
+    """
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+
+def logit_options(config: PretrainedConfig) -> LogitOptions:
+    """Return the scale and the softcap of a model's logits. ``check_supported`` refuses what other options change."""
+    scale = 1.0
+    if config.model_type in _SCALES:
+        name, power = _SCALES[config.model_type]
+        scale = float(getattr(config, name)) ** power
+    return LogitOptions(scale, getattr(config, "final_logit_softcapping", None) or None)
+
+
+def attention_softcap(config: PretrainedConfig) -> float | None:
+    """Return the bound of the attention scores (Gemma 2), None if they have none."""
+    return getattr(config, "attn_logit_softcapping", None)
+
+
+def head_sizes(config: PretrainedConfig) -> set[int]:
+    """Return the sizes of the heads of queries, keys and values, over all layers."""
+    sizes = set()
+    for layer in config.per_layer_config:
+        key_size = getattr(layer, "qk_head_dim", None) or getattr(layer, "head_dim", None)
+        key_size = key_size or layer.hidden_size // layer.num_attention_heads
+        sizes |= {key_size, getattr(layer, "v_head_dim", None) or key_size}
+    return sizes
+
+
+def sliding_window(config: PretrainedConfig) -> int | None:
+    """Return the model's attention window in tokens, including the token itself; None if it has none."""
+    types = getattr(config, "layer_types", None)
+    if types and "sliding_attention" not in types:
+        return None
+    return getattr(config, "sliding_window", None)
+
+
+def dropout_options(config: PretrainedConfig) -> dict[str, float]:
+    """Return the dropout rates of a model's config by name."""
+    return {name: value for name, value in config.to_dict().items() if isinstance(value, float) and "drop" in name}
 
 
 def check_supported(config: PretrainedConfig) -> None:
-    """Raise SaroError, naming the reason, for a model of a kind that packed training does not support."""
+    """Raise SaroError with the reason if packed training does not support a model of this type."""
     name = config.model_type
 
     def refuse(reason: str) -> SaroError:
@@ -32,13 +96,14 @@ def check_supported(config: PretrainedConfig) -> None:
     if config.is_encoder_decoder:
         raise refuse("it is an encoder-decoder; use a decoder-only causal language model")
     options = config.to_dict()
+    scale_option, _ = _SCALES.get(config.model_type, (None, 1))
     wraps = config.get_text_config(decoder=True) is not config
-    if wraps or any(key.endswith("_config") and key.startswith(_OTHER_SENSES) for key in options):
+    if wraps or any(key.endswith("_config") and key.startswith(_OTHER_MODALITIES) for key in options):
         raise refuse("it is multimodal; extract the text model and save it as a folder of its own")
     for key, value in _flat(options):
         if "expert" in key and isinstance(value, int) and not isinstance(value, bool) and value > 1:
             raise refuse(f"it is a mixture of experts ({key}={value})")
-        if key in _NEUTRAL and value not in _NEUTRAL[key] and not scales_its_logits(config, key):
+        if key in _NEUTRAL and value not in _NEUTRAL[key] and key != scale_option:
             raise refuse(f"{key}={value} changes its scores in a way that is not computed here yet")
     for layer_type in sorted(set(getattr(config, "layer_types", None) or ())):
         if layer_type not in LAYER_TYPES:
@@ -56,13 +121,13 @@ def check_supported(config: PretrainedConfig) -> None:
 
 
 def _model_class(config: PretrainedConfig) -> type[PreTrainedModel] | None:
-    """The class that transformers loads for this config; None for a model that brings its own code."""
+    """Return the class that transformers loads for this config; None for a model that brings its own code."""
     found = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     return found[0] if isinstance(found, (tuple, list)) else found
 
 
 def _flat(options: dict) -> Iterator[tuple[str, object]]:
-    """All options by name, those of the configs inside among them."""
+    """Yield all options by name, including those of nested configs."""
     for key, value in options.items():
         yield str(key), value
         if isinstance(value, dict):
@@ -70,17 +135,9 @@ def _flat(options: dict) -> Iterator[tuple[str, object]]:
 
 
 def _rope_types(parameters: dict) -> Iterator[str]:
-    """Rotary types of a config, which may be one for all layers or one for each layer type."""
+    """Yield the rotary types of a config: one for all layers, or one for each layer type."""
     for value in parameters.values():
         if isinstance(value, dict):
             yield from _rope_types(value)
     if "rope_type" in parameters:
         yield parameters["rope_type"]
-
-
-def sliding_window(config: PretrainedConfig) -> int | None:
-    """The model's attention window in tokens, the token itself included; None without one."""
-    types = getattr(config, "layer_types", None)
-    if types and "sliding_attention" not in types:
-        return None
-    return getattr(config, "sliding_window", None)

@@ -20,6 +20,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from saro.data.packs import Pack
+from saro.model.architectures import attention_softcap, head_sizes
 from saro_kernels.softcap_attention import softcap_attention
 
 PACKED = "saro_packed"
@@ -233,7 +234,7 @@ def native_attention(model: PreTrainedModel) -> Iterator[None]:
 
     No backward of a forward outside may run inside: recomputed checkpoints would meet the wrong attention.
     """
-    model.set_attn_implementation("sdpa" if _softcap(model.config) is None else "eager")
+    model.set_attn_implementation("sdpa" if attention_softcap(model.config) is None else "eager")
     try:
         yield
     finally:
@@ -258,23 +259,9 @@ def _why_not_varlen(device: torch.device, dtype: torch.dtype, config: Pretrained
     """What varlen attention lacks there, None where it can run. Its heads are those of FlashAttention 2."""
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return "needs CUDA and bfloat16"
-    if _softcap(config) is not None:
+    if attention_softcap(config) is not None:
         return "has no softcap, which the model needs"
-    sizes = _head_sizes(config)
+    sizes = head_sizes(config)
     if len(sizes) > 1 or max(sizes) > 256 or max(sizes) % 8:
         return f"has no heads of {' and '.join(map(str, sorted(sizes)))} numbers, which the model needs"
     return None
-
-
-def _head_sizes(config: PretrainedConfig) -> set[int]:
-    """Sizes of the heads of queries, keys and values, in all layers."""
-    sizes = set()
-    for layer in config.per_layer_config:
-        of_key = getattr(layer, "qk_head_dim", None) or getattr(layer, "head_dim", None)
-        of_key = of_key or layer.hidden_size // layer.num_attention_heads
-        sizes |= {of_key, getattr(layer, "v_head_dim", None) or of_key}
-    return sizes
-
-
-def _softcap(config: PretrainedConfig) -> float | None:
-    return getattr(config, "attn_logit_softcapping", None)

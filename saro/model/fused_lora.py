@@ -6,8 +6,6 @@ again, so that a merged or disabled adapter is computed by PEFT's own forward.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from types import MethodType
 
 import bitsandbytes as bnb
@@ -17,13 +15,9 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers.activations import GELUTanh, SiLUActivation
 
-from saro.model.unmodified import own_forwards, replacement
+from saro.model.architectures import GATED_MLPS
 from saro_kernels import FrozenLinear, LoraLinear, lora_gated_mlp, lora_linear
 
-# Their forward is down_proj(act_fn(gate_proj(x)) * up_proj(x)) and nothing more; a test compares each.
-GATED_MLPS = frozenset(
-    {"LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP", "SmolLM3MLP", "GemmaMLP", "Gemma2MLP", "Gemma3MLP"}
-)
 _ACTIVATIONS: dict[type, str] = {nn.SiLU: "silu", SiLUActivation: "silu", GELUTanh: "gelu_tanh"}
 # Fewer rows than this without gradient are a generation step, for which bitsandbytes has kernels of its own.
 _FEW_ROWS = 8
@@ -45,13 +39,6 @@ def fuse_lora(model: PeftModel) -> int:
             if all(id(part) in fused and not _drops(part) for part in parts):
                 module.forward = MethodType(_mlp_forward, module)
     return len(layers)
-
-
-@contextmanager
-def pefts_own_lora(model: nn.Module) -> Iterator[None]:
-    """Inside, PEFT's own forward computes every layer again: for comparison."""
-    with own_forwards(model, lambda module: replacement(module) in (_linear_forward, _mlp_forward)):
-        yield
 
 
 def _can_fuse(layer: LoraLayer) -> bool:
@@ -94,3 +81,7 @@ def _mlp_forward(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
     if not all(_exact(layer, x) for layer in layers):
         return type(self).forward(self, x)
     return lora_gated_mlp(x, *map(_parts, layers), _ACTIVATIONS[type(self.act_fn)])
+
+
+# The forwards that ``fuse_lora`` binds to modules.
+FUSED_FORWARDS = (_linear_forward, _mlp_forward)

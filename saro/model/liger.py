@@ -16,7 +16,6 @@ from transformers import PreTrainedModel
 from transformers.activations import GELUTanh, SiLUActivation
 
 from saro.errors import SaroError
-from saro.model.unmodified import own_forwards, replacement
 
 # The function in transformers' file of a kind of model that all its layers call: it can only be replaced for all models
 # of that kind in the process. By file: transformers' own.
@@ -61,7 +60,7 @@ def use_liger(model: PreTrainedModel) -> None:
         for name in before.keys() - {_ROTARY}:
             setattr(file, name, before[name])
     for module in model.modules():
-        if _is_ligers(module) and not _has_ligers_activation(module):
+        if is_ligers(module) and not _has_ligers_activation(module):
             del module.forward, module._get_name
     if vars(file).get(_ROTARY) is not before.get(_ROTARY):
         _own_rotary[file.__name__] = before[_ROTARY]
@@ -69,31 +68,36 @@ def use_liger(model: PreTrainedModel) -> None:
 
 def uses_liger(model: nn.Module) -> bool:
     """Whether liger-kernel computes any layer of the model."""
-    return any(_is_ligers(module) for module in model.modules())
+    return any(is_ligers(module) for module in model.modules())
 
 
 @contextmanager
-def transformers_own_layers(model: PreTrainedModel) -> Iterator[None]:
-    """Inside, transformers' own code computes every layer again: for comparison."""
+def own_rotary(model: PreTrainedModel) -> Iterator[None]:
+    """Give the models of this type transformers' own rotary embedding back."""
     file = sys.modules[type(model).__module__]
-    ligers_rotary = getattr(file, _ROTARY, None)
-    swap = uses_liger(model) and file.__name__ in _own_rotary
-    if swap:
-        setattr(file, _ROTARY, _own_rotary[file.__name__])
+    if file.__name__ not in _own_rotary or not uses_liger(model):
+        yield
+        return
+    ligers = getattr(file, _ROTARY)
+    setattr(file, _ROTARY, _own_rotary[file.__name__])
     try:
-        with own_forwards(model, _is_ligers):
-            yield
+        yield
     finally:
-        if swap:
-            setattr(file, _ROTARY, ligers_rotary)
+        setattr(file, _ROTARY, ligers)
+
+
+def is_ligers(module: nn.Module) -> bool:
+    """Return True if liger-kernel has replaced the module's forward."""
+    return getattr(replaced_forward(module), "__module__", "").startswith("liger_kernel.")
+
+
+def replaced_forward(module: nn.Module) -> Callable | None:
+    """Return the function that was bound to a module in place of its class's forward; None if there is none."""
+    return getattr(module.__dict__.get("forward"), "__func__", None)
 
 
 def _has_ligers_activation(module: nn.Module) -> bool:
     """Whether a layer of liger-kernel has no activation, or the one that liger-kernel computes: it asks for none."""
     activation = getattr(module, "act_fn", getattr(module, "activation_fn", None))
-    geglu = replacement(module).__qualname__.startswith("LigerGEGLU")
+    geglu = replaced_forward(module).__qualname__.startswith("LigerGEGLU")
     return activation is None or isinstance(activation, GELUTanh if geglu else (nn.SiLU, SiLUActivation))
-
-
-def _is_ligers(module: nn.Module) -> bool:
-    return getattr(replacement(module), "__module__", "").startswith("liger_kernel.")

@@ -1,7 +1,9 @@
-"""Policy: a causal LM as a function from a pack to the log-probs of its scored rows."""
+"""The policy: a causal LM as a function from a pack to the log-probs of its scored rows."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,8 +12,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from saro.data.packs import Pack
+from saro.model.architectures import logit_options
 from saro.model.attention import AttentionPlan, use_packed_attention
-from saro.model.logits import logit_options
 from saro_kernels import TokenStatistics, token_logps, token_statistics
 
 
@@ -22,10 +24,10 @@ class Policy(nn.Module):
         model: a transformers causal LM, or a PEFT model around one.
         attention: "sdpa" or "varlen".
         head: implementation of ``token_logps``, by name.
-        autocast: dtype of the products where parameters are fp32 masters of a lower-precision model; None without.
+        autocast: dtype of the products if the parameters are fp32 masters of a lower-precision model; else None.
 
     Raises:
-        ValueError: for an adapter of virtual tokens (prompt learning), which a pack has no place for.
+        ValueError: the adapter puts virtual tokens before each sequence (prompt learning); a pack has no place for them.
     """
 
     def __init__(
@@ -49,23 +51,28 @@ class Policy(nn.Module):
 
     @property
     def causal_lm(self) -> PreTrainedModel:
-        """The transformers model, inside PEFT's wrapper where there is one."""
+        """The transformers model, without PEFT's wrapper."""
         return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
 
-    def forward(self, pack: Pack, isolated: bool = True) -> torch.Tensor:
-        """Log-probs of the pack's rows: (R,), nats, float32.
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The dtype in which the model's products are computed."""
+        return self.causal_lm.dtype if self.autocast is None else self.autocast
 
-        ``isolated=False`` lets sequences see each other: the control of the start-up check, never for training.
+    def forward(self, pack: Pack, isolated: bool = True) -> torch.Tensor:
+        """Return the log-probs of the pack's rows: (R,), nats, float32.
+
+        ``isolated=False`` lets sequences see each other. Only the start-up check does that, as its control.
         """
         return token_logps(**self._head_inputs(pack, isolated))
 
     @torch.no_grad()
     def statistics(self, pack: Pack) -> TokenStatistics:
-        """The same log-probs with the entropy of each row's distribution, and whether its target is the likeliest."""
+        """Return the same log-probs, with each row's entropy and top-1 accuracy; see ``TokenStatistics``."""
         return token_statistics(**self._head_inputs(pack, isolated=True))
 
     def _head_inputs(self, pack: Pack, isolated: bool) -> dict[str, Any]:
-        """Arguments of ``token_logps``: the hidden states of the pack's rows, their targets, and the head."""
+        """Run the decoder; returns the arguments of ``token_logps``: hidden states of the rows, targets and head."""
         plan = AttentionPlan.of(pack, self.attention, isolated)
         lm = self.causal_lm
         with self.precision():
@@ -74,9 +81,9 @@ class Policy(nn.Module):
                 position_ids=pack.position_ids[None],
                 use_cache=False,
                 plan=plan,
-            ).last_hidden_state[0]
-        # index_select: the backward of advanced indexing with repeated indices is neither fast nor reproducible.
-        rows = hidden.index_select(0, pack.row_hidden)
+            ).last_hidden_state[0]  # (T, D)
+        # index_select, because the backward of advanced indexing with repeated indices is slow and not reproducible.
+        rows = hidden.index_select(0, pack.row_hidden)  # (R, D)
         if self.autocast is not None:
             rows = rows.to(self.autocast)
         head = lm.get_output_embeddings()
@@ -85,24 +92,37 @@ class Policy(nn.Module):
             "weight": head.weight,
             "targets": pack.row_target,
             "bias": head.bias,
-            **self.logits._asdict(),
+            "scale": self.logits.scale,
+            "softcap": self.logits.softcap,
             "impl": self.head,
         }
 
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Put the model into eval mode, and back into its mode at the end."""
+        was_training = self.training
+        self.eval()
+        try:
+            yield
+        finally:
+            self.train(was_training)
+
     def precision(self) -> torch.autocast:
-        """The context in which the model's products are computed."""
+        """Return the context in which the model's products are computed in ``compute_dtype``."""
         device = self.causal_lm.device.type
         return torch.autocast(device, self.autocast, enabled=self.autocast is not None)
 
     def trainable(self) -> dict[str, nn.Parameter]:
-        """Trainable parameters by name, tied ones once."""
+        """Return the trainable parameters by name, tied ones once."""
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     def summary(self) -> str:
-        """For people: parameters, trainable of all, 4-bit weights as what they stand for; which attention and head run."""
-        sizes = [
-            (p.quant_state.shape.numel() if getattr(p, "quant_state", None) is not None else p.numel(), p.requires_grad)
-            for p in self.model.parameters()
-        ]
-        trainable, total = sum(n for n, grad in sizes if grad), sum(n for n, _ in sizes)
+        """Say in a line how many parameters are trained, of how many, and which attention and head run."""
+        total = trainable = 0
+        for parameter in self.model.parameters():
+            quant_state = getattr(parameter, "quant_state", None)
+            # A 4-bit weight is packed: it stands for more numbers than it has.
+            size = parameter.numel() if quant_state is None else quant_state.shape.numel()
+            total += size
+            trainable += size if parameter.requires_grad else 0
         return f"{trainable:,} of {total:,} parameters trainable, attention {self.attention}, head {self.head}"

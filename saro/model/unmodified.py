@@ -1,24 +1,43 @@
-"""Modules whose forward others have replaced, on the module itself, and how to have their own again for a while."""
+"""The unmodified model: what transformers and PEFT compute without us. It is the truth that packs are held against."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 from torch import nn
+from transformers import PreTrainedModel
 
-
-def replacement(module: nn.Module) -> Callable | None:
-    """The function that was bound to a module in place of its class's forward; None where there is none."""
-    return getattr(module.__dict__.get("forward"), "__func__", None)
+from saro.model.attention import native_attention
+from saro.model.fused_lora import FUSED_FORWARDS
+from saro.model.liger import is_ligers, own_rotary, replaced_forward
+from saro.model.policy import Policy
 
 
 @contextmanager
-def own_forwards(model: nn.Module, replaced: Callable[[nn.Module], bool]) -> Iterator[None]:
-    """Inside, those modules of a model that ``replaced`` tells compute by their class's forward again."""
-    forwards = {module: module.__dict__.pop("forward") for module in model.modules() if replaced(module)}
-    try:
+def unmodified(policy: Policy) -> Iterator[None]:
+    """Let transformers and PEFT compute everything: attention, LoRA, norms, rotary embedding and MLPs.
+
+    No backward of a forward outside the block may run inside it, see ``native_attention``.
+    """
+    with native_attention(policy.causal_lm), own_layers(policy.causal_lm):
         yield
-    finally:
-        for module, forward in forwards.items():
-            module.forward = forward
+
+
+@contextmanager
+def own_layers(lm: PreTrainedModel) -> Iterator[None]:
+    """Let every layer of a model compute by its class's forward again, where this project or liger-kernel replaced it.
+
+    Attention stays as it is.
+    """
+    with own_rotary(lm):
+        forwards = {module: module.__dict__.pop("forward") for module in lm.modules() if _is_replaced(module)}
+        try:
+            yield
+        finally:
+            for module, forward in forwards.items():
+                module.forward = forward
+
+
+def _is_replaced(module: nn.Module) -> bool:
+    return replaced_forward(module) in FUSED_FORWARDS or is_ligers(module)

@@ -1,4 +1,4 @@
-"""The output folder of a run: config, manifest, and what --resume and --overwrite may do with it."""
+"""The output folder of a run: its config and manifest, and the rules of --resume and --overwrite."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ import yaml
 from filelock import FileLock, Timeout
 
 import saro
-from saro.config import START, ModelConfig, as_dict
-from saro.data.lengths import Report
+from saro.config import as_dict
+from saro.data.lengths import LengthReport
 from saro.distributed.runtime import Runtime
 from saro.errors import SaroError
 from saro.files import atomic_write, file_hash
-from saro.model.load import ModelSource, find_model
+from saro.manifest import read_manifest
+from saro.model.source import ModelSource
 
 _PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "tokenizers", "safetensors", "numpy")
-# These change what is written, or when, and not what is learned: a resumed run may set them anew.
+# These change what is written, or when, but not what is learned: a resumed run may change them.
 _FREE_ON_RESUME = frozenset(
     {
         "train.output",
@@ -43,14 +44,14 @@ _FREE_ON_RESUME = frozenset(
 
 
 @dataclass(frozen=True)
-class Run:
+class RunFolder:
     """A run's folder.
 
     Attributes:
-        folder: config.yaml, manifest.json, metrics.jsonl, checkpoints/, final/.
+        folder: holds config.yaml, manifest.json, metrics.jsonl, checkpoints/ and final/.
         config: the options, as nested dicts.
-        template_date: the day that templates see, the same after a resume.
-        resumed: the folder held a run, which goes on.
+        template_date: the day that templates see as today; a resumed run keeps it.
+        resumed: the folder held a run, and this run continues it.
         lock: held from ``begin`` to the end of the process, so that two runs never write one folder.
     """
 
@@ -61,60 +62,66 @@ class Run:
     lock: FileLock
 
     @classmethod
-    def open(cls, config: Any, folder: str, *, resume: bool, overwrite: bool, template_date: str | None) -> Run:
-        """Look at the folder; nothing is written or removed yet.
+    def open(cls, config: Any, folder: str, *, resume: bool, overwrite: bool, template_date: str | None) -> RunFolder:
+        """Look at the folder. Nothing is written or removed yet.
 
         Raises:
-            SaroError: the folder holds a run and neither flag is given, or --resume with other options.
+            SaroError: the folder holds a run and neither flag is given, or it is resumed with other options.
         """
         path, options = Path(folder), as_dict(config)
         if resume and overwrite:
-            raise SaroError("--resume goes on with a run and --overwrite removes it; give one of them")
+            raise SaroError("--resume continues a run and --overwrite removes it; give one of them")
         if path.is_file():
             raise SaroError(f"{folder}: is a file; give a folder with --train.output")
-        began = manifest_of(path)
-        held = began is not None
-        if not held and path.is_dir() and any(not p.name.startswith(".") for p in path.iterdir()):
-            raise SaroError(f"{folder}: holds files that are no run's; give an empty folder with --train.output")
-        if held and not resume and not overwrite:
+        began = read_manifest(path)
+        if began is None and path.is_dir() and any(not p.name.startswith(".") for p in path.iterdir()):
+            raise SaroError(f"{folder}: holds files that are not a run's; give an empty folder with --train.output")
+        if began is not None and not resume and not overwrite:
             raise SaroError(
-                f"{folder}: holds a run already; add --resume to go on with it, or --overwrite to start anew"
+                f"{folder}: holds a run already; add --resume to continue it, or --overwrite to start again"
             )
         today = _parse_date(template_date) if template_date else date.today()
         if began is not None and resume:
             _check_same_options(folder, began["config"], options)
             today = date.fromisoformat(began["template_date"])
-        return cls(path, options, today, held and resume, FileLock(path / ".lock"))
+        return cls(
+            folder=path,
+            config=options,
+            template_date=today,
+            resumed=began is not None and resume,
+            lock=FileLock(path / ".lock"),
+        )
 
     def start(self) -> str | None:
-        """The model that a resumed run began with: its adapter's folder, or the model itself; None for a new run."""
-        return (manifest_of(self.folder) or {}).get("start") if self.resumed else None
+        """Return the model that a resumed run began with: its adapter's folder, or the model itself; None for a new run."""
+        manifest = read_manifest(self.folder) if self.resumed else None
+        return None if manifest is None else manifest.get("start")
 
-    def check(self, runtime: Runtime, manifest: dict[str, Any]) -> None:
-        """Of a resumed run, check that what it was made from is what there is now, and take its lock.
+    def check_unchanged(self, runtime: Runtime, manifest: dict[str, Any]) -> None:
+        """Check that a resumed run continues from what it began with, and take its lock. A new run passes.
 
         Raises:
-            SaroError: another process trains in the folder; or data, template, weights or reference differ from those
-                that the run began with.
+            SaroError: another process trains in the folder, or the data, template, weights or reference differ from
+                those that the run began with.
         """
         if not self.resumed:
             return
         if runtime.is_main:
             self._take_lock()
-        began = manifest_of(self.folder) or {}
+        began = read_manifest(self.folder) or {}
         for part in ("data", "template", "model", "reference"):
             if began.get(part) != manifest[part]:
                 self.lock.release(force=True)
                 raise SaroError(
                     f"{self.folder}: the {part} is not what the run began with; restore it, "
-                    "or start anew with --overwrite"
+                    "or start again with --overwrite"
                 )
 
     def begin(self, runtime: Runtime, manifest: dict[str, Any]) -> None:
-        """Make the folder, or check that what it was made from is what there is now.
+        """Make the folder with its manifest and config. From here on files are written.
 
         Raises:
-            SaroError: as ``check``.
+            SaroError: see ``check_unchanged``.
         """
         # Every process has looked at the folder before the first one writes to it.
         runtime.barrier()
@@ -122,25 +129,29 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._take_lock()
         if self.resumed:
-            self.check(runtime, manifest)
+            self.check_unchanged(runtime, manifest)
         elif runtime.is_main:
-            # At every moment a folder that is not empty holds a manifest, by which it is known as a run.
-            manifest_file = self.folder / "manifest.json"
-            for item in self.folder.iterdir() if manifest_of(self.folder) else ():
-                # Hidden files are the user's, such as .gitignore, or what a killed process left.
-                if item == manifest_file or (item.name.startswith(".") and not item.name.endswith(".tmp")):
-                    continue
-                if item.is_dir() and not item.is_symlink():
-                    shutil.rmtree(item)
-                else:
-                    item.unlink()
-            with atomic_write(manifest_file) as file:
+            # The old manifest stays until the new one replaces it: a folder that is not empty is always known as a run.
+            if read_manifest(self.folder) is not None:
+                self._remove_old_files()
+            with atomic_write(self.folder / "manifest.json") as file:
                 json.dump(manifest, file, indent=2, ensure_ascii=False)
                 file.write("\n")
         if runtime.is_main and not (self.folder / "config.yaml").is_file():
             with atomic_write(self.folder / "config.yaml") as file:
                 yaml.safe_dump(self.config, file, sort_keys=False, allow_unicode=True)
         runtime.barrier()
+
+    def _remove_old_files(self) -> None:
+        for item in self.folder.iterdir():
+            # Hidden files are the user's, such as .gitignore; hidden .tmp files were left by a killed process.
+            is_users = item.name.startswith(".") and not item.name.endswith(".tmp")
+            if is_users or item.name == "manifest.json":
+                continue
+            if item.is_dir() and not item.is_symlink():
+                shutil.rmtree(item)
+            else:
+                item.unlink()
 
     def _take_lock(self) -> None:
         try:
@@ -152,7 +163,7 @@ class Run:
             ) from error
 
     def once(self, runtime: Runtime, name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """What ``measure`` gives, from the file ``name`` where a resumed run has it already."""
+        """Return the result of ``measure``, or the one in the file ``name`` if a resumed run has it already."""
         path = self.folder / name
         known = self.resumed and path.is_file()
         runtime.barrier()
@@ -165,9 +176,20 @@ class Run:
         return measured
 
     def manifest(
-        self, source: ModelSource, files: list[str], reports: dict[str, Report], runtime: Runtime
+        self,
+        runtime: Runtime,
+        source: ModelSource,
+        reference: ModelSource | None,
+        files: list[str],
+        reports: dict[str, LengthReport],
     ) -> dict[str, Any]:
-        """What the run is made from, with sha256 of every file."""
+        """Return what the run is made from, with the sha256 of every file.
+
+        Args:
+            reference: stage 2's reference model, if it is not the model that training starts from; else None.
+            files: data files.
+            reports: the lengths of each set of records.
+        """
         return {
             "saro": saro.__version__,
             "code": _code_hash(),
@@ -181,32 +203,11 @@ class Run:
             "template": hashlib.sha256(str(source.tokenizer.chat_template or "").encode()).hexdigest(),
             "start": source.adapter or source.path,
             "model": source.identity(),
-            "reference": self._reference(),
+            "reference": None if reference is None else reference.identity(),
             "data": {name: file_hash(Path(name)) for name in files},
             "records": {name: report.as_dict() for name, report in reports.items()},
             "config": self.config,
         }
-
-    def _reference(self) -> dict[str, Any] | None:
-        """Identity of the model that stage 2 takes as its reference; None where that is where training starts."""
-        name = self.config.get("preference", {}).get("reference", START)
-        return (
-            None
-            if name == START
-            else find_model(
-                ModelConfig(name=name, trust_remote_code=self.config["model"]["trust_remote_code"])
-            ).identity()
-        )
-
-
-def manifest_of(folder: Path) -> dict[str, Any] | None:
-    """The manifest of the run in a folder; None where there is no run: other programs write a manifest.json too."""
-    try:
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    ours = isinstance(manifest, dict) and {"saro", "config", "template_date"} <= manifest.keys()
-    return manifest if ours else None
 
 
 def _code_hash() -> str:
@@ -230,5 +231,5 @@ def _check_same_options(folder: str, began: dict[str, Any], now: dict[str, Any])
             if option not in _FREE_ON_RESUME and began.get(group, {}).get(name) != value:
                 raise SaroError(
                     f"{folder}: the run began with {option} {began.get(group, {}).get(name)}, not {value}; "
-                    "resume with the same, or start anew with --overwrite"
+                    "resume with the same, or start again with --overwrite"
                 )

@@ -13,14 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from saro.errors import SaroError
-from saro.files import atomic_folder, remove_temps
+from saro.files import atomic_folder, follow_umask
 
 _WEIGHTS, _OPTIMIZER, _STATE = "trainable.safetensors", "optimizer.pt", "state.json"
 
@@ -56,7 +54,7 @@ def save_checkpoint(
             save_file(weights, temp / _WEIGHTS)
             torch.save({"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}, temp / _OPTIMIZER)
             (temp / _STATE).write_text(json.dumps({"step": step}) + "\n")
-            _follow_umask(temp)
+            follow_umask(temp)
     for _, old in list_checkpoints(root)[:-keep]:
         # Renamed before it is removed, so that a kill in between leaves no half checkpoint under the name of a whole.
         doomed = old.with_name(f".{old.name}.00000000.tmp")
@@ -99,36 +97,3 @@ def _load_paged(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None
             of_parameter[name] = pages.copy_(of_parameter[name])
     # What is not in pages: scales and code books.
     optimizer.to_gpu()
-
-
-def save_final(
-    folder: Path,
-    model: PreTrainedModel | PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
-    original: Mapping[str, Any] | None = None,
-) -> None:
-    """Write what others load: a PEFT adapter or a full model, with the tokenizer; complete or absent.
-
-    ``original`` holds options of the model's config that were changed for training alone, such as its dropout.
-    """
-    if not isinstance(model, PeftModel):
-        for name, value in (original or {}).items():
-            setattr(model.config, name, value)
-    remove_temps(folder)
-    with atomic_folder(folder, replace=True) as temp:
-        # "auto" would ask the hub whether the vocabulary was changed; it never is here.
-        options = {"save_embedding_layers": False} if isinstance(model, PeftModel) else {}
-        model.save_pretrained(temp, **options)
-        tokenizer.save_pretrained(temp)
-        _follow_umask(temp)
-
-
-def _follow_umask(folder: Path) -> None:
-    """Give the files of a folder the permissions of a new file: safetensors makes its own readable to the owner alone."""
-    probe = folder / ".mode"
-    probe.touch()
-    mode = probe.stat().st_mode & 0o777
-    probe.unlink()
-    for file in folder.rglob("*"):
-        if file.is_file():
-            file.chmod(mode)

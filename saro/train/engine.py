@@ -1,36 +1,45 @@
-"""fit(): the training loop. It knows steps, packs and sums, and no algorithm."""
+"""fit(): the training loop. It knows steps, packs and sums, but no algorithm."""
 
 from __future__ import annotations
 
 import math
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from saro.config import TrainConfig
 from saro.data.packs import Pack
+from saro.data.steps import Step, Steps
 from saro.distributed.runtime import Runtime
 from saro.errors import SaroError
 from saro.model.policy import Policy
+from saro.program import progress_bar
 from saro.train.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from saro.train.metrics import Meter, MetricsFile, Progress, format_metrics
 from saro.train.objective import Objective, Sums
 from saro.train.optim import make_optimizer, make_scheduler
-from saro.train.steps import Step, Steps
 
-Observer = Callable[[Pack, Sums], None]
-
-# Of a log line, what the screen shows.
+# Metrics printed on the terminal; metrics.jsonl has all of them.
 _SHOWN = ("loss", "rewards/margins", "rewards/accuracies", "grad_norm", "lr", "tokens_per_second")
+
+
+class PackLog(Protocol):
+    """Collects values pack by pack, such as ``PairLog`` does."""
+
+    def observe(self, pack: Pack, sums: Sums) -> None:
+        """See a pack with its sums. Tensors may be kept but must not be read: that would stall the device."""
+
+    def watch(self, step: int) -> None:
+        """Read what was kept; called on all ranks after each log line, with the number of finished steps."""
 
 
 @dataclass(frozen=True)
@@ -38,13 +47,15 @@ class Outcome:
     """How fit() ended.
 
     Attributes:
-        step: finished steps.
+        step: number of finished steps.
+        total_steps: number of steps of the whole run.
         stopped_by: the signal that ended it before all steps were done, else None.
-        tokens_per_second: read by the model, over all processes, start-up, evaluation and saving apart.
-        peak_memory_gib: most memory of this process.
+        tokens_per_second: tokens that the model read, over all ranks, without start-up, evaluation and saving.
+        peak_memory_gib: most memory that this process held.
     """
 
     step: int
+    total_steps: int
     stopped_by: signal.Signals | None
     tokens_per_second: float
     peak_memory_gib: float
@@ -58,26 +69,24 @@ def fit(
     total_steps: int,
     options: TrainConfig,
     *,
-    record_ids: Callable[[Iterable[int]], list[str]],
+    ids: Sequence[str],
     evaluate: Callable[[int], dict[str, float]] | None = None,
-    observe: Observer | None = None,
-    on_log: Callable[[int], object] | None = None,
+    log: PackLog | None = None,
     resume: bool = False,
 ) -> Outcome:
-    """Train ``policy`` for ``total_steps`` steps, or for what a checkpoint leaves of them.
+    """Train ``policy`` for ``total_steps`` steps, or for those that are left after a checkpoint.
 
-    Each step draws its records by number, runs this process's packs, divides each loss sum by its count over the whole
+    Each step draws its records by number, runs this rank's packs, divides each loss sum by its count over the whole
     step, and makes one optimizer step. SIGTERM and Ctrl-C finish the step, write a checkpoint and return.
 
     Args:
-        record_ids: names records in an error.
-        evaluate: returns held-out metrics after so many steps; called every ``options.eval_every`` of them.
-        observe: sees every pack with its sums; it may keep tensors and must not read them.
-        on_log: called on all processes after each log line, with the number of finished steps.
-        resume: go on from the newest checkpoint in the output folder, if there is one.
+        ids: id of each record, to name the records of a step in an error.
+        evaluate: returns held-out metrics, given the number of finished steps; called every ``options.eval_every`` steps.
+        log: sees every pack.
+        resume: continue from the newest checkpoint in the output folder, if there is one.
 
     Raises:
-        SaroError: the loss or the gradient is not finite; the step was not made.
+        SaroError: the loss or the gradient is not finite; the weights were not changed by this step.
     """
     output = Path(options.output)
     trainable = policy.trainable()
@@ -106,23 +115,24 @@ def fit(
             # Seeded for each step, so that a resumed run draws the same dropout without storing any state.
             torch.manual_seed(int(np.random.SeedSequence([options.seed, step, runtime.rank]).generate_state(1)[0]))
             with clock:
-                loss = _backward(runtime, module, objective, batch, meter, observe)
+                loss = _backward(runtime, module, objective, batch, meter, log)
                 norm = _clip(parameters, options.max_grad_norm)
-                # The one host read of the step, agreed across processes; a signal to any of them stops all.
+                # The only host read of the step, summed over the ranks: a signal to any rank stops all of them.
                 agreed = runtime.sum_(torch.stack([loss, torch.full_like(loss, len(received))]))
                 loss_value, signals, norm_value = torch.cat([agreed, norm.reshape(1).to(agreed)]).tolist()
                 if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
                     progress.close()
+                    records = ", ".join(ids[record] for record in batch.records)
                     raise SaroError(
                         f"step {step + 1}: loss {loss_value}, gradient norm {norm_value}; the weights were not changed. "
-                        f"Records of the step: {', '.join(record_ids(batch.records))}. Lower --train.lr, or look at them"
+                        f"Records of the step: {records}. Lower --train.lr, or look at them"
                     )
                 before = _probe(parameters) if (step + 1) % options.log_every == 0 else None
                 lr = scheduler.get_last_lr()[0]
                 optimizer.step()
                 scheduler.step()
                 optimizer.zero_grad(set_to_none=True)
-                # Read here, so that the clock has waited for the optimizer when its rate is shown.
+                # Read inside the clock's block, so that its rate includes the optimizer's work on the device.
                 changed = _changed(parameters, before) if before is not None else None
             step += 1
             clock.tokens += batch.tokens
@@ -141,8 +151,8 @@ def fit(
                 }
                 report(values)
                 progress.line(step, {k: values[k] for k in _SHOWN if k in values})
-                if on_log is not None:
-                    on_log(step)
+                if log is not None:
+                    log.watch(step)
             if evaluate is not None and options.eval_every and step % options.eval_every == 0 and step < total_steps:
                 values = evaluate(step)
                 report(values)
@@ -159,7 +169,13 @@ def fit(
                     )
                 runtime.barrier()
     progress.close()
-    return Outcome(step, stop, clock.rate(), runtime.memory())
+    return Outcome(
+        step=step,
+        total_steps=total_steps,
+        stopped_by=stop,
+        tokens_per_second=clock.rate(),
+        peak_memory_gib=runtime.memory(),
+    )
 
 
 def _backward(
@@ -168,9 +184,9 @@ def _backward(
     objective: Objective,
     batch: Step,
     meter: Meter,
-    observe: Observer | None,
+    log: PackLog | None,
 ) -> torch.Tensor:
-    """Gradients of one step; returns this process's share of its loss, a scalar without gradient."""
+    """Add up the gradients of one step; returns this rank's share of its loss, a scalar without gradient."""
     module.train()
     counts = objective.counts(batch.trees)
     total = torch.zeros((), dtype=torch.float64, device=runtime.device)
@@ -179,12 +195,12 @@ def _backward(
         with runtime.synchronize(module, last=index == len(batch.packs) - 1):
             sums = objective(module(pack), pack)
             loss = torch.stack([value / counts[name] for name, value in sums.losses.items()]).sum()
-            # DDP takes the mean of the gradients over the processes; their sum is wanted.
+            # DDP averages gradients over ranks; we want the sum.
             (loss * runtime.processes).backward()
         total += loss.detach()
         meter.add(sums.metrics)
-        if observe is not None:
-            observe(pack, sums)
+        if log is not None:
+            log.observe(pack, sums)
     return total
 
 
@@ -195,36 +211,30 @@ def evaluate(
     objective: Objective,
     packs: Iterable[Pack],
     prefix: str = "eval/",
-    observe: Observer | None = None,
+    log: PackLog | None = None,
 ) -> dict[str, float]:
-    """Losses and metrics over this process's packs and those of the others, as means; dropout off, no gradient.
+    """Average losses and metrics over the packs of all ranks, in eval mode and without gradient.
 
-    Among them the entropy and the accuracy of the scored tokens. ``observe`` sees every pack with its sums.
+    The metrics include the entropy and the accuracy of the scored tokens. ``log`` sees every pack.
     """
-    was_training = policy.training
     meter = Meter()
-    policy.eval()
-    try:
-        # None shows the bar on a terminal alone.
-        no_bar = None if runtime.is_main else True
-        for pack in tqdm(packs, desc="evaluating", unit=" packs", delay=2, leave=False, disable=no_bar):
+    with policy.evaluating():
+        for pack in progress_bar(packs, "evaluating", "packs", shown=runtime.is_main):
             pack = pack.to(runtime.device)
             statistics = policy.statistics(pack)
             sums = objective(statistics.logps, pack)
             meter.add(sums.metrics | objective.describe(statistics, pack))
-            if observe is not None:
-                observe(pack, sums)
-    finally:
-        policy.train(was_training)
+            if log is not None:
+                log.observe(pack, sums)
     return {prefix + name: value for name, value in objective.combine(meter.read(runtime)).items()}
 
 
 def _clip(parameters: list[nn.Parameter], max_norm: float) -> torch.Tensor:
-    """Total gradient norm before clipping; 0 turns clipping off."""
+    """Clip the gradient to ``max_norm``, or not if that is 0; returns its norm before."""
     return nn.utils.clip_grad_norm_(parameters, max_norm or float("inf"))
 
 
-# Of each parameter so many entries are watched: enough to see bf16 swallow updates, too few to cost memory.
+# Compare the first entries of each parameter: enough to notice updates lost to bf16, too few to cost memory.
 _PROBE = 1024
 
 
@@ -238,7 +248,7 @@ def _changed(parameters: list[nn.Parameter], before: list[torch.Tensor]) -> floa
 
 
 class _Clock:
-    """Seconds inside its blocks, and tokens."""
+    """Measures tokens per second inside its blocks."""
 
     def __init__(self) -> None:
         self.tokens = 0
@@ -260,7 +270,7 @@ _SAME_CTRL_C_SECONDS = 2.0
 
 @contextmanager
 def _stop_signals() -> Iterator[list[int]]:
-    """Inside, SIGTERM and the first Ctrl-C are noted in the list, not obeyed at once; a later Ctrl-C interrupts."""
+    """Append SIGTERM and the first Ctrl-C to the list instead of obeying at once. A later Ctrl-C interrupts."""
     received: list[int] = []
     first = 0.0
 

@@ -1,4 +1,4 @@
-"""What becomes of each pair: its margin at every evaluation, and a warning when chosen responses lose probability."""
+"""The margin of each pair at every evaluation, and a warning when chosen responses lose probability."""
 
 from __future__ import annotations
 
@@ -10,56 +10,60 @@ import torch
 
 from saro.config import PAIR_KINDS
 from saro.data.dataset import PairSet
-from saro.data.packs import Pack
+from saro.data.packs import Pack, pack_trees
 from saro.distributed.runtime import Runtime
 from saro.files import atomic_write
 from saro.model.policy import Policy
 from saro.train.engine import evaluate
 from saro.train.objective import SRPOObjective, Sums
-from saro.train.steps import packs_of
 
 Row = dict[str, float | int | str]
-# Ids on the warning line.
+# The warning names at most this many pairs: it should stay one readable line.
 _NAMED = 10
 
 
 class PairLog:
-    """Collects the values of pairs, pack by pack, and reads them only when they are asked for.
+    """Collects the values of pairs pack by pack, and reads them only when they are asked for.
 
     Args:
-        pairs: what the records index.
-        name: which pairs these are, for the warning.
-        warn_share: a warning tells, once, when the chosen log-prob has fallen in more than this share of the pairs.
+        pairs: the pairs that the packs' records index.
+        name: name of this set of pairs in the warning.
+        warn_share: warn once if the chosen log-prob has fallen in more than this share of the pairs.
     """
 
     def __init__(self, runtime: Runtime, pairs: PairSet, name: str, warn_share: float) -> None:
-        self._runtime, self._pairs, self._name, self._warn_share = runtime, pairs, name, warn_share
+        self._runtime = runtime
+        self._pairs = pairs
+        self._name = name
+        self._warn_share = warn_share
         self._seen: list[tuple[Sequence[int], dict[str, torch.Tensor]]] = []
         self._warned = False
 
     def observe(self, pack: Pack, sums: Sums) -> None:
-        """Keep a pack's values. No host read."""
-        self._seen.append((pack.records[0::2], sums.pairs))
+        """Keep a pack's values as tensors, without reading them."""
+        self._seen.append((pack.pairs, sums.pairs))
 
     def take(self, step: int) -> list[Row]:
-        """A row for each pair seen since the last call, by all processes, in the files' order: step, id, kind, values.
+        """Return a row for each pair that any rank has seen since the last call, in the order of the files.
 
-        Values: ``margin`` and, unless only divergent tokens are scored, ``delta_logps/chosen`` and
-        ``delta_logps/rejected``, nats; ``chosen_fell``.
+        A row has step, id, kind and values: ``margin`` in nats and, if whole responses are scored, the changes
+        ``delta_logps/chosen`` and ``delta_logps/rejected`` in nats and ``chosen_fell``.
         """
-        found = []
+        seen: list[tuple[int, dict[str, float]]] = []
         for records, values in self._seen:
             columns = {name: column.tolist() for name, column in values.items()}
-            found += [(record, {k: v[i] for k, v in columns.items()}) for i, record in enumerate(records)]
+            for i, record in enumerate(records):
+                seen.append((record, {name: column[i] for name, column in columns.items()}))
         self._seen.clear()
-        found = sorted(self._runtime.gather(found), key=lambda row: row[0])
         ids, kinds = self._pairs.ids, self._pairs.kinds
-        rows = [{"step": step, "id": ids[r], "kind": PAIR_KINDS[kinds[r]], **values} for r, values in found]
+        rows = []
+        for record, values in sorted(self._runtime.gather(seen), key=lambda item: item[0]):
+            rows.append({"step": step, "id": ids[record], "kind": PAIR_KINDS[kinds[record]], **values})
         self._warn(step, rows)
         return rows
 
     def watch(self, step: int) -> None:
-        """Look at the pairs seen since the last call for the warning alone."""
+        """Check for the warning only; discard the rows."""
         if self._warned or not any("chosen_fell" in values for _, values in self._seen):
             self._seen.clear()
         else:
@@ -74,7 +78,7 @@ class PairLog:
         self._runtime.say(
             f"warning: after step {step} the chosen response has lost probability in {len(fallen)} of {len(rows)} "
             f"{self._name} pairs ({', '.join(fallen[:_NAMED])}{others}); a higher --preference.beta, or --preference.nll, "
-            "holds it up"
+            "keeps it up"
         )
 
 
@@ -84,13 +88,14 @@ def evaluate_pairs(
     objective: SRPOObjective,
     pairs: PairSet,
     pack_tokens: int,
+    *,
     log: PairLog,
     step: int,
     file: Path,
 ) -> dict[str, float]:
-    """Metrics of pairs under ``policy`` after ``step`` steps; what becomes of each pair goes into ``file``."""
-    packs = packs_of(pairs.trees(range(len(pairs)), pack_tokens), pack_tokens, runtime.rank, runtime.processes)
-    metrics = evaluate(runtime, policy, objective, packs, observe=log.observe)
+    """Return the metrics of pairs under the policy after ``step`` steps, and write the row of each pair to ``file``."""
+    packs = pack_trees(pairs.trees(range(len(pairs)), pack_tokens), pack_tokens, runtime.share)
+    metrics = evaluate(runtime, policy, objective, packs, log=log)
     rows = log.take(step)
     if runtime.is_main:
         write_margins(file, step, rows)
@@ -98,7 +103,7 @@ def evaluate_pairs(
 
 
 def write_margins(path: Path, step: int, rows: Sequence[Row]) -> None:
-    """Put the rows of an evaluation after those of earlier steps; what a run that was killed left of later ones goes."""
+    """Append the rows of an evaluation. Rows that a killed run wrote for this step or later ones are dropped."""
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
     with atomic_write(path) as file:
         file.writelines(line for line in lines if json.loads(line)["step"] < step)

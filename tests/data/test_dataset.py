@@ -9,9 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import IM_END, tiny_tokenizer
 
+from saro.config import KINDS
 from saro.data.chat_format import ChatFormat
 from saro.data.dataset import ExampleSet, encode_files
-from saro.data.records import KINDS, read_examples
+from saro.data.records import read_examples
 from saro.data.tree import RowKind
 from saro.errors import SaroError
 

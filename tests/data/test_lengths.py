@@ -10,12 +10,14 @@ import pytest
 from rich.console import Console
 from tiny import IM_END, tiny_tokenizer
 
+from saro.checks.check_masks import check_masks
 from saro.data.chat_format import ChatFormat
 from saro.data.dataset import ExampleSet, PairSet, encode_files, encode_pair_files
-from saro.data.lengths import Lengths, Report, Sharing, check_masks
+from saro.data.lengths import LengthReport, Lengths, Sharing
 from saro.data.records import read_examples, read_pairs
 from saro.data.tree import build_tree
 from saro.errors import SaroError
+from saro.report.tables import print_lengths
 
 CHAT = ChatFormat(tiny_tokenizer(), frozenset({IM_END}), date(1999, 7, 4))
 PAIRS = [
@@ -52,9 +54,9 @@ def by_hand(**changes) -> ExampleSet:
     return ExampleSet(**parts | changes)
 
 
-def printed(report: Report, title: str = "train") -> str:
+def printed(report: LengthReport, title: str = "train") -> str:
     console = Console(file=StringIO(), width=90)
-    report.show(console, title)
+    print_lengths(console, title, report.as_dict())
     return console.file.getvalue()
 
 
@@ -75,37 +77,37 @@ def test_a_spread_is_lengths_that_occur():
 
 
 def test_the_report_counts_records_by_kind():
-    assert Report.of(by_hand()).records == {"general": 4, "safety": 1}
+    assert LengthReport.of(by_hand()).records == {"general": 4, "safety": 1}
 
 
 def test_the_report_leaves_out_a_kind_that_does_not_occur():
-    assert Report.of(by_hand(kinds=np.ones(5, np.uint8))).records == {"safety": 5}
+    assert LengthReport.of(by_hand(kinds=np.ones(5, np.uint8))).records == {"safety": 5}
 
 
 def test_the_report_measures_whole_records_and_their_parts():
-    lengths = Report.of(by_hand()).lengths
+    lengths = LengthReport.of(by_hand()).lengths
     spans = {label: (spread.least, spread.most, spread.total) for label, spread in lengths.items()}
     assert spans == {"whole record": (5, 12, 38), "prompt": (1, 4, 12), "reasoning": (0, 5, 12), "scored": (4, 8, 26)}
 
 
 def test_prompt_and_scored_tokens_are_all_tokens(data):
-    lengths = Report.of(data).lengths
+    lengths = LengthReport.of(data).lengths
     assert lengths["prompt"].total + lengths["scored"].total == lengths["whole record"].total == len(data.tokens)
 
 
 def test_the_report_names_dropped_records():
-    assert Report.of(by_hand(dropped=("x", "y"))).dropped == ("x", "y")
+    assert LengthReport.of(by_hand(dropped=("x", "y"))).dropped == ("x", "y")
 
 
 def test_the_report_is_plain_data_for_the_manifest():
-    as_dict = json.loads(json.dumps(Report.of(by_hand(dropped=("x",))).as_dict()))
+    as_dict = json.loads(json.dumps(LengthReport.of(by_hand(dropped=("x",))).as_dict()))
     assert as_dict["records"] == {"general": 4, "safety": 1}
     assert as_dict["lengths"]["whole record"] == {"least": 5, "median": 7, "p95": 12, "most": 12, "total": 38}
     assert (as_dict["dropped"], as_dict["sharing"]) == (["x"], None)
 
 
 def test_the_printed_report_has_the_numbers():
-    text = printed(Report.of(by_hand(dropped=("x",))))
+    text = printed(LengthReport.of(by_hand(dropped=("x",))))
     assert "train: 5 records (4 general, 1 safety); 1 dropped as too long" in text
     row = next(line for line in text.splitlines() if "whole record" in line)
     assert [cell.strip() for cell in row.strip("│ ").split("│")] == ["whole record", "5", "7", "12", "12", "38"]
@@ -113,11 +115,11 @@ def test_the_printed_report_has_the_numbers():
 
 
 def test_the_printed_report_is_silent_where_nothing_was_dropped():
-    assert "dropped" not in printed(Report.of(by_hand()))
+    assert "dropped" not in printed(LengthReport.of(by_hand()))
 
 
 def test_a_file_name_that_looks_like_markup_is_printed_as_it_is():
-    assert "[bold]a.jsonl: 5 records" in printed(Report.of(by_hand()), "[bold]a.jsonl")
+    assert "[bold]a.jsonl: 5 records" in printed(LengthReport.of(by_hand()), "[bold]a.jsonl")
 
 
 # The report on pairs
@@ -145,11 +147,11 @@ def pairs_by_hand(**changes) -> PairSet:
 
 
 def test_the_report_on_pairs_counts_them_by_kind():
-    assert Report.of(pairs_by_hand()).records == {"op-cot": 1, "pp-cot": 2}
+    assert LengthReport.of(pairs_by_hand()).records == {"op-cot": 1, "pp-cot": 2}
 
 
 def test_the_report_measures_both_sides_of_pairs_and_what_they_share():
-    totals = {label: spread.total for label, spread in Report.of(pairs_by_hand()).lengths.items()}
+    totals = {label: spread.total for label, spread in LengthReport.of(pairs_by_hand()).lengths.items()}
     assert totals == {
         "chosen": 5 + 3 + 6,
         "rejected": 4 + 4 + 5,
@@ -182,22 +184,22 @@ def test_the_length_of_a_pair_is_that_of_its_tree(records_file):
 
 
 def test_the_report_on_pairs_is_plain_data_for_the_manifest():
-    as_dict = json.loads(json.dumps(Report.of(pairs_by_hand(dropped=("x",))).as_dict()))
+    as_dict = json.loads(json.dumps(LengthReport.of(pairs_by_hand(dropped=("x",))).as_dict()))
     assert as_dict["sharing"] == {"apart": 27, "by_pair": 20, "by_prompt": 16}
     assert as_dict["lengths"]["shared reasoning"]["total"] == 2
     assert as_dict["dropped"] == ["x"]
 
 
 def test_the_printed_report_on_pairs_tells_what_sharing_saves():
-    text = printed(Report.of(pairs_by_hand()))
+    text = printed(LengthReport.of(pairs_by_hand()))
     assert "train: 3 pairs (1 op-cot, 2 pp-cot)" in text
     assert "pair, shared part once" in text
     # 7 of 27, 11 of 27.
-    assert "Sharing saves 25.9 % of 27 tokens, and up to 40.7 % where pairs on one prompt come into one step" in text
+    assert "Sharing saves 25.9 % of 27 tokens, and up to 40.7 % if pairs on one prompt come into one step" in text
 
 
 def test_the_printed_report_is_silent_on_prompts_that_have_one_pair():
-    text = printed(Report.of(replace(pairs_by_hand(), prompts=np.arange(3, dtype=np.int32))))
+    text = printed(LengthReport.of(replace(pairs_by_hand(), prompts=np.arange(3, dtype=np.int32))))
     assert "Sharing saves 25.9 % of 27 tokens\n" in text
 
 

@@ -11,7 +11,8 @@ from saro.data.dataset import ExampleSet
 from saro.data.packs import lay_out
 from saro.data.tree import ScoredSequence, build_tree
 from saro.errors import SaroError
-from saro.model.load import find_model, load_policy
+from saro.model.load import load_policy
+from saro.model.source import find_model
 
 CPU = torch.device("cpu")
 

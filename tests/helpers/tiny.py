@@ -30,13 +30,13 @@ from transformers import (
 
 from saro.config import DataConfig, ModelConfig, TrainConfig
 from saro.data.dataset import ExampleSet, encode_files
-from saro.data.steps import Schedule
-from saro.data.tree import build_tree
+from saro.data.packs import Share
+from saro.data.steps import Schedule, Steps
 from saro.distributed.runtime import Runtime
-from saro.model.load import find_model, load_policy
+from saro.model.load import load_policy
+from saro.model.source import find_model
 from saro.train.engine import Outcome, fit
 from saro.train.objective import Objective, RWObjective
-from saro.train.steps import Steps
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
@@ -191,7 +191,7 @@ class Training:
             policy = load_policy(source, model_options, torch.device("cpu"), options.seed)
         output.mkdir(parents=True, exist_ok=True)
         schedule = Schedule(data.kinds, options.records_per_step, options.seed)
-        steps = Steps(schedule, lambda rs: [build_tree([data.sequence(r)]) for r in rs], pack_tokens, rank, processes)
+        steps = Steps(data, schedule, pack_tokens, Share(rank, processes))
         return cls(policy, data, RWObjective(data.kinds), steps, options)
 
     def fit(self, runtime: Runtime, total_steps: int, **options: object) -> Outcome:
@@ -204,7 +204,7 @@ class Training:
             self.steps,
             total_steps,
             replace(self.options, **train),
-            record_ids=lambda records: [self.data.ids[r] for r in records],
+            ids=self.data.ids,
             **options,
         )
 

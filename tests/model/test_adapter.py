@@ -19,9 +19,9 @@ from saro.errors import SaroError
 from saro.files import file_hash
 from saro.model.adapter import find_adapter
 from saro.model.attention import use_packed_attention
-from saro.model.load import find_model
 from saro.model.policy import Policy
-from saro.train.checkpoint import save_final
+from saro.model.source import find_model
+from saro.runs.finish import save_final
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

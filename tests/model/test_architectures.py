@@ -43,8 +43,7 @@ from transformers.models.fuyu import FuyuConfig
 
 from saro.checks.check_packs import check_packs
 from saro.errors import SaroError
-from saro.model.architectures import check_supported, sliding_window
-from saro.model.logits import LogitOptions, logit_options
+from saro.model.architectures import LogitOptions, check_supported, logit_options, sliding_window
 
 
 def changed(config, **changes):

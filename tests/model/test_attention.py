@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from attention_cases import definition, output_and_gradients
+from attention_cases import VarlenOnCPU, dense, output_and_gradients
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import IM_END
@@ -83,62 +83,10 @@ def dense_mask(pack, window):
     return mask
 
 
-def dense(query, key, value, mask, scale, softcap=None):
-    """(1, T, H, D), as transformers' attention functions lay their output out."""
-    return definition(query, key, value, mask, scale, softcap).transpose(1, 2)
-
-
 def assert_same(actual, expected, budget):
     """Largest difference of outputs and of gradients, in units of numbers that are about 1."""
     for a, b in zip(actual, expected, strict=True):
         assert (a - b).abs().max() <= budget
-
-
-class VarlenOnCPU:
-    """Stand-in for ``varlen_attn``: the same parameters and meaning, written as loops, for any device and dtype."""
-
-    def __init__(self):
-        self.calls = []
-
-    def __call__(
-        self,
-        query,
-        key,
-        value,
-        cu_seq_q,
-        cu_seq_k,
-        max_q,
-        max_k,
-        *,
-        return_aux=None,
-        scale=None,
-        window_size=(-1, -1),
-        enable_gqa=False,
-        seqused_k=None,
-        block_table=None,
-        num_splits=None,
-    ):
-        assert return_aux is seqused_k is block_table is num_splits is None
-        assert enable_gqa == (query.shape[1] != key.shape[1])
-        assert query.dtype == key.dtype == value.dtype
-        assert query.shape[-1] == key.shape[-1] == value.shape[-1] <= 256
-        assert query.shape[-1] % 8 == 0
-        self.calls.append(SimpleNamespace(q=cu_seq_q, k=cu_seq_k, max_q=max_q, max_k=max_k, window=window_size))
-        outputs = []
-        for i in range(len(cu_seq_q) - 1):
-            q = query[cu_seq_q[i] : cu_seq_q[i + 1]]
-            k, v = (x[cu_seq_k[i] : cu_seq_k[i + 1]] for x in (key, value))
-            # The last query stands at the last key; `left` and `right` count the keys on either side of that.
-            at = torch.arange(len(q))[:, None] + len(k) - len(q)
-            other = torch.arange(len(k))
-            left, right = window_size
-            mask = torch.ones(len(q), len(k), dtype=torch.bool)
-            mask &= (other >= at - left) if left >= 0 else True
-            mask &= (other <= at + right) if right >= 0 else True
-            q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-            with torch.autocast("cpu", enabled=False):  # which has no rule for the real one
-                outputs.append(dense(q, k, v, mask, q.shape[-1] ** -0.5 if scale is None else scale)[0])
-        return torch.cat(outputs)
 
 
 @pytest.fixture

@@ -17,9 +17,10 @@ import saro.model.liger as liger
 import saro.model.load
 from saro.config import ModelConfig
 from saro.errors import SaroError
-from saro.model.fused_lora import pefts_own_lora
-from saro.model.liger import check_liger, transformers_own_layers, use_liger, uses_liger
-from saro.model.load import find_model, load_policy
+from saro.model.liger import check_liger, use_liger, uses_liger
+from saro.model.load import load_policy
+from saro.model.source import find_model
+from saro.model.unmodified import own_layers
 from saro.train.reference import cache_key
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -50,7 +51,7 @@ def rotary(model: PreTrainedModel) -> str:
 
 
 def ligers(model: torch.nn.Module) -> list[str]:
-    return sorted({module._get_name() for module in model.modules() if liger._is_ligers(module)})
+    return sorted({module._get_name() for module in model.modules() if liger.is_ligers(module)})
 
 
 @pytest.mark.parametrize(
@@ -84,10 +85,10 @@ def test_a_fused_mlp_keeps_our_function_and_another_ligers(tiny_model, anywhere)
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma3"])
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_transformers_own_layers_compute_inside(tiny_model, anywhere, kind, method):
-    expected = load(tiny_model(kind), method)(a_pack())
+    expected = load(tiny_model(kind), method, fused_lora=False)(a_pack())
     policy = load(tiny_model(kind), method, liger=True)
     lm, layers = policy.causal_lm, ligers(policy.model)
-    with transformers_own_layers(lm):
+    with own_layers(lm):
         assert not uses_liger(lm)
         assert rotary(lm).startswith("transformers.")
         assert torch.equal(policy(a_pack()), expected)
@@ -104,7 +105,7 @@ def test_another_model_of_that_kind_keeps_its_own_norms_and_mlp(tiny_model, anyw
 
 def test_they_are_put_back_after_an_error(tiny_model, anywhere):
     lm = load(tiny_model(), "full", liger=True).causal_lm
-    with pytest.raises(KeyError), transformers_own_layers(lm):
+    with pytest.raises(KeyError), own_layers(lm):
         raise KeyError
     assert uses_liger(lm)
     assert rotary(lm).startswith("liger_kernel.")
@@ -113,14 +114,14 @@ def test_they_are_put_back_after_an_error(tiny_model, anywhere):
 def test_it_nests_with_pefts_own_layers(tiny_model, anywhere):
     expected = load(tiny_model(), fused_lora=False)(a_pack())
     policy = load(tiny_model(), liger=True)
-    with pefts_own_lora(policy.model), transformers_own_layers(policy.causal_lm):
+    with own_layers(policy.causal_lm):
         assert torch.equal(policy(a_pack()), expected)
 
 
 def test_a_model_without_them_is_left_alone(tiny_model):
     policy = load(tiny_model(), "full")
     expected = policy(a_pack())
-    with transformers_own_layers(policy.causal_lm):
+    with own_layers(policy.causal_lm):
         assert torch.equal(policy(a_pack()), expected)
     assert not uses_liger(policy.causal_lm)
 

@@ -22,9 +22,11 @@ from transformers import AutoModelForCausalLM, GPT2Config
 from saro.config import DataConfig, ModelConfig
 from saro.errors import SaroError
 from saro.model.adapter import linear_layers
+from saro.model.architectures import dropout_options
 from saro.model.attention import native_attention
-from saro.model.load import ModelSource, compute_dtype, dropout_options, find_model, load_policy
-from saro.train.checkpoint import save_final
+from saro.model.load import load_policy
+from saro.model.source import ModelSource, find_model
+from saro.runs.finish import save_final
 
 METHODS = ("full", "lora", "qlora")
 LINEARS = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
@@ -323,10 +325,10 @@ def test_base_and_products_have_their_dtypes(tiny_model, method, dtype, base, au
 
 def test_auto_dtype_is_fp32_on_a_cpu_and_bf16_on_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
-    assert compute_dtype("auto", CPU) == torch.float32
-    assert compute_dtype("auto", torch.device("cuda")) == torch.bfloat16
-    assert compute_dtype("float32", torch.device("cuda")) == torch.float32
-    assert compute_dtype("bfloat16", CPU) == torch.bfloat16
+    assert resolve_dtype("auto", CPU) == torch.float32
+    assert resolve_dtype("auto", torch.device("cuda")) == torch.bfloat16
+    assert resolve_dtype("float32", torch.device("cuda")) == torch.float32
+    assert resolve_dtype("bfloat16", CPU) == torch.bfloat16
 
 
 @pytest.mark.parametrize("name", ["auto", "bfloat16"])
@@ -334,7 +336,7 @@ def test_a_gpu_that_only_emulates_bf16_is_refused(monkeypatch, name):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla T4")
     with pytest.raises(SaroError, match=r"Tesla T4 has no bfloat16; set --model.dtype float32"):
-        compute_dtype(name, torch.device("cuda"))
+        resolve_dtype(name, torch.device("cuda"))
 
 
 def test_varlen_attention_is_refused_on_a_cpu(tiny_model):

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from attention_cases import VarlenOnCPU
 from float64 import in_float64
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -20,12 +21,12 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, PhiConfig
 
 from saro.config import ModelConfig
-from saro.data.packs import lay_out
+from saro.data.packs import lay_out, pack_trees
 from saro.data.tree import ScoredSequence, build_tree
-from saro.model.load import find_model, load_policy
+from saro.model.load import load_policy
 from saro.model.policy import Policy
+from saro.model.source import find_model
 from saro.train.objective import RWObjective
-from saro.train.steps import packs_of
 
 METHODS = ("full", "lora", "qlora")
 VOCAB = 264
@@ -267,8 +268,6 @@ def test_checkpointing_does_recompute_the_layers(pair):
 
 @pytest.mark.parametrize("kind", KINDS_OF_MODEL)
 def test_varlen_backend_trains_as_the_sdpa_backend(pair, kind, monkeypatch):
-    from test_attention import VarlenOnCPU
-
     monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", VarlenOnCPU())
     policy, model = pair(kind, "full")
     monkeypatch.setattr(policy, "attention", "varlen")
@@ -290,7 +289,7 @@ def test_gradients_do_not_depend_on_the_pack_size(pair, method):
 
     def run(pack_tokens):
         policy.zero_grad(set_to_none=True)
-        packs = list(packs_of(trees, pack_tokens))
+        packs = list(pack_trees(trees, pack_tokens))
         loss = 0.0
         for pack in packs:
             share = objective(policy(pack), pack).losses["rows"] / rows

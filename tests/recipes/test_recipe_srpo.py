@@ -103,7 +103,6 @@ def test_full_fine_tuning_starts_from_a_full_model(srpo, recipes, rw_arguments, 
 
 def test_without_arguments_it_takes_the_demo_run_of_stage_1_where_there_is_one(srpo, tmp_path, monkeypatch):
     """Up to where the model would load: the demo model itself is not at hand in every test."""
-    from saro.demo import start_of
 
     monkeypatch.chdir(tmp_path)
     said: list[str] = []

@@ -18,7 +18,7 @@ from saro.checks.check_packs import check_packs
 from saro.demo import demo_file
 from saro.demo.demo_model import demo_model
 from saro.distributed.runtime import Runtime
-from saro.train.checkpoint import save_final
+from saro.runs.finish import save_final
 
 pytestmark = pytest.mark.smollm2
 

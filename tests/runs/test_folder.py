@@ -16,9 +16,9 @@ from tiny import IM_END, tiny_config, tiny_tokenizer
 from saro.config import DataConfig, RWConfig, TrainConfig, as_dict
 from saro.errors import SaroError
 from saro.files import file_hash
-from saro.model.load import ModelSource
+from saro.model.source import ModelSource
 from saro.program import parse_recipe
-from saro.runs.folder import Run
+from saro.runs.folder import RunFolder
 
 
 class OneProcess(SimpleNamespace):
@@ -56,16 +56,16 @@ def source(tmp_path) -> ModelSource:
     return ModelSource(str(weights), tiny_config(), tiny_tokenizer(), frozenset({IM_END}))
 
 
-def open_run(folder: Path, config: RWConfig | None = None, **options) -> Run:
+def open_run(folder: Path, config: RWConfig | None = None, **options) -> RunFolder:
     given = {"resume": False, "overwrite": False, "template_date": None} | options
-    return Run.open(config or RWConfig(), str(folder), **given)
+    return RunFolder.open(config or RWConfig(), str(folder), **given)
 
 
-def begin(folder: Path, source: ModelSource, data_file: Path, config: RWConfig | None = None, **options) -> Run:
+def begin(folder: Path, source: ModelSource, data_file: Path, config: RWConfig | None = None, **options) -> RunFolder:
     """Open and begin a run on one data file."""
     run = open_run(folder, config, **options)
     runtime = OneProcess()
-    run.begin(runtime, run.manifest(source, [str(data_file)], {}, runtime))
+    run.begin(runtime, run.manifest(runtime, source, None, [str(data_file)], {}))
     return run
 
 
@@ -136,7 +136,7 @@ def test_the_config_is_written_as_it_can_be_given_again(folder, source, data_fil
 def test_only_the_main_process_writes(folder, source, data_file):
     runtime = OneProcess(is_main=False)
     run = open_run(folder)
-    run.begin(runtime, run.manifest(source, [str(data_file)], {}, runtime))
+    run.begin(runtime, run.manifest(runtime, source, None, [str(data_file)], {}))
     assert not folder.exists()
     assert runtime.barriers == 2
 
@@ -164,21 +164,21 @@ def test_the_manifest_says_what_the_run_is_made_from(folder, source, data_file):
 
 def test_the_manifest_holds_the_reports(folder, source, data_file):
     report = SimpleNamespace(as_dict=lambda: {"records": {"general": 3}})
-    manifest = open_run(folder).manifest(source, [str(data_file)], {"train": report}, OneProcess())
+    manifest = open_run(folder).manifest(OneProcess(), source, None, [str(data_file)], {"train": report})
     assert manifest["records"] == {"train": {"records": {"general": 3}}}
 
 
 @pytest.mark.parametrize("template", [None, {"default": "a", "rag": "b"}], ids=["none", "several"])
 def test_a_model_without_one_template_has_a_manifest_too(folder, source, data_file, template):
     source.tokenizer.chat_template = template
-    assert len(open_run(folder).manifest(source, [str(data_file)], {}, OneProcess())["template"]) == 64
+    assert len(open_run(folder).manifest(OneProcess(), source, None, [str(data_file)], {})["template"]) == 64
 
 
 def test_a_model_of_the_hub_has_no_files_but_its_commit(folder, source, data_file):
     config = tiny_config()
     config._commit_hash = "abc"
     of_hub = replace(source, path="owner/name", config=config)
-    model = open_run(folder).manifest(of_hub, [str(data_file)], {}, OneProcess())["model"]
+    model = open_run(folder).manifest(OneProcess(), of_hub, None, [str(data_file)], {})["model"]
     assert model == {"name": "owner/name", "commit": "abc", "files": {}, "adapter": None}
 
 
@@ -325,7 +325,7 @@ def test_files_that_came_after_opening_stay(folder, source, data_file):
     run, runtime = open_run(folder), OneProcess()
     folder.mkdir()
     (folder / "cat.png").write_bytes(b"cat")
-    run.begin(runtime, run.manifest(source, [str(data_file)], {}, runtime))
+    run.begin(runtime, run.manifest(runtime, source, None, [str(data_file)], {}))
     assert (folder / "cat.png").read_bytes() == b"cat"
 
 

@@ -17,7 +17,6 @@ from saro.cli import main
 from saro.data.chat_format import ChatFormat
 from saro.data.records import Example, Message, Response
 from saro.errors import SaroError
-from saro.evaluate.answers import answer
 from saro.model.attention import PACKED
 from saro.runs.finished import FinishedRun
 from saro.tool_config import ChatConfig

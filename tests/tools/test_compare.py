@@ -17,7 +17,7 @@ from saro.config import DataConfig, ModelConfig
 from saro.data.dataset import encode_files, encode_pair_files
 from saro.errors import SaroError
 from saro.evaluate.answers import choose_prompts
-from saro.model.load import find_model
+from saro.model.source import find_model
 from saro.tool_config import CompareConfig
 from saro.tools.compare import _reasoning_tokens, _Setting, compare
 

@@ -20,7 +20,7 @@ from tiny import IM_END, save_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 import saro.tools.export
-from saro.checks.deviation import Deviation, choose_records, packed_logps, plain_logps
+from saro.checks.deviation import Deviation, choose_records
 from saro.cli import main
 from saro.demo import demo_file
 from saro.errors import SaroError

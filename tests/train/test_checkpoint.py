@@ -18,8 +18,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from saro.config import TrainConfig
 from saro.errors import SaroError
+from saro.runs.finish import save_final
 from saro.train import checkpoint
-from saro.train.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint, save_final
+from saro.train.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from saro.train.optim import make_optimizer, make_scheduler
 
 OPTIMIZERS = ("adamw", "adamw8bit", "paged_adamw8bit")

@@ -18,12 +18,12 @@ from tiny import Training
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from saro.data.packs import Pack
+from saro.data.packs import Pack, pack_trees
+from saro.data.steps import Step, Steps
 from saro.distributed.runtime import Runtime
 from saro.errors import SaroError
 from saro.train.checkpoint import list_checkpoints
 from saro.train.engine import evaluate
-from saro.train.steps import Step, Steps, packs_of
 from saro_kernels import TokenStatistics
 
 METHODS = ("full", "lora", "qlora")
@@ -509,7 +509,7 @@ def test_evaluation_does_not_change_training(training, runtime):
     def held_out(_: int) -> dict[str, float]:
         evaluated.append(len(evaluated))
         trees = [*run.steps[7].trees]
-        return evaluate(runtime, run.policy, run.objective, packs_of(trees, 256))
+        return evaluate(runtime, run.policy, run.objective, pack_trees(trees, 256))
 
     run.fit(runtime, 4, evaluate=held_out)
     assert_same(run.weights(), plain.weights())
@@ -543,8 +543,8 @@ def test_evaluation_is_without_dropout_and_leaves_training_mode_on(training, run
 def test_evaluation_reports_each_kind_of_record_and_does_not_depend_on_packs(training, runtime):
     run = training(policy=Bigram())
     trees = run.steps.trees(range(24))
-    wide = evaluate(runtime, run.policy, run.objective, packs_of(trees, 4096))
-    narrow = evaluate(runtime, run.policy, run.objective, packs_of(trees, 110))
+    wide = evaluate(runtime, run.policy, run.objective, pack_trees(trees, 4096))
+    narrow = evaluate(runtime, run.policy, run.objective, pack_trees(trees, 110))
     parts = ("", "/general", "/safety", "/think", "/answer", "/stop")
     names = [f"eval/{name}" for name in ("loss", "entropy", "mean_token_accuracy")]
     assert wide.keys() == {name + part for name in names for part in parts}

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from saro.config import KINDS
 from saro.data.packs import lay_out
-from saro.data.records import KINDS
 from saro.data.tree import RowKind, ScoredSequence, build_tree
 from saro.train.losses import nll_sum
 from saro.train.objective import RWObjective

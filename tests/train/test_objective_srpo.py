@@ -21,11 +21,11 @@ from transformers import AutoModelForCausalLM
 from saro.config import PAIR_KINDS, PreferenceConfig
 from saro.data.dataset import ExampleSet, PairSet
 from saro.data.packs import lay_out
+from saro.data.pair_logps import PairLogps
 from saro.data.tree import ScoredSequence, build_tree
 from saro.model.policy import Policy
 from saro.train.losses import PAIR_LOSSES
 from saro.train.objective import SRPOObjective
-from saro.train.reference import Reference
 from saro_kernels import TokenStatistics
 
 BETA = 0.3
@@ -92,7 +92,7 @@ def _reference(pairs, sums) -> Reference:
         for side, total in zip(pair, of_pair, strict=True):
             share = np.arange(1.0, len(side.row_kinds) + 1)
             parts.append(float(total) * share / share.sum())
-    return Reference(np.concatenate(parts), np.cumsum([0, *map(len, parts)]))
+    return PairLogps(np.concatenate(parts), np.cumsum([0, *map(len, parts)]))
 
 
 def _plain_loss(name: str, smoothing: float, margin: torch.Tensor) -> torch.Tensor:
@@ -249,7 +249,7 @@ def _metrics(kinds, moved_of, options=None, pairs=PAIRS[:2]):
     moved = torch.tensor(moved_of, dtype=torch.float64).flatten()[pack.entry_sequence]
     entries = logps[pack.entry_row]
     offsets = np.cumsum([0, *np.bincount(pack.entry_sequence)])
-    sums = SRPOObjective(np.array(kinds), Reference((entries - moved).numpy(), offsets), options)(logps, pack)
+    sums = SRPOObjective(np.array(kinds), PairLogps((entries - moved).numpy(), offsets), options)(logps, pack)
     return {name: (total / count).item() for name, (total, count) in sums.metrics.items() if count}, sums.pairs, pack
 
 

@@ -26,7 +26,7 @@ def log_of(runtime, share=0.5, ids=("a", "b", "c", "d")) -> PairLog:
 
 
 def observe(log: PairLog, records: list[int], margins: list[float], fell: list[bool]) -> None:
-    pack = SimpleNamespace(records=tuple(r for r in records for _ in range(2)))
+    pack = SimpleNamespace(pairs=tuple(records))
     log.observe(pack, Sums({}, {}, {"margin": torch.tensor(margins), "chosen_fell": torch.tensor(fell)}))
 
 

@@ -12,14 +12,23 @@ import pytest
 import torch
 from tiny import save_tiny_model, tiny_tokenizer
 
+from saro.checks.noise import layout_noise
 from saro.config import DataConfig, ModelConfig
 from saro.data.dataset import PairSet, encode_pair_files
 from saro.data.packs import lay_out
 from saro.data.tree import build_tree
 from saro.errors import SaroError
-from saro.model.load import find_model, load_policy
+from saro.model.load import load_policy
+from saro.model.score import score_packs, score_pairs, split_pairs
+from saro.model.source import find_model
 from saro.train import reference as module
-from saro.train.reference import cache_key, layout_noise, load_reference, load_references, other_references, score_pairs
+from saro.train.reference import (
+    cache_key,
+    load_other_references,
+    load_reference,
+    load_references,
+    other_reference_options,
+)
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.usefixtures("cache", "one_thread")
@@ -43,14 +52,14 @@ def world(tiny_model, records_file, pairs):
 def scored(monkeypatch) -> list[int]:
     """How many sequences each call of the scorer has run."""
     calls: list[int] = []
-    original = module.score
+    original = module.score_packs
 
-    def counting(policy, packs, device):
-        for pack, entries in original(policy, packs, device):
+    def counting(policy, packs):
+        for pack, entries in original(policy, packs):
             calls.append(len(pack.records))
             yield pack, entries
 
-    monkeypatch.setattr(module, "score", counting)
+    monkeypatch.setattr(module, "score_packs", counting)
     return calls
 
 
@@ -69,7 +78,7 @@ def test_they_are_the_models_own_log_probs_of_every_scored_token(runtime, world)
     reference = load_reference(runtime, policy, source, data, 256)
     for i in range(len(data)):
         for side, sequence in enumerate(data.sequences(i)):
-            np.testing.assert_allclose(reference.of_side(i, side), native_logps(policy, sequence), atol=2e-5)
+            np.testing.assert_allclose(reference.side_logps(i, side), native_logps(policy, sequence), atol=2e-5)
 
 
 def test_dropout_is_off_while_they_are_scored_and_the_mode_is_kept(runtime, world):
@@ -95,12 +104,12 @@ def test_a_pack_gets_the_entries_of_its_sequences_in_their_order(runtime, world)
     pack = lay_out(data.trees([7, 2, 6], 256))
     with torch.no_grad():
         entries = policy.eval()(pack).index_select(0, pack.entry_row)
-    torch.testing.assert_close(reference.of_pack(pack), entries, rtol=0, atol=1e-5)
+    torch.testing.assert_close(torch.from_numpy(reference.pack_logps(pack)), entries, rtol=0, atol=1e-5)
 
 
 def test_a_pack_without_trees_has_no_entries(runtime, world):
     source, policy, data = world()
-    assert len(load_reference(runtime, policy, source, data, 256).of_pack(lay_out([]))) == 0
+    assert len(load_reference(runtime, policy, source, data, 256).pack_logps(lay_out([]))) == 0
 
 
 def test_the_cached_and_the_uncached_are_the_same(runtime, world):
@@ -188,8 +197,8 @@ def test_what_is_scored_from_later_on_is_scored_for_itself(runtime, world, score
     assert sum(scored) == 2 * len(data)
     for i in range(len(data)):
         for side in (0, 1):
-            rows = len(tail.of_side(i, side))
-            np.testing.assert_allclose(tail.of_side(i, side), whole.of_side(i, side)[-rows:], atol=1e-5)
+            rows = len(tail.side_logps(i, side))
+            np.testing.assert_allclose(tail.side_logps(i, side), whole.side_logps(i, side)[-rows:], atol=1e-5)
 
 
 def test_a_cache_that_the_model_contradicts_is_an_error(runtime, world):
@@ -235,13 +244,15 @@ def test_all_pairs_are_scored_chunk_by_chunk(runtime, world, monkeypatch):
 def other(runtime, world, name, sets: list[PairSet], **options):
     source, _, _ = world()
     options = ModelConfig(**{"name": "the policy's, which is not looked at", "method": "lora"} | options)
-    return other_references(runtime, options, name, source.chat_format(DataConfig(), date(2024, 7, 26)), sets, 256)
+    options = other_reference_options(options, name)
+    chat = source.chat_format(DataConfig(), date(2024, 7, 26))
+    return load_other_references(runtime, find_model(options), options, chat, sets, 256)
 
 
 def test_another_model_gives_its_own_log_probs(runtime, world, tiny_model):
     _, policy, data = world(name=tiny_model("qwen3"))
     (reference,) = other(runtime, world, tiny_model("qwen3"), [data], lora_rank=3)
-    np.testing.assert_allclose(reference.of_side(3, 1), native_logps(policy, data.sequences(3)[1]), atol=2e-5)
+    np.testing.assert_allclose(reference.side_logps(3, 1), native_logps(policy, data.sequences(3)[1]), atol=2e-5)
 
 
 def test_the_other_model_is_gone_afterwards(runtime, world, tiny_model):
@@ -286,8 +297,8 @@ def test_the_noise_is_measured_within_the_budget_of_a_pack(world, scored):
 
 def test_a_process_without_a_pack_scores_nothing(world):
     _, policy, _ = world()
-    ((pack, entries),) = module.score(policy, [lay_out([])], CPU)
-    assert list(module._sides(pack, entries)) == []
+    ((pack, entries),) = score_packs(policy, [lay_out([])])
+    assert list(split_pairs(pack, entries)) == []
 
 
 def test_several_sets_are_scored_in_turn(runtime, world):

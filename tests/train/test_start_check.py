@@ -10,13 +10,15 @@ import torch
 
 from saro.config import DataConfig, ModelConfig, PreferenceConfig
 from saro.data.dataset import encode_pair_files
-from saro.data.steps import Schedule
+from saro.data.pair_logps import PairLogps
+from saro.data.steps import Schedule, Steps
 from saro.errors import SaroError
-from saro.model.load import find_model, load_policy
+from saro.model.load import load_policy
+from saro.model.score import score_pairs
+from saro.model.source import find_model
 from saro.train.objective import SRPOObjective
-from saro.train.reference import Reference, load_reference, score_pairs
+from saro.train.reference import load_reference
 from saro.train.start_check import check_start
-from saro.train.steps import Steps
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.usefixtures("cache", "one_thread")
@@ -34,7 +36,7 @@ def world(tiny_model, records_file, pairs, runtime):
         data = data.divergent() if divergent else data
         policy = load_policy(source, options, CPU, seed=0)
         reference = load_reference(runtime, policy, source, data, 256)
-        steps = Steps(Schedule(data.kinds, 4, 0), lambda records: data.trees(records, 256), 256)
+        steps = Steps(data, Schedule(data.kinds, 4, 0), 256)
 
         def check(reference=reference, **preference):
             objective = SRPOObjective(data.kinds, reference, PreferenceConfig(**preference))
@@ -96,7 +98,7 @@ def test_a_policy_that_has_moved_since_is_found(world):
 def wrong_reference(reference: Reference, change) -> Reference:
     logps = reference.logps.copy()
     change(logps, reference.offsets)
-    return Reference(logps, reference.offsets)
+    return PairLogps(logps, reference.offsets)
 
 
 @pytest.mark.parametrize(

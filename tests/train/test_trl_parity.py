@@ -6,7 +6,7 @@ import json
 import random
 from collections.abc import Callable, Iterator
 from datetime import date
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,14 @@ from transformers import AutoModelForCausalLM
 
 from saro.config import DataConfig, ModelConfig, PreferenceConfig, TrainConfig
 from saro.data.dataset import PairSet, encode_pair_files
-from saro.data.steps import Schedule
+from saro.data.steps import Schedule, Steps
 from saro.distributed.runtime import Runtime
-from saro.model.load import ModelSource, find_model, load_policy
+from saro.model.load import load_policy
 from saro.model.policy import Policy
+from saro.model.score import score_pairs
+from saro.model.source import ModelSource, find_model
 from saro.train.engine import fit
 from saro.train.objective import SRPOObjective
-from saro.train.reference import score_pairs
-from saro.train.steps import Steps
 
 pytestmark = [pytest.mark.trl, pytest.mark.usefixtures("one_thread")]
 
@@ -132,8 +132,8 @@ class Setting:
         runtime = Runtime(Accelerator(cpu=True, mixed_precision="no"), 0, 1, 1)
         policy, folder = self.policy(), self._output / case.loss
         folder.mkdir()
-        trees = partial(self.pairs.trees, budget=PACK_TOKENS)
-        reference = score_pairs(policy, self.pairs, trees(range(len(self.pairs))), PACK_TOKENS)
+        trees = self.pairs.trees(range(len(self.pairs)), PACK_TOKENS)
+        reference = score_pairs(policy, self.pairs, trees, PACK_TOKENS)
         objective = SRPOObjective(self.pairs.kinds, reference, case)
         options = TrainConfig(
             output=str(folder),
@@ -144,8 +144,8 @@ class Setting:
             max_grad_norm=MAX_GRAD_NORM,
             save_every=0,
         )
-        steps = Steps(self.schedule, trees, PACK_TOKENS)
-        fit(runtime, policy, objective, steps, STEPS, options, record_ids=lambda records: [str(r) for r in records])
+        steps = Steps(self.pairs, self.schedule, PACK_TOKENS)
+        fit(runtime, policy, objective, steps, STEPS, options, ids=self.pairs.ids)
         return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 

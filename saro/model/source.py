@@ -1,0 +1,142 @@
+"""Find a model before its weights are read: config, tokenizer, stop ids, identity."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
+
+from saro.config import DataConfig, ModelConfig
+from saro.data.chat_format import ChatFormat
+from saro.errors import SaroError
+from saro.files import file_hash
+from saro.model.adapter import adapter_identity, find_adapter
+from saro.model.architectures import check_supported
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model that exists and is supported. Its weights are not read yet.
+
+    Attributes:
+        path: folder or hub name of the model; that of the base model if there is an adapter.
+        config: the model's config.
+        tokenizer: its tokenizer.
+        stop_ids: ids at which its generation ends.
+        adapter: folder of the LoRA adapter that is continued, or None.
+    """
+
+    path: str
+    config: PretrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+    stop_ids: frozenset[int]
+    adapter: str | None = None
+
+    def identity(self) -> dict[str, Any]:
+        """Return what distinguishes these weights from all others, as a run's manifest holds it.
+
+        ``files`` has the sha256 of every weight file of a folder, ``name`` and ``commit`` identify a hub model, and
+        ``adapter`` has the sha256 of the adapter's weights and its config, or is None.
+        """
+        folder = Path(self.path)
+        weights = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
+        return {
+            "name": self.path,
+            "commit": getattr(self.config, "_commit_hash", None),
+            "files": {p.name: file_hash(p) for p in weights},
+            "adapter": adapter_identity(self.adapter) if self.adapter else None,
+        }
+
+    def chat_format(self, data: DataConfig, template_date: date) -> ChatFormat:
+        """Return the format by which conversations become this model's token ids."""
+        if data.chat_template is not None:
+            try:
+                self.tokenizer.chat_template = Path(data.chat_template).read_text(encoding="utf-8")
+            except OSError as error:
+                raise SaroError(f"{data.chat_template}: {error.strerror}; give the file of a Jinja template") from error
+        return ChatFormat(self.tokenizer, self.stop_ids, template_date, data.think_tags, data.template_variables)
+
+
+def find_model(options: ModelConfig) -> ModelSource:
+    """Find a model and read its config, tokenizer and end tokens.
+
+    If the name is a folder with an adapter, such as ``final/`` of a run, the model is the adapter's base, and the
+    tokenizer is the one that was saved with the adapter.
+
+    Raises:
+        SaroError: there is no such model, its weights are not safetensors, its type is not supported, or the base is
+            not the one that the adapter was trained on.
+    """
+    adapter = find_adapter(options.name)
+    if adapter is not None and {adapter.method, options.method} == {"lora", "qlora"}:
+        raise SaroError(
+            f"{options.name}: was trained with --model.method {adapter.method}, on another base than {options.method} "
+            f"gives it; set --model.method {adapter.method}"
+        )
+    path = _find_weights(options.name if adapter is None else adapter.base)
+    hub = {"revision": options.revision, "trust_remote_code": options.trust_remote_code}
+    try:
+        config = AutoConfig.from_pretrained(path, **hub)
+        check_supported(config)
+        if adapter is not None:
+            adapter.check_base(path, getattr(config, "_commit_hash", None))
+    except (OSError, ValueError, StrictDataclassError) as error:
+        raise SaroError(f"{options.name}: {first_line(error)}") from error
+    try:
+        own = adapter is not None and (Path(adapter.folder) / "tokenizer_config.json").is_file()
+        tokenizer = AutoTokenizer.from_pretrained(adapter.folder if own else path, **hub)
+    except (OSError, ValueError) as error:
+        raise SaroError(
+            f"{options.name}: no tokenizer of this model loads; save it beside the weights (tokenizer.json, "
+            f"tokenizer_config.json): {first_line(error)}"
+        ) from error
+    return ModelSource(
+        path=path,
+        config=config,
+        tokenizer=tokenizer,
+        stop_ids=_stop_ids(path, options.revision, config, tokenizer),
+        adapter=None if adapter is None else adapter.folder,
+    )
+
+
+def _stop_ids(
+    path: str, revision: str | None, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase
+) -> frozenset[int]:
+    try:
+        generation = GenerationConfig.from_pretrained(path, revision=revision)
+    except OSError:
+        generation = GenerationConfig.from_model_config(config)
+    eos = generation.eos_token_id
+    if eos is None:
+        eos = tokenizer.eos_token_id
+    if eos is None:
+        return frozenset()
+    return frozenset(eos) if isinstance(eos, list) else frozenset({eos})
+
+
+def _find_weights(name: str) -> str:
+    """Return the folder with a model's safetensors, or the name if it can be a hub name."""
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if (folder / "adapter_config.json").is_file():
+            raise SaroError(f"{name}: the base of an adapter holds an adapter itself; give the plain model")
+        if not (folder / "config.json").is_file():
+            raise SaroError(f"{name}: the folder holds no model (no config.json); give a folder saved by transformers")
+        if not list(folder.glob("*.safetensors")):
+            pickled = sorted(p.name for p in [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")])
+            found = f"only pickled weights ({pickled[0]}), which can run code" if pickled else "no weights"
+            raise SaroError(f"{name}: {found}; save the model with transformers as safetensors")
+        return str(folder)
+    if folder.is_file() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise SaroError(f"{name}: no such folder; give a model's folder or its hub name, such as org/model")
+    return name
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error, and the second one too if the first ends with a colon."""
+    first, *others = str(error).strip().split("\n")
+    return f"{first} {others[0].strip()}" if others and first.endswith(":") else first

@@ -1,0 +1,125 @@
+"""Every table that people read, from plain data: what JSON files of runs and tools hold."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+# Columns of the table of stage 1: metric -> (heading, format).
+_TOKEN_METRICS = {
+    "loss": ("loss, nats", ".3f"),
+    "entropy": ("entropy, nats", ".3f"),
+    "mean_token_accuracy": ("top-1", ".1%"),
+}
+# Rows of the table of stage 2: metric -> label.
+_PAIR_METRICS = {
+    "loss": "loss",
+    "rewards/accuracies": "accuracy: share of pairs with a margin above 0",
+    "rewards/margins": "reward margin",
+    "logps/chosen": "log-prob of the chosen response, nats",
+    "logps/rejected": "log-prob of the rejected response, nats",
+    "entropy/chosen": "entropy in the chosen response, nats per token",
+    "mean_token_accuracy/chosen": "top-1 accuracy in the chosen response",
+    "chosen_fell": "share of pairs whose chosen log-prob fell",
+}
+# Below this reward margin a model is at its own reference: the signs of its margins are rounding.
+_AT_REFERENCE = 1e-3
+
+
+def print_lengths(console: Console, title: str, report: Mapping[str, Any]) -> None:
+    """Print the lengths of a set of records.
+
+    Args:
+        report: as ``LengthReport.as_dict`` gives it and a run's manifest.json holds it under ``records``.
+    """
+    kinds = ", ".join(f"{n:,} {name}" for name, n in report["records"].items())
+    dropped = f"; {len(report['dropped']):,} dropped as too long" if report["dropped"] else ""
+    noun = "pairs" if report["sharing"] else "records"
+    line = f"{title}: {sum(report['records'].values()):,} {noun} ({kinds}){dropped}"
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
+    table = Table()
+    table.add_column("tokens")
+    for column in ("least", "median", "95 %", "most", "total"):
+        table.add_column(column, justify="right")
+    for label, lengths in report["lengths"].items():
+        table.add_row(label, *(f"{n:,}" for n in lengths.values()))
+    console.print(table)
+    if report["sharing"]:
+        console.print(describe_sharing(**report["sharing"]), markup=False, highlight=False, soft_wrap=True)
+
+
+def describe_sharing(apart: int, by_pair: int, by_prompt: int) -> str:
+    """Say how many tokens trees save, from the counts of ``Sharing``."""
+    text = f"Sharing saves {100 * (1 - by_pair / apart):.1f} % of {apart:,} tokens"
+    if by_prompt < by_pair:
+        saved = f"{100 * (1 - by_prompt / apart):.1f} %"
+        text += f", and up to {saved} if pairs on one prompt come into one step"
+    return text
+
+
+def before_after_tables(
+    before: Mapping[str, Any], after: Mapping[str, Any], prompts: Sequence[tuple[str, str | None]]
+) -> list[Table]:
+    """Return the tables at the end of a run: answers, if there are prompts, and held-out metrics, if there are any.
+
+    Args:
+        before, after: a run's before.json and after.json: ``answers`` and ``metrics``.
+        prompts: id and text of each prompt that was answered; None instead of a text that is not to be shown.
+    """
+    tables = []
+    if prompts:
+        tables.append(answer_table(before["answers"], after["answers"], prompts))
+    if "eval/rewards/margins" in before["metrics"]:
+        tables.append(pair_table(before["metrics"], after["metrics"]))
+    elif before["metrics"]:
+        tables.append(token_table(before["metrics"], after["metrics"]))
+    return tables
+
+
+def token_table(before: Mapping[str, float], after: Mapping[str, float]) -> Table:
+    """Return the means over held-out tokens before and after training, a row for each kind of record and of token."""
+    table = Table(title="Held-out tokens, before → after", title_justify="left")
+    table.add_column("tokens")
+    for heading, _ in _TOKEN_METRICS.values():
+        table.add_column(heading, justify="right")
+    for name in before:
+        if not name.startswith("eval/loss"):
+            continue
+        suffix = name.removeprefix("eval/loss")  # such as "/safety"; empty for all tokens
+        cells = []
+        for metric, (_, form) in _TOKEN_METRICS.items():
+            key = f"eval/{metric}{suffix}"
+            cells.append(f"{before[key]:{form}} → {after[key]:{form}}")
+        table.add_row(suffix.removeprefix("/") or "all", *cells)
+    return table
+
+
+def pair_table(before: Mapping[str, float], after: Mapping[str, float]) -> Table:
+    """Return the held-out preference metrics before and after training."""
+    table = Table(title="Held-out pairs", title_justify="left")
+    table.add_column("metric")
+    table.add_column("before", justify="right")
+    table.add_column("after", justify="right")
+    at_reference = abs(before["eval/rewards/margins"]) < _AT_REFERENCE
+    for metric, label in _PAIR_METRICS.items():
+        key = f"eval/{metric}"
+        if key in before:
+            meaningless = metric == "rewards/accuracies" and at_reference
+            table.add_row(label, "-" if meaningless else f"{before[key]:.3f}", f"{after[key]:.3f}")
+    return table
+
+
+def answer_table(before: Sequence[str], after: Sequence[str], prompts: Sequence[tuple[str, str | None]]) -> Table:
+    """Return the answers to held-out prompts before and after training. A prompt has its id, and its text unless None."""
+    table = Table(title="Answers to held-out prompts", title_justify="left", show_lines=True)
+    for column, ratio in (("prompt", 1), ("before", 2), ("after", 2)):
+        table.add_column(column, ratio=ratio)
+    # A resumed run may ask for another number of samples; the first ones are the same.
+    for (name, text), old, new in zip(prompts, before, after, strict=False):
+        label = f"[bold]{escape(name)}[/bold]" + (f"\n{escape(text)}" if text is not None else "")
+        table.add_row(label, escape(old.strip()), escape(new.strip()))
+    return table

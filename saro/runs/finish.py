@@ -1,0 +1,105 @@
+"""What every run does around its training: measure before and after, write final/, and say how it ended."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from rich.console import Console, RenderableType
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from saro.data.chat_format import ChatFormat
+from saro.data.records import Message
+from saro.distributed.runtime import Runtime
+from saro.files import atomic_folder, follow_umask, remove_temps
+from saro.model.architectures import dropout_options
+from saro.model.generate import answer_prompts
+from saro.model.policy import Policy
+from saro.model.source import ModelSource
+from saro.runs.folder import RunFolder
+from saro.train.engine import Outcome
+
+
+@dataclass(frozen=True)
+class BeforeAfter:
+    """Measures a model before its training and after it: held-out metrics, and answers to held-out prompts.
+
+    Attributes:
+        runtime, run, policy, chat: the run.
+        prompts: prompts to answer, on rank 0.
+        max_tokens: longest answer.
+        heldout_metrics: returns the held-out metrics, given the number of finished steps.
+    """
+
+    runtime: Runtime
+    run: RunFolder
+    policy: Policy
+    chat: ChatFormat
+    prompts: Sequence[Sequence[Message] | str]
+    max_tokens: int
+    heldout_metrics: Callable[[int], dict[str, float]]
+
+    def measure(self, file: str, step: int) -> dict[str, Any]:
+        """Measure after ``step`` steps, into a JSON file of the run. A resumed run that has the file reads it."""
+        return self.run.once(self.runtime, file, lambda: self._measure(step))
+
+    def _measure(self, step: int) -> dict[str, Any]:
+        metrics = self.heldout_metrics(step)
+        answers = []
+        if self.runtime.is_main:
+            answers = answer_prompts(self.policy, self.chat, self.prompts, self.max_tokens)
+        return {"metrics": metrics, "answers": answers}
+
+
+def end_stopped(runtime: Runtime, outcome: Outcome) -> int:
+    """Say that a signal has stopped the run, and end it. Returns the exit code: 128 + signal number."""
+    runtime.say(f"stopped after step {outcome.step} of {outcome.total_steps}; continue with --resume")
+    runtime.end()
+    return 128 + outcome.stopped_by
+
+
+def end_finished(
+    runtime: Runtime,
+    run: RunFolder,
+    policy: Policy,
+    source: ModelSource,
+    outcome: Outcome,
+    console: Console,
+    tables: Iterable[RenderableType],
+) -> int:
+    """Write ``final/``, print the tables and a line about the run, and end it. Returns the exit code 0."""
+    if runtime.is_main:
+        save_final(run.folder / "final", policy.model, source.tokenizer, dropout_options(source.config))
+        for table in tables:
+            console.print(table)
+    runtime.say(
+        f"{outcome.total_steps} steps, {outcome.tokens_per_second:.0f} tokens/s, "
+        f"peak memory {outcome.peak_memory_gib:.2f} GiB; model in {run.folder / 'final'}"
+    )
+    runtime.end()
+    return 0
+
+
+def save_final(
+    folder: Path,
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    original_options: Mapping[str, Any] | None = None,
+) -> None:
+    """Write what other programs load: a PEFT adapter or a full model, with the tokenizer; complete or absent.
+
+    ``original_options`` holds options of the model's config that were changed only for training, such as its dropout.
+    """
+    if not isinstance(model, PeftModel):
+        for name, value in (original_options or {}).items():
+            setattr(model.config, name, value)
+    remove_temps(folder)
+    with atomic_folder(folder, replace=True) as temp:
+        # The default "auto" would ask the hub whether the vocabulary was changed; it never is here.
+        options = {"save_embedding_layers": False} if isinstance(model, PeftModel) else {}
+        model.save_pretrained(temp, **options)
+        tokenizer.save_pretrained(temp)
+        follow_umask(temp)
