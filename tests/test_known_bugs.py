@@ -14,6 +14,7 @@ import torch
 from run_files import metrics_of, scored_lines
 from tiny import CHATML, IM_END, PAD, save_tiny_model, tiny_tokenizer
 
+import saro.checks.noise
 import saro.train.reference
 from saro.checks.check_masks import check_masks
 from saro.config import ModelConfig, PreferenceConfig, TrainConfig
@@ -257,7 +258,8 @@ def scorings(monkeypatch) -> list[int]:
             found.append(len(pack.records))
             yield pack, entries
 
-    monkeypatch.setattr(saro.train.reference, "score_packs", counting)
+    for user in (saro.train.reference, saro.checks.noise):
+        monkeypatch.setattr(user, "score_packs", counting)
     return found
 
 
@@ -381,7 +383,7 @@ def test_an_adapter_never_meets_another_base_than_its_own(after_stage_1, tiny_mo
     """unslothai/unsloth-zoo#810: an adapter was merged into the wrong base."""
     files = {"model.safetensors": file_hash(Path(tiny_model()) / "model.safetensors")}
     began = {"model": {"files": files, "commit": None}}
-    (Path(after_stage_1).parent / "manifest.json").write_text(json.dumps(began))
+    (Path(after_stage_1).parent / "manifest.json").write_text(json.dumps({"saro": "0.1.0", "config": {}, "template_date": "2024-07-26"} | began))
     find_model(ModelConfig(name=after_stage_1))
     other = save_tiny_model(tmp_path / "other", intermediate_size=32)
     config = Path(after_stage_1) / "adapter_config.json"

@@ -27,7 +27,7 @@ def find_start(model: str, say: Callable[[str], None]) -> str:
         return model
     for folder in map(Path, _RW_FOLDERS):
         manifest = read_manifest(folder)
-        trained_demo = manifest is not None and manifest["config"]["model"].get("name") == DEMO
+        trained_demo = manifest is not None and manifest["config"].get("model", {}).get("name") == DEMO
         if trained_demo and (folder / "final").is_dir():
             say(f"starting from what stage 1 has left in {folder / 'final'}")
             return str(folder / "final")

@@ -50,8 +50,9 @@ class AdapterSource:
         manifest = read_manifest(Path(self.folder).resolve().parent)
         if manifest is None:
             return
-        hashes: dict[str, str] = manifest["model"]["files"]
-        trained_on = manifest["model"]["commit"]
+        model = manifest.get("model", {})
+        hashes: dict[str, str] = model.get("files", {})
+        trained_on = model.get("commit")
         if not hashes and trained_on is not None and commit != trained_on:
             raise SaroError(
                 f"{self.folder}: was trained on commit {trained_on} of {path}; set --model.revision {trained_on}"
@@ -93,7 +94,7 @@ def find_adapter(name: str) -> AdapterSource | None:
     if not base:
         raise SaroError(f"{file}: names no base model; write its folder or hub name as {_BASE}")
     manifest = read_manifest(folder.resolve().parent)
-    method = None if manifest is None else manifest["config"]["model"].get("method")
+    method = None if manifest is None else manifest["config"].get("model", {}).get("method")
     return AdapterSource(str(folder), base, method)
 
 

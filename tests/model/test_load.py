@@ -24,7 +24,7 @@ from saro.errors import SaroError
 from saro.model.adapter import linear_layers
 from saro.model.architectures import dropout_options
 from saro.model.attention import native_attention
-from saro.model.load import load_policy
+from saro.model.load import load_policy, resolve_dtype
 from saro.model.source import ModelSource, find_model
 from saro.runs.finish import save_final
 

@@ -207,12 +207,22 @@ def test_two_processes_take_the_same_steps_as_one(
             assert other[name] == pytest.approx(line[name], rel=1e-12), name
 
 
+@dataclass(frozen=True)
+class InTurn:
+    """Examples whose trees come in the order of the records, or in the reverse order."""
+
+    data: ExampleSet
+    turn: int
+
+    def trees(self, records, budget):
+        return self.data.trees(records[:: self.turn], budget)
+
+
 def test_the_same_records_in_another_order_within_a_step_give_the_same_gradient(training, runtime):
     seen = []
     for name, turn in (("a", 1), ("b", -1)):
         run = training(name, policy=Bigram(), max_grad_norm=0)
-        trees = run.steps.trees
-        run.steps = replace(run.steps, trees=lambda records, t=trees, turn=turn: t(records[::turn]))
+        run.steps = replace(run.steps, data=InTurn(run.data, turn))
         with gradients_seen() as gradients:
             run.fit(runtime, 1)
         seen.append(gradients[0])
@@ -542,7 +552,7 @@ def test_evaluation_is_without_dropout_and_leaves_training_mode_on(training, run
 
 def test_evaluation_reports_each_kind_of_record_and_does_not_depend_on_packs(training, runtime):
     run = training(policy=Bigram())
-    trees = run.steps.trees(range(24))
+    trees = run.data.trees(range(24), 256)
     wide = evaluate(runtime, run.policy, run.objective, pack_trees(trees, 4096))
     narrow = evaluate(runtime, run.policy, run.objective, pack_trees(trees, 110))
     parts = ("", "/general", "/safety", "/think", "/answer", "/stop")

@@ -12,6 +12,7 @@ import pytest
 import torch
 from tiny import save_tiny_model, tiny_tokenizer
 
+from saro.checks import noise as noise_module
 from saro.checks.noise import layout_noise
 from saro.config import DataConfig, ModelConfig
 from saro.data.dataset import PairSet, encode_pair_files
@@ -59,7 +60,8 @@ def scored(monkeypatch) -> list[int]:
             calls.append(len(pack.records))
             yield pack, entries
 
-    monkeypatch.setattr(module, "score_packs", counting)
+    for user in (module, noise_module):
+        monkeypatch.setattr(user, "score_packs", counting)
     return calls
 
 
