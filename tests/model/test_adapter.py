@@ -155,7 +155,7 @@ def test_an_adapter_that_cannot_go_on_is_refused(adapter, changes, message):
 
 def test_a_broken_config_is_refused(adapter):
     (adapter / "adapter_config.json").write_text("{")
-    refused(adapter, "is no config of an adapter")
+    refused(adapter, "is not an adapter config")
 
 
 def test_an_adapter_on_the_head_is_refused(adapter):

@@ -485,7 +485,7 @@ def test_varlen_is_refused_where_it_cannot_run(device, dtype):
 )
 def test_heads_that_varlen_does_not_have_take_the_sdpa_backend(config, sizes):
     assert choose_backend("auto", torch.device("cuda"), torch.bfloat16, config) == "sdpa"
-    with pytest.raises(ValueError, match=rf"no heads of .*{sizes} numbers, .*; set --model.attention sdpa"):
+    with pytest.raises(ValueError, match=rf"no head size .*{sizes}, which .*; set --model.attention sdpa"):
         choose_backend("varlen", torch.device("cuda"), torch.bfloat16, config)
 
 
