@@ -148,7 +148,7 @@ def test_a_checkpoint_of_another_model_is_refused_and_nothing_is_loaded(tmp_path
     if change == "more":
         state.trainable.pop("bias")
     before = {name: p.detach().clone() for name, p in state.trainable.items()}
-    with pytest.raises(SaroError, match="made with another model or other adapters; start anew with --overwrite"):
+    with pytest.raises(SaroError, match="made with another model or other adapters; start over with --overwrite"):
         state.load(folder)
     assert all(torch.equal(p, before[name]) for name, p in state.trainable.items())
     assert not state.optimizer.state

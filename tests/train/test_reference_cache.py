@@ -144,7 +144,7 @@ def test_values_changed_by_the_disk_are_never_returned(cache):
     shard.write_bytes(content)
     of_key = ReferenceCache.of(KEY)
     assert of_key.find([key(9)]) == [True]
-    with pytest.raises(SaroError, match="was damaged on disk, and is removed; start again"):
+    with pytest.raises(SaroError, match="was damaged on disk and has been removed; start again"):
         of_key.load([key(9)], [10])
     assert ReferenceCache.of(KEY).find([key(9)]) == [False]
 
