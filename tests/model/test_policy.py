@@ -197,8 +197,7 @@ def test_special_trees_equal_each_full_sequence_alone(pair, kind, rows):
 
 
 def assert_equal_runs_in_all(packed, native, sequences):
-    """Check as above, but with all gradients as one vector: in a sequence of two tokens, queries and keys can have almost
-    no gradient.
+    """Check as above, but all gradients as one vector: a sequence of two tokens gives its queries and keys almost none.
 
     A single parameter may be off by ten times the budget, relative to its norm or to a hundredth of the largest norm.
     """
@@ -424,7 +423,7 @@ def test_attention_dropout_is_on_in_train_mode_and_off_in_eval_mode(tmp_path):
 
 
 class _LargestOverVocabulary(TorchDispatchMode):
-    """Record the most rows of any tensor over the vocabulary that is made in the context, except views of the weight."""
+    """Record the most rows of any tensor over the vocabulary that is made inside, except views of the weight."""
 
     def __init__(self, weight):
         super().__init__()
