@@ -275,7 +275,7 @@ def _why_not_varlen(device: torch.device, dtype: torch.dtype, config: Pretrained
         return "has no softcap, which the model needs"
     sizes = _head_sizes(config)
     if len(sizes) > 1 or max(sizes) > 256 or max(sizes) % 8:
-        return f"has no head size {' and '.join(map(str, sorted(sizes)))}, which the model needs"
+        return f"does not support heads of size {' and '.join(map(str, sorted(sizes)))}, which the model needs"
     return None
 
 

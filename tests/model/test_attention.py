@@ -485,7 +485,7 @@ def test_varlen_is_refused_if_it_cannot_run(device, dtype):
 )
 def test_head_sizes_that_varlen_does_not_support_use_the_sdpa_backend(config, sizes):
     assert choose_backend("auto", torch.device("cuda"), torch.bfloat16, config) == "sdpa"
-    with pytest.raises(ValueError, match=rf"no head size .*{sizes}, which .*; set --model.attention sdpa"):
+    with pytest.raises(ValueError, match=rf"not support heads of size .*{sizes}, which .*; set --model.attention sdpa"):
         choose_backend("varlen", torch.device("cuda"), torch.bfloat16, config)
 
 

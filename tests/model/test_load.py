@@ -52,7 +52,7 @@ def gradients(policy):
     return {name: p.grad.clone() for name, p in policy.trainable().items()}
 
 
-# What is trainable.
+# Trainable parameters.
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -205,7 +205,7 @@ losses = st.sampled_from([(name, 0.0) for name in PAIR_LOSSES] + [("sigmoid", 0.
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@example([([], [25, 25, 19, 23, 31, 26], [], [4, 4, 4, 4])], ("sigmoid", 0.0))  # failed while norms ran in float32
+@example([([], [25, 25, 19, 23, 31, 26], [], [4, 4, 4, 4])], ("sigmoid", 0.0))  # its norms round differently in float32
 @given(st.lists(st.tuples(tokens, tokens, tokens, tokens), min_size=1, max_size=3), losses)
 def test_any_pairs_give_the_loss_and_gradients_of_plain_dpo(model, drawn, loss):
     """If a remainder is empty, the child is a single token, the stop."""

@@ -48,7 +48,7 @@ def _record(number: int) -> dict[str, str]:
 
 RECORDS = [_record(number) for number in range(STEPS * PER_STEP)]
 
-# Of these losses, TRL smooths labels only in robust and divides by the number of tokens only in ipo.
+# TRL smooths labels only in robust and divides by the number of tokens only in ipo.
 CASES = [
     PreferenceConfig("sigmoid"),
     PreferenceConfig("hinge"),
