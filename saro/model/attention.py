@@ -240,8 +240,8 @@ def use_packed_attention(model: PreTrainedModel) -> None:
 def native_attention(model: PreTrainedModel) -> Iterator[None]:
     """Use transformers' own attention in this context, for generation and comparison; then packed attention again.
 
-    Do not run the backward of a forward from outside in it: gradient checkpointing would recompute that forward with
-    the wrong attention.
+    Never run the backward of an earlier forward in it: gradient checkpointing would recompute that forward with the
+    wrong attention.
     """
     model.set_attn_implementation("sdpa" if _softcap(model.config) is None else "eager")
     try:

@@ -42,8 +42,8 @@ def check_liger(model_type: str, device: torch.device) -> None:
 def use_liger(model: PreTrainedModel) -> None:
     """Let liger-kernel compute a model's norms, rotary embedding and gated MLPs. The loss stays ours.
 
-    Call this before adding adapters. `fuse_lora` then takes over the MLPs that it can compute, where it keeps fewer
-    activations than liger-kernel. Other models of this type in the process get liger-kernel's rotary embedding too.
+    Call this before adding adapters. `fuse_lora` then takes over the MLPs that it can compute, because it keeps fewer
+    activations. Other models of this type in the process get liger-kernel's rotary embedding too.
 
     Raises:
         SaroError: the model brings its own code, which may compute something else than liger-kernel's layers.
