@@ -1,4 +1,4 @@
-"""Processes, device and threads: the only file that imports accelerate or torch.distributed."""
+"""Set up processes, device and threads. This is the only file that imports accelerate or torch.distributed."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ _LAUNCH = "on a CPU use accelerate launch --multi_gpu --num_processes N --num_ma
 
 @dataclass(frozen=True)
 class Runtime:
-    """One process of a run. One process is the normal case; then every collective here does nothing.
+    """One process of a run. Most runs have only one; every collective here then does nothing.
 
     Attributes:
-        accelerator: where the process group and the trackers live.
-        rank: of this process, 0 to processes - 1.
-        processes: how many there are.
-        threads: CPU threads of this process.
+        accelerator: holds the process group and the trackers.
+        rank: rank of this process, from 0 to processes - 1.
+        processes: number of processes.
+        threads: number of CPU threads of this process.
     """
 
     accelerator: Accelerator
@@ -48,11 +48,11 @@ class Runtime:
         """Join the process group that the launcher describes.
 
         Raises:
-            SaroError: the launcher promised another number of processes than there are, or a tracker is missing.
+            SaroError: the number of processes is not the one that the launcher promised, or a tracker is missing.
         """
         quiet_libraries()
         keep_freed_memory()
-        _end_with_launcher()
+        _stop_with_launcher()
         _check_trackers(trackers or [])
         try:
             accelerator = Accelerator(
@@ -73,11 +73,8 @@ class Runtime:
             raise SaroError(
                 f"the launcher promised {promised} processes, and there are {accelerator.num_processes}; {_LAUNCH}"
             )
-        # `accelerate launch` without a GPU leaves a process one thread.
-        allowed = (
-            len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        )  # not on macOS
-        cores = min(allowed, psutil.cpu_count(logical=False) or 1)
+        # Set the number of threads ourselves: without a GPU, `accelerate launch` gives each process only one.
+        cores = min(_count_allowed_cpus(), psutil.cpu_count(logical=False) or 1)
         threads = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         torch.set_num_threads(threads)
         return cls(accelerator, accelerator.process_index, accelerator.num_processes, threads)
@@ -96,12 +93,12 @@ class Runtime:
         return Share(self.rank, self.processes)
 
     def wrap(self, module: nn.Module) -> nn.Module:
-        """The module as it is trained: under DistributedDataParallel where there are several processes."""
+        """Return the module to train: wrapped in DistributedDataParallel if there are several processes."""
         return self.accelerator.prepare_model(module) if self.processes > 1 else module
 
     @contextmanager
     def synchronize(self, module: nn.Module, last: bool) -> Iterator[None]:
-        """Around the forward and backward of one pack: only the last one of a step exchanges gradients."""
+        """Wrap the forward and backward of one pack, so that only the last pack of a step exchanges gradients."""
         if last or self.processes == 1:
             yield
         else:
@@ -109,13 +106,13 @@ class Runtime:
                 yield
 
     def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Sum over the processes, in place."""
+        """Sum a tensor over all ranks, in place, and return it."""
         if self.processes > 1:
             dist.all_reduce(tensor)
         return tensor
 
     def gather(self, items: list[Any]) -> list[Any]:
-        """The lists of all processes as one, in the order of ranks; every process gets it."""
+        """Return the lists of all ranks as one list, in the order of ranks, on every rank."""
         return gather_object(items) if self.processes > 1 else items
 
     def barrier(self) -> None:
@@ -124,7 +121,7 @@ class Runtime:
             self.accelerator.wait_for_everyone()
 
     def say(self, text: str) -> None:
-        """A line for the user, once for all processes."""
+        """Print a line for the user, from the main process only."""
         if self.is_main:
             print(text, file=sys.stderr, flush=True)
 
@@ -134,7 +131,7 @@ class Runtime:
             self.accelerator.init_trackers(project, config={k: str(v) for k, v in _flat(config)})
 
     def log(self, values: dict[str, float], step: int) -> None:
-        """Report to the trackers."""
+        """Send metrics to the trackers."""
         if self.accelerator.log_with:
             self.accelerator.log(values, step=step)
 
@@ -145,18 +142,24 @@ class Runtime:
             dist.destroy_process_group()
 
     def memory(self) -> float:
-        """Most memory that this process has held so far, GiB: of the GPU, or resident on a CPU."""
+        """Return the peak memory of this process so far in GiB: GPU memory, or resident memory on a CPU."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) / 2**30
         import resource
 
-        # In bytes on macOS, in KiB elsewhere.
+        # ru_maxrss is in bytes on macOS and in KiB elsewhere.
         unit = 1 if sys.platform == "darwin" else 2**10
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
+def _count_allowed_cpus() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1  # macOS has no affinity
+
+
 def _check_trackers(names: list[str]) -> None:
-    # accelerate leaves out what is not installed, without a word.
+    # Check here, because accelerate silently skips a tracker that is not installed.
     known = [str(name) for name in LOGGER_TYPE_TO_CLASS]
     available = [str(name) for name in get_available_trackers()]
     for name in names:
@@ -175,22 +178,22 @@ def _flat(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
 
 
 def keep_freed_memory() -> None:
-    """Let the C library keep the memory that tensors on a CPU leave, for those of the next step.
+    """Let the C library keep the memory of freed CPU tensors, so that the next step can use it again.
 
-    glibc gives large blocks back to the system and faults them in again, page by page, at every step: a step of
-    `benchmarks/train_step.py` took 1.4 times as long on a virtual machine. The price is that blocks between kept
-    activations are not always used again: 3.7 GiB at the peak, not 2.9.
+    By default, glibc returns large blocks to the system and faults them in again, page by page, in each step: a step of
+    `benchmarks/train_step.py` took 1.4 times as long on a virtual machine. The cost is that blocks between kept
+    activations are not always reused: the peak was 3.7 GiB instead of 2.9.
     """
-    # M_TRIM_THRESHOLD is -1, M_MMAP_THRESHOLD is -3; other C libraries have no mallopt or ignore it.
+    # M_TRIM_THRESHOLD is -1 and M_MMAP_THRESHOLD is -3. Other C libraries have no mallopt, or ignore it.
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(-1, 2**31 - 1)
         mallopt(-3, 2**30)
 
 
-def _end_with_launcher() -> None:
-    # `accelerate launch` of one process passes no signal on: stopped by SIGTERM or SIGKILL, it would leave its child
-    # training. The kernel sends the child a SIGTERM then (PR_SET_PDEATHSIG is 1). Several processes have torchrun's
-    # agent, which sees to it; under a shell the parent's end means nothing.
+def _stop_with_launcher() -> None:
+    # `accelerate launch` of one process forwards no signals: after a SIGTERM or SIGKILL, its child would keep training.
+    # So ask the kernel to send us SIGTERM when the parent ends (PR_SET_PDEATHSIG is 1). With several processes,
+    # torchrun's agent stops them. Not under a shell: there, the end of the parent means nothing.
     if sys.platform == "linux" and "ACCELERATE_MIXED_PRECISION" in os.environ and "WORLD_SIZE" not in os.environ:
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""LoRA adapters: a new one, or one that was trained before and goes on."""
+"""LoRA adapters: create a new one, or load a trained one and continue training it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from saro.errors import SaroError, nearest
 from saro.files import file_hash
 from saro.manifest import read_manifest
 
-# Of a new adapter, where the options give none.
+# Defaults for a new adapter.
 RANK, ALPHA, DROPOUT = 16, 32, 0.0
 WEIGHTS = "adapter_model.safetensors"
 _BASE = "base_model_name_or_path"
@@ -28,12 +28,12 @@ _BASE = "base_model_name_or_path"
 
 @dataclass(frozen=True)
 class AdapterSource:
-    """An adapter on disk.
+    """A LoRA adapter on disk.
 
     Attributes:
-        folder: with adapter_config.json and safetensors weights.
-        base: name of the model that it was trained on: a folder or a hub name.
-        method: "lora" or "qlora", of the run that wrote it; None where the adapter is from elsewhere.
+        folder: holds adapter_config.json and the safetensors weights.
+        base: the base model that it was trained on, as a folder or a hub name.
+        method: "lora" or "qlora" if one of our runs wrote the adapter, else None.
     """
 
     folder: str
@@ -41,11 +41,10 @@ class AdapterSource:
     method: str | None = None
 
     def check_base(self, path: str, commit: str | None) -> None:
-        """Raise SaroError where the run that wrote the adapter began with other weights than those in ``path``.
+        """Raise SaroError if the adapter was trained on a base with other weights than those in ``path``.
 
-        Of a hub model the ``commit`` is compared.
-
-        What can be known: a run's manifest lies beside its ``final/``. An adapter from elsewhere names its base alone.
+        For a hub model the ``commit`` is compared. Only adapters of our own runs can be checked, because a run's
+        manifest lies beside its ``final/``. An adapter from elsewhere only names its base, so it passes.
         """
         manifest = read_manifest(Path(self.folder).resolve().parent)
         if manifest is None:
@@ -66,10 +65,10 @@ class AdapterSource:
 
 
 def find_adapter(name: str) -> AdapterSource | None:
-    """The adapter in the folder ``name``; None where there is none.
+    """Return the adapter in the folder ``name``, or None if the folder holds none.
 
     Raises:
-        SaroError: it is no plain LoRA adapter in safetensors.
+        SaroError: the adapter is not plain LoRA saved as safetensors.
     """
     folder = Path(name).expanduser()
     file = folder / "adapter_config.json"
@@ -80,7 +79,7 @@ def find_adapter(name: str) -> AdapterSource | None:
         kind, base = config["peft_type"], config[_BASE]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SaroError(
-            f"{file}: is no config of an adapter ({type(error).__name__}); save it again with peft"
+            f"{file}: is not an adapter config ({type(error).__name__}); save it again with peft"
         ) from error
     if kind != "LORA":
         raise SaroError(f"{name}: an adapter of type {kind} cannot be continued; only LORA can")
@@ -99,24 +98,28 @@ def find_adapter(name: str) -> AdapterSource | None:
 
 
 def adapter_identity(folder: str) -> dict[str, Any]:
-    """What tells an adapter from others: sha256 of its weights, and its config."""
+    """Return what identifies an adapter: the sha256 of its weights, and its config."""
     config = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
-    # A copied base is the same base; peft writes sets in an order of the day.
-    told = {name: sorted(v) if isinstance(v, list) else v for name, v in config.items() if name != _BASE}
-    return {WEIGHTS: file_hash(Path(folder) / WEIGHTS), "config": told}
+    # Ignore the base's path, because a copy is the same base. Sort lists, because peft writes sets in arbitrary order.
+    settings = {name: sorted(v) if isinstance(v, list) else v for name, v in config.items() if name != _BASE}
+    return {WEIGHTS: file_hash(Path(folder) / WEIGHTS), "config": settings}
 
 
 def continued_adapter(model: PreTrainedModel, folder: str, options: ModelConfig) -> PeftModel:
-    """Put the adapter of ``folder`` on its base, to be trained on; its parameters become fp32.
+    """Load the adapter in ``folder`` onto its base model for further training, with its parameters in fp32.
 
     Raises:
-        SaroError: an option asks for another rank, alpha or layers than the adapter has, or its weights do not fit.
+        SaroError: an option asks for a rank, alpha or target layers that the adapter does not have, or its weights do
+            not fit the base.
     """
     config = LoraConfig.from_pretrained(folder)
-    own = {"lora_rank": config.r, "lora_alpha": config.lora_alpha, "lora_targets": config.target_modules}
-    for name, value in own.items():
+    saved = {"lora_rank": config.r, "lora_alpha": config.lora_alpha, "lora_targets": config.target_modules}
+    for name, value in saved.items():
         asked = getattr(options, name)
-        if asked is not None and (set(asked) != set(value) if name == "lora_targets" else asked != value):
+        if asked is None:
+            continue
+        same = set(asked) == set(value) if name == "lora_targets" else asked == value
+        if not same:
             raise SaroError(
                 f"model.{name} is {asked}, and the adapter in {folder} has {value}; leave the option out, "
                 "or train a new adapter on a merged model (saro export --merge)"
@@ -125,11 +128,11 @@ def continued_adapter(model: PreTrainedModel, folder: str, options: ModelConfig)
     if options.lora_dropout is not None:
         config.lora_dropout = options.lora_dropout
     path = Path(folder) / WEIGHTS
-    ends = model.get_input_embeddings(), model.get_output_embeddings()
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     try:
         adapted = get_peft_model(model, config, autocast_adapter_dtype=True)
-        # peft puts a layer of its own in the place of one that it adapts.
-        if ends != (model.get_input_embeddings(), model.get_output_embeddings()):
+        # peft replaces each layer that it adapts with a wrapper, so a changed layer means that it is adapted.
+        if model.get_input_embeddings() is not embedding or model.get_output_embeddings() is not head:
             raise SaroError(f"{folder}: the adapter is on the embedding or the LM head; the fused head cannot read it")
         result = set_peft_model_state_dict(adapted, load_file(path))
     except (ValueError, RuntimeError, KeyError, SafetensorError) as error:
@@ -145,7 +148,10 @@ def continued_adapter(model: PreTrainedModel, folder: str, options: ModelConfig)
 
 
 def linear_layers(model: PreTrainedModel) -> list[str]:
-    """Names of the decoder's linear layers as PEFT matches them: last parts, such as q_proj. The head is not one."""
+    """Return the names of the decoder's linear layers as PEFT matches them: the last part only, such as q_proj.
+
+    The LM head is not among them.
+    """
     return sorted({name.rpartition(".")[2] for name, layer in _decoder_linears(model)})
 
 
@@ -156,10 +162,10 @@ def _decoder_linears(model: PreTrainedModel) -> Iterator[tuple[str, nn.Linear]]:
 
 
 def new_adapter(model: PreTrainedModel, options: ModelConfig, seed: int) -> PeftModel:
-    """Put a new adapter on the model, its initial values drawn from ``seed``.
+    """Put a new adapter on the model, with initial values drawn from ``seed``.
 
     Raises:
-        SaroError: a target is no linear layer of the decoder.
+        SaroError: a target is not a linear layer of the decoder.
     """
     valid = linear_layers(model)
     if not valid:
@@ -174,14 +180,14 @@ def new_adapter(model: PreTrainedModel, options: ModelConfig, seed: int) -> Peft
         last = target.rpartition(".")[2]
         if last in heads:
             raise SaroError(
-                f"model.lora_targets: {target} is the embedding or the LM head; tied to each other, a merge would change both, "
-                "and the fused head reads the plain weight; leave it out"
+                f"model.lora_targets: {target} is the embedding or the LM head; tied to each other, a merge would "
+                "change both, and the fused head reads the plain weight; leave it out"
             )
         if last not in valid:
             raise SaroError(f"model.lora_targets: the model has no linear layer {target!r}{nearest(last, valid)}")
         if not any(layer.endswith(f".{target}") for layer in layers):
             raise SaroError(
-                f"model.lora_targets: no linear layer's name ends with {target!r}; {last!r} alone names all"
+                f"model.lora_targets: no linear layer's name ends with {target!r}; {last!r} matches all of that name"
             )
     torch.manual_seed(seed)
     return get_peft_model(

@@ -1,8 +1,9 @@
 """Packed tree attention: every segment of a pack attends to its ancestors and, causally, to itself, and to no other.
 
-Registered with transformers' attention interface under ``PACKED``; the plan of a pack travels through the decoder's
-keyword arguments. Two backends: ``sdpa`` makes one call per segment, on any device; ``varlen`` makes one call of
-``torch.nn.attention.varlen.varlen_attn``, on CUDA. Capped scores are computed per segment too, by ``softcap_attention``.
+It is registered with transformers' attention interface as ``PACKED``. A pack's plan reaches it through the decoder's
+keyword arguments. It has two backends: ``sdpa`` makes one call per segment, on any device; ``varlen`` makes one call to
+``torch.nn.attention.varlen.varlen_attn`` per pack, on CUDA. Models with a softcap use ``softcap_attention``, once per
+segment.
 """
 
 from __future__ import annotations
@@ -26,20 +27,20 @@ from saro_kernels.softcap_attention import softcap_attention
 PACKED = "saro_packed"
 BACKENDS = ("sdpa", "varlen")
 
-# What decoders hand to their attention function besides the tensors. None of it changes the result here: positions are
-# in the rotary embedding already, and there is no cache in training. Anything else must be None (see `packed_attention`).
+# Arguments that decoders pass to their attention function and that do not change the result here: the rotary embedding
+# has applied the positions already, and training has no cache. All others must be None (see `packed_attention`).
 _WITHOUT_EFFECT = frozenset({"position_ids", "use_cache", "cache_position"})
 
 
 @dataclass(eq=False)
 class AttentionPlan:
-    """What attention needs to know of a pack, computed once and used in all layers.
+    """The layout of a pack as attention needs it, computed once and used in all layers.
 
     Attributes:
         backend: "sdpa" or "varlen".
-        lengths: tokens of each segment that is read.
-        paths: for each of them, its ancestors that are read, from the root down, and itself at the end.
-        device: where masks and indices live.
+        lengths: number of tokens of each segment; segments without tokens are left out.
+        paths: for each segment, the indices of its ancestors from the root down, then its own index.
+        device: device of masks and indices.
     """
 
     backend: str
@@ -51,11 +52,11 @@ class AttentionPlan:
 
     @classmethod
     def of(cls, pack: Pack, backend: str, isolated: bool = True) -> AttentionPlan:
-        """The plan of a pack. Segments without tokens are passed over: no other segment descends from them.
+        """Make the plan of a pack. Segments without tokens are skipped; no other segment descends from them.
 
-        ``isolated=False`` makes one causal sequence of the whole pack: the control that a check must see fail.
+        ``isolated=False`` makes one causal sequence of the whole pack. A check uses it as the control that must fail.
         """
-        index: dict[int, int] = {}
+        index: dict[int, int] = {}  # segment of the pack -> segment of the plan
         lengths: list[int] = []
         paths: list[tuple[int, ...]] = []
         for i, (start, stop, parent) in enumerate(pack.segments):
@@ -68,7 +69,7 @@ class AttentionPlan:
         return cls(backend, tuple(lengths), tuple(paths), pack.input_ids.device)
 
     def mask(self, segment: int, window: int | None) -> torch.Tensor | None:
-        """(queries, keys) bool, True where attended; None where plain causal attention is the same."""
+        """Return a (queries, keys) bool mask, True where attended, or None if plain causal attention does the same."""
         key = (segment, window)
         if key not in self._masks:
             self._masks[key] = self._make_mask(segment, window)
@@ -79,15 +80,17 @@ class AttentionPlan:
         keys = sum(self.lengths[s] for s in path)
         if len(path) == 1 and (window is None or keys <= window):
             return None
-        # Positions count along the path, so they order its tokens, whatever lies between them in the pack.
-        k = torch.arange(keys, device=self.device)
-        q = k[keys - self.lengths[segment] :, None]
-        allowed = k <= q
+        # Count positions along the path: in the pack, other segments may lie between its tokens.
+        k = torch.arange(keys, device=self.device)  # (keys,)
+        q = k[keys - self.lengths[segment] :, None]  # (queries, 1)
+        allowed = k <= q  # (queries, keys)
         return allowed if window is None else allowed & (q - k < window)
 
     def varlen(self) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor, int, int]:
-        """Indices that gather the keys of all paths, None where each is one segment; (N+1,) int32 bounds of queries and
-        keys; the longest of each.
+        """Return (gather, bounds_q, bounds_k, max_q, max_k) for ``varlen_attn``.
+
+        ``gather`` indexes the keys of all N paths, one after the other; it is None if every path is a single segment.
+        The bounds of queries and keys are (N+1,) int32; max_q and max_k are the lengths of the longest.
         """
         if self._varlen is None:
             device = self.device
@@ -125,19 +128,19 @@ def packed_attention(
     softcap: float | None = None,
     **others: object,
 ) -> tuple[torch.Tensor, None]:
-    """Attention over one pack, with the signature that transformers asks for.
+    """Compute attention over one pack, with the signature that transformers expects.
 
     Args:
-        query: (1, H, T, D); key, value: (1, G, T, D), H a multiple of G.
+        query: (1, H, T, D); key, value: (1, G, T, D), where H is a multiple of G.
         plan: from ``AttentionPlan.of``.
-        sliding_window: W tokens, the token itself included.
+        sliding_window: number of tokens that a token sees, itself included.
         softcap: bound of the scores.
 
     Returns:
         (1, T, H, D), and None for the attention weights.
 
     Raises:
-        ValueError: for an argument that would change the result and that this function does not know; without a plan.
+        ValueError: there is no plan, or an unknown argument could change the result.
     """
     if plan is None:
         raise ValueError(f"{type(module).__name__} got no plan of a pack; call the model through Policy")
@@ -148,14 +151,17 @@ def packed_attention(
     if not getattr(module, "is_causal", True):
         raise ValueError(f"{type(module).__name__} is not causal; packed attention is")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    query, key, value = map(_as_autocast, (query, key, value))
+    query, key, value = map(_cast_for_autocast, (query, key, value))
     if softcap is None and plan.backend == "varlen":
         return _varlen(query, key, value, plan, scale, dropout, sliding_window), None
     return _sdpa(query, key, value, plan, scale, dropout, sliding_window, softcap), None
 
 
-def _as_autocast(tensor: torch.Tensor) -> torch.Tensor:
-    """As autocast casts for SDPA, and not for other attention: rotary embeddings of float32 hidden states are float32."""
+def _cast_for_autocast(tensor: torch.Tensor) -> torch.Tensor:
+    """Cast float32 to the autocast dtype, if autocast is on.
+
+    autocast does this for SDPA only, and the rotary embedding of float32 hidden states leaves queries and keys float32.
+    """
     device = tensor.device.type
     cast = torch.is_autocast_enabled(device) and tensor.dtype == torch.float32
     return tensor.to(torch.get_autocast_dtype(device)) if cast else tensor
@@ -168,7 +174,7 @@ def _sdpa(query, key, value, plan, scale, dropout, window, softcap=None):
         raise ValueError("softcapped attention has no dropout; set --model.dropout false")
     else:
         attend = partial(softcap_attention, scale=scale, softcap=softcap)
-    # split, not slices: the backward of a split is one concatenation, that of n slices n sums over the whole pack.
+    # Split, do not slice: the backward of a split is one concatenation, that of n slices is n sums over the whole pack.
     queries, keys, values = (x.split(plan.lengths, dim=2) for x in (query, key, value))
     outputs = []
     for segment, path in enumerate(plan.paths):
@@ -176,7 +182,7 @@ def _sdpa(query, key, value, plan, scale, dropout, window, softcap=None):
         v = values[segment] if len(path) == 1 else torch.cat([values[s] for s in path], dim=2)
         mask = plan.mask(segment, window)
         outputs.append(attend(queries[segment], k, v, attn_mask=mask, is_causal=mask is None).transpose(1, 2))
-    return torch.cat(outputs, dim=1)
+    return torch.cat(outputs, dim=1)  # (1, T, H, D)
 
 
 def _attend(query, key, value, *, attn_mask, **options):
@@ -188,8 +194,10 @@ def _attend(query, key, value, *, attn_mask, **options):
 
 
 def _shares_keys(query: torch.Tensor, mask: torch.Tensor | None) -> bool:
-    """Whether a kernel that holds no queries x keys takes fewer heads of keys than of queries: on CUDA flash attention
-    alone does, which has neither float32 nor masks; copied keys are what memory-efficient attention takes.
+    """Return True if a kernel that never materialises queries x keys supports fewer key heads than query heads here.
+
+    On CUDA only flash attention does, and it has neither float32 nor masks. Otherwise the keys are repeated, so that
+    memory-efficient attention can run.
     """
     return query.device.type != "cuda" or (query.dtype != torch.float32 and mask is None)
 
@@ -198,10 +206,11 @@ def _varlen(query, key, value, plan, scale, dropout, window):
     if dropout:
         raise ValueError("varlen attention has no dropout; set --model.attention sdpa or --model.dropout false")
     gather, bounds_q, bounds_k, max_q, max_k = plan.varlen()
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, heads, D)
     if gather is not None:
         k, v = k.index_select(0, gather), v.index_select(0, gather)
-    # Keys end where their queries end, which is how varlen_attn aligns a causal mask. Its window leaves out the token.
+    # varlen_attn aligns a causal mask at the last query and the last key, and the keys of a path end with its queries.
+    # Its window does not count the token itself, ours does.
     output = varlen.varlen_attn(
         q,
         k,
@@ -214,15 +223,15 @@ def _varlen(query, key, value, plan, scale, dropout, window):
         window_size=(-1, 0) if window is None else (window - 1, 0),
         enable_gqa=q.shape[1] != k.shape[1],
     )
-    return output.unsqueeze(0)
+    return output.unsqueeze(0)  # (1, T, H, D)
 
 
 def _no_mask(*args: object, **kwargs: object) -> None:
-    """The plan takes the mask's place: nothing of T x T is made for a pack."""
+    """Make no mask: AttentionPlan replaces it, so that nothing of size T x T is allocated for a pack."""
 
 
 def use_packed_attention(model: PreTrainedModel) -> None:
-    """Switch a model to packed attention, which then needs a plan at every call."""
+    """Switch a model to packed attention. Every call then needs a plan."""
     ALL_ATTENTION_FUNCTIONS.register(PACKED, packed_attention)
     ALL_MASK_ATTENTION_FUNCTIONS.register(PACKED, _no_mask)
     model.set_attn_implementation(PACKED)
@@ -230,9 +239,10 @@ def use_packed_attention(model: PreTrainedModel) -> None:
 
 @contextmanager
 def native_attention(model: PreTrainedModel) -> Iterator[None]:
-    """transformers' own attention inside, packed attention again after: for generation and comparison.
+    """Use transformers' own attention in this context, for generation and comparison; then packed attention again.
 
-    No backward of a forward outside may run inside: recomputed checkpoints would meet the wrong attention.
+    Never run the backward of an earlier forward in it: gradient checkpointing would recompute that forward with the
+    wrong attention.
     """
     model.set_attn_implementation("sdpa" if attention_softcap(model.config) is None else "eager")
     try:
@@ -242,10 +252,10 @@ def native_attention(model: PreTrainedModel) -> Iterator[None]:
 
 
 def choose_backend(name: str, device: torch.device, dtype: torch.dtype, config: PretrainedConfig) -> str:
-    """Resolve "auto" for a model: varlen where it can run, else sdpa.
+    """Resolve "auto" for a model: varlen if it can run here, else sdpa.
 
     Raises:
-        ValueError: when a backend is asked for that cannot run here.
+        ValueError: the backend that was asked for cannot run here.
     """
     reason = _why_not_varlen(device, dtype, config)
     if name == "auto":
@@ -256,12 +266,15 @@ def choose_backend(name: str, device: torch.device, dtype: torch.dtype, config: 
 
 
 def _why_not_varlen(device: torch.device, dtype: torch.dtype, config: PretrainedConfig) -> str | None:
-    """What varlen attention lacks there, None where it can run. Its heads are those of FlashAttention 2."""
+    """Return the reason why varlen attention cannot run, or None if it can.
+
+    It supports the head sizes of FlashAttention 2.
+    """
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return "needs CUDA and bfloat16"
     if attention_softcap(config) is not None:
         return "has no softcap, which the model needs"
     sizes = head_sizes(config)
     if len(sizes) > 1 or max(sizes) > 256 or max(sizes) % 8:
-        return f"has no heads of {' and '.join(map(str, sorted(sizes)))} numbers, which the model needs"
+        return f"does not support heads of size {' and '.join(map(str, sorted(sizes)))}, which the model needs"
     return None

@@ -1,7 +1,7 @@
-"""PEFT's LoRA layers computed by ``saro_kernels``: PEFT owns parameters, saving and loading, we replace the forward.
+"""Compute PEFT's LoRA layers with ``saro_kernels``. PEFT owns parameters, saving and loading; we replace the forward.
 
-Only where that is exact: one active adapter of plain LoRA, no dropout, on a dense or 4-bit linear layer. Every call looks
-again, so that a merged or disabled adapter is computed by PEFT's own forward.
+We replace it only where the result is exact: one active adapter of plain LoRA, without dropout, on a dense or 4-bit
+linear layer. Every call checks this again, so that PEFT's own forward computes merged and disabled adapters.
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ from saro.model.architectures import GATED_MLPS
 from saro_kernels import FrozenLinear, LoraLinear, lora_gated_mlp, lora_linear
 
 _ACTIVATIONS: dict[type, str] = {nn.SiLU: "silu", SiLUActivation: "silu", GELUTanh: "gelu_tanh"}
-# Fewer rows than this without gradient are a generation step, for which bitsandbytes has kernels of its own.
+# A call without gradient on fewer rows is a generation step. PEFT's forward runs it, because bitsandbytes has its own
+# kernels for it.
 _FEW_ROWS = 8
 
 
 def fuse_lora(model: PeftModel) -> int:
-    """Let ``saro_kernels`` compute the LoRA layers of a model, and its gated MLPs whole where they drop nothing.
+    """Let ``saro_kernels`` compute a model's LoRA layers, and its gated MLPs in one piece if they have no dropout.
 
-    Layers that are not plain LoRA keep PEFT's forward. Returns how many do not.
+    Layers that are not plain LoRA keep PEFT's forward. Returns the number of layers that are fused.
     """
     layers = [layer for layer in model.modules() if isinstance(layer, LoraLayer) and _can_fuse(layer)]
     for layer in layers:
@@ -35,8 +36,8 @@ def fuse_lora(model: PeftModel) -> int:
     for module in model.modules():
         if type(module).__name__ in GATED_MLPS and type(module.act_fn) in _ACTIVATIONS:
             parts = (module.gate_proj, module.up_proj, module.down_proj)
-            # With dropout a step of training computes none whole, and liger-kernel's forward may be there to do it.
-            if all(id(part) in fused and not _drops(part) for part in parts):
+            # With dropout, no training step could use the fused MLP, and liger-kernel's forward may be in its place.
+            if all(id(part) in fused and not _has_dropout(part) for part in parts):
                 module.forward = MethodType(_mlp_forward, module)
     return len(layers)
 
@@ -48,12 +49,12 @@ def _can_fuse(layer: LoraLayer) -> bool:
     return plain and not biased and type(base) in (nn.Linear, bnb.nn.Linear4bit)
 
 
-def _drops(layer: LoraLayer) -> bool:
+def _has_dropout(layer: LoraLayer) -> bool:
     return any(not isinstance(dropout, nn.Identity) for dropout in layer.lora_dropout.values())
 
 
-def _exact(layer: LoraLayer, x: torch.Tensor) -> bool:
-    """Whether the layer is, at this call, one plain adapter on its base."""
+def _can_run_fused(layer: LoraLayer, x: torch.Tensor) -> bool:
+    """Return True if our forward is exact for this call: one plain adapter is active. False for a generation step."""
     if layer.disable_adapters or layer.merged or len(layer.active_adapters) != 1:
         return False
     if not torch.is_grad_enabled() and x.numel() < _FEW_ROWS * x.shape[-1]:
@@ -71,14 +72,14 @@ def _parts(layer: LoraLayer) -> LoraLinear:
 
 
 def _linear_forward(self: LoraLayer, x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
-    if args or kwargs or not _exact(self, x):
+    if args or kwargs or not _can_run_fused(self, x):
         return type(self).forward(self, x, *args, **kwargs)
     return lora_linear(x, _parts(self))
 
 
 def _mlp_forward(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
     layers = (self.gate_proj, self.up_proj, self.down_proj)
-    if not all(_exact(layer, x) for layer in layers):
+    if not all(_can_run_fused(layer, x) for layer in layers):
         return type(self).forward(self, x)
     return lora_gated_mlp(x, *map(_parts, layers), _ACTIVATIONS[type(self.act_fn)])
 

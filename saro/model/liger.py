@@ -1,6 +1,6 @@
-"""Layer kernels of liger-kernel (Hsu et al. 2024, arXiv 2410.10989): RMSNorm, rotary embedding, gated MLP in Triton.
+"""Use the Triton layers of liger-kernel (Hsu et al. 2024, arXiv 2410.10989): RMSNorm, rotary embedding, gated MLP.
 
-They are not ours, and nothing here needs them: this is the switch, for CUDA, where the user has installed them.
+They are optional: the user installs liger-kernel and turns them on with --model.liger. They run on CUDA only.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from transformers.activations import GELUTanh, SiLUActivation
 
 from saro.errors import SaroError
 
-# The function in transformers' file of a kind of model that all its layers call: it can only be replaced for all models
-# of that kind in the process. By file: transformers' own.
+# Name of the rotary function in transformers' modeling_*.py. Replacing it affects every model of that type in the
+# process. _own_rotary maps the name of a modeling file to transformers' own function.
 _ROTARY = "apply_rotary_pos_emb"
 _own_rotary: dict[str, Callable] = {}
 
 
 def check_liger(model_type: str, device: torch.device) -> None:
-    """Raise SaroError, with what to do, where liger-kernel cannot compute the layers of a model."""
+    """Raise SaroError if liger-kernel cannot compute the layers of this model type on this device."""
     if device.type != "cuda":
         raise SaroError("liger-kernel runs on CUDA only; leave --model.liger out")
     try:
@@ -32,20 +32,20 @@ def check_liger(model_type: str, device: torch.device) -> None:
         from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN as KINDS
     except PackageNotFoundError as error:
         raise SaroError("--model.liger needs liger-kernel; pip install liger-kernel") from error
-    except ImportError as error:  # of a version that does not go with transformers'
+    except ImportError as error:  # this version is incompatible with the installed transformers
         raise SaroError(f"--model.liger: {error}") from error
     if model_type not in KINDS:
         raise SaroError(f"liger-kernel has no layers for model type {model_type!r}; leave --model.liger out")
 
 
 def use_liger(model: PreTrainedModel) -> None:
-    """Let liger-kernel compute the norms, the rotary embedding and the gated MLPs of a model; the loss stays ours.
+    """Let liger-kernel compute a model's norms, rotary embedding and gated MLPs. The loss stays ours.
 
-    Call it before adapters are put on: `fuse_lora` then takes back the MLPs that it keeps fewer activations of. The rotary
-    embedding of other models of this kind in the process becomes liger-kernel's too.
+    Call this before adding adapters. `fuse_lora` then takes over the MLPs that it can compute, because it keeps fewer
+    activations. Other models of this type in the process get liger-kernel's rotary embedding too.
 
     Raises:
-        SaroError: the model brings its own code, which need not compute what liger-kernel's layers do.
+        SaroError: the model brings its own code, which may compute something else than liger-kernel's layers.
     """
     if not type(model).__module__.startswith("transformers.models."):
         raise SaroError(f"{type(model).__name__} brings its own code; leave --model.liger out")
@@ -56,7 +56,7 @@ def use_liger(model: PreTrainedModel) -> None:
     try:
         _apply_liger_kernel_to_instance(model, cross_entropy=False, fused_linear_cross_entropy=False)
     finally:
-        # liger-kernel replaces the classes in the file too, which other models of this kind would then be built of.
+        # liger-kernel also replaces the classes in the file. Restore them, or other models of this type would use them.
         for name in before.keys() - {_ROTARY}:
             setattr(file, name, before[name])
     for module in model.modules():
@@ -67,7 +67,7 @@ def use_liger(model: PreTrainedModel) -> None:
 
 
 def uses_liger(model: nn.Module) -> bool:
-    """Whether liger-kernel computes any layer of the model."""
+    """Return True if liger-kernel computes any layer of the model."""
     return any(is_ligers(module) for module in model.modules())
 
 
@@ -97,7 +97,10 @@ def replaced_forward(module: nn.Module) -> Callable | None:
 
 
 def _has_ligers_activation(module: nn.Module) -> bool:
-    """Whether a layer of liger-kernel has no activation, or the one that liger-kernel computes: it asks for none."""
+    """Return True if the layer has no activation, or one that liger-kernel implements.
+
+    liger-kernel does not check this itself.
+    """
     activation = getattr(module, "act_fn", getattr(module, "activation_fn", None))
     geglu = replaced_forward(module).__qualname__.startswith("LigerGEGLU")
     return activation is None or isinstance(activation, GELUTanh if geglu else (nn.SiLU, SiLUActivation))

@@ -1,4 +1,4 @@
-"""A policy -> a plain model: the adapter merged into its base, 4-bit layers dequantized, one dtype."""
+"""Turn a policy into a plain model: merge the adapter into its base, dequantize 4-bit layers, use one dtype."""
 
 from __future__ import annotations
 
@@ -18,23 +18,25 @@ from saro.model.policy import Policy
 
 @torch.no_grad()
 def merge(policy: Policy, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """The policy's model as a plain one, on the CPU, its weights in ``dtype``. The policy is used up.
+    """Return the policy's model as a plain one on the CPU, with its weights in ``dtype``.
 
-    Layer by layer: the weight that was trained on (dequantized where it is 4-bit) plus the adapter's product, in fp32,
-    rounded once. PEFT's own merge would quantize the sum again.
+    This modifies the policy in place; do not use it afterwards.
+
+    Each layer's new weight is the weight that was trained on (dequantized if it is 4-bit) plus the adapter's product,
+    summed in fp32 and rounded once. PEFT's own merge would quantize the sum again.
 
     Args:
-        config: of the base model, as it was before it was quantized.
+        config: the base model's config from before it was quantized.
 
     Raises:
-        SaroError: an adapter is of a kind that is more than a sum of two weights, such as DoRA.
+        SaroError: an adapter is not a plain sum of two weights; DoRA, for example, is not.
     """
     lm = policy.causal_lm
-    # Names alone: a list of modules would keep every layer until the end.
+    # Keep names only: a list of modules would hold every old layer in memory until the end.
     names = [name for name, layer in lm.named_modules() if _is_special(name, layer)]
     for name in tqdm(names, desc="merging", unit=" layers", delay=2, leave=False, disable=None):
         lm.set_submodule(name, _plain_layer(lm.get_submodule(name), name, dtype))
-    # Tied weights are one parameter here, and stay one.
+    # Assign to .data, so that tied weights stay one parameter.
     for parameter in lm.parameters():
         parameter.data = parameter.data.to("cpu", dtype)
     for buffer in lm.buffers():
@@ -45,18 +47,19 @@ def merge(policy: Policy, config: PretrainedConfig, dtype: torch.dtype) -> PreTr
 
 
 def _is_special(name: str, layer: nn.Module) -> bool:
+    """Return True for a layer that must become plain: a LoRA layer, or a 4-bit layer without an adapter."""
     return isinstance(layer, LoraLayer) or (isinstance(layer, Linear4bit) and not name.endswith(".base_layer"))
 
 
 def _plain_layer(layer: nn.Module, name: str, dtype: torch.dtype) -> nn.Module:
-    """A linear layer without adapter and quantization, on the CPU."""
+    """Return the layer as a plain linear layer on the CPU, without adapter and quantization."""
     base = layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
     quantized = isinstance(base, Linear4bit)
     weight = dequantize_4bit(base.weight.data, base.weight.quant_state) if quantized else base.weight.data
     weight = weight.float()
     for adapter in layer.active_adapters if isinstance(layer, LoraLayer) else ():
         if adapter in layer.lora_variant or layer.lora_bias.get(adapter):
-            raise SaroError(f"{name}: the adapter is no plain LoRA (DoRA, or a bias of its own); merge it with peft")
+            raise SaroError(f"{name}: the adapter is not plain LoRA (it has DoRA or its own bias); merge it with peft")
         weight = weight + layer.get_delta_weight(adapter).float()
     plain = base
     if quantized:

@@ -1,7 +1,7 @@
-"""Checkpoints: complete or absent, bounded in number, and enough to go on bit for bit.
+"""Save and load checkpoints, which are complete or absent, bounded in number, and enough to resume bit for bit.
 
-A checkpoint holds the trainable weights, the optimizer's and the schedule's state, and the step. Randomness is not in
-it: it is seeded for each (seed, step, rank).
+A checkpoint holds the trainable weights, the states of optimizer and schedule, and the step. It needs no random state,
+because random numbers are seeded by (seed, step, rank).
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ def checkpoint_folder(root: Path, step: int) -> Path:
 
 
 def list_checkpoints(root: Path) -> list[tuple[int, Path]]:
-    """Complete checkpoints as (step, folder), oldest first."""
-    # Digits alone: a copy that a user keeps, such as step_000100.good, is none of ours to load or to remove.
-    found = [(int(p.name.removeprefix("step_")), p) for p in root.glob("step_*") if p.name[5:].isdecimal()]
-    return sorted((step, p) for step, p in found if p.is_dir())
+    """Return the complete checkpoints as (step, folder), oldest first."""
+    # Only digits may follow step_, so that a user's copy such as step_000100.good is neither loaded nor removed.
+    numbered = [(int(p.name.removeprefix("step_")), p) for p in root.glob("step_*") if p.name[5:].isdecimal()]
+    return sorted((step, p) for step, p in numbered if p.is_dir())
 
 
 def save_checkpoint(
@@ -42,12 +42,12 @@ def save_checkpoint(
     scheduler: LRScheduler,
     keep: int,
 ) -> None:
-    """Write the checkpoint of ``step`` finished steps, then remove all but the newest ``keep``."""
+    """Write a checkpoint after ``step`` finished steps, then remove all but the newest ``keep``."""
     root.mkdir(parents=True, exist_ok=True)
     folder = checkpoint_folder(root, step)
-    # What killed runs left, of this step or of others: an old checkpoint that was being removed is never written again.
-    for left in root.glob(".step_*.tmp"):
-        shutil.rmtree(left)
+    # Remove the leftovers of killed runs for every step: the step of a half-removed checkpoint is never saved again.
+    for leftover in root.glob(".step_*.tmp"):
+        shutil.rmtree(leftover)
     if not folder.exists():
         with atomic_folder(folder) as temp:
             weights = {name: p.detach().cpu().contiguous() for name, p in trainable.items()}
@@ -56,7 +56,7 @@ def save_checkpoint(
             (temp / _STATE).write_text(json.dumps({"step": step}) + "\n")
             follow_umask(temp)
     for _, old in list_checkpoints(root)[:-keep]:
-        # Renamed before it is removed, so that a kill in between leaves no half checkpoint under the name of a whole.
+        # Rename first: a kill during rmtree must not leave a partial checkpoint under a valid name.
         doomed = old.with_name(f".{old.name}.00000000.tmp")
         old.rename(doomed)
         shutil.rmtree(doomed)
@@ -68,14 +68,14 @@ def load_checkpoint(
     optimizer: torch.optim.Optimizer,
     scheduler: LRScheduler,
 ) -> int:
-    """Restore a checkpoint into what is given; returns its step.
+    """Restore a checkpoint into the given parameters, optimizer and scheduler, and return its step.
 
     Raises:
-        SaroError: its weights are not those of this model.
+        SaroError: its weights do not belong to this model.
     """
     weights = load_file(folder / _WEIGHTS)
     if {k: v.shape for k, v in weights.items()} != {k: p.shape for k, p in trainable.items()}:
-        raise SaroError(f"{folder}: made with another model or other adapters; start anew with --overwrite")
+        raise SaroError(f"{folder}: made with another model or other adapters; start over with --overwrite")
     with torch.no_grad():
         for name, parameter in trainable.items():
             parameter.copy_(weights[name])
@@ -89,11 +89,11 @@ def load_checkpoint(
 
 
 def _load_paged(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Load the states of a paged optimizer into pages: bitsandbytes would make plain tensors of them, on the GPU."""
+    """Load the state of a paged optimizer into pages; bitsandbytes itself would load it into plain GPU tensors."""
     optimizer.load_state_dict(state, move_to_device=False)
-    for parameter, of_parameter in optimizer.state.items():
-        for name in {"state1", "state2"} & of_parameter.keys():
-            pages = optimizer.get_state_buffer(parameter, of_parameter[name].dtype)
-            of_parameter[name] = pages.copy_(of_parameter[name])
-    # What is not in pages: scales and code books.
+    for parameter, parameter_state in optimizer.state.items():
+        for name in {"state1", "state2"} & parameter_state.keys():
+            pages = optimizer.get_state_buffer(parameter, parameter_state[name].dtype)
+            parameter_state[name] = pages.copy_(parameter_state[name])
+    # Move the tensors that are not paged: scales and code books.
     optimizer.to_gpu()

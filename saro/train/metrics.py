@@ -1,4 +1,4 @@
-"""Metrics: sums stay tensors until a line is due; lines go to metrics.jsonl, the trackers and the screen."""
+"""Collect metrics as tensors until a log line is due, write metrics.jsonl, and show progress on the terminal."""
 
 from __future__ import annotations
 
@@ -16,60 +16,61 @@ from saro.files import atomic_write
 
 
 def format_metrics(values: Mapping[str, float]) -> str:
-    """Values on one line."""
+    """Format metrics as one line of text."""
     return "  ".join(f"{name} {value:.4g}" for name, value in values.items())
 
 
 class Meter:
-    """Sums and counts by name, over packs, steps and processes: never a mean of means."""
+    """Average metrics over packs, steps and ranks, from sums and counts by name: never an average of averages."""
 
     def __init__(self) -> None:
         self._sums: dict[str, torch.Tensor] = {}
 
     def add(self, metrics: dict[str, tuple[torch.Tensor, torch.Tensor | int]]) -> None:
-        """Add sums and counts of one pack. No host read."""
+        """Add the (sum, count) of each metric of one pack, without synchronising with the device."""
         for name, (total, count) in metrics.items():
-            # A fill on the device, where a copy of a number from the host would wait for all that is queued.
-            number = (
-                count.double() if isinstance(count, torch.Tensor) else total.new_full((), count, dtype=torch.float64)
-            )
-            pair = torch.stack([total.detach().double(), number])
+            if isinstance(count, torch.Tensor):
+                divisor = count.double()
+            else:
+                # new_full fills on the device; torch.tensor(count) would synchronise.
+                divisor = total.new_full((), count, dtype=torch.float64)
+            pair = torch.stack([total.detach().double(), divisor])  # (2,) sum, count
             self._sums[name] = self._sums[name] + pair if name in self._sums else pair
 
     def read(self, runtime: Runtime) -> dict[str, float]:
-        """Means over all processes, those with a count of zero left out; then starts again."""
+        """Return the average of each metric over all ranks, without those that have a count of zero, and reset."""
         names = sorted(self._sums)
         if not names:
             return {}
-        sums = runtime.sum_(torch.stack([self._sums[name] for name in names])).tolist()
+        sums = runtime.sum_(torch.stack([self._sums[name] for name in names])).tolist()  # (metrics, 2)
         self._sums.clear()
         return {name: total / count for name, (total, count) in zip(names, sums, strict=True) if count}
 
 
 class MetricsFile:
-    """metrics.jsonl: one JSON object a line, each with its ``step``.
+    """Write metrics.jsonl: one JSON object per line, each with its ``step``.
 
     Args:
         path: the file.
-        resume_step: lines of later steps are cut off; they will be written again.
+        resume_step: the step to resume from. Lines of later steps are dropped, because those steps will run again.
     """
 
     def __init__(self, path: Path, resume_step: int) -> None:
         self._path = path
         lines = path.read_text(encoding="utf-8").splitlines() if resume_step and path.exists() else []
         with atomic_write(path) as file:
-            # The last line may be half written, if the run was killed while it wrote.
-            whole = (line for line in lines if line.endswith("}"))
-            file.writelines(line + "\n" for line in whole if json.loads(line)["step"] <= resume_step)
+            # The last line may be incomplete, if the run was killed while writing it.
+            complete = (line for line in lines if line.endswith("}"))
+            file.writelines(line + "\n" for line in complete if json.loads(line)["step"] <= resume_step)
 
     def write(self, values: dict[str, float | int]) -> None:
-        """Append one line; it is with the operating system when this returns."""
+        """Append one line and hand it to the operating system, so that a kill after the call cannot lose it."""
         with open(self._path, "a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
 
 
 class Progress:
-    """A progress bar over the steps; where there is no terminal, one line per log interval."""
+    """Show a progress bar over the steps, or one line per log interval if there is no terminal."""
 
     def __init__(self, total: int, start: int, shown: bool) -> None:
         self._shown = shown

@@ -1,4 +1,4 @@
-"""Optimizer and learning-rate schedule."""
+"""Make the optimizer and the learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from saro.config import TrainConfig
 
 
 def make_optimizer(parameters: Iterable[nn.Parameter], options: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov & Hutter 2019) over fp32 parameters; weight decay on matrices only."""
+    """Make an AdamW optimizer (Loshchilov & Hutter 2019) for fp32 parameters, with weight decay on matrices only."""
     parameters = list(parameters)
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": options.weight_decay},
@@ -28,19 +28,20 @@ def make_optimizer(parameters: Iterable[nn.Parameter], options: TrainConfig) -> 
 
 
 def make_scheduler(optimizer: torch.optim.Optimizer, options: TrainConfig, total_steps: int) -> LRScheduler:
-    """A linear rise over ``warmup`` of the steps, then the schedule's course, which would reach its end after the last.
+    """Make a schedule that warms up linearly over a share ``warmup`` of the steps, then follows ``schedule``.
 
-    So no step has a rate of zero: the first of w warm-up steps has 1 / (w + 1) of the peak.
+    No step has a rate of zero: the first of w warm-up steps runs at 1 / (w + 1) of the peak, and a decay would reach
+    zero one step after the last.
     """
     warmup_steps = min(round(options.warmup * total_steps), total_steps - 1)
-    course_steps = total_steps - warmup_steps
+    decay_steps = total_steps - warmup_steps
     if options.schedule == "cosine":
-        course = CosineAnnealingLR(optimizer, T_max=course_steps)
+        decay = CosineAnnealingLR(optimizer, T_max=decay_steps)
     elif options.schedule == "linear":
-        course = LinearLR(optimizer, start_factor=1.0, end_factor=0.0, total_iters=course_steps)
+        decay = LinearLR(optimizer, start_factor=1.0, end_factor=0.0, total_iters=decay_steps)
     else:
-        course = ConstantLR(optimizer, factor=1.0)
+        decay = ConstantLR(optimizer, factor=1.0)
     if not warmup_steps:
-        return course
-    rise = LinearLR(optimizer, start_factor=1 / (warmup_steps + 1), total_iters=warmup_steps)
-    return SequentialLR(optimizer, [rise, course], milestones=[warmup_steps])
+        return decay
+    warmup = LinearLR(optimizer, start_factor=1 / (warmup_steps + 1), total_iters=warmup_steps)
+    return SequentialLR(optimizer, [warmup, decay], milestones=[warmup_steps])

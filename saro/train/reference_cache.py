@@ -1,10 +1,10 @@
-"""The cache of reference log-probs on disk: immutable shards, and an index that can be made from them again.
+"""Keep reference log-probs on disk, in immutable shards with an index that can be rebuilt from them.
 
     $SARO_CACHE/reference/KEY/key.json              what the log-probs were scored with
                              /shards/*.safetensors  keys (m, 16) uint8, offsets (m + 1,) int64, logps (r,)
-                             /index.safetensors     where each key lies; made anew when it is not that of the shards
+                             /index.safetensors     the rows of each key; rebuilt if it does not match the shards
 
-A shard appears complete under a name of its own, so any number of processes may add some at the same time.
+A shard appears complete and under a unique name, so several processes may add shards at the same time.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ from saro.errors import SaroError
 from saro.files import atomic_write, cache_dir
 
 _KEY_BYTES = 16
-# Of one shard: so much is in memory beside the result while it is read.
+# Rows per shard. Reading holds one shard in memory beside the result.
 SHARD_ROWS = 2**22
 
 
 def sequence_key(sequence: ScoredSequence) -> bytes:
-    """The key of a sequence: a hash of its token ids and of where scoring begins."""
+    """Return the key of a sequence: a hash of its token ids and of the position where scoring begins."""
     digest = hashlib.blake2b(sequence.scored_from.to_bytes(8, "little"), digest_size=_KEY_BYTES)
     digest.update(np.ascontiguousarray(sequence.tokens, np.int32))
     return digest.digest()
 
 
 class _Place(NamedTuple):
-    """Where the rows of a key lie: rows ``start`` to ``stop`` of a shard."""
+    """The place of a key's log-probs: rows ``start`` to ``stop`` of a shard."""
 
     shard: str
     start: int
@@ -51,7 +51,7 @@ class ReferenceCache:
     """Log-probs of sequences under one reference.
 
     Args:
-        folder: of the cache, which need not exist yet.
+        folder: folder of the cache; it need not exist yet.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -61,10 +61,10 @@ class ReferenceCache:
 
     @classmethod
     def of(cls, key: Mapping[str, object]) -> ReferenceCache:
-        """The cache of what was scored with ``key``, which is written beside it for people to read.
+        """Return the cache of log-probs scored with ``key``, and write ``key`` to its key.json for people to read.
 
         Raises:
-            SaroError: its folder cannot be written.
+            SaroError: the folder cannot be written.
         """
         text = json.dumps(key, sort_keys=True, indent=2, default=str)
         cache = cls(cache_dir() / "reference" / hashlib.sha256(text.encode()).hexdigest()[:32])
@@ -80,7 +80,7 @@ class ReferenceCache:
         return cache
 
     def add(self, logps: Mapping[bytes, np.ndarray]) -> None:
-        """Add the log-probs of sequences by their keys, in shards of about ``SHARD_ROWS`` rows."""
+        """Write log-probs, one array per key, in shards of about ``SHARD_ROWS`` rows."""
         keys, rows = [], 0
         for key, values in logps.items():
             keys.append(key)
@@ -92,26 +92,28 @@ class ReferenceCache:
             self._write([(k, logps[k]) for k in keys])
 
     def find(self, keys: Sequence[bytes]) -> list[bool]:
-        """Which of the keys are there, by the files as they are now."""
+        """Read the index from disk and return, for each key, True if it is in the cache."""
         self._places = self._read_index()
         return [key in self._places for key in keys]
 
     def load(self, keys: Sequence[bytes], rows: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-        """Log-probs of the keys one after the other, and (n + 1,) int64 offsets; after ``find``, which saw them all.
+        """Return the log-probs of n keys, one key after the other, and (n + 1,) int64 offsets.
 
-        ``rows`` says how many each has. Beside the result, one shard at a time is in memory.
+        ``find`` must have returned True for all keys. ``rows`` is the number of log-probs of each key. Only one shard
+        at a time is in memory beside the result.
 
         Raises:
-            SaroError: the disk has damaged a shard.
+            SaroError: a shard was damaged on disk.
         """
-        offsets = np.concatenate([[0], np.cumsum(np.asarray(rows, np.int64))])
+        offsets = np.concatenate([[0], np.cumsum(np.asarray(rows, np.int64))])  # (n + 1,)
         by_shard: dict[str, list[int]] = {}
         for i, key in enumerate(keys):
             by_shard.setdefault(self._places[key].shard, []).append(i)
         result: np.ndarray | None = None
         for shard, members in by_shard.items():
             logps = _read_logps(self._shards / shard)
-            result = np.empty(offsets[-1], logps.dtype) if result is None else result
+            if result is None:
+                result = np.empty(offsets[-1], logps.dtype)
             for i in members:
                 place = self._places[keys[i]]
                 if place.stop - place.start != rows[i]:
@@ -126,40 +128,45 @@ class ReferenceCache:
             "offsets": np.cumsum([0, *(len(values) for _, values in entries)]),
             "logps": logps,
         }
-        # Named by time: where several hold a key, the first one counts, whatever comes later.
+        # Name shards by time: if several hold a key, the oldest one counts.
         name = f"{time.time_ns():020d}-{secrets.token_hex(4)}.safetensors"
         with atomic_write(self._shards / name, "wb") as file:
             file.write(save(tensors, metadata={"crc32": str(_checksum(tensors))}))
 
     def _read_index(self) -> dict[bytes, _Place]:
-        """Where every key lies. An index that does not name exactly the shards that are there is made anew."""
+        """Return the place of every key. Rebuild the index if it does not name exactly the shards on disk."""
         names = sorted(p.name for p in self._shards.glob("*.safetensors"))
         path = self.folder / "index.safetensors"
         with contextlib.suppress(OSError, SafetensorError, KeyError, ValueError), safe_open(path, "numpy") as file:
             if json.loads(file.metadata()["shards"]) == names:
-                return _places(names, *(file.get_tensor(name) for name in ("keys", "shard", "bounds")))
-        keys, shard, bounds, read = [], [], [], []
+                tensors = {name: file.get_tensor(name) for name in ("keys", "shard", "bounds")}
+                return _make_places(names, tensors)
+        keys, shard, bounds, intact = [], [], [], []
         for name in names:
-            if (found := _read_shard(self._shards / name)) is None:
+            content = _read_shard(self._shards / name)
+            if content is None:
                 continue
-            shard.append(np.full(len(found[0]), len(read), np.int32))
-            keys.append(found[0])
-            bounds.append(np.stack([found[1][:-1], found[1][1:]], axis=1))
-            read.append(name)
-        if not read:
+            shard_keys, offsets = content
+            keys.append(shard_keys)  # (m, 16)
+            shard.append(np.full(len(shard_keys), len(intact), np.int32))  # (m,)
+            bounds.append(np.stack([offsets[:-1], offsets[1:]], axis=1))  # (m, 2)
+            intact.append(name)
+        if not intact:
             return {}
-        columns = [np.concatenate(column) for column in (keys, shard, bounds)]
-        tensors = dict(zip(("keys", "shard", "bounds"), columns, strict=True))
+        tensors = {"keys": np.concatenate(keys), "shard": np.concatenate(shard), "bounds": np.concatenate(bounds)}
         with atomic_write(path, "wb") as file:
-            file.write(save(tensors, metadata={"shards": json.dumps(read)}))
-        return _places(read, *columns)
+            file.write(save(tensors, metadata={"shards": json.dumps(intact)}))
+        return _make_places(intact, tensors)
 
 
-def _places(names: Sequence[str], keys: np.ndarray, shard: np.ndarray, bounds: np.ndarray) -> dict[bytes, _Place]:
-    raw = keys.tobytes()
+def _make_places(names: Sequence[str], tensors: Mapping[str, np.ndarray]) -> dict[bytes, _Place]:
+    """Return the place of each key of an index. Its ``shard`` counts in ``names``, oldest first."""
+    raw = tensors["keys"].tobytes()
+    shard, bounds = tensors["shard"].tolist(), tensors["bounds"].tolist()
     places: dict[bytes, _Place] = {}
-    for i, (at, (start, stop)) in enumerate(zip(shard.tolist(), bounds.tolist(), strict=True)):
-        places.setdefault(raw[i * _KEY_BYTES : (i + 1) * _KEY_BYTES], _Place(names[at], start, stop))
+    for i, (shard_number, (start, stop)) in enumerate(zip(shard, bounds, strict=True)):
+        key = raw[i * _KEY_BYTES : (i + 1) * _KEY_BYTES]
+        places.setdefault(key, _Place(names[shard_number], start, stop))
     return places
 
 
@@ -171,17 +178,20 @@ def _checksum(tensors: Mapping[str, np.ndarray]) -> int:
 
 
 def _read_logps(path: Path) -> np.ndarray:
-    """All rows of a shard. Raises SaroError, and removes the file, where the disk has damaged it."""
+    """Return all log-probs of a shard. If the file is damaged, delete it and raise SaroError."""
     with contextlib.suppress(SafetensorError, KeyError), safe_open(path, "numpy") as file:
         tensors = {name: file.get_tensor(name) for name in ("keys", "offsets", "logps")}
         if _checksum(tensors) == int(file.metadata()["crc32"]):
             return tensors["logps"]
     path.unlink(missing_ok=True)
-    raise SaroError(f"{path}: was damaged on disk, and is removed; start again, and its rows are scored anew")
+    raise SaroError(f"{path}: was damaged on disk and has been removed; start again, and its rows will be scored again")
 
 
 def _read_shard(path: Path) -> tuple[np.ndarray, np.ndarray] | None:
-    """Keys and offsets of a shard; None, and the file is removed, where it is none any more: it is scored again."""
+    """Return the keys and offsets of a shard. If the file is damaged, delete it and return None.
+
+    Its rows are then scored again.
+    """
     with contextlib.suppress(SafetensorError, KeyError), safe_open(path, "numpy") as file:
         return file.get_tensor("keys"), file.get_tensor("offsets")
     path.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""The start-up check of packs: it passes on what is right, and every kind of wrong packing fails it."""
+"""check_packs passes on correct packing and fails on every kind of wrong packing."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ METHODS = ("full", "lora", "qlora")
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-# Which sequences are run.
+# The choice of sequences.
 
 
 @pytest.mark.parametrize(
@@ -45,9 +45,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
         ((21, 12, 34), None, (12, 21)),
         ((12, 12, 34), None, (12, 34)),
         ((21, 12, 34), 8, (12, 21)),
-        ((5, 6, 12, 13, 34), 8, (5, 13)),  # 13 is more than 8 and a half of it
-        ((5, 6, 10, 11), 8, (5, 11)),  # none is: the longest
-        ((5, 6, 9), 8, (5, 6)),  # of 9 tokens 8 are read: all within the window
+        ((5, 6, 12, 13, 34), 8, (5, 13)),  # 13 is more than 1.5 times the window of 8
+        ((5, 6, 10, 11), 8, (5, 11)),  # none is that long, so take the longest
+        ((5, 6, 9), 8, (5, 6)),  # the longest reads 8 of its 9 tokens, all within the window
         ((5, 6, 9), 100, (5, 6)),
         ((40, 40), 8, (40, 30)),
         ((12,), None, (12, 9)),
@@ -60,11 +60,11 @@ def test_the_shortest_and_a_longer_sequence_are_chosen(lengths, window, chosen):
     assert tuple(len(s.tokens) for s in sequences) == chosen
     assert all(s.scored_from == 1 for s in sequences)
     records = [list(data.sequence(i).tokens) for i in range(len(data))]
-    for s in sequences:  # a record, or the beginning of one
+    for s in sequences:  # each is a record, or the beginning of one
         assert any(record[: len(s.tokens)] == list(s.tokens) for record in records)
 
 
-# It passes on what is right.
+# It passes on correct packing.
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
@@ -84,7 +84,7 @@ def test_passes_in_bfloat16(tiny_model, kind, method):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", ["llama", "gemma2"])
-def test_passes_on_a_deep_model_whose_layers_multiply_what_rounding_does(tmp_path, kind, dtype):
+def test_passes_on_a_deep_model_that_amplifies_rounding(tmp_path, kind, dtype):
     types = {"layer_types": ["sliding_attention", "full_attention"] * 8} if kind == "gemma2" else {}
     folder = str(save_tiny_model(tmp_path, kind, num_hidden_layers=16, **types))
     for data in (DATA, PAIRS):
@@ -93,9 +93,11 @@ def test_passes_on_a_deep_model_whose_layers_multiply_what_rounding_does(tmp_pat
 
 @pytest.mark.parametrize("lengths", [(4, 70), (120, 121)])
 @pytest.mark.parametrize("method", METHODS)
-def test_passes_in_bfloat16_where_two_native_runs_agree_to_the_bit(tiny_model, method, lengths):
-    """Beyond the window both native runs take the kernel with a mask, and pack another one: as near to float64, and
-    1e-2 from them."""
+def test_passes_in_bfloat16_even_if_two_native_runs_agree_bit_for_bit(tiny_model, method, lengths):
+    """Beyond the window, both native runs use the kernel with a mask and the pack uses another one.
+
+    That one is as close to float64, but 1e-2 away from the native runs.
+    """
     check_packs(load(tiny_model("mistral"), method, dtype="bfloat16"), examples_of(*lengths))
 
 
@@ -114,11 +116,11 @@ def test_passes_on_few_records(tiny_model, lengths):
     check_packs(load(tiny_model("mistral")), examples_of(*lengths))
 
 
-def test_dropout_does_not_disturb_it(tiny_model):
+def test_dropout_does_not_affect_it(tiny_model):
     check_packs(load(tiny_model("llama"), lora_dropout=0.5).train(), DATA)
 
 
-# It fails on what is wrong.
+# It fails on wrong packing.
 
 
 def without_isolation(patch):
@@ -134,7 +136,7 @@ def without_causality(patch):
 
 
 def changed_attention(**changes):
-    """Sabotage of what ``packed_attention`` hands to its backend."""
+    """Return a function that sabotages the arguments that ``packed_attention`` passes to its backend."""
 
     def sabotage(patch):
         original = attention._sdpa
@@ -150,7 +152,7 @@ def changed_attention(**changes):
 
 
 def changed_pack(**changes):
-    """Sabotage of the tensors of a pack."""
+    """Return a function that sabotages the tensors of a pack."""
 
     def sabotage(patch):
         original = checks.lay_out
@@ -174,24 +176,24 @@ def changed_logps(change):
 
 SABOTAGES = {
     "sequences see each other": (without_isolation, "logps"),
-    "tokens see what comes after": (without_causality, "logps"),
-    "scale of one percent": (changed_attention(scaling=lambda s: s * 1.01), "logps"),
-    "positions that stand still": (changed_pack(position_ids=torch.zeros_like), "logps"),
+    "tokens see later tokens": (without_causality, "logps"),
+    "scale off by one percent": (changed_attention(scaling=lambda s: s * 1.01), "logps"),
+    "positions that are all zero": (changed_pack(position_ids=torch.zeros_like), "logps"),
     "positions that run backwards": (changed_pack(position_ids=torch.neg), "logps"),
     "positions in steps of two": (changed_pack(position_ids=lambda p: 2 * p), "logps"),
     "rows that read the token before": (changed_pack(row_hidden=lambda r: (r - 1).clamp_min(0)), "logps"),
     "rows that read their own token": (changed_pack(row_hidden=lambda r: (r + 1).clamp_max(r.max())), "logps"),
     "targets of the row before": (changed_pack(row_target=lambda t: t.roll(1)), "logps"),
-    "one target": (changed_pack(row_target=lambda t: torch.cat([t[:1] - 1, t[1:]])), "logps"),
-    "one input token": (changed_pack(input_ids=lambda t: torch.cat([t[:-1], t[-1:] - 1])), "logps"),
+    "one wrong target": (changed_pack(row_target=lambda t: torch.cat([t[:1] - 1, t[1:]])), "logps"),
+    "one wrong input token": (changed_pack(input_ids=lambda t: torch.cat([t[:-1], t[-1:] - 1])), "logps"),
     "log-probs in bits": (changed_logps(lambda logps: logps / np.log(2)), "logps"),
-    "log-probs off by a tenth of a promille": (changed_logps(lambda logps: logps * 1.0001), "logps"),
+    "log-probs off by 0.01 percent": (changed_logps(lambda logps: logps * 1.0001), "logps"),
     "a missing gradient": (
         changed_logps(lambda logps: torch.cat([logps[:1].detach(), logps[1:]])),
         "gradients",
     ),
-    "gradients of one promille more": (changed_logps(lambda x: x + 0.001 * (x - x.detach())), "gradients"),
-    "not a number": (changed_logps(lambda logps: logps * torch.nan), "logps"),
+    "gradients off by 0.1 percent": (changed_logps(lambda x: x + 0.001 * (x - x.detach())), "gradients"),
+    "NaN": (changed_logps(lambda logps: logps * torch.nan), "logps"),
 }
 
 
@@ -206,7 +208,7 @@ def test_fails_on_wrong_packing(tiny_model, monkeypatch, method, sabotage, what)
         check_packs(policy, DATA)
 
 
-# Long sequences, of which some rows are compared.
+# Long sequences: only some rows are compared.
 
 LONG = examples_of(150, 400)
 
@@ -229,7 +231,7 @@ def test_fails_on_wrong_packing_of_long_sequences(tiny_model, monkeypatch, sabot
 
 
 def logits_made(policy, data):
-    """Shapes of the logits that the model's own forward makes in the check."""
+    """Return the shapes of the logits that the model's own forward makes during the check."""
     shapes = []
     handle = policy.causal_lm.register_forward_hook(lambda _, __, output: shapes.append(tuple(output.logits.shape)))
     check_packs(policy, data)
@@ -237,15 +239,15 @@ def logits_made(policy, data):
     return shapes
 
 
-def test_native_runs_hold_the_logits_of_few_rows(tiny_model):
-    """Of a whole sequence they are gigabytes where the vocabulary is large."""
+def test_native_runs_make_logits_for_few_rows_only(tiny_model):
+    """With a large vocabulary, the logits of a full sequence take gigabytes."""
     shapes = logits_made(load(tiny_model()), LONG)
-    assert len(shapes) == 5  # each alone, both padded, and each alone once more
+    assert len(shapes) == 5  # each sequence alone, both padded, and each alone again
     assert max(rows for _, rows, _ in shapes) <= 128
 
 
-def test_a_model_that_cannot_choose_its_rows_makes_all(tiny_model, monkeypatch):
-    """Such as one with code of its own, which may have no option for it, or take a number of last rows alone."""
+def test_a_model_that_cannot_choose_rows_makes_logits_for_all(tiny_model, monkeypatch):
+    """A model with its own code may have no option for it, or may only accept a number of last rows."""
     original = LlamaForCausalLM.forward
     monkeypatch.setattr(
         LlamaForCausalLM,
@@ -257,8 +259,8 @@ def test_a_model_that_cannot_choose_its_rows_makes_all(tiny_model, monkeypatch):
     assert max(rows for _, rows, _ in logits_made(load(tiny_model()), LONG)) == 399
 
 
-def test_layers_are_recomputed_where_training_does_so(tiny_model):
-    """Without it, a sequence that fits in training might not fit in the check."""
+def test_layers_are_recomputed_if_training_recomputes_them(tiny_model):
+    """Otherwise a sequence that fits in memory in training might not fit in the check."""
 
     def forwards(**options):
         policy, calls = load(tiny_model(), **options), []
@@ -267,13 +269,13 @@ def test_layers_are_recomputed_where_training_does_so(tiny_model):
         check_packs(policy, DATA)
         return len(calls)
 
-    layers, with_gradient, without = 2, 6, 1  # runs: five native and a packed one; the one that leaks
+    layers, with_gradient, without = 2, 6, 1  # five native runs and a packed one; the one without isolation
     assert forwards() == layers * (with_gradient + without)
     assert forwards(gradient_checkpointing=True) == layers * (2 * with_gradient + without)
 
 
-def test_a_models_own_dropout_stays_off_in_layers_that_are_recomputed():
-    """OPT's layers drop some of their output while they are in training, even if nothing inside them is."""
+def test_a_models_own_dropout_stays_off_in_recomputed_layers():
+    """An OPT layer in train mode applies dropout to its output, even if all modules inside it are in eval mode."""
     shape = {"hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     model = random_model(OPTConfig(vocab_size=264, word_embed_proj_dim=32, dropout=0.5, **shape))
     model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
@@ -284,7 +286,7 @@ def test_a_models_own_dropout_stays_off_in_layers_that_are_recomputed():
 
 
 def pairs_of(*lengths, shared=6, seed=0):
-    """Random pairs whose sides share some tokens: the rejected ones are three tokens longer."""
+    """Make random pairs whose sides share their first tokens. The rejected side is three tokens longer."""
     chosen = examples_of(*lengths, seed=seed)
     rejected = examples_of(*(n + 3 for n in lengths), seed=seed + 1)
     for i in range(len(lengths)):
@@ -354,8 +356,8 @@ def test_fails_on_wrong_trees(tiny_model, monkeypatch, sabotage):
 
 @pytest.mark.parametrize("shared", [9, 11, 120])
 @pytest.mark.parametrize("part", ["target", "hidden state"])
-def test_fails_where_the_fork_of_a_long_tree_alone_is_wrong(tiny_model, monkeypatch, part, shared):
-    """The last shared token predicts the first one of each child: two rows at one place."""
+def test_fails_even_if_only_the_fork_of_a_long_tree_is_wrong(tiny_model, monkeypatch, part, shared):
+    """The last shared token predicts the first token of each child, so it has two rows."""
     original = checks.lay_out
 
     def lay_out(trees):
@@ -375,8 +377,8 @@ def test_fails_where_the_fork_of_a_long_tree_alone_is_wrong(tiny_model, monkeypa
 
 
 @pytest.mark.parametrize("method", ["lora", "qlora"])
-def test_fails_on_adapters_computed_wrongly(tiny_model, monkeypatch, method):
-    """A new adapter is zero, where a wrong factor would not show."""
+def test_fails_on_wrong_adapter_outputs(tiny_model, monkeypatch, method):
+    """A new adapter is zero, so the check must change it to notice a wrong factor."""
     policy = load(tiny_model(), method)
     original = fused_lora._parts
     monkeypatch.setattr(fused_lora, "_parts", lambda layer: replace(original(layer), scaling=0.0))
@@ -384,7 +386,7 @@ def test_fails_on_adapters_computed_wrongly(tiny_model, monkeypatch, method):
         check_packs(policy, DATA)
 
 
-def test_adapters_are_as_they_were_afterwards(tiny_model):
+def test_leaves_adapters_unchanged(tiny_model):
     policy = load(tiny_model())
     before = {name: p.detach().clone() for name, p in policy.trainable().items()}
     check_packs(policy, DATA)
@@ -393,8 +395,8 @@ def test_adapters_are_as_they_were_afterwards(tiny_model):
 
 WINDOWS = {
     "no window": lambda w: None,
-    "a token more": lambda w: w and w + 1,
-    "a token less": lambda w: w and w - 1,
+    "one token more": lambda w: w and w + 1,
+    "one token less": lambda w: w and w - 1,
 }
 
 
@@ -421,7 +423,7 @@ def test_fails_in_bfloat16_too(tiny_model, monkeypatch, kind, sabotage):
         check_packs(policy, DATA)
 
 
-def test_a_model_that_sequences_cannot_reach_each_other_in_gives_no_proof(tiny_model):
+def test_fails_if_sequences_could_not_affect_each_other_anyway(tiny_model):
     policy = load(tiny_model("llama"))
     with torch.no_grad():
         for name, parameter in policy.model.named_parameters():
@@ -431,7 +433,7 @@ def test_a_model_that_sequences_cannot_reach_each_other_in_gives_no_proof(tiny_m
         check_packs(policy, DATA)
 
 
-def test_weights_that_are_not_finite_fail(tiny_model):
+def test_fails_on_weights_that_are_not_finite(tiny_model):
     policy = load(tiny_model("llama"))
     with torch.no_grad():
         policy.causal_lm.get_input_embeddings().weight[100:].fill_(torch.nan)
@@ -439,7 +441,7 @@ def test_weights_that_are_not_finite_fail(tiny_model):
         check_packs(policy, DATA)
 
 
-# Real models that packed training cannot be right for, had their config not been refused before.
+# Models that packed training would train wrongly. Their configs are refused earlier; this check would find them too.
 
 _SHAPE = {
     "vocab_size": 264,
@@ -453,7 +455,7 @@ _DECODER = _SHAPE | {"intermediate_size": 64, "num_attention_heads": 4, "num_key
 UNFIT = {
     "alibi": (lambda: BloomConfig(**_SHAPE, n_head=4), "packed logps differ"),
     "attention of its own": (lambda: FalconConfig(**_SHAPE, num_attention_heads=4), "packed logps differ"),
-    "arguments that get lost": (
+    "arguments that are dropped": (
         lambda: StableLmConfig(**_DECODER),
         "does not fit this model: StableLmAttention got no plan",
     ),
@@ -479,7 +481,7 @@ def test_fails_on_models_that_cannot_be_packed(config, message):
 
 
 @pytest.mark.parametrize("name", ["s_aux", "position_bias", "attention_bias"])
-def test_fails_on_an_attention_argument_that_is_not_known(tiny_model, monkeypatch, name):
+def test_fails_on_an_unknown_attention_argument(tiny_model, monkeypatch, name):
     """transformers' own sdpa function swallows these; packed attention must not."""
     original = LlamaAttention.forward
     monkeypatch.setattr(LlamaAttention, "forward", lambda *args, **kw: original(*args, **kw, **{name: 30.0}))

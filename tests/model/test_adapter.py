@@ -1,4 +1,4 @@
-"""An adapter that was trained before goes on: its rank, its weights and its base, or one line that says what is wrong."""
+"""Training continues from a saved adapter, with its rank, weights and base, or one line says what is wrong with it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def base(tiny_model) -> str:
 
 
 def save_adapter(base: str, folder: Path) -> Path:
-    """An adapter of rank 4 that changes what the model says."""
+    """Save an adapter of rank 4 that changes the model's output."""
     policy = load(base, lora_rank=4, lora_alpha=12)
     torch.manual_seed(1)
     with torch.no_grad():
@@ -60,7 +60,7 @@ def change_weights(adapter: Path, change) -> None:
 
 
 @pytest.mark.parametrize("kind", [*KINDS_OF_MODEL, *KINDS_OF_LOGITS])
-def test_the_policy_begins_where_the_adapter_ended(tiny_model, tmp_path, kind):
+def test_the_policy_starts_where_the_adapter_ended(tiny_model, tmp_path, kind):
     base = tiny_model(kind)
     adapter = save_adapter(base, tmp_path / "run" / "final")
     peft = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter)
@@ -68,7 +68,7 @@ def test_the_policy_begins_where_the_adapter_ended(tiny_model, tmp_path, kind):
     torch.testing.assert_close(load(adapter)(a_pack()), Policy(peft)(a_pack()), rtol=1e-5, atol=1e-6)
 
 
-def test_it_is_one_adapter_trainable_in_fp32_with_its_own_rank_and_alpha(adapter):
+def test_the_policy_has_one_adapter_in_fp32_with_the_saved_rank_and_alpha(adapter):
     policy = load(adapter, dtype="bfloat16")
     (config,) = policy.model.peft_config.values()
     assert (config.r, config.lora_alpha, config.inference_mode) == (4, 12, False)
@@ -77,7 +77,7 @@ def test_it_is_one_adapter_trainable_in_fp32_with_its_own_rank_and_alpha(adapter
     assert {name.replace(".default", "") for name in trainable} == set(load_file(adapter / "adapter_model.safetensors"))
 
 
-def test_what_is_saved_is_one_adapter_on_the_original_base(base, adapter, tmp_path):
+def test_saving_again_writes_one_adapter_on_the_original_base(base, adapter, tmp_path):
     save_final(tmp_path / "again", load(adapter).model, find_model(ModelConfig(name=str(adapter))).tokenizer)
     assert json.loads((tmp_path / "again" / "adapter_config.json").read_text())["base_model_name_or_path"] == base
     old, new = (load_file(f / "adapter_model.safetensors") for f in (adapter, tmp_path / "again"))
@@ -85,7 +85,7 @@ def test_what_is_saved_is_one_adapter_on_the_original_base(base, adapter, tmp_pa
     assert all(torch.equal(old[name], new[name]) for name in old)
 
 
-def test_qlora_goes_on_with_an_adapter_too(adapter):
+def test_qlora_continues_an_adapter_too(adapter):
     assert load(adapter, "qlora").trainable().keys() == load(adapter, "lora").trainable().keys()
 
 
@@ -96,7 +96,7 @@ def test_the_tokenizer_is_the_one_saved_with_the_adapter(adapter):
     assert find_model(ModelConfig(name=str(adapter))).tokenizer.chat_template == "of the run"
 
 
-def test_its_dropout_may_change(adapter):
+def test_dropout_may_change(adapter):
     assert load(adapter).model.peft_config["default"].lora_dropout == 0
     assert load(adapter, lora_dropout=0.25).model.peft_config["default"].lora_dropout == 0.25
 
@@ -108,7 +108,7 @@ def test_an_option_that_conflicts_with_the_adapter_is_refused(adapter, option, v
     refused(adapter, f"model.{option} is .*, and the adapter in .* has {own}; leave the option out", **{option: value})
 
 
-def test_options_that_agree_with_the_adapter_are_taken(adapter):
+def test_options_that_agree_with_the_adapter_are_accepted(adapter):
     targets = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
     assert load(adapter, lora_rank=4, lora_alpha=12, lora_targets=targets).trainable()
 
@@ -117,7 +117,7 @@ def test_full_fine_tuning_of_an_adapter_is_refused(adapter):
     refused(adapter, "an adapter cannot be trained with --model.method full", "full")
 
 
-def test_a_weight_that_the_adapter_lacks_is_refused(adapter):
+def test_an_adapter_with_a_missing_weight_is_refused(adapter):
     change_weights(adapter, lambda weights: weights.pop(next(iter(weights))))
     refused(adapter, "does not fit the adapter's config or its base: .*lora_A")
 
@@ -127,7 +127,7 @@ def test_weights_of_another_rank_are_refused(adapter):
     refused(adapter, "does not fit the base model")
 
 
-def test_half_a_file_is_refused(adapter):
+def test_a_truncated_file_is_refused(adapter):
     file = adapter / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:1000])
     refused(adapter, "does not fit the base model")
@@ -148,24 +148,24 @@ def test_pickled_adapter_weights_are_refused(adapter):
         ({"base_model_name_or_path": "./gone"}, "./gone: no such folder"),
     ],
 )
-def test_an_adapter_that_cannot_go_on_is_refused(adapter, changes, message):
+def test_an_adapter_that_cannot_be_continued_is_refused(adapter, changes, message):
     change_config(adapter, **changes)
     refused(adapter, message)
 
 
 def test_a_broken_config_is_refused(adapter):
     (adapter / "adapter_config.json").write_text("{")
-    refused(adapter, "is no config of an adapter")
+    refused(adapter, "is not an adapter config")
 
 
 def test_an_adapter_on_the_head_is_refused(adapter):
-    """huggingface/peft#2777: with a tied head a merge would change the embedding too."""
+    """huggingface/peft#2777: if the head is tied, a merge would change the embedding too."""
     change_config(adapter, target_modules=["lm_head"])
     refused(adapter, "the adapter is on the embedding or the LM head")
 
 
 def test_another_base_than_the_one_it_was_trained_on_is_refused(base, adapter, tmp_path):
-    """unslothai/unsloth-zoo#810: an adapter merged into a base that it was not trained on."""
+    """unslothai/unsloth-zoo#810: an adapter was merged into a base that it was not trained on."""
     files = {"model.safetensors": file_hash(Path(base) / "model.safetensors")}
     began = {"model": {"files": files, "commit": None}}
     (adapter.parent / "manifest.json").write_text(json.dumps({"saro": "0.1.0", "config": {}, "template_date": "2024-07-26"} | began))

@@ -1,4 +1,4 @@
-"""Which model types are refused before anything is loaded, and what is known of those that are not."""
+"""Unsupported model types are refused before loading; windows, scales and softcaps of the others are known."""
 
 from __future__ import annotations
 
@@ -59,12 +59,12 @@ REFUSED = {
     "experts of deepseek": (lambda: DeepseekV3Config(), "'deepseek_v3' .* mixture of experts"),
     "experts of gpt-oss": (lambda: GptOssConfig(), "'gpt_oss' .* mixture of experts"),
     "experts of jamba": (lambda: JambaConfig(), "'jamba' .* mixture of experts"),
-    "experts in a config inside": (lambda: DbrxConfig(), r"'dbrx' .* mixture of experts \(moe_num_experts=4\)"),
+    "experts in a nested config": (lambda: DbrxConfig(), r"'dbrx' .* mixture of experts \(moe_num_experts=4\)"),
     "a logit scale of unknown meaning": (
         lambda: changed(LlamaConfig(), logit_scale=0.0625),
         "'llama' .* logit_scale=0.0625 changes its scores",
     ),
-    "a scaling by another model's option": (
+    "another model's scaling option": (
         lambda: changed(CohereConfig(), logits_scaling=8.0),
         "'cohere' .* logits_scaling=8.0 changes its scores",
     ),
@@ -181,7 +181,7 @@ ACCEPTED = {
     "a scale of one": lambda: changed(LlamaConfig(), logit_scale=1.0, logits_scaling=1),
     "cohere": CohereConfig,
     "granite": lambda: GraniteConfig(logits_scaling=8.0),
-    "experts of none": lambda: changed(LlamaConfig(), num_local_experts=0, num_experts_per_tok=0),
+    "zero experts": lambda: changed(LlamaConfig(), num_local_experts=0, num_experts_per_tok=0),
     "llama": LlamaConfig,
     "mistral": MistralConfig,
     "qwen2": Qwen2Config,
@@ -198,7 +198,7 @@ def test_is_accepted(config):
     check_supported(config())
 
 
-def test_a_config_of_code_that_comes_with_a_model_is_judged_by_its_options():
+def test_a_config_that_a_model_brings_as_code_is_judged_by_its_options():
     class TheirConfig(LlamaConfig):
         model_type = "theirs"
 
@@ -220,7 +220,7 @@ def test_a_config_of_code_that_comes_with_a_model_is_judged_by_its_options():
     ],
     ids=["llama", "mistral", "mistral without", "gemma3", "gemma3 full", "qwen2 off", "qwen2 on"],
 )
-def test_sliding_window_is_that_of_the_layers(config, window):
+def test_the_sliding_window_is_the_one_that_layers_use(config, window):
     assert sliding_window(config()) == window
 
 
@@ -256,7 +256,7 @@ def test_packs_equal_the_unmodified_model(tiny_model, kind, method, head):
 
 
 @pytest.mark.parametrize("kind", KINDS_OF_LOGITS)
-def test_without_them_the_check_fails(tiny_model, kind):
+def test_without_scale_and_softcap_the_check_fails(tiny_model, kind):
     policy = load(tiny_model(kind))
     policy.logits = LogitOptions()
     with pytest.raises(SaroError, match=r"^packed logps differ"):
@@ -264,7 +264,7 @@ def test_without_them_the_check_fails(tiny_model, kind):
 
 
 @pytest.mark.parametrize("kind", ["granite", "cohere"])
-def test_a_factor_that_should_divide_fails_the_check(tiny_model, kind):
+def test_multiplying_by_a_factor_that_should_divide_fails_the_check(tiny_model, kind):
     policy = load(tiny_model(kind))
     policy.logits = LogitOptions(scale=1 / policy.logits.scale)
     with pytest.raises(SaroError, match=r"^packed logps differ"):

@@ -1,4 +1,4 @@
-"""Packed tree attention against a dense mask in float64, and its backends, refusals and switches."""
+"""Packed tree attention matches a dense mask in float64. Also its backends, refusals, and switching it on and off."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def sequence(*tokens, scored_from=1):
 
 @st.composite
 def packs(draw):
-    """A pack of 1 to 3 trees of 1 to 4 sequences; tails of one token make segments without a token."""
+    """Draw a pack of 1 to 3 trees of 1 to 4 sequences. Tails of one token make segments without a token."""
     trees = []
     for _ in range(draw(st.integers(1, 3))):
         rows = [draw(st.lists(st.integers(0, 2), min_size=2, max_size=12))]
@@ -69,7 +69,7 @@ def tensors(pack, heads=4, groups=2, size=8, seed=0):
 
 
 def dense_mask(pack, window):
-    """(T, T) from the definition: ancestors all of them, oneself causally, and no further back than the window."""
+    """Return the (T, T) mask by definition: all of each ancestor, itself causally, and nothing beyond the window."""
     segment_of = np.repeat(np.arange(len(pack.segments)), [stop - start for start, stop, _ in pack.segments])
     ancestors = []
     for _, _, parent in pack.segments:
@@ -84,7 +84,7 @@ def dense_mask(pack, window):
 
 
 def assert_same(actual, expected, budget):
-    """Largest difference of outputs and of gradients, in units of numbers that are about 1."""
+    """Check that outputs and gradients differ by at most ``budget`` in absolute terms; their entries are about 1."""
     for a, b in zip(actual, expected, strict=True):
         assert (a - b).abs().max() <= budget
 
@@ -99,7 +99,7 @@ def varlen_calls(monkeypatch):
 # The plan.
 
 
-def test_plan_lists_the_segments_that_are_read_with_their_ancestors():
+def test_plan_lists_segments_that_have_tokens_with_their_ancestors():
     pack = lay_out(
         [
             build_tree([sequence(5, 6, 7, 8), sequence(5, 6, 9, 10, 11), sequence(5, 6, 9, 12)]),
@@ -107,7 +107,7 @@ def test_plan_lists_the_segments_that_are_read_with_their_ancestors():
         ]
     )
     plan = AttentionPlan.of(pack, "sdpa")
-    # 5 6 | 7 | 9 | 10 | (12 is never read) | 1
+    # 5 6 | 7 | 9 | 10 | (12 is never an input) | 1
     assert plan.lengths == (2, 1, 1, 1, 1)
     assert plan.paths == ((0,), (0, 1), (0, 2), (0, 2, 3), (4,))
 
@@ -137,7 +137,7 @@ def test_masks_are_made_once_for_all_layers():
 
 @settings(deadline=None, max_examples=40)
 @given(pack=packs(), window=st.sampled_from([None, 1, 2, 3, 8]), groups=st.sampled_from([1, 2, 4]))
-def test_sdpa_backend_is_the_dense_definition(pack, window, groups):
+def test_sdpa_backend_equals_the_dense_definition(pack, window, groups):
     inputs = tensors(pack, groups=groups)
     output, weights = packed_attention(
         CAUSAL, *inputs, None, plan=AttentionPlan.of(pack, "sdpa"), scaling=0.4, sliding_window=window
@@ -164,7 +164,7 @@ def test_varlen_backend_equals_the_sdpa_backend(pack, window, groups):
 
 
 @pytest.mark.parametrize("backend", ["sdpa", "varlen"])
-def test_without_a_scaling_it_is_one_over_the_root_of_the_head_size(backend, varlen_calls):
+def test_the_default_scaling_is_one_over_the_root_of_the_head_size(backend, varlen_calls):
     pack = lay_out([build_tree([sequence(1, 2, 3, 4), sequence(1, 2, 5, 6)])])
     inputs = tensors(pack, size=8)
     output, _ = packed_attention(CAUSAL, *inputs, None, plan=AttentionPlan.of(pack, backend))
@@ -173,7 +173,7 @@ def test_without_a_scaling_it_is_one_over_the_root_of_the_head_size(backend, var
 
 @settings(deadline=None, max_examples=20)
 @given(pack=packs(), window=st.sampled_from([None, 1, 3]), backend=st.sampled_from(["sdpa", "varlen"]))
-def test_capped_scores_are_the_dense_definition_by_either_backend(pack, window, backend):
+def test_with_a_softcap_both_backends_equal_the_dense_definition(pack, window, backend):
     inputs, softcap = tensors(pack), 1.5
     plan = AttentionPlan.of(pack, backend)
     output, _ = packed_attention(CAUSAL, *inputs, None, plan=plan, scaling=0.4, sliding_window=window, softcap=softcap)
@@ -181,15 +181,15 @@ def test_capped_scores_are_the_dense_definition_by_either_backend(pack, window, 
     assert_same(output_and_gradients(output, inputs), output_and_gradients(expected, inputs), 1e-12)
 
 
-def test_capped_scores_have_no_dropout(call):
+def test_a_softcap_with_dropout_is_refused(call):
     with pytest.raises(ValueError, match=r"softcapped attention has no dropout; set --model.dropout false"):
         call(softcap=2.0, dropout=0.1)
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("backend", ["sdpa", "varlen"])
-def test_autocast_gives_all_backends_one_dtype(backend, softcap, varlen_calls):
-    """Float32 masters: a rotary embedding returns float32 queries and keys, and values are bfloat16."""
+def test_under_autocast_both_backends_compute_in_one_dtype(backend, softcap, varlen_calls):
+    """With float32 master weights, the rotary embedding returns float32 queries and keys, while values are bfloat16."""
     pack = lay_out([build_tree([sequence(1, 2, 3, 4), sequence(1, 2, 5, 6)])])
     query, key, value = (x.detach().float() for x in tensors(pack))
     plan = AttentionPlan.of(pack, backend)
@@ -201,7 +201,7 @@ def test_autocast_gives_all_backends_one_dtype(backend, softcap, varlen_calls):
     assert torch.equal(found, expected)
 
 
-def test_a_value_may_have_another_size_than_its_key():
+def test_values_may_have_another_size_than_keys():
     pack = lay_out([build_tree([sequence(1, 2, 3, 4), sequence(1, 2, 5, 6)])])
     query, key, _ = tensors(pack)
     value = torch.randn(1, 2, pack.tokens, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -209,11 +209,11 @@ def test_a_value_may_have_another_size_than_its_key():
     assert (output - dense(query, key, value, dense_mask(pack, None), 0.3)).abs().max() <= 1e-12
 
 
-# varlen_attn, which only CUDA runs: what it is called with.
+# Arguments of varlen_attn, which runs on CUDA only.
 
 
 @pytest.mark.parametrize(("window", "passed"), [(None, (-1, 0)), (4, (3, 0)), (1, (0, 0))])
-def test_varlen_window_leaves_out_the_token_itself(window, passed, varlen_calls):
+def test_the_varlen_window_does_not_count_the_token_itself(window, passed, varlen_calls):
     pack = lay_out([build_tree([sequence(*range(7))])])
     packed_attention(CAUSAL, *tensors(pack), None, plan=AttentionPlan.of(pack, "varlen"), sliding_window=window)
     assert [call.window for call in varlen_calls] == [passed]
@@ -226,12 +226,12 @@ def test_varlen_gets_int32_bounds_and_the_longest_query_and_key(varlen_calls):
     (call,) = varlen_calls  # one call for the whole pack
     assert call.q.dtype == call.k.dtype == torch.int32
     assert call.q.tolist() == [0, 3, 4, 6, 8]  # 1 2 3 | 4 | 6 7 | 9 9
-    assert call.k.tolist() == [0, 3, 7, 12, 14]  # each with its ancestors before it
+    assert call.k.tolist() == [0, 3, 7, 12, 14]  # each path: its ancestors, then itself
     assert (call.max_q, call.max_k) == (3, 5)
     assert type(call.max_q) is type(call.max_k) is int
 
 
-def test_varlen_copies_no_keys_where_nothing_is_shared(varlen_calls):
+def test_varlen_copies_no_keys_if_nothing_is_shared(varlen_calls):
     pack = lay_out([build_tree([sequence(1, 2, 3)]), build_tree([sequence(4, 5)])])
     assert AttentionPlan.of(pack, "varlen").varlen()[0] is None
     inputs = tensors(pack)
@@ -241,8 +241,8 @@ def test_varlen_copies_no_keys_where_nothing_is_shared(varlen_calls):
 
 
 @pytest.mark.parametrize("window", [None, 2])
-def test_where_no_kernel_shares_keys_they_are_copied_for_each_query(monkeypatch, window):
-    """On CUDA in float32, or with a mask: else a kernel would hold queries x keys."""
+def test_keys_are_repeated_if_no_kernel_can_share_them(monkeypatch, window):
+    """This happens on CUDA in float32 or with a mask, where a kernel would otherwise materialise queries x keys."""
     pack = lay_out([build_tree([sequence(1, 2, 3, 4), sequence(1, 2, 5, 6)])])
     inputs, plan, calls = tensors(pack), AttentionPlan.of(pack, "sdpa"), []
     sdpa = attention.F.scaled_dot_product_attention
@@ -266,12 +266,12 @@ def test_varlen_indices_are_made_once_for_all_layers():
     assert plan.varlen() is plan.varlen()
 
 
-def test_torch_has_the_varlen_parameters_that_are_passed():
+def test_torchs_varlen_attn_has_the_parameters_of_our_stand_in():
     real, ours = (inspect.signature(f).parameters for f in (varlen.varlen_attn, VarlenOnCPU().__call__))
     assert [(p.name, p.kind, p.default) for p in real.values()] == [(p.name, p.kind, p.default) for p in ours.values()]
 
 
-def test_varlen_has_no_dropout(varlen_calls):
+def test_varlen_with_dropout_is_refused(varlen_calls):
     pack = lay_out([build_tree([sequence(1, 2, 3)])])
     with pytest.raises(ValueError, match=r"no dropout; set --model.attention sdpa or --model.dropout false"):
         packed_attention(CAUSAL, *tensors(pack), None, plan=AttentionPlan.of(pack, "varlen"), dropout=0.1)
@@ -283,7 +283,7 @@ def test_varlen_has_no_dropout(varlen_calls):
 
 @pytest.fixture
 def call():
-    """packed_attention on a small pack, with further arguments."""
+    """Return a function that calls packed_attention on a small pack, with the given arguments."""
     pack = lay_out([build_tree([sequence(1, 2, 3)])])
 
     def run(module=CAUSAL, attention_mask=None, **arguments):
@@ -299,11 +299,11 @@ def test_an_unknown_argument_is_refused_by_name(call, name):
         call(**{name: 0.0})
 
 
-def test_an_unknown_argument_of_none_changes_nothing(call):
+def test_an_unknown_argument_that_is_none_changes_nothing(call):
     assert torch.equal(call(softcap=None, s_aux=None)[0], call()[0])
 
 
-def test_arguments_without_effect_are_taken(call):
+def test_arguments_without_effect_are_accepted(call):
     others = {"position_ids": torch.arange(2)[None], "use_cache": False, "cache_position": torch.arange(2)}
     assert torch.equal(call(**others)[0], call()[0])
 
@@ -344,11 +344,11 @@ def test_dropout_zeroes_attention_weights_and_scales_the_others():
     kept, dropped = kept[0, :, 0][allowed], dropped[0, :, 0][allowed]
     gone = dropped == 0
     assert (dropped[~gone] - kept[~gone] / 0.75).abs().max() <= 1e-12
-    # A binomial share of 0.25 over n weights, within five standard deviations.
+    # The share of dropped weights is binomial with mean 0.25; allow five standard deviations.
     assert abs(gone.double().mean().item() - 0.25) <= 5 * (0.25 * 0.75 / len(gone)) ** 0.5
 
 
-def test_dropout_of_zero_draws_no_random_number(call):
+def test_zero_dropout_draws_no_random_number(call):
     state = torch.get_rng_state()
     call()
     assert torch.equal(torch.get_rng_state(), state)
@@ -357,7 +357,7 @@ def test_dropout_of_zero_draws_no_random_number(call):
 # Switching a model between its own attention and packed attention.
 
 
-def test_native_attention_is_the_models_own_and_ends_with_its_block(model):
+def test_native_attention_is_the_models_own_until_the_block_ends(model):
     ids = torch.arange(4, 24)[None]
     with torch.no_grad():
         own = model(input_ids=ids).logits
@@ -369,24 +369,24 @@ def test_native_attention_is_the_models_own_and_ends_with_its_block(model):
         model(input_ids=ids)
 
 
-def test_native_attention_ends_with_an_exception_too(model):
+def test_native_attention_also_ends_after_an_exception(model):
     use_packed_attention(model)
     with pytest.raises(RuntimeError, match="inside"), native_attention(model):
         raise RuntimeError("inside")
     assert model.config._attn_implementation == PACKED
 
 
-def test_generation_inside_native_attention_is_the_unmodified_models(model):
+def test_generation_in_native_attention_equals_the_unmodified_model(model):
     ids = torch.tensor([[70, 71, 72, 73, 74]])
     arguments = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": IM_END, "pad_token_id": 0}
     own = model.generate(ids, attention_mask=torch.ones_like(ids), **arguments)
     use_packed_attention(model)
     with native_attention(model):
         assert torch.equal(model.generate(ids, attention_mask=torch.ones_like(ids), **arguments), own)
-    assert own.shape[1] > 8 + 1  # it went past the window
+    assert own.shape[1] > 8 + 1  # longer than the window
 
 
-def test_a_model_saved_in_packed_mode_has_no_trace_of_it(model, tmp_path):
+def test_saving_in_packed_mode_leaves_no_trace_of_it(model, tmp_path):
     ids = torch.arange(4, 14)[None]
     with torch.no_grad():
         own = model(input_ids=ids).logits
@@ -416,7 +416,7 @@ def test_backend_by_device_and_dtype(name, device, dtype, chosen):
 
 
 @pytest.mark.parametrize(("device", "dtype"), [("cpu", torch.bfloat16), ("cuda", torch.float32)])
-def test_varlen_is_refused_where_it_cannot_run(device, dtype):
+def test_varlen_is_refused_if_it_cannot_run(device, dtype):
     with pytest.raises(ValueError, match=r"needs CUDA and bfloat16; set --model.attention sdpa"):
         choose_backend("varlen", torch.device(device), dtype, LlamaConfig())
 
@@ -429,15 +429,15 @@ def test_varlen_is_refused_where_it_cannot_run(device, dtype):
         (LlamaConfig(hidden_size=48, num_attention_heads=4), "12"),
         (LlamaConfig(head_dim=512), "512"),
     ],
-    ids=["values of another size", "layers of another size", "no multiple of 8", "too large"],
+    ids=["values of another size", "layers of another size", "not a multiple of 8", "too large"],
 )
-def test_heads_that_varlen_does_not_have_take_the_sdpa_backend(config, sizes):
+def test_head_sizes_that_varlen_does_not_support_use_the_sdpa_backend(config, sizes):
     assert choose_backend("auto", torch.device("cuda"), torch.bfloat16, config) == "sdpa"
-    with pytest.raises(ValueError, match=rf"no heads of .*{sizes} numbers, .*; set --model.attention sdpa"):
+    with pytest.raises(ValueError, match=rf"not support heads of size .*{sizes}, which .*; set --model.attention sdpa"):
         choose_backend("varlen", torch.device("cuda"), torch.bfloat16, config)
 
 
-def test_capped_scores_have_the_sdpa_backend_alone():
+def test_a_softcap_uses_the_sdpa_backend():
     assert choose_backend("auto", torch.device("cuda"), torch.bfloat16, Gemma2Config()) == "sdpa"
     with pytest.raises(ValueError, match=r"no softcap, which the model needs; set --model.attention sdpa"):
         choose_backend("varlen", torch.device("cuda"), torch.bfloat16, Gemma2Config())

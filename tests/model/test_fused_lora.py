@@ -1,4 +1,4 @@
-"""PEFT's layers computed by saro_kernels: the same numbers, and PEFT's own forward wherever ours would not be exact."""
+"""saro_kernels gives the numbers of PEFT's layers, and PEFT's own forward runs wherever ours would not be exact."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def outcome(policy) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
 
 @pytest.fixture
 def calls(monkeypatch) -> list[str]:
-    """Names of our functions as they are called."""
+    """Record the names of our functions as they are called."""
     found: list[str] = []
     for name in ("lora_linear", "lora_gated_mlp"):
         original = getattr(saro.model.fused_lora, name)
@@ -48,7 +48,7 @@ def calls(monkeypatch) -> list[str]:
 
 @pytest.mark.parametrize("method", ["lora", "qlora"])
 @pytest.mark.parametrize("kind", KINDS_OF_MODEL)
-def test_log_probs_and_gradients_are_those_of_pefts_layers(tiny_model, kind, method, calls):
+def test_log_probs_and_gradients_equal_those_of_pefts_layers(tiny_model, kind, method, calls):
     logps, gradients = outcome(wake(load(tiny_model(kind), method)))
     assert calls.count("lora_linear") == 2 * 4
     assert calls.count("lora_gated_mlp") == 2
@@ -59,14 +59,14 @@ def test_log_probs_and_gradients_are_those_of_pefts_layers(tiny_model, kind, met
     assert (whole - theirs).norm() < 1e-5 * theirs.norm()
 
 
-def test_in_float64_they_agree_to_the_last_digits(tiny_model):
+def test_in_float64_both_agree_to_the_last_digits(tiny_model):
     runs = [outcome(wake(load(tiny_model("qwen3"), fused_lora=fused)).double()) for fused in (True, False)]
     torch.testing.assert_close(runs[0][0], runs[1][0], rtol=1e-11, atol=1e-11)
     for name, gradient in runs[0][1].items():
         torch.testing.assert_close(gradient, runs[1][1][name], rtol=1e-7, atol=1e-9)
 
 
-def test_a_layer_alone_is_fused_where_its_neighbours_have_no_adapter(tiny_model, calls):
+def test_a_layer_is_fused_even_if_its_neighbours_have_no_adapter(tiny_model, calls):
     outcome(load(tiny_model(), lora_targets=["q_proj", "down_proj"]))
     assert calls == ["lora_linear"] * 4
 
@@ -113,7 +113,7 @@ def test_a_generation_step_is_left_to_peft(tiny_model, calls):
 
 
 @pytest.mark.parametrize("options", [{"use_dora": True}, {"lora_bias": True}], ids=lambda o: next(iter(o)))
-def test_what_is_not_plain_lora_is_left_to_peft(options):
+def test_adapters_that_are_not_plain_lora_are_left_to_peft(options):
     model = AutoModelForCausalLM.from_config(tiny_config())
     adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "down_proj"], **options))
     assert fuse_lora(adapted) == 0
@@ -136,7 +136,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(tiny_model, method):
 
 
 def test_bfloat16_stays_within_the_error_budget(tiny_model):
-    """Against the same weights in float64: at most twice the error of PEFT's layers."""
+    """The error against the same weights in float64 is at most twice that of PEFT's layers."""
     truth, errors = None, []
     for options in ({"fused_lora": False, "dtype": "float32"}, {}, {"fused_lora": False}):
         policy = wake(load(tiny_model("qwen3"), **{"dtype": "bfloat16"} | options))

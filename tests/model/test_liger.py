@@ -1,4 +1,4 @@
-"""liger-kernel's layers: put in and taken out as a whole, refused with a reason, and part of the reference's key."""
+"""liger-kernel's layers are put in and taken out completely, refused with a reason, and part of the reference's key."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def own_rotary(tiny_model) -> Iterator[None]:
 
 @pytest.fixture
 def anywhere(monkeypatch) -> None:
-    """As if this were a GPU: the layers are put in, though they could not be run."""
+    """Pretend that this is a GPU: the layers are put in, although they could not run here."""
     monkeypatch.setattr(saro.model.load, "check_liger", lambda model_type, device: None)
 
 
@@ -62,7 +62,7 @@ def ligers(model: torch.nn.Module) -> list[str]:
         ("gemma3", ["LigerGEGLUMLP", "LigerRMSNorm"]),
     ],
 )
-def test_norms_gated_mlp_and_rotary_embedding_are_ligers(tiny_model, anywhere, kind, layers):
+def test_liger_replaces_norms_gated_mlp_and_rotary_embedding(tiny_model, anywhere, kind, layers):
     lm = load(tiny_model(kind), "full", liger=True).causal_lm
     assert ligers(lm) == layers
     assert rotary(lm).startswith("liger_kernel.")
@@ -75,7 +75,7 @@ def test_the_loss_stays_ours(tiny_model, anywhere):
     assert type(lm).forward.__module__.startswith("transformers.")
 
 
-def test_a_fused_mlp_keeps_our_function_and_another_ligers(tiny_model, anywhere):
+def test_a_fused_mlp_is_ours_and_any_other_is_ligers(tiny_model, anywhere):
     policy = load(tiny_model(), liger=True)
     assert ligers(policy.model) == ["LigerRMSNorm"]
     for options in ({"fused_lora": False}, {"lora_dropout": 0.1}):
@@ -96,14 +96,14 @@ def test_transformers_own_layers_compute_inside(tiny_model, anywhere, kind, meth
     assert rotary(lm).startswith("liger_kernel.")
 
 
-def test_another_model_of_that_kind_keeps_its_own_norms_and_mlp(tiny_model, anywhere):
+def test_another_model_of_the_same_type_keeps_its_own_norms_and_mlp(tiny_model, anywhere):
     load(tiny_model(), "full", liger=True)
     other = load(tiny_model(), "full").causal_lm
     assert ligers(other) == []
     assert not any(type(module).__module__.startswith("liger_kernel.") for module in other.modules())
 
 
-def test_they_are_put_back_after_an_error(tiny_model, anywhere):
+def test_ligers_layers_are_put_back_after_an_error(tiny_model, anywhere):
     lm = load(tiny_model(), "full", liger=True).causal_lm
     with pytest.raises(KeyError), own_layers(lm):
         raise KeyError
@@ -118,7 +118,7 @@ def test_it_nests_with_pefts_own_layers(tiny_model, anywhere):
         assert torch.equal(policy(a_pack()), expected)
 
 
-def test_a_model_without_them_is_left_alone(tiny_model):
+def test_a_model_without_ligers_layers_is_left_alone(tiny_model):
     policy = load(tiny_model(), "full")
     expected = policy(a_pack())
     with own_layers(policy.causal_lm):
@@ -126,7 +126,7 @@ def test_a_model_without_them_is_left_alone(tiny_model):
     assert not uses_liger(policy.causal_lm)
 
 
-def test_the_reference_is_scored_again_with_them(tiny_model, anywhere):
+def test_the_reference_is_scored_again_with_ligers_layers(tiny_model, anywhere):
     source = find_model(ModelConfig(name=tiny_model()))
     keys = [
         cache_key(load_policy(source, ModelConfig(name=tiny_model(), method="lora", liger=on), CPU, 0), source, CPU)
@@ -136,13 +136,13 @@ def test_the_reference_is_scored_again_with_them(tiny_model, anywhere):
     assert "liger-kernel" not in keys[0]["versions"]
 
 
-def test_without_cuda_it_is_refused_before_the_weights_are_read(tiny_model, monkeypatch):
+def test_without_cuda_liger_is_refused_before_the_weights_are_read(tiny_model, monkeypatch):
     monkeypatch.setattr(saro.model.load, "_load_base", lambda *_: pytest.fail("the weights were read"))
     with pytest.raises(SaroError, match=r"CUDA only; leave --model.liger out"):
         load(tiny_model(), liger=True)
 
 
-def test_where_it_is_not_installed_it_says_how_to(monkeypatch):
+def test_if_liger_is_missing_the_error_says_how_to_install_it(monkeypatch):
     def missing(name: str) -> str:
         raise PackageNotFoundError(name)
 
@@ -151,13 +151,13 @@ def test_where_it_is_not_installed_it_says_how_to(monkeypatch):
         check_liger("llama", CUDA)
 
 
-def test_a_version_of_it_that_does_not_go_with_transformers_is_refused(monkeypatch):
+def test_a_version_that_is_incompatible_with_transformers_is_refused(monkeypatch):
     monkeypatch.setitem(sys.modules, "liger_kernel.transformers.monkey_patch", None)
     with pytest.raises(SaroError, match=r"^--model.liger: .*liger_kernel"):
         check_liger("llama", CUDA)
 
 
-def test_a_model_that_brings_its_own_code_is_refused_and_transformers_left_as_it_was(tiny_model):
+def test_a_model_with_its_own_code_is_refused_and_transformers_stays_unchanged(tiny_model):
     class OwnLlama(LlamaForCausalLM):
         pass
 
@@ -169,7 +169,7 @@ def test_a_model_that_brings_its_own_code_is_refused_and_transformers_left_as_it
 
 
 @pytest.mark.parametrize(("kind", "option"), [("llama", "hidden_act"), ("gemma3", "hidden_activation")])
-def test_an_mlp_with_another_activation_stays_transformers(tmp_path, anywhere, kind, option):
+def test_an_mlp_with_another_activation_keeps_transformers_forward(tmp_path, anywhere, kind, option):
     lm = load(str(save_tiny_model(tmp_path, kind, **{option: "gelu"})), "full", liger=True).causal_lm
     assert ligers(lm) == ["LigerRMSNorm"]
     mlp = lm.model.layers[0].mlp
@@ -178,20 +178,20 @@ def test_an_mlp_with_another_activation_stays_transformers(tmp_path, anywhere, k
     assert torch.equal(mlp(x), mlp.down_proj(torch.nn.functional.gelu(mlp.gate_proj(x)) * mlp.up_proj(x)))
 
 
-def test_a_kind_of_model_that_it_does_not_know_is_refused():
+def test_a_model_type_that_liger_does_not_know_is_refused():
     with pytest.raises(SaroError, match="no layers for model type 'gpt_neox'"):
         check_liger("gpt_neox", CUDA)
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma3"])
-def test_kinds_that_it_knows_are_accepted(kind):
+def test_model_types_that_liger_knows_are_accepted(kind):
     check_liger(kind, CUDA)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="liger-kernel runs on CUDA only")
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma3"])
 @pytest.mark.parametrize("method", ["full", "lora"])
-def test_on_a_gpu_log_probs_and_gradients_are_those_of_transformers_layers(tiny_model, kind, method):
+def test_on_a_gpu_log_probs_and_gradients_equal_those_of_transformers(tiny_model, kind, method):
     runs = []
     for on in (False, True):
         options = ModelConfig(name=tiny_model(kind), method=method, dtype="float32", liger=on)

@@ -1,4 +1,4 @@
-"""Loading: full, LoRA and QLoRA, what is trainable and in which dtype, and one line for everything that is wrong."""
+"""Loading for full, LoRA and QLoRA training: what is trainable, in which dtype, and one-line errors."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture
 def folder(tiny_model, tmp_path):
-    """A copy of the tiny Llama's folder, to be spoilt."""
+    """A copy of the tiny Llama's folder, for tests that damage it."""
     return Path(shutil.copytree(tiny_model("llama"), tmp_path / "model"))
 
 
@@ -54,7 +54,7 @@ def gradients(policy):
     return {name: p.grad.clone() for name, p in policy.trainable().items()}
 
 
-# What is trainable.
+# Trainable parameters.
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -73,7 +73,7 @@ def test_full_trains_all_parameters(tiny_model, kind):
 
 @pytest.mark.parametrize("method", ["lora", "qlora"])
 @pytest.mark.parametrize("kind", KINDS_OF_MODEL)
-def test_adapters_are_on_every_linear_layer_but_the_head_and_nothing_else_trains(tiny_model, kind, method):
+def test_only_adapters_train_and_every_linear_layer_but_the_head_has_one(tiny_model, kind, method):
     policy = load(tiny_model(kind), method)
     expected = {
         f"base_model.model.model.layers.{layer}.{block}.{name}.lora_{matrix}.default.weight"
@@ -86,12 +86,12 @@ def test_adapters_are_on_every_linear_layer_but_the_head_and_nothing_else_trains
     assert sorted(policy.model.peft_config["default"].target_modules) == LINEARS
 
 
-def test_linear_layers_are_named_by_their_last_part_without_the_head(tiny_model):
+def test_linear_layers_lists_last_name_parts_without_the_head(tiny_model):
     model = AutoModelForCausalLM.from_pretrained(tiny_model("qwen3"))
     assert linear_layers(model) == LINEARS
 
 
-def test_adapters_have_the_rank_and_alpha_that_were_asked_for(tiny_model):
+def test_adapters_have_the_requested_rank_and_alpha(tiny_model):
     policy = load(tiny_model("llama"), lora_rank=3, lora_alpha=12, lora_dropout=0.25)
     config = policy.model.peft_config["default"]
     assert (config.r, config.lora_alpha, config.lora_dropout, config.bias) == (3, 12, 0.25, "none")
@@ -100,7 +100,7 @@ def test_adapters_have_the_rank_and_alpha_that_were_asked_for(tiny_model):
 
 
 @pytest.mark.parametrize("method", ["lora", "qlora"])
-def test_fresh_adapters_change_nothing(tiny_model, method):
+def test_new_adapters_change_nothing(tiny_model, method):
     policy = load(tiny_model("llama"), method)
     logps = policy(a_pack()).detach()
     with policy.model.disable_adapter():
@@ -108,7 +108,7 @@ def test_fresh_adapters_change_nothing(tiny_model, method):
 
 
 @pytest.mark.parametrize("method", ["lora", "qlora"])
-def test_adapters_depend_on_the_seed_alone(tiny_model, method):
+def test_adapters_depend_only_on_the_seed(tiny_model, method):
     runs = []
     for seed, noise in ((5, 1), (5, 2), (6, 1)):
         torch.manual_seed(noise)
@@ -121,7 +121,7 @@ def test_adapters_depend_on_the_seed_alone(tiny_model, method):
 # LoRA targets.
 
 
-def test_targets_may_be_some_layers_or_one(tiny_model):
+def test_a_target_may_name_one_layer_or_several(tiny_model):
     policy = load(tiny_model("llama"), lora_targets=["q_proj", "mlp.up_proj", "layers.1.mlp.down_proj"])
     adapted = {name.split(".lora_")[0].split(".layers.")[1] for name in policy.trainable()}
     assert adapted == {
@@ -156,7 +156,7 @@ def test_targets_that_match_nothing_are_refused(tiny_model, targets, message):
     assert refused(tiny_model("llama"), message, lora_targets=targets).startswith("model.lora_targets")
 
 
-def test_a_model_without_linear_layers_takes_no_adapters(tmp_path):
+def test_adapters_on_a_model_without_linear_layers_are_refused(tmp_path):
     config = GPT2Config(vocab_size=264, n_embd=32, n_layer=1, n_head=4, bos_token_id=BOS, eos_token_id=IM_END)
     save_tiny_model(tmp_path)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
@@ -198,8 +198,8 @@ def test_qlora_keeps_the_tied_head_tied(tiny_model):
     assert lm.get_output_embeddings().weight is lm.get_input_embeddings().weight
 
 
-def test_qlora_is_near_the_unquantized_model(tiny_model):
-    """NF4 rounds a weight by about a tenth of its spread; a wrong layer would be off by nats on every row."""
+def test_qlora_is_close_to_the_unquantized_model(tiny_model):
+    """NF4 rounds a weight by about a tenth of its spread. A wrong layer would be off by nats in every row."""
     with torch.no_grad():
         exact, rounded = (load(tiny_model("llama"), method)(a_pack()) for method in ("lora", "qlora"))
     assert 1e-3 < (exact - rounded).abs().mean() < 1.0
@@ -225,7 +225,7 @@ def evaluate_and_generate(policy):
 
 @pytest.fixture(scope="module")
 def wide_model(tmp_path_factory):
-    """Of matrices that are large enough for bitsandbytes to repack them."""
+    """A model with matrices that are large enough for bitsandbytes to repack them."""
     folder = tmp_path_factory.mktemp("wide") / "model"
     return save_tiny_model(folder, "llama", hidden_size=256, intermediate_size=256, head_dim=64)
 
@@ -243,8 +243,8 @@ def test_gradients_are_bit_equal_before_and_after_evaluation_and_generation(wide
 @pytest.mark.skipif(not bnb.functional.has_avx512bf16(), reason="the CPU has no AVX512-BF16")
 @pytest.mark.filterwarnings("ignore:bitsandbytes")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_bitsandbytes_does_repack_without_that_flag(wide_model, dtype):
-    """The control of the test above. When this fails, bitsandbytes has mended it and the flag may go."""
+def test_without_that_flag_bitsandbytes_does_repack(wide_model, dtype):
+    """The control for the test above. If this fails, bitsandbytes has fixed it and we can drop the flag."""
     policy = load(wide_model, "qlora", dtype=dtype)
     before = gradients(policy)
     for layer in policy.modules():
@@ -266,7 +266,7 @@ def test_the_configs_dropout_is_off_unless_asked_for(tmp_path, asked, rate):
 
 
 @pytest.mark.parametrize("asked", [False, True])
-def test_every_name_of_dropout_is_found(tmp_path, asked):
+def test_dropout_is_found_under_every_name(tmp_path, asked):
     names = {"resid_pdrop": 0.5, "embd_pdrop": 0.5, "attn_pdrop": 0.5}
     config = GPT2Config(vocab_size=264, n_embd=32, n_layer=1, n_head=4, bos_token_id=BOS, eos_token_id=IM_END, **names)
     save_tiny_model(tmp_path)
@@ -290,7 +290,7 @@ def test_the_adapters_dropout_stays(tiny_model):
 
 @pytest.mark.parametrize("asked", [False, True])
 @pytest.mark.parametrize("method", METHODS)
-def test_gradient_checkpointing_is_on_when_asked_for(tiny_model, method, asked):
+def test_gradient_checkpointing_is_on_only_if_asked_for(tiny_model, method, asked):
     lm = load(tiny_model("llama"), method, gradient_checkpointing=asked).causal_lm
     assert lm.is_gradient_checkpointing == asked
     assert all(layer.gradient_checkpointing == asked for layer in lm.model.layers)
@@ -317,7 +317,7 @@ def test_gradient_checkpointing_changes_no_bit_of_a_gradient(tiny_model, method)
         ("qlora", "bfloat16", torch.bfloat16, None),
     ],
 )
-def test_base_and_products_have_their_dtypes(tiny_model, method, dtype, base, autocast):
+def test_base_and_autocast_have_the_right_dtypes(tiny_model, method, dtype, base, autocast):
     policy = load(tiny_model("llama"), method, dtype=dtype)
     assert policy.causal_lm.get_input_embeddings().weight.dtype == base
     assert policy.autocast == autocast
@@ -343,10 +343,10 @@ def test_varlen_attention_is_refused_on_a_cpu(tiny_model):
     refused(tiny_model("llama"), "varlen attention needs CUDA and bfloat16", attention="varlen")
 
 
-# What a source knows.
+# ModelSource.
 
 
-def test_a_source_names_where_generation_ends(folder):
+def test_a_source_knows_the_stop_ids(folder):
     def stop_ids(generation=None, **config):
         path = folder / "generation_config.json"
         path.unlink(missing_ok=True)
@@ -358,9 +358,9 @@ def test_a_source_names_where_generation_ends(folder):
 
     assert stop_ids({"eos_token_id": [BOS, IM_END]}) == {BOS, IM_END}
     assert stop_ids({"eos_token_id": BOS}) == {BOS}
-    assert stop_ids(None, eos_token_id=BOS) == {BOS}  # the model's config
-    assert stop_ids({"eos_token_id": PAD}, eos_token_id=BOS) == {PAD}  # what generate() goes by
-    assert stop_ids(None, eos_token_id=None) == {IM_END}  # the tokenizer
+    assert stop_ids(None, eos_token_id=BOS) == {BOS}  # from the model's config
+    assert stop_ids({"eos_token_id": PAD}, eos_token_id=BOS) == {PAD}  # the one that generate() uses
+    assert stop_ids(None, eos_token_id=None) == {IM_END}  # from the tokenizer
 
 
 def test_finding_a_model_reads_no_weights(folder):
@@ -369,7 +369,7 @@ def test_finding_a_model_reads_no_weights(folder):
     assert (source.path, source.config.model_type) == (str(folder), "llama")
 
 
-def test_a_chat_template_of_the_users_takes_the_models_place(folder, tmp_path):
+def test_the_users_chat_template_replaces_the_models(folder, tmp_path):
     (tmp_path / "mine.jinja").write_text("{% for m in messages %}[{{ m['content'] }}]{% endfor %}")
     source = find_model(ModelConfig(name=str(folder)))
     chat = source.chat_format(DataConfig(chat_template=str(tmp_path / "mine.jinja")), date(2026, 1, 2))
@@ -378,10 +378,10 @@ def test_a_chat_template_of_the_users_takes_the_models_place(folder, tmp_path):
         source.chat_format(DataConfig(chat_template=str(tmp_path / "nowhere.jinja")), date(2026, 1, 2))
 
 
-# What is wrong with a folder, in one line.
+# Each thing that can be wrong with a folder gives one line.
 
 
-def test_a_missing_path_is_refused(tmp_path):
+def test_a_missing_folder_is_refused(tmp_path):
     refused(tmp_path / "nowhere", "nowhere: no such folder; give a model's folder or its hub name")
 
 
@@ -411,7 +411,7 @@ def test_pickled_weights_beside_safetensors_are_not_read(folder):
     assert load(folder).trainable()
 
 
-def test_a_base_that_holds_an_adapter_itself_is_refused(folder):
+def test_an_adapter_on_another_adapter_is_refused(folder):
     load(folder).model.save_pretrained(folder)
     refused(folder, "the base of an adapter holds an adapter itself; give the plain model")
 
@@ -439,8 +439,8 @@ def test_a_wrong_config_is_refused(folder, config, message):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_weight_that_the_files_lack_is_refused(folder, method):
-    # transformers would fill it with random numbers and go on.
+def test_files_with_a_missing_weight_are_refused(folder, method):
+    # transformers would fill it with random numbers and continue.
     missing = "model.layers.1.self_attn.q_proj.weight"
     spoil_weights(folder, lambda weights: weights.pop(missing))
     refused(folder, f"no weight of the right shape for {missing}; they are incomplete", method)
@@ -453,13 +453,13 @@ def test_weights_of_another_shape_are_refused(folder, method):
     refused(folder, "no weight of the right shape for model.layers.0.mlp.down_proj.weight and 5 others", method)
 
 
-def test_a_tied_head_is_not_missed(folder):
+def test_a_tied_head_need_not_be_in_the_files(folder):
     assert "lm_head.weight" not in load_file(folder / "model.safetensors")
     assert load(folder, "full").trainable()
 
 
 @pytest.mark.parametrize("kept", [0, 5, 1000], ids=["empty", "no header", "half"])
-def test_half_a_file_is_refused(folder, kept):
+def test_a_truncated_file_is_refused(folder, kept):
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:kept])
     assert refused(folder, "[Ss]afetensors|[Hh]eader|metadata").startswith(str(folder))
@@ -474,7 +474,7 @@ def test_a_hub_name_without_a_network_is_refused_at_once(monkeypatch, name):
 
 
 @pytest.mark.parametrize("name", ["./model", "../model", "~/no-such-model", "/no/such/model", "a/b/c"])
-def test_what_can_only_be_a_path_is_never_asked_of_the_hub(monkeypatch, name):
+def test_a_name_that_can_only_be_a_path_is_never_looked_up_on_the_hub(monkeypatch, name):
     monkeypatch.setattr(huggingface_hub, "get_session", lambda: pytest.fail("asked the hub"))
     refused(name, "no such folder")
 
@@ -490,7 +490,7 @@ def test_a_model_without_a_plain_head_is_refused(tiny_model, monkeypatch):
         load_policy(source, options, CPU, 0)
 
 
-def test_what_was_trained_loads_with_peft_alone(tiny_model, tmp_path):
+def test_peft_itself_loads_what_was_trained(tiny_model, tmp_path):
     policy = load(tiny_model("llama"))
     with torch.no_grad():
         for parameter in policy.trainable().values():
@@ -503,7 +503,7 @@ def test_what_was_trained_loads_with_peft_alone(tiny_model, tmp_path):
         assert torch.equal(loaded(ids).logits, policy.causal_lm(ids).logits)
 
 
-def test_the_models_own_dropout_is_back_in_what_is_saved(tiny_model, tmp_path):
+def test_the_saved_config_has_the_models_own_dropout_again(tiny_model, tmp_path):
     folder = tmp_path / "model"
     save_tiny_model(folder, attention_dropout=0.25)
     options = ModelConfig(name=str(folder), method="full")

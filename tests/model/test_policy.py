@@ -1,4 +1,4 @@
-"""Policy: packed log-probs and gradients against transformers' own forward, one sequence at a time."""
+"""Policy's packed log-probs and gradients equal those of transformers' own forward, one sequence at a time."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def load(folder, method="full", **options):
 
 
 def wake_adapters(policy):
-    """lora_B starts at zero, where lora_A has no gradient: give both something to say."""
+    """Fill lora_B with random numbers. It starts at zero, where lora_A has no gradient."""
     rng = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in policy.trainable().items():
@@ -53,7 +53,7 @@ def wake_adapters(policy):
 
 
 def unmodified(policy, folder):
-    """The same model in float64, never packed: loaded apart, with the policy's adapters."""
+    """Load the same model separately, with the policy's adapters, in float64 and with transformers' own attention."""
     model = AutoModelForCausalLM.from_pretrained(folder)
     capped = getattr(model.config, "attn_logit_softcapping", None) is not None
     assert model.config._attn_implementation == ("eager" if capped else "sdpa")
@@ -65,7 +65,7 @@ def unmodified(policy, folder):
 
 @pytest.fixture(scope="module")
 def pair(tiny_model):
-    """(policy, unmodified model), both float64 and in training mode, by kind and method."""
+    """Return a function that gives (policy, unmodified model), in float64 and train mode, for a kind and method."""
 
     @cache
     def get(kind, method, checkpointing=False):
@@ -87,7 +87,7 @@ def random_sequences(lengths, seed=0):
 
 
 def weights_of(sequences):
-    """A weight for each scored token, all different, so that an exchange of two rows shows."""
+    """Return a different weight for each scored token, so that swapped rows are noticed."""
     return [
         0.5 + torch.arange(len(s.row_kinds), dtype=torch.float64).add(i).sin() ** 2 for i, s in enumerate(sequences)
     ]
@@ -95,7 +95,7 @@ def weights_of(sequences):
 
 @in_float64()
 def native_run(model, sequences):
-    """Log-probs and the gradients of all parameters, each full sequence alone."""
+    """Run each full sequence alone. Return the log-probs and the gradients of all parameters."""
     model.zero_grad(set_to_none=True)
     logps = []
     for s, weight in zip(sequences, weights_of(sequences), strict=True):
@@ -108,7 +108,7 @@ def native_run(model, sequences):
 
 @in_float64()
 def packed_run(policy, trees_by_pack, sequences):
-    """The same by the policy. The trees hold ``sequences`` in their order."""
+    """Return the same as ``native_run``, from packs. The trees hold ``sequences`` in their order."""
     policy.zero_grad(set_to_none=True)
     weights = iter(weights_of(sequences))
     logps = []
@@ -127,11 +127,11 @@ def gradients_of(model):
 
 
 def assert_equal_runs(packed, native, sequences):
-    """Loss within LOSS_BUDGET, each parameter's gradient within GRADIENT_BUDGET, both relative."""
+    """Check that the loss is within LOSS_BUDGET and each gradient within GRADIENT_BUDGET, both relative."""
     weight = torch.cat(weights_of(sequences))
     loss, expected = ((logps * weight).sum() for logps in (packed[0], native[0]))
     assert abs(loss - expected) <= LOSS_BUDGET * abs(expected)
-    # No row hides behind another: 1e-11 nats, where rows are 1 to 20 nats.
+    # Check each row too, so that errors cannot cancel: 1e-11 nats, where rows are 1 to 20 nats.
     assert (packed[0] - native[0]).abs().max() <= 1e-11
     assert packed[1].keys() == native[1].keys()
     for name, gradient in packed[1].items():
@@ -140,21 +140,21 @@ def assert_equal_runs(packed, native, sequences):
         assert error <= GRADIENT_BUDGET, f"{name}: {error:.1e}"
 
 
-# Equal to the unmodified model.
+# Packs equal the unmodified model.
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
 @pytest.mark.parametrize("method", ["full", "lora"])
 @pytest.mark.parametrize("kind", [*KINDS_OF_MODEL, *KINDS_OF_LOGITS])
-def test_pack_of_single_sequences_is_each_sequence_alone(pair, kind, method, checkpointing):
+def test_a_pack_of_single_sequences_equals_each_sequence_alone(pair, kind, method, checkpointing):
     policy, model = pair(kind, method, checkpointing)
-    sequences = random_sequences([13, 2, 30, 5])  # 30: well beyond the window of 8
+    sequences = random_sequences([13, 2, 30, 5])  # 30 is well beyond the window of 8
     packed = packed_run(policy, [[build_tree([s]) for s in sequences]], sequences)
     assert_equal_runs(packed, native_run(model, sequences), sequences)
 
 
 def ladder(depth):
-    """Sequences whose tree has paths of 1 to ``depth`` nodes below the root: one leaves at each step."""
+    """Make sequences whose tree has paths of 1 to ``depth`` nodes below the root; one branches off at each step."""
     rng = np.random.default_rng(depth)
     trunk = rng.integers(4, VOCAB, 3 + 4 * depth)
     rows = [trunk]
@@ -167,7 +167,7 @@ def ladder(depth):
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
 @pytest.mark.parametrize("depth", [1, 2, 3, 4])
 @pytest.mark.parametrize("kind", KINDS_OF_MODEL)
-def test_shared_prefixes_are_each_full_sequence_alone(pair, kind, depth, checkpointing):
+def test_shared_prefixes_equal_each_full_sequence_alone(pair, kind, depth, checkpointing):
     policy, model = pair(kind, "lora", checkpointing)
     sequences = ladder(depth)
     tree = build_tree(sequences)
@@ -190,7 +190,7 @@ SPECIAL_TREES = {
 
 @pytest.mark.parametrize("rows", SPECIAL_TREES.values(), ids=SPECIAL_TREES)
 @pytest.mark.parametrize("kind", ["llama", "mistral"])
-def test_special_trees_are_each_full_sequence_alone(pair, kind, rows):
+def test_special_trees_equal_each_full_sequence_alone(pair, kind, rows):
     policy, model = pair(kind, "full")
     sequences = [sequence(row, record=i) for i, row in enumerate(rows)]
     packed, native = packed_run(policy, [[build_tree(sequences)]], sequences), native_run(model, sequences)
@@ -198,9 +198,9 @@ def test_special_trees_are_each_full_sequence_alone(pair, kind, rows):
 
 
 def assert_equal_runs_in_all(packed, native, sequences):
-    """As above, with the gradient as one vector: a sequence of two tokens can give its queries and keys next to none.
+    """Check as above, but all gradients as one vector: a sequence of two tokens gives its queries and keys almost none.
 
-    A single parameter is held to ten times the budget, or to that of a parameter with a hundredth of the largest norm.
+    A single parameter may be off by ten times the budget, relative to its norm or to a hundredth of the largest norm.
     """
     largest = max(gradient.norm() for gradient in native[1].values())
     errors = {name: (gradient - native[1][name]).norm() for name, gradient in packed[1].items()}
@@ -214,7 +214,7 @@ def assert_equal_runs_in_all(packed, native, sequences):
 
 @st.composite
 def forests(draw):
-    """1 to 3 trees of 1 to 4 sequences, grown by leaving an earlier sequence at any token, or repeating it."""
+    """Draw 1 to 3 trees of 1 to 4 sequences. Each branches off an earlier sequence at any token, or repeats it."""
     trees = []
     token = st.integers(4, 12)
     for _ in range(draw(st.integers(1, 3))):
@@ -228,7 +228,7 @@ def forests(draw):
 
 
 @pytest.mark.parametrize("kind", KINDS_OF_MODEL)
-def test_any_forest_is_each_full_sequence_alone(pair, kind):
+def test_any_forest_equals_each_full_sequence_alone(pair, kind):
     @settings(deadline=None, max_examples=15)
     @given(forest=forests(), method=st.sampled_from(["full", "lora"]))
     def check(forest, method):
@@ -241,7 +241,7 @@ def test_any_forest_is_each_full_sequence_alone(pair, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS_OF_MODEL)
-def test_the_reference_notices_a_pack_without_isolation(pair, kind):
+def test_a_pack_without_isolation_is_noticed(pair, kind):
     policy, model = pair(kind, "full")
     sequences = random_sequences([13, 30])
     with torch.no_grad(), in_float64():
@@ -249,7 +249,7 @@ def test_the_reference_notices_a_pack_without_isolation(pair, kind):
         leaky = policy(pack, isolated=False).index_select(0, pack.entry_row)
     native = native_run(model, sequences)[0]
     rows = len(sequences[0].row_kinds)
-    assert (leaky[:rows] - native[:rows]).abs().max() <= 1e-11  # the first sequence sees no other
+    assert (leaky[:rows] - native[:rows]).abs().max() <= 1e-11  # nothing comes before the first sequence
     assert (leaky[rows:] - native[rows:]).abs().mean() > 1e-2
 
 
@@ -267,7 +267,7 @@ def test_checkpointing_does_recompute_the_layers(pair):
 
 
 @pytest.mark.parametrize("kind", KINDS_OF_MODEL)
-def test_varlen_backend_trains_as_the_sdpa_backend(pair, kind, monkeypatch):
+def test_varlen_backend_trains_like_the_sdpa_backend(pair, kind, monkeypatch):
     monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", VarlenOnCPU())
     policy, model = pair(kind, "full")
     monkeypatch.setattr(policy, "attention", "varlen")
@@ -297,7 +297,7 @@ def test_gradients_do_not_depend_on_the_pack_size(pair, method):
             loss += share.item()
         return len(packs), loss, gradients_of(policy.model)
 
-    # A budget of 30 holds the longest alone, and two of the others.
+    # A budget of 30 fits the longest by itself, or two of the others.
     (many, loss, gradients), (few, loss_few, gradients_few), (one, loss_one, gradients_one) = map(run, (30, 48, 1000))
     assert many > few > one == 1
     for other_loss, others in ((loss_few, gradients_few), (loss_one, gradients_one)):
@@ -327,7 +327,7 @@ def test_the_same_pack_gives_the_same_bits(tiny_model, method):
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma3 with a softcap", "cohere"])
-def test_statistics_are_those_of_the_models_own_distributions(pair, kind):
+def test_statistics_equal_those_of_the_models_own_distributions(pair, kind):
     policy, model = pair(kind, "lora")
     tree, n = ladder(3), 0
     got = policy.statistics(lay_out([build_tree([s]) for s in tree]))
@@ -342,7 +342,7 @@ def test_statistics_are_those_of_the_models_own_distributions(pair, kind):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_an_evaluation_scores_the_bits_of_the_forward_without_gradient(tiny_model, method):
+def test_statistics_have_the_log_probs_of_the_forward_bit_for_bit_without_gradient(tiny_model, method):
     policy = wake_adapters(load(tiny_model("llama"), method))
     pack = lay_out([build_tree(ladder(3))])
     logps = policy.statistics(pack).logps
@@ -350,7 +350,7 @@ def test_an_evaluation_scores_the_bits_of_the_forward_without_gradient(tiny_mode
     assert torch.equal(logps, policy(pack).detach())
 
 
-# The empty pack: what a rank runs that has no work.
+# The empty pack, which a rank without work runs.
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
@@ -368,14 +368,14 @@ def test_the_empty_pack_has_a_zero_gradient_for_every_trainable_parameter(tiny_m
         assert not parameter.grad.any(), name
 
 
-# Precision: packing may add no error to the dtype's own.
+# Precision: packing must not add to the rounding error of the dtype.
 
 
 @pytest.mark.parametrize(
     ("method", "dtype"), [("full", "float32"), ("full", "bfloat16"), ("lora", "float32"), ("lora", "bfloat16")]
 )
 @pytest.mark.parametrize("kind", ["llama", "gemma3", *KINDS_OF_LOGITS])
-def test_error_against_float64_is_at_most_twice_the_plain_forwards(pair, tiny_model, kind, method, dtype):
+def test_the_error_against_float64_is_at_most_twice_that_of_the_plain_forward(pair, tiny_model, kind, method, dtype):
     policy = wake_adapters(load(tiny_model(kind), method, dtype=dtype, lora_rank=4))
     sequences = random_sequences([60, 40, 50])
     truth = native_run(pair(kind, method)[1], sequences)[0]
@@ -408,7 +408,7 @@ def test_autocast_keeps_gradients_of_fp32_masters_in_fp32(tiny_model):
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
 
 
-def test_attention_dropout_is_on_in_training_and_off_in_evaluation(tmp_path):
+def test_attention_dropout_is_on_in_train_mode_and_off_in_eval_mode(tmp_path):
     policy = load(str(save_tiny_model(tmp_path, "llama", attention_dropout=0.5)), "full", dropout=True)
     pack = lay_out([build_tree([s]) for s in random_sequences([20])])
     with torch.no_grad():
@@ -418,11 +418,11 @@ def test_attention_dropout_is_on_in_training_and_off_in_evaluation(tmp_path):
         assert torch.equal(policy(pack), policy(pack))
 
 
-# What reaches the LM head.
+# Rows that reach the LM head.
 
 
 class _LargestOverVocabulary(TorchDispatchMode):
-    """Most rows of any tensor made inside whose last dimension is the vocabulary; views of the weight apart."""
+    """Record the most rows of any tensor over the vocabulary that is made inside, except views of the weight."""
 
     def __init__(self, weight):
         super().__init__()
@@ -448,8 +448,8 @@ def test_only_scored_rows_reach_the_head(tiny_model):
     assert seen.rows == 3
 
 
-def test_two_rows_that_read_one_hidden_state_both_train_it(pair):
-    """The gradient of a repeated row index is the sum of both."""
+def test_two_rows_that_read_the_same_hidden_state_both_train_it(pair):
+    """The gradients of a repeated row index add up."""
     policy, model = pair("llama", "full")
     sequences = [sequence([5, 6, 7, 8], 3), sequence([5, 6, 7, 9], 3)]
     pack = lay_out([build_tree(sequences)])
@@ -484,7 +484,7 @@ def test_a_tied_head_is_one_trainable_parameter(tiny_model):
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
-def test_causal_lm_is_the_transformers_model_inside(tiny_model, method):
+def test_causal_lm_is_the_inner_transformers_model(tiny_model, method):
     assert type(load(tiny_model("llama"), method).causal_lm).__name__ == "LlamaForCausalLM"
 
 
@@ -495,7 +495,7 @@ def test_prompt_learning_is_refused(tiny_model):
         Policy(model)
 
 
-def test_other_adapters_are_not_taken_for_prompt_learning(tiny_model):
+def test_other_adapters_are_not_mistaken_for_prompt_learning(tiny_model):
     model = AutoModelForCausalLM.from_pretrained(tiny_model("llama"))
     assert Policy(get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))).trainable()
 
@@ -512,7 +512,7 @@ def test_an_unknown_head_is_an_error(tiny_model):
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
-def test_the_reference_head_gives_the_tiled_heads_gradients(pair, method, monkeypatch):
+def test_the_reference_head_and_the_tiled_head_give_equal_gradients(pair, method, monkeypatch):
     policy, _ = pair("qwen3", method)
     sequences = ladder(2)
     runs = []
@@ -522,8 +522,8 @@ def test_the_reference_head_gives_the_tiled_heads_gradients(pair, method, monkey
     assert_equal_runs(*runs, sequences)
 
 
-def test_a_plan_reaches_every_layer_and_nothing_else_does(tiny_model, monkeypatch):
-    """Arguments that transformers' decoders hand to their attention, of which none may be lost silently."""
+def test_the_plan_and_its_window_reach_every_layer(tiny_model, monkeypatch):
+    """transformers' decoders must not silently drop an argument on the way to attention."""
     from saro.model import attention
 
     seen = []

@@ -228,7 +228,7 @@ def test_an_adapter_that_is_more_than_a_product_is_refused(tiny_model, changes):
         base.model.layers[0].self_attn.q_proj.bias = torch.nn.Parameter(torch.zeros(32))
     config = LoraConfig(target_modules=["layers.0.self_attn.q_proj"], **changes)
     policy = Policy(get_peft_model(base, config))
-    with pytest.raises(SaroError, match=r"q_proj: the adapter is no plain LoRA"):
+    with pytest.raises(SaroError, match=r"q_proj: the adapter is not plain LoRA"):
         merge(policy, base.config, torch.float32)
 
 

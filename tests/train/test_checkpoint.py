@@ -1,4 +1,4 @@
-"""Checkpoints: complete or absent, bounded in number, and all that is needed to go on bit for bit."""
+"""Checkpoints are complete or absent, bounded in number, and enough to resume bit for bit."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ OPTIMIZERS = ("adamw", "adamw8bit", "paged_adamw8bit")
 
 
 class State:
-    """Weights, optimizer and schedule, some steps on."""
+    """Weights, optimizer and schedule, as they are after some steps."""
 
     def __init__(self, optimizer: str = "adamw", seed: int = 0, shape: tuple[int, ...] = (80, 60)) -> None:
         random = torch.Generator().manual_seed(seed)
@@ -66,7 +66,7 @@ def leftovers(root: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_a_checkpoint_gives_back_every_bit(tmp_path, optimizer):
+def test_a_checkpoint_restores_every_bit(tmp_path, optimizer):
     saved = State(optimizer).train(4)
     folder = saved.save(tmp_path, 4)
     loaded = State(optimizer, seed=1).train(1)
@@ -86,7 +86,7 @@ def test_a_checkpoint_gives_back_every_bit(tmp_path, optimizer):
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_training_goes_on_from_a_checkpoint_as_if_it_had_not_stopped(tmp_path, optimizer):
+def test_training_resumes_from_a_checkpoint_as_if_it_had_not_stopped(tmp_path, optimizer):
     unbroken = State(optimizer).train(4)
     folder = unbroken.save(tmp_path, 4)
     resumed = State(optimizer, seed=1)
@@ -98,8 +98,8 @@ def test_training_goes_on_from_a_checkpoint_as_if_it_had_not_stopped(tmp_path, o
         assert torch.equal(resumed.trainable[name], parameter)
 
 
-def test_the_states_of_a_paged_optimizer_are_in_pages_after_loading_too(tmp_path, monkeypatch):
-    """On a GPU, where plain tensors of them would fill the memory that paging spares. Here no tensor is paged."""
+def test_a_paged_optimizers_state_is_still_in_pages_after_loading(tmp_path, monkeypatch):
+    """On a GPU, plain tensors would fill the memory that paging saves. This test checks the calls; it pages nothing."""
     folder = State("paged_adamw8bit").train(1).save(tmp_path, 1)
     loaded = State("paged_adamw8bit", seed=1)
     pages = []
@@ -113,12 +113,12 @@ def test_the_states_of_a_paged_optimizer_are_in_pages_after_loading_too(tmp_path
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS[1:])
-def test_the_states_of_8_bit_optimizers_are_in_8_bits(optimizer):
+def test_8_bit_optimizers_keep_their_state_in_8_bits(optimizer):
     large = State(optimizer).train(1).states()[0]
     assert large["state1"].dtype == large["state2"].dtype == torch.uint8
 
 
-def test_a_checkpoint_holds_only_safetensors_weights_and_a_weights_only_state(tmp_path):
+def test_a_checkpoint_holds_safetensors_weights_and_a_state_that_loads_with_weights_only(tmp_path):
     folder = State().train(1).save(tmp_path, 1)
     assert sorted(p.name for p in folder.iterdir()) == ["optimizer.pt", "state.json", "trainable.safetensors"]
     assert json.loads((folder / "state.json").read_text()) == {"step": 1}
@@ -149,7 +149,7 @@ def test_a_checkpoint_of_another_model_is_refused_and_nothing_is_loaded(tmp_path
     if change == "more":
         state.trainable.pop("bias")
     before = {name: p.detach().clone() for name, p in state.trainable.items()}
-    with pytest.raises(SaroError, match="made with another model or other adapters; start anew with --overwrite"):
+    with pytest.raises(SaroError, match="made with another model or other adapters; start over with --overwrite"):
         state.load(folder)
     assert all(torch.equal(p, before[name]) for name, p in state.trainable.items())
     assert not state.optimizer.state
@@ -180,7 +180,7 @@ def test_checkpoints_are_listed_by_number_not_by_name(tmp_path):
     assert [step for step, _ in list_checkpoints(tmp_path)] == [9, 10, 999_999, 1_000_000]
 
 
-def test_half_written_and_foreign_names_are_no_checkpoints(tmp_path):
+def test_partial_checkpoints_and_other_names_are_ignored(tmp_path):
     State().train(1).save(tmp_path, 1)
     (tmp_path / ".step_000002.0a1b2c3d.tmp").mkdir()
     (tmp_path / "step_000003.good").mkdir()
@@ -189,8 +189,8 @@ def test_half_written_and_foreign_names_are_no_checkpoints(tmp_path):
     assert list_checkpoints(tmp_path / "absent") == []
 
 
-def test_what_killed_runs_left_is_removed_by_the_next_checkpoint(tmp_path):
-    """Of whatever step: an old checkpoint in removal is never written again, nor one of a rhythm since changed."""
+def test_the_next_checkpoint_removes_the_leftovers_of_killed_runs(tmp_path):
+    """It removes those of any step: the step of a half-removed checkpoint, or of an old save_every, may never recur."""
     state = State().train(1)
     for name in (".step_000001.00000000.tmp", ".step_000003.0a1b2c3d.tmp", ".step_000004.0a1b2c3d.tmp"):
         (tmp_path / name).mkdir()
@@ -199,7 +199,7 @@ def test_what_killed_runs_left_is_removed_by_the_next_checkpoint(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step_000004"]
 
 
-def test_a_failure_while_writing_leaves_nothing_and_keeps_the_older_ones(tmp_path, monkeypatch):
+def test_a_failed_write_leaves_nothing_and_keeps_older_checkpoints(tmp_path, monkeypatch):
     state = State().train(1)
     state.save(tmp_path, 1, keep=1)
 
@@ -212,7 +212,7 @@ def test_a_failure_while_writing_leaves_nothing_and_keeps_the_older_ones(tmp_pat
     assert [p.name for p in tmp_path.iterdir()] == ["step_000001"]
 
 
-def test_a_kill_while_an_old_checkpoint_is_removed_leaves_no_half_one(tmp_path, monkeypatch):
+def test_a_kill_while_an_old_checkpoint_is_removed_leaves_no_partial_one(tmp_path, monkeypatch):
     state = State().train(1)
     state.save(tmp_path, 1, keep=1)
 
@@ -226,7 +226,7 @@ def test_a_kill_while_an_old_checkpoint_is_removed_leaves_no_half_one(tmp_path, 
     assert [step for step, _ in list_checkpoints(tmp_path)] == [2]
 
 
-def test_the_files_of_a_checkpoint_are_on_disk_before_it_has_its_name(tmp_path, monkeypatch):
+def test_a_checkpoints_files_are_on_disk_before_it_gets_its_name(tmp_path, monkeypatch):
     synced: list[str] = []
     fsync = os.fsync
 
@@ -247,7 +247,7 @@ def test_the_files_of_a_checkpoint_are_on_disk_before_it_has_its_name(tmp_path, 
 
 
 @pytest.mark.parametrize("method", ["full", "lora", "qlora"])
-def test_the_final_folder_loads_as_any_model_does(tiny_model, records_file, examples, tmp_path, runtime, method):
+def test_the_final_folder_loads_like_any_model(tiny_model, records_file, examples, tmp_path, runtime, method):
     run = Training.on(tiny_model(), records_file(examples), tmp_path / "run", model={"method": method})
     run.fit(runtime, 2)
     save_final(tmp_path / "final", run.policy.model, tiny_tokenizer())
@@ -259,7 +259,7 @@ def test_the_final_folder_loads_as_any_model_does(tiny_model, records_file, exam
         assert torch.equal(parameters[name], weight), name
 
 
-def test_the_final_folder_replaces_an_older_one_whole(tiny_model, records_file, examples, tmp_path):
+def test_the_final_folder_replaces_an_older_one_completely(tiny_model, records_file, examples, tmp_path):
     run = Training.on(tiny_model(), records_file(examples), tmp_path / "run")
     for name in ("final", ".final.0a1b2c3d.tmp"):
         (tmp_path / name).mkdir()
@@ -269,8 +269,8 @@ def test_the_final_folder_replaces_an_older_one_whole(tiny_model, records_file, 
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
 
 
-def test_what_is_written_has_the_permissions_that_the_umask_gives(tiny_model, records_file, examples, tmp_path):
-    """safetensors writes 0600: nobody else in the group could read a model in a shared folder."""
+def test_written_files_have_the_permissions_that_the_umask_gives(tiny_model, records_file, examples, tmp_path):
+    """safetensors writes files as 0600, so nobody else in the group could read a model in a shared folder."""
     run = Training.on(tiny_model(), records_file(examples), tmp_path / "run")
     old = os.umask(0o022)
     try:

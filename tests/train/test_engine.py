@@ -1,4 +1,4 @@
-"""fit() and evaluate(): what a step learns from, when it stops, and what it refuses to do."""
+"""fit() and evaluate(): gradients of a step, clipping, stopping and resuming, evaluation, and errors."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +18,7 @@ from tiny import Training
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from saro.data.dataset import ExampleSet
 from saro.data.packs import Pack, pack_trees
 from saro.data.steps import Step, Steps
 from saro.distributed.runtime import Runtime
@@ -30,7 +31,7 @@ METHODS = ("full", "lora", "qlora")
 
 
 class Bigram(nn.Module):
-    """The smallest policy, in float64: a token's log-probs depend on the one before it."""
+    """The smallest policy, in float64: a token's log-probs depend only on the token before it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,7 +55,7 @@ class Bigram(nn.Module):
 
 
 class Sending:
-    """Steps that send this process a signal when the step of this number is asked for."""
+    """Steps that send this process the signal ``number`` when step ``at`` is read."""
 
     def __init__(self, steps: Steps, at: int, number: int, times: int = 1) -> None:
         self.schedule, self._steps, self._at, self._number, self._times = steps.schedule, steps, at, number, times
@@ -68,7 +69,7 @@ class Sending:
 
 @contextmanager
 def gradients_seen() -> Iterator[list[torch.Tensor]]:
-    """The gradient that each optimizer step is given, as one vector."""
+    """Record the gradient of each optimizer step as one vector."""
     seen: list[torch.Tensor] = []
 
     def look(optimizer: torch.optim.Optimizer, *_: object) -> None:
@@ -103,11 +104,11 @@ def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
         assert torch.equal(a[name], b[name]), name
 
 
-# What a step learns from.
+# Loss and gradients of a step.
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_training_lowers_the_loss_on_what_it_trains_on(training, runtime, method):
+def test_training_lowers_the_loss_on_its_own_data(training, runtime, method):
     run = training(model={"method": method}, records_per_step=24, pack_tokens=1024)
     outcome = run.fit(runtime, 5)
     losses = [line["loss"] for line in lines_of(run)]
@@ -116,7 +117,7 @@ def test_training_lowers_the_loss_on_what_it_trains_on(training, runtime, method
     assert losses[-1] < losses[0] - 0.5
 
 
-def test_the_loss_is_the_mean_over_the_scored_tokens_of_the_whole_step(training, runtime):
+def test_the_loss_is_the_average_over_all_scored_tokens_of_the_step(training, runtime):
     policy = Bigram()
     run = training(policy=policy, pack_tokens=128)
     assert len(run.steps[0].packs) > 1
@@ -159,7 +160,7 @@ def test_gradients_of_a_model_do_not_depend_on_the_pack_size(training, runtime, 
 
 
 def two_processes(records: str, folder: str, output: str, records_per_step: str, pack_tokens: str) -> None:
-    """One rank of a run in two processes: gradients of each step go to ``output``."""
+    """Run one rank of a run in two processes, and save the gradients of each step to ``output``."""
     accelerator = Accelerator(cpu=True, mixed_precision="no")
     runtime = Runtime(accelerator, accelerator.process_index, accelerator.num_processes, 1)
     run = Training.on(
@@ -186,7 +187,7 @@ def two_processes(records: str, folder: str, output: str, records_per_step: str,
 def test_two_processes_take_the_same_steps_as_one(
     training, runtime, recipes, records_file, examples, tiny_model, tmp_path, records_per_step, packs
 ):
-    """Also where they have different numbers of packs, and where one has no record at all."""
+    """This holds also if the ranks have different numbers of packs, or if one has no record at all."""
     out = tmp_path / "two"
     arguments = (records_file(examples, "two.jsonl"), tiny_model(), out, records_per_step, 110)
     done = recipes.run_ranks(2, *arguments, call=f"{__file__}:two_processes")
@@ -232,7 +233,7 @@ def test_the_same_records_in_another_order_within_a_step_give_the_same_gradient(
 def test_dropout_is_on_in_training_and_the_same_for_the_same_seed(training, runtime):
     def after_two_steps(name: str, dropout: float, seed: int) -> dict[str, torch.Tensor]:
         run = training(name, model={"lora_dropout": dropout})
-        torch.manual_seed(seed)  # of no consequence: each step is seeded for itself
+        torch.manual_seed(seed)  # must have no effect, because each step sets its own seed
         run.fit(runtime, 2)
         return run.weights()
 
@@ -241,8 +242,8 @@ def test_dropout_is_on_in_training_and_the_same_for_the_same_seed(training, runt
     assert any(not torch.equal(w, without[n]) for n, w in after_two_steps("d", 0.5, 1).items())
 
 
-def test_each_step_and_each_rank_has_random_numbers_of_its_own(training, runtime):
-    """One seed for all would drop the same units in every step."""
+def test_each_step_and_each_rank_has_its_own_random_numbers(training, runtime):
+    """With one seed for all, dropout would drop the same units in every step."""
     seeds: list[int] = []
     for rank in range(2):
         run = training(f"{rank}")
@@ -253,7 +254,7 @@ def test_each_step_and_each_rank_has_random_numbers_of_its_own(training, runtime
     assert len(set(seeds)) == 6
 
 
-def test_dropout_is_on_even_where_the_model_comes_in_evaluation_mode(training, runtime):
+def test_dropout_is_on_even_if_the_model_comes_in_eval_mode(training, runtime):
     ends = []
     for name, mode in (("train", True), ("eval", False)):
         run = training(name, model={"lora_dropout": 0.5})
@@ -266,7 +267,7 @@ def test_dropout_is_on_even_where_the_model_comes_in_evaluation_mode(training, r
 # Clipping.
 
 
-def test_the_gradient_norm_is_reported_before_clipping_and_applied_after(training, runtime):
+def test_the_reported_gradient_norm_is_that_before_clipping(training, runtime):
     run = training(max_grad_norm=0.1)
     with gradients_seen() as gradients:
         run.fit(runtime, 1)
@@ -278,7 +279,7 @@ def test_the_gradient_norm_is_reported_before_clipping_and_applied_after(trainin
     assert gradients[0].norm().item() == pytest.approx(0.1, rel=1e-4)
 
 
-def test_a_clipping_norm_of_zero_turns_clipping_off(training, runtime):
+def test_max_grad_norm_zero_turns_clipping_off(training, runtime):
     run = training(max_grad_norm=0)
     with gradients_seen() as gradients:
         run.fit(runtime, 1)
@@ -286,11 +287,11 @@ def test_a_clipping_norm_of_zero_turns_clipping_off(training, runtime):
     assert gradients[0].norm() > 1
 
 
-# What is not finite.
+# Losses and gradients that are not finite.
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
-def test_a_loss_that_is_not_finite_stops_before_the_step_is_made(training, runtime, poison):
+def test_a_loss_that_is_not_finite_stops_before_the_optimizer_step(training, runtime, poison):
     run = training(model={"method": "full"}, save_every=1)
     run.fit(runtime, 2)
     record = run.steps[2].records[0]
@@ -319,7 +320,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step_is_made(training, runti
     assert [line["step"] for line in lines_of(run)] == [1, 2]
 
 
-def test_a_gradient_norm_alone_that_is_not_finite_stops_too(training, runtime):
+def test_a_gradient_norm_that_is_not_finite_stops_even_if_the_loss_is_finite(training, runtime):
     run = training()
     before = run.weights()
     parameter = next(p for name, p in run.policy.trainable().items() if "lora_B" in name)
@@ -335,7 +336,7 @@ def test_a_gradient_norm_alone_that_is_not_finite_stops_too(training, runtime):
     assert lines_of(run) == []
 
 
-def test_signals_are_obeyed_as_before_after_an_error(training, runtime):
+def test_signal_handlers_are_restored_after_an_error(training, runtime):
     run = training()
     handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
     next(iter(run.policy.trainable().values())).register_hook(lambda g: g * float("nan"))
@@ -344,7 +345,7 @@ def test_signals_are_obeyed_as_before_after_an_error(training, runtime):
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
 
 
-# Stopping and going on.
+# Stopping and resuming.
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -359,7 +360,7 @@ def test_a_signal_finishes_the_step_and_writes_a_checkpoint(training, runtime, n
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
 
 
-def test_a_signal_in_the_last_step_does_not_stop_what_is_done(training, runtime):
+def test_a_signal_in_the_last_step_does_not_count_as_a_stop(training, runtime):
     run = training()
     run.steps = Sending(run.steps, at=3, number=signal.SIGTERM)
     outcome = run.fit(runtime, 4)
@@ -387,7 +388,7 @@ def test_a_second_ctrl_c_interrupts_at_once(training, runtime, monkeypatch):
 
 
 def test_a_launcher_that_repeats_the_ctrl_c_does_not_cost_the_checkpoint(training, runtime):
-    """torchrun sends its children a SIGINT of its own, right after the terminal's, which reached them already."""
+    """torchrun sends its children its own SIGINT right after that of the terminal, which has already reached them."""
     run = training()
     run.steps = Sending(run.steps, at=1, number=signal.SIGINT, times=2)
     outcome = run.fit(runtime, 4)
@@ -406,7 +407,7 @@ RESUMED = [
 
 
 @pytest.mark.parametrize(("method", "model", "optimizer"), RESUMED)
-def test_four_steps_are_two_steps_a_stop_and_two_steps_bit_for_bit(training, runtime, method, model, optimizer):
+def test_two_steps_a_stop_and_two_more_equal_four_steps_bit_for_bit(training, runtime, method, model, optimizer):
     options = {"model": {"method": method} | model, "optimizer": optimizer, "weight_decay": 0.1, "warmup": 0.5}
     unbroken = training("unbroken", **options)
     unbroken.fit(runtime, 4)
@@ -451,7 +452,7 @@ def assert_states_equal(a: object, b: object, at: str = "") -> None:
         assert a == b, at
 
 
-def test_resume_takes_the_newest_checkpoint(training, runtime):
+def test_resume_uses_the_newest_checkpoint(training, runtime):
     run = training(save_every=1, keep_checkpoints=3)
     run.steps = Sending(run.steps, at=10, number=signal.SIGTERM)
     run.fit(runtime, 12)
@@ -476,7 +477,7 @@ def test_resume_without_a_checkpoint_starts_at_the_first_step(training, runtime)
     assert lines_of(run)[0]["loss"] < 99
 
 
-def test_resuming_a_finished_run_trains_no_step_and_loads_its_weights(training, runtime):
+def test_resuming_a_finished_run_only_loads_its_weights(training, runtime):
     run = training()
     run.fit(runtime, 2)
     again = training()
@@ -495,7 +496,7 @@ def test_a_run_without_resume_ignores_checkpoints(training, runtime):
     assert len(gradients) == 2
 
 
-def test_checkpoints_are_written_every_so_many_steps_and_at_the_end(training, runtime):
+def test_checkpoints_are_written_every_save_every_steps_and_at_the_end(training, runtime):
     run = training(save_every=2, keep_checkpoints=10)
     run.fit(runtime, 5)
     assert [step for step, _ in list_checkpoints(Path(run.options.output) / "checkpoints")] == [2, 4, 5]
@@ -526,8 +527,8 @@ def test_evaluation_does_not_change_training(training, runtime):
     assert len(evaluated) == 3
 
 
-def test_evaluation_runs_every_so_many_steps_but_not_after_the_last(training, runtime):
-    """After the last step the recipe measures anyway."""
+def test_evaluation_runs_every_eval_every_steps_but_not_after_the_last(training, runtime):
+    """The recipe itself evaluates after the last step."""
     run = training(eval_every=2)
     run.fit(runtime, 6, evaluate=lambda step: {"eval/loss": 1.0})
     found = [line["step"] for line in lines_of(run) if "eval/loss" in line]
@@ -535,7 +536,7 @@ def test_evaluation_runs_every_so_many_steps_but_not_after_the_last(training, ru
     assert [line["step"] for line in lines_of(run) if "loss" in line] == [1, 2, 3, 4, 5, 6]
 
 
-def test_evaluation_is_without_dropout_and_leaves_training_mode_on(training, runtime):
+def test_evaluation_has_no_dropout_and_keeps_the_mode(training, runtime):
     run = training(model={"lora_dropout": 0.5})
     run.fit(runtime, 2)
     run.policy.train()
@@ -565,13 +566,13 @@ def test_evaluation_reports_each_kind_of_record_and_does_not_depend_on_packs(tra
         assert wide[name] == pytest.approx(mean / scored.sum(), rel=1e-12)
 
 
-def test_evaluation_makes_no_gradient(training, runtime):
+def test_evaluation_computes_no_gradient(training, runtime):
     run = training()
     evaluate(runtime, run.policy, run.objective, run.steps[0].packs)
     assert all(p.grad is None for p in run.policy.trainable().values())
 
 
-# Small updates arrive.
+# Small updates are not lost.
 
 
 def test_every_adapter_weight_changes_at_a_small_learning_rate(training, runtime):
@@ -579,12 +580,12 @@ def test_every_adapter_weight_changes_at_a_small_learning_rate(training, runtime
     run.fit(runtime, 4)
     shares = [line["changed_parameters"] for line in lines_of(run)]
     assert shares[0] < 1, "lora_A has no gradient while lora_B is zero"
-    # A few momenta pass through zero; all others move their weight.
+    # A few momenta pass through zero; all others change their weight.
     assert min(shares[1:]) > 0.999
 
 
 def test_bfloat16_adapters_would_lose_updates_and_the_metric_shows_it(training, runtime):
-    """The control: from the same point, fp32 adapters all change and bf16 ones hardly."""
+    """This is the control: from the same start, fp32 adapters change everywhere and bf16 adapters hardly at all."""
     share = {}
     for dtype in (torch.float32, torch.bfloat16):
         run = training(str(dtype), lr=1e-6, schedule="constant", pack_tokens=4096)
@@ -600,7 +601,7 @@ def test_bfloat16_adapters_would_lose_updates_and_the_metric_shows_it(training, 
 # Log lines.
 
 
-def test_a_log_line_holds_the_mean_over_its_steps_weighted_by_tokens(training, runtime):
+def test_a_log_line_averages_over_its_steps_weighted_by_tokens(training, runtime):
     each = training("each", policy=Bigram())
     each.fit(runtime, 4)
     pairs = training("pairs", policy=Bigram(), log_every=2)
@@ -612,7 +613,7 @@ def test_a_log_line_holds_the_mean_over_its_steps_weighted_by_tokens(training, r
     assert [line["loss"] for line in lines_of(pairs)] == pytest.approx(expected, rel=1e-12)
 
 
-def test_the_rate_counts_the_tokens_that_the_model_reads(training, runtime):
+def test_tokens_per_second_counts_the_tokens_that_the_model_reads(training, runtime):
     run = training()
     outcome = run.fit(runtime, 2)
     assert lines_of(run)[-1]["tokens_per_second"] == pytest.approx(outcome.tokens_per_second)
@@ -620,7 +621,7 @@ def test_the_rate_counts_the_tokens_that_the_model_reads(training, runtime):
     assert run.steps[0].tokens == sum(int(run.data.lengths[r]) - 1 for r in run.steps[0].records)
 
 
-def test_a_run_longer_than_an_epoch_goes_on_with_another_order(training, runtime):
+def test_the_next_epoch_has_another_order(training, runtime):
     run = training(records_per_step=12)
     run.fit(runtime, 5)
     assert [line["epoch"] for line in lines_of(run)] == [0.5, 1.0, 1.5, 2.0, 2.5]

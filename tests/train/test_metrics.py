@@ -1,4 +1,4 @@
-"""Meters, metrics.jsonl and the progress display."""
+"""Meter averages metrics, MetricsFile writes them to metrics.jsonl, and Progress shows them."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ def _pair(total: float, count: float) -> tuple[torch.Tensor, torch.Tensor]:
 # Meter.
 
 
-def test_a_meter_divides_sums_by_counts_and_takes_no_mean_of_means(runtime):
+def test_a_meter_divides_sums_by_counts_and_never_averages_averages(runtime):
     meter = Meter()
     meter.add({"loss": _pair(10.0, 1.0)})
     meter.add({"loss": _pair(2.0, 9.0)})
     assert meter.read(runtime) == {"loss": 1.2}
 
 
-def test_a_meter_starts_again_after_it_was_read(runtime):
+def test_reading_a_meter_resets_it(runtime):
     meter = Meter()
     meter.add({"loss": _pair(10.0, 1.0)})
     meter.read(runtime)
@@ -34,18 +34,18 @@ def test_a_meter_starts_again_after_it_was_read(runtime):
     assert meter.read(runtime) == {"loss": 1.5}
 
 
-def test_a_meter_leaves_out_what_has_no_count(runtime):
+def test_a_meter_leaves_out_metrics_with_a_count_of_zero(runtime):
     meter = Meter()
     meter.add({"loss": _pair(4.0, 2.0), "loss/safety": _pair(0.0, 0.0)})
     assert meter.read(runtime) == {"loss": 2.0}
 
 
-def test_an_empty_meter_reads_nothing(runtime):
+def test_an_empty_meter_returns_no_metrics(runtime):
     assert Meter().read(runtime) == {}
 
 
 def test_a_meter_sums_in_float64(runtime):
-    """2**24 + 1 is no float32: a long interval would stop counting."""
+    """2**24 + 1 is not a float32, so the sums of a long interval would stop growing."""
     meter = Meter()
     for _ in range(3):
         meter.add({"loss": _pair(2.0**24, 1.0)})
@@ -70,7 +70,7 @@ def test_each_line_is_a_json_object_with_its_step_first(tmp_path):
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "loss": 0.5}\n{"step": 2, "loss": 0.25}\n'
 
 
-def test_lines_after_the_resumed_step_are_cut_off(tmp_path):
+def test_lines_after_the_resumed_step_are_dropped(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(json.dumps({"step": s, "loss": s / 2}) + "\n" for s in (1, 2, 2, 3, 4)))
     MetricsFile(path, 2).write({"step": 3, "loss": 9.0})
@@ -83,14 +83,14 @@ def test_lines_after_the_resumed_step_are_cut_off(tmp_path):
 
 
 @pytest.mark.parametrize("half", ['{"step": 3, "lo', "{", '{"step": 2', "\0\0\0"])
-def test_a_half_written_last_line_is_dropped(tmp_path, half):
+def test_an_incomplete_last_line_is_dropped(tmp_path, half):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "loss": 0.5}\n{"step": 2, "loss": 0.5}\n' + half)
     MetricsFile(path, 2).write({"step": 3})
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3]
 
 
-def test_a_last_line_that_lacks_only_its_line_end_is_kept(tmp_path):
+def test_a_last_line_without_a_line_break_is_kept(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}')
     MetricsFile(path, 2).write({"step": 3})
@@ -104,19 +104,19 @@ def test_a_new_run_starts_with_an_empty_file(tmp_path):
     assert path.read_text() == ""
 
 
-def test_resuming_without_the_file_makes_it(tmp_path):
+def test_resuming_creates_a_missing_file(tmp_path):
     MetricsFile(tmp_path / "metrics.jsonl", 5)
     assert (tmp_path / "metrics.jsonl").read_text() == ""
 
 
 def test_a_line_is_in_the_file_when_write_returns(tmp_path):
-    """A kill -9 right after must not lose it."""
+    """A kill -9 right after the call must not lose the line."""
     file = MetricsFile(tmp_path / "metrics.jsonl", 0)
     file.write({"step": 1})
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n'
 
 
-# The screen.
+# The terminal.
 
 
 def test_values_are_shown_on_one_line_with_four_digits():
@@ -145,7 +145,7 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_on_a_terminal_there_is_a_bar_that_begins_at_the_resumed_step(monkeypatch):
+def test_on_a_terminal_the_bar_starts_at_the_resumed_step(monkeypatch):
     monkeypatch.delenv("NO_PROGRESS", raising=False)
     monkeypatch.setattr(sys, "stderr", Terminal())
     progress = Progress(10, 4, True)

@@ -1,4 +1,4 @@
-"""RWObjective: sums, counts and metrics, by hand."""
+"""RWObjective's sums, counts and metrics match values worked out by hand."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def sequence(tokens, kinds, record):
 
 
 def objective(*kinds):
-    """Of records of these kinds."""
+    """Make the objective for records of these kinds."""
     return RWObjective(np.array([KINDS.index(kind) for kind in kinds], np.uint8))
 
 
@@ -34,7 +34,7 @@ def means(metrics):
 
 @pytest.fixture
 def trees():
-    """Two records apart: one with reasoning, one without."""
+    """Two records in separate trees, one with reasoning and one without."""
     return [
         build_tree([sequence([10, 11, 12, 13, 14, 15], [T, T, A, S], 0)]),
         build_tree([sequence([20, 21, 22, 23], [A, S], 1)]),
@@ -49,7 +49,7 @@ def test_nll_sum_is_minus_the_sum():
     assert nll_sum(torch.empty(0)).item() == 0.0
 
 
-def test_the_divisor_is_the_number_of_scored_tokens_of_the_step(trees):
+def test_the_loss_is_divided_by_the_number_of_scored_tokens_of_the_step(trees):
     assert objective("general", "safety").counts(trees) == {"rows": 6}
     assert objective("general", "safety").counts([]) == {"rows": 0}
 
@@ -76,8 +76,8 @@ def test_metrics_by_kind_of_record_and_by_part(trees):
     }
 
 
-def test_the_kind_is_that_of_the_record_not_of_its_place(trees):
-    """Record 1 alone in a pack, and records in another order."""
+def test_the_kind_belongs_to_the_record_not_to_its_place_in_the_pack(trees):
+    """Pack record 1 by itself, then both records in another order."""
     rw = objective("general", "safety")
     alone = means(rw(LOGPS[4:], lay_out(trees[1:])).metrics)
     assert (alone["loss/general"], alone["loss/safety"]) == ((0.0, 0.0), (48.0, 2.0))
@@ -127,7 +127,7 @@ def test_shared_rows_count_for_both_sequences(shared):
     }
 
 
-def test_the_gradient_of_a_shared_row_is_that_of_both_sequences(shared):
+def test_the_gradient_of_a_shared_row_is_the_sum_over_its_sequences(shared):
     logps = torch.zeros(4, requires_grad=True)
     objective("general", "safety")(logps, lay_out(shared)).losses["rows"].backward()
     assert logps.grad.tolist() == [-2.0, -2.0, -1.0, -1.0]
@@ -154,7 +154,7 @@ def test_the_loss_is_summed_in_the_dtype_of_the_logps(trees, dtype):
 
 
 def test_metric_sums_do_not_lose_digits():
-    """10,000 rows of -0.1 in float32, whose running sum in float32 would be off in the fourth digit."""
+    """A running sum of 10,000 rows of -0.1 in float32 would be off in the fourth digit."""
     n = 10_000
     tree = build_tree([sequence([5, *[6] * n], [A] * n, 0)])
     total, count = objective("safety")(torch.full((n,), -0.1), lay_out([tree])).metrics["loss/safety"]
@@ -164,14 +164,14 @@ def test_metric_sums_do_not_lose_digits():
 
 @st.composite
 def records(draw):
-    """Sequences with their kinds, some of them sharing prefixes, and how they are dealt to packs."""
+    """Draw kinds, sequences (some share a prefix), and the number of sequences per pack."""
     n = draw(st.integers(1, 6))
     kinds = draw(st.lists(st.sampled_from(KINDS), min_size=n, max_size=n))
     sequences = []
     for record in range(n):
         tokens = draw(st.lists(st.integers(0, 2), min_size=2, max_size=8))
         scored = draw(st.integers(1, len(tokens) - 1))
-        # What a token is part of follows from its place, so that a shared row has one kind.
+        # Derive a token's part from its position, so that a shared row has only one part.
         sequences.append(sequence(tokens, [p % 3 for p in range(len(tokens) - scored, len(tokens))], record))
     return kinds, sequences, draw(st.integers(1, n))
 
@@ -179,8 +179,10 @@ def records(draw):
 @settings(deadline=None, max_examples=60)
 @given(records())
 def test_sums_over_packs_are_sums_over_sequences(drawn):
-    """However trees are packed, each metric is a sum over every sequence's own tokens. Log-probs are small integers:
-    sums are exact."""
+    """However trees are packed, each metric is a sum over every sequence's own tokens.
+
+    Log-probs are small integers, so the sums are exact.
+    """
     kinds, sequences, size = drawn
     rw = objective(*kinds)
 

@@ -1,5 +1,7 @@
-"""SRPO's objective against a plain DPO written here: two full sequences for each pair, padded, through the model's own SDPA
-forward, in float64."""
+"""SRPO's objective equals a plain DPO, which this file implements in float64.
+
+The plain DPO runs both full sequences of a pair, padded, through the model's own SDPA forward.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +53,7 @@ def model(request):
 
 
 def _pair(prompt, shared, chosen, rejected, record=0) -> tuple[ScoredSequence, ScoredSequence]:
-    """Token ids of both sides; the responses share their first tokens."""
+    """Make both sides of a pair; their responses begin with the tokens ``shared``."""
 
     def side(rest):
         tokens = np.array([*prompt, *shared, *rest], np.int32)
@@ -73,7 +75,7 @@ def _lm(model):
 
 
 def _plain_logps(model, pair) -> list[torch.Tensor]:
-    """Of each scored token of both sides, which run as one right-padded batch."""
+    """Return the log-probs of the scored tokens of both sides, run as one right-padded batch."""
     longest = max(len(side.tokens) for side in pair)
     tokens = torch.zeros(2, longest, dtype=torch.int64)
     mask = torch.zeros_like(tokens)
@@ -86,7 +88,7 @@ def _plain_logps(model, pair) -> list[torch.Tensor]:
 
 
 def _reference(pairs, sums) -> Reference:
-    """Of given sums of each side, spread unevenly over its tokens."""
+    """Make a reference with the given sum for each side, spread unevenly over its tokens."""
     parts = []
     for pair, of_pair in zip(pairs, sums, strict=True):
         for side, total in zip(pair, of_pair, strict=True):
@@ -153,7 +155,7 @@ def _assert_equal(ours, plain):
 @pytest.mark.parametrize(
     ("loss", "smoothing"), [("sigmoid", 0.0), ("sigmoid", 0.2), ("robust", 0.2), ("hinge", 0.0), ("ipo", 0.0)]
 )
-def test_loss_and_gradients_are_those_of_plain_dpo(model, loss, smoothing):
+def test_loss_and_gradients_equal_those_of_plain_dpo(model, loss, smoothing):
     ours = _ours(model, PAIRS, REFERENCE, loss, label_smoothing=smoothing)
     _assert_equal(ours, _plain(model, PAIRS, REFERENCE, loss, smoothing))
 
@@ -178,7 +180,7 @@ def test_pairs_on_one_prompt_may_share_one_tree(model):
 
 @pytest.mark.parametrize("depth", [1, 2, 3, 4])
 def test_trees_of_every_depth(model, depth):
-    """Pairs on one prompt that part one after the other: node within node."""
+    """Pairs on one prompt that branch off one after the other, each node below the last."""
     trunk = [10, 11, 12, 13, 14, 15]
     pairs = [_pair([5, 6, 7], trunk[:n], [20 + n, 30, 2], [40 + n, 2], n - 1) for n in range(1, depth + 1)]
     tree = build_tree([side for pair in pairs for side in pair])
@@ -187,7 +189,7 @@ def test_trees_of_every_depth(model, depth):
     _assert_equal(_ours(model, pairs, sums, "sigmoid", packs=[tree]), _plain(model, pairs, sums, "sigmoid"))
 
 
-def test_a_response_that_stands_in_two_pairs_is_one_path(model):
+def test_a_response_of_two_pairs_is_one_path(model):
     pairs = [PAIRS[0], (PAIRS[0][0], _pair([5, 6, 7], [8], [30, 2], [31, 2], 1)[1])]
     pairs[1] = tuple(replace(side, record=1) for side in pairs[1])
     tree = build_tree([side for pair in pairs for side in pair])
@@ -197,23 +199,23 @@ def test_a_response_that_stands_in_two_pairs_is_one_path(model):
 
 
 tokens = st.lists(st.integers(4, 40), max_size=6)
-# Few different tokens, so that random sequences share prefixes, of any length.
+# Only two different tokens, so that random sequences share prefixes of any length.
 few = st.lists(st.integers(4, 5), max_size=5)
 losses = st.sampled_from([(name, 0.0) for name in PAIR_LOSSES] + [("sigmoid", 0.2), ("robust", 0.2)])
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@example([([], [25, 25, 19, 23, 31, 26], [], [4, 4, 4, 4])], ("sigmoid", 0.0))  # its norms rounded otherwise in float32
+@example([([], [25, 25, 19, 23, 31, 26], [], [4, 4, 4, 4])], ("sigmoid", 0.0))  # its norms round differently in float32
 @given(st.lists(st.tuples(tokens, tokens, tokens, tokens), min_size=1, max_size=3), losses)
 def test_any_pairs_give_the_loss_and_gradients_of_plain_dpo(model, drawn, loss):
-    """With empty remainders a child is one token, the stop."""
+    """If a remainder is empty, the child is a single token, the stop."""
     pairs = [_pair([3, *p], s, [41, *c, 2], [42, *r, 2], i) for i, (p, s, c, r) in enumerate(drawn)]
     _assert_any(model, pairs, loss, None)
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.tuples(few, few), min_size=1, max_size=4), losses)
-def test_any_pairs_on_one_prompt_in_one_tree_give_them_too(model, drawn, loss):
+def test_any_pairs_on_one_prompt_in_one_tree_give_those_of_plain_dpo_too(model, drawn, loss):
     pairs = [_pair([3, 3], [], [*c, 2], [*r, 2], i) for i, (c, r) in enumerate((c, r) for c, r in drawn if c != r)]
     if pairs:
         _assert_any(model, pairs, loss, [build_tree([side for pair in pairs for side in pair])])
@@ -231,7 +233,7 @@ def _assert_any(model, pairs, loss, packs):
 @pytest.mark.parametrize(
     ("loss", "value"), [("sigmoid", math.log(2)), ("robust", math.log(2)), ("hinge", 1.0), ("ipo", 1 / (4 * BETA**2))]
 )
-def test_at_the_reference_every_loss_has_its_value_at_margin_zero(model, loss, value):
+def test_at_the_reference_every_loss_has_its_value_for_margin_zero(model, loss, value):
     """allenai/open-instruct#1900: the loss was not ln 2 at step 0."""
     with torch.no_grad(), in_float64():
         _lm(model).set_attn_implementation("sdpa")
@@ -243,7 +245,7 @@ def test_at_the_reference_every_loss_has_its_value_at_margin_zero(model, loss, v
 
 
 def _metrics(kinds, moved_of, options=None, pairs=PAIRS[:2]):
-    """Means of the metrics where every token of side s of pair i has moved by ``moved_of[i][s]``; and the values by pair."""
+    """Return average metrics, values by pair and the pack if tokens of side s of pair i moved by ``moved_of[i][s]``."""
     pack = lay_out([build_tree(pair) for pair in pairs])
     logps = -torch.arange(1.0, pack.rows + 1, dtype=torch.float64)
     moved = torch.tensor(moved_of, dtype=torch.float64).flatten()[pack.entry_sequence]
@@ -253,7 +255,7 @@ def _metrics(kinds, moved_of, options=None, pairs=PAIRS[:2]):
     return {name: (total / count).item() for name, (total, count) in sums.metrics.items() if count}, sums.pairs, pack
 
 
-def test_metrics_by_hand():
+def test_metrics_match_values_by_hand():
     # Scored tokens: 6 and 4 of the first pair, 2 and 4 of the second.
     means, pairs, pack = _metrics([0, 1], [[0.5, 0.25], [-1.0, 1.0]], PreferenceConfig(beta=0.5))
     assert np.bincount(pack.entry_sequence).tolist() == [6, 4, 2, 4]
@@ -278,7 +280,7 @@ def test_metrics_by_hand():
 
 
 def test_entropy_and_accuracy_by_side_and_by_kind_of_pair():
-    # Scored tokens: 6 and 4 of the first pair, 2 and 4 of the second; the first row is both sides' of the first pair.
+    # Scored tokens: 6 and 4 of the first pair, 2 and 4 of the second. Both sides of the first pair share the first row.
     pack = lay_out([build_tree(pair) for pair in PAIRS[:2]])
     objective = SRPOObjective(np.array([0, 1]), _reference(PAIRS[:2], [[0, 0]] * 2), PreferenceConfig())
     entropy = torch.arange(1.0, pack.rows + 1)
@@ -304,7 +306,7 @@ def test_entropy_and_accuracy_by_side_and_by_kind_of_pair():
     }
 
 
-def test_the_displacement_is_split_into_reasoning_and_the_rest():
+def test_delta_logps_are_split_into_reasoning_and_the_rest():
     thinking = [
         replace(side, row_kinds=np.array([0] * 3 + [1] * (len(side.row_kinds) - 4) + [2], np.uint8))
         for side in PAIRS[0]
@@ -316,12 +318,12 @@ def test_the_displacement_is_split_into_reasoning_and_the_rest():
     assert means["delta_logps/rejected/answer"] == pytest.approx(0.25)
 
 
-def test_a_loss_in_rounding_alone_is_no_fall():
+def test_a_loss_of_probability_within_rounding_is_not_a_fall():
     _, pairs, _ = _metrics([0, 1], [[-9e-4, 0.0], [-1.1e-3, 0.0]], PreferenceConfig())
     assert pairs["chosen_fell"].tolist() == [False, True]
 
 
-def test_every_metric_stands_for_each_kind_of_pair_too():
+def test_every_metric_is_also_reported_for_each_kind_of_pair():
     means, _, _ = _metrics([0, 1], [[0.5, 0.25], [-1.0, 1.0]], PreferenceConfig())
     overall = {name for name in means if name.split("/")[0] not in PAIR_KINDS}
     assert set(means) == overall | {f"{kind}/{name}" for kind in PAIR_KINDS for name in overall}
@@ -329,7 +331,7 @@ def test_every_metric_stands_for_each_kind_of_pair_too():
 
 
 def test_shared_reasoning_cancels_in_the_margin():
-    """What both sides share has no gradient of its own: the margin's gradient is that of the remainders."""
+    """Tokens that both sides share have no gradient: the gradient of the margin comes from the remainders only."""
     pack = lay_out([build_tree(PAIRS[0])])
     logps = torch.zeros(pack.rows, requires_grad=True)
     reference = _reference(PAIRS[:1], [[0.0, 0.0]])
@@ -341,7 +343,7 @@ def test_shared_reasoning_cancels_in_the_margin():
 
 
 @pytest.mark.parametrize("loss", sorted(PAIR_LOSSES))
-def test_scoring_divergent_tokens_alone_gives_the_same_loss_and_gradients(model, loss):
+def test_scoring_only_divergent_tokens_gives_the_same_loss_and_gradients(model, loss):
     pairs = _pair_set(PAIRS)
     parted = pairs.divergent()
     full, short = [pairs.sequences(i) for i in range(3)], [parted.sequences(i) for i in range(3)]
@@ -351,7 +353,7 @@ def test_scoring_divergent_tokens_alone_gives_the_same_loss_and_gradients(model,
     _assert_equal(_ours(model, short, zeros, loss, scored="divergent"), _ours(model, full, zeros, loss))
 
 
-def test_where_only_divergent_tokens_are_scored_no_absolute_values_are_reported():
+def test_scoring_only_divergent_tokens_reports_no_absolute_values():
     parted = _pair_set(PAIRS[:2]).divergent()
     options = PreferenceConfig(scored="divergent")
     means, pairs, _ = _metrics([0, 1], [[0.5, 0.25], [-1.0, 1.0]], options, [parted.sequences(i) for i in range(2)])

@@ -1,4 +1,4 @@
-"""Optimizer groups and learning-rate schedules, by values worked out by hand."""
+"""Optimizer groups and learning-rate schedules match values worked out by hand."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ OPTIMIZERS = ("adamw", "adamw8bit", "paged_adamw8bit")
 
 
 def rates(total_steps: int, **options: object) -> list[float]:
-    """The rate of each step's update, in units of the peak."""
+    """Return the learning rate of each step, in units of the peak."""
     config = TrainConfig(lr=0.5, **options)
     optimizer = make_optimizer([nn.Parameter(torch.zeros(2, 2))], config)
     scheduler = make_scheduler(optimizer, config, total_steps)
@@ -28,11 +28,11 @@ def rates(total_steps: int, **options: object) -> list[float]:
     return seen
 
 
-def test_constant():
+def test_constant_stays_at_the_peak():
     assert rates(4, schedule="constant", warmup=0) == [1, 1, 1, 1]
 
 
-def test_a_constant_rate_stays_constant_for_long():
+def test_constant_stays_at_the_peak_for_many_steps():
     assert rates(30, schedule="constant", warmup=0.1) == pytest.approx([1 / 4, 2 / 4, 3 / 4] + [1] * 27)
 
 
@@ -45,7 +45,7 @@ def test_cosine_falls_along_half_a_cosine():
     assert rates(4, schedule="cosine", warmup=0) == pytest.approx(expected)
 
 
-def test_warm_up_rises_in_equal_steps_and_then_the_course_begins_at_the_peak():
+def test_warmup_rises_in_equal_steps_and_the_decay_starts_at_the_peak():
     assert rates(5, schedule="linear", warmup=0.4) == pytest.approx([1 / 3, 2 / 3, 1, 2 / 3, 1 / 3])
     half = [(1 + math.cos(math.pi * i / 3)) / 2 for i in range(3)]
     assert rates(5, schedule="cosine", warmup=0.4) == pytest.approx([1 / 3, 2 / 3, *half])
@@ -98,8 +98,8 @@ def test_every_parameter_is_in_one_group(name, shapes):
 # AdamW.
 
 
-def test_the_first_two_steps_are_adamws():
-    """Loshchilov & Hutter 2019, algorithm 2, in float64 by hand."""
+def test_the_first_two_steps_equal_adamw_by_hand():
+    """The reference is Loshchilov & Hutter 2019, algorithm 2, in float64."""
     config = TrainConfig(lr=0.1, betas=(0.8, 0.9), weight_decay=0.2, schedule="constant", warmup=0)
     parameter = nn.Parameter(torch.tensor([[1.0, -2.0]]))
     optimizer = make_optimizer([parameter], config)

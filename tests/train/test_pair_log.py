@@ -1,4 +1,4 @@
-"""What becomes of each pair: rows by evaluation, and one warning when chosen responses lose probability."""
+"""PairLog keeps a row per pair and evaluation, and warns once when chosen responses lose probability."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from saro.train.pair_log import PairLog, write_margins
 
 @pytest.fixture
 def runtime():
-    """One process that keeps what it says."""
+    """A runtime of one process that keeps the lines it was asked to print."""
     said: list[str] = []
     return SimpleNamespace(say=said.append, said=said, gather=lambda items: items)
 
@@ -30,7 +30,7 @@ def observe(log: PairLog, records: list[int], margins: list[float], fell: list[b
     log.observe(pack, Sums({}, {}, {"margin": torch.tensor(margins), "chosen_fell": torch.tensor(fell)}))
 
 
-def test_rows_come_in_the_order_of_the_files_with_id_and_kind(runtime):
+def test_rows_have_id_and_kind_and_keep_the_order_of_the_files(runtime):
     log = log_of(runtime)
     observe(log, [2], [0.5], [False])
     observe(log, [3, 0], [1.5, -2.0], [False, False])
@@ -42,14 +42,14 @@ def test_rows_come_in_the_order_of_the_files_with_id_and_kind(runtime):
     assert log.take(8) == []
 
 
-def test_rows_of_all_processes_are_taken(runtime):
+def test_rows_of_all_ranks_are_gathered(runtime):
     runtime.gather = lambda items: [*items, (1, {"margin": 4.0})]
     log = log_of(runtime)
     observe(log, [2], [0.5], [False])
     assert [row["id"] for row in log.take(1)] == ["b", "c"]
 
 
-def test_a_warning_names_the_pairs_whose_chosen_response_fell_once(runtime):
+def test_one_warning_names_the_pairs_whose_chosen_response_fell(runtime):
     log = log_of(runtime)
     observe(log, [0, 1, 2, 3], [1.0] * 4, [True, True, True, False])
     log.take(5)
@@ -63,7 +63,7 @@ def test_a_warning_names_the_pairs_whose_chosen_response_fell_once(runtime):
 
 
 @pytest.mark.parametrize(("share", "warned"), [(0.5, False), (0.49, True), (1.0, False), (0.0, True)])
-def test_the_share_is_the_one_that_was_set(runtime, share, warned):
+def test_the_warning_comes_above_the_share_that_was_set(runtime, share, warned):
     log = log_of(runtime, share)
     observe(log, [0, 1], [1.0] * 2, [True, False])
     log.take(1)
@@ -79,7 +79,7 @@ def test_a_long_warning_stays_one_line(runtime):
     assert "\n" not in runtime.said[0]
 
 
-def test_no_pairs_no_warning(runtime):
+def test_without_pairs_there_is_no_warning(runtime):
     log_of(runtime, share=0.0).take(1)
     assert not runtime.said
 
@@ -88,14 +88,14 @@ def steps_of(path) -> list[tuple[int, str]]:
     return [(line["step"], line["id"]) for line in map(json.loads, path.read_text().splitlines())]
 
 
-def test_evaluations_follow_each_other_in_one_file(tmp_path):
+def test_evaluations_are_appended_to_one_file(tmp_path):
     path = tmp_path / "margins.jsonl"
     for step in (0, 4):
         write_margins(path, step, [{"step": step, "id": i, "margin": 0.5} for i in "ab"])
     assert steps_of(path) == [(0, "a"), (0, "b"), (4, "a"), (4, "b")]
 
 
-def test_an_evaluation_that_is_made_again_after_a_kill_takes_the_place_of_the_first(tmp_path):
+def test_an_evaluation_repeated_after_a_kill_replaces_the_first(tmp_path):
     path = tmp_path / "margins.jsonl"
     for step in (0, 4, 8, 4):
         write_margins(path, step, [{"step": step, "id": "a"}])

@@ -1,4 +1,4 @@
-"""Reference log-probs: what they are, when they are scored again, and when not."""
+"""Reference log-probs equal the model's own, are read from the cache, and are scored again only if they must be."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ pytestmark = pytest.mark.usefixtures("cache", "one_thread")
 
 @pytest.fixture
 def world(tiny_model, records_file, pairs):
-    """Source, policy and pairs of a tiny model."""
+    """Return a function that makes source, policy and pairs of a tiny model."""
 
     def make(records=pairs, **options):
         options = ModelConfig(**{"name": tiny_model(), "method": "lora"} | options)
@@ -51,7 +51,7 @@ def world(tiny_model, records_file, pairs):
 
 @pytest.fixture
 def scored(monkeypatch) -> list[int]:
-    """How many sequences each call of the scorer has run."""
+    """Record the number of sequences of each pack that is scored."""
     calls: list[int] = []
     original = module.score_packs
 
@@ -75,7 +75,7 @@ def native_logps(policy, sequence) -> np.ndarray:
     return logps.gather(1, tokens[1:, None])[sequence.scored_from - 1 :, 0].numpy()
 
 
-def test_they_are_the_models_own_log_probs_of_every_scored_token(runtime, world):
+def test_they_equal_the_models_own_log_probs_for_every_scored_token(runtime, world):
     source, policy, data = world()
     reference = load_reference(runtime, policy, source, data, 256)
     for i in range(len(data)):
@@ -84,7 +84,7 @@ def test_they_are_the_models_own_log_probs_of_every_scored_token(runtime, world)
 
 
 def test_dropout_is_off_while_they_are_scored_and_the_mode_is_kept(runtime, world):
-    """huggingface/trl#744: dropout was on in the reference."""
+    """huggingface/trl#744: the reference was scored with dropout."""
     source, policy, data = world()
     plain = load_reference(runtime, policy, source, data, 256)
     source, noisy, _ = world(lora_dropout=0.5)
@@ -100,7 +100,7 @@ def test_dropout_is_off_while_they_are_scored_and_the_mode_is_kept(runtime, worl
     assert np.abs(first.logps - plain.logps).mean() > 0.1
 
 
-def test_a_pack_gets_the_entries_of_its_sequences_in_their_order(runtime, world):
+def test_a_pack_gets_the_log_probs_of_its_sequences_in_order(runtime, world):
     source, policy, data = world()
     reference = load_reference(runtime, policy, source, data, 256)
     pack = lay_out(data.trees([7, 2, 6], 256))
@@ -114,7 +114,7 @@ def test_a_pack_without_trees_has_no_entries(runtime, world):
     assert len(load_reference(runtime, policy, source, data, 256).pack_logps(lay_out([]))) == 0
 
 
-def test_the_cached_and_the_uncached_are_the_same(runtime, world):
+def test_cached_and_uncached_log_probs_are_equal(runtime, world):
     source, policy, data = world()
     direct = score_pairs(policy, data, data.trees(range(len(data)), 256), 256)
     first = load_reference(runtime, policy, source, data, 256)
@@ -124,17 +124,17 @@ def test_the_cached_and_the_uncached_are_the_same(runtime, world):
     np.testing.assert_allclose(first.logps, direct.logps, atol=1e-5)
 
 
-def test_nothing_is_scored_twice_but_a_spot_check(runtime, world, scored):
+def test_only_a_spot_check_is_scored_again(runtime, world, scored):
     source, policy, data = world()
     load_reference(runtime, policy, source, data, 256)
     assert sum(scored) == 2 * len(data)
     scored.clear()
     load_reference(runtime, policy, source, data, 256)
-    assert sum(scored) == 2 * 2 * 2  # two pairs, in a pack and each sequence alone
+    assert sum(scored) == 2 * 2 * 2  # two pairs with two sides, once packed and once alone
 
 
 def test_pairs_on_one_prompt_are_spot_checked_within_their_noise(runtime, tmp_path, records_file, pairs):
-    """They were scored in one tree and are scored again in two: other segments, other rounding. Deep and confident."""
+    """They are scored in one tree and checked in two: other segments, other rounding, which a deep model amplifies."""
     folder = save_tiny_model(tmp_path / "deep", num_hidden_layers=12, hidden_size=64, intermediate_size=128)
     options = ModelConfig(name=str(folder), method="lora")
     source = find_model(options)
@@ -147,7 +147,7 @@ def test_pairs_on_one_prompt_are_spot_checked_within_their_noise(runtime, tmp_pa
         load_reference(runtime, policy, source, data, 2048)
 
 
-def test_new_rows_cost_those_rows(runtime, world, scored, pairs):
+def test_only_new_rows_are_scored(runtime, world, scored, pairs):
     source, policy, data = world(pairs[:20])
     load_reference(runtime, policy, source, data, 256)
     scored.clear()
@@ -156,7 +156,7 @@ def test_new_rows_cost_those_rows(runtime, world, scored, pairs):
     assert sum(scored) == 2 * 4 + 8
 
 
-def test_another_seed_or_rank_of_a_new_adapter_scores_nothing_again(runtime, world, scored):
+def test_another_seed_or_rank_of_a_new_adapter_needs_no_new_scores(runtime, world, scored):
     source, policy, data = world()
     load_reference(runtime, policy, source, data, 256)
     scored.clear()
@@ -183,14 +183,14 @@ def test_another_device_or_version_is_another_reference(world, monkeypatch):
     assert cache_key(policy, source, CPU) != here
 
 
-def test_where_a_model_lies_is_no_part_of_its_reference(world, tiny_model, tmp_path):
+def test_moving_a_model_keeps_its_reference(world, tiny_model, tmp_path):
     source, policy, _ = world()
     moved, other, _ = world(name=str(shutil.copytree(tiny_model(), tmp_path / "moved")))
     assert cache_key(policy, source, CPU) == cache_key(other, moved, CPU)
 
 
-def test_what_is_scored_from_later_on_is_scored_for_itself(runtime, world, scored):
-    """A cached value belongs to a scored span: where other tokens are scored, it is not taken."""
+def test_another_scored_span_is_scored_separately(runtime, world, scored):
+    """A cached value belongs to a scored span, so it is not used if other tokens are scored."""
     source, policy, data = world()
     whole = load_reference(runtime, policy, source, data, 256)
     scored.clear()
@@ -212,7 +212,7 @@ def test_a_cache_that_the_model_contradicts_is_an_error(runtime, world):
         load_reference(runtime, policy, source, data, 256)
 
 
-def test_a_kill_costs_what_was_scored_since_the_last_flush(runtime, world, scored, monkeypatch):
+def test_a_kill_loses_only_what_was_scored_since_the_last_flush(runtime, world, scored, monkeypatch):
     source, policy, data = world()
     monkeypatch.setattr(module, "_FLUSH_SECONDS", 0.0)
     original = module.ReferenceCache.add
@@ -245,7 +245,7 @@ def test_all_pairs_are_scored_chunk_by_chunk(runtime, world, monkeypatch):
 
 def other(runtime, world, name, sets: list[PairSet], **options):
     source, _, _ = world()
-    options = ModelConfig(**{"name": "the policy's, which is not looked at", "method": "lora"} | options)
+    options = ModelConfig(**{"name": "the policy's, which must not be read", "method": "lora"} | options)
     options = other_reference_options(options, name)
     chat = source.chat_format(DataConfig(), date(2024, 7, 26))
     return load_other_references(runtime, find_model(options), options, chat, sets, 256)
@@ -257,7 +257,7 @@ def test_another_model_gives_its_own_log_probs(runtime, world, tiny_model):
     np.testing.assert_allclose(reference.side_logps(3, 1), native_logps(policy, data.sequences(3)[1]), atol=2e-5)
 
 
-def test_the_other_model_is_gone_afterwards(runtime, world, tiny_model):
+def test_the_other_model_is_freed_afterwards(runtime, world, tiny_model):
     _, _, data = world()
     gc.collect()
     models = sum(isinstance(o, torch.nn.Embedding) for o in gc.get_objects())
@@ -281,7 +281,7 @@ def test_a_missing_model_is_refused(runtime, world):
 # The noise of layouts.
 
 
-def test_the_noise_is_never_less_than_a_rounding(world):
+def test_the_noise_is_at_least_one_rounding(world):
     _, policy, data = world()
     logps, noise = layout_noise(policy, [build_tree(data.sequences(0))], 256)
     assert len(logps) == sum(len(s.row_kinds) for s in data.sequences(0))
@@ -289,7 +289,7 @@ def test_the_noise_is_never_less_than_a_rounding(world):
     assert noise.most >= noise.mean
 
 
-def test_the_noise_is_measured_within_the_budget_of_a_pack(world, scored):
+def test_the_noise_is_measured_on_trees_that_fit_into_one_pack(world, scored):
     _, policy, data = world()
     trees = [build_tree(data.sequences(i)) for i in range(4)]
     logps, _ = layout_noise(policy, trees, trees[0].tokens + trees[1].tokens)
@@ -297,7 +297,7 @@ def test_the_noise_is_measured_within_the_budget_of_a_pack(world, scored):
     assert len(layout_noise(policy, trees, 1)[0]) == sum(len(s.row_kinds) for s in data.sequences(0))
 
 
-def test_a_process_without_a_pack_scores_nothing(world):
+def test_an_empty_pack_scores_nothing(world):
     _, policy, _ = world()
     ((pack, entries),) = score_packs(policy, [lay_out([])])
     assert list(split_pairs(pack, entries)) == []

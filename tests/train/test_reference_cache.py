@@ -1,4 +1,4 @@
-"""The cache of reference log-probs: what was added is found, whatever happens to processes and files."""
+"""The cache returns the log-probs that were added, whatever happens to processes and files."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ def shards(folder: Path) -> list[Path]:
 pytestmark = pytest.mark.usefixtures("cache")
 
 
-def test_what_was_added_is_found_in_the_order_asked_for():
+def test_added_values_are_returned_in_the_order_of_the_keys():
     ReferenceCache.of(KEY).add({key(i): values(i) for i in (3, 0, 5)})
     assert load(ReferenceCache.of(KEY), 5, 3, 0, 5) == [values(i).tolist() for i in (5, 3, 0, 5)]
 
 
-def test_what_was_not_added_is_not_found():
+def test_a_key_that_was_not_added_is_not_found():
     cache = ReferenceCache.of(KEY)
     assert cache.find([key(1)]) == [False]
     cache.add({key(1): values(1)})
@@ -55,7 +55,7 @@ def test_what_was_not_added_is_not_found():
 
 
 @pytest.mark.parametrize("change", [{"weights": "b"}, {"weights": "a", "dtype": "bfloat16"}])
-def test_another_reference_has_a_cache_of_its_own(change):
+def test_another_reference_has_its_own_cache(change):
     ReferenceCache.of(KEY).add({key(1): values(1)})
     assert ReferenceCache.of(change).find([key(1)]) == [False]
 
@@ -70,14 +70,14 @@ def test_adding_twice_does_no_harm():
     assert load(ReferenceCache.of(KEY), 4) == [values(4).tolist()]
 
 
-def test_of_two_values_the_first_one_stays():
-    """So that a run that is resumed reads the bits that it began with, whoever has scored the same rows since."""
+def test_if_a_key_is_added_twice_the_first_value_stays():
+    """A resumed run must read the bits that it started with, even if another run has scored the same rows since."""
     ReferenceCache.of(KEY).add({key(4): values(4)})
     ReferenceCache.of(KEY).add({key(4): values(4) + 1, key(5): values(5)})
     assert load(ReferenceCache.of(KEY), 4) == [values(4).tolist()]
 
 
-def test_a_folder_that_cannot_be_written_is_one_line(cache):
+def test_a_folder_that_cannot_be_written_gives_one_line(cache):
     cache.write_text("a file")
     with pytest.raises(SaroError, match=r"cannot be written .*; set SARO_CACHE to another folder"):
         ReferenceCache.of(KEY)
@@ -97,7 +97,7 @@ def test_many_rows_are_spread_over_shards(monkeypatch, cache):
     assert load(ReferenceCache.of(KEY), *range(8)) == [values(i).tolist() for i in range(8)]
 
 
-def test_the_index_is_made_again_when_it_is_lost_old_or_broken(cache):
+def test_the_index_is_rebuilt_if_it_is_missing_old_or_broken(cache):
     of_key = ReferenceCache.of(KEY)
     of_key.add({key(1): values(1)})
     load(of_key, 1)
@@ -111,7 +111,7 @@ def test_the_index_is_made_again_when_it_is_lost_old_or_broken(cache):
         assert load(ReferenceCache.of(KEY), 1, 2) == [values(1).tolist(), values(2).tolist()]
 
 
-def test_the_index_is_not_made_again_while_it_is_right():
+def test_an_index_that_is_up_to_date_is_not_rebuilt():
     of_key = ReferenceCache.of(KEY)
     of_key.add({key(1): values(1)})
     load(of_key, 1)
@@ -120,14 +120,14 @@ def test_the_index_is_not_made_again_while_it_is_right():
     assert (of_key.folder / "index.safetensors").stat().st_mtime_ns == before
 
 
-def test_what_a_killed_process_left_half_written_is_passed_over(cache):
+def test_partial_files_of_a_killed_process_are_ignored(cache):
     of_key = ReferenceCache.of(KEY)
     of_key.add({key(1): values(1)})
     (shards(cache)[0].parent / ".0123.safetensors.89abcdef.tmp").write_bytes(b"half")
     assert load(ReferenceCache.of(KEY), 1) == [values(1).tolist()]
 
 
-def test_a_shard_cut_by_the_disk_is_removed_and_its_keys_are_lacking(cache):
+def test_a_truncated_shard_is_removed_and_its_keys_are_not_found(cache):
     ReferenceCache.of(KEY).add({key(1): values(1)})
     (shard,) = shards(cache)
     shard.write_bytes(shard.read_bytes()[:-3])
@@ -135,7 +135,7 @@ def test_a_shard_cut_by_the_disk_is_removed_and_its_keys_are_lacking(cache):
     assert not shards(cache)
 
 
-def test_values_changed_by_the_disk_are_never_returned(cache):
+def test_values_that_changed_on_disk_are_never_returned(cache):
     ReferenceCache.of(KEY).add({key(9): values(9)})
     (shard,) = shards(cache)
     content = bytearray(shard.read_bytes())
@@ -144,7 +144,7 @@ def test_values_changed_by_the_disk_are_never_returned(cache):
     shard.write_bytes(content)
     of_key = ReferenceCache.of(KEY)
     assert of_key.find([key(9)]) == [True]
-    with pytest.raises(SaroError, match="was damaged on disk, and is removed; start again"):
+    with pytest.raises(SaroError, match="was damaged on disk and has been removed; start again"):
         of_key.load([key(9)], [10])
     assert ReferenceCache.of(KEY).find([key(9)]) == [False]
 
@@ -177,7 +177,7 @@ sequences = st.builds(
 
 @settings(max_examples=200)
 @given(sequences, sequences)
-def test_keys_are_equal_for_equal_tokens_and_scored_spans_alone(a, b):
+def test_keys_are_equal_only_for_equal_tokens_and_scored_spans(a, b):
     def of(drawn):
         tokens, start = drawn
         return sequence_key(ScoredSequence(np.array(tokens, np.int32), start, np.zeros(len(tokens) - start), 0))
@@ -185,7 +185,7 @@ def test_keys_are_equal_for_equal_tokens_and_scored_spans_alone(a, b):
     assert (of(a) == of(b)) == (a == b)
 
 
-def test_a_key_does_not_depend_on_how_the_tokens_lie_in_memory():
+def test_a_key_does_not_depend_on_the_memory_layout_of_the_tokens():
     tokens = np.arange(20, dtype=np.int32)
     one = ScoredSequence(tokens[::2], 1, np.zeros(9), 0)
     other = ScoredSequence(tokens[::2].copy(), 1, np.zeros(9), 7)

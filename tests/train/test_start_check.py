@@ -1,4 +1,4 @@
-"""Before the first step margins are zero and the loss is known; where not, training does not begin."""
+"""Before the first step, margins are zero and the loss has a known value; otherwise training does not start."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("cache", "one_thread")
 
 @pytest.fixture
 def world(tiny_model, records_file, pairs, runtime):
-    """Policy, pairs, their reference, and a function that checks the first step."""
+    """Return a function that makes policy, pairs, their reference, and a function that checks the first step."""
 
     def make(divergent=False, **options):
         options = ModelConfig(**{"name": tiny_model(), "method": "lora"} | options)
@@ -69,7 +69,7 @@ def test_it_passes_with_every_loss(world, preference):
     world()[3](**preference)
 
 
-def test_it_passes_where_only_divergent_tokens_are_scored(world):
+def test_it_passes_if_only_divergent_tokens_are_scored(world):
     world(divergent=True)[3](scored="divergent")
 
 
@@ -80,7 +80,7 @@ def move(policy) -> None:
             parameter.normal_(std=0.2)
 
 
-def test_dropout_does_not_disturb_it_and_stays_on(world):
+def test_dropout_does_not_affect_it_and_stays_on(world):
     policy, data, _, check = world(lora_dropout=0.5)
     move(policy)
     policy.train()
@@ -88,7 +88,7 @@ def test_dropout_does_not_disturb_it_and_stays_on(world):
     assert policy.training
 
 
-def test_a_policy_that_has_moved_since_is_found(world):
+def test_a_policy_that_has_changed_since_fails(world):
     policy, _, _, check = world()
     move(policy)
     with pytest.raises(SaroError, match="the reference is not the model that training starts from"):
@@ -109,7 +109,7 @@ def wrong_reference(reference: Reference, change) -> Reference:
         lambda logps, offsets: logps.__setitem__(slice(0, len(logps)), np.roll(logps, 1)),
         lambda logps, offsets: logps.fill(np.nan),
     ],
-    ids=["noise", "scale", "shifted by a token", "not a number"],
+    ids=["noise", "scale", "shifted by a token", "NaN"],
 )
 def test_a_wrong_reference_stops_before_the_first_step(world, change):
     _, _, reference, check = world()
@@ -117,7 +117,7 @@ def test_a_wrong_reference_stops_before_the_first_step(world, change):
         check(wrong_reference(reference, change))
 
 
-def test_a_reference_without_the_adapter_of_stage_1_stops_it(world):
+def test_a_reference_without_the_adapter_of_stage_1_fails(world):
     """hiyouga/LLaMA-Factory#8459 and #8974: the reference was the base model, without the SFT adapter."""
     policy, data, _, check = world()
     with torch.no_grad():
@@ -131,7 +131,7 @@ def test_a_reference_without_the_adapter_of_stage_1_stops_it(world):
     check(score_pairs(policy, data, data.trees(range(len(data)), 256), 256))
 
 
-def test_a_loss_that_is_not_its_value_at_zero_stops_it(world, monkeypatch):
+def test_a_loss_that_differs_from_its_value_at_margin_zero_fails(world, monkeypatch):
     check = world()[3]
     original = SRPOObjective.loss_of
     monkeypatch.setattr(SRPOObjective, "loss_of", lambda self, margin: original(self, margin) + 0.01)

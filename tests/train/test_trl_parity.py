@@ -1,4 +1,4 @@
-"""SRPO against TRL's DPOTrainer: the same numbers, step by step, from the same records, weights and options."""
+"""SRPO gives the numbers of TRL's DPOTrainer, step by step, from the same records, weights and options."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _words(draw: random.Random, most: int) -> str:
 
 
 def _record(number: int) -> dict[str, str]:
-    """Two pairs on each prompt; the sides differ in length, and most begin alike."""
+    """Make a pair. Two pairs share each prompt; sides differ in length, and most start with the same words."""
     draw = random.Random(number)
     shared = _words(draw, 3) if number % 4 else ""
     sides = {"chosen": shared + _words(draw, 4) + ".", "rejected": shared + _words(draw, 5) + "!"}
@@ -48,7 +48,7 @@ def _record(number: int) -> dict[str, str]:
 
 RECORDS = [_record(number) for number in range(STEPS * PER_STEP)]
 
-# Of these losses TRL smooths the labels in robust alone, and divides by the number of tokens in ipo alone.
+# TRL smooths labels only in robust and divides by the number of tokens only in ipo.
 CASES = [
     PreferenceConfig("sigmoid"),
     PreferenceConfig("hinge"),
@@ -61,7 +61,7 @@ Metrics = list[dict[str, float]]
 
 
 class Setting:
-    """The records, their order, and the model with an adapter that has been trained before: the reference."""
+    """The records, their order, and a model with a trained adapter, which is also the reference."""
 
     def __init__(self, trl: Any, model: str, records: str, output: Path) -> None:
         self._trl, self._output = trl, output
@@ -73,7 +73,7 @@ class Setting:
         self.order = np.concatenate([self.schedule.records(step) for step in range(STEPS)]).tolist()
 
     def policy(self) -> Policy:
-        """The start of every run. An adapter that does nothing yet would not tell its copy from the bare model."""
+        """Make the policy that every run starts from. Its adapter is not zero, so that losing it would be noticed."""
         policy = load_policy(self.source, self._options, torch.device("cpu"), seed=0)
         generator = torch.Generator().manual_seed(1)
         with torch.no_grad():
@@ -83,7 +83,7 @@ class Setting:
         return policy
 
     def trainer(self, case: PreferenceConfig) -> Any:
-        """TRL's trainer on the records in our order."""
+        """Make TRL's trainer on the records in our order."""
         from datasets import Dataset
 
         class Trainer(self._trl.DPOTrainer):
@@ -122,13 +122,13 @@ class Setting:
         )
 
     def train_trl(self, case: PreferenceConfig) -> Metrics:
-        """Metrics of each step under TRL."""
+        """Train with TRL and return the metrics of each step."""
         trainer = self.trainer(case)
         trainer.train()
         return trainer.state.log_history[:STEPS]
 
     def train_saro(self, case: PreferenceConfig) -> Metrics:
-        """Metrics of each step here."""
+        """Train with saro and return the metrics of each step."""
         runtime = Runtime(Accelerator(cpu=True, mixed_precision="no"), 0, 1, 1)
         policy, folder = self.policy(), self._output / case.loss
         folder.mkdir()
@@ -160,7 +160,7 @@ def setting(tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[..., 
 
 @pytest.fixture(scope="module")
 def runs(setting: Setting) -> Iterator[Callable[[PreferenceConfig], tuple[Metrics, Metrics]]]:
-    """Metrics of both sides for a case; each is trained once."""
+    """Return a function that gives the metrics of saro and TRL for a case; each case is trained once."""
     return cache(lambda case: (setting.train_saro(case), setting.train_trl(case)))
 
 
@@ -168,7 +168,7 @@ def values(metrics: Metrics, name: str) -> list[float]:
     return [line[name] for line in metrics]
 
 
-def test_both_sides_read_and_score_the_same_tokens(setting):
+def test_saro_and_trl_read_and_score_the_same_tokens(setting):
     rows = setting.trainer(CASES[0]).train_dataset
     for record, row in zip(setting.order, rows, strict=True):
         for side, sequence in zip(("chosen", "rejected"), setting.pairs.sequences(record), strict=True):
@@ -177,30 +177,30 @@ def test_both_sides_read_and_score_the_same_tokens(setting):
 
 
 @each_loss
-def test_the_loss_of_every_step_is_trls(runs, case):
+def test_the_loss_of_every_step_equals_trls(runs, case):
     ours, theirs = (values(side, "loss") for side in runs(case))
     assert ours == pytest.approx(theirs, rel=0, abs=1e-4)
-    # Training has moved it by far more than that.
+    # Training has changed it by far more than that.
     assert abs(theirs[-1] - theirs[0]) > 0.01
 
 
 @each_loss
-def test_the_gradient_norm_of_every_step_is_trls(runs, case):
+def test_the_gradient_norm_of_every_step_equals_trls(runs, case):
     ours, theirs = (values(side, "grad_norm") for side in runs(case))
     assert ours == pytest.approx(theirs, rel=1e-3)
 
 
 @each_loss
 @pytest.mark.parametrize("side", ["chosen", "rejected"])
-def test_the_log_probs_of_every_step_are_trls(runs, case, side):
+def test_the_log_probs_of_every_step_equal_trls(runs, case, side):
     ours, theirs = (values(metrics, f"logps/{side}") for metrics in runs(case))
     assert ours == pytest.approx(theirs, rel=1e-5)
 
 
 @each_loss
 @pytest.mark.parametrize("side", ["chosen", "rejected"])
-def test_the_rewards_of_every_step_are_trls(runs, case, side):
-    """TRL's rewards are those before a division by the number of tokens, ours those that the loss sees."""
+def test_the_rewards_of_every_step_equal_trls(runs, case, side):
+    """TRL reports rewards before it divides by the number of tokens; ours are those that the loss sees."""
     ours, theirs = runs(case)
     name, scale = (f"delta_logps/{side}", case.beta) if case.length_normalize else (f"rewards/{side}", 1.0)
     assert [scale * reward for reward in values(ours, name)] == pytest.approx(
@@ -209,14 +209,14 @@ def test_the_rewards_of_every_step_are_trls(runs, case, side):
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if not case.length_normalize], ids=lambda case: case.loss)
-def test_the_margins_of_every_step_are_trls(runs, case):
+def test_the_margins_of_every_step_equal_trls(runs, case):
     ours, theirs = (values(metrics, "rewards/margins") for metrics in runs(case))
     assert ours == pytest.approx(theirs, rel=0, abs=1e-4)
 
 
 @each_loss
-def test_the_accuracies_are_trls_once_there_is_a_margin(runs, case):
-    """In the first step the policy is the reference, and the sign of the margin is that of a rounding."""
+def test_the_accuracies_equal_trls_once_there_is_a_margin(runs, case):
+    """In the first step the policy is the reference, so the sign of the margin is only rounding."""
     ours, theirs = (values(metrics, "rewards/accuracies")[1:] for metrics in runs(case))
     assert ours == theirs
     assert len(set(theirs)) > 1
