@@ -16,5 +16,5 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    is_runs = isinstance(manifest, dict) and _KEYS <= manifest.keys()
+    is_runs = isinstance(manifest, dict) and manifest.keys() >= _KEYS
     return manifest if is_runs else None

@@ -236,14 +236,14 @@ def after_stage_1(tiny_model, tmp_path) -> str:
     return str(tmp_path / "rw" / "final")
 
 
-def _reference(runtime, folder: str, preferences: PairSet, **options) -> tuple[Policy, Reference]:
+def _reference(runtime, folder: str, preferences: PairSet, **options) -> tuple[Policy, PairLogps]:
     options = ModelConfig(**{"name": folder, "method": "lora"} | options)
     source = find_model(options)
     policy = load_policy(source, options, torch.device("cpu"), seed=0)
     return policy, load_reference(runtime, policy, source, preferences, 256)
 
 
-def _objective(preferences: PairSet, reference: Reference, **options) -> SRPOObjective:
+def _objective(preferences: PairSet, reference: PairLogps, **options) -> SRPOObjective:
     return SRPOObjective(preferences.kinds, reference, PreferenceConfig(**options))
 
 
@@ -383,7 +383,9 @@ def test_an_adapter_never_meets_another_base_than_its_own(after_stage_1, tiny_mo
     """unslothai/unsloth-zoo#810: an adapter was merged into the wrong base."""
     files = {"model.safetensors": file_hash(Path(tiny_model()) / "model.safetensors")}
     began = {"model": {"files": files, "commit": None}}
-    (Path(after_stage_1).parent / "manifest.json").write_text(json.dumps({"saro": "0.1.0", "config": {}, "template_date": "2024-07-26"} | began))
+    (Path(after_stage_1).parent / "manifest.json").write_text(
+        json.dumps({"saro": "0.1.0", "config": {}, "template_date": "2024-07-26"} | began)
+    )
     find_model(ModelConfig(name=after_stage_1))
     other = save_tiny_model(tmp_path / "other", intermediate_size=32)
     config = Path(after_stage_1) / "adapter_config.json"

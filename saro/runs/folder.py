@@ -77,9 +77,7 @@ class RunFolder:
         if began is None and path.is_dir() and any(not p.name.startswith(".") for p in path.iterdir()):
             raise SaroError(f"{folder}: holds files that are not a run's; give an empty folder with --train.output")
         if began is not None and not resume and not overwrite:
-            raise SaroError(
-                f"{folder}: holds a run already; add --resume to continue it, or --overwrite to start again"
-            )
+            raise SaroError(f"{folder}: holds a run already; add --resume to continue it, or --overwrite to start over")
         today = _parse_date(template_date) if template_date else date.today()
         if began is not None and resume:
             _check_same_options(folder, began["config"], options)
@@ -114,7 +112,7 @@ class RunFolder:
                 self.lock.release(force=True)
                 raise SaroError(
                     f"{self.folder}: the {part} is not what the run began with; restore it, "
-                    "or start again with --overwrite"
+                    "or start over with --overwrite"
                 )
 
     def begin(self, runtime: Runtime, manifest: dict[str, Any]) -> None:
@@ -231,5 +229,5 @@ def _check_same_options(folder: str, began: dict[str, Any], now: dict[str, Any])
             if option not in _FREE_ON_RESUME and began.get(group, {}).get(name) != value:
                 raise SaroError(
                     f"{folder}: the run began with {option} {began.get(group, {}).get(name)}, not {value}; "
-                    "resume with the same, or start again with --overwrite"
+                    "resume with the same, or start over with --overwrite"
                 )

@@ -122,7 +122,7 @@ def test_all_records_too_long_under_drop(recipes, rw_arguments, tmp_path):
         (["--model.attention", "varlen"], "varlen attention needs CUDA and bfloat16; set --model.attention sdpa"),
         (["--model.lora_targets", '["q_prj"]'], "model.lora_targets: the model has no linear layer 'q_prj'; did you mean q_proj?"),
         (["--train.trackers", '["tensorbord"]'], "train.trackers: unknown tracker 'tensorbord'; did you mean tensorboard?"),
-        (["--resume", "--overwrite"], "--resume goes on with a run and --overwrite removes it; give one of them"),
+        (["--resume", "--overwrite"], "--resume continues a run and --overwrite removes it; give one of them"),
         (["--train.betas", "[1.5, 0.9]"], "train.betas are [1.5, 0.9]; both must be at least 0 and below 1"),
     ],
 )  # fmt: skip
@@ -158,7 +158,7 @@ def test_a_folder_with_other_files_is_not_written_to(recipes, rw_arguments, tmp_
     for flags in ((), ("--overwrite",), ("--resume",)):
         done = recipes.run(*rw_arguments(*flags, train_output=tmp_path / "mine"))
         assert done.code == 2
-        assert "holds files that are no run's; give an empty folder with --train.output" in done.err
+        assert "holds files that are not a run's; give an empty folder with --train.output" in done.err
         assert [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
 
 

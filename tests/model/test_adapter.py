@@ -168,7 +168,9 @@ def test_another_base_than_the_one_it_was_trained_on_is_refused(base, adapter, t
     """unslothai/unsloth-zoo#810: an adapter was merged into a base that it was not trained on."""
     files = {"model.safetensors": file_hash(Path(base) / "model.safetensors")}
     began = {"model": {"files": files, "commit": None}}
-    (adapter.parent / "manifest.json").write_text(json.dumps({"saro": "0.1.0", "config": {}, "template_date": "2024-07-26"} | began))
+    (adapter.parent / "manifest.json").write_text(
+        json.dumps({"saro": "0.1.0", "config": {}, "template_date": "2024-07-26"} | began)
+    )
     assert find_model(ModelConfig(name=str(adapter))).adapter == str(adapter)
     other = save_tiny_model(tmp_path / "other", hidden_size=32, intermediate_size=32)
     change_config(adapter, base_model_name_or_path=str(other))
@@ -177,7 +179,9 @@ def test_another_base_than_the_one_it_was_trained_on_is_refused(base, adapter, t
 
 def test_another_commit_of_a_hub_base_is_refused(adapter):
     began = {"model": {"files": {}, "commit": "abc"}}
-    (adapter.parent / "manifest.json").write_text(json.dumps({"saro": "0.1.0", "config": {}, "template_date": "2024-07-26"} | began))
+    (adapter.parent / "manifest.json").write_text(
+        json.dumps({"saro": "0.1.0", "config": {}, "template_date": "2024-07-26"} | began)
+    )
     source = find_adapter(str(adapter))
     source.check_base("org/model", "abc")
     with pytest.raises(SaroError, match=r"was trained on commit abc of org/model; set --model\.revision abc"):

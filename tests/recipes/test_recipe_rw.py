@@ -220,9 +220,7 @@ def test_a_folder_with_a_run_is_not_touched_without_a_flag(finished, recipes):
     files = {p: p.stat().st_mtime_ns for p in run.rglob("*")}
     done = recipes.run("--config", run / "config.yaml")
     assert done.code == 2
-    assert (
-        done.err == f"error: {run}: holds a run already; add --resume to go on with it, or --overwrite to start anew\n"
-    )
+    assert done.err == f"error: {run}: holds a run already; add --resume to continue it, or --overwrite to start over\n"
     assert {p: p.stat().st_mtime_ns for p in run.rglob("*")} == files
 
 
@@ -261,7 +259,7 @@ def test_a_resume_with_other_options_is_refused(recipes, rw_arguments, tmp_path)
     done = recipes.run(*rw_arguments("--resume", train_max_steps=1, train_lr=1e-3))
     assert done.code == 2
     assert (
-        "the run began with train.lr 0.01, not 0.001; resume with the same, or start anew with --overwrite" in done.err
+        "the run began with train.lr 0.01, not 0.001; resume with the same, or start over with --overwrite" in done.err
     )
 
 
@@ -271,7 +269,7 @@ def test_a_resume_on_other_data_is_refused(recipes, rw_arguments, records_file, 
     records_file(examples[:-1], "train.jsonl")
     done = recipes.run(*arguments)
     assert done.code == 2
-    assert "the data is not what the run began with; restore it, or start anew with --overwrite" in done.err
+    assert "the data is not what the run began with; restore it, or start over with --overwrite" in done.err
 
 
 # Being stopped.
@@ -287,7 +285,7 @@ def test_a_signal_ends_with_a_checkpoint_and_the_run_goes_on_as_if_unbroken(
     wait_for(lambda: steps_logged(tmp_path / "run") >= 2, process)
     process.send(number)
     assert process.wait().code == code, process.err
-    found = re.search(r"stopped after step (\d+) of 40; go on with --resume", process.err)
+    found = re.search(r"stopped after step (\d+) of 40; continue with --resume", process.err)
     assert found, process.err
     step = int(found[1])
     assert 2 <= step < 40
@@ -363,7 +361,7 @@ def test_training_ends_with_a_checkpoint_when_the_launcher_is_killed(rw_argument
         gone, _ = psutil.wait_procs([child], timeout=60)
         text = (tmp_path / "err").read_text()
     assert gone, text
-    assert "go on with --resume" in text
+    assert "continue with --resume" in text
     assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 1
 
 

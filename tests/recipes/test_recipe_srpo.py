@@ -18,6 +18,7 @@ from run_files import ROOT, TIMING, assert_same_run, metrics_of, scored_lines, s
 from safetensors.torch import load_file
 
 from saro.config import PAIR_KINDS
+from saro.demo import find_start
 
 
 def margins_of(run: Path) -> list[dict]:
@@ -106,14 +107,16 @@ def test_without_arguments_it_takes_the_demo_run_of_stage_1_where_there_is_one(s
 
     monkeypatch.chdir(tmp_path)
     said: list[str] = []
-    assert start_of("demo", said.append) == "demo"
+    assert find_start("demo", said.append) == "demo"
     assert "starting from the base model" in said[0]
     for name, model in (("output/rw", "org/other"), ("output/demo-rw", "demo")):
         (tmp_path / name / "final").mkdir(parents=True)
-        (tmp_path / name / "manifest.json").write_text(json.dumps({"config": {"model": {"name": model}}}))
-    assert start_of("demo", said.append) == "output/demo-rw/final"
+        (tmp_path / name / "manifest.json").write_text(
+            json.dumps({"saro": "0.1.0", "template_date": "2024-07-26", "config": {"model": {"name": model}}})
+        )
+    assert find_start("demo", said.append) == "output/demo-rw/final"
     assert "output/demo-rw/final" in said[1]
-    assert start_of("org/own", said.append) == "org/own"
+    assert find_start("org/own", said.append) == "org/own"
     assert len(said) == 2
 
 
@@ -325,7 +328,7 @@ def test_a_resume_from_another_start_is_refused(srpo, recipes, rw_arguments, srp
     assert recipes.run(*again).code == 0
     done = srpo(*srpo_arguments("--resume", model_name=rw_final, train_max_steps=1))
     assert done.code == 2
-    assert "the model is not what the run began with; restore it, or start anew with --overwrite" in done.err
+    assert "the model is not what the run began with; restore it, or start over with --overwrite" in done.err
 
 
 # Several processes.

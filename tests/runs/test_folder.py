@@ -189,16 +189,14 @@ def test_a_run_is_neither_gone_on_with_nor_removed_unasked(folder, source, data_
     begin(folder, source, data_file)
     before = contents(folder)
     assert refusal(folder) == (
-        f"{folder}: holds a run already; add --resume to go on with it, or --overwrite to start anew"
+        f"{folder}: holds a run already; add --resume to continue it, or --overwrite to start over"
     )
     assert contents(folder) == before
 
 
 def test_both_flags_are_refused(folder, source, data_file):
     begin(folder, source, data_file)
-    assert refusal(folder, resume=True, overwrite=True).startswith(
-        "--resume goes on with a run and --overwrite removes"
-    )
+    assert refusal(folder, resume=True, overwrite=True).startswith("--resume continues a run and --overwrite removes")
 
 
 def test_overwrite_removes_the_run_when_the_new_one_begins(folder, source, data_file):
@@ -238,7 +236,7 @@ def test_two_runs_never_write_one_folder(folder, source, data_file):
 def test_another_programs_manifest_makes_no_run(folder, text):
     folder.mkdir()
     (folder / "manifest.json").write_text(text)
-    assert "holds files that are no run's" in refusal(folder, overwrite=True)
+    assert "holds files that are not a run's" in refusal(folder, overwrite=True)
 
 
 def test_overwrite_keeps_hidden_files(folder, source, data_file):
@@ -259,7 +257,7 @@ def test_resume_keeps_what_is_there(folder, source, data_file):
 def test_resume_with_another_option_is_refused_with_both_values(folder, source, data_file):
     begin(folder, source, data_file, with_train(lr=0.5))
     assert refusal(folder, with_train(lr=0.25), resume=True) == (
-        f"{folder}: the run began with train.lr 0.5, not 0.25; resume with the same, or start anew with --overwrite"
+        f"{folder}: the run began with train.lr 0.5, not 0.25; resume with the same, or start over with --overwrite"
     )
 
 
@@ -315,7 +313,7 @@ def test_files_that_are_no_runs_are_refused_and_stay(folder, flags):
     (folder / "photos").mkdir(parents=True)
     (folder / "photos" / "cat.png").write_bytes(b"cat")
     assert refusal(folder, **flags) == (
-        f"{folder}: holds files that are no run's; give an empty folder with --train.output"
+        f"{folder}: holds files that are not a run's; give an empty folder with --train.output"
     )
     assert contents(folder) == {"photos/cat.png": b"cat"}
 
@@ -368,7 +366,7 @@ def test_a_run_does_not_go_on_from_something_else(folder, source, data_file, cha
     with pytest.raises(SaroError) as caught:
         begin(folder, source, data_file, resume=True)
     assert str(caught.value) == (
-        f"{folder}: the {part} is not what the run began with; restore it, or start anew with --overwrite"
+        f"{folder}: the {part} is not what the run began with; restore it, or start over with --overwrite"
     )
     assert contents(folder) == before
     assert not begin(folder, source, data_file, overwrite=True).resumed

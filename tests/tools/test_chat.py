@@ -333,7 +333,7 @@ def test_an_unfinished_run_is_one_line(monkeypatch, capsys, finished_run, tmp_pa
     (tmp_path / "manifest.json").write_bytes((finished_run() / "manifest.json").read_bytes())
     code, _, err = run_chat(monkeypatch, capsys, b"Hi\n", "--run", str(tmp_path))
     assert (code, err.count("\n")) == (2, 1)
-    assert "the run has not finished (no final/); go on with it with --resume" in err
+    assert "the run has not finished (no final/); continue it with --resume" in err
 
 
 def test_a_model_without_a_chat_template_cannot_talk(talk):

@@ -468,7 +468,7 @@ def test_a_folder_inside_a_run_is_not_the_run(own_run):
 def test_an_unfinished_run_is_to_go_on(own_run):
     run = own_run()
     shutil.rmtree(run / "final")
-    refused(run, "the run has not finished .no final/.; go on with it with --resume")
+    refused(run, "the run has not finished .no final/.; continue it with --resume")
 
 
 @pytest.mark.parametrize(("device", "dtype"), [("cpu", "float32"), ("cuda:0", "bfloat16")])

@@ -23,6 +23,7 @@ from saro.data.packs import Pack, pack_trees
 from saro.data.steps import Step, Steps
 from saro.distributed.runtime import Runtime
 from saro.errors import SaroError
+from saro.model.policy import Policy
 from saro.train.checkpoint import list_checkpoints
 from saro.train.engine import evaluate
 from saro_kernels import TokenStatistics
@@ -38,6 +39,8 @@ class Bigram(nn.Module):
         random = torch.Generator().manual_seed(0)
         self.embedding = nn.Parameter(torch.randn(264, 6, generator=random, dtype=torch.float64))
         self.head = nn.Parameter(torch.randn(264, 6, generator=random, dtype=torch.float64))
+
+    evaluating = Policy.evaluating
 
     def forward(self, pack: Pack) -> torch.Tensor:
         return self._distributions(pack).gather(1, pack.row_target[:, None])[:, 0]

@@ -87,7 +87,7 @@ def _plain_logps(model, pair) -> list[torch.Tensor]:
     return [logps[i, side.scored_from - 1 : len(side.tokens) - 1] for i, side in enumerate(pair)]
 
 
-def _reference(pairs, sums) -> Reference:
+def _reference(pairs, sums) -> PairLogps:
     """Make a reference with the given sum for each side, spread unevenly over its tokens."""
     parts = []
     for pair, of_pair in zip(pairs, sums, strict=True):

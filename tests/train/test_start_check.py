@@ -95,7 +95,7 @@ def test_a_policy_that_has_changed_since_fails(world):
         check()
 
 
-def wrong_reference(reference: Reference, change) -> Reference:
+def wrong_reference(reference: PairLogps, change) -> PairLogps:
     logps = reference.logps.copy()
     change(logps, reference.offsets)
     return PairLogps(logps, reference.offsets)
