@@ -54,7 +54,7 @@ def test_is_the_definition_for_any_shape_and_block(queries, before, window, grou
     tensors = inputs(queries, before + queries, groups=groups)
     mask = causal(queries, before + queries, window)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_block", lambda _: block)
+        patch.setattr(module, "_scores_per_block", lambda _: block)
         found = run(capped, tensors, mask)
     for ours, expected in zip(found, run(plain, tensors, mask), strict=True):
         torch.testing.assert_close(ours, expected, rtol=0, atol=1e-12)
@@ -62,7 +62,7 @@ def test_is_the_definition_for_any_shape_and_block(queries, before, window, grou
 
 @pytest.mark.parametrize("block", [50, 2**22])
 def test_without_a_mask_it_is_causal(monkeypatch, block):
-    monkeypatch.setattr(module, "_block", lambda _: block)
+    monkeypatch.setattr(module, "_scores_per_block", lambda _: block)
     tensors = inputs(9, 9)
     for ours, expected in zip(
         run(capped, tensors, None),
@@ -73,19 +73,19 @@ def test_without_a_mask_it_is_causal(monkeypatch, block):
 
 
 def test_without_a_mask_it_must_be_causal():
-    with pytest.raises(ValueError, match="takes a mask, or is_causal"):
+    with pytest.raises(ValueError, match="pass exactly one of them"):
         softcap_attention(*inputs(3, 3), softcap=SOFTCAP, scale=SCALE)
 
 
 def test_gradcheck(monkeypatch):
-    monkeypatch.setattr(module, "_block", lambda _: 60)
+    monkeypatch.setattr(module, "_scores_per_block", lambda _: 60)
     tensors = [x.requires_grad_() for x in inputs(5, 8, size=3)]
     assert torch.autograd.gradcheck(lambda *x: capped(*x, causal(5, 8)), tensors)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_error_is_within_the_budget_of_the_plain_path(monkeypatch, dtype):
-    monkeypatch.setattr(module, "_block", lambda _: 4 * 16 * 100)
+    monkeypatch.setattr(module, "_scores_per_block", lambda _: 4 * 16 * 100)
     tensors, mask = inputs(100, 130, size=32, dtype=dtype), causal(100, 130)
     exact = run(plain, [x.double() for x in tensors], mask)
     assert_within_budget(run(capped, tensors, mask), run(plain, tensors, mask), exact)
@@ -100,7 +100,7 @@ def test_scores_far_beyond_the_cap_are_finite():
 
 def test_of_queries_times_keys_nothing_outlives_a_block(monkeypatch):
     queries, heads, rows = 512, 4, 16
-    monkeypatch.setattr(module, "_block", lambda _: heads * rows * queries)
+    monkeypatch.setattr(module, "_scores_per_block", lambda _: heads * rows * queries)
     leaves = [x.requires_grad_() for x in inputs(queries, queries, heads=heads, dtype=torch.float32)]
     block, inputs_bytes = 4 * heads * rows * queries, sum(x.nbytes for x in leaves)
     with Watch() as forward:

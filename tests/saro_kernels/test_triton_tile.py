@@ -23,7 +23,7 @@ from saro_kernels.tiled import tiled_token_logps
 triton = pytest.importorskip("triton", reason="the test extra brings triton for Linux")
 import triton.language as tl  # noqa: E402
 
-from saro_kernels.triton_tile import ALIGNMENT, MAX_BLOCK, MIN_BLOCK, TritonTile, _tanh_and_slope, block_of  # noqa: E402
+from saro_kernels.triton_tile import ALIGNMENT, MAX_BLOCK, MIN_BLOCK, TritonTile, _tanh_and_slope, block_size  # noqa: E402
 
 INTERPRETED = triton.knobs.runtime.interpret
 DEVICE = "cpu" if INTERPRETED or not torch.cuda.is_available() else "cuda"
@@ -282,4 +282,4 @@ def test_the_public_function_runs_it_by_name():
 
 @pytest.mark.parametrize(("vocab", "block"), [(1, 1024), (1025, 2048), (4096, 4096), (262144, 4096)])
 def test_a_block_has_a_place_for_every_thread(vocab, block):
-    assert block_of(vocab) == block
+    assert block_size(vocab) == block
