@@ -1,4 +1,4 @@
-# Each target also installs what it needs into $(VENV).
+# Each of these commands also installs what it needs into $(VENV).
 #
 #   make demo   runs both stages on the demo data and compares base, RW and SRPO
 #   make test   runs the tests

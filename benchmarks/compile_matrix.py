@@ -2,9 +2,10 @@
 
     python benchmarks/compile_matrix.py [--write] [--json FILE]
 
-It compiles exactly what a run would launch: the tile op runs on CPU tensors, and each launch is replaced by specialising
-and compiling its arguments for the target. cuobjdump, which comes with Triton, reads registers, stack (where spilled
-registers go), local and shared memory from the machine code. The width of memory accesses is read from the PTX.
+It compiles exactly what a run would launch: the tile op runs on CPU tensors, and instead of each launch the kernel is
+specialised to its arguments and compiled for the target. cuobjdump, which comes with Triton, reads registers, stack
+(where spilled registers go), local and shared memory from the machine code. The width of memory accesses is read from
+the PTX.
 """
 
 from __future__ import annotations

@@ -63,7 +63,7 @@ class Case:
         return cls(hidden, weight, targets)
 
     def run(self, side: str, pass_name: str) -> Tensor:
-        """Return the sum of the log-probs. Except in "scoring", gradients are computed, too, and dropped."""
+        """Return the sum of the log-probs. Except in "scoring", also compute the gradients and drop them."""
         self.hidden.requires_grad_(pass_name != "scoring")
         self.weight.requires_grad_(pass_name == "trainable")
         with torch.set_grad_enabled(pass_name != "scoring"):

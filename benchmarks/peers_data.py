@@ -223,7 +223,10 @@ def unshared(pair: tuple[ScoredSequence, ScoredSequence]) -> SequenceTree:
 
 
 def loaded_gib(model: nn.Module) -> float:
-    """Return the resident memory of this process in GiB after reading every weight: files are mapped and read at first use."""
+    """Read every weight, then return the resident memory of this process in GiB.
+
+    Weight files are mapped, so that a weight takes memory only when it is first read.
+    """
     for parameter in model.parameters():
         parameter.detach().sum()
     return psutil.Process().memory_info().rss / 2**30

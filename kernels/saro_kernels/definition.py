@@ -25,7 +25,7 @@ def reference_token_logps(
 def reference_token_statistics(
     hidden: Tensor, weight: Tensor, targets: Tensor, *, bias: Tensor | None, softcap: float | None, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return log-probs, entropies and whether the target is the likeliest token, each (N,). See `token_statistics`."""
+    """Return log-probs, entropies and top-1 flags, each (N,). See `token_statistics`."""
     logps = _log_softmax(hidden, weight, bias, softcap, scale)
     target_logps = logps.gather(1, targets[:, None]).squeeze(1)
     entropies = torch.special.entr(logps.exp()).sum(1)

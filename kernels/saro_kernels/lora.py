@@ -45,7 +45,7 @@ class FrozenLinear:
     bias: Tensor | None = None
 
     def dense(self, dtype: torch.dtype) -> Tensor:
-        """Return the weight (out, in) in `dtype`. A packed weight is dequantized on each call and not kept here."""
+        """Return the weight (out, in) in `dtype`. A packed weight is dequantized on each call; no copy is kept here."""
         if self.quant_state is None:
             return self.weight.to(dtype)
         from bitsandbytes.functional import dequantize_4bit
@@ -55,10 +55,10 @@ class FrozenLinear:
 
 @dataclass(frozen=True, eq=False)
 class LoraLinear:
-    """A frozen linear layer with a low-rank update: ``x W^T + b + scaling (x A^T) B^T``.
+    """A frozen linear layer with a low-rank update: ``x W^T + bias + scaling (x A^T) B^T``.
 
     Attributes:
-        base: the frozen W and b.
+        base: the frozen W and bias.
         a: (r, in), trainable, in any floating dtype; cast to the input's dtype for the products.
         b: (out, r), like `a`.
         scaling: alpha / r.

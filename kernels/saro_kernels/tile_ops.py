@@ -66,9 +66,9 @@ class TorchTile:
         return logps.squeeze(1)
 
     def statistics(self, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return log-probs, entropies and top-1 hits of the first n = len(targets) rows of `product`. Overwrites `work`.
+        """Return log-probs, entropies and top-1 flags of the first n = len(targets) rows of `product`. Overwrites `work`.
 
-        Log-probs (n,) and entropies (n,) are in nats; the hits (n,) are True where no token is likelier than the target.
+        Log-probs (n,) and entropies (n,) are in nats; the flags (n,) are True where no token is likelier than the target.
         """
         work = self._shifted_logits(len(targets))
         shifted_target = work.gather(1, targets[:, None])

@@ -89,7 +89,7 @@ def token_statistics(
     scale: float = 1.0,
     impl: str = "auto",
 ) -> TokenStatistics:
-    """Return log-probs, entropies and top-1 hits for metrics: one GEMM per tile, and no gradient.
+    """Return log-probs, entropies and top-1 flags for metrics: one GEMM per tile, and no gradient.
 
     Arguments and errors are those of `token_logps`.
     """

@@ -154,7 +154,7 @@ class TritonTile:
         return logps
 
     def statistics(self, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """See `TorchTile.statistics`. Unlike there, `product` is not changed."""
+        """See `TorchTile.statistics`. This one does not change `product`."""
         logps, entropies = self.product.new_empty(2, len(targets), dtype=torch.float32)
         tops = torch.empty(len(targets), dtype=torch.bool, device=logps.device)
         self._launch(targets, logps, entropies=entropies, tops=tops)

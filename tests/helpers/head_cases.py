@@ -37,7 +37,7 @@ def inputs(n, d, v, dtype=torch.float32, *, bias=False, seed=0, spread=2.0):
 
 
 def split(variant):
-    """Return an entry of VARIANTS as (whether it has a bias, the options `softcap` and `scale`)."""
+    """Return an entry of VARIANTS as (True if it has a bias, {"softcap": ..., "scale": ...})."""
     return variant.get("bias", False), {"softcap": variant.get("softcap"), "scale": variant.get("scale", 1.0)}
 
 

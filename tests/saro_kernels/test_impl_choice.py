@@ -17,7 +17,7 @@ LAUNCHER_PROBLEM = module._launcher_problem
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """Make the choice see a CUDA device of compute capability 8.0 with Triton, compiled and not interpreted."""
+    """Make the choice see a CUDA device of compute capability 8.0, with Triton and without its interpreter."""
     monkeypatch.setattr(module, "_is_triton_installed", lambda: True)
     monkeypatch.setattr(module, "_is_interpreted", lambda: False)
     monkeypatch.setattr(module, "_launcher_problem", lambda: None)

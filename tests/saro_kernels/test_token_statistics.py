@@ -1,4 +1,4 @@
-"""Compare the log-probs, entropies and top-1 hits of every implementation of token_statistics with float64."""
+"""Compare the log-probs, entropies and top-1 flags of every implementation of token_statistics with float64."""
 
 import importlib.util
 import math
@@ -65,7 +65,7 @@ def test_equally_likely_tokens_are_all_top1(impl):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_entropy_at_its_least_and_most(impl):
+def test_entropy_of_uniform_and_certain_distributions(impl):
     weight = torch.zeros(50, 1)
     weight[7] = 1e4
     entropy = token_statistics(torch.tensor([[0.0], [1.0]]), weight, torch.tensor([7, 7]), impl=impl).entropy
