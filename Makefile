@@ -1,5 +1,9 @@
-# Set-up in one command each. `make demo` runs both stages on the demo data and compares base, RW and SRPO; `make test`
-# runs the tests; `make trl` installs TRL and runs the tests that compare with it, which `make test` skips without it.
+# Each of these commands also installs what it needs into $(VENV).
+#
+#   make demo   runs both stages on the demo data and compares base, RW and SRPO
+#   make test   runs the tests
+#   make trl    installs TRL and runs the tests that compare with it; without TRL, `make test` skips them
+#   make lint   checks style and format
 #
 #   make demo TORCH_INDEX=URL   takes torch from another package index, such as PyTorch's CPU-only one
 #   make demo DEMO="--train.max_steps 3"   passes options to both recipes

@@ -1,4 +1,4 @@
-"""Packaging. Lower bounds are versions that the test suite has run on; constraints.txt pins the full tested set."""
+"""Package metadata. The lower bounds are versions on which the tests passed; constraints.txt pins all tested versions."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=[*find_packages(include=["saro", "saro.*"]), "saro_kernels"],
-    # The folder kernels/ is only a place, never a package of its own: a PyPI package is named `kernels`.
+    # The folder kernels/ must not become a package itself: PyPI has a package named `kernels`.
     package_dir={"saro_kernels": "kernels/saro_kernels"},
     package_data={"saro.demo": ["*.jsonl"]},
     install_requires=[
@@ -38,7 +38,7 @@ setup(
         "demo": ["gguf>=0.19.0"],
         "test": [
             "gguf>=0.19.0",
-            # Its layers are put in and taken out on a CPU; run they are on CUDA only.
+            # The tests insert and remove its layers on a CPU, but these run only on CUDA.
             "liger-kernel>=0.8.5",
             "hypothesis>=6.170.15",
             "pytest>=9.2.0",
@@ -46,7 +46,7 @@ setup(
             "pytest-timeout>=2.4.0",
             "ruff>=0.17.6",
             "tensorboard>=2.21.0",
-            # The CUDA build of torch brings it; the CPU build does not, and there it interprets and compiles the kernels.
+            # The CUDA build of torch installs it, the CPU build does not. The tests interpret and compile the kernels.
             "triton>=3.7.1; platform_system == 'Linux'",
         ],
         "bench": ["matplotlib>=3.11.2", "trl==1.16.0"],

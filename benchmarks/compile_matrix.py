@@ -1,10 +1,11 @@
-"""Compile every Triton kernel for each GPU generation, on any x86 Linux machine, and read what it takes of the GPU.
+"""Compile every Triton kernel for each GPU generation, on any x86 Linux machine, and report the resources it needs.
 
     python benchmarks/compile_matrix.py [--write] [--json FILE]
 
-What is compiled is what a run would launch: the tile op runs on tensors of the CPU, and in place of the launch its
-arguments are specialised and compiled for the target. Registers, stack (where spilled registers go), local and shared
-memory are read from the machine code by cuobjdump, which comes with Triton; the width of memory accesses from the PTX.
+It compiles exactly what a run would launch: the tile op runs on CPU tensors, and instead of each launch the kernel is
+specialised to its arguments and compiled for the target. cuobjdump, which comes with Triton, reads registers, stack
+(where spilled registers go), local and shared memory from the machine code. The width of memory accesses is read from
+the PTX.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
 
-# The interpreter, which tests use, compiles nothing; Triton asks when it is imported.
+# Turn off the interpreter, which the tests use and which compiles nothing. Triton reads this when it is imported.
 os.environ["TRITON_INTERPRET"] = "0"
 
 import torch
@@ -41,7 +42,7 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),  # MI300X
 }
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# GPT-2's: a multiple of nothing.
+# GPT-2's vocabulary: an odd number, so that no row length is aligned by chance.
 VOCABULARY = 50257
 README = Path(__file__).with_name("README.md")
 BEGIN, END = "<!-- compile matrix: written by compile_matrix.py -->", "<!-- end of the compile matrix -->"
@@ -52,16 +53,17 @@ class Build:
     """One compiled kernel.
 
     Attributes:
-        target: GPU generation.
-        kernel: name of the function.
-        variant: what the tile op was asked for.
-        dtype: of the products.
-        vocab: of the tile.
-        registers: 32-bit registers of a thread.
-        stack_bytes, local_bytes: of a thread; registers that do not fit are spilled there.
-        shared_bytes: of a program.
-        access_bytes: width of its widest load from memory.
-        wide_offsets: whether a row's place in memory is computed in 64 bits: a tile may have more than 2^31 logits.
+        target: GPU generation, a key of TARGETS.
+        kernel: name of the kernel function.
+        variant: what the tile op computes, see `_variants`.
+        dtype: dtype of the products.
+        vocab: columns of the tile.
+        registers: 32-bit registers per thread.
+        stack_bytes: stack per thread; registers that do not fit are spilled there.
+        local_bytes: local memory per thread, also for spilled registers.
+        shared_bytes: shared memory per program.
+        access_bytes: width of the widest load from memory.
+        wide_offsets: True if the address of a row is computed in 64 bits; a tile may have more than 2^31 logits.
     """
 
     target: str
@@ -79,7 +81,7 @@ class Build:
 
 @dataclass(frozen=True)
 class _Driver:
-    """Stands in for a GPU's driver: Triton asks it what to compile for, and nothing is launched."""
+    """Replaces a GPU's driver: it tells Triton which target to compile for. Nothing is launched."""
 
     target: GPUTarget
 
@@ -94,7 +96,7 @@ class _Driver:
 
 
 class _Compiled(list):
-    """Takes the place of a kernel: collects what it would be compiled to in place of each launch."""
+    """Replaces a kernel: each launch appends the compiled kernel to this list instead of running it."""
 
     def __init__(self, kernel: triton.JITFunction) -> None:
         super().__init__()
@@ -105,7 +107,7 @@ class _Compiled(list):
 
 
 def _variants() -> Iterator[tuple[str, dict[str, object], Callable[..., object]]]:
-    """Name, options and call of all that the tile op can be asked for."""
+    """Yield (name, options of the tile, function that runs the tile) for all variants of the tile op."""
     targets, upstream = torch.zeros(2, dtype=torch.int64), torch.ones(2)
     for softcap in (None, 30.0):
         capped = ", softcap" if softcap else ""
@@ -118,7 +120,7 @@ def _variants() -> Iterator[tuple[str, dict[str, object], Callable[..., object]]
 
 
 def build(name: str) -> list[Build]:
-    """All kernels in all variants for one target."""
+    """Compile all variants for one target, a key of TARGETS."""
     triton.runtime.driver.set_active(_Driver(TARGETS[name]))
     kernel, builds = triton_tile.tile_kernel, []
     cases = [(VOCABULARY, dtype) for dtype in DTYPES] + [(1, torch.bfloat16)]
@@ -131,95 +133,106 @@ def build(name: str) -> list[Build]:
             triton_tile.tile_kernel = kernel
         (result,) = compiled
         usage = _nvidia_usage(result) if TARGETS[name].backend == "cuda" else _amd_usage(result)
-        label = str(dtype).removeprefix("torch.")
-        wide = re.search(r"arith\.muli .*: i64", result.asm["ttir"]) is not None
-        builds.append(Build(name, kernel.fn.__name__, variant, label, vocab, **usage, wide_offsets=wide))
+        builds.append(
+            Build(
+                target=name,
+                kernel=kernel.fn.__name__,
+                variant=variant,
+                dtype=str(dtype).removeprefix("torch."),
+                vocab=vocab,
+                wide_offsets=re.search(r"arith\.muli .*: i64", result.asm["ttir"]) is not None,
+                **usage,
+            )
+        )
     return builds
 
 
 def _nvidia_usage(compiled: triton.compiler.CompiledKernel) -> dict[str, int]:
+    """Read the resource fields of `Build` from a cubin and its PTX."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
         command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
         printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", printed)}
+    usage = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", printed)}
     loads = re.findall(r"ld\.global(?:\.\w+)*?(?:\.v(\d))?\.b(\d+)", compiled.asm["ptx"])
     return {
-        "registers": found["REG"],
-        "stack_bytes": found["STACK"],
-        "local_bytes": found["LOCAL"],
+        "registers": usage["REG"],
+        "stack_bytes": usage["STACK"],
+        "local_bytes": usage["LOCAL"],
         "shared_bytes": compiled.metadata.shared,
         "access_bytes": max(int(count or 1) * int(bits) // 8 for count, bits in loads),
     }
 
 
 def _amd_usage(compiled: triton.compiler.CompiledKernel) -> dict[str, int]:
+    """Read the resource fields of `Build` from AMD assembly."""
     code = compiled.asm["amdgcn"]
-    found = {key: int(value) for key, value in re.findall(r"\.(\w+):\s+(\d+)\s", code)}
+    usage = {key: int(value) for key, value in re.findall(r"\.(\w+):\s+(\d+)\s", code)}
     loads = re.findall(r"(?:global|buffer)_load_(?:(dword)(?:x(\d))?|ushort|short)\b", code)
     return {
-        "registers": found["vgpr_count"],
-        "stack_bytes": 4 * (found["vgpr_spill_count"] + found["sgpr_spill_count"]),
-        "local_bytes": found["private_segment_fixed_size"],
+        "registers": usage["vgpr_count"],
+        "stack_bytes": 4 * (usage["vgpr_spill_count"] + usage["sgpr_spill_count"]),
+        "local_bytes": usage["private_segment_fixed_size"],
         "shared_bytes": compiled.metadata.shared,
         "access_bytes": max(4 * int(count or 1) if word else 2 for word, count in loads),
     }
 
 
 def build_all() -> list[Build]:
-    """For all targets, on all cores."""
+    """Compile for all targets, on all cores."""
     with ProcessPoolExecutor(min(os.cpu_count() or 1, len(TARGETS))) as pool:
-        return [one for builds in pool.map(build, TARGETS) for one in builds]
+        return [result for builds in pool.map(build, TARGETS) for result in builds]
 
 
 def rows(builds: list[Build]) -> Iterator[list[str]]:
-    """A row of the table for each variant and dtype at VOCABULARY; the first row is the heading."""
+    """Yield the heading of the table, then a row for each variant and dtype at VOCABULARY."""
     yield ["tile op", "dtype", *TARGETS, "stack, local", "shared", "load (sm)"]
     shown = [b for b in builds if b.vocab == VOCABULARY]
     for variant, dtype in dict.fromkeys((b.variant, b.dtype) for b in shown):
-        same = {b.target: b for b in shown if (b.variant, b.dtype) == (variant, dtype)}
-        most = {
-            key: max(getattr(b, key) for b in same.values()) for key in ("stack_bytes", "local_bytes", "shared_bytes")
-        }
+        by_target = {b.target: b for b in shown if (b.variant, b.dtype) == (variant, dtype)}
+        stack_bytes = max(b.stack_bytes for b in by_target.values())
+        local_bytes = max(b.local_bytes for b in by_target.values())
+        shared_bytes = max(b.shared_bytes for b in by_target.values())
+        access_bytes = min(b.access_bytes for name, b in by_target.items() if name.startswith("sm_"))
         yield [
             variant,
             dtype,
-            *(str(same[target].registers) for target in TARGETS),
-            f"{most['stack_bytes']}, {most['local_bytes']} B",
-            f"{most['shared_bytes']} B",
-            f"{min(b.access_bytes for name, b in same.items() if name.startswith('sm_'))} B",
+            *(str(by_target[target].registers) for target in TARGETS),
+            f"{stack_bytes}, {local_bytes} B",
+            f"{shared_bytes} B",
+            f"{access_bytes} B",
         ]
 
 
 def markdown(builds: list[Build]) -> str:
-    """The table for benchmarks/README.md."""
+    """Return the table for benchmarks/README.md, with its markers."""
     head, *body = rows(builds)
     aligned = ["---", "---", *["---:"] * (len(head) - 2)]
     lines = ["| " + " | ".join(row) + " |" for row in (head, aligned, *body)]
     version = f"Triton {triton.__version__}, {triton_tile.WARPS} warps, vocabulary {VOCABULARY}"
-    return "\n".join([BEGIN, "", f"Registers of a thread ({version}):", "", *lines, "", END])
+    return "\n".join([BEGIN, "", f"Registers per thread ({version}):", "", *lines, "", END])
 
 
 def write_table(builds: list[Build], file: Path) -> None:
-    """Put the table between the markers of ``file``, which must be there."""
+    """Write the table between the markers in ``file``; end the program if they are missing."""
     text = file.read_text(encoding="utf-8")
-    before, found, rest = text.partition(BEGIN)
-    _, ends, after = rest.partition(END)
-    if not (found and ends):
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
         raise SystemExit(f"{file}: the markers of the compile matrix are missing; add the lines\n{BEGIN}\n{END}")
     file.write_text(before + markdown(builds) + after, encoding="utf-8")
 
 
 def main() -> None:
-    """Compile and print the table."""
+    """Compile all kernels and print the table."""
     parser = ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--write", action="store_true", help="also write the table into benchmarks/README.md")
-    parser.add_argument("--json", metavar="FILE", help="also write all figures here")
+    parser.add_argument("--write", action="store_true", help="Also write the table into benchmarks/README.md.")
+    parser.add_argument("--json", metavar="FILE", help="Also write all figures to this file.")
     options = parser.parse_args()
     builds = build_all()
     head, *body = rows(builds)
-    table = Table(title="Registers of a thread, and bytes")
+    table = Table(title="Registers per thread, and memory")
     for i, name in enumerate(head):
         table.add_column(name, justify="left" if i < 2 else "right")
     for row in body:

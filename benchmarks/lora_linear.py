@@ -1,9 +1,9 @@
-"""What an adapter costs: forward and backward of a frozen linear layer, of PEFT's LoRA on it, and of `lora_linear`.
+"""Measure what an adapter costs: forward and backward of a frozen linear layer, with PEFT's LoRA, and with `lora_linear`.
 
-    python benchmarks/lora_linear.py [--rows 2048] [--rounds 15] [--json FILE]
+    python benchmarks/lora_linear.py [--rows 2048] [--rounds 15] [--json_file FILE]
 
-The three take turns within each round, and ratios are medians of ratios within a round, so that a slow moment of the
-machine slows all. The gradient reaches the input and, with an adapter, A and B.
+The three take turns in each round, and the ratios are medians of the ratios within a round, so that a slow moment of the
+machine slows all three. Gradients are computed for the input and, with an adapter, for A and B.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from train_step import timed
 from saro.distributed.runtime import Runtime
 from saro_kernels import FrozenLinear, LoraLinear, lora_linear
 
-# Layers by name: in and out features.
+# name -> (in features, out features)
 LAYERS = {
     "SmolLM2-135M q": (576, 576),
     "SmolLM2-135M up": (576, 1536),
@@ -36,8 +36,8 @@ LAYERS = {
 SIDES = ("plain", "peft", "saro")
 
 
-def make(n_in: int, n_out: int, rank: int, device: torch.device, dtype: torch.dtype) -> dict[str, Callable]:
-    """By side, a function of the input."""
+def make_sides(n_in: int, n_out: int, rank: int, device: torch.device, dtype: torch.dtype) -> dict[str, Callable]:
+    """Return {side: function that applies the layer to its input}; all sides share their weights."""
     base = nn.Linear(n_in, n_out, bias=False, device=device, dtype=dtype).requires_grad_(False)
     peft = PeftLinear(base, "default", LoraConfig(r=rank, lora_alpha=2 * rank), r=rank, lora_alpha=2 * rank)
     a, b = peft.lora_A["default"].weight, peft.lora_B["default"].weight
@@ -47,7 +47,7 @@ def make(n_in: int, n_out: int, rank: int, device: torch.device, dtype: torch.dt
 
 
 def step_seconds(forward: Callable, x: torch.Tensor, upstream: torch.Tensor) -> float:
-    """Forward and backward of one layer."""
+    """Return the seconds of one forward and backward of a layer."""
 
     def step() -> None:
         forward(x).backward(upstream)
@@ -60,14 +60,14 @@ def step_seconds(forward: Callable, x: torch.Tensor, upstream: torch.Tensor) -> 
 def main(
     rows: int = 2048, rank: int = 16, rounds: int = 15, layers: list[str] | None = None, json_file: str | None = None
 ) -> None:
-    """Measure.
+    """Measure forward and backward of a frozen linear layer, with PEFT's LoRA, and with `lora_linear`.
 
     Args:
-        rows: Tokens.
-        rank: Of the adapter.
-        rounds: In each of which every side runs once.
-        layers: Names of layers, as in the table; all where not given.
-        json_file: Also write the figures here.
+        rows: Rows of the input (tokens).
+        rank: Rank of the adapter.
+        rounds: Measured rounds; each side runs once per round.
+        layers: Names of the layers, as in the table; default all.
+        json_file: Also write the figures to this file.
     """
     runtime = Runtime.start()
     device = runtime.device
@@ -78,19 +78,18 @@ def main(
     results = {}
     for name in layers or LAYERS:
         n_in, n_out = LAYERS[name]
-        sides = make(n_in, n_out, rank, device, dtype)
+        sides = make_sides(n_in, n_out, rank, device, dtype)
         x = torch.randn(rows, n_in, device=device, dtype=dtype, requires_grad=True)
         upstream = torch.randn(rows, n_out, device=device, dtype=dtype)
         for _ in range(3):
             for forward in sides.values():
                 step_seconds(forward, x, upstream)
-        found = [{side: step_seconds(sides[side], x, upstream) for side in SIDES} for _ in range(rounds)]
-        median = {side: statistics.median(f[side] for f in found) for side in SIDES}
-        ratio = {side: statistics.median(f[side] / f["plain"] for f in found) for side in ("peft", "saro")}
+        seconds = [{side: step_seconds(sides[side], x, upstream) for side in SIDES} for _ in range(rounds)]
+        median = {side: statistics.median(s[side] for s in seconds) for side in SIDES}
+        ratio = {side: statistics.median(s[side] / s["plain"] for s in seconds) for side in ("peft", "saro")}
         results[name] = {"seconds": median, "ratio_to_plain": ratio}
-        table.add_row(
-            name, *(f"{1e3 * median[side]:.2f}" for side in SIDES), f"{ratio['peft']:.2f}", f"{ratio['saro']:.2f}"
-        )
+        milliseconds = [f"{1e3 * median[side]:.2f}" for side in SIDES]
+        table.add_row(name, *milliseconds, f"{ratio['peft']:.2f}", f"{ratio['saro']:.2f}")
     Console().print(table)
     if json_file is not None:
         figures = {"rows": rows, "rank": rank, "rounds": rounds, "threads": runtime.threads, "layers": results}

@@ -1,4 +1,4 @@
-"""What `loss_kernels.py` measures: LM heads of known models, and the ways to the log-probs of their tokens."""
+"""The subjects of `loss_kernels.py`: LM heads of known models, and implementations that compute their log-probs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from saro_kernels import choose_impl, token_logps
 
-# Scoring has no gradient; "frozen" trains the hidden states (LoRA, QLoRA); "trainable" the head's weight, too.
+# "scoring" computes no gradient, "frozen" that of the hidden states (LoRA, QLoRA), "trainable" also that of the weight.
 PASSES = ("scoring", "frozen", "trainable")
 # Multiplications and additions that the mathematics needs, in units of rows x width x vocabulary.
 OPERATIONS = {"scoring": 2, "frozen": 4, "trainable": 6}
@@ -20,11 +20,13 @@ OPERATIONS = {"scoring": 2, "frozen": 4, "trainable": 6}
 
 @dataclass(frozen=True)
 class Head:
-    """An LM head.
+    """The sizes of an LM head.
 
     Attributes:
-        width, vocab: D and V of its weight.
-        cpu_rows, gpu_rows: rows scored at once unless the user says otherwise.
+        width: D of its weight.
+        vocab: V of its weight.
+        cpu_rows: default of the rows scored at once on a CPU.
+        gpu_rows: the same on a GPU.
     """
 
     width: int
@@ -52,28 +54,33 @@ class Case:
 
     @classmethod
     def of(cls, head: Head, rows: int, device: torch.device, dtype: torch.dtype) -> Case:
-        """Random ones, whose logits have standard deviation 2."""
+        """Make random inputs whose logits have standard deviation 2."""
         rng = torch.Generator(device).manual_seed(0)
-        like = {"device": device, "dtype": dtype, "generator": rng}
-        weight = torch.randn(head.vocab, head.width, **like).mul_(2 / head.width**0.5)
-        hidden = torch.randn(rows, head.width, **like)
-        return cls(hidden, weight, torch.randint(head.vocab, (rows,), device=device, generator=rng))
+        weight = torch.randn(head.vocab, head.width, device=device, dtype=dtype, generator=rng)
+        weight.mul_(2 / head.width**0.5)
+        hidden = torch.randn(rows, head.width, device=device, dtype=dtype, generator=rng)
+        targets = torch.randint(head.vocab, (rows,), device=device, generator=rng)
+        return cls(hidden, weight, targets)
 
-    def run(self, side: str, which: str) -> Tensor:
-        """The sum of the log-probs; after it, but in "scoring", gradients have been computed and dropped."""
-        self.hidden.requires_grad_(which != "scoring")
-        self.weight.requires_grad_(which == "trainable")
-        with torch.set_grad_enabled(which != "scoring"):
+    def run(self, side: str, pass_name: str) -> Tensor:
+        """Return the sum of the log-probs. Except in "scoring", also compute the gradients and drop them."""
+        self.hidden.requires_grad_(pass_name != "scoring")
+        self.weight.requires_grad_(pass_name == "trainable")
+        with torch.set_grad_enabled(pass_name != "scoring"):
             total = SIDES[side](self.hidden, self.weight, self.targets).sum()
-        if which != "scoring":
+        if pass_name != "scoring":
             total.backward()
         self.hidden.grad = self.weight.grad = None
         return total.detach()
 
-    def floor_bytes(self, which: str) -> int:
-        """Memory of what has to be there at the end: log-probs and gradients."""
-        gradients = [] if which == "scoring" else [self.hidden] if which == "frozen" else [self.hidden, self.weight]
-        return 4 * len(self.targets) + sum(x.nbytes for x in gradients)
+    def floor_bytes(self, pass_name: str) -> int:
+        """Return the bytes of the results: log-probs and gradients."""
+        logp_bytes = 4 * len(self.targets)
+        if pass_name == "scoring":
+            return logp_bytes
+        if pass_name == "frozen":
+            return logp_bytes + self.hidden.nbytes
+        return logp_bytes + self.hidden.nbytes + self.weight.nbytes
 
 
 def _saro(impl: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
@@ -92,9 +99,11 @@ def _trl(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     from trl.kernels import ChunkedLogProbFunction
     from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
 
-    # As its trainers call it: temperature 1, no softcap, no scale; no outputs for metrics.
-    options = (1.0, _CHUNKED_LOGPROB_CHUNK_SIZE, None, 1.0, ())
-    return ChunkedLogProbFunction.apply(hidden, weight, None, targets, *options)[0]
+    # Arguments as in TRL's trainers: no bias; after the targets, temperature 1, the size of a chunk, no softcap, scale 1,
+    # and no outputs for metrics. (An autograd function takes no keywords.)
+    return ChunkedLogProbFunction.apply(hidden, weight, None, targets, 1.0, _CHUNKED_LOGPROB_CHUNK_SIZE, None, 1.0, ())[
+        0
+    ]
 
 
 def _liger(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -121,8 +130,8 @@ SIDES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 _PACKAGES = {"TRL": "trl", "Liger": "liger_kernel", "cut cross-entropy": "cut_cross_entropy"}
 
 
-def why_not(side: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why a side cannot run here; None where it can."""
+def why_unavailable(side: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Return why a side cannot run here; None if it can."""
     if side == "saro, Triton tiles":
         try:
             choose_impl("tiled-triton", device, dtype)

@@ -1,4 +1,4 @@
-"""What `peers.py` measures, and on which records: the same token ids, in the same steps, for every side."""
+"""The requests, results and records of `peers.py`: every side gets the same token ids in the same steps."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from saro.errors import SaroError
 
 Data = PairSet | ExampleSet
 
-# Of every side: LoRA on all linear layers, AdamW at a constant rate.
+# Every side trains LoRA on all linear layers with AdamW at this constant learning rate.
 LR = 1e-5
 BETA = 0.1
 MAX_GRAD_NORM = 1.0
 
-# Records of an optimizer step: pairs of two sequences in SRPO, examples of one in RW.
+# Records per optimizer step. A record of SRPO is a pair of two sequences, a record of RW is one example.
 PER_STEP = {"srpo": 4, "rw": 8}
-# Whose trainer, and how it is used.
+# Trainers to compare, and how they are used; described in `peers.DESCRIPTIONS`.
 SIDES = {
     "srpo": ("saro", "saro, no sharing", "trl", "trl, one by one"),
     "rw": ("saro", "trl, packed", "trl, padded"),
 }
-# The side that the others are compared with.
+# The side with which the others are compared.
 BASELINE = {"srpo": "trl", "rw": "trl, packed"}
-# Metrics that depend on the model and the data alone in the first step: the same on every side but for rounding.
-FIRST = {"srpo": ("logps/chosen", "logps/rejected"), "rw": ("loss",)}
+# Metrics that depend only on the model and the data in the first step: up to rounding, equal on every side.
+FIRST_METRICS = {"srpo": ("logps/chosen", "logps/rejected"), "rw": ("loss",)}
 
 
 @dataclass(frozen=True)
@@ -45,10 +45,11 @@ class Request:
         model: folder or hub name.
         data: JSONL file; None for generated records.
         records: number of records.
-        pack_tokens: budget of this project's packs.
-        steps, warmup: measured steps, and those before them.
-        threads: of the CPU.
-        seed: of generated records and of the adapters.
+        pack_tokens: tokens per pack of this project.
+        steps: measured steps.
+        warmup: steps before these, which are not measured.
+        threads: CPU threads.
+        seed: seed of the generated records and the adapters.
     """
 
     task: str
@@ -68,7 +69,7 @@ class Request:
 
     @property
     def trl_batch(self) -> int:
-        """Records of one forward pass of TRL's; it accumulates gradients over the rest of the step."""
+        """Records per forward pass of TRL, which accumulates gradients over the rest of the step."""
         return 1 if self.side == "trl, one by one" else self.per_step
 
     @property
@@ -78,17 +79,17 @@ class Request:
 
 @dataclass(frozen=True)
 class Result:
-    """What was measured.
+    """The figures of one measurement.
 
     Attributes:
-        seconds: of each measured step.
-        records: of all measured steps.
-        tokens: of their sequences, each counted whole; the same on every side.
-        read_tokens: what the model reads for them: with padding, or with shared prefixes once.
-        first: metrics of the very first step, before any update; on every side the same but for rounding.
-        loaded_gib: resident memory once the model is loaded.
-        peak_gib: most resident memory.
-        reference_seconds: of scoring all records under the reference; None in RW.
+        seconds: seconds of each measured step.
+        records: records of all measured steps together.
+        tokens: tokens of their sequences, with shared prefixes counted twice; equal on every side.
+        read_tokens: tokens that the model reads for them: with padding, or with shared prefixes only once.
+        first: metrics of the very first step, before any update; up to rounding, equal on every side.
+        loaded_gib: resident memory after loading the model.
+        peak_gib: peak of the resident memory.
+        reference_seconds: seconds of scoring all records with the reference; None in RW.
     """
 
     seconds: list[float]
@@ -110,7 +111,7 @@ class Result:
 
     @property
     def read_share(self) -> float:
-        """Tokens that the model reads for one token of a sequence."""
+        """Tokens that the model reads per token of the sequences."""
         return self.read_tokens / self.tokens
 
     @property
@@ -119,18 +120,18 @@ class Result:
 
 
 def measured(request: Request, per_epoch_step: Sequence[int]) -> int:
-    """Sum over the measured steps of something known for each step of an epoch."""
+    """Return the sum over the measured steps of a value that is known for each step of an epoch."""
     return sum(per_epoch_step[step % len(per_epoch_step)] for step in range(request.warmup, request.all_steps))
 
 
 @dataclass(frozen=True)
 class Part:
-    """A part of a generated record, its length log-normal.
+    """A part of a generated record; its length is log-normal.
 
     Attributes:
-        median: tokens.
+        median: median length in tokens.
         sigma: standard deviation of the length's logarithm.
-        most: tokens; longer draws are cut to it.
+        most: upper limit in tokens; longer draws become this long.
     """
 
     median: int
@@ -138,7 +139,7 @@ class Part:
     most: int
 
     def lengths(self, number: int, rng: np.random.Generator) -> np.ndarray:
-        """(number,) int64, tokens."""
+        """Draw lengths in tokens, (number,) int64."""
         drawn = np.rint(self.median * np.exp(self.sigma * rng.standard_normal(number)))
         return np.clip(drawn, 1, self.most).astype(np.int64)
 
@@ -150,7 +151,7 @@ REJECTED = Part(200, 0.6, 500)
 
 
 def generate_pairs(number: int, vocabulary: int, stop_id: int, seed: int) -> PairSet:
-    """Pairs of random token ids: a prompt, reasoning that both sides share, and what each side has of its own."""
+    """Return pairs of random token ids: a prompt, reasoning shared by both sides, and a remainder per side."""
     rng = np.random.default_rng(seed)
     lengths = [part.lengths(number, rng) for part in (PROMPT, SHARED, CHOSEN, REJECTED)]
     chosen, rejected = [], []
@@ -163,25 +164,25 @@ def generate_pairs(number: int, vocabulary: int, stop_id: int, seed: int) -> Pai
 
 
 def _example_set(sequences: Sequence[tuple[np.ndarray, int, int]]) -> ExampleSet:
-    """Of token ids, tokens of the prompt and tokens of the reasoning."""
-    tokens, prompts, thinks = zip(*sequences, strict=True)
+    """Make a set from (token ids, tokens of the prompt, tokens of the reasoning) for each sequence."""
+    tokens, prompt_tokens, think_tokens = zip(*sequences, strict=True)
     return ExampleSet(
-        np.concatenate(tokens),
-        np.cumsum([0, *map(len, tokens)]),
-        np.array(prompts, np.int32),
-        np.array(thinks, np.int32),
-        np.zeros(len(tokens), np.uint8),
-        tuple(f"r{i}" for i in range(len(tokens))),
+        tokens=np.concatenate(tokens),
+        offsets=np.cumsum([0, *map(len, tokens)]),
+        prompt_tokens=np.array(prompt_tokens, np.int32),
+        think_tokens=np.array(think_tokens, np.int32),
+        kinds=np.zeros(len(tokens), np.uint8),
+        ids=tuple(f"r{i}" for i in range(len(tokens))),
     )
 
 
 def load_records(request: Request, chat: ChatFormat, vocabulary: int) -> Data:
-    """Pairs for SRPO, examples for RW: those of a file, or generated ones.
+    """Return pairs for SRPO or examples for RW, read from the request's file or generated.
 
     A generated example is the chosen side of a pair.
 
     Raises:
-        SaroError: the file holds fewer records than asked for, or wrong ones.
+        SaroError: the file has too few records or invalid ones.
     """
     if request.data is None:
         pairs = generate_pairs(request.records, vocabulary, min(chat.stop_ids), request.seed)
@@ -190,45 +191,48 @@ def load_records(request: Request, chat: ChatFormat, vocabulary: int) -> Data:
     data = encode([request.data], chat, max_tokens=request.pack_tokens, too_long="drop")
     if len(data) < request.records:
         raise SaroError(
-            f"{request.data}: {len(data)} records of at most {request.pack_tokens} tokens, and {request.records} are "
-            "asked for; lower --pairs"
+            f"{request.data}: only {len(data)} records have at most {request.pack_tokens} tokens, but --pairs is "
+            f"{request.records}; lower --pairs"
         )
     return data
 
 
 class InOrder:
-    """A schedule without shuffling, as ``Steps`` takes it: records 0, 1, ... in steps of one size, over and over."""
+    """A schedule for ``Steps`` that does not shuffle: records 0, 1, ... in steps of equal size, every epoch the same."""
 
     def __init__(self, records: int, per_step: int) -> None:
         self.steps_per_epoch = records // per_step
         self._steps = np.arange(records).reshape(-1, per_step)
 
     def records(self, step: int) -> np.ndarray:
-        """Indices of the records of a step, counted from 0."""
+        """Return the indices of a step's records. Steps count from 0."""
         return self._steps[step % self.steps_per_epoch]
 
 
 def sequences(data: PairSet | ExampleSet, records: Sequence[int]) -> list[ScoredSequence]:
-    """Of the records' pairs all chosen sides, then all rejected ones, as TRL's collator has them; or of examples."""
+    """Return the sequences of some records; for pairs, all chosen sides and then all rejected ones, as in TRL's collator."""
     if isinstance(data, ExampleSet):
         return [data.sequence(r) for r in records]
     return [side.sequence(r) for side in (data.chosen, data.rejected) for r in records]
 
 
 def unshared(pair: tuple[ScoredSequence, ScoredSequence]) -> SequenceTree:
-    """A pair as two roots that share nothing, whatever prefix they have in common."""
+    """Return a pair as a tree with two roots that share nothing, even if the two sides have a common prefix."""
     (chosen,), (rejected,) = (build_tree([side]).nodes for side in pair)
     return SequenceTree((chosen, rejected), pair, ((0,), (1,)))
 
 
 def loaded_gib(model: nn.Module) -> float:
-    """Resident memory of this process, GiB, once every weight is in it: they are mapped, and read when first used."""
+    """Read every weight, then return the resident memory of this process in GiB.
+
+    Weight files are mapped, so that a weight takes memory only when it is first read.
+    """
     for parameter in model.parameters():
         parameter.detach().sum()
     return psutil.Process().memory_info().rss / 2**30
 
 
 def peak_gib() -> float:
-    """Most resident memory of this process, GiB. (ru_maxrss begins with that of the process which started this one.)"""
+    """Return the peak resident memory of this process in GiB. Not by ru_maxrss, which starts at the parent's peak."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 2**20

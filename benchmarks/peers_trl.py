@@ -1,4 +1,4 @@
-"""TRL's side of `peers.py`: its trainers as a user would run them on a CPU, on token ids that are checked to be ours."""
+"""TRL's side of `peers.py`: its trainers as a user would run them on a CPU. It checks that TRL gets our token ids."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset, concatenate_datasets
 from peers_data import (
     BETA,
-    FIRST,
+    FIRST_METRICS,
     LR,
     MAX_GRAD_NORM,
     Data,
@@ -33,7 +33,7 @@ from saro.quiet import quiet_libraries
 
 
 class Stopwatch(TrainerCallback):
-    """Seconds of each step, from its begin to its end: collating and logging are outside."""
+    """Measures the seconds of each step from its begin to its end, without collating and logging."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
@@ -46,7 +46,7 @@ class Stopwatch(TrainerCallback):
 
 
 class PairTrainer(DPOTrainer):
-    """Takes token ids in place of text, and times the scoring of the reference pass."""
+    """A DPOTrainer that takes token ids instead of text and times the scoring of the reference pass."""
 
     reference_seconds = 0.0
 
@@ -61,7 +61,7 @@ class PairTrainer(DPOTrainer):
 
 
 def pair_rows(data: PairSet, number: int) -> Dataset:
-    """The first pairs, as DPOTrainer has them after tokenization."""
+    """Return the first pairs in the format that DPOTrainer has after tokenization."""
     rows = []
     for record in range(number):
         chosen, rejected = data.sequences(record)
@@ -76,10 +76,10 @@ def pair_rows(data: PairSet, number: int) -> Dataset:
 
 
 def example_rows(data: ExampleSet, batches: np.ndarray, packed: bool) -> Dataset:
-    """Examples, as SFTTrainer has them after tokenization.
+    """Return the examples of ``batches`` (B, n) in the format that SFTTrainer has after tokenization.
 
-    Packed: TRL packs each batch into one row, so that a step holds the same examples on every side. Its collator gives
-    position ids that begin anew with each example, from which transformers makes a mask that keeps them apart.
+    If ``packed``, TRL packs each batch into one row, so that a step holds the same examples on every side. TRL's collator
+    restarts the position ids at each example, and transformers makes from them a mask that separates the examples.
     """
     rows = []
     for sequence in sequences(data, batches.flatten()):
@@ -88,14 +88,15 @@ def example_rows(data: ExampleSet, batches: np.ndarray, packed: bool) -> Dataset
     dataset = Dataset.from_list(rows)
     if not packed:
         return dataset
-    tokens = [sum(len(rows[record]["input_ids"]) for record in batch) for batch in batches]
-    return concatenate_datasets(
-        [pack_dataset(dataset.select(batch), room) for batch, room in zip(batches, tokens, strict=True)]
-    )
+    packed_batches = []
+    for batch in batches:
+        batch_tokens = sum(len(rows[record]["input_ids"]) for record in batch)
+        packed_batches.append(pack_dataset(dataset.select(batch), batch_tokens))
+    return concatenate_datasets(packed_batches)
 
 
 def run_trl(request: Request, source: ModelSource, data: Data, folder: Path) -> Result:
-    """Load, train and time."""
+    """Load the model, train it with TRL, and time the steps."""
     quiet_libraries()
     torch.set_num_threads(request.threads)
     model = AutoModelForCausalLM.from_pretrained(
@@ -145,38 +146,43 @@ def run_trl(request: Request, source: ModelSource, data: Data, folder: Path) -> 
             train_dataset=example_rows(data, batches, packed),
             **common,
         )
-    # In sequential order, every epoch has the batches that are looked at here.
-    read = []
+    # Check one epoch: in sequential order, every epoch has the same batches.
+    batch_read_tokens = []
     for records, batch in zip(batches, trainer.get_train_dataloader(), strict=True):
         check_batch(batch, data, records)
-        read.append(batch["input_ids"].numel())
+        batch_read_tokens.append(batch["input_ids"].numel())
     trainer.train()
-    steps = np.arange(request.records).reshape(-1, request.per_step)
+    step_records = np.arange(request.records).reshape(-1, request.per_step)  # (steps per epoch, records per step)
+    step_tokens = [sum(len(s.tokens) for s in sequences(data, records)) for records in step_records]
+    step_read_tokens = np.reshape(batch_read_tokens, (len(step_records), -1)).sum(axis=1)
     return Result(
-        stopwatch.seconds[request.warmup :],
-        request.steps * request.per_step,
-        measured(request, [sum(len(s.tokens) for s in sequences(data, records)) for records in steps]),
-        measured(request, np.reshape(read, (len(steps), -1)).sum(axis=1).tolist()),
-        {name: trainer.state.log_history[0][name] for name in FIRST[request.task]},
-        loaded,
-        peak_gib(),
-        getattr(trainer, "reference_seconds", None),
+        seconds=stopwatch.seconds[request.warmup :],
+        records=request.steps * request.per_step,
+        tokens=measured(request, step_tokens),
+        read_tokens=measured(request, step_read_tokens.tolist()),
+        first={name: trainer.state.log_history[0][name] for name in FIRST_METRICS[request.task]},
+        loaded_gib=loaded,
+        peak_gib=peak_gib(),
+        reference_seconds=getattr(trainer, "reference_seconds", None),
     )
 
 
 def check_batch(batch: dict[str, torch.Tensor], data: Data, records: np.ndarray) -> None:
-    """Raise ValueError unless a batch of TRL's holds the tokens of these records, and scores the same ones of them."""
+    """Raise ValueError unless a TRL batch has the tokens of these records and scores the same tokens as we do."""
     scored = batch["completion_mask"].bool() if "completion_mask" in batch else batch["labels"] != -100
-    if "position_ids" in batch:
+    theirs = []  # (token ids, scored mask) of each sequence
+    if "position_ids" in batch:  # packed: sequences start where the position is 0
         starts = (batch["position_ids"][0] == 0).nonzero().flatten().tolist()
         lengths = np.diff([*starts, batch["input_ids"].shape[1]]).tolist()
-        found = zip(batch["input_ids"][0].split(lengths), scored[0].split(lengths), strict=True)
-    else:
-        real = batch["attention_mask"].bool()
-        found = ((t[r], s[r]) for t, s, r in zip(batch["input_ids"], scored, real, strict=True))
-    theirs = sorted((tokens.tolist(), mask.tolist()) for tokens, mask in found)
-    ours = sorted(
-        (s.tokens.tolist(), [i >= s.scored_from for i in range(len(s.tokens))]) for s in sequences(data, records)
-    )
-    if theirs != ours:
-        raise ValueError(f"TRL reads or scores other tokens than ours in records {records.tolist()}")
+        for tokens, mask in zip(batch["input_ids"][0].split(lengths), scored[0].split(lengths), strict=True):
+            theirs.append((tokens.tolist(), mask.tolist()))
+    else:  # padded
+        is_token = batch["attention_mask"].bool()
+        for tokens, mask, keep in zip(batch["input_ids"], scored, is_token, strict=True):
+            theirs.append((tokens[keep].tolist(), mask[keep].tolist()))
+    ours = []
+    for sequence in sequences(data, records):
+        mask = [i >= sequence.scored_from for i in range(len(sequence.tokens))]
+        ours.append((sequence.tokens.tolist(), mask))
+    if sorted(theirs) != sorted(ours):
+        raise ValueError(f"records {records.tolist()}: TRL reads or scores other tokens than we do; fix its dataset")

@@ -1,6 +1,6 @@
-"""One measurement of `peers.py`, in a process of its own: load a model, train it for some steps, and time them.
+"""Run one measurement of `peers.py`: load a model, train it for some steps, and time them.
 
-python benchmarks/peers_worker.py REQUEST   writes a Result as JSON to standard output
+`python benchmarks/peers_worker.py REQUEST` takes a Request as JSON and writes a Result as JSON to standard output.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from peers_data import (
     BETA,
-    FIRST,
+    FIRST_METRICS,
     LR,
     MAX_GRAD_NORM,
     Data,
@@ -47,13 +47,13 @@ from saro.train.objective import RWObjective, SRPOObjective
 
 
 class Done(Exception):
-    """All steps have been made."""
+    """Raised after the last step, to end the training."""
 
 
 class MarkedSteps:
-    """Steps that note when each is asked for, and end the training when it asks for one more.
+    """Steps that record the time at which each one is requested, and end the training when it requests one more.
 
-    The time of a step is thus all that lies between two of them: packing, metrics and logging too.
+    So the time of a step is the time between two requests and includes packing, metrics and logging.
     """
 
     def __init__(self, steps: Steps, number: int) -> None:
@@ -70,7 +70,7 @@ class MarkedSteps:
 
 
 def run_saro(request: Request, source: ModelSource, data: Data, folder: Path) -> Result:
-    """This project's trainer: load, train and time."""
+    """Load the model, train it with this project's trainer, and time the steps."""
     runtime = Runtime.start()
     torch.set_num_threads(request.threads)
     policy = load_policy(source, ModelConfig(name=request.model, method="lora"), runtime.device, request.seed)
@@ -85,7 +85,7 @@ def run_saro(request: Request, source: ModelSource, data: Data, folder: Path) ->
         return data.trees(records, budget)
 
     everything = trees(range(request.records))
-    # A pair that shares nothing may be larger than the budget by which its tree was admitted.
+    # Without sharing, a pair may exceed the budget: it was accepted because its tree with a shared prefix fits.
     budget = max(budget, *(tree.tokens for tree in everything))
     if isinstance(data, PairSet):
         start = time.perf_counter()
@@ -118,27 +118,28 @@ def run_saro(request: Request, source: ModelSource, data: Data, folder: Path) ->
         )
     first = json.loads((folder / "metrics.jsonl").read_text().partition("\n")[0])
     epoch = [steps[i] for i in range(schedule.steps_per_epoch)]
+    step_tokens = [sum(len(s.tokens) for s in sequences(data, step.records)) for step in epoch]
     return Result(
-        np.diff(marked.marks)[request.warmup :].tolist(),
-        request.steps * request.per_step,
-        measured(request, [sum(len(s.tokens) for s in sequences(data, step.records)) for step in epoch]),
-        measured(request, [step.tokens for step in epoch]),
-        {name: first[name] for name in FIRST[request.task]},
-        loaded,
-        peak_gib(),
-        reference_seconds,
+        seconds=np.diff(marked.marks)[request.warmup :].tolist(),
+        records=request.steps * request.per_step,
+        tokens=measured(request, step_tokens),
+        read_tokens=measured(request, [step.tokens for step in epoch]),
+        first={name: first[name] for name in FIRST_METRICS[request.task]},
+        loaded_gib=loaded,
+        peak_gib=peak_gib(),
+        reference_seconds=reference_seconds,
     )
 
 
 def main() -> None:
     request = Request(**json.loads(sys.argv[1]))
-    # What TRL prints is not the result.
+    # Send what TRL prints to standard error: standard output is only for the result.
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(sys.stderr):
         source = find_model(ModelConfig(name=request.model))
         chat = source.chat_format(DataConfig(), date(2024, 7, 26))
         data = load_records(request, chat, source.config.vocab_size)
         if request.side.startswith("trl"):
-            # TRL is imported where it is measured alone: it takes memory.
+            # Import TRL only to measure it: it takes memory.
             from peers_trl import run_trl
 
             result = run_trl(request, source, data, Path(folder))

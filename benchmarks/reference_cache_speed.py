@@ -1,9 +1,9 @@
-"""How long a large reference cache takes to load, and how much memory beside the result.
+"""Measure how long a large cache of reference log-probs takes to load, and how much memory this needs.
 
-    python benchmarks/reference_cache.py [--sequences 100000] [--tokens 500]
+    python benchmarks/reference_cache_speed.py [--sequences 100000] [--tokens 500]
 
-It writes random log-probs for sequences of random token ids into a cache of its own, then finds and loads all of them in
-a fresh process, as a run does: keys from token ids, index, shards.
+It writes random log-probs for sequences of random token ids into a temporary cache. Then it finds and loads all of them
+in a new process, with the steps of a run: keys from token ids, index, shards.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from pathlib import Path
 
 import numpy as np
 from jsonargparse import auto_cli
@@ -26,13 +27,13 @@ KEY = {"benchmark": 1}
 
 
 def sequence(i: int, tokens: int) -> ScoredSequence:
-    """A sequence of which all tokens but the first are scored."""
+    """Return a sequence of random token ids; all tokens but the first are scored."""
     ids = np.random.default_rng(i).integers(0, 49_152, tokens + 1).astype(np.int32)
     return ScoredSequence(ids, 1, np.zeros(tokens, np.uint8), i)
 
 
 def fill(sequences: int, tokens: int) -> None:
-    """Add them in portions, as scoring does."""
+    """Write the cache in portions of 5,000 sequences, as scoring does."""
     cache = ReferenceCache.of(KEY)
     for start in range(0, sequences, 5_000):
         numbers = range(start, min(start + 5_000, sequences))
@@ -41,12 +42,12 @@ def fill(sequences: int, tokens: int) -> None:
 
 
 def load(sequences: int, tokens: int) -> None:
-    """Print seconds and memory as JSON."""
-    given = [sequence(i, tokens) for i in range(sequences)]
+    """Load the cache, and print seconds and memory as JSON."""
+    all_sequences = [sequence(i, tokens) for i in range(sequences)]
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     start = time.perf_counter()
     cache = ReferenceCache.of(KEY)
-    keys = [sequence_key(s) for s in given]
+    keys = [sequence_key(s) for s in all_sequences]
     assert all(cache.find(keys))
     logps, _ = cache.load(keys, [tokens] * sequences)
     seconds = time.perf_counter() - start
@@ -55,24 +56,29 @@ def load(sequences: int, tokens: int) -> None:
 
 
 def main(sequences: int = 100_000, tokens: int = 500) -> None:
-    """Measure.
+    """Measure the time and memory of loading a reference cache.
 
     Args:
         sequences: Cached sequences.
-        tokens: Scored tokens of each.
+        tokens: Scored tokens per sequence.
     """
     with tempfile.TemporaryDirectory() as folder:
         os.environ["SARO_CACHE"] = folder
         fill(sequences, tokens)
-        code = f"import reference_cache as r; r.load({sequences}, {tokens})"
-        for what in ("first load, which makes the index", "second load"):
-            command = [sys.executable, "-c", code]
-            done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=os.path.dirname(__file__))
-            found = json.loads(done.stdout)
+        code = f"import reference_cache_speed; reference_cache_speed.load({sequences}, {tokens})"
+        for title in ("first load, which makes the index", "second load"):
+            process = subprocess.run(
+                [sys.executable, "-c", code],
+                check=True,
+                stdout=subprocess.PIPE,
+                text=True,
+                cwd=Path(__file__).parent,
+            )
+            figures = json.loads(process.stdout)
             print(
-                f"{what}: {sequences:,} sequences of {tokens} tokens in {found['seconds']:.1f} s; "
-                f"{found['result_bytes'] / 2**20:.0f} MiB of log-probs, memory grew by "
-                f"{found['peak_growth_bytes'] / 2**20:.0f} MiB at the peak"
+                f"{title}: {sequences:,} sequences of {tokens} tokens in {figures['seconds']:.1f} s; "
+                f"{figures['result_bytes'] / 2**20:.0f} MiB of log-probs, memory grew by "
+                f"{figures['peak_growth_bytes'] / 2**20:.0f} MiB at the peak"
             )
 
 

@@ -1,8 +1,9 @@
-"""The least that a training step must do: operations and bytes by part, from shapes alone.
+"""Count the least work of a training step: operations and bytes of each part, computed only from shapes.
 
-A part's floor is the longer of its operations at the GEMM rate and its bytes at the rate of a copy. Bytes are those that
-must cross the bus where every part is one kernel: inputs, weights and outputs once in the forward, and once more each time
-the backward needs them. What a fused kernel keeps to itself (attention scores, logits) is no byte.
+The floor of a part is the longer of two times: its operations at the GEMM rate, and its bytes at the rate of a copy.
+The bytes are those that must cross the bus if every part is one kernel: inputs, weights and outputs once in the forward,
+and once more each time the backward needs them. Numbers that stay inside a fused kernel (attention scores, logits) are
+not counted.
 """
 
 from __future__ import annotations
@@ -16,14 +17,19 @@ from transformers import PretrainedConfig
 from saro.data.packs import Pack
 from saro.model.policy import Policy
 
-# AdamW reads parameter, gradient and two moments, and writes all but the gradient; all are float32.
+# AdamW reads the parameter, the gradient and two moments, and writes all but the gradient: 7 float32 numbers.
 _ADAMW_BYTES = 7 * 4
 _ADAMW_OPERATIONS = 14
 
 
 @dataclass(frozen=True)
 class Work:
-    """Floating-point operations (a multiplication and an addition are two), and bytes."""
+    """The work of one part of a step.
+
+    Attributes:
+        operations: floating-point operations; a multiplication and an addition count as two.
+        bytes: bytes that cross the bus.
+    """
 
     operations: float
     bytes: float
@@ -33,7 +39,7 @@ class Work:
 
 
 def floor_of_step(policy: Policy, pack: Pack) -> dict[str, Work]:
-    """What one step on a pack needs, by part; norms, activations and residuals can be part of other kernels."""
+    """Return {part: Work} of one step on a pack. Norms, activations and residuals count as fused into other kernels."""
     lm = policy.causal_lm
     width = (policy.autocast or lm.dtype).itemsize
     layers = [m for m in lm.get_decoder().modules() if isinstance(m, nn.Linear)]
@@ -51,23 +57,31 @@ def _sum(parts: Sequence[Work]) -> Work:
 
 
 def _product(layer: nn.Linear, rows: int, width: int, logits: bool = True) -> Work:
-    """Forward and backward of a linear layer: 2 operations for each weight and row in the forward, as many for the
-    gradient of the input, and of the weight where it is trained. ``logits=False`` leaves out the bytes of its output.
+    """Count forward and backward of a linear layer.
+
+    The forward takes 2 operations per weight and row. The gradient of the input takes as many, and so does that of the
+    weight if it is trained. ``logits=False`` leaves out the bytes of the output.
     """
     weight = layer.weight
     n_in, n_out = layer.in_features, layer.out_features
     products = 3 if weight.requires_grad else 2
-    x, y = rows * n_in * width, rows * n_out * width if logits else 0
-    stored = weight.numel() * weight.element_size()  # of a 4-bit weight, its packed bytes
-    return Work(products * 2 * rows * n_in * n_out, products * (x + stored + y))
+    input_bytes = rows * n_in * width
+    output_bytes = rows * n_out * width if logits else 0
+    weight_bytes = weight.numel() * weight.element_size()  # for a 4-bit weight, the packed bytes
+    return Work(products * 2 * rows * n_in * n_out, products * (input_bytes + weight_bytes + output_bytes))
 
 
 def _attention(config: PretrainedConfig, pack: Pack, width: int) -> Work:
-    """Causal attention over L tokens and its ancestors' P: 4 (L^2 / 2 + L P) H D operations forward, twice that backward."""
+    """Count the attention of all layers over the trees of a pack.
+
+    A node of L tokens, whose ancestors have P tokens, takes 4 (L^2 / 2 + L P) H D operations in the forward and twice as
+    many in the backward.
+    """
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     queries, keys = config.num_attention_heads * size, config.num_key_value_heads * size
-    # A token attends to as many as stand before it on its path, and to itself, of which half is counted.
+    # A token attends to the tokens before it on its path and to itself; itself counts as half, as in L^2 / 2.
     scores = pack.position_ids.sum().item() + pack.tokens / 2
-    # Forward: q, k, v in, the output out. Backward: those and the output's gradient in, three gradients out.
+    # The forward reads q, k, v and writes the output. The backward reads these and the output's gradient, and writes
+    # three gradients.
     moved = pack.tokens * width * ((2 * queries + 2 * keys) + (3 * queries + 2 * keys) + (queries + 2 * keys))
     return Work(3 * 4 * scores * queries * config.num_hidden_layers, moved * config.num_hidden_layers)

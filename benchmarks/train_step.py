@@ -1,12 +1,12 @@
-"""How fast a training step is, against what the machine can do.
+"""Measure how fast a training step is, compared with what the machine can do.
 
     python benchmarks/train_step.py [--model demo] [--method lora] [--pack_tokens 2048] [--peft true] [--json_file FILE]
 
-One step is one pack of random token ids: forward, head, backward, AdamW. Reported are medians over steps that alternate
-with a measurement of the GEMM rate, so that a slow moment of the machine slows both; with `--peft true` also with steps
-whose adapters PEFT's own layers compute, and with steps without adapters, whose gradient goes to the embeddings: no
-adapter can be faster. The floor of a step is what its operations take at the GEMM rate, or its bytes at the rate of a
-copy (`step_floor.py`): recomputation and whatever is no product count as lost time.
+One step is one pack of random token ids: forward, head, backward, AdamW. Steps alternate with a measurement of the GEMM
+rate, so that a slow moment of the machine slows both, and the figures are medians. With `--peft true`, steps with PEFT's
+own LoRA layers and steps without adapters take turns with them. Without adapters the gradient goes to the embeddings: no
+adapter can be faster. The floor of a step is the time of its operations at the GEMM rate, or of its bytes at the rate of
+a copy (`step_floor.py`): recomputation and all that is not a matrix product count as lost time.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from saro.train.optim import make_optimizer
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of the parts of one step, of one GEMM, and of the same step with PEFT's own layers and without adapters."""
+    """Seconds of one round: of the parts of a step, of a GEMM, and of the step with PEFT's layers and without adapters."""
 
     forward: float
     head: float
@@ -56,24 +56,23 @@ class Times:
         return self.forward + self.head + self.backward + self.optimizer
 
 
-GEMM_SIZE = 2048
+GEMM_SIZE = 2048  # rows and columns of the square GEMM that measures the machine
 
 
 def random_pack(pack_tokens: int, vocabulary: int, sequence_tokens: int, scored_share: float) -> Pack:
-    """Sequences of equal length that fill a pack; the last ``scored_share`` of each is scored."""
+    """Fill a pack with random sequences of equal length; the last ``scored_share`` of each is scored."""
     rng = np.random.default_rng(0)
-    # The last token of a sequence is not fed to the model.
-    number = pack_tokens // sequence_tokens
+    num_sequences = pack_tokens // sequence_tokens
     scored = round(sequence_tokens * scored_share)
     kinds = np.full(scored, RowKind.ANSWER, np.uint8)
-    tokens = rng.integers(0, vocabulary, (number, sequence_tokens + 1)).astype(np.int32)
-    return lay_out(
-        [build_tree([ScoredSequence(t, sequence_tokens + 1 - scored, kinds, i)]) for i, t in enumerate(tokens)]
-    )
+    # One token more per sequence: the last token is only a target and not fed to the model.
+    tokens = rng.integers(0, vocabulary, (num_sequences, sequence_tokens + 1)).astype(np.int32)
+    sequences = [ScoredSequence(ids, sequence_tokens + 1 - scored, kinds, i) for i, ids in enumerate(tokens)]
+    return lay_out([build_tree([sequence]) for sequence in sequences])
 
 
 def gemm_seconds(device: torch.device) -> Callable[[], float]:
-    """Times one square GEMM in float32 on a CPU, bfloat16 on a GPU."""
+    """Return a function that times one square GEMM, in float32 on a CPU, in bfloat16 on a GPU."""
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     a, b, out = (torch.randn(GEMM_SIZE, GEMM_SIZE, device=device, dtype=dtype) for _ in range(3))
 
@@ -84,19 +83,19 @@ def gemm_seconds(device: torch.device) -> Callable[[], float]:
 
 
 def copy_bytes(device: torch.device) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """Two tensors larger than any cache, to copy one into the other, and the bytes that this moves."""
+    """Return two tensors larger than any cache, and the bytes moved by copying one into the other."""
     source = torch.ones(2**26 if device.type == "cpu" else 2**28, device=device)
     return source, torch.empty_like(source), 2 * source.numel() * source.element_size()
 
 
 def copy_per_second(device: torch.device) -> float:
-    """Bytes that a copy moves in a second, median of six."""
+    """Return the bytes that a copy moves per second, median of six."""
     source, target, moved = copy_bytes(device)
     return moved / statistics.median(timed(lambda: target.copy_(source), device)[0] for _ in range(6))
 
 
 def timed(work: Callable[[], object], device: torch.device) -> tuple[float, object]:
-    """Seconds that ``work`` takes on the device, and what it returns."""
+    """Return the seconds that ``work`` takes on the device, and its result."""
     if device.type == "cuda":
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
@@ -110,7 +109,7 @@ def timed(work: Callable[[], object], device: torch.device) -> tuple[float, obje
 
 
 def time_step(policy: Policy, pack: Pack, optimizer: torch.optim.Optimizer) -> Times:
-    """One training step, in parts; ``gemm`` is not measured yet."""
+    """Run one training step and time its parts. ``gemm`` is NaN."""
     device = pack.input_ids.device
     decoder = policy.causal_lm.get_decoder()
     marks: list[float] = []
@@ -126,15 +125,21 @@ def time_step(policy: Policy, pack: Pack, optimizer: torch.optim.Optimizer) -> T
     mark()
     hook.remove()
     backward, _ = timed((nll_sum(logps) / pack.rows).backward, device)
-    step, _ = timed(optimizer.step, device)
+    update, _ = timed(optimizer.step, device)
     optimizer.zero_grad(set_to_none=True)
-    return Times(marks[1] - marks[0], marks[2] - marks[1], backward, step, math.nan)
+    return Times(
+        forward=marks[1] - marks[0],
+        head=marks[2] - marks[1],
+        backward=backward,
+        optimizer=update,
+        gemm=math.nan,
+    )
 
 
 def time_round(
     policy: Policy, pack: Pack, optimizer: torch.optim.Optimizer, gemm: Callable[[], float], peft: bool
 ) -> Times:
-    """A step, where ``peft`` asks for it the same by PEFT's layers and without adapters, and a GEMM, in turn."""
+    """Time a step and a GEMM; with ``peft``, also the step with PEFT's layers and the step without adapters."""
     ours = time_step(policy, pack, optimizer)
     theirs = bare = math.nan
     if peft:
@@ -147,7 +152,7 @@ def time_round(
 
 @contextmanager
 def embeddings_with_gradient(policy: Policy) -> Iterator[None]:
-    """Inside, gradients go through all layers, whatever of them is trained."""
+    """Make the embeddings' output require gradients, so that these go through all layers even if none is trained."""
     embeddings = policy.causal_lm.get_input_embeddings()
     hook = embeddings.register_forward_hook(lambda module, inputs, output: output.requires_grad_())
     try:
@@ -157,7 +162,7 @@ def embeddings_with_gradient(policy: Policy) -> Iterator[None]:
 
 
 def write_trace(policy: Policy, pack: Pack, optimizer: torch.optim.Optimizer, path: str) -> None:
-    """A profiler trace of one step, for chrome://tracing or Perfetto."""
+    """Write a profiler trace of one step, for chrome://tracing or Perfetto."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     if pack.input_ids.is_cuda:
         activities.append(torch.profiler.ProfilerActivity.CUDA)
@@ -186,17 +191,17 @@ def main(
     Args:
         model: Folder or hub name of a causal LM.
         method: full, lora or qlora.
-        rank: Of the adapters.
+        rank: Rank of the adapters.
         pack_tokens: Tokens of the pack.
         sequence_tokens: Tokens of each sequence in it.
-        scored_share: Share of a sequence's tokens that is scored.
+        scored_share: Share of each sequence's tokens that are scored.
         steps: Measured steps.
-        warmup: Steps before them, which touch new memory and are slow.
+        warmup: Steps before these; they touch new memory and are slow.
         gradient_checkpointing: Recompute activations.
-        peft: In turn with each step run one whose adapters PEFT's own layers compute, and one without adapters.
-        fused_lora: False measures PEFT's own layers alone, which is how to see their peak memory.
-        trace: Write a profiler trace of one step to this file.
-        json_file: Also write the figures here.
+        peft: Also time a step with PEFT's own LoRA layers and a step without adapters, after each step.
+        fused_lora: false measures only PEFT's own layers, to see their peak memory.
+        trace: Also write a profiler trace of one step to this file.
+        json_file: Also write the figures to this file.
     """
     runtime = Runtime.start()
     options = ModelConfig(
@@ -220,9 +225,9 @@ def main(
     floor = floor_of_step(policy, pack)
     operations = sum(work.operations for work in floor.values())
     gemm_rate = 2 * GEMM_SIZE**3 / median["gemm"]
-    peak_gib = runtime.memory()  # before the copy takes memory of its own
+    peak_gib = runtime.memory()  # read it before the copy below allocates memory
     copy_rate = copy_per_second(runtime.device)
-    # Ratio step by step, then its median: a slow moment of the machine enters both sides.
+    # Take the median of the ratios of each round: a slow moment of the machine then slows both sides.
     share = statistics.median(operations / t.step / (2 * GEMM_SIZE**3 / t.gemm) for t in measured)
     result = {
         "model": model,
@@ -253,7 +258,7 @@ def main(
 
 
 def show(result: dict) -> None:
-    """Print the figures."""
+    """Print the figures of a result."""
     console = Console()
     seconds = result["seconds"]
     table = Table(title=f"{result['model']}, {result['method']}, {result['tokens']} tokens, {result['device']}")
@@ -265,17 +270,17 @@ def show(result: dict) -> None:
     table.add_row("step", f"{seconds['step']:.3f}", "")
     console.print(table)
     floor = result["floor_seconds"]
-    least = Table(title="the least that it must do", title_justify="left")
+    floor_table = Table(title="floor: the least work of the step", title_justify="left")
     for column in ("part", "TFLOP", "GiB", "floor, s"):
-        least.add_column(column, justify="left" if column == "part" else "right")
+        floor_table.add_column(column, justify="left" if column == "part" else "right")
     for part, value in floor.items():
         operations, moved = result["operations"][part] / 1e12, result["bytes"][part] / 2**30
-        least.add_row(part, f"{operations:.3f}", f"{moved:.2f}", f"{value:.3f}")
-    console.print(least)
+        floor_table.add_row(part, f"{operations:.3f}", f"{moved:.2f}", f"{value:.3f}")
+    console.print(floor_table)
     console.print(
         f"floor {sum(floor.values()):.3f} s at the rates of a GEMM and of a copy "
-        f"({result['copy_bytes_per_second'] / 2**30:.1f} GiB/s); measured over floor "
-        f"{seconds['step'] / sum(floor.values()):.2f}"
+        f"({result['copy_bytes_per_second'] / 2**30:.1f} GiB/s); the step takes "
+        f"{seconds['step'] / sum(floor.values()):.2f} times its floor"
     )
     if not math.isnan(result["peft_to_saro"]):
         console.print(
@@ -283,7 +288,7 @@ def show(result: dict) -> None:
             f"without adapters {seconds['bare_step']:.3f} s, {result['bare_to_saro']:.2f} times"
         )
     console.print(
-        f"{result['tokens_per_second']:.0f} tokens/s; {sum(result['operations'].values()) / 1e12:.3f} TFLOP a step; "
+        f"{result['tokens_per_second']:.0f} tokens/s; {sum(result['operations'].values()) / 1e12:.3f} TFLOP per step; "
         f"GEMM rate {result['gemm_operations_per_second'] / 1e9:.0f} GFLOP/s, of which a step reaches "
         f"{result['share_of_gemm_rate']:.0%}; peak memory {result['peak_memory_gib']:.2f} GiB "
         f"({result['loaded_memory_gib']:.2f} after loading)"

@@ -1,4 +1,9 @@
-"""Memory-lean kernels for training on long reasoning chains; usable without the trainer."""
+"""Memory-saving kernels for training on long reasoning chains. They need only torch, and work without the trainer.
+
+- `token_logps`, `token_statistics`: log-probs, entropies and top-1 accuracy of an LM head, without the (N, V) logits.
+- `lora_linear`, `lora_gated_mlp`: LoRA on frozen layers, with fewer tensors kept for the backward.
+- `saro_kernels.softcap_attention`: attention with capped scores (Gemma 2). Import it from its module.
+"""
 
 from saro_kernels.lora import FrozenLinear, LoraLinear, lora_gated_mlp, lora_linear
 from saro_kernels.token_logps import TokenStatistics, choose_impl, token_logps, token_statistics

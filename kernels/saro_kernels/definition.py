@@ -1,14 +1,14 @@
-"""The definitions: readable, differentiable, and as large as the logits are."""
+"""Definitions of the head functions: readable and differentiable, but they hold all (N, V) logits."""
 
-from torch import Tensor, nn, promote_types, special
-from torch import float32 as fp32
+import torch
+from torch import Tensor
 
 
 def _log_softmax(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, scale: float) -> Tensor:
-    """(N, V) log-probs in nats, in float32 or wider."""
+    """Return log-probs (N, V) in nats, in float32 or wider."""
     bias = None if bias is None else bias.to(hidden.dtype)
-    product = nn.functional.linear(hidden, weight.to(hidden.dtype), bias)
-    logits = product.to(promote_types(product.dtype, fp32)) * scale
+    product = torch.nn.functional.linear(hidden, weight.to(hidden.dtype), bias)
+    logits = product.to(torch.promote_types(product.dtype, torch.float32)) * scale
     if softcap is not None:
         logits = softcap * (logits / softcap).tanh()
     return logits.log_softmax(1)
@@ -17,7 +17,7 @@ def _log_softmax(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: f
 def reference_token_logps(
     hidden: Tensor, weight: Tensor, targets: Tensor, *, bias: Tensor | None, softcap: float | None, scale: float
 ) -> Tensor:
-    """log p(target) in nats, shape (N,), through the whole (N, V) matrix of logits. See `token_logps`."""
+    """Return log p(target), (N,) in nats, from the full (N, V) logits. See `token_logps`."""
     logps = _log_softmax(hidden, weight, bias, softcap, scale)
     return logps.gather(1, targets[:, None]).squeeze(1)
 
@@ -25,7 +25,8 @@ def reference_token_logps(
 def reference_token_statistics(
     hidden: Tensor, weight: Tensor, targets: Tensor, *, bias: Tensor | None, softcap: float | None, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probs, entropies and whether the target is the likeliest, each (N,). See `token_statistics`."""
+    """Return log-probs, entropies and top-1 flags, each (N,). See `token_statistics`."""
     logps = _log_softmax(hidden, weight, bias, softcap, scale)
-    of_targets = logps.gather(1, targets[:, None]).squeeze(1)
-    return of_targets, special.entr(logps.exp()).sum(1), of_targets == logps.amax(1)
+    target_logps = logps.gather(1, targets[:, None]).squeeze(1)
+    entropies = torch.special.entr(logps.exp()).sum(1)
+    return target_logps, entropies, target_logps == logps.amax(1)

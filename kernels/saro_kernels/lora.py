@@ -1,8 +1,8 @@
 """LoRA on a frozen linear layer as one autograd function (LoRA: Hu et al. 2021, arXiv 2106.09685; NF4: Dettmers et al.
 2023, arXiv 2305.14314).
 
-`lora_linear` keeps its input and the rank-r product for the backward, and nothing else. `lora_gated_mlp` does the same
-for a whole gated MLP (gate, up, activation, down) and keeps neither the activation nor the product that goes down.
+`lora_linear` keeps only its input and the rank-r product for the backward. `lora_gated_mlp` does the same for a gated
+MLP (gate, up, activation, down): it keeps neither the activation nor the input of the down layer.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Activations by name: forward, and the gradient in one pass.
+# Activations by name. The backward functions compute the gradient in one pass.
 _FORWARD = {
     "silu": torch.nn.functional.silu,
     "gelu_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
@@ -24,19 +24,20 @@ _BACKWARD = {
 }
 ACTIVATIONS = tuple(_FORWARD)
 
-# MKL takes up to ten times as long for a product with fewer columns than this on its right, and a third longer for one
-# with more of them, but still few, on its left: of two layouts of the same product, the other one is taken.
-_FEW = 16
+# Rank at which the fast layout of a thin product changes on a CPU. Below it, MKL takes up to ten times as long with the
+# thin matrix as the right factor; from it on, a third longer with the thin matrix as the left factor. `_project` and
+# `_outer` choose the fast one of the two layouts.
+_THIN_RANK = 16
 
 
 @dataclass(frozen=True, eq=False)
 class FrozenLinear:
-    """The weight that an adapter is on.
+    """The frozen linear layer under an adapter.
 
     Attributes:
         weight: (out, in) in the dtype of the products, or packed 4-bit numbers.
-        quant_state: bitsandbytes' QuantState of a packed weight; None for a dense one.
-        bias: (out,), or None; not trained.
+        quant_state: bitsandbytes' QuantState of a packed weight; None for a dense weight.
+        bias: (out,) or None; not trained.
     """
 
     weight: Tensor
@@ -44,7 +45,7 @@ class FrozenLinear:
     bias: Tensor | None = None
 
     def dense(self, dtype: torch.dtype) -> Tensor:
-        """The weight in the dtype of the products; that of a packed one exists as long as the caller keeps it."""
+        """Return the weight (out, in) in `dtype`. A packed weight is dequantized on each call; no copy is kept here."""
         if self.quant_state is None:
             return self.weight.to(dtype)
         from bitsandbytes.functional import dequantize_4bit
@@ -54,12 +55,12 @@ class FrozenLinear:
 
 @dataclass(frozen=True, eq=False)
 class LoraLinear:
-    """A frozen linear layer with a low-rank update: ``x W^T + b + scaling (x A^T) B^T``.
+    """A frozen linear layer with a low-rank update: ``x W^T + bias + scaling (x A^T) B^T``.
 
     Attributes:
-        base: W and b.
-        a: (r, in) and
-        b: (out, r), trainable, in any floating dtype: they are cast to that of the input for the products.
+        base: the frozen W and bias.
+        a: (r, in), trainable, in any floating dtype; cast to the input's dtype for the products.
+        b: (out, r), like `a`.
         scaling: alpha / r.
     """
 
@@ -70,10 +71,10 @@ class LoraLinear:
 
 
 def lora_linear(x: Tensor, layer: LoraLinear) -> Tensor:
-    """A linear layer with LoRA, once differentiable in ``x``, ``a`` and ``b``.
+    """Apply a linear layer with LoRA. It is once differentiable in ``x``, ``a`` and ``b``.
 
-    Products run in x's dtype and accumulate in float32; the gradients of ``a`` and ``b`` come in their own dtype. No copy
-    of the base weight in another dtype and no dequantized weight is kept between forward and backward.
+    Products run in x's dtype and accumulate in float32. The gradients of ``a`` and ``b`` have the dtypes of ``a`` and
+    ``b``. Between forward and backward it keeps no copy of the base weight in another dtype and no dequantized weight.
 
     Args:
         x: (..., in).
@@ -85,10 +86,10 @@ def lora_linear(x: Tensor, layer: LoraLinear) -> Tensor:
 
 
 def lora_gated_mlp(x: Tensor, gate: LoraLinear, up: LoraLinear, down: LoraLinear, activation: str) -> Tensor:
-    """``down(activation(gate(x)) * up(x))``, as ``lora_linear`` and with the activation computed again in the backward.
+    """Return ``down(activation(gate(x)) * up(x))``, each layer as in ``lora_linear``; the backward recomputes the activation.
 
-    It keeps x, the outputs of gate and up, and three rank-r products, where separate layers keep the activation and its
-    product with up too: two of four tensors of the intermediate size.
+    It keeps x, the outputs of gate and up, and three rank-r products. Separate layers also keep the activation and its
+    product with up: four tensors of the intermediate size where this keeps two.
 
     Args:
         x: (..., D).
@@ -151,7 +152,7 @@ class _LoraGatedMlp(torch.autograd.Function):
 
 
 def _forward(rows: Tensor, a: Tensor, b: Tensor, layer: LoraLinear) -> tuple[Tensor, Tensor]:
-    """(N, out) of the layer and the (N, r) product x A^T."""
+    """Return the layer's output (N, out) and the rank-r product x A^T, (N, r)."""
     weight = layer.base.dense(rows.dtype)
     if layer.base.bias is None:
         out = torch.mm(rows, weight.t())
@@ -171,7 +172,10 @@ def _backward(
     needs_rows: bool,
     into: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor, Tensor]:
-    """Gradients of the rows, (N, in) or None, added to ``into`` where it is given, and of ``a`` and ``b``."""
+    """Return the gradients of the rows, (N, in) or None, of ``a`` and of ``b``.
+
+    ``into``: (N, in); if given, the gradient of the rows is added to it in place.
+    """
     d_b = _outer(upstream, product).mul_(layer.scaling).to(b.dtype)
     d_product = _project(upstream, b.to(upstream.dtype) * layer.scaling)
     d_a = _outer(d_product, rows).to(a.dtype)
@@ -183,18 +187,20 @@ def _backward(
 
 
 def _project(rows: Tensor, matrix: Tensor) -> Tensor:
-    """(N, m) times (m, r)."""
-    slow = matrix.device.type == "cpu" and matrix.shape[1] < _FEW
-    return torch.mm(rows, matrix.t().contiguous().t() if slow else matrix)
+    """Return rows @ matrix, (N, m) times (m, r)."""
+    if matrix.device.type == "cpu" and matrix.shape[1] < _THIN_RANK:
+        matrix = matrix.t().contiguous().t()  # same values, column-major: MKL is fast on it
+    return torch.mm(rows, matrix)
 
 
 def _outer(left: Tensor, right: Tensor) -> Tensor:
-    """left^T @ right, at least in float32: it sums over all rows, and goes to float32 masters."""
+    """Return left^T @ right in float32 or wider: it sums over all rows, and the master weights are float32."""
     if left.is_cuda and left.dtype not in (torch.float32, torch.float64):
         return torch.mm(left.t(), right, out_dtype=torch.float32)
-    # Only CUDA sums half-precision products into a float32 matrix.
+    # Only CUDA can sum half-precision products into a float32 matrix.
     left, right = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (left, right))
     rank = min(left.shape[1], right.shape[1])
-    if left.device.type == "cpu" and (right.shape[1] == rank) == (rank < _FEW):
+    right_is_thin = right.shape[1] == rank
+    if left.device.type == "cpu" and right_is_thin == (rank < _THIN_RANK):
         return torch.mm(right.t(), left).t()
     return torch.mm(left.t(), right)

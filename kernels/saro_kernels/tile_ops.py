@@ -1,7 +1,7 @@
-"""Tile ops: from a tile of head products to log-probs and, in place, to their gradient.
+"""Tile ops: they turn a tile of the head's products into log-probs and, in place, into their gradient.
 
-A tile op is a class that owns the buffers of one (rows, V) tile. Each pass over the rows of a batch makes one and
-reuses it: on a CPU the page faults of a fresh tile cost more than all arithmetic on it.
+A tile op is a class that owns the buffers of one (rows, V) tile. Each pass over a batch makes one tile and reuses it for
+all rows: on a CPU, the page faults of a new tile cost more than all arithmetic on it.
 """
 
 import difflib
@@ -16,15 +16,18 @@ if TYPE_CHECKING:
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of maxima, sums and log-probs: float32, or float64 for float64 products."""
+    """Return the dtype of maxima, sums and log-probs: float64 for float64 products, else float32."""
     return torch.promote_types(dtype, torch.float32)
 
 
 class TorchTile:
     """The tile op in plain torch, for any device.
 
-    `product` (rows, V), in the dtype of the head's GEMM, takes h W^T + b and gives back the gradient. `work` holds the
-    same numbers in the statistics dtype; it is `product` itself unless that is bfloat16 or float16.
+    Attributes:
+        product: (rows, V), in the dtype of the head's GEMM. The caller writes h W^T + b into it; `run` replaces that by
+            the gradient.
+        work: (rows, V), the same numbers in the statistics dtype. It is `product` itself unless `product` is bfloat16
+            or float16.
     """
 
     def __init__(self, rows: int, like: Tensor, vocab: int, *, softcap: float | None, scale: float, gradient: bool):
@@ -32,19 +35,19 @@ class TorchTile:
         dtype = statistics_dtype(like.dtype)
         self.product = like.new_empty(rows, vocab)
         self.work = self.product if like.dtype == dtype else like.new_empty(rows, vocab, dtype=dtype)
-        # tanh's slope must outlive the exponentials that overwrite its argument.
+        # The softcap's slope needs a buffer of its own: the exponentials overwrite the tanh that it comes from.
         self.slope = like.new_empty(rows, vocab, dtype=dtype) if gradient and softcap is not None else None
 
     @staticmethod
     def logit_bytes(dtype: torch.dtype) -> int:
-        """Bytes of a tile for each product of that dtype, counted in the statistics dtype."""
+        """Return the bytes that a tile takes for each logit: those of the statistics dtype of `dtype`."""
         return statistics_dtype(dtype).itemsize
 
     def run(self, targets: Tensor, upstream: Tensor | None = None) -> Tensor:
-        """The log-probs (n,), in nats, of the first n = len(targets) rows of `product`.
+        """Return the log-probs (n,), in nats, of the first n = len(targets) rows of `product`.
 
-        With `gradient`, those rows of `product` and `work` become d(sum(upstream * logps)) / d product; `upstream` is
-        one by default.
+        With `gradient`, those rows of `product` and `work` become d(sum(upstream * logps)) / d product. `upstream` is
+        (n,); None stands for ones.
         """
         work, targets = self._shifted_logits(len(targets)), targets[:, None]
         shifted_target = work.gather(1, targets)
@@ -54,7 +57,7 @@ class TorchTile:
         if self.gradient:
             factor = self.scale if upstream is None else upstream[:, None] * self.scale
             work.mul_(total.reciprocal_().mul_(factor).neg_())
-            # Writing 1 - p at the target, one place per row, rather than adding 1 to -p: no atomic add.
+            # Write 1 - p at the target, one element per row. Adding 1 to -p would need an atomic add.
             work.scatter_(1, targets, torch.expm1(logps).mul_(factor).neg_())
             if self.slope is not None:
                 work.mul_(self.slope[: len(work)])
@@ -63,8 +66,9 @@ class TorchTile:
         return logps.squeeze(1)
 
     def statistics(self, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Of the first n = len(targets) rows of `product`: log-probs (n,), entropies (n,) of the rows' distributions,
-        both in nats, and whether no token is likelier than the target, (n,) bool. Overwrites `work`.
+        """Return log-probs, entropies and top-1 flags of the first n = len(targets) rows of `product`. Overwrites `work`.
+
+        Log-probs (n,) and entropies (n,) are in nats; the flags (n,) are True where no token is likelier than the target.
         """
         work = self._shifted_logits(len(targets))
         shifted_target = work.gather(1, targets[:, None])
@@ -74,7 +78,7 @@ class TorchTile:
         return logps.squeeze(1), entropies, shifted_target.squeeze(1) == 0
 
     def _shifted_logits(self, rows: int) -> Tensor:
-        """The first rows of `work`, made logits less their row's maximum; fills `slope`."""
+        """Turn the first rows of `work` into logits minus their row's maximum, and return them. Fills `slope`."""
         product, work = self.product[:rows], self.work[:rows]
         if self.work is not self.product:
             work.copy_(product)
@@ -85,58 +89,60 @@ class TorchTile:
             work.mul_(self.softcap)
         elif self.scale != 1:
             work.mul_(self.scale)
-        # Subtracting the maximum first keeps the result's digits at any size of logits: logit - logsumexp would
-        # cancel them.
+        # Subtract the maximum first: for large logits, logit - logsumexp would cancel the digits of the result.
         return work.sub_(work.amax(1, keepdim=True))
 
 
 TILE_OPS = ("torch", "triton")
-# Devices that Triton compiles for; ROCm poses as CUDA.
+# Devices that Triton compiles for. torch calls ROCm devices "cuda" too.
 TRITON_DEVICES = ("cuda", "xpu")
 
 
 def choose_tile_op(name: str, device: torch.device, dtype: torch.dtype) -> str:
-    """The tile op for products of `dtype` on `device`: `name` itself, or for "auto" Triton's where it can run.
+    """Return the tile op to use for products of `dtype` on `device`: "torch" or "triton".
+
+    "auto" becomes "triton" if that can run on this device, else "torch". Any other name is returned as it is.
 
     Raises:
-        ValueError: there is none of that name, or it cannot run here; it names the nearest that can.
+        ValueError: `name` is unknown, or that tile op cannot run here. The message says which one to use.
     """
     if name == "auto":
-        return "triton" if device.type in TRITON_DEVICES and _why_not_triton(device, dtype) is None else "torch"
+        can_run_triton = device.type in TRITON_DEVICES and _triton_problem(device, dtype) is None
+        return "triton" if can_run_triton else "torch"
     if name not in TILE_OPS:
-        nearest = difflib.get_close_matches(name, TILE_OPS, n=1, cutoff=0)[0]
-        raise ValueError(f"tile op {name!r} is not available; the nearest that is: {nearest!r}")
-    reason = _why_not_triton(device, dtype) if name == "triton" else None
-    if reason is not None:
-        raise ValueError(f"tile op 'triton' is not available: {reason}; the nearest that is: 'torch'")
+        closest = difflib.get_close_matches(name, TILE_OPS, n=1, cutoff=0)[0]
+        raise ValueError(f"tile op {name!r} is unknown; did you mean {closest!r}?")
+    problem = _triton_problem(device, dtype) if name == "triton" else None
+    if problem is not None:
+        raise ValueError(f"tile op 'triton' cannot run here: {problem}; use 'torch'")
     return name
 
 
 def find_tile_op(name: str) -> "type[TorchTile] | type[TritonTile]":
-    """The class of a name that `choose_tile_op` gave."""
+    """Return the class for a name that `choose_tile_op` returned."""
     if name == "torch":
         return TorchTile
-    # Triton is optional, and importing it takes a second.
+    # Import it only here: Triton is optional, and its import takes a second.
     from saro_kernels.triton_tile import TritonTile
 
     return TritonTile
 
 
-def _why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why Triton's tile op cannot run there; None where it can."""
-    if not _triton_is_here():
+def _triton_problem(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Return why Triton's tile op cannot run on `device`; None if it can."""
+    if not _is_triton_installed():
         return "triton is not installed"
     if dtype == torch.float64:
-        return "it has no float64"
-    if device.type not in TRITON_DEVICES and not _interpreted():
+        return "it does not support float64"
+    if device.type not in TRITON_DEVICES and not _is_interpreted():
         return f"triton does not compile for {device.type}"
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
         return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
-    return None if _interpreted() else _why_no_launcher()
+    return None if _is_interpreted() else _launcher_problem()
 
 
 @functools.cache
-def _triton_is_here() -> bool:
+def _is_triton_installed() -> bool:
     try:
         import triton  # noqa: F401
     except ImportError:
@@ -145,20 +151,21 @@ def _triton_is_here() -> bool:
 
 
 @functools.cache
-def _why_no_launcher() -> str | None:
-    """Why Triton cannot launch kernels here; None where it can. It compiles its launcher in C at the first use."""
+def _launcher_problem() -> str | None:
+    """Return why Triton cannot launch kernels here; None if it can. Triton compiles its C launcher at the first use."""
     from triton.runtime import driver
 
     try:
         _ = driver.active.utils
-    # No compiler, one that fails, no headers of Python, no libcuda: each has its own type.
+    # Catch everything: no compiler, a failing compiler, no Python headers and no libcuda raise different types.
     except Exception as error:
-        return f"its launcher cannot be made: {str(error).strip().partition(chr(10))[0].rstrip('.')}"
+        first_line = str(error).strip().partition("\n")[0]
+        return f"its launcher cannot be built: {first_line.rstrip('.')}"
     return None
 
 
-def _interpreted() -> bool:
-    """Whether Triton runs its kernels in the interpreter, on any device."""
+def _is_interpreted() -> bool:
+    """Return True if Triton runs its kernels in the interpreter, which works on any device."""
     from triton import knobs
 
     return knobs.runtime.interpret

@@ -1,8 +1,9 @@
-"""Token log-probs by row tiles: the (N, V) logits never exist, only one reused tile of a few hundred rows does.
+"""Token log-probs by row tiles: the (N, V) logits never exist at once, only one reused tile of a few hundred rows.
 
-The softmax statistics and the gradient come from the tile while it is there, as in Liger's fused linear cross-entropy
-(Hsu et al. 2024, arXiv 2410.10989); cut cross-entropy (Wijmans et al. 2024, arXiv 2411.09009) goes further and keeps
-the tile in on-chip memory. What differs: log-probs are returned per row, and the loss over them is the caller's.
+The softmax statistics and the gradient are computed while the tile is in memory, as in Liger's fused linear
+cross-entropy (Hsu et al. 2024, arXiv 2410.10989). Cut cross-entropy (Wijmans et al. 2024, arXiv 2411.09009) goes further
+and keeps the tile in on-chip memory. Unlike both, these functions return one log-prob per row and leave the loss to the
+caller.
 """
 
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from saro_kernels.tile_ops import TorchTile, find_tile_op, statistics_dtype
 
 
 class _Head(NamedTuple):
-    """What the passes below need besides tensors."""
+    """Arguments of the passes below that are not tensors."""
 
     softcap: float | None
     scale: float
@@ -29,7 +30,9 @@ class _Head(NamedTuple):
         return self.tile_op(self.rows, hidden, len(weight), softcap=self.softcap, scale=self.scale, gradient=gradient)
 
 
-def _head(hidden: Tensor, weight: Tensor, softcap: float | None, scale: float, rows: int | None, name: str) -> _Head:
+def _make_head(
+    hidden: Tensor, weight: Tensor, softcap: float | None, scale: float, rows: int | None, name: str
+) -> _Head:
     tile_op = find_tile_op(name)
     if rows is None:
         rows = tile_rows(len(hidden), *weight.shape, tile_op.logit_bytes(hidden.dtype), l2_bytes(hidden.device))
@@ -47,8 +50,8 @@ def tiled_token_logps(
     rows: int | None = None,
     tile_op: str = "torch",
 ) -> Tensor:
-    """`token_logps` by tiles of `rows` rows (default: `tile_rows`). Arguments are taken as valid."""
-    head = _head(hidden, weight, softcap, scale, rows, tile_op)
+    """Compute `token_logps` in tiles of `rows` rows (default: `tile_rows`). It does not check its arguments."""
+    head = _make_head(hidden, weight, softcap, scale, rows, tile_op)
     if torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad)):
         return _TrainableHead.apply(hidden, weight, bias, targets, head)
     if torch.is_grad_enabled() and hidden.requires_grad:
@@ -68,12 +71,12 @@ def tiled_token_statistics(
     rows: int | None = None,
     tile_op: str = "torch",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`token_statistics` by tiles, as `tiled_token_logps`."""
-    head = _head(hidden, weight, softcap, scale, rows, tile_op)
+    """Compute `token_statistics` in tiles. Arguments as in `tiled_token_logps`."""
+    head = _make_head(hidden, weight, softcap, scale, rows, tile_op)
     logps, entropies = hidden.new_empty(2, len(hidden), dtype=statistics_dtype(hidden.dtype))
     top1 = torch.empty(len(hidden), dtype=torch.bool, device=hidden.device)
     tile = head.tile(hidden, weight, gradient=False)
-    matrix, offset = _for_product(weight, hidden.dtype), _for_product(bias, hidden.dtype)
+    matrix, offset = _prepare_for_gemm(weight, hidden.dtype), _prepare_for_gemm(bias, hidden.dtype)
     with _float32_sums(hidden.device):
         for part, _ in _tiles(hidden, matrix, offset, tile, head.rows):
             logps[part], entropies[part], top1[part] = tile.statistics(targets[part])
@@ -81,9 +84,10 @@ def tiled_token_statistics(
 
 
 class _FrozenHead(torch.autograd.Function):
-    """Head without gradients: d logps / d hidden is known before the upstream gradient is, up to a factor per row.
+    """Log-probs under a head that needs no gradient.
 
-    So one pass does both GEMMs (4NDV operations) and keeps (N, D) numbers, where recomputing would take three.
+    The forward already knows d logps / d hidden: the upstream gradient only multiplies each row by a factor. So one pass
+    does two GEMMs (4NDV operations) and keeps (N, D) numbers; recomputing the logits in the backward would take three.
     """
 
     @staticmethod
@@ -96,13 +100,16 @@ class _FrozenHead(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, upstream):
         (unit_gradient,) = ctx.saved_tensors
-        # Through `out`, so that a bfloat16 gradient is multiplied by the float32 factor and rounded only once more.
+        # With `out`, a bfloat16 gradient is multiplied by the float32 factor and rounded only once.
         out = torch.empty_like(unit_gradient)
         return torch.mul(unit_gradient, upstream[:, None], out=out), None, None, None, None
 
 
 class _TrainableHead(torch.autograd.Function):
-    """Head with gradients: d weight sums rows times their upstream gradients, so the backward recomputes the tiles."""
+    """Log-probs under a head that needs gradients.
+
+    d weight is a sum over rows, each weighted by its upstream gradient, so the backward recomputes the tiles.
+    """
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, head):
@@ -115,7 +122,7 @@ class _TrainableHead(torch.autograd.Function):
     def backward(ctx, upstream):
         hidden, weight, bias, targets = ctx.saved_tensors
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        # Rows enter the sums over tiles one tile at a time: in bfloat16 later tiles would be rounded away.
+        # Sum over tiles in float32: a bfloat16 sum would lose the later tiles to rounding.
         dtype = statistics_dtype(hidden.dtype)
         d_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if needs_hidden else None
         d_weight = (
@@ -123,7 +130,7 @@ class _TrainableHead(torch.autograd.Function):
         )
         d_bias = torch.zeros_like(bias, dtype=dtype) if needs_bias else None
 
-        matrix, offset = _for_product(weight, hidden.dtype), _for_product(bias, hidden.dtype)
+        matrix, offset = _prepare_for_gemm(weight, hidden.dtype), _prepare_for_gemm(bias, hidden.dtype)
         tile = ctx.head.tile(hidden, weight, gradient=True)
         with _float32_sums(hidden.device):
             for part, product in _tiles(hidden, matrix, offset, tile, ctx.head.rows):
@@ -144,9 +151,9 @@ class _TrainableHead(torch.autograd.Function):
 
 
 def _logps(hidden, weight, bias, targets, head, unit_gradient=None) -> Tensor:
-    """One pass over the tiles; also fills `unit_gradient`, d logps / d hidden, where it is given."""
+    """Return log-probs (N,) from one pass over the tiles. If given, `unit_gradient` (N, D) takes d logps / d hidden."""
     logps = hidden.new_empty(len(hidden), dtype=statistics_dtype(hidden.dtype))
-    matrix, offset = _for_product(weight, hidden.dtype), _for_product(bias, hidden.dtype)
+    matrix, offset = _prepare_for_gemm(weight, hidden.dtype), _prepare_for_gemm(bias, hidden.dtype)
     tile = head.tile(hidden, weight, gradient=unit_gradient is not None)
     with _float32_sums(hidden.device):
         for part, product in _tiles(hidden, matrix, offset, tile, head.rows):
@@ -156,8 +163,8 @@ def _logps(hidden, weight, bias, targets, head, unit_gradient=None) -> Tensor:
     return logps
 
 
-def _for_product(parameter: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """The parameter in the product's dtype, laid out so that no GEMM call copies it."""
+def _prepare_for_gemm(parameter: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Cast a parameter to the GEMM's dtype, with strides that a GEMM call takes without a copy."""
     if parameter is None:
         return None
     parameter = parameter.to(dtype)
@@ -167,7 +174,7 @@ def _for_product(parameter: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 def _tiles(
     hidden: Tensor, matrix: Tensor, offset: Tensor | None, tile: TorchTile, rows: int
 ) -> Iterator[tuple[slice, Tensor]]:
-    """Which rows of `hidden` the tile holds, and the part of `tile.product` that hidden @ matrix^T + offset fills."""
+    """Yield, for each tile, its rows of `hidden` and the part of `tile.product` filled with hidden @ matrix^T + offset."""
     for start in range(0, len(hidden), rows):
         part = slice(start, start + rows)
         product = tile.product[: len(hidden[part])]
@@ -179,23 +186,23 @@ def _tiles(
 
 
 def _add_outer(d_weight: Tensor, tile: TorchTile, hidden: Tensor) -> None:
-    """d_weight += (gradient of the products)^T @ hidden, summed in d_weight's dtype."""
+    """Add (gradient of the products)^T @ hidden to d_weight, (V, D), summing in d_weight's dtype."""
     product = tile.product[: len(hidden)].t()
     if d_weight.dtype == hidden.dtype:
         d_weight.addmm_(product, hidden)
     elif hidden.device.type in ("cuda", "xpu"):
         torch.addmm(d_weight, product, hidden, out_dtype=d_weight.dtype, out=d_weight)
     else:
-        # Only accelerators sum bfloat16 products into a float32 matrix. A bfloat16 product per tile would be rounded
-        # each time and take another (V, D) buffer.
+        # Only accelerators can sum bfloat16 products into a float32 matrix. Here a bfloat16 product would be rounded for
+        # each tile and would need another (V, D) buffer.
         d_weight.addmm_(tile.work[: len(hidden)].t().to(d_weight.dtype), hidden.to(d_weight.dtype))
 
 
 @contextmanager
 def _float32_sums(device: torch.device) -> Iterator[None]:
-    """Inside, cuBLAS adds the parts of a bfloat16 or float16 product in float32, whatever the program allows it.
+    """Make cuBLAS accumulate bfloat16 and float16 products in float32, whatever the program has set.
 
-    The sums of d hidden run over the whole vocabulary; cuBLAS splits them, and by default adds the parts rounded.
+    The sums of d hidden run over the full vocabulary. cuBLAS splits them and by default rounds the parts before adding.
     """
     if device.type != "cuda":
         yield

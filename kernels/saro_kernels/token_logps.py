@@ -1,4 +1,4 @@
-"""The public functions: validation and the choice of an implementation."""
+"""The public functions of the LM head: they check their arguments and choose an implementation."""
 
 import difflib
 import math
@@ -13,7 +13,7 @@ from saro_kernels.definition import reference_token_logps, reference_token_stati
 from saro_kernels.tile_ops import choose_tile_op
 from saro_kernels.tiled import tiled_token_logps, tiled_token_statistics
 
-# "auto" and "tiled" stand for one of the others: see `choose_impl`.
+# `choose_impl` turns "auto" and "tiled" into one of the others.
 IMPLS = ("auto", "reference", "tiled", "tiled-torch", "tiled-triton")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -29,55 +29,48 @@ def token_logps(
     scale: float = 1.0,
     impl: str = "auto",
 ) -> Tensor:
-    """log p(target) of each row under an LM head, without ever holding the (N, V) logits.
+    """Return log p(target) of each row under an LM head, without ever holding the (N, V) logits.
 
-    ``logits = softcap * tanh(scale * (hidden @ weight.T + bias) / softcap)``, or without a softcap
-    ``scale * (hidden @ weight.T + bias)``; the result is ``logits[target] - logsumexp(logits)``. The product runs in
-    hidden's dtype, all after it in float32 (float64 for float64). Inside `torch.autocast` a float32 `hidden` is cast as
-    a linear layer would cast it.
+    The result is ``logits[target] - logsumexp(logits)`` with ``logits = softcap * tanh(scale * (hidden @ weight.T + bias)
+    / softcap)``, or ``scale * (hidden @ weight.T + bias)`` without a softcap. The product runs in hidden's dtype, the
+    rest in float32 (float64 if hidden is float64). Under `torch.autocast`, a float32 `hidden` is cast as for a linear
+    layer.
 
-    It is once differentiable in `hidden`, `weight` and `bias`. With a head that needs no gradient the forward also
-    computes d hidden, in one pass, and keeps it (N x D numbers in hidden's dtype); otherwise the backward recomputes
-    the logits by tiles and sums d weight and d bias in float32.
+    It is once differentiable in `hidden`, `weight` and `bias`. If the head needs no gradient, the forward also computes
+    d hidden in the same pass and keeps it (N x D numbers in hidden's dtype). Otherwise the backward recomputes the
+    logits tile by tile and sums d weight and d bias in float32.
 
     Args:
         hidden: (N, D), float32, bfloat16, float16 or float64; N may be 0.
         weight: (V, D), in hidden's dtype, or float32 (master weights) under a bfloat16 or float16 `hidden`.
-        targets: (N,) int64, each in [0, V). Out of range is a ValueError on the CPU; on an accelerator, where looking
-            would stall the queue, it is a device-side assertion, or NaN by "tiled-triton".
-        bias: (V,), with weight's choice of dtypes.
-        softcap: bound of the logits (Gemma 2), positive; None for none.
+        targets: (N,) int64, each in [0, V). On the CPU, a target out of range is a ValueError. An accelerator is not
+            checked, since that would synchronise; there it is a device-side assertion, or NaN with "tiled-triton".
+        bias: (V,), in the same dtypes as `weight`.
+        softcap: bound of the logits (Gemma 2), positive; None for no bound.
         scale: factor of the logits, applied after the bias and before the softcap (Cohere, Granite).
-        impl: "reference" (the definition, whole logits), "tiled-torch" or "tiled-triton" (row tiles: fused linear
-            cross-entropy as in Liger, arXiv 2410.10989, with a result per row; related: online softmax, arXiv
-            1805.02867, and cut cross-entropy, arXiv 2411.09009), "tiled" (Triton's tile op where it can run, torch's
-            elsewhere) or "auto" (the best for the inputs: "tiled"). One named to the end never falls back.
+        impl: "reference" is the definition and holds all logits. "tiled-torch" and "tiled-triton" use row tiles: fused
+            linear cross-entropy as in Liger, arXiv 2410.10989, with a result per row (related: online softmax, arXiv
+            1805.02867, and cut cross-entropy, arXiv 2411.09009). "tiled" uses Triton's tile op if it can run, else
+            torch's. "auto" is the best for the inputs, at present "tiled". A full name such as "tiled-triton" never
+            falls back to another.
 
     Returns:
         (N,) log-probs in nats, float32; float64 if `hidden` is.
 
     Raises:
-        ValueError: unknown `impl`; shapes, dtypes, devices or values that do not fit.
+        ValueError: `impl` is unknown or cannot run here; or a shape, dtype, device or value is wrong.
     """
-    return _run(
-        {"reference": reference_token_logps, "tiled": tiled_token_logps},
-        impl,
-        hidden,
-        weight,
-        targets,
-        bias,
-        softcap,
-        scale,
-    )
+    functions = {"reference": reference_token_logps, "tiled": tiled_token_logps}
+    return _run(functions, impl, hidden=hidden, weight=weight, targets=targets, bias=bias, softcap=softcap, scale=scale)
 
 
 class TokenStatistics(NamedTuple):
-    """Of each row's distribution.
+    """Statistics of each row's distribution over the vocabulary.
 
     Attributes:
         logps: (N,) log p(target) in nats, float32; float64 if the hidden states are.
         entropy: (N,) -sum p log p in nats, in the same dtype.
-        top1: (N,) bool, whether no token is likelier than the target.
+        top1: (N,) bool, True where no token is likelier than the target.
     """
 
     logps: Tensor
@@ -96,32 +89,46 @@ def token_statistics(
     scale: float = 1.0,
     impl: str = "auto",
 ) -> TokenStatistics:
-    """`token_logps` with entropies and top-1 accuracy, for metrics: one GEMM per tile, and no gradient.
+    """Return log-probs, entropies and top-1 flags for metrics: one GEMM per tile, and no gradient.
 
     Arguments and errors are those of `token_logps`.
     """
     functions = {"reference": reference_token_statistics, "tiled": tiled_token_statistics}
-    return TokenStatistics(*_run(functions, impl, hidden, weight, targets, bias, softcap, scale))
+    logps, entropies, top1 = _run(
+        functions, impl, hidden=hidden, weight=weight, targets=targets, bias=bias, softcap=softcap, scale=scale
+    )
+    return TokenStatistics(logps, entropies, top1)
 
 
 def choose_impl(impl: str, device: torch.device, dtype: torch.dtype) -> str:
-    """The implementation that `impl` stands for with hidden states of `dtype` on `device`: "reference", "tiled-torch"
-    or "tiled-triton".
+    """Return the implementation that `impl` means for hidden states of `dtype` on `device`.
+
+    It is "reference", "tiled-torch" or "tiled-triton".
 
     Raises:
-        ValueError: there is none of that name, or it cannot run there; it names the nearest that can.
+        ValueError: `impl` is unknown, or it cannot run on `device`. The message says which one to use.
     """
     if impl not in IMPLS:
-        nearest = difflib.get_close_matches(impl, IMPLS, n=1, cutoff=0)[0]
-        raise ValueError(f"impl {impl!r} is not available; the nearest that is: {nearest!r} (of {', '.join(IMPLS)})")
+        closest = difflib.get_close_matches(impl, IMPLS, n=1, cutoff=0)[0]
+        raise ValueError(f"impl {impl!r} is unknown; did you mean {closest!r}? (one of {', '.join(IMPLS)})")
     if impl == "reference":
         return impl
     _, _, tile_op = impl.partition("-")
     return f"tiled-{choose_tile_op(tile_op or 'auto', device, dtype)}"
 
 
-def _run(functions: dict[str, Callable], impl: str, hidden, weight, targets, bias, softcap, scale):
-    """The function of an implementation, on inputs that have been checked."""
+def _run(
+    functions: dict[str, Callable],
+    impl: str,
+    *,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    scale: float,
+):
+    """Check the inputs, choose the function for `impl` among `functions`, and return its result."""
     device_type = hidden.device.type
     if hidden.dtype == torch.float32 and torch.is_autocast_enabled(device_type):
         hidden = hidden.to(torch.get_autocast_dtype(device_type))
@@ -129,7 +136,7 @@ def _run(functions: dict[str, Callable], impl: str, hidden, weight, targets, bia
     _check_numbers(softcap, scale)
     family, _, tile_op = choose_impl(impl, hidden.device, hidden.dtype).partition("-")
     function = partial(functions[family], tile_op=tile_op) if tile_op else functions[family]
-    # The casts are settled; autocast would add its own, to the reference alone.
+    # The inputs have their dtypes by now. Autocast would cast once more, and only in the reference.
     with torch.autocast(device_type, enabled=False):
         return function(hidden, weight, targets, bias=bias, softcap=softcap, scale=scale)
 
@@ -150,17 +157,17 @@ def _check_tensors(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor
             continue
         if tensor.device != hidden.device:
             raise ValueError(f"{name} is on {tensor.device}, hidden on {hidden.device}; move them to one device")
-        master = tensor.dtype == torch.float32 and hidden.dtype.itemsize == 2
-        if name != "targets" and tensor.dtype != hidden.dtype and not master:
+        is_master_weight = tensor.dtype == torch.float32 and hidden.dtype.itemsize == 2
+        if name != "targets" and tensor.dtype != hidden.dtype and not is_master_weight:
             raise ValueError(
-                f"{name} is {tensor.dtype}, hidden {hidden.dtype}; cast one (only float32 parameters under a bfloat16 "
-                "or float16 hidden are taken as they are)"
+                f"{name} is {tensor.dtype}, hidden {hidden.dtype}; cast one to the other's dtype (only float32 "
+                "parameters with a bfloat16 or float16 hidden need no cast)"
             )
     if targets.device.type == "cpu" and len(targets):
         low, high = (int(bound) for bound in targets.aminmax())
         if low < 0 or high >= len(weight):
             raise ValueError(
-                f"targets reach from {low} to {high}, outside [0, {len(weight)}); drop the rows that are not scored"
+                f"targets range from {low} to {high}, outside [0, {len(weight)}); drop the rows that are not scored"
             )
 
 

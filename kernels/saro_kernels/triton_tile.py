@@ -1,7 +1,8 @@
-"""The tile op as one Triton kernel: a program per row, statistics in float32 online, then the gradient in place.
+"""The tile op as one Triton kernel: one program per row computes float32 statistics online, then the gradient in place.
 
-Online softmax: Milakov and Gimelshein 2018, arXiv 1805.02867. Importing this module needs triton; `find_tile_op` does
-it. With TRITON_INTERPRET=1 in the environment when triton is first imported, the kernel runs on the CPU, for tests.
+Online softmax: Milakov and Gimelshein 2018, arXiv 1805.02867. Importing this module needs triton, so only `find_tile_op`
+imports it. If TRITON_INTERPRET=1 is in the environment when triton is first imported, the kernel runs on the CPU, as in
+the tests.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -11,17 +12,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Logits that a program holds at a time. Every thread must own its places of a row (else one would write the gradient
-# where another still reads the logit), so a block has no fewer places than a program has threads: 16 warps are 512 on
-# NVIDIA, 1024 on AMD. 8192 places made some variants spill registers (benchmarks/compile_matrix.py).
+# Limits of the logits that a program holds at a time. A block needs at least one element per thread: if two threads
+# shared an element, one could write the gradient where the other still reads the logit. 16 warps are 512 threads on
+# NVIDIA and 1024 on AMD. Blocks of 8192 made some variants spill registers (benchmarks/compile_matrix.py).
 MIN_BLOCK, MAX_BLOCK, WARPS = 1024, 4096, 16
-# Rows start at multiples of so many numbers, so that loads and stores are 16 bytes wide whatever the vocabulary is.
+# Rows start at multiples of 16 elements, so that loads and stores are 16 bytes wide for any vocabulary size.
 ALIGNMENT = 16
 
 
 @triton.jit
 def _tanh_and_slope(x):
-    """tanh(x) and its slope 1 - tanh(x)^2, each to a few last bits (Cephes' polynomial near zero)."""
+    """Return tanh(x) and its slope 1 - tanh(x)^2, each within a few ulp (near zero by Cephes' polynomial)."""
     square = x * x
     small = -5.70498872745e-3
     small = small * square + 2.06390887954e-2
@@ -29,7 +30,7 @@ def _tanh_and_slope(x):
     small = small * square + 1.33314422036e-1
     small = small * square - 3.33332819422e-1
     small = small * square * x + x
-    # Where tanh is near one, the slope has digits only as a function of 1 - tanh.
+    # Where tanh is near one, compute the slope from 1 - |tanh|: 1 - tanh^2 would cancel its digits.
     rest = 2.0 / (tl.exp(2.0 * tl.abs(x)) + 1.0)
     large = tl.where(x < 0, rest - 1.0, 1.0 - rest)
     near_zero = tl.abs(x) < 0.625
@@ -37,9 +38,9 @@ def _tanh_and_slope(x):
 
 
 @triton.jit
-def _logits(product, inner, softcap):
-    """Logits of products, and the slope of the softcap, 1 without one."""
-    logit = product.to(tl.float32) * inner
+def _logits(product, product_scale, softcap):
+    """Return the logits of products and the slope of the softcap (1 without a softcap)."""
+    logit = product.to(tl.float32) * product_scale
     slope = 1.0
     if softcap is not None:
         logit, slope = _tanh_and_slope(logit)
@@ -48,16 +49,16 @@ def _logits(product, inner, softcap):
 
 
 @triton.jit
-def _load(product, columns, vocab, width, inner, softcap):
-    """Logits at `columns` of a row, -inf beyond the vocabulary, and the softcap's slope."""
-    # The mask of the load ends with the allocated row, a multiple of the alignment, and so does not narrow the load.
-    logit, slope = _logits(tl.load(product + columns, mask=columns < width, other=0.0), inner, softcap)
+def _load(product, columns, vocab, width, product_scale, softcap):
+    """Return the logits at `columns` of a row, -inf beyond the vocabulary, and the softcap's slope."""
+    # Mask the load at the allocated width, not at the vocabulary: a multiple of the alignment keeps the load wide.
+    logit, slope = _logits(tl.load(product + columns, mask=columns < width, other=0.0), product_scale, softcap)
     return tl.where(columns < vocab, logit, float("-inf")), slope
 
 
 @triton.jit
 def _one_minus_exp(x):
-    """1 - exp(x) for x <= 0, by its series near zero, where the difference would cancel."""
+    """Return 1 - exp(x) for x <= 0. Near zero it uses the series, since the difference would cancel."""
     y = -x
     series = y * (1 - y / 2 * (1 - y / 3 * (1 - y / 4 * (1 - y / 5 * (1 - y / 6 * (1 - y / 7))))))
     return tl.where(y < 0.25, series, 1.0 - tl.exp(x))
@@ -65,17 +66,17 @@ def _one_minus_exp(x):
 
 @triton.jit
 def tile_kernel(
-    product,  # (rows, width), of which (rows, vocab) are products; takes the gradient
+    product,  # (rows, width) with products in the first `vocab` columns; overwritten by the gradient if GRADIENT
     targets,  # (rows,) int64
-    logps,  # (rows,) float32, written
+    logps,  # (rows,) float32, output
     upstream,  # (rows,) float32, or None for ones
-    entropies,  # (rows,) float32, written, or None
-    tops,  # (rows,) bool, written, or None
+    entropies,  # (rows,) float32, output, or None
+    tops,  # (rows,) bool, output: True where no token is likelier than the target; or None
     vocab,
     width,
     targets_stride,
     upstream_stride,
-    inner,  # factor of the products: the scale, divided by the softcap where there is one
+    product_scale,  # factor of the products: scale, or scale / softcap if there is a softcap
     softcap,  # or None
     scale,
     GRADIENT: tl.constexpr,
@@ -84,32 +85,32 @@ def tile_kernel(
     row = tl.program_id(0).to(tl.int64)
     product += row * width
     lanes = tl.arange(0, BLOCK)
-    # Read before any other thread of the program can have written a gradient there: the reductions below synchronise.
+    # Read the target's logit first: the reductions below synchronise, so no thread has written a gradient there yet.
     target = tl.load(targets + row * targets_stride)
-    known = (target >= 0) & (target < vocab)
-    at_target = _logits(tl.load(product + target, mask=known, other=0.0), inner, softcap)[0]
-    # A target outside the vocabulary makes its row NaN: it is neither read nor silently scored.
-    at_target = tl.where(known, at_target, float("nan"))
+    in_vocab = (target >= 0) & (target < vocab)
+    at_target = _logits(tl.load(product + target, mask=in_vocab, other=0.0), product_scale, softcap)[0]
+    # A target outside the vocabulary is not read, and makes its row NaN instead of giving a wrong score.
+    at_target = tl.where(in_vocab, at_target, float("nan"))
 
-    # Each lane has its own maximum and sum, so that the loop needs no reduction, and one exponential per logit.
+    # Each lane keeps its own maximum and sum: the loop then needs no reduction and one exponential per logit.
     highest = tl.full([BLOCK], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
     for start in range(0, vocab, BLOCK):
-        logit = _load(product, start + lanes, vocab, width, inner, softcap)[0]
+        logit = _load(product, start + lanes, vocab, width, product_scale, softcap)[0]
         decayed = tl.exp(-tl.abs(logit - highest))
         added = tl.where(logit == float("-inf"), total, total + decayed)
         total = tl.where(logit > highest, total * decayed + 1.0, added)
         highest = tl.maximum(highest, logit)
     maximum = tl.max(highest, 0)
     total = tl.sum(total * tl.exp(highest - maximum), 0)
-    # Subtracting the maximum first keeps the result's digits at any size of logits.
+    # Subtract the maximum first: for large logits, logit - logsumexp would cancel the digits of the result.
     logp = at_target - maximum - tl.log(total)
     tl.store(logps + row, logp)
 
     if entropies is not None:
         weighted = tl.zeros([BLOCK], tl.float32)
         for start in range(0, vocab, BLOCK):
-            logit = _load(product, start + lanes, vocab, width, inner, softcap)[0]
+            logit = _load(product, start + lanes, vocab, width, product_scale, softcap)[0]
             below = logit - maximum
             weighted += tl.where(below > float("-inf"), tl.exp(below) * below, 0.0)
         tl.store(entropies + row, tl.log(total) - tl.sum(weighted, 0) / total)
@@ -119,20 +120,21 @@ def tile_kernel(
         factor = scale
         if upstream is not None:
             factor *= tl.load(upstream + row * upstream_stride)
-        factor = tl.where(known, factor, float("nan"))
-        others = -factor / total
-        hit = factor * _one_minus_exp(logp)
+        factor = tl.where(in_vocab, factor, float("nan"))
+        factor_of_others = -factor / total
+        gradient_at_target = factor * _one_minus_exp(logp)
         for start in range(0, vocab, BLOCK):
             columns = start + lanes
-            logit, slope = _load(product, columns, vocab, width, inner, softcap)
-            gradient = tl.where(columns == target, hit, tl.exp(logit - maximum) * others) * slope
+            logit, slope = _load(product, columns, vocab, width, product_scale, softcap)
+            gradient_of_others = tl.exp(logit - maximum) * factor_of_others
+            gradient = tl.where(columns == target, gradient_at_target, gradient_of_others) * slope
             tl.store(product + columns, gradient.to(product.dtype.element_ty), mask=columns < width)
 
 
 class TritonTile:
-    """The tile op in Triton, for CUDA, ROCm and XPU. Products in float32, bfloat16 or float16.
+    """The tile op in Triton, for CUDA, ROCm and XPU, with products in float32, bfloat16 or float16.
 
-    It needs one buffer: `work` is `product`, which takes the gradient rounded to the product's dtype.
+    It needs only one buffer: `work` is `product`. The gradient is rounded to the product's dtype.
     """
 
     def __init__(self, rows: int, like: Tensor, vocab: int, *, softcap: float | None, scale: float, gradient: bool):
@@ -142,54 +144,63 @@ class TritonTile:
 
     @staticmethod
     def logit_bytes(dtype: torch.dtype) -> int:
-        """Bytes of a tile for each product of that dtype."""
+        """Return the bytes that a tile takes for each logit: those of `dtype`."""
         return dtype.itemsize
 
     def run(self, targets: Tensor, upstream: Tensor | None = None) -> Tensor:
-        """See `TorchTile.run`. A target outside the vocabulary makes its row NaN, log-prob and gradient."""
+        """See `TorchTile.run`. For a target outside the vocabulary, the row's log-prob and gradient are NaN."""
         logps = self.product.new_empty(len(targets), dtype=torch.float32)
-        self._launch(targets, logps, upstream, None, None, self.gradient)
+        self._launch(targets, logps, upstream=upstream, gradient=self.gradient)
         return logps
 
     def statistics(self, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """See `TorchTile.statistics`; `product` stays as it is."""
+        """See `TorchTile.statistics`. This one does not change `product`."""
         logps, entropies = self.product.new_empty(2, len(targets), dtype=torch.float32)
         tops = torch.empty(len(targets), dtype=torch.bool, device=logps.device)
-        self._launch(targets, logps, None, entropies, tops, False)
+        self._launch(targets, logps, entropies=entropies, tops=tops)
         return logps, entropies, tops
 
-    def _launch(self, targets, logps, upstream, entropies, tops, gradient: bool) -> None:
+    def _launch(
+        self,
+        targets: Tensor,
+        logps: Tensor,
+        *,
+        upstream: Tensor | None = None,
+        entropies: Tensor | None = None,
+        tops: Tensor | None = None,
+        gradient: bool = False,
+    ) -> None:
         if len(targets) == 0:
             return
         with _on(self.product.device):
             tile_kernel[(len(targets),)](
-                self.product,
-                targets,
-                logps,
-                upstream,
-                entropies,
-                tops,
-                self.product.shape[1],
-                self.product.stride(0),
-                targets.stride(0),
-                0 if upstream is None else upstream.stride(0),
-                self.scale if self.softcap is None else self.scale / self.softcap,
-                self.softcap,
-                self.scale,
+                product=self.product,
+                targets=targets,
+                logps=logps,
+                upstream=upstream,
+                entropies=entropies,
+                tops=tops,
+                vocab=self.product.shape[1],
+                width=self.product.stride(0),
+                targets_stride=targets.stride(0),
+                upstream_stride=0 if upstream is None else upstream.stride(0),
+                product_scale=self.scale if self.softcap is None else self.scale / self.softcap,
+                softcap=self.softcap,
+                scale=self.scale,
                 GRADIENT=gradient,
-                BLOCK=block_of(self.product.shape[1]),
+                BLOCK=block_size(self.product.shape[1]),
                 num_warps=WARPS,
-                # A fused multiply-add would give a logit other bits where it is compared or subtracted than where its
-                # maximum was taken.
+                # With fused multiply-adds, a logit could have other bits in the loop that finds the maximum than in the
+                # lines that compare it with the maximum or subtract the maximum from it.
                 enable_fp_fusion=False,
             )
 
 
-def block_of(vocab: int) -> int:
-    """Logits that a program holds at a time."""
+def block_size(vocab: int) -> int:
+    """Return how many logits a program holds at a time."""
     return min(MAX_BLOCK, max(MIN_BLOCK, triton.next_power_of_2(vocab)))
 
 
 def _on(device: torch.device) -> AbstractContextManager:
-    """The context in which kernels start on `device`; Triton takes the current one, not the tensors'."""
+    """Return a context in which kernels start on `device`: Triton uses the current device, not that of the tensors."""
     return nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)

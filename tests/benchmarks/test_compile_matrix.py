@@ -1,4 +1,4 @@
-"""Every Triton kernel builds for every GPU generation, within the registers of a thread. No GPU is needed."""
+"""Tests that every Triton kernel compiles for every GPU generation without spilling registers. They need no GPU."""
 
 from __future__ import annotations
 
@@ -22,55 +22,55 @@ TARGETS = {"sm_80", "sm_86", "sm_89", "sm_90", "sm_120", "gfx942"}
 
 @pytest.fixture(scope="module")
 def builds(tmp_path_factory):
-    """From a process of its own: in this one Triton interprets."""
+    """Compile all kernels in a new process: in this one, Triton runs as an interpreter."""
     file = tmp_path_factory.mktemp("compiled") / "builds.json"
     command = [sys.executable, "benchmarks/compile_matrix.py", "--json", str(file)]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
     return json.loads(file.read_text())
 
 
-def name(build):
+def describe(build):
     return f"{build['kernel']} ({build['variant']}, {build['dtype']}, V = {build['vocab']}) for {build['target']}"
 
 
 def test_every_kernel_builds_for_every_target_in_every_dtype(builds):
-    kernels = {
-        value.__name__
-        for module in pkgutil.iter_modules(saro_kernels.__path__)
-        for value in vars(importlib.import_module(f"saro_kernels.{module.name}")).values()
-        if isinstance(value, triton.runtime.KernelInterface) and not value.__name__.startswith("_")
-    }
+    kernels = set()
+    for module in pkgutil.iter_modules(saro_kernels.__path__):
+        for value in vars(importlib.import_module(f"saro_kernels.{module.name}")).values():
+            if isinstance(value, triton.runtime.KernelInterface) and not value.__name__.startswith("_"):
+                kernels.add(value.__name__)
     assert kernels
     for kernel in kernels:
-        of_kernel = [b for b in builds if b["kernel"] == kernel]
-        assert {b["target"] for b in of_kernel} == TARGETS
+        kernel_builds = [b for b in builds if b["kernel"] == kernel]
+        assert {b["target"] for b in kernel_builds} == TARGETS
         for target in TARGETS:
-            dtypes = {b["dtype"] for b in of_kernel if b["target"] == target}
+            dtypes = {b["dtype"] for b in kernel_builds if b["target"] == target}
             assert dtypes == {"float32", "bfloat16", "float16"}
 
 
 @pytest.mark.parametrize("option", ["log-probs", "statistics", "gradient", "gradient, upstream"])
 @pytest.mark.parametrize("capped", ["", ", softcap"])
-def test_every_variant_is_among_them(builds, option, capped):
+def test_every_variant_builds_for_every_target(builds, option, capped):
     assert {b["target"] for b in builds if b["variant"] == option + capped} == TARGETS
 
 
 def test_no_register_is_spilled_and_no_local_memory_used(builds):
-    assert [name(b) for b in builds if b["stack_bytes"] or b["local_bytes"]] == []
+    assert [describe(b) for b in builds if b["stack_bytes"] or b["local_bytes"]] == []
 
 
-def test_loads_are_as_wide_as_can_be_whatever_the_vocabulary(builds):
+def test_loads_are_16_bytes_wide_for_any_vocabulary(builds):
     narrow = [b for b in builds if b["vocab"] > 1 and b["target"].startswith("sm_") and b["access_bytes"] != 16]
-    assert [name(b) for b in narrow] == []
+    assert [describe(b) for b in narrow] == []
 
 
-def test_rows_beyond_two_to_the_31_logits_are_found(builds):
-    assert [name(b) for b in builds if not b["wide_offsets"]] == []
+def test_rows_beyond_2_to_the_31_logits_have_64_bit_offsets(builds):
+    assert [describe(b) for b in builds if not b["wide_offsets"]] == []
 
 
 def test_the_readme_has_the_table_of_these_kernels(builds):
-    """The table is made by hand, with --write: registers may differ a little from one compiler to the next."""
+    """Checks only the rows: --write updates the table by hand, and registers differ a little between compilers."""
     text = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
     table = text.partition("<!-- compile matrix")[2].partition("<!-- end of the compile matrix")[0]
     for build in builds:

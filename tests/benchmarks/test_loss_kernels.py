@@ -1,4 +1,4 @@
-"""The benchmark of the loss kernels: its sides compute the same, and a smoke run writes figures and a picture."""
+"""Tests of the benchmark of the loss kernels: all sides compute the same, and it writes figures and a plot."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import json
 import loss_kernels
 import pytest
 import torch
-from loss_kernels_sides import HEADS, PASSES, SIDES, SMOKE, Case, why_not
+from loss_kernels_sides import HEADS, PASSES, SIDES, SMOKE, Case, why_unavailable
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-HERE = [side for side in SIDES if why_not(side, CPU, torch.float32) is None]
+AVAILABLE = [side for side in SIDES if why_unavailable(side, CPU, torch.float32) is None]
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -20,11 +20,11 @@ def case():
     return Case.of(SMOKE["smoke"], 16, CPU, torch.float32)
 
 
-@pytest.mark.parametrize("which", PASSES)
-@pytest.mark.parametrize("side", [side for side in HERE if side != "TRL"])
-def test_every_side_computes_the_same_sum(case, side, which):
+@pytest.mark.parametrize("pass_name", PASSES)
+@pytest.mark.parametrize("side", [side for side in AVAILABLE if side != "TRL"])
+def test_every_side_computes_the_same_sum(case, side, pass_name):
     want = (case.hidden @ case.weight.T).log_softmax(1).gather(1, case.targets[:, None]).sum()
-    torch.testing.assert_close(case.run(side, which), want.detach())
+    torch.testing.assert_close(case.run(side, pass_name), want.detach())
     assert case.hidden.grad is None
     assert case.weight.grad is None
 
@@ -35,7 +35,7 @@ def test_trl_computes_the_same_sum(case):
     torch.testing.assert_close(case.run("TRL", "trainable"), case.run("saro, torch tiles", "trainable"))
 
 
-def test_a_side_that_computes_something_else_ends_the_run(case, monkeypatch):
+def test_a_side_with_another_sum_is_an_error(case, monkeypatch):
     monkeypatch.setitem(SIDES, "log_softmax", lambda hidden, weight, targets: hidden.sum() * 1.0)
     with pytest.raises(
         SystemExit, match=r"log_softmax sums to .*, saro, torch tiles to .*: they do not compute the same"
@@ -43,24 +43,24 @@ def test_a_side_that_computes_something_else_ends_the_run(case, monkeypatch):
         loss_kernels.check_same(case, ["saro, torch tiles", "log_softmax"])
 
 
-def test_memory_that_must_be_there(case):
+def test_floor_bytes_are_log_probs_and_gradients(case):
     n, d, v = 16, SMOKE["smoke"].width, SMOKE["smoke"].vocab
-    assert [case.floor_bytes(which) for which in PASSES] == [4 * n, 4 * (n + n * d), 4 * (n + n * d + v * d)]
+    assert [case.floor_bytes(pass_name) for pass_name in PASSES] == [4 * n, 4 * (n + n * d), 4 * (n + n * d + v * d)]
 
 
 @pytest.mark.parametrize("side", ["Liger", "cut cross-entropy"])
-def test_sides_for_cuda_are_left_out_with_a_reason(side):
-    assert why_not(side, CPU, torch.float32) == "it runs on CUDA only"
+def test_cuda_sides_are_left_out_on_a_cpu_with_a_reason(side):
+    assert why_unavailable(side, CPU, torch.float32) == "it runs on CUDA only"
 
 
 @pytest.mark.parametrize("side", ["TRL", "Liger", "cut cross-entropy"])
-def test_absent_packages_are_left_out_with_a_reason(monkeypatch, side):
+def test_sides_without_their_package_are_left_out_with_a_reason(monkeypatch, side):
     monkeypatch.setattr("loss_kernels_sides.find_spec", lambda name: None)
-    assert "is not installed; pip install" in why_not(side, CUDA, torch.bfloat16)
+    assert "is not installed; pip install" in why_unavailable(side, CUDA, torch.bfloat16)
 
 
-def test_the_peak_of_a_pass_is_that_of_the_logits():
-    """Two copies of N x V, by the plain way; one tile, by this project's."""
+def test_the_peak_of_a_pass_is_that_of_its_logits():
+    """log_softmax holds two N x V tensors, this project's kernel one tile."""
     head = HEADS["SmolLM2-135M"]
     rows = 1024
     plain, ours = (
@@ -69,12 +69,12 @@ def test_the_peak_of_a_pass_is_that_of_the_logits():
     )
     logits = 4 * rows * head.vocab
     if plain is None:
-        pytest.skip("this system does not tell the peak of resident memory")
+        pytest.skip("this system does not report the peak of resident memory")
     assert 1.9 * logits < plain < 2.5 * logits
     assert 0.4 * logits < ours < 0.8 * logits
 
 
-def test_smoke_run(tmp_path, capsys):
+def test_a_smoke_run_writes_figures(tmp_path, capsys):
     figures = tmp_path / "figures.json"
     arguments = ["--smoke", "--sides", "saro, torch tiles", "Liger", "--passes", "frozen", "--threads", "1"]
     loss_kernels.main([*arguments, "--json", str(figures)])
@@ -86,7 +86,7 @@ def test_smoke_run(tmp_path, capsys):
     assert result["share_of_gemm_rate"] > 0
 
 
-def test_the_picture_has_a_place_for_what_could_not_run(tmp_path):
+def test_the_plot_leaves_gaps_for_sides_that_did_not_run(tmp_path):
     pytest.importorskip("matplotlib", reason="the extra bench brings matplotlib")
     figures = {"pass": "frozen", "share_of_gemm_rate": 0.5, "peak_bytes": 2**20}
     heads = {
@@ -96,14 +96,14 @@ def test_the_picture_has_a_place_for_what_could_not_run(tmp_path):
             "results": [{"side": "saro, torch tiles", **figures, "peak_bytes": None}],
         },
     }
-    loss_kernels.plot(heads, str(tmp_path / "picture.png"))
-    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+    loss_kernels.plot(heads, str(tmp_path / "plot.png"))
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_picture_needs_matplotlib(monkeypatch, capsys):
+def test_a_plot_needs_matplotlib(monkeypatch, capsys):
     monkeypatch.setattr(loss_kernels, "find_spec", lambda name: None)
     with pytest.raises(SystemExit):
-        loss_kernels.parse(["--plot", "picture.png"])
+        loss_kernels.parse(["--plot", "plot.png"])
     assert "--plot needs matplotlib; pip install -e '.[bench]'" in capsys.readouterr().err
 
 
@@ -116,7 +116,7 @@ def test_a_picture_needs_matplotlib(monkeypatch, capsys):
         (["--heads", "Llama"], "invalid choice: 'Llama'"),
     ],
 )
-def test_bad_options(arguments, message, capsys):
+def test_invalid_options_are_an_error(arguments, message, capsys):
     with pytest.raises(SystemExit):
         loss_kernels.parse(arguments)
     assert message in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The floor of a training step: its operations are those that torch counts, its bytes those of the tensors."""
+"""Tests of the floor of a training step: its operations match torch's counter, its bytes the sizes of the tensors."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3"])
-def test_operations_of_products_are_those_that_torch_counts(tiny_model, kind):
-    # The reference head computes no logits twice; with all weights trained no gradient is left out.
+def test_operations_of_products_match_the_counter_of_torch(tiny_model, kind):
+    # The reference head computes no logits twice, and with all weights trained every gradient is computed.
     policy, pack = load(tiny_model(kind), "full", head="reference"), a_pack()
     with FlopCounterMode(display=False) as counter:
         policy(pack).sum().backward()
@@ -31,10 +31,10 @@ def test_operations_of_products_are_those_that_torch_counts(tiny_model, kind):
     assert floor["linear layers"].operations + floor["head"].operations == products
 
 
-def test_attention_counts_the_scores_of_each_path():
+def test_attention_operations_count_the_scores_of_each_path():
     config = SimpleNamespace(num_attention_heads=4, num_key_value_heads=2, head_dim=8, num_hidden_layers=3)
-    # A prompt of 10 tokens with two children of 4 and 6: each token reads its ancestors and what is before it.
-    # (The last token of a sequence is not read.)
+    # A prompt of 10 tokens with two children of 4 and 6. Each token attends to its ancestors and to the tokens before it.
+    # The last token of each sequence is only a target and not counted.
     prompt = list(range(10))
     sequences = [(*prompt, *[20] * 5), (*prompt, *[30] * 7)]
     pack = lay_out(
@@ -45,26 +45,26 @@ def test_attention_counts_the_scores_of_each_path():
     assert _attention(config, pack, 4).operations == 3 * 4 * scores * 4 * 8 * 3
 
 
-@pytest.mark.parametrize(("trained", "tensors"), [(False, 2), (True, 3)])
-def test_bytes_are_each_tensor_once_for_each_product(trained, tensors):
+@pytest.mark.parametrize(("trained", "products"), [(False, 2), (True, 3)])
+def test_each_product_moves_each_of_its_tensors_once(trained, products):
     layer = nn.Linear(32, 48, bias=False).requires_grad_(trained)
-    each = 4 * (10 * 32 + 32 * 48 + 10 * 48)
-    assert _product(layer, 10, 4).bytes == tensors * each
-    assert _product(layer, 10, 4, logits=False).bytes == tensors * (each - 4 * 10 * 48)
+    product_bytes = 4 * (10 * 32 + 32 * 48 + 10 * 48)
+    assert _product(layer, 10, 4).bytes == products * product_bytes
+    assert _product(layer, 10, 4, logits=False).bytes == products * (product_bytes - 4 * 10 * 48)
 
 
-def test_a_4_bit_weight_counts_as_it_is_stored_and_multiplies_as_it_stands_for(tiny_model):
+def test_a_4_bit_weight_has_fewer_bytes_and_as_many_operations(tiny_model):
     pack = a_pack()
     dense, packed = (floor_of_step(load(tiny_model(), method), pack) for method in ("lora", "qlora"))
     assert packed["linear layers"].operations == dense["linear layers"].operations
     assert packed["linear layers"].bytes < dense["linear layers"].bytes
 
 
-def test_the_floor_is_the_longer_of_both():
+def test_the_floor_is_the_longer_of_the_two_times():
     assert Work(100.0, 10.0).seconds(10.0, 10.0) == 10.0
     assert Work(10.0, 100.0).seconds(10.0, 10.0) == 10.0
 
 
-def test_a_copy_moves_what_it_reads_and_writes():
+def test_a_copy_moves_the_bytes_of_both_tensors():
     source, target, moved = copy_bytes(torch.device("cpu"))
     assert moved == source.nbytes + target.nbytes

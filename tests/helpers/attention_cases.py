@@ -1,4 +1,4 @@
-"""What attention is held against: its definition, and gradients of the same sum."""
+"""Helpers to test attention: its definition, and a fixed loss for comparing gradients."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 def definition(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float, softcap: float | None = None
 ) -> Tensor:
-    """(1, H, Q, D), as transformers' eager attention computes it: the softmax in float32 or wider."""
+    """Return attention (1, H, Q, D) as transformers' eager attention computes it: the softmax in float32 or wider."""
     key, value = (x.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for x in (key, value))
     scores = query @ key.mT * scale
     if softcap is not None:
@@ -22,7 +22,7 @@ def definition(
 
 
 def output_and_gradients(output: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
-    """An output without its graph, and the gradients at the inputs of a sum in which each of its entries counts otherwise."""
+    """Return the detached output, and the inputs' gradients of a weighted sum of it with a different weight per entry."""
     upstream = torch.linspace(-1, 1, output.numel(), dtype=output.dtype).reshape(output.shape)
     return [output.detach(), *torch.autograd.grad((output * upstream).sum(), inputs)]
 

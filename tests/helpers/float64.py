@@ -1,6 +1,7 @@
-"""Models in float64 throughout: transformers rounds to float32 in norms, rotary embeddings and its eager softmax.
+"""Run models entirely in float64: transformers casts to float32 in norms, rotary embeddings and its eager softmax.
 
-Where two orders of a sum, 1e-16 apart, round to different neighbours there, a float64 model's outputs part by 6e-8.
+With those casts, two orders of a sum that differ by 1e-16 can round to different float32 neighbours. Then the outputs of
+a float64 model differ by 6e-8.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class _Float64ForFloat32(TorchDispatchMode):
-    """Of the dispatcher's modes, since layers that are computed again in the backward have no others."""
+    """A dispatch mode, because it is the only kind that stays on in layers recomputed by gradient checkpointing."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         return function(*args, **{n: torch.float64 if x is torch.float32 else x for n, x in (kwargs or {}).items()})
@@ -21,6 +22,6 @@ class _Float64ForFloat32(TorchDispatchMode):
 
 @contextmanager
 def in_float64() -> Iterator[None]:
-    """Inside, whoever names float32 to torch gets float64. For models whose parameters are float64; a decorator too."""
+    """Make torch use float64 wherever code asks for float32. For models with float64 parameters; also a decorator."""
     with _Float64ForFloat32():
         yield

@@ -1,4 +1,4 @@
-"""LM heads for tests: random inputs, the definition in float64, the error budget, and a watch on memory and work."""
+"""Helpers to test LM heads: random inputs, the definition in float64, the error budget, and a memory and GEMM counter."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-# An error budget needs a truth in a wider dtype, so float64 has an equality test instead.
+# An error budget needs a truth in a wider dtype, so float64 is tested for equality instead.
 BUDGETED = [torch.float32, torch.bfloat16, torch.float16]
 DTYPES = [*BUDGETED, torch.float64]
 SHAPES = [(1, 1, 1), (1, 8, 16), (7, 5, 1), (5, 3, 2), (33, 17, 97), (64, 32, 256), (130, 9, 513)]
@@ -23,7 +23,10 @@ MATRIX_PRODUCTS = {"mm", "addmm", "addmm_"}
 
 
 def inputs(n, d, v, dtype=torch.float32, *, bias=False, seed=0, spread=2.0):
-    """(hidden, weight, targets, bias, upstream); logits have standard deviation `spread`."""
+    """Return random (hidden, weight, targets, bias, upstream). Logits have standard deviation `spread`.
+
+    Shapes: (n, d), (v, d), (n,), (v,) or None, (n,).
+    """
     rng = torch.Generator().manual_seed(seed)
     hidden = torch.randn(n, d, generator=rng).to(dtype)
     weight = (torch.randn(v, d, generator=rng) * spread / d**0.5).to(dtype)
@@ -34,70 +37,82 @@ def inputs(n, d, v, dtype=torch.float32, *, bias=False, seed=0, spread=2.0):
 
 
 def split(variant):
-    """A VARIANTS entry as (bias wanted, options of the functions below token_logps)."""
+    """Return an entry of VARIANTS as (True if it has a bias, {"softcap": ..., "scale": ...})."""
     return variant.get("bias", False), {"softcap": variant.get("softcap"), "scale": variant.get("scale", 1.0)}
 
 
 def definition(hidden, weight, targets, bias=None, *, softcap=None, scale=1.0):
+    """Return the log-probs of the targets, (N,), from all logits, in the dtype of the inputs."""
     logits = scale * (hidden @ weight.T + (0 if bias is None else bias))
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    logits = logits - logits.detach().amax(1, keepdim=True)  # at 1e4 even a float64 logsumexp has lost twelve digits
+    # Subtract the maximum: at logits of 1e4, even a float64 logsumexp has lost twelve digits.
+    logits = logits - logits.detach().amax(1, keepdim=True)
     return logits[torch.arange(len(targets)), targets] - logits.logsumexp(1)
 
 
 def values_and_gradients(function, hidden, weight, targets, bias, upstream, needs, **options):
-    """[logps, d hidden, d weight, d bias] of sum(upstream * logps), without the gradients that `needs` leaves out."""
+    """Return [logps, then the gradients of sum(upstream * logps) by the inputs named in `needs`]."""
     leaves = {"hidden": hidden, "weight": weight, "bias": bias}
     leaves = {k: None if x is None else x.detach().clone().requires_grad_(k in needs) for k, x in leaves.items()}
     logps = function(leaves["hidden"], leaves["weight"], targets, bias=leaves["bias"], **options)
-    wanted = [leaves[k] for k in needs]
-    return [logps.detach(), *torch.autograd.grad((logps * upstream.to(logps.dtype)).sum(), wanted)]
+    loss = (logps * upstream.to(logps.dtype)).sum()
+    return [logps.detach(), *torch.autograd.grad(loss, [leaves[k] for k in needs])]
 
 
 def exact(hidden, weight, targets, bias, upstream, needs, **options):
-    """The same from the definition in float64, at the values that the inputs have in their dtype."""
-    wide = [None if x is None else x.double() for x in (hidden, weight, bias)]
-    return values_and_gradients(definition, wide[0], wide[1], targets, wide[2], upstream, needs, **options)
+    """Return `values_and_gradients` of the definition in float64, at the values that the inputs have in their dtype."""
+    bias = None if bias is None else bias.double()
+    return values_and_gradients(definition, hidden.double(), weight.double(), targets, bias, upstream, needs, **options)
 
 
 def error(got, want):
-    """Root mean square and largest deviation."""
+    """Return the root mean square deviation and the largest deviation."""
     deviation = (got.double() - want).abs()
     return deviation.square().mean().sqrt().item(), deviation.max().item()
 
 
 def assert_within_budget(got, plain, want):
-    """At most twice the plain path's error, plus the last bit of the largest number."""
+    """Assert that each error of `got` is at most twice that of `plain`, plus one ulp of the largest number of `want`."""
     for ours, theirs, truth in zip(got, plain, want, strict=True):
         assert ours.dtype == theirs.dtype
-        last_bit = torch.finfo(ours.dtype).eps * truth.abs().max().item()
-        for mine, other in zip(error(ours, truth), error(theirs, truth), strict=True):
-            assert mine <= 2 * other + last_bit
+        ulp = torch.finfo(ours.dtype).eps * truth.abs().max().item()
+        for our_error, their_error in zip(error(ours, truth), error(theirs, truth), strict=True):
+            assert our_error <= 2 * their_error + ulp
 
 
 class Watch(TorchDispatchMode):
-    """Counts matrix products and follows the bytes of the storages that live operations' outputs hold."""
+    """Counts matrix products, and the bytes of the new storages that operations return while these are alive.
+
+    Attributes:
+        products: matrix products so far.
+        live: storage -> bytes, of the storages that are alive.
+        peak_bytes: largest sum of `live`.
+        largest_bytes: size of the largest storage.
+    """
 
     def __init__(self):
         super().__init__()
-        self.products, self.live, self.peak_bytes, self.largest_bytes = 0, {}, 0, 0
+        self.products = 0
+        self.live = {}
+        self.peak_bytes = 0
+        self.largest_bytes = 0
 
     def __enter__(self):
-        self.old = set()
+        self.old_storages = set()  # storages made before the watch began
         return super().__enter__()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         self.products += function.overloadpacket.__name__ in MATRIX_PRODUCTS
-        self.old.update(x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if self.foreign(x))
+        self.old_storages.update(x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if self.is_unseen(x))
         result = function(*args, **kwargs)
         for tensor in tree_leaves(result):
-            if self.foreign(tensor) and tensor.untyped_storage()._cdata not in self.old:
+            if self.is_unseen(tensor) and tensor.untyped_storage()._cdata not in self.old_storages:
                 self.follow(tensor.untyped_storage())
         return result
 
-    def foreign(self, x):
+    def is_unseen(self, x):
         return isinstance(x, torch.Tensor) and x.untyped_storage()._cdata not in self.live
 
     def follow(self, storage):

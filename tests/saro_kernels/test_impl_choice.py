@@ -1,4 +1,4 @@
-"""Which implementation of the head runs: "auto" takes what can run, and one that is named never falls back."""
+"""Tests of the choice of the head's implementation: "auto" takes one that can run; a full name never falls back."""
 
 import subprocess
 import sys
@@ -12,15 +12,15 @@ from saro_kernels.tile_ops import TorchTile, choose_tile_op, find_tile_op
 
 CPU, CUDA, XPU = (torch.device(name) for name in ("cpu", "cuda", "xpu"))
 FAMILY = ["auto", "tiled"]
-WHY_NO_LAUNCHER = module._why_no_launcher
+LAUNCHER_PROBLEM = module._launcher_problem
 
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """A CUDA device as seen by the choice, of compute capability 8.0, with Triton, and no interpreter."""
-    monkeypatch.setattr(module, "_triton_is_here", lambda: True)
-    monkeypatch.setattr(module, "_interpreted", lambda: False)
-    monkeypatch.setattr(module, "_why_no_launcher", lambda: None)
+    """Make the choice see a CUDA device of compute capability 8.0, with Triton and without its interpreter."""
+    monkeypatch.setattr(module, "_is_triton_installed", lambda: True)
+    monkeypatch.setattr(module, "_is_interpreted", lambda: False)
+    monkeypatch.setattr(module, "_launcher_problem", lambda: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
     return monkeypatch
@@ -40,7 +40,7 @@ def test_auto_is_torch_on_a_cpu(impl):
 
 @pytest.mark.parametrize("impl", FAMILY)
 def test_auto_is_torch_without_triton(gpu, impl):
-    gpu.setattr(module, "_triton_is_here", lambda: False)
+    gpu.setattr(module, "_is_triton_installed", lambda: False)
     assert choose_impl(impl, CUDA, torch.bfloat16) == "tiled-torch"
 
 
@@ -57,7 +57,7 @@ def test_auto_is_torch_on_an_old_gpu(gpu, impl):
 
 @pytest.fixture
 def no_compiler(gpu):
-    """That GPU, and Triton's driver that compiles C at its first use, with no compiler."""
+    """Like `gpu`, but Triton's driver finds no C compiler when it compiles its launcher at the first use."""
     pytest.importorskip("triton")
     from triton.runtime import driver
 
@@ -65,52 +65,51 @@ def no_compiler(gpu):
         raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable.")
 
     gpu.setattr(type(driver), "active", property(compile_launcher))
-    gpu.setattr(module, "_why_no_launcher", WHY_NO_LAUNCHER.__wrapped__)
+    gpu.setattr(module, "_launcher_problem", LAUNCHER_PROBLEM.__wrapped__)
 
 
 @pytest.mark.parametrize("impl", FAMILY)
-def test_auto_is_torch_where_triton_finds_no_c_compiler(no_compiler, impl):
+def test_auto_is_torch_if_triton_finds_no_c_compiler(no_compiler, impl):
     assert choose_impl(impl, CUDA, torch.bfloat16) == "tiled-torch"
 
 
 def test_triton_by_name_without_a_c_compiler_is_an_error(no_compiler):
-    reason = "its launcher cannot be made: Failed to find C compiler. .* variable; the nearest that is: 'torch'"
-    with pytest.raises(ValueError, match=reason):
+    message = "its launcher cannot be built: Failed to find C compiler. .* variable; use 'torch'"
+    with pytest.raises(ValueError, match=message):
         choose_impl("tiled-triton", CUDA, torch.bfloat16)
 
 
 @pytest.mark.parametrize("device", [CPU, CUDA], ids=str)
 @pytest.mark.parametrize("impl", ["reference", "tiled-torch"])
-def test_a_named_one_is_itself(gpu, impl, device):
+def test_a_full_name_means_itself(gpu, impl, device):
     assert choose_impl(impl, device, torch.bfloat16) == impl
 
 
-UNABLE = {
-    "not installed": ({"_triton_is_here": lambda: False}, CUDA, torch.bfloat16, "triton is not installed"),
-    "float64": ({}, CUDA, torch.float64, "it has no float64"),
+# Cases in which Triton cannot run: (patches of the module, device, dtype, reason in the message).
+CANNOT_RUN = {
+    "not installed": ({"_is_triton_installed": lambda: False}, CUDA, torch.bfloat16, "triton is not installed"),
+    "float64": ({}, CUDA, torch.float64, "it does not support float64"),
     "cpu": ({}, CPU, torch.float32, "triton does not compile for cpu"),
     "mps": ({}, torch.device("mps"), torch.float32, "triton does not compile for mps"),
 }
 
 
-@pytest.mark.parametrize(("state", "device", "dtype", "reason"), UNABLE.values(), ids=UNABLE)
-def test_triton_by_name_where_it_cannot_run_is_an_error(gpu, state, device, dtype, reason):
-    for name, value in state.items():
+@pytest.mark.parametrize(("patches", "device", "dtype", "reason"), CANNOT_RUN.values(), ids=CANNOT_RUN)
+def test_triton_by_name_is_an_error_if_it_cannot_run(gpu, patches, device, dtype, reason):
+    for name, value in patches.items():
         gpu.setattr(module, name, value)
-    with pytest.raises(ValueError, match=f"'triton' is not available: {reason}; the nearest that is: 'torch'"):
+    with pytest.raises(ValueError, match=f"tile op 'triton' cannot run here: {reason}; use 'torch'"):
         choose_impl("tiled-triton", device, dtype)
 
 
 def test_triton_by_name_on_an_old_gpu_is_an_error(gpu):
     gpu.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    with pytest.raises(
-        ValueError, match=r"Some GPU is older than compute capability 8\.0; the nearest that is: 'torch'"
-    ):
+    with pytest.raises(ValueError, match=r"Some GPU is older than compute capability 8\.0; use 'torch'"):
         choose_impl("tiled-triton", CUDA, torch.float32)
 
 
 @pytest.mark.parametrize(
-    ("impl", "nearest"),
+    ("impl", "closest"),
     [
         ("tile", "tiled"),
         ("ref", "reference"),
@@ -120,18 +119,18 @@ def test_triton_by_name_on_an_old_gpu_is_an_error(gpu):
     ],
 )
 @pytest.mark.parametrize("function", [token_logps, token_statistics])
-def test_unknown_impl_names_the_nearest(function, impl, nearest):
+def test_an_unknown_impl_names_the_closest(function, impl, closest):
     arguments = torch.zeros(2, 3), torch.zeros(5, 3), torch.tensor([0, 4])
-    with pytest.raises(ValueError, match=rf"'{impl}' is not available; the nearest that is: '{nearest}' \(of auto, "):
+    with pytest.raises(ValueError, match=rf"'{impl}' is unknown; did you mean '{closest}'\? \(one of auto, "):
         function(*arguments, impl=impl)
 
 
-def test_unknown_tile_op_names_the_nearest():
-    with pytest.raises(ValueError, match="tile op 'tritn' is not available; the nearest that is: 'triton'"):
+def test_an_unknown_tile_op_names_the_closest():
+    with pytest.raises(ValueError, match=r"tile op 'tritn' is unknown; did you mean 'triton'\?"):
         choose_tile_op("tritn", CPU, torch.float32)
 
 
-def test_tile_ops_by_name():
+def test_find_tile_op_returns_the_class_of_each_name():
     pytest.importorskip("triton")
     from saro_kernels.triton_tile import TritonTile
 
@@ -139,12 +138,12 @@ def test_tile_ops_by_name():
     assert find_tile_op("triton") is TritonTile
 
 
-def run(code):
-    """What `code` prints in a fresh interpreter that has no Triton."""
+def run_without_triton(code):
+    """Return what `code` prints in a new interpreter in which Triton cannot be imported."""
     code = "import sys; sys.modules['triton'] = None\n" + code
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr
+    return process.stdout.strip()
 
 
 def test_works_without_triton():
@@ -158,6 +157,6 @@ try:
 except ValueError as error:
     print(error)
 """
-    lines = run(code).splitlines()
+    lines = run_without_triton(code).splitlines()
     assert lines[0].endswith("tiled-torch")
-    assert lines[1] == "tile op 'triton' is not available: triton is not installed; the nearest that is: 'torch'"
+    assert lines[1] == "tile op 'triton' cannot run here: triton is not installed; use 'torch'"

@@ -1,7 +1,7 @@
-"""`saro_kernels` is importable, and the folder `kernels/` never poses as the PyPI package of that name.
+"""Tests that `saro_kernels` imports and that Python never takes the folder `kernels/` for the PyPI package `kernels`.
 
-transformers and bitsandbytes import `kernels` where they find it; a run from the repository root must not feed them
-ours.
+transformers and bitsandbytes import `kernels` if they find it. A run from the repository root must not give them our
+folder.
 """
 
 import subprocess
@@ -12,30 +12,30 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def run_in_root(code: str) -> str:
-    """What `code` prints in a fresh interpreter with the repository root first on sys.path."""
+    """Return the last line that `code` prints in a new interpreter with the repository root first on sys.path."""
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{code}"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip().splitlines()[-1]
+    process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr
+    return process.stdout.strip().splitlines()[-1]
 
 
-def test_kernels_is_only_a_folder():
+def test_the_kernels_folder_has_no_modules():
     assert sorted(p.name for p in (ROOT / "kernels").glob("*.py")) == []
 
 
 def test_saro_kernels_imports():
-    where = run_in_root("import saro_kernels; print(saro_kernels.__file__, *saro_kernels.__all__)")
-    assert Path(where.split()[0]).parent.name == "saro_kernels"
-    assert {"token_logps", "lora_linear"} <= set(where.split()[1:])
+    file, *names = run_in_root("import saro_kernels; print(saro_kernels.__file__, *saro_kernels.__all__)").split()
+    assert Path(file).parent.name == "saro_kernels"
+    assert {"token_logps", "lora_linear"} <= set(names)
 
 
-def test_importing_saro_kernels_loads_nothing_but_torch():
+def test_importing_saro_kernels_imports_neither_transformers_nor_triton():
     loaded = run_in_root("import saro_kernels; print('transformers' in sys.modules, 'triton' in sys.modules)")
     assert loaded == "False False"
 
 
-def test_kernels_is_no_module_of_ours():
-    # A namespace package (a bare folder on the path) has no origin; the real package's lies elsewhere.
+def test_import_kernels_does_not_find_our_folder():
+    # A namespace package (a folder without __init__.py) has no origin; the origin of the PyPI package is elsewhere.
     origin = run_in_root("import importlib.util as u; s = u.find_spec('kernels'); print(s.origin if s else None)")
     assert not origin.startswith(str(ROOT / "kernels"))
 

@@ -1,4 +1,4 @@
-"""`lora_linear` and `lora_gated_mlp` against their definitions, in float64 and by error budget."""
+"""Compare `lora_linear` and `lora_gated_mlp` with their definitions, in float64 and by error budget."""
 
 from __future__ import annotations
 
@@ -16,54 +16,63 @@ from saro_kernels.lora import ACTIVATIONS
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def make(n_in: int, n_out: int, r: int = 3, dtype=torch.float64, adapter=None, bias=False, seed=0) -> LoraLinear:
+def make_layer(
+    n_in: int, n_out: int, r: int = 3, dtype=torch.float64, adapter_dtype=None, bias=False, seed=0
+) -> LoraLinear:
+    """Return a random layer; the adapter has `dtype` too by default."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64) / shape[-1] ** 0.5
 
     frozen = FrozenLinear(draw(n_out, n_in).to(dtype), bias=draw(n_out).to(dtype) if bias else None)
-    a, b = (draw(*shape).to(adapter or dtype).requires_grad_() for shape in ((r, n_in), (n_out, r)))
+    a = draw(r, n_in).to(adapter_dtype or dtype).requires_grad_()
+    b = draw(n_out, r).to(adapter_dtype or dtype).requires_grad_()
     return LoraLinear(frozen, a, b, 1.5)
 
 
-def rows(*shape: int, dtype=torch.float64, seed=1) -> torch.Tensor:
+def random_rows(*shape: int, dtype=torch.float64, seed=1) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
 def plain(x: torch.Tensor, layer: LoraLinear) -> torch.Tensor:
+    """The definition of `lora_linear`."""
     low = F.linear(F.linear(x, layer.a.to(x.dtype)), layer.b.to(x.dtype))
     return F.linear(x, layer.base.dense(x.dtype), layer.base.bias) + low * layer.scaling
 
 
 def plain_mlp(x, gate, up, down, activation):
+    """The definition of `lora_gated_mlp`."""
     act = {"silu": F.silu, "gelu_tanh": lambda t: F.gelu(t, approximate="tanh")}[activation]
     return plain(act(plain(x, gate)) * plain(x, up), down)
 
 
-def gradients(function, x, *layers, weight=None) -> list[torch.Tensor]:
+def output_and_gradients(function, x, *layers, weight=None) -> list[torch.Tensor]:
+    """Return the output and the gradients of sum(weight * output) by x and by A and B of each layer."""
     x = x.detach().requires_grad_()
     out = function(x, *layers)
-    weight = rows(*out.shape, seed=9).to(out.dtype) if weight is None else weight
+    weight = random_rows(*out.shape, seed=9).to(out.dtype) if weight is None else weight
     leaves = [x, *(m for layer in layers if isinstance(layer, LoraLinear) for m in (layer.a, layer.b))]
     return [out.detach(), *torch.autograd.grad((out * weight).sum(), leaves)]
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("r", [1, 3, 15, 16, 20])  # below 16 the products with A and B take another layout on a CPU
+@pytest.mark.parametrize("r", [1, 3, 15, 16, 20])  # on a CPU, the products with A and B change layout at r = 16
 @pytest.mark.parametrize("shape", [(7, 12), (1, 12), (0, 12), (2, 3, 12), (1, 5, 12)])
-def test_linear_is_its_definition(shape, r, bias):
-    layer = make(12, 10, r, bias=bias)
+def test_linear_equals_its_definition(shape, r, bias):
+    layer = make_layer(12, 10, r, bias=bias)
     for ours, expected in zip(
-        gradients(lora_linear, rows(*shape), layer), gradients(plain, rows(*shape), layer), strict=True
+        output_and_gradients(lora_linear, random_rows(*shape), layer),
+        output_and_gradients(plain, random_rows(*shape), layer),
+        strict=True,
     ):
         torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("shape", [(7, 12), (0, 12), (2, 3, 12)])
-def test_mlp_is_its_definition(shape, activation):
-    layers = make(12, 20, seed=1), make(12, 20, seed=2), make(20, 12, seed=3)
+def test_mlp_equals_its_definition(shape, activation):
+    layers = make_layer(12, 20, seed=1), make_layer(12, 20, seed=2), make_layer(20, 12, seed=3)
 
     def ours(x, *layers):
         return lora_gated_mlp(x, *layers, activation)
@@ -71,42 +80,45 @@ def test_mlp_is_its_definition(shape, activation):
     def expected(x, *layers):
         return plain_mlp(x, *layers, activation)
 
-    for a, b in zip(gradients(ours, rows(*shape), *layers), gradients(expected, rows(*shape), *layers), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    x = random_rows(*shape)
+    results, definitions = output_and_gradients(ours, x, *layers), output_and_gradients(expected, x, *layers)
+    for result, definition in zip(results, definitions, strict=True):
+        torch.testing.assert_close(result, definition, rtol=1e-12, atol=1e-12)
 
 
 def test_gradcheck():
-    layer = make(5, 4, r=2)
+    layer = make_layer(5, 4, r=2)
     assert gradcheck(
         lambda x, a, b: lora_linear(x, LoraLinear(layer.base, a, b, 0.7)),
-        (rows(3, 5).requires_grad_(), layer.a, layer.b),
+        (random_rows(3, 5).requires_grad_(), layer.a, layer.b),
     )
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_gradcheck_of_the_mlp(activation):
-    layers = make(4, 6, r=2, seed=1), make(4, 6, r=2, seed=2), make(6, 4, r=2, seed=3)
+    layers = make_layer(4, 6, r=2, seed=1), make_layer(4, 6, r=2, seed=2), make_layer(6, 4, r=2, seed=3)
     matrices = [m for layer in layers for m in (layer.a, layer.b)]
 
     def mlp(x, *matrices):
         pairs = zip(layers, matrices[0::2], matrices[1::2], strict=True)
         return lora_gated_mlp(x, *(LoraLinear(layer.base, a, b, layer.scaling) for layer, a, b in pairs), activation)
 
-    assert gradcheck(mlp, (rows(3, 4).requires_grad_(), *matrices))
+    assert gradcheck(mlp, (random_rows(3, 4).requires_grad_(), *matrices))
 
 
 def _errors(function, x, layers, dtype, truth) -> list[float]:
-    """Relative errors of the output and of the gradients, with everything but the adapters in ``dtype``."""
+    """Return the relative errors of the output and the gradients, with float32 adapters and all else in ``dtype``."""
     cast = [
         LoraLinear(
-            FrozenLinear(layer.base.weight.to(dtype)),
-            *(m.detach().float().requires_grad_() for m in (layer.a, layer.b)),
-            layer.scaling,
+            base=FrozenLinear(layer.base.weight.to(dtype)),
+            a=layer.a.detach().float().requires_grad_(),
+            b=layer.b.detach().float().requires_grad_(),
+            scaling=layer.scaling,
         )
         for layer in layers
     ]
-    found = gradients(function, x.to(dtype), *cast)
-    return [((f.double() - t).norm() / t.norm()).item() for f, t in zip(found, truth, strict=True)]
+    results = output_and_gradients(function, x.to(dtype), *cast)
+    return [((ours.double() - t).norm() / t.norm()).item() for ours, t in zip(results, truth, strict=True)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -114,13 +126,13 @@ def _errors(function, x, layers, dtype, truth) -> list[float]:
 @pytest.mark.parametrize("shape", [(64, 96, 80), (33, 17, 51)])
 def test_linear_errs_at_most_twice_as_much_as_the_plain_layer(dtype, r, shape):
     n, n_in, n_out = shape
-    layer = make(n_in, n_out, r)
-    # What the plain layer starts from: weights and inputs as they are in that dtype.
+    layer = make_layer(n_in, n_out, r)
+    # Round weights and inputs to the dtype first, so that both sides start from the same numbers as the truth.
     layer = LoraLinear(FrozenLinear(layer.base.weight.to(dtype).double()), layer.a, layer.b, layer.scaling)
     layer.a.data, layer.b.data = layer.a.data.float().double(), layer.b.data.float().double()
-    x = rows(n, n_in).to(dtype).double()
-    weight = rows(n, n_out, seed=9).to(dtype).double()
-    truth = gradients(plain, x, layer, weight=weight)
+    x = random_rows(n, n_in).to(dtype).double()
+    weight = random_rows(n, n_out, seed=9).to(dtype).double()
+    truth = output_and_gradients(plain, x, layer, weight=weight)
     ours, theirs = _errors(lora_linear, x, [layer], dtype, truth), _errors(plain, x, [layer], dtype, truth)
     for error, budget in zip(ours, theirs, strict=True):
         assert error <= 2 * budget
@@ -128,15 +140,15 @@ def test_linear_errs_at_most_twice_as_much_as_the_plain_layer(dtype, r, shape):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_mlp_errs_at_most_twice_as_much_as_plain_layers(dtype):
-    layers = [make(48, 96, 8, seed=1), make(48, 96, 8, seed=2), make(96, 48, 8, seed=3)]
+    layers = [make_layer(48, 96, 8, seed=1), make_layer(48, 96, 8, seed=2), make_layer(96, 48, 8, seed=3)]
     layers = [
         LoraLinear(FrozenLinear(layer.base.weight.to(dtype).double()), layer.a, layer.b, layer.scaling)
         for layer in layers
     ]
     for layer in layers:
         layer.a.data, layer.b.data = layer.a.data.float().double(), layer.b.data.float().double()
-    x, weight = rows(64, 48).to(dtype).double(), rows(64, 48, seed=9).to(dtype).double()
-    truth = gradients(lambda x, *ls: plain_mlp(x, *ls, "silu"), x, *layers, weight=weight)
+    x, weight = random_rows(64, 48).to(dtype).double(), random_rows(64, 48, seed=9).to(dtype).double()
+    truth = output_and_gradients(lambda x, *ls: plain_mlp(x, *ls, "silu"), x, *layers, weight=weight)
     ours = _errors(lambda x, *ls: lora_gated_mlp(x, *ls, "silu"), x, layers, dtype, truth)
     theirs = _errors(lambda x, *ls: plain_mlp(x, *ls, "silu"), x, layers, dtype, truth)
     for error, budget in zip(ours, theirs, strict=True):
@@ -145,43 +157,43 @@ def test_mlp_errs_at_most_twice_as_much_as_plain_layers(dtype):
 
 @pytest.mark.parametrize("double", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_4_bit_weight_is_what_bitsandbytes_dequantizes(dtype, double):
-    dense = rows(64, 128).to(dtype)
+def test_a_4_bit_weight_equals_the_one_that_bitsandbytes_dequantizes(dtype, double):
+    dense = random_rows(64, 128).to(dtype)
     packed = bnb.nn.Params4bit(dense, requires_grad=False, quant_type="nf4", compress_statistics=double).to("cpu")
     state = packed.quant_state
-    a, b = rows(4, 128, seed=2).float().requires_grad_(), rows(64, 4, seed=3).float().requires_grad_()
-    whole = FrozenLinear(bnb.functional.dequantize_4bit(packed, state).to(dtype))
-    x = rows(9, 128, seed=4).to(dtype)
-    ours = gradients(lora_linear, x, LoraLinear(FrozenLinear(packed, state), a, b, 2.0))
-    expected = gradients(lora_linear, x, LoraLinear(whole, a, b, 2.0))
+    a, b = random_rows(4, 128, seed=2).float().requires_grad_(), random_rows(64, 4, seed=3).float().requires_grad_()
+    dequantized = FrozenLinear(bnb.functional.dequantize_4bit(packed, state).to(dtype))
+    x = random_rows(9, 128, seed=4).to(dtype)
+    ours = output_and_gradients(lora_linear, x, LoraLinear(FrozenLinear(packed, state), a, b, 2.0))
+    expected = output_and_gradients(lora_linear, x, LoraLinear(dequantized, a, b, 2.0))
     assert all(torch.equal(p, q) for p, q in zip(ours, expected, strict=True))
 
 
 def test_gradients_of_fp32_adapters_under_half_precision_are_fp32():
-    layer = make(12, 10, dtype=torch.bfloat16, adapter=torch.float32)
-    _, d_x, d_a, d_b = gradients(lora_linear, rows(7, 12).bfloat16(), layer)
+    layer = make_layer(12, 10, dtype=torch.bfloat16, adapter_dtype=torch.float32)
+    _, d_x, d_a, d_b = output_and_gradients(lora_linear, random_rows(7, 12).bfloat16(), layer)
     assert (d_x.dtype, d_a.dtype, d_b.dtype) == (torch.bfloat16, torch.float32, torch.float32)
 
 
-def test_an_input_without_gradient_costs_none():
-    layer = make(12, 10)
-    out = lora_linear(rows(7, 12), layer)
+def test_an_input_may_need_no_gradient():
+    layer = make_layer(12, 10)
+    out = lora_linear(random_rows(7, 12), layer)
     assert out.requires_grad
     d_a, d_b = torch.autograd.grad(out.sum(), (layer.a, layer.b))
-    expected = torch.autograd.grad(plain(rows(7, 12), layer).sum(), (layer.a, layer.b))
+    expected = torch.autograd.grad(plain(random_rows(7, 12), layer).sum(), (layer.a, layer.b))
     torch.testing.assert_close((d_a, d_b), expected)
 
 
-def test_a_second_gradient_is_refused_and_not_wrong():
-    layer = make(5, 4)
-    x = rows(3, 5).requires_grad_()
+def test_a_second_derivative_is_an_error():
+    layer = make_layer(5, 4)
+    x = random_rows(3, 5).requires_grad_()
     (first,) = torch.autograd.grad(lora_linear(x, layer).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         first.sum().backward()
 
 
 def saved_numbers(function, *arguments) -> int:
-    """Numbers kept for the backward that did not exist before, parameters aside."""
+    """Return how many numbers the backward keeps, not counting arguments and parameters."""
     kept: dict[int, torch.Tensor] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -199,14 +211,14 @@ def saved_numbers(function, *arguments) -> int:
     return sum(t.untyped_storage().nbytes() // t.element_size() for p, t in kept.items() if p not in known)
 
 
-def test_linear_keeps_its_input_and_the_low_rank_product_alone():
-    x = rows(50, 64, dtype=torch.float32).requires_grad_()
-    assert saved_numbers(lora_linear, x, make(64, 80, 4, torch.float32)) == 50 * 4
+def test_linear_keeps_only_its_input_and_the_low_rank_product():
+    x = random_rows(50, 64, dtype=torch.float32).requires_grad_()
+    assert saved_numbers(lora_linear, x, make_layer(64, 80, 4, torch.float32)) == 50 * 4
 
 
-def test_mlp_keeps_two_tensors_of_the_intermediate_size_where_separate_layers_keep_four():
-    x = rows(50, 64, dtype=torch.float32).requires_grad_()
-    layers = [make(*shape, 4, torch.float32, seed=s) for s, shape in enumerate(((64, 160), (64, 160), (160, 64)))]
+def test_mlp_keeps_two_intermediate_tensors_and_separate_layers_keep_four():
+    x = random_rows(50, 64, dtype=torch.float32).requires_grad_()
+    layers = [make_layer(*shape, 4, torch.float32, seed=s) for s, shape in enumerate(((64, 160), (64, 160), (160, 64)))]
     assert saved_numbers(lora_gated_mlp, x, *layers, "silu") == 2 * 50 * 160 + 3 * 50 * 4
 
     def separate(x, gate, up, down):

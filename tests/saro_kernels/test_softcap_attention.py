@@ -1,4 +1,4 @@
-"""Attention with capped scores against the definition in float64, and what it keeps."""
+"""Compare attention with capped scores with its definition in float64, and check how much memory it takes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def inputs(queries, keys, heads=4, groups=2, size=8, dtype=torch.float64):
 
 
 def causal(queries, keys, window=None):
-    """(queries, keys): the last query is the last key."""
+    """Return a causal mask (queries, keys) in which the last query is at the position of the last key."""
     distance = torch.arange(keys - queries, keys)[:, None] - torch.arange(keys)
     return (distance >= 0) & (distance < (window or keys))
 
@@ -50,19 +50,19 @@ def run(function, tensors, mask):
     groups=st.sampled_from([1, 2, 4]),
     block=st.sampled_from([1, 100, 300, 2**22]),
 )
-def test_is_the_definition_for_any_shape_and_block(queries, before, window, groups, block):
+def test_equals_the_definition_for_any_shape_and_block(queries, before, window, groups, block):
     tensors = inputs(queries, before + queries, groups=groups)
     mask = causal(queries, before + queries, window)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_block", lambda _: block)
-        found = run(capped, tensors, mask)
-    for ours, expected in zip(found, run(plain, tensors, mask), strict=True):
+        patch.setattr(module, "_scores_per_block", lambda _: block)
+        results = run(capped, tensors, mask)
+    for ours, expected in zip(results, run(plain, tensors, mask), strict=True):
         torch.testing.assert_close(ours, expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("block", [50, 2**22])
 def test_without_a_mask_it_is_causal(monkeypatch, block):
-    monkeypatch.setattr(module, "_block", lambda _: block)
+    monkeypatch.setattr(module, "_scores_per_block", lambda _: block)
     tensors = inputs(9, 9)
     for ours, expected in zip(
         run(capped, tensors, None),
@@ -72,20 +72,20 @@ def test_without_a_mask_it_is_causal(monkeypatch, block):
         torch.testing.assert_close(ours, expected, rtol=0, atol=1e-12)
 
 
-def test_without_a_mask_it_must_be_causal():
-    with pytest.raises(ValueError, match="takes a mask, or is_causal"):
+def test_neither_a_mask_nor_causal_is_an_error():
+    with pytest.raises(ValueError, match="pass exactly one of them"):
         softcap_attention(*inputs(3, 3), softcap=SOFTCAP, scale=SCALE)
 
 
 def test_gradcheck(monkeypatch):
-    monkeypatch.setattr(module, "_block", lambda _: 60)
+    monkeypatch.setattr(module, "_scores_per_block", lambda _: 60)
     tensors = [x.requires_grad_() for x in inputs(5, 8, size=3)]
     assert torch.autograd.gradcheck(lambda *x: capped(*x, causal(5, 8)), tensors)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_error_is_within_the_budget_of_the_plain_path(monkeypatch, dtype):
-    monkeypatch.setattr(module, "_block", lambda _: 4 * 16 * 100)
+def test_error_budget(monkeypatch, dtype):
+    monkeypatch.setattr(module, "_scores_per_block", lambda _: 4 * 16 * 100)
     tensors, mask = inputs(100, 130, size=32, dtype=dtype), causal(100, 130)
     exact = run(plain, [x.double() for x in tensors], mask)
     assert_within_budget(run(capped, tensors, mask), run(plain, tensors, mask), exact)
@@ -93,14 +93,14 @@ def test_error_is_within_the_budget_of_the_plain_path(monkeypatch, dtype):
 
 def test_scores_far_beyond_the_cap_are_finite():
     tensors = [1e3 * x for x in inputs(6, 6)[:2]] + inputs(6, 6)[2:]
-    found = run(capped, tensors, causal(6, 6))
-    for ours, expected in zip(found, run(plain, tensors, causal(6, 6)), strict=True):
+    results = run(capped, tensors, causal(6, 6))
+    for ours, expected in zip(results, run(plain, tensors, causal(6, 6)), strict=True):
         torch.testing.assert_close(ours, expected, rtol=0, atol=1e-12)
 
 
-def test_of_queries_times_keys_nothing_outlives_a_block(monkeypatch):
+def test_no_tensor_of_queries_times_keys_outlives_a_block(monkeypatch):
     queries, heads, rows = 512, 4, 16
-    monkeypatch.setattr(module, "_block", lambda _: heads * rows * queries)
+    monkeypatch.setattr(module, "_scores_per_block", lambda _: heads * rows * queries)
     leaves = [x.requires_grad_() for x in inputs(queries, queries, heads=heads, dtype=torch.float32)]
     block, inputs_bytes = 4 * heads * rows * queries, sum(x.nbytes for x in leaves)
     with Watch() as forward:
@@ -111,5 +111,5 @@ def test_of_queries_times_keys_nothing_outlives_a_block(monkeypatch):
     with Watch() as backward:
         torch.autograd.grad(output, leaves, upstream)
     assert block < backward.peak_bytes <= 4 * block + 2 * inputs_bytes
-    # All scores would be this much.
+    # The bounds above are far below the memory of all scores.
     assert 4 * block + 2 * inputs_bytes < 4 * heads * queries**2 / 4

@@ -1,4 +1,4 @@
-"""How high tiles are: within memory, no lower than the GEMM needs, in the cache where that moves fewer bytes."""
+"""Tests of the rows of a tile: it fits in memory, feeds the GEMM, and stays in the cache if that moves fewer bytes."""
 
 import pytest
 import torch
@@ -18,14 +18,14 @@ from saro_kernels.tile_height import (
 
 MIB = 2**20
 VOCABULARIES = [1, 1000, 32000, 49152, 128256, 262144, 10**7]
-# L2 caches: unknown, RTX 3090, A100, H100, RTX 4090, RTX 5090, B200.
+# L2 cache sizes: unknown, RTX 3090, A100, H100, RTX 4090, RTX 5090, B200.
 CACHES = [0, 6 * MIB, 40 * MIB, 50 * MIB, 72 * MIB, 96 * MIB, 126 * MIB]
 MANY = 64 * 10**12
 
 
 @pytest.mark.parametrize("logit_bytes", [2, 4, 8])
 @pytest.mark.parametrize("vocab", VOCABULARIES)
-def test_on_a_cpu_a_tile_is_as_high_as_its_budget_and_the_gemm_ask_for(vocab, logit_bytes):
+def test_on_a_cpu_a_tile_fills_its_bytes_or_has_the_most_rows(vocab, logit_bytes):
     height = tile_rows(MANY, vocab, 512, logit_bytes, None)
     assert height % 64 == 0
     assert height == MIN_ROWS or height * vocab * logit_bytes <= CPU_TILE_BYTES
@@ -36,7 +36,7 @@ def test_on_a_cpu_a_tile_is_as_high_as_its_budget_and_the_gemm_ask_for(vocab, lo
 @pytest.mark.parametrize("logit_bytes", [2, 4, 8])
 @pytest.mark.parametrize("width", [64, 576, 4096])
 @pytest.mark.parametrize("vocab", VOCABULARIES)
-def test_on_an_accelerator_a_tile_is_within_its_bounds(vocab, width, logit_bytes, l2):
+def test_on_an_accelerator_a_tile_is_within_its_limits(vocab, width, logit_bytes, l2):
     height = tile_rows(MANY, vocab, width, logit_bytes, l2)
     assert height % 64 == 0
     assert MIN_ROWS <= height <= MAX_ACCELERATOR_ROWS
@@ -45,7 +45,7 @@ def test_on_an_accelerator_a_tile_is_within_its_bounds(vocab, width, logit_bytes
 
 @pytest.mark.parametrize("l2", [None, *CACHES])
 @pytest.mark.parametrize("vocab", VOCABULARIES)
-def test_tiles_of_one_batch_are_alike(vocab, l2):
+def test_tiles_of_one_batch_have_equal_heights(vocab, l2):
     highest = tile_rows(MANY, vocab, 512, 4, l2)
     for rows in (0, 1, 3, 63, 64, 65, highest - 1, highest, highest + 1, 2 * highest + 1, 7 * highest - 3):
         height = tile_rows(rows, vocab, 512, 4, l2)
@@ -55,41 +55,42 @@ def test_tiles_of_one_batch_are_alike(vocab, l2):
         tiles = -(-rows // height)
         assert height % 64 == 0
         assert height <= highest
-        assert tiles == -(-rows // highest)  # no more of them than there must be
-        assert rows > tiles * (height - 64)  # and none is needlessly high
+        assert tiles == -(-rows // highest)  # no more tiles than necessary
+        assert rows > tiles * (height - 64)  # no tile higher than necessary
 
 
-def test_the_last_tile_has_no_few_rows_only():
+def test_the_last_tile_does_not_have_only_a_few_rows():
     assert tile_rows(513, 49152, 576, 4, None) == 320
 
 
 def test_heights_of_common_heads():
-    """SmolLM2-135M and Llama-3-8B: rows of the vocabulary, on a CPU in float32 and on GPUs by Triton in bfloat16."""
+    """SmolLM2-135M and Llama-3-8B, on a CPU in float32 and on GPUs with Triton in bfloat16."""
     assert tile_rows(2048, 49152, 576, 4, None) == 512
     assert tile_rows(512, 128256, 4096, 4, None) == 512
-    assert tile_rows(8192, 128256, 4096, 2, 50 * MIB) == 2048  # H100: too few rows would fit its cache
-    assert tile_rows(8192, 49152, 576, 2, 50 * MIB) == 384  # a narrow weight costs little to read again
+    assert tile_rows(8192, 128256, 4096, 2, 50 * MIB) == 2048  # H100: too few rows would fit in its cache
+    assert tile_rows(8192, 49152, 576, 2, 50 * MIB) == 384  # reading a narrow weight again costs little
     assert tile_rows(8192, 49152, 576, 2, 6 * MIB) == 2048  # RTX 3090
 
 
 @pytest.mark.parametrize("width", [64, 576, 4096])
 @pytest.mark.parametrize("vocab", VOCABULARIES)
-def test_a_small_cache_is_no_reason_for_a_low_tile(vocab, width):
+def test_a_small_cache_does_not_lower_the_tile(vocab, width):
     assert tile_rows(MANY, vocab, width, 2, MIN_L2_BYTES - 1) == tile_rows(MANY, vocab, width, 2, 0)
 
 
 @pytest.mark.parametrize("l2", CACHES)
 @pytest.mark.parametrize("width", [64, 576, 4096])
 @pytest.mark.parametrize("vocab", VOCABULARIES)
-def test_a_tile_for_the_cache_fits_it_and_feeds_the_gemm(vocab, width, l2):
-    height, without = (tile_rows(MANY, vocab, width, 2, size) for size in (l2, 0))
-    assert height <= without
-    if height < without:
+def test_a_tile_lowered_for_the_cache_fits_in_it_and_feeds_the_gemm(vocab, width, l2):
+    height = tile_rows(MANY, vocab, width, 2, l2)
+    height_without_cache = tile_rows(MANY, vocab, width, 2, 0)
+    assert height <= height_without_cache
+    if height < height_without_cache:
         assert height * vocab * 2 <= L2_SHARE * l2
         assert height >= MIN_L2_ROWS
 
 
-def test_the_cache_of_a_device_is_asked_for(monkeypatch):
+def test_the_cache_size_is_read_from_the_device(monkeypatch):
     class Properties:
         L2_cache_size = 50 * MIB
 

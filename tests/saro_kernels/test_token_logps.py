@@ -1,4 +1,4 @@
-"""token_logps against its definition in float64: values, gradients, memory, work and errors."""
+"""Compare token_logps with its definition in float64; check its memory, its matrix products and its error messages."""
 
 from contextlib import suppress
 
@@ -63,7 +63,7 @@ def test_error_budget(dtype, shape, variant):
     seed=st.integers(0, 1000),
 )
 def test_any_tiling_equals_one_tile(n, d, v, rows, dtype, variant, seed):
-    # Equal up to the GEMM's own order of summation, which depends on the height of the tile.
+    # Equal up to the GEMM's order of summation, which depends on the rows of the tile.
     wants_bias, options = split(variant)
     case = inputs(n, d, v, dtype, bias=wants_bias, seed=seed)
     tolerance = 8 * torch.finfo(dtype).eps
@@ -119,7 +119,7 @@ def test_non_contiguous_inputs(dtype):
 
 
 @pytest.mark.parametrize("impl", ["reference", "tiled"])
-def test_no_rows_stay_connected(impl):
+def test_no_rows_have_zero_gradients(impl):
     hidden, weight, targets, bias, _ = inputs(0, 4, 9, bias=True)
     for leaves in ([hidden], [hidden, weight, bias]):
         for leaf in leaves:
@@ -151,7 +151,7 @@ def test_float32_master_weights(dtype):
 
 
 def test_weight_gradient_of_many_tiles_is_summed_in_float32():
-    # A thousand halves, one a tile: a bfloat16 sum would stop growing at 128.
+    # A sum of 1,024 halves, one per tile: in bfloat16 it would stop growing at 128.
     hidden, weight, targets = torch.ones(1024, 1).bfloat16(), torch.zeros(2, 1).bfloat16(), torch.zeros(1024).long()
     case = (hidden, weight, targets, None, torch.ones(1024))
     _, gradient = values_and_gradients(tiled_token_logps, *case, ["weight"], softcap=None, scale=1.0, rows=1)
@@ -160,7 +160,7 @@ def test_weight_gradient_of_many_tiles_is_summed_in_float32():
 
 @pytest.mark.parametrize("impl", ["reference", "tiled"])
 @pytest.mark.parametrize("needs", [["hidden"], ["hidden", "weight"]], ids=str)
-def test_autocast_casts_as_a_linear_layer_would(impl, needs):
+def test_autocast_casts_as_for_a_linear_layer(impl, needs):
     case = inputs(20, 8, 33)
     hidden, weight, targets, _, upstream = case
     low = (hidden.bfloat16(), weight, targets, None, upstream)
@@ -172,7 +172,7 @@ def test_autocast_casts_as_a_linear_layer_would(impl, needs):
 
 
 @pytest.mark.parametrize("impl", ["reference", "tiled"])
-def test_autocast_leaves_a_bfloat16_hidden_alone(impl):
+def test_autocast_does_not_cast_a_bfloat16_hidden(impl):
     hidden, weight, targets, _, _ = inputs(20, 8, 33, torch.bfloat16)
     with torch.autocast("cpu", torch.float16):
         got = token_logps(hidden, weight, targets, impl=impl)
@@ -193,7 +193,7 @@ def test_gradcheck(variant, frozen):
 
 
 @pytest.mark.parametrize("frozen", [True, False])
-def test_second_order_is_refused(frozen):
+def test_a_second_derivative_is_an_error(frozen):
     hidden, weight, targets, _, _ = inputs(4, 3, 5, torch.float64)
     weight.requires_grad_(not frozen)
     logps = token_logps(hidden.requires_grad_(), weight, targets)
@@ -203,7 +203,7 @@ def test_second_order_is_refused(frozen):
 
 
 @pytest.mark.parametrize("needs", [["hidden"], ["hidden", "weight"]], ids=str)
-def test_backward_twice_gives_the_same(needs):
+def test_a_second_backward_gives_the_same_gradients(needs):
     hidden, weight, targets, _, _ = inputs(9, 3, 5)
     leaves = [x.requires_grad_() for k, x in {"hidden": hidden, "weight": weight}.items() if k in needs]
     loss = token_logps(hidden, weight, targets).sum()
@@ -213,15 +213,15 @@ def test_backward_twice_gives_the_same(needs):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("softcap", [None, 5.0])
-def test_one_tile_and_the_outputs_are_live_at_most(dtype, softcap):
+def test_peak_memory_is_one_tile_and_the_outputs(dtype, softcap):
     n, d, v, rows = 256, 8, 4000, 16
     hidden, weight, targets, _, _ = inputs(n, d, v, dtype)
-    wide = 8 if dtype == torch.float64 else 4
-    # product and work are one buffer where the dtypes agree; a softcap's gradient keeps tanh's slope beside them.
-    tile_bytes = rows * v * (wide + (2 if dtype == torch.bfloat16 else 0))
-    slope_bytes = rows * v * wide if softcap else 0
-    # Per tile a handful of numbers per row, and a copy of its hidden rows where d weight takes them in float32.
-    small_bytes = n * 8 * wide + rows * d * wide
+    statistics_bytes = 8 if dtype == torch.float64 else 4
+    # `product` and `work` are one buffer if their dtypes agree. The gradient of a softcap needs a buffer for tanh's slope.
+    tile_bytes = rows * v * (statistics_bytes + (2 if dtype == torch.bfloat16 else 0))
+    slope_bytes = rows * v * statistics_bytes if softcap else 0
+    # Per tile, a few numbers per row, and a float32 copy of its hidden rows if d weight is summed in float32.
+    small_bytes = n * 8 * statistics_bytes + rows * d * statistics_bytes
     options = {"bias": None, "softcap": softcap, "scale": 1.0, "rows": rows}
 
     def watched(function, *args, **kwargs):
@@ -241,16 +241,16 @@ def test_one_tile_and_the_outputs_are_live_at_most(dtype, softcap):
     output, forward = watched(tiled_token_logps, hidden, weight.requires_grad_(), targets, **options)
     assert forward.peak_bytes <= tile_bytes + small_bytes
     _, backward = watched(torch.autograd.grad, output.sum(), [hidden, weight])
-    # d weight is summed in float32; its rounded copy is made at the end, when the tile is still there.
-    weight_bytes = weight.numel() * (wide + (2 if dtype == torch.bfloat16 else 0))
+    # d weight is summed in float32. Its rounded copy is made at the end, while the tile is still in memory.
+    weight_bytes = weight.numel() * (statistics_bytes + (2 if dtype == torch.bfloat16 else 0))
     assert backward.peak_bytes <= tile_bytes + slope_bytes + hidden_bytes + weight_bytes + small_bytes
 
     for watch in (scoring, forward, backward):
-        assert watch.largest_bytes <= max(rows * v, weight.numel()) * wide < n * v * 2
+        assert watch.largest_bytes <= max(rows * v, weight.numel()) * statistics_bytes < n * v * 2
 
 
-def test_the_watch_sees_the_plain_path():
-    # A control: what the test above forbids, it can see.
+def test_the_watch_sees_the_memory_of_the_plain_path():
+    # A control for the test above: the watch does see all logits if they exist.
     hidden, weight, targets, _, _ = inputs(256, 8, 4000)
     with Watch() as watch:
         reference_token_logps(hidden, weight, targets, bias=None, softcap=None, scale=1.0)
@@ -286,7 +286,7 @@ REDUCED = ("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precisi
 
 @pytest.fixture
 def matmul():
-    """PyTorch's settings for products on CUDA, put back afterwards."""
+    """PyTorch's settings for matrix products on CUDA; restored after the test."""
     settings = torch.backends.cuda.matmul
     before = {name: (getattr(settings, name), getattr(settings, f"{name}_split_k")) for name in REDUCED}
     before["allow_fp16_accumulation"] = settings.allow_fp16_accumulation
@@ -297,7 +297,7 @@ def matmul():
 
 @pytest.mark.parametrize("fails", [False, True])
 @pytest.mark.parametrize("allowed", [(True, True), (False, True), (False, False)], ids=str)
-def test_on_cuda_products_are_summed_in_float32_whatever_the_program_allows(matmul, allowed, fails):
+def test_on_cuda_products_accumulate_in_float32_whatever_the_settings(matmul, allowed, fails):
     for name in REDUCED:
         setattr(matmul, name, allowed)
     matmul.allow_fp16_accumulation = allowed[0]
@@ -318,12 +318,11 @@ def test_results_are_bit_equal_when_repeated():
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_named_impl_runs_that_impl():
+def test_impl_reference_holds_all_logits():
     hidden, weight, targets, _, _ = inputs(4, 3, 5)
     with Watch() as watch:
         token_logps(hidden, weight, targets, impl="reference")
-    whole = watch.largest_bytes
-    assert whole == 4 * 5 * 4
+    assert watch.largest_bytes == 4 * 5 * 4
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""token_statistics: log-probs, entropies and top-1 of every implementation against float64."""
+"""Compare the log-probs, entropies and top-1 flags of every implementation of token_statistics with float64."""
 
 import importlib.util
 import math
@@ -18,9 +18,11 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def distributions(hidden, weight, bias=None, *, softcap=None, scale=1.0):
-    """Log-probs (N, V) in float64, of products in the dtype of the inputs."""
+    """Return log-probs (N, V) in float64; the product runs in the dtype of the inputs."""
     logits = torch.nn.functional.linear(hidden, weight, bias).double() * scale
-    return (logits if softcap is None else softcap * (logits / softcap).tanh()).log_softmax(1)
+    if softcap is not None:
+        logits = softcap * (logits / softcap).tanh()
+    return logits.log_softmax(1)
 
 
 @pytest.mark.parametrize("dtype", BUDGETED, ids=str)
@@ -34,8 +36,8 @@ def test_equals_the_definition(impl, dtype, shape, variant):
     logps = distributions(hidden, weight, bias, **options)
     assert isinstance(got, TokenStatistics)
     assert got.logps.dtype == got.entropy.dtype == torch.float32
-    of_targets = logps.gather(1, targets[:, None]).squeeze(1)
-    torch.testing.assert_close(got.logps.double(), of_targets, rtol=1e-5, atol=1e-5)
+    target_logps = logps.gather(1, targets[:, None]).squeeze(1)
+    torch.testing.assert_close(got.logps.double(), target_logps, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(got.entropy.double(), -(logps.exp() * logps).sum(1), rtol=1e-5, atol=1e-5)
 
 
@@ -48,12 +50,12 @@ def test_float64(impl):
     torch.testing.assert_close(got.entropy, -(logps.exp() * logps).sum(1), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("place", [0, 1, -1])
+@pytest.mark.parametrize("rank", [0, 1, -1])
 @pytest.mark.parametrize("impl", IMPLS)
-def test_top1_is_the_likeliest_token_alone(impl, place):
+def test_top1_is_only_the_likeliest_token(impl, rank):
     hidden, weight, _, _, _ = inputs(3, 8, 97)
-    targets = distributions(hidden, weight).argsort(1, descending=True)[:, place]
-    assert token_statistics(hidden, weight, targets, impl=impl).top1.tolist() == [place == 0] * 3
+    targets = distributions(hidden, weight).argsort(1, descending=True)[:, rank]
+    assert token_statistics(hidden, weight, targets, impl=impl).top1.tolist() == [rank == 0] * 3
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -63,7 +65,7 @@ def test_equally_likely_tokens_are_all_top1(impl):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_entropy_at_its_bounds(impl):
+def test_entropy_of_uniform_and_certain_distributions(impl):
     weight = torch.zeros(50, 1)
     weight[7] = 1e4
     entropy = token_statistics(torch.tensor([[0.0], [1.0]]), weight, torch.tensor([7, 7]), impl=impl).entropy
@@ -84,7 +86,7 @@ def test_has_no_gradient(impl):
 
 
 @pytest.mark.parametrize("tile_op", ["torch", pytest.param("triton", marks=no_triton)])
-def test_any_tiling_gives_the_same(tile_op):
+def test_any_tiling_gives_the_same_statistics(tile_op):
     hidden, weight, targets, _, _ = inputs(5, 4, 60)
     options = {"bias": None, "softcap": None, "scale": 1.0, "tile_op": tile_op}
     one, many = (tiled_token_statistics(hidden, weight, targets, **options, rows=rows) for rows in (5, 2))
@@ -93,7 +95,7 @@ def test_any_tiling_gives_the_same(tile_op):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_takes_one_tile_and_one_product_for_each(dtype):
+def test_peak_memory_is_one_tile_and_each_tile_takes_one_product(dtype):
     n, v, rows = 64, 4000, 16
     hidden, weight, targets, _, _ = inputs(n, 8, v, dtype)
     with Watch() as watch:

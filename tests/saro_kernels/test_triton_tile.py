@@ -1,6 +1,6 @@
-"""Triton's tile op against the definition in float64.
+"""Compare Triton's tile op with the definition in float64.
 
-Runs in Triton's interpreter, on any machine (see conftest.py); with TRITON_INTERPRET=0 on a GPU it runs compiled.
+The kernel runs in Triton's interpreter on any machine (see conftest.py). With TRITON_INTERPRET=0 on a GPU it is compiled.
 """
 
 import pytest
@@ -23,15 +23,15 @@ from saro_kernels.tiled import tiled_token_logps
 triton = pytest.importorskip("triton", reason="the test extra brings triton for Linux")
 import triton.language as tl  # noqa: E402
 
-from saro_kernels.triton_tile import ALIGNMENT, MAX_BLOCK, MIN_BLOCK, TritonTile, _tanh_and_slope, block_of  # noqa: E402
+from saro_kernels.triton_tile import ALIGNMENT, MAX_BLOCK, MIN_BLOCK, TritonTile, _tanh_and_slope, block_size  # noqa: E402
 
 INTERPRETED = triton.knobs.runtime.interpret
 DEVICE = "cpu" if INTERPRETED or not torch.cuda.is_available() else "cuda"
-# (rows, vocabulary) of tiles: few rows, of which the interpreter takes ten milliseconds for each; vocabularies about the
-# block's sizes and the alignment.
+# (rows, vocabulary) of tiles. Few rows, since the interpreter takes ten milliseconds for each; vocabularies near the
+# block sizes and the alignment.
 TILES = [(1, 1), (5, 1), (1, 16), (5, 2), (3, 97), (2, MIN_BLOCK - 1), (2, MIN_BLOCK), (2, MIN_BLOCK + 1)]
 LARGE_TILES = [(2, MAX_BLOCK - 1), (2, MAX_BLOCK), (2, MAX_BLOCK + 1), (1, 50257), (1, 262144)]
-# (rows, width, vocabulary) of heads. Errors are compared over many numbers: of few, one path or the other is lucky.
+# (rows, width, vocabulary) of heads. The errors of the two paths compare only over many numbers: over few, one is lucky.
 HEADS = [(1, 1, 1), (7, 5, 1), (12, 40, 97), (12, 40, 300)]
 
 pytestmark = [
@@ -45,7 +45,7 @@ def on_device(*tensors):
 
 
 def filled_tile(rows, vocab, dtype=torch.float32, **options):
-    """A tile with random products in all its rows, targets, and upstream gradients."""
+    """Return a tile with random products in all its rows, random targets, and random upstream gradients."""
     rng = torch.Generator().manual_seed(0)
     products = 4 * torch.randn(rows, vocab, generator=rng)
     options = {"softcap": None, "scale": 1.0, "gradient": True} | options
@@ -55,18 +55,18 @@ def filled_tile(rows, vocab, dtype=torch.float32, **options):
 
 
 def plain_tile(products, targets, upstream, *, softcap, scale):
-    """[logps, gradient of the products] by autograd, in float32, or in float64 for such products."""
+    """Return [logps, gradient of the products] by autograd, in float32, or in float64 for float64 products."""
     leaf = products.detach().requires_grad_()
     logits = leaf.to(torch.promote_types(leaf.dtype, torch.float32)) * scale
     if softcap is not None:
         logits = softcap * (logits / softcap).tanh()
-    # Subtracted, so that float64 keeps its digits where logits are large.
+    # Subtract the maximum, so that float64 keeps its digits where logits are large.
     logps = (logits - logits.detach().amax(1, keepdim=True)).log_softmax(1).gather(1, targets[:, None]).squeeze(1)
     return [logps.detach(), *torch.autograd.grad(logps, leaf, upstream.to(logps.dtype))]
 
 
 def check_tile(tile, targets, upstream):
-    """Run it on its rows; hold log-probs and gradients to the error budget."""
+    """Run a tile, assert that log-probs and gradients are within the error budget, and return them."""
     products, options = tile.product.clone(), {"softcap": tile.softcap, "scale": tile.scale}
     got = [tile.run(targets, upstream), tile.product]
     plain = plain_tile(products, targets, upstream, **options)
@@ -75,7 +75,7 @@ def check_tile(tile, targets, upstream):
 
 
 def check_head(case, needs, rows=5, **options):
-    """The same of a whole head with this tile op."""
+    """Run a head with this tile op, assert that its results are within the error budget, and return them."""
     case = on_device(*case)
     options = {"softcap": None, "scale": 1.0} | options
     got = values_and_gradients(tiled_token_logps, *case, needs, **options, rows=rows, tile_op="triton")
@@ -129,7 +129,7 @@ def test_log_probs_keep_their_digits_however_large_the_logits():
 @pytest.mark.parametrize("frozen", [True, False])
 def test_non_contiguous_inputs(dtype, frozen):
     hidden, weight, targets, bias, _ = case = inputs(5, 11, 53, dtype, bias=True)
-    upstream = torch.tensor(0.7, device=DEVICE).expand(5)  # what the backward of a sum hands over
+    upstream = torch.tensor(0.7, device=DEVICE).expand(5)  # what the backward of a sum passes on
     h, w, t, b = on_device(
         torch.stack([hidden, hidden], 2)[:, :, 0],
         weight.T.contiguous().T,
@@ -147,7 +147,7 @@ def test_non_contiguous_inputs(dtype, frozen):
 
 
 @pytest.mark.parametrize("needs", [["hidden"], ["hidden", "weight", "bias"]], ids=str)
-def test_no_rows_stay_connected(needs):
+def test_no_rows_have_zero_gradients(needs):
     hidden, weight, targets, bias, upstream = on_device(*inputs(0, 4, 9, bias=True))
     case = (hidden, weight, targets, bias, upstream)
     logps, *gradients = values_and_gradients(tiled_token_logps, *case, needs, softcap=None, scale=1.0, tile_op="triton")
@@ -156,13 +156,13 @@ def test_no_rows_stay_connected(needs):
         assert torch.equal(gradient, torch.zeros_like({"hidden": hidden, "weight": weight, "bias": bias}[name]))
 
 
-def test_upstream_is_one_by_default():
+def test_upstream_gradients_are_one_by_default():
     (tile, targets, _), (other, _, _) = filled_tile(3, 40), filled_tile(3, 40)
     assert torch.equal(tile.run(targets), other.run(targets, torch.ones(3, device=DEVICE)))
     assert torch.equal(tile.product, other.product)
 
 
-def test_rows_beyond_the_targets_stay_as_they_are():
+def test_rows_beyond_the_targets_are_not_changed():
     tile, targets, _ = filled_tile(4, 40)
     before = tile.product.clone()
     tile.run(targets[:2])
@@ -170,7 +170,7 @@ def test_rows_beyond_the_targets_stay_as_they_are():
     assert not torch.equal(tile.product[:2], before[:2])
 
 
-def test_without_gradient_products_stay_as_they_are():
+def test_without_gradient_products_are_not_changed():
     tile, targets, _ = filled_tile(3, 40, gradient=False)
     before = tile.product.clone()
     tile.run(targets)
@@ -197,10 +197,10 @@ def test_a_target_outside_the_vocabulary_makes_its_row_nan(target):
     assert tile.product.isnan().any(1).tolist() == [False, True, False]
 
 
-@pytest.mark.parametrize("where", [0, 1, 39])
-def test_nan_is_not_swallowed(where):
+@pytest.mark.parametrize("column", [0, 1, 39])
+def test_a_nan_product_makes_its_row_nan(column):
     tile, targets, _ = filled_tile(2, 40)
-    tile.product[1, where] = float("nan")
+    tile.product[1, column] = float("nan")
     targets[:] = 5
     assert tile.run(targets).isnan().tolist() == [False, True]
     assert tile.product[1].isnan().any()
@@ -208,7 +208,7 @@ def test_nan_is_not_swallowed(where):
 
 @pytest.mark.parametrize("masked", [[0], [3, 39], list(range(39))], ids=str)
 def test_logits_of_minus_infinity_have_no_probability(masked):
-    """A bias of -inf takes a token out of the vocabulary."""
+    """A bias of -inf removes a token from the vocabulary."""
     tile, targets, _ = filled_tile(2, 40)
     targets[:] = torch.tensor([39, 2])
     masked = [token for token in masked if token != 2]
@@ -225,20 +225,20 @@ def test_logits_of_minus_infinity_have_no_probability(masked):
 
 @triton.jit
 def _tanh_kernel(x, tanh, slope, n, BLOCK: tl.constexpr):
-    places = tl.arange(0, BLOCK)
-    value, steepness = _tanh_and_slope(tl.load(x + places, mask=places < n, other=0.0))
-    tl.store(tanh + places, value, mask=places < n)
-    tl.store(slope + places, steepness, mask=places < n)
+    lanes = tl.arange(0, BLOCK)
+    tanh_value, slope_value = _tanh_and_slope(tl.load(x + lanes, mask=lanes < n, other=0.0))
+    tl.store(tanh + lanes, tanh_value, mask=lanes < n)
+    tl.store(slope + lanes, slope_value, mask=lanes < n)
 
 
-def test_tanh_and_its_slope_are_right_to_their_last_bits():
+def test_tanh_and_its_slope_are_exact_to_a_few_ulp():
     size = torch.logspace(-6, 1.5, 4000, dtype=torch.float64).float()
     x = torch.cat([-size, torch.zeros(1), size, torch.tensor([1e4, -1e4])]).to(DEVICE)
     tanh, slope = torch.empty_like(x), torch.empty_like(x)
     _tanh_kernel[(1,)](x, tanh, slope, len(x), BLOCK=8192)
-    wide = x.double()
-    torch.testing.assert_close(tanh.double(), wide.tanh(), rtol=5e-7, atol=0)
-    torch.testing.assert_close(slope.double(), wide.cosh().pow(-2).clamp_min(0), rtol=5e-6, atol=1e-37)
+    exact_tanh, exact_slope = x.double().tanh(), x.double().cosh().pow(-2)
+    torch.testing.assert_close(tanh.double(), exact_tanh, rtol=5e-7, atol=0)
+    torch.testing.assert_close(slope.double(), exact_slope.clamp_min(0), rtol=5e-6, atol=1e-37)
 
 
 def test_results_are_bit_equal_when_repeated():
@@ -250,11 +250,11 @@ def test_results_are_bit_equal_when_repeated():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("softcap", [None, 5.0])
-def test_one_tile_and_the_outputs_are_live_at_most(dtype, softcap):
+def test_peak_memory_is_one_tile_and_the_outputs(dtype, softcap):
     n, d, v, rows = 6, 4, 20000, 2
     hidden, weight, targets, _, _ = on_device(*inputs(n, d, v, dtype))
     options = {"bias": None, "softcap": softcap, "scale": 1.0, "rows": rows, "tile_op": "triton"}
-    # No copy in float32, no slope of the softcap: one buffer of products.
+    # The tile is one buffer of products: no float32 copy, no buffer for the softcap's slope.
     tile_bytes = rows * v * dtype.itemsize
     small_bytes = n * 64 + 2 * n * d * 4
     with Watch() as frozen:
@@ -264,16 +264,16 @@ def test_one_tile_and_the_outputs_are_live_at_most(dtype, softcap):
     with Watch() as forward:
         output = tiled_token_logps(hidden, weight.requires_grad_(), targets, **options)
     assert tile_bytes <= forward.peak_bytes <= tile_bytes + small_bytes
-    # Apart from the forward: the interpreter keeps its last arguments for a while.
+    # Watch the backward separately: the interpreter keeps the last arguments of the forward for a while.
     with Watch() as backward:
         torch.autograd.grad(output.sum(), [hidden, weight])
-    # d weight in float32, and its rounded copy; without an accelerator, a copy of the tile for that sum.
+    # d weight in float32 and its rounded copy. On a CPU, summing it in float32 also needs a float32 copy of the tile.
     weight_bytes = v * d * (4 + (2 if dtype == torch.bfloat16 else 0))
-    wide_bytes = 2 * tile_bytes if dtype == torch.bfloat16 and DEVICE == "cpu" else 0
-    assert backward.peak_bytes <= tile_bytes + wide_bytes + weight_bytes + small_bytes
+    float32_copy_bytes = 2 * tile_bytes if dtype == torch.bfloat16 and DEVICE == "cpu" else 0
+    assert backward.peak_bytes <= tile_bytes + float32_copy_bytes + weight_bytes + small_bytes
 
 
-def test_the_public_function_runs_it_by_name():
+def test_token_logps_runs_it_by_name():
     hidden, weight, targets, bias, _ = on_device(*inputs(3, 5, 30, bias=True))
     got = token_logps(hidden, weight, targets, bias=bias, softcap=3.0, scale=0.5, impl="tiled-triton")
     want = token_logps(hidden, weight, targets, bias=bias, softcap=3.0, scale=0.5, impl="reference")
@@ -281,5 +281,5 @@ def test_the_public_function_runs_it_by_name():
 
 
 @pytest.mark.parametrize(("vocab", "block"), [(1, 1024), (1025, 2048), (4096, 4096), (262144, 4096)])
-def test_a_block_has_a_place_for_every_thread(vocab, block):
-    assert block_of(vocab) == block
+def test_a_block_has_an_element_for_every_thread(vocab, block):
+    assert block_size(vocab) == block
