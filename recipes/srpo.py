@@ -63,11 +63,14 @@ def main() -> int:
     # 2. Pairs -> token ids. Both sides have one prompt, nothing is cut, and a wrong pair is an error.
     train_files = data_files(data_options.train, "srpo_train")
     heldout_files = data_files(data_options.heldout, "srpo_heldout")
-    too_long, is_main = data_options.too_long, runtime.is_main
-    train = encode_pair_files(train_files, chat, max_tokens=pack_tokens, too_long=too_long, progress=is_main)
+    train = encode_pair_files(
+        train_files, chat, max_tokens=pack_tokens, too_long=data_options.too_long, progress=runtime.is_main
+    )
     heldout = None
     if heldout_files:
-        heldout = encode_pair_files(heldout_files, chat, max_tokens=pack_tokens, too_long=too_long, progress=is_main)
+        heldout = encode_pair_files(
+            heldout_files, chat, max_tokens=pack_tokens, too_long=data_options.too_long, progress=runtime.is_main
+        )
     reports = {"train": LengthReport.of(train)}
     if heldout is not None:
         reports["heldout"] = LengthReport.of(heldout)

@@ -11,6 +11,7 @@ import numpy as np
 
 from saro.data.chat_format import ChatFormat
 from saro.data.jsonl import shown
+from saro.data.packs import CHOSEN, REJECTED
 from saro.data.records import KINDS, PAIR_KINDS, Record, read_examples, read_pairs
 from saro.data.tree import RowKind, ScoredSequence, SequenceTree, build_tree, common_prefix
 from saro.errors import SaroError
@@ -98,6 +99,14 @@ class PairSet:
     def lengths(self) -> np.ndarray:
         """(n,) int64, number of tokens of each pair's tree, which holds the shared part once."""
         return self.chosen.lengths + self.rejected.lengths - self.shared_tokens
+
+    @property
+    def scored_tokens(self) -> np.ndarray:
+        """(2n,) int64, number of scored tokens of each sequence, by ``sequence_number``."""
+        scored = np.empty(2 * len(self), np.int64)
+        scored[CHOSEN::2] = self.chosen.scored_tokens
+        scored[REJECTED::2] = self.rejected.scored_tokens
+        return scored
 
     @cached_property
     def shared_tokens(self) -> np.ndarray:

@@ -7,7 +7,6 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -95,15 +94,6 @@ class Runtime:
     def wrap(self, module: nn.Module) -> nn.Module:
         """Return the module to train: wrapped in DistributedDataParallel if there are several processes."""
         return self.accelerator.prepare_model(module) if self.processes > 1 else module
-
-    @contextmanager
-    def synchronize(self, module: nn.Module, last: bool) -> Iterator[None]:
-        """Wrap the forward and backward of one pack, so that only the last pack of a step exchanges gradients."""
-        if last or self.processes == 1:
-            yield
-        else:
-            with self.accelerator.no_sync(module):
-                yield
 
     def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum a tensor over all ranks, in place, and return it."""

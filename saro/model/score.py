@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from saro.data.dataset import PairSet
 from saro.data.packs import CHOSEN, REJECTED, Pack, pack_trees
-from saro.data.pair_logps import PairLogps, count_rows, sequence_number
+from saro.data.packs import PairLogps, sequence_number
 from saro.data.tree import SequenceTree
 from saro.model.policy import Policy
 from saro.program import progress_bar
@@ -44,7 +44,7 @@ def split_pairs(pack: Pack, entries: np.ndarray) -> Iterator[tuple[int, np.ndarr
 
 def score_pairs(policy: Policy, pairs: PairSet, trees: Sequence[SequenceTree], pack_tokens: int) -> PairLogps:
     """Score all pairs without a cache. ``trees`` hold each pair once."""
-    offsets = np.concatenate([[0], np.cumsum(count_rows(pairs))])
+    offsets = np.concatenate([[0], np.cumsum(pairs.scored_tokens)])
     logps: np.ndarray | None = None
     for pack, entries in score_packs(policy, pack_trees(trees, pack_tokens)):
         if logps is None:

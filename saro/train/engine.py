@@ -6,7 +6,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -24,8 +24,8 @@ from saro.errors import SaroError
 from saro.model.policy import Policy
 from saro.program import progress_bar
 from saro.train.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
-from saro.train.metrics import Meter, MetricsFile, Progress, format_metrics
-from saro.train.objective import Objective, Sums
+from saro.train.metrics import MetricsFile, Progress, format_metrics
+from saro.train.objective import Meter, Objective, Sums
 from saro.train.optim import make_optimizer, make_scheduler
 
 # Metrics printed on the terminal; metrics.jsonl has all of them.
@@ -98,7 +98,7 @@ def fit(
     if checkpoints:
         runtime.say(f"resuming after step {start} of {total_steps}")
     file = MetricsFile(output / "metrics.jsonl", start) if runtime.is_main else None
-    module = runtime.wrap(policy)
+    module, device = runtime.wrap(policy), runtime.device
     meter = Meter()
     clock = _Clock()
     progress = Progress(total_steps, start, runtime.is_main)
@@ -115,7 +115,7 @@ def fit(
             # Seeded for each step, so that a resumed run draws the same dropout without storing any state.
             torch.manual_seed(int(np.random.SeedSequence([options.seed, step, runtime.rank]).generate_state(1)[0]))
             with clock:
-                loss = _backward(runtime, module, objective, batch, meter, log)
+                loss = _backward(module, objective, batch, meter, log, device, runtime.processes)
                 norm = _clip(parameters, options.max_grad_norm)
                 # The only host read of the step, summed over the ranks: a signal to any rank stops all of them.
                 agreed = runtime.sum_(torch.stack([loss, torch.full_like(loss, len(received))]))
@@ -179,24 +179,27 @@ def fit(
 
 
 def _backward(
-    runtime: Runtime,
     module: nn.Module,
     objective: Objective,
     batch: Step,
     meter: Meter,
     log: PackLog | None,
+    device: torch.device,
+    processes: int,
 ) -> torch.Tensor:
     """Add up the gradients of one step; returns this rank's share of its loss, a scalar without gradient."""
     module.train()
     counts = objective.counts(batch.trees)
-    total = torch.zeros((), dtype=torch.float64, device=runtime.device)
+    total = torch.zeros((), dtype=torch.float64, device=device)
     for index, pack in enumerate(batch.packs):
-        pack = pack.to(runtime.device)
-        with runtime.synchronize(module, last=index == len(batch.packs) - 1):
+        pack = pack.to(device)
+        # Ranks exchange gradients once a step, in the backward of the last pack.
+        is_last = index == len(batch.packs) - 1
+        with nullcontext() if is_last or processes == 1 else module.no_sync():
             sums = objective(module(pack), pack)
             loss = torch.stack([value / counts[name] for name, value in sums.losses.items()]).sum()
             # DDP averages gradients over ranks; we want the sum.
-            (loss * runtime.processes).backward()
+            (loss * processes).backward()
         total += loss.detach()
         meter.add(sums.metrics)
         if log is not None:

@@ -20,33 +20,6 @@ def format_metrics(values: Mapping[str, float]) -> str:
     return "  ".join(f"{name} {value:.4g}" for name, value in values.items())
 
 
-class Meter:
-    """Average metrics over packs, steps and ranks, from sums and counts by name: never an average of averages."""
-
-    def __init__(self) -> None:
-        self._sums: dict[str, torch.Tensor] = {}
-
-    def add(self, metrics: dict[str, tuple[torch.Tensor, torch.Tensor | int]]) -> None:
-        """Add the (sum, count) of each metric of one pack, without synchronising with the device."""
-        for name, (total, count) in metrics.items():
-            if isinstance(count, torch.Tensor):
-                divisor = count.double()
-            else:
-                # new_full fills on the device; torch.tensor(count) would synchronise.
-                divisor = total.new_full((), count, dtype=torch.float64)
-            pair = torch.stack([total.detach().double(), divisor])  # (2,) sum, count
-            self._sums[name] = self._sums[name] + pair if name in self._sums else pair
-
-    def read(self, runtime: Runtime) -> dict[str, float]:
-        """Return the average of each metric over all ranks, without those that have a count of zero, and reset."""
-        names = sorted(self._sums)
-        if not names:
-            return {}
-        sums = runtime.sum_(torch.stack([self._sums[name] for name in names])).tolist()  # (metrics, 2)
-        self._sums.clear()
-        return {name: total / count for name, (total, count) in zip(names, sums, strict=True) if count}
-
-
 class MetricsFile:
     """Write metrics.jsonl: one JSON object per line, each with its ``step``.
 

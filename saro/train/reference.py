@@ -17,7 +17,7 @@ from saro.config import ModelConfig
 from saro.data.chat_format import ChatFormat
 from saro.data.dataset import PairSet
 from saro.data.packs import ALL_WORK, CHOSEN, REJECTED, SIDES, Share, pack_trees
-from saro.data.pair_logps import PairLogps, count_rows
+from saro.data.packs import PairLogps
 from saro.data.tree import build_tree
 from saro.distributed.runtime import Runtime
 from saro.errors import SaroError
@@ -110,7 +110,7 @@ def load_reference(
         share = ALL_WORK
         runtime.barrier()
         missing = _find_missing(cache, keys)
-    logps, offsets = cache.load(keys, count_rows(pairs).tolist())
+    logps, offsets = cache.load(keys, pairs.scored_tokens.tolist())
     reference = PairLogps(logps, offsets)
     if len(cached):
         spots = np.random.default_rng().choice(cached, min(_SPOT_PAIRS, len(cached)), replace=False)

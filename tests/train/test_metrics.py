@@ -9,7 +9,8 @@ import sys
 import pytest
 import torch
 
-from saro.train.metrics import Meter, MetricsFile, Progress, format_metrics
+from saro.train.metrics import MetricsFile, Progress, format_metrics
+from saro.train.objective import Meter
 
 
 def _pair(total: float, count: float) -> tuple[torch.Tensor, torch.Tensor]:

@@ -10,7 +10,7 @@ import torch
 
 from saro.config import DataConfig, ModelConfig, PreferenceConfig
 from saro.data.dataset import encode_pair_files
-from saro.data.pair_logps import PairLogps
+from saro.data.packs import PairLogps
 from saro.data.steps import Schedule, Steps
 from saro.errors import SaroError
 from saro.model.load import load_policy
