@@ -28,11 +28,11 @@ def refused(done, output: Path) -> str:
 
 
 RECORDS = [
-    ("broken JSON", ['{"prompt": "Hi", "answer": }'], ":1: broken JSON at column 28 (Expecting value); mend it there"),
-    ("cut off", [GOOD, '{"prompt": "Hi", "ans'], ":2: broken JSON at column 18 (Unterminated string starting at); mend it there"),
+    ("broken JSON", ['{"prompt": "Hi", "answer": }'], ":1: broken JSON at column 28 (Expecting value); fix it there"),
+    ("cut off", [GOOD, '{"prompt": "Hi", "ans'], ":2: broken JSON at column 18 (Unterminated string starting at); fix it there"),
     ("missing field", [GOOD, {"prompt": "Hi"}], ':2: field "answer" is missing; add it'),
     ("misspelt field", [{"promt": "Hi", "answer": "x"}], 'data of your own goes under "meta"); did you mean prompt?'),
-    ("wrong type", [{"prompt": "Hi", "answer": 7}], ":1: answer is a number; give a text"),
+    ("wrong type", [{"prompt": "Hi", "answer": 7}], ":1: answer is a number; give a string"),
     ("empty answer", [GOOD, GOOD, {"prompt": "Hi", "answer": " "}], ":3: answer is empty; write it or drop the record"),
     (
         "unknown role",
@@ -51,7 +51,7 @@ RECORDS = [
         "leave it out with --data.too_long drop",
     ),
     ("empty file", [], ": the file has no records; check how it was written"),
-    ("same id", [GOOD | {"id": "a"}, GOOD | {"id": "a"}], ':2: id "a" is that of line 1; give each record its own id, or none'),
+    ("same id", [GOOD | {"id": "a"}, GOOD | {"id": "a"}], ':2: id "a" is already used on line 1; give each record its own id, or none'),
     ("array", ["[", GOOD], ":1: a JSON array begins here; write each of its objects on a line of its own (JSONL)"),
     ("unknown kind", [GOOD | {"kind": "safty"}], ':1: kind is "safty"; did you mean safety?'),
     ("pair", [{"prompt": "Hi", "chosen": "a", "rejected": "b"}], "makes this a preference pair; give pairs to stage 2 (SRPO)"),

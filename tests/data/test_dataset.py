@@ -199,7 +199,7 @@ def test_the_id_of_a_dropped_record_is_taken(records_file):
 
 def test_an_id_that_is_a_text_is_not_printed(records_file):
     one, two = (records_file([record(SECRET)], name) for name in ("one.jsonl", "two.jsonl"))
-    assert refusal([one, two]) == f"{two}:1: id (a text of 15 characters) stands at {one}:1 too; ids must differ"
+    assert refusal([one, two]) == f"{two}:1: id (15 characters of text) stands at {one}:1 too; ids must differ"
 
 
 def test_records_without_ids_go_by_file_and_line(records_file):

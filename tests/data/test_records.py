@@ -220,7 +220,7 @@ def test_a_json_array_is_told_from_jsonl(tmp_path):
         ('{"prompt": "a", "prompt": "b"}', 'field "prompt" is given twice; keep one'),
         ("[" * 100_000, "nested too deep"),
         ('{"meta": ' + "1" * 10_000 + "}", "number too long"),
-        ('"text"', "the line is a text; write one JSON object on each line"),
+        ('"text"', "the line is a string; write one JSON object on each line"),
         ("[1]", "the line is a list"),
         ("null", "the line is null"),
         ("3.5", "the line is a number"),
@@ -248,7 +248,7 @@ def test_a_line_that_is_no_json_object_is_an_error(tmp_path, line, expected):
             'unknown field "anwser" (data of your own goes under "meta"); did you mean answer?',
         ),
         ({**NATIVE, "zzz": SECRET}, "; valid are prompt, reasoning, answer, completion, messages, id, kind, meta"),
-        ({**NATIVE, SECRET: 1}, "unknown field (a text of 15 characters)"),
+        ({**NATIVE, SECRET: 1}, "unknown field (15 characters of text)"),
         (
             {**NATIVE, "completion": "So."},
             "fields of two formats: prompt, reasoning, answer, completion; give those of one",
@@ -264,24 +264,24 @@ def test_the_fields_must_be_those_of_one_format(tmp_path, record, expected):
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ({"prompt": None}, "prompt is null; give a text or a list of messages"),
+        ({"prompt": None}, "prompt is null; give a string or a list of messages"),
         ({"prompt": {"role": "user"}}, "prompt is an object"),
         ({"prompt": []}, "prompt is an empty list"),
         ({"prompt": " \n"}, "prompt is empty"),
-        ({"answer": 3}, "answer is a number; give a text"),
+        ({"answer": 3}, "answer is a number; give a string"),
         ({"answer": None}, "answer is null"),
         ({"answer": "\t"}, "answer is empty"),
-        ({"reasoning": True}, "reasoning is true or false; give a text or a list of steps"),
+        ({"reasoning": True}, "reasoning is true or false; give a string or a list of steps"),
         ({"reasoning": ""}, "reasoning is empty; write it, or leave the field out"),
         ({"reasoning": []}, "reasoning has no steps"),
         ({"reasoning": ["one", " "]}, "reasoning step 2 is empty"),
         ({"reasoning": ["one", 2]}, "reasoning step 2 is a number"),
         ({"id": None}, "id is null"),
         ({"id": True}, "id is true or false"),
-        ({"id": 1.5}, "id is a number; give a text or a whole number"),
+        ({"id": 1.5}, "id is a number; give a string or a whole number"),
         ({"id": " "}, "id is empty"),
         ({"kind": "safty"}, 'kind is "safty"; did you mean safety?'),
-        ({"kind": SECRET}, "kind is (a text of 15 characters); valid are general, safety"),
+        ({"kind": SECRET}, "kind is (15 characters of text); valid are general, safety"),
         ({"kind": ["safety"]}, "kind is a list"),
         ({"answer": "ab\0c"}, "answer has a NUL character at 3; remove it"),
         ({"answer": "ab\ud800"}, "answer has half of a surrogate pair at character 3"),
@@ -295,13 +295,13 @@ def test_a_faulty_value_is_named(tmp_path, change, expected):
 @pytest.mark.parametrize(
     ("turns", "expected"),
     [
-        (["Why?"], "prompt: message 1 is a text"),
+        (["Why?"], "prompt: message 1 is a string"),
         ([{"role": "user"}], "prompt: message 1 has no content"),
         ([{"content": "Why?"}], "prompt: message 1 has no role"),
         ([{"role": "usr", "content": "Why?"}], 'message 1 has the role "usr"; did you mean user?'),
         ([{"role": 1, "content": "Why?"}], "message 1 has a role that is a number"),
         ([{"role": "user", "content": "Why?", "name": SECRET}], 'message 1 has the field "name"; a message has only'),
-        ([{"role": "user", "content": [{"type": "text"}]}], "prompt: message 1: content is a list; give a text"),
+        ([{"role": "user", "content": [{"type": "text"}]}], "prompt: message 1: content is a list; give a string"),
         (chat(("user", " ")), "prompt: message 1: content is empty"),
         (chat(("user", "a"), ("system", "b"), ("user", "c")), "message 2 is a system turn; only the first may be one"),
         (chat(("user", "a"), ("assistant", "b")), "the last turn is the assistant's; put it into the response"),
@@ -317,9 +317,9 @@ def test_a_faulty_conversation_is_named(tmp_path, turns, expected):
     [
         (
             {"prompt": "a", "completion": chat(("assistant", "b"))},
-            "prompt is a text and completion is a list; give both",
+            "prompt is a string and completion is a list; give both",
         ),
-        ({"prompt": chat(("user", "a")), "completion": "b"}, "prompt is a list and completion is a text; give both"),
+        ({"prompt": chat(("user", "a")), "completion": "b"}, "prompt is a list and completion is a string; give both"),
         ({"prompt": "a", "completion": 1}, "completion is a number"),
         ({"prompt": "a", "completion": " "}, "completion is empty"),
         ({"prompt": chat(("user", "a")), "completion": chat(("user", "b"))}, "completion is not one assistant turn"),
@@ -327,7 +327,7 @@ def test_a_faulty_conversation_is_named(tmp_path, turns, expected):
             {"prompt": chat(("user", "a")), "completion": chat(("assistant", "b"), ("assistant", "c"))},
             "completion is not one assistant turn; put the turns before it into the prompt",
         ),
-        ({"messages": "a"}, "messages is a text; give a list of messages"),
+        ({"messages": "a"}, "messages is a string; give a list of messages"),
         ({"messages": []}, "messages is an empty list"),
         ({"messages": chat(("user", "a"))}, "the last turn of messages is the user's; end with the assistant turn"),
         ({"messages": chat(("assistant", "a"))}, "messages before the last turn: there are none; add the user turn"),
@@ -340,12 +340,12 @@ def test_a_faulty_trl_record_is_named(tmp_path, record, expected):
 
 def test_an_id_given_twice_names_both_lines(tmp_path):
     message = error(tmp_path, {**NATIVE, "id": "a"}, "", NATIVE, {**NATIVE, "id": "a"})
-    assert message == 'data.jsonl:4: id "a" is that of line 1; give each record its own id, or none'
+    assert message == 'data.jsonl:4: id "a" is already used on line 1; give each record its own id, or none'
 
 
 def test_a_number_and_its_text_are_the_same_id(tmp_path):
-    assert 'id "7" is that of line 1' in error(tmp_path, {**NATIVE, "id": 7}, {**NATIVE, "id": "7"})
+    assert 'id "7" is already used on line 1' in error(tmp_path, {**NATIVE, "id": 7}, {**NATIVE, "id": "7"})
 
 
 def test_an_id_may_not_be_the_default_of_another_record(tmp_path):
-    assert 'id "data:1" is that of line 1' in error(tmp_path, NATIVE, {**NATIVE, "id": "data:1"})
+    assert 'id "data:1" is already used on line 1' in error(tmp_path, NATIVE, {**NATIVE, "id": "data:1"})
