@@ -56,7 +56,7 @@ class ModelConfig:
             all logits at once.
         lora_rank: Rank r of a new adapter; default 16.
         lora_alpha: A new adapter is scaled by lora_alpha / lora_rank; default 32.
-        lora_dropout: Dropout before the adapter, 0 to below 1; default 0, or the value of the adapter that is continued.
+        lora_dropout: Dropout before the adapter, 0 to below 1; default 0, or the value of a continued adapter.
         lora_targets: Names of the linear layers that get a new adapter; default all but the LM head.
         fused_lora: Compute adapters with saro_kernels where that is exact; if false, PEFT computes all of them.
         liger: Let liger-kernel compute norms, rotary embedding and gated MLP; needs CUDA and liger-kernel.
@@ -212,13 +212,13 @@ class PreferenceConfig:
     """The loss on pairs and its reference.
 
     Attributes:
-        loss: sigmoid is DPO (cDPO with label_smoothing); robust, hinge and ipo are named as in their papers and in TRL.
+        loss: sigmoid is DPO (cDPO with label_smoothing); robust, hinge and ipo are named as in their papers and TRL.
         beta: Strength of the pull towards the reference; tau in ipo.
         label_smoothing: Share of labels assumed to be wrong, for sigmoid and robust; 0 to below 0.5.
         nll: Weight of the chosen responses' negative log-likelihood per token, added to the loss (RPO).
         length_normalize: Divide log-probs by the number of tokens first; with ipo this is TRL's form.
-        scored: all scores every token of the responses; divergent scores only those after the two responses diverge. The
-            margins are the same.
+        scored: all scores every token of the responses; divergent scores only those after the two responses diverge.
+            The margins are the same.
         reference: start is the model before the first step; otherwise folder or hub name of another model.
         warn_chosen_fell: Warn once when the chosen log-prob falls in more than this share of the pairs; off with scored
             divergent, which does not score whole responses.

@@ -8,7 +8,8 @@ class SaroError(Exception):
     """A fault in the input or the set-up that the user can fix.
 
     The message is one line that says where and what to do, for example
-    ``pairs.jsonl:17: chosen equals rejected; drop this pair``. The command line prints only this line and exits with code 2.
+    ``pairs.jsonl:17: chosen equals rejected; drop this pair``. The command line prints only this line and exits with
+    code 2.
     """
 
 

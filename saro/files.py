@@ -31,7 +31,7 @@ def atomic_write(path: str | os.PathLike, mode: str = "w") -> Iterator[IO]:
     """Write a file that appears at ``path`` complete or not at all; an existing file is replaced in one step.
 
     ``mode`` is "w" (UTF-8 text with "\\n" line ends) or "wb". Yields the open file, which lies beside the target under
-    a name that starts with "." and ends with ".tmp". If the block raises, that file is deleted and ``path`` is untouched.
+    a name that starts with "." and ends with ".tmp". If the block raises, it is deleted and ``path`` is untouched.
 
     Raises SaroError if the folder of ``path`` does not exist or ``path`` is a folder, ValueError for any other mode.
     """
@@ -60,12 +60,12 @@ def atomic_write(path: str | os.PathLike, mode: str = "w") -> Iterator[IO]:
 def atomic_folder(path: str | os.PathLike, *, replace: bool = False) -> Iterator[Path]:
     """Make a folder that appears at ``path`` complete or not at all.
 
-    Yields an empty folder beside the target, named like the files of ``atomic_write``. When the block ends, the folder is
-    flushed to disk with everything in it and renamed to ``path``. If the block raises, the folder is deleted.
+    Yields an empty folder beside the target, named like the files of ``atomic_write``. When the block ends, the folder
+    is flushed to disk with everything in it and renamed to ``path``. If the block raises, it is deleted.
     ``replace=True`` replaces an existing folder. This takes two renames, and for an instant between them ``path`` does
     not exist.
 
-    Raises SaroError if ``path`` exists and ``replace`` is false, if ``path`` is a file, or if its parent does not exist.
+    Raises SaroError if ``path`` exists and ``replace`` is false, if it is a file, or if its parent does not exist.
     """
     path = Path(path)
     _check_parent(path)

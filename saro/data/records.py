@@ -40,8 +40,8 @@ class Response:
     """The text that the model should produce, without tags.
 
     Attributes:
-        reasoning: the chain of reasoning, its steps joined by line ends. None if there is none, or if the record's format
-            does not separate it from the answer.
+        reasoning: the chain of reasoning, its steps joined by line ends. None if there is none, or if the record's
+            format does not separate it from the answer.
         answer: the text after the reasoning; the whole response if ``reasoning`` is None.
     """
 
@@ -116,9 +116,9 @@ def _read_records(path: str | os.PathLike, parse: Callable[[dict[str, Any], str,
 def read_pairs(path: str | os.PathLike) -> Iterator[Pair]:
     """Yield the pairs of a JSONL file in order, reading line by line; blank lines are skipped.
 
-    Formats: ours (``chosen`` and ``rejected`` are objects with ``reasoning`` and ``answer``) and TRL's (both are strings,
-    used without a chat template, or both are a list of one assistant message). The prompt is always a field of its own:
-    it is never guessed from what the two responses have in common.
+    Formats: ours (``chosen`` and ``rejected`` are objects with ``reasoning`` and ``answer``) and TRL's (both are
+    strings, used without a chat template, or both are a list of one assistant message). The prompt is always a field of
+    its own: it is never guessed from what the two responses have in common.
 
     Raises SaroError during iteration: for a file that cannot be read or is empty, and for the first faulty record.
     """
@@ -126,7 +126,7 @@ def read_pairs(path: str | os.PathLike) -> Iterator[Pair]:
 
 
 def holds_pairs(path: str | os.PathLike) -> bool:
-    """Return True if the first record of a JSONL file has the fields of a pair. Raises SaroError like ``read_pairs``."""
+    """Return True if a file's first record has the fields of a pair. Raises SaroError like ``read_pairs``."""
     _, _, first = next(read_objects(path))
     return "chosen" in first or "rejected" in first
 

@@ -414,7 +414,7 @@ def test_a_pad_token_that_is_the_end_token_changes_nothing(template):
 def test_a_template_that_ends_no_turn_is_refused_with_the_tokens_that_would(after, shown):
     template = CHATML.replace("<|im_end|>\n", after.replace("\n", "\\n"))
     message = refusal(chat_of(template, stop=["<|eot_id|>", "</s>"]), ask(SECRET))
-    assert message.startswith(f"after an answer the chat template writes {shown}, and generation ends at ")
+    assert message.startswith(f"after an answer the chat template writes {shown}, and generation ends only at ")
     assert "'<|eot_id|>'" in message
     assert "'</s>'" in message
     assert "eos_token_id in generation_config.json" in message
@@ -423,7 +423,7 @@ def test_a_template_that_ends_no_turn_is_refused_with_the_tokens_that_would(afte
 def test_a_template_whose_end_token_does_not_end_generation_is_refused():
     # As when generation_config.json knows <|end_of_text|> alone and the template writes <|eot_id|>.
     message = refusal(chat_of(LLAMA3, stop=["</s>"]), ask())
-    assert "writes '<|eot_id|>', and generation ends at '</s>' alone" in message
+    assert "writes '<|eot_id|>', and generation ends only at '</s>'" in message
 
 
 def test_a_template_that_leaves_the_answer_out_is_refused():
