@@ -165,10 +165,10 @@ def test_an_array_with_a_byte_order_mark_is_read(tmp_path):
         ("star1", {**STAR1, "response": "<think>a</think>b</think>c"}, "each tag once"),
         ("star1", {**STAR1, "response": "<think>a</think> "}, "answer is empty"),
         ("star1", {**STAR1, "response": "<think> </think>b"}, "reasoning is empty"),
-        ("star1", {**STAR1, "id": None}, 'field "id" is missing, empty or no whole number'),
+        ("star1", {**STAR1, "id": None}, 'field "id" is missing, empty or not a whole number'),
         ("star1", GSM8K, 'field "response" is missing; check that this is the format of the file'),
-        ("star1", {**STAR1, "question": ["a"]}, 'field "question" is empty or not a text'),
-        ("star1", {**STAR1, "question": "a\0"}, "prompt has a NUL character at 2"),
+        ("star1", {**STAR1, "question": ["a"]}, 'field "question" is a list; give a string'),
+        ("star1", {**STAR1, "question": "a\0"}, 'field "question" has a NUL character at 2'),
         ("star1", {**STAR1, "response": "<think>a</think>\ud800"}, "half of a surrogate pair"),
         ("gsm8k", {**GSM8K, "answer": "24"}, "answer does not end with a line #### and the result"),
         ("gsm8k", {**GSM8K, "answer": "a\n#### "}, "answer does not end with a line #### and the result"),
@@ -207,7 +207,7 @@ def test_a_record_that_is_not_as_its_format_says_is_an_error(tmp_path, source_fo
 
 
 def test_an_id_given_twice_is_an_error(tmp_path):
-    assert 'its id "star1-68" is that of' in error(tmp_path, "star1", STAR1, STAR1)
+    assert 'its id "star1-68" is already used by' in error(tmp_path, "star1", STAR1, STAR1)
 
 
 @pytest.mark.parametrize(
