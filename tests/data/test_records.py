@@ -1,4 +1,4 @@
-"""JSONL -> typed records: every format is read exactly, every fault is named with its place and the mend."""
+"""Tests that every record format is read exactly and that every error says where and what to do."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ SECRET = "do not print me"
 
 
 def write(path: Path, *records) -> Path:
-    """A JSONL file of the records; bytes and str are lines as they are."""
+    """Write records to a JSONL file; bytes and str are written unchanged, as lines."""
     lines = [r if isinstance(r, bytes) else (r if isinstance(r, str) else json.dumps(r)).encode() for r in records]
     path.write_bytes(b"".join(line + b"\n" for line in lines))
     return path
@@ -27,7 +27,7 @@ def only(tmp_path: Path, record) -> Example:
 
 
 def error(tmp_path: Path, *records) -> str:
-    """The error that the records give, without the folder; it never holds a record's text."""
+    """Return the error for these records, without the folder. It must never contain a record's text."""
     with pytest.raises(SaroError) as caught:
         list(read_examples(write(tmp_path / "data.jsonl", *records)))
     message = str(caught.value)
@@ -52,7 +52,7 @@ def test_a_native_record_is_read(tmp_path):
     ]
 
 
-def test_the_file_is_named_as_the_user_did(tmp_path, monkeypatch):
+def test_the_file_is_named_as_the_user_named_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "data.jsonl", NATIVE)
     assert next(read_examples("data.jsonl")).where == "data.jsonl:1"
@@ -85,7 +85,7 @@ def test_trl_string_prompt_completion_stays_raw_text(tmp_path):
     assert example.response == Response(None, " blue.")
 
 
-def test_the_last_of_trl_messages_is_the_response(tmp_path):
+def test_the_last_turn_of_trl_messages_is_the_response(tmp_path):
     record = {"messages": chat(("user", "Hi"), ("assistant", "Hello"), ("user", "Why?"), ("assistant", "So."))}
     example = only(tmp_path, record)
     assert example.prompt == (Message("user", "Hi"), Message("assistant", "Hello"), Message("user", "Why?"))
@@ -101,7 +101,7 @@ def test_an_empty_system_turn_is_allowed(tmp_path):
     assert only(tmp_path, record).prompt[0] == Message("system", "")
 
 
-def test_anything_may_stand_under_meta(tmp_path):
+def test_meta_may_hold_anything(tmp_path):
     assert only(tmp_path, {**NATIVE, "meta": {"source": ["x", None]}}) == only(tmp_path, NATIVE)
 
 
@@ -122,7 +122,7 @@ def test_blank_lines_are_skipped_but_counted(tmp_path):
     assert [example.where.rpartition(":")[2] for example in read_examples(path)] == ["2", "4"]
 
 
-def test_a_byte_order_mark_windows_line_ends_and_no_last_line_end_are_fine(tmp_path):
+def test_a_byte_order_mark_windows_line_ends_and_a_missing_last_line_end_are_fine(tmp_path):
     line = json.dumps(NATIVE).encode()
     path = tmp_path / "data.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + line + b"\r\n" + line)
@@ -167,7 +167,7 @@ def test_any_text_survives_exactly(tmp_path_factory, prompt, steps, answer, esca
         max_leaves=12,
     )
 )
-def test_whatever_json_a_line_holds_it_is_an_example_or_a_saro_error(tmp_path_factory, record):
+def test_any_json_line_gives_an_example_or_a_saro_error(tmp_path_factory, record):
     path = write(tmp_path_factory.mktemp("any") / "data.jsonl", json.dumps(record))
     outcome = ""
     try:
@@ -191,7 +191,7 @@ def test_a_missing_folder_is_named(tmp_path):
         list(read_examples(tmp_path / "missing" / "train.jsonl"))
 
 
-def test_a_folder_is_no_file(tmp_path):
+def test_a_folder_in_place_of_a_file_is_an_error(tmp_path):
     with pytest.raises(SaroError, match="is a folder; name one file in it"):
         list(read_examples(tmp_path))
 
@@ -206,7 +206,7 @@ def test_a_file_that_is_not_utf8_names_line_and_byte(tmp_path):
     assert message == "data.jsonl:2: not UTF-8 at byte 14; convert the file to UTF-8"
 
 
-def test_a_json_array_is_told_from_jsonl(tmp_path):
+def test_a_json_array_is_not_taken_for_jsonl(tmp_path):
     message = error(tmp_path, *json.dumps([NATIVE, NATIVE], indent=1).splitlines())
     assert message == "data.jsonl:1: a JSON array begins here; write each of its objects on a line of its own (JSONL)"
 
@@ -227,7 +227,7 @@ def test_a_json_array_is_told_from_jsonl(tmp_path):
         ("true", "the line is true or false"),
     ],
 )
-def test_a_line_that_is_no_json_object_is_an_error(tmp_path, line, expected):
+def test_a_line_that_is_not_a_json_object_is_an_error(tmp_path, line, expected):
     message = error(tmp_path, NATIVE, line)
     assert message.startswith("data.jsonl:2: ")
     assert expected in message
