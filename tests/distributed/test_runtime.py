@@ -85,8 +85,8 @@ def test_fewer_processes_than_the_launcher_promised_is_an_error_that_says_what_t
     """`accelerate launch --cpu --num_processes 2` starts one process, which would train on every record as if alone."""
     done = recipes.run("lonely", call=f"{__file__}:start_alone", environment={"WORLD_SIZE": "2"})
     assert done.code == 2, done.err
-    mend = "on a CPU use accelerate launch --multi_gpu --num_processes N --num_machines 1, or torchrun"
-    assert done.err == f"error: the launcher promised 2 processes, and there are 1; {mend}\n"
+    fix = "on a CPU use accelerate launch --multi_gpu --num_processes N --num_machines 1, or torchrun"
+    assert done.err == f"error: the launcher promised 2 processes, and there are 1; {fix}\n"
 
 
 def test_a_process_that_cannot_find_the_others_says_how_to_launch(recipes):
