@@ -1,4 +1,4 @@
-"""`python -m saro`, where the console script is not on the path."""
+"""Runs the command line as `python -m saro`, for when the console script is not on the path."""
 
 from saro.cli import main
 

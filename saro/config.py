@@ -1,4 +1,4 @@
-"""Every option of the recipes: name, unit, default and check. jsonargparse reads the docstrings for --help."""
+"""Defines every option of the recipes: name, unit, default and check. --help is made from these docstrings."""
 
 from __future__ import annotations
 
@@ -10,22 +10,25 @@ from typing import Any, Literal
 
 from saro.errors import SaroError, nearest
 
+# Stands for the demo model in model.name, and for the demo data in data.train and data.heldout.
 DEMO = "demo"
-# The reference that is the policy at step 0.
+# As preference.reference: the policy itself, as it is at step 0.
 START = "start"
 KINDS = ("general", "safety")
 PAIR_KINDS = ("op-cot", "pp-cot")
 
 
-def _check(owner: object, group: str, names: tuple[str, ...], valid: Callable[[float], bool], must: str) -> None:
+def _check_numbers(
+    owner: object, group: str, names: tuple[str, ...], valid: Callable[[float], bool], must: str
+) -> None:
     for name in names:
         value = getattr(owner, name)
         if value is not None and not (math.isfinite(value) and valid(value)):
             raise SaroError(f"{group}.{name} is {value}; it must be {must}")
 
 
-def _at_least(owner: object, group: str, minimum: int, *names: str) -> None:
-    _check(owner, group, names, lambda value: value >= minimum, f"at least {minimum}")
+def _check_at_least(owner: object, group: str, minimum: int, *names: str) -> None:
+    _check_numbers(owner, group, names, lambda value: value >= minimum, f"at least {minimum}")
 
 
 def _check_kinds(weights: dict[str, float], kinds: tuple[str, ...]) -> None:
@@ -34,8 +37,8 @@ def _check_kinds(weights: dict[str, float], kinds: tuple[str, ...]) -> None:
             raise SaroError(f"data.weights: unknown kind {kind!r}{nearest(kind, kinds)}")
 
 
-def _above_zero(owner: object, group: str, *names: str) -> None:
-    _check(owner, group, names, lambda value: value > 0, "above 0")
+def _check_above_zero(owner: object, group: str, *names: str) -> None:
+    _check_numbers(owner, group, names, lambda value: value > 0, "above 0")
 
 
 @dataclass(frozen=True)
@@ -43,21 +46,22 @@ class ModelConfig:
     """The model and how it is trained.
 
     Attributes:
-        name: Folder or hub name of a causal LM, or folder of a LoRA adapter to go on with; "demo" is
-            SmolLM2-135M-Instruct, fetched once.
+        name: Folder or hub name of a causal LM, or folder of a LoRA adapter to continue training; "demo" is
+            SmolLM2-135M-Instruct, downloaded once.
         revision: Branch, tag or commit of a hub model.
-        method: full trains all weights; lora trains adapters; qlora trains adapters on a base in 4 bits (NF4).
-        dtype: Precision of the base model's products; auto is bfloat16 on a GPU and float32 on a CPU.
-        attention: sdpa runs anywhere; varlen is for CUDA; auto chooses.
-        head: Implementation of the fused log-softmax; auto chooses between the tiled ones, reference makes whole logits.
-        lora_rank: Rank r of a new adapter; 16 where not given.
-        lora_alpha: A new adapter is scaled by lora_alpha / lora_rank; 32 where not given.
-        lora_dropout: Dropout before the adapter, 0 to 1; 0, or that of the adapter that goes on, where not given.
-        lora_targets: Names of the linear layers with a new adapter; all but the LM head where not given.
-        fused_lora: Compute adapters with saro_kernels where that is exact; false leaves them to PEFT.
-        liger: Let liger-kernel compute norms, rotary embedding and gated MLP; for CUDA, where it is installed.
-        dropout: Keep the dropout that the model's own config asks for; off otherwise.
-        gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third more time.
+        method: full trains all weights; lora trains adapters; qlora trains adapters on a 4-bit base (NF4).
+        dtype: Dtype that the base model computes in; auto is bfloat16 on a GPU and float32 on a CPU.
+        attention: sdpa runs anywhere; varlen needs CUDA and bfloat16; auto chooses.
+        head: Implementation of the fused log-softmax; auto chooses one of the tiled ones, reference computes
+            all logits at once.
+        lora_rank: Rank r of a new adapter; default 16.
+        lora_alpha: A new adapter is scaled by lora_alpha / lora_rank; default 32.
+        lora_dropout: Dropout before the adapter, 0 to below 1; default 0, or the value of a continued adapter.
+        lora_targets: Names of the linear layers that get a new adapter; default all but the LM head.
+        fused_lora: Compute adapters with saro_kernels where that is exact; if false, PEFT computes all of them.
+        liger: Let liger-kernel compute norms, rotary embedding and gated MLP; needs CUDA and liger-kernel.
+        dropout: Use the dropout that the model's own config sets; if false, the model has none.
+        gradient_checkpointing: Recompute activations in the backward pass; saves memory, takes about a third more time.
         trust_remote_code: Run code that comes with the model.
     """
 
@@ -78,9 +82,9 @@ class ModelConfig:
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
-        _at_least(self, "model", 1, "lora_rank")
-        _above_zero(self, "model", "lora_alpha")
-        _check(self, "model", ("lora_dropout",), lambda value: 0 <= value < 1, "at least 0 and below 1")
+        _check_at_least(self, "model", 1, "lora_rank")
+        _check_above_zero(self, "model", "lora_alpha")
+        _check_numbers(self, "model", ("lora_dropout",), lambda value: 0 <= value < 1, "at least 0 and below 1")
 
 
 @dataclass(frozen=True)
@@ -90,15 +94,15 @@ class DataConfig:
     Attributes:
         train: JSONL file or files to train on; "demo" is the data that comes with the project.
         heldout: JSONL file or files to evaluate on, never trained on; [] for none.
-        pack_tokens: Tokens of one forward pass; no sequence may be longer.
-        too_long: What to do with a record of more than pack_tokens tokens; nothing is ever cut.
-        weights: Draws of each record in an epoch by kind, such as {general: 1, safety: 2}; 1 where not given.
-        group_by_prompt: Draw the pairs on one prompt next to each other, so that those of one step are read as one tree,
-            the prompt once; for SRPO.
+        pack_tokens: Maximum number of tokens in one forward pass; no sequence may be longer.
+        too_long: error stops at a record of more than pack_tokens tokens, drop leaves it out; nothing is ever cut.
+        weights: How often an epoch draws each record, by kind, such as {general: 1, safety: 2}; default 1.
+        group_by_prompt: Draw pairs with the same prompt next to each other. Those in one step then form one tree, whose
+            prompt is computed once; for SRPO.
         think_tags: Opening and closing tag of the reasoning.
-        chat_template: File with a Jinja chat template, in place of the model's own.
-        template_date: Day that templates see as today, YYYY-MM-DD; the day on which the run starts where not given.
-        template_variables: Further variables for the template, such as {enable_thinking: true}.
+        chat_template: File with a Jinja chat template that replaces the model's own.
+        template_date: Date that templates see as today, YYYY-MM-DD; default the day on which the run starts.
+        template_variables: More variables for the template, such as {enable_thinking: true}.
     """
 
     train: list[str] | str = field(default_factory=lambda: [DEMO])
@@ -113,7 +117,7 @@ class DataConfig:
     template_variables: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _at_least(self, "data", 2, "pack_tokens")
+        _check_at_least(self, "data", 2, "pack_tokens")
         for name in ("train", "heldout"):
             if isinstance(getattr(self, name), str):
                 object.__setattr__(self, name, [getattr(self, name)])
@@ -128,28 +132,28 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Steps, optimizer, and what is written.
+    """Steps, optimizer and output.
 
     Attributes:
         output: Folder of the run: config, metrics, checkpoints and the final model.
         epochs: Passes over the training records.
-        max_steps: End after so many optimizer steps, whatever the epochs say.
-        records_per_step: Records of one optimizer step, over all processes.
-        optimizer: adamw is torch's, fused; the 8-bit ones are bitsandbytes'.
+        max_steps: Stop after this many optimizer steps, even if epochs asks for more.
+        records_per_step: Records in one optimizer step, over all processes.
+        optimizer: adamw is torch's fused AdamW; adamw8bit and paged_adamw8bit are from bitsandbytes.
         lr: Peak learning rate.
-        schedule: Course of the learning rate after the warm-up.
+        schedule: Shape of the learning rate after the warm-up.
         warmup: Share of the steps over which the learning rate rises from 0.
-        weight_decay: AdamW's, on matrices only.
-        betas: AdamW's.
-        max_grad_norm: The gradient is scaled down to this norm; 0 turns that off.
-        seed: Of the shuffle, the adapters and dropout.
-        eval_every: Steps between evaluations on the held-out records; 0 for only at the start and the end.
-        save_every: Steps between checkpoints; 0 for only at the end.
-        keep_checkpoints: How many of the newest checkpoints are kept.
+        weight_decay: Weight decay of AdamW, on matrices only.
+        betas: Betas of AdamW.
+        max_grad_norm: Clip the gradient to this norm; 0 turns clipping off.
+        seed: Seed for shuffling, adapter init and dropout.
+        eval_every: Steps between evaluations on the held-out records; 0 evaluates only at the start and the end.
+        save_every: Steps between checkpoints; 0 saves only at the end.
+        keep_checkpoints: Number of newest checkpoints to keep.
         log_every: Steps between log lines.
         samples: Held-out prompts to answer before and after training, for the table at the end.
-        sample_tokens: Longest answer to them, in tokens.
-        trackers: Also report to these, such as tensorboard or wandb.
+        sample_tokens: Maximum length of these answers, in tokens.
+        trackers: Also report to these trackers, such as tensorboard or wandb.
     """
 
     output: str = "output/rw"
@@ -173,12 +177,16 @@ class TrainConfig:
     trackers: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        _above_zero(self, "train", "epochs", "lr")
-        _at_least(self, "train", 1, "max_steps", "records_per_step", "keep_checkpoints", "log_every", "sample_tokens")
-        _at_least(self, "train", 0, "weight_decay", "max_grad_norm", "seed", "eval_every", "save_every", "samples")
+        _check_above_zero(self, "train", "epochs", "lr")
+        _check_at_least(
+            self, "train", 1, "max_steps", "records_per_step", "keep_checkpoints", "log_every", "sample_tokens"
+        )
+        _check_at_least(
+            self, "train", 0, "weight_decay", "max_grad_norm", "seed", "eval_every", "save_every", "samples"
+        )
         if not all(0 <= beta < 1 for beta in self.betas):
             raise SaroError(f"train.betas are {list(self.betas)}; both must be at least 0 and below 1")
-        _check(self, "train", ("warmup",), lambda value: 0 <= value <= 1, "a share of the steps, 0 to 1")
+        _check_numbers(self, "train", ("warmup",), lambda value: 0 <= value <= 1, "a share of the steps, 0 to 1")
 
 
 @dataclass(frozen=True)
@@ -188,7 +196,7 @@ class RWConfig:
     Attributes:
         model: The model and how it is trained.
         data: The records and how they become tokens.
-        train: Steps, optimizer, and what is written.
+        train: Steps, optimizer and output.
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -201,18 +209,19 @@ class RWConfig:
 
 @dataclass(frozen=True)
 class PreferenceConfig:
-    """The loss over pairs, and its reference.
+    """The loss on pairs and its reference.
 
     Attributes:
-        loss: sigmoid is DPO (with label_smoothing cDPO), robust, hinge and ipo are named as in their papers and in TRL.
-        beta: Strength of the pull to the reference; tau of ipo.
-        label_smoothing: Share of the labels that is held to be wrong, for sigmoid and robust; 0 to below 0.5.
+        loss: sigmoid is DPO (cDPO with label_smoothing); robust, hinge and ipo are named as in their papers and TRL.
+        beta: Strength of the pull towards the reference; tau in ipo.
+        label_smoothing: Share of labels assumed to be wrong, for sigmoid and robust; 0 to below 0.5.
         nll: Weight of the chosen responses' negative log-likelihood per token, added to the loss (RPO).
         length_normalize: Divide log-probs by the number of tokens first; with ipo this is TRL's form.
-        scored: all tokens of the responses, or divergent, only those after the two responses part. Same margins.
-        reference: start is the model as it is before the first step; else folder or hub name of another model.
-        warn_chosen_fell: Warn once when the chosen log-prob falls in more than this share of the pairs; not where only
-            divergent tokens are scored, which do not tell.
+        scored: all scores every token of the responses; divergent scores only those after the two responses diverge.
+            The margins are the same.
+        reference: start is the model before the first step; otherwise folder or hub name of another model.
+        warn_chosen_fell: Warn once when the chosen log-prob falls in more than this share of the pairs; off with scored
+            divergent, which does not score whole responses.
     """
 
     loss: Literal["sigmoid", "robust", "hinge", "ipo"] = "sigmoid"
@@ -225,10 +234,14 @@ class PreferenceConfig:
     warn_chosen_fell: float = 0.5
 
     def __post_init__(self) -> None:
-        _above_zero(self, "preference", "beta")
-        _at_least(self, "preference", 0, "nll")
-        _check(self, "preference", ("label_smoothing",), lambda value: 0 <= value < 0.5, "at least 0 and below 0.5")
-        _check(self, "preference", ("warn_chosen_fell",), lambda value: 0 <= value <= 1, "a share of the pairs, 0 to 1")
+        _check_above_zero(self, "preference", "beta")
+        _check_at_least(self, "preference", 0, "nll")
+        _check_numbers(
+            self, "preference", ("label_smoothing",), lambda value: 0 <= value < 0.5, "at least 0 and below 0.5"
+        )
+        _check_numbers(
+            self, "preference", ("warn_chosen_fell",), lambda value: 0 <= value <= 1, "a share of the pairs, 0 to 1"
+        )
         if self.label_smoothing and self.loss not in ("sigmoid", "robust"):
             raise SaroError(f"preference.label_smoothing is for sigmoid and robust, not for {self.loss}; set it to 0")
         if self.scored == "divergent":
@@ -244,10 +257,10 @@ class SRPOConfig:
     """Options of stage 2, Safety-oriented Reasoning Process Optimization.
 
     Attributes:
-        model: The model and how it is trained; an adapter that stage 1 trained goes on.
+        model: The model and how it is trained; an adapter from stage 1 is trained further.
         data: The pairs and how they become tokens.
-        preference: The loss over pairs, and its reference.
-        train: Steps, optimizer, and what is written.
+        preference: The loss on pairs and its reference.
+        train: Steps, optimizer and output.
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -260,8 +273,13 @@ class SRPOConfig:
 
 
 def as_dict(config: object) -> dict[str, Any]:
-    """A config as plain nested dicts and lists, fit for JSON and YAML."""
-    return {
-        k: as_dict(v) if dataclasses.is_dataclass(v) else list(v) if isinstance(v, tuple) else v
-        for k, v in ((f.name, getattr(config, f.name)) for f in dataclasses.fields(config))
-    }
+    """Return a config as plain nested dicts and lists, fit for JSON and YAML."""
+    values: dict[str, Any] = {}
+    for option in dataclasses.fields(config):
+        value = getattr(config, option.name)
+        if dataclasses.is_dataclass(value):
+            value = as_dict(value)
+        elif isinstance(value, tuple):
+            value = list(value)
+        values[option.name] = value
+    return values

@@ -1,19 +1,20 @@
-"""The one exception that users are meant to see."""
+"""Defines the one exception that users are meant to see."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
 
 
 class SaroError(Exception):
-    """A fault in the input or the set-up that the user can mend.
+    """A fault in the input or the set-up that the user can fix.
 
     The message is one line that says where and what to do, for example
-    ``pairs.jsonl:17: chosen equals rejected; drop this pair``. The command line prints it alone and exits with code 2.
+    ``pairs.jsonl:17: chosen equals rejected; drop this pair``. The command line prints only this line and exits with
+    code 2.
     """
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
-    """The end of an error message about an unknown name: the nearest valid one, or, where none is near, some of them."""
+    """Return the end of a message about an unknown name: the nearest valid name, or some of them if none is near."""
     names = [str(v) for v in valid]
     close = get_close_matches(str(name), names, n=1)
     if close:

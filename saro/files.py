@@ -1,4 +1,4 @@
-"""Files and folders that are complete or absent: written beside the target, flushed to disk, renamed into place."""
+"""Writes files and folders that are complete or absent: made beside the target, flushed to disk, renamed into place."""
 
 import contextlib
 import hashlib
@@ -15,9 +15,9 @@ from saro.errors import SaroError
 
 
 def cache_dir() -> Path:
-    """The folder for things that can be made again: $SARO_CACHE, else $XDG_CACHE_HOME/saro, else ~/.cache/saro.
+    """Return the folder for files that can be made again: $SARO_CACHE, else $XDG_CACHE_HOME/saro, else ~/.cache/saro.
 
-    It is not created here.
+    Does not create it.
     """
     if own := os.environ.get("SARO_CACHE"):
         return Path(own).expanduser()
@@ -28,12 +28,12 @@ def cache_dir() -> Path:
 
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike, mode: str = "w") -> Iterator[IO]:
-    """Write a file that appears at ``path`` complete, or not at all; an existing file is replaced in one step.
+    """Write a file that appears at ``path`` complete or not at all; an existing file is replaced in one step.
 
     ``mode`` is "w" (UTF-8 text with "\\n" line ends) or "wb". Yields the open file, which lies beside the target under
-    a name that starts with "." and ends with ".tmp"; when the block raises, it is removed and ``path`` is untouched.
+    a name that starts with "." and ends with ".tmp". If the block raises, it is deleted and ``path`` is untouched.
 
-    Raises SaroError when the folder of ``path`` does not exist or ``path`` is a folder, ValueError for another mode.
+    Raises SaroError if the folder of ``path`` does not exist or ``path`` is a folder, ValueError for any other mode.
     """
     if mode not in ("w", "wb"):
         raise ValueError(f'mode must be "w" or "wb", not {mode!r}')
@@ -44,7 +44,7 @@ def atomic_write(path: str | os.PathLike, mode: str = "w") -> Iterator[IO]:
     temp = _temp_beside(path)
     text = {"encoding": "utf-8", "newline": "\n"} if mode == "w" else {}
     try:
-        # "x" and not mkstemp: the file gets the permissions that the user's umask gives, not 0600.
+        # Mode "x" rather than mkstemp: the file gets the permissions of the user's umask, not 0600.
         with open(temp, mode.replace("w", "x"), **text) as file:
             yield file
             file.flush()
@@ -58,13 +58,14 @@ def atomic_write(path: str | os.PathLike, mode: str = "w") -> Iterator[IO]:
 
 @contextlib.contextmanager
 def atomic_folder(path: str | os.PathLike, *, replace: bool = False) -> Iterator[Path]:
-    """Make a folder that appears at ``path`` complete, or not at all.
+    """Make a folder that appears at ``path`` complete or not at all.
 
-    Yields an empty folder beside the target, named like the files of ``atomic_write``. When the block ends, everything
-    in it is flushed to disk and it is renamed to ``path``; when the block raises, it is removed. ``replace=True``
-    exchanges an existing folder: between the two renames that this takes there is, for an instant, none.
+    Yields an empty folder beside the target, named like the files of ``atomic_write``. When the block ends, the folder
+    is flushed to disk with everything in it and renamed to ``path``. If the block raises, it is deleted.
+    ``replace=True`` replaces an existing folder. This takes two renames, and for an instant between them ``path`` does
+    not exist.
 
-    Raises SaroError when ``path`` exists and ``replace`` is false, it is a file, or its parent does not exist.
+    Raises SaroError if ``path`` exists and ``replace`` is false, if it is a file, or if its parent does not exist.
     """
     path = Path(path)
     _check_parent(path)
@@ -74,7 +75,7 @@ def atomic_folder(path: str | os.PathLike, *, replace: bool = False) -> Iterator
     try:
         yield temp
         _fsync_tree(temp)
-        # Someone may have made it meanwhile, and a rename onto an empty folder would succeed silently.
+        # Check again: a rename onto an empty folder that appeared in the meantime would succeed silently.
         _check_free(path, replace)
         if path.exists():
             old = _temp_beside(path)
@@ -90,9 +91,9 @@ def atomic_folder(path: str | os.PathLike, *, replace: bool = False) -> Iterator
 
 
 def remove_temps(path: str | os.PathLike) -> None:
-    """Remove what killed processes left of ``path``: temporary files and folders of the two functions above.
+    """Delete the temporary files and folders of the two functions above that killed processes left beside ``path``.
 
-    Only for a caller that knows that nobody is writing ``path`` now, because it holds a lock or owns the folder.
+    Call this only if nobody can be writing ``path`` now, because the caller holds a lock or owns the folder.
     """
     path = Path(path)
     name = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{8}}\.tmp")
@@ -116,25 +117,25 @@ def follow_umask(folder: Path) -> None:
 
 
 def file_hash(path: Path) -> str:
-    """sha256 of a file, remembered by path, inode, size and time of change: large weights are read once."""
+    """Return the sha256 of a file, cached by path, inode, size and modification time: large weights are read once."""
     stat = path.stat()
     key = f"{path.resolve()}:{stat.st_ino}:{stat.st_size}:{stat.st_mtime_ns}"
-    memory = cache_dir() / "hashes.json"
+    cache_file = cache_dir() / "hashes.json"
     try:
-        known = json.loads(memory.read_text(encoding="utf-8"))
+        hashes = json.loads(cache_file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        known = {}
-    if key not in known:
+        hashes = {}
+    if key not in hashes:
         with open(path, "rb") as file:
-            known[key] = hashlib.file_digest(file, "sha256").hexdigest()
-        # Only worth remembering where it took time. Two processes may overwrite each other's entry, and a cache may be
-        # read-only: both cost a reading.
+            hashes[key] = hashlib.file_digest(file, "sha256").hexdigest()
+        # Cache only what takes time to read. If two processes overwrite each other's entry, or the cache is read-only,
+        # the file is read once more.
         if stat.st_size > 2**20:
             with contextlib.suppress(OSError):
-                memory.parent.mkdir(parents=True, exist_ok=True)
-                with atomic_write(memory) as out:
-                    json.dump(known, out)
-    return known[key]
+                cache_file.parent.mkdir(parents=True, exist_ok=True)
+                with atomic_write(cache_file) as out:
+                    json.dump(hashes, out)
+    return hashes[key]
 
 
 def _temp_beside(path: Path) -> Path:
@@ -163,7 +164,7 @@ def _fsync_tree(folder: Path) -> None:
 
 
 def _fsync(path: str | os.PathLike) -> None:
-    # Windows opens no folders and flushes no file that was opened for reading.
+    # Windows cannot open a folder, nor flush a file that was opened for reading.
     if os.name == "nt":
         return
     descriptor = os.open(path, os.O_RDONLY)

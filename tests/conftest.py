@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-# Triton asks once, when it is imported: its kernels run on the CPU then.
+# Triton reads this once, at import; its kernels then run on the CPU.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
@@ -24,7 +24,7 @@ from saro.distributed.runtime import Runtime
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """Tensors this small gain nothing from threads, and on a busy machine wait milliseconds for them at every call."""
+    """Run on one thread: small tensors gain nothing from more, and on a busy machine each call would wait for them."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -33,7 +33,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
-    """Folder of a tiny model by kind; each is made once."""
+    """Return a function that gives the folder of a tiny model by kind. Each model is made once."""
     made: dict[str, str] = {}
 
     def get(kind: str = "llama") -> str:
@@ -73,12 +73,12 @@ def examples() -> list[dict[str, object]]:
 
 @pytest.fixture
 def environment() -> dict[str, str]:
-    """Of processes that tests start: from the repository's root, without what a surrounding launcher may have set."""
+    """Return the environment for processes that tests start, without the variables of a surrounding launcher."""
     dropped = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     return {k: v for k, v in os.environ.items() if k not in dropped}
 
 
-# Imports everything once, then forks a child for each request: a run of a recipe costs a second in place of six. It
+# Imports everything once, then forks a child for each request: a run of a recipe takes one second instead of six. It
 # forks before any library has started threads.
 _FORKSERVER = """
 import importlib.util, json, os, signal, sys, time, traceback
@@ -127,13 +127,13 @@ while line := sys.stdin.readline():
         code = 1
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code or 0)  # taking the interpreter down takes longer than many of these runs
+    os._exit(code or 0)  # a normal exit of the interpreter takes longer than many of these runs
 """
 
 
 @dataclass
 class Process:
-    """A started child. ``code`` is negative for a signal that ended it, as in subprocess."""
+    """A started child. If a signal ended it, ``code`` is negative, as in subprocess."""
 
     server: Recipes
     pid: int
@@ -152,7 +152,7 @@ class Process:
         os.kill(self.pid, number)
 
     def wait(self, timeout: float = 120) -> Process:
-        """Wait for its end; it is killed at the timeout."""
+        """Wait until it ends; kill it at the timeout."""
         self.code = self.server.ask({"wait": self.pid, "timeout": timeout})
         return self
 
@@ -186,14 +186,14 @@ class Recipes:
         environment: dict[str, str] | None = None,
         folder: str | None = None,
     ) -> Process:
-        """Start it with these command line arguments; ``call`` names a function to run instead, "file:function"."""
+        """Start it with these command line arguments. ``call`` names a function to run instead: "file:function"."""
         self._started += 1
         out, err = (self.folder / f"{self._started}.{name}" for name in ("out", "err"))
         request = {
             "arguments": [str(a) for a in arguments],
             "recipe": recipe,
             "call": call,
-            # One thread: tiny models gain nothing from two, and lose much where the machine is shared.
+            # One thread: tiny models gain nothing from two, and are much slower on a shared machine.
             "environment": {"LOCAL_WORLD_SIZE": str(os.cpu_count())} | (environment or {}),
             "folder": folder or str(Path(__file__).parents[1]),
             "helpers": str(Path(__file__).parent / "helpers"),
@@ -203,11 +203,11 @@ class Recipes:
         return Process(self, self.ask(request), out, err)
 
     def run(self, *arguments: object, **options: object) -> Process:
-        """Start it and wait for its end."""
+        """Start it and wait until it ends."""
         return self.start(*arguments, **options).wait()
 
     def start_ranks(self, ranks: int, *arguments: object, **options: object) -> list[Process]:
-        """Start as many processes of one process group, with the environment that torchrun gives, a thread each."""
+        """Start ``ranks`` processes of one process group with the environment that torchrun sets, one thread each."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
@@ -222,7 +222,7 @@ class Recipes:
         ]
 
     def run_ranks(self, ranks: int, *arguments: object, **options: object) -> list[Process]:
-        """Start them and wait for their ends."""
+        """Start them and wait until all end."""
         return [process.wait() for process in self.start_ranks(ranks, *arguments, **options)]
 
     def close(self) -> None:
@@ -232,7 +232,7 @@ class Recipes:
 
 @pytest.fixture(scope="session")
 def recipes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Recipes]:
-    """Fast child processes that run ``recipes/rw.py`` and ``recipes/srpo.py``."""
+    """Provide fast child processes that run ``recipes/rw.py`` and ``recipes/srpo.py``."""
     dropped = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     server = Recipes(tmp_path_factory.mktemp("recipes"), {k: v for k, v in os.environ.items() if k not in dropped})
     yield server
@@ -241,7 +241,7 @@ def recipes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Recipes]:
 
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory, tiny_model, recipes, examples) -> Callable[..., Path]:
-    """Folder of a finished RW run by method and kind of model; each is made once, and is not to be changed."""
+    """Return a function that gives the folder of a finished RW run. Each is made once; tests must not change it."""
     made: dict[tuple[str, str], Path] = {}
 
     def get(method: str = "lora", kind: str = "llama") -> Path:
@@ -271,7 +271,7 @@ def finished_run(tmp_path_factory, tiny_model, recipes, examples) -> Callable[..
 
 
 def _short_run(model: str, file: str, heldout: str, output: Path) -> Callable[..., list[str]]:
-    """The command line of a short run of either recipe: flags, and options that keyword arguments change."""
+    """Return a function that makes the command line of a short run: flags, and options that keywords change."""
 
     def get(*flags: str, **changes: object) -> list[str]:
         options: dict[str, object] = {
@@ -306,7 +306,7 @@ def rw_arguments(tiny_model, records_file, examples, tmp_path) -> Callable[..., 
 
 @pytest.fixture(scope="session")
 def pairs() -> list[dict[str, object]]:
-    """24 short native pairs of both kinds, of different lengths, two on each prompt; their chains share a step."""
+    """24 short native pairs of both kinds, of different lengths, two per prompt. Both chains of a pair share a step."""
     return [
         {
             "id": f"p{i}",
@@ -321,7 +321,7 @@ def pairs() -> list[dict[str, object]]:
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch) -> Path:
-    """A cache folder of the test's own."""
+    """Give the test a cache folder of its own."""
     monkeypatch.setenv("SARO_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
@@ -339,7 +339,7 @@ def srpo_arguments(tiny_model, records_file, pairs, tmp_path) -> Callable[..., l
 
 @pytest.fixture
 def srpo(recipes, cache) -> Callable:
-    """Runs recipes/srpo.py with a cache of the test's own and waits for its end."""
+    """Return a function that runs recipes/srpo.py with the test's own cache and waits until it ends."""
 
     def run(*arguments, **options):
         environment = {"SARO_CACHE": str(cache)} | options.pop("environment", {})
@@ -350,7 +350,7 @@ def srpo(recipes, cache) -> Callable:
 
 @pytest.fixture
 def rw_final(recipes, rw_arguments, tmp_path) -> Path:
-    """The adapter that stage 1 has trained, on its base."""
+    """Train a stage 1 adapter on the tiny model and return its folder."""
     done = recipes.run(*rw_arguments(train_output=tmp_path / "rw", model_lora_rank=4))
     assert done.code == 0, done.err
     return tmp_path / "rw" / "final"

@@ -1,4 +1,4 @@
-"""Atomic files and folders: complete or absent, whatever happens in between."""
+"""Tests that files and folders are complete or absent, whatever happens in between."""
 
 import os
 import stat
@@ -40,7 +40,7 @@ def test_a_binary_file_holds_the_bytes(tmp_path):
     assert (tmp_path / "a.bin").read_bytes() == b"\r\n\x00"
 
 
-def test_a_file_is_not_there_before_it_is_complete(tmp_path):
+def test_a_file_does_not_exist_before_it_is_complete(tmp_path):
     with atomic_write(tmp_path / "a.txt") as file:
         file.write("x")
         (temp,) = names(tmp_path)
@@ -109,12 +109,12 @@ def test_writing_a_file_over_a_folder_is_refused_before_the_work(tmp_path):
     assert not reached
 
 
-def test_only_whole_files_can_be_written(tmp_path):
+def test_appending_to_a_file_is_refused(tmp_path):
     with pytest.raises(ValueError, match="mode"), atomic_write(tmp_path / "a.txt", "a"):
         pass
 
 
-def test_a_folder_is_not_there_before_it_is_complete(tmp_path):
+def test_a_folder_does_not_exist_before_it_is_complete(tmp_path):
     with atomic_folder(tmp_path / "final") as temp:
         (temp / "sub").mkdir()
         (temp / "sub" / "a.txt").write_text("x")
@@ -152,7 +152,7 @@ def test_an_existing_folder_is_refused_before_the_work(tmp_path):
     assert not reached
 
 
-def test_a_folder_that_appears_meanwhile_is_not_replaced(tmp_path):
+def test_a_folder_that_appears_in_the_meantime_is_not_replaced(tmp_path):
     with pytest.raises(SaroError, match="exists already"), atomic_folder(tmp_path / "final"):
         (tmp_path / "final").mkdir()
     assert names(tmp_path) == ["final"]
@@ -175,7 +175,7 @@ def test_a_file_is_never_replaced_by_a_folder(tmp_path):
         pass
 
 
-def test_only_leftovers_of_that_very_name_are_removed(tmp_path):
+def test_only_leftovers_of_that_name_are_removed(tmp_path):
     for name in (".final.0123abcd.tmp", ".final.b.0123abcd.tmp", ".final.tmp", "final", ".other.0123abcd.tmp"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "a").touch()
@@ -188,7 +188,7 @@ def test_removing_leftovers_in_a_missing_folder_does_nothing(tmp_path):
     assert names(tmp_path) == []
 
 
-def test_the_cache_folder_is_the_users(tmp_path, monkeypatch):
+def test_the_cache_folder_follows_the_environment(tmp_path, monkeypatch):
     monkeypatch.setenv("SARO_CACHE", str(tmp_path / "own"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     assert cache_dir() == tmp_path / "own"

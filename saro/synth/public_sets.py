@@ -1,4 +1,4 @@
-"""Public data sets -> native JSONL records."""
+"""Converts public data sets to native JSONL records."""
 
 import json
 import os
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from saro.data.jsonl import decode, fault, open_data, parse_json, read_objects, shown
+from saro.data.jsonl import decode, fault, open_data, parse_json, parse_text, read_objects, shown
 from saro.data.records import parse_example, parse_pair
 from saro.errors import SaroError, nearest
 from saro.files import atomic_write
@@ -18,11 +18,11 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class Converted:
-    """What a conversion did.
+    """The result of a conversion.
 
     Attributes:
-        records: how many were written.
-        left_out: places of the records that their format says to leave out.
+        records: number of records written.
+        left_out: places ("file:line") of the records that were left out, as their format demands.
     """
 
     records: int
@@ -35,19 +35,20 @@ def convert(
     """Write the records of a public data set as native JSONL.
 
     ``src`` is the data set as published: a JSON array or JSONL. ``dst`` appears complete or not at all.
-    Formats (``source_format``), and where the fields come from:
+    The formats (``source_format``) and their fields:
 
-    - "star1" (UCSC-VLAA/STAR-1): ``question``, ``response`` = ``<think>…</think>`` and the answer; kind safety.
-    - "gsm8k" (openai/grade-school-math): ``question``, ``answer`` = a step a line, then ``#### result``; kind general.
-      Calculator annotations (``<<48/2=24>>``) are taken out.
-    - "gsm8k-pairs" (made from its example_model_solutions): ``question``, ``correct`` and ``incorrect`` = a step a line,
-      then ``A: result``; pairs, kind pp-cot where both begin with the same step, op-cot elsewhere. Treated as gsm8k. A
-      solution that is a bare number has no chain to compare (the published set has one): its pair is left out.
+    - "star1" (UCSC-VLAA/STAR-1): ``question``, ``response`` = ``<think>…</think>`` and the answer. Kind safety.
+    - "gsm8k" (openai/grade-school-math): ``question``, ``answer`` = one step per line, then ``#### result``. Kind
+      general. Calculator annotations (``<<48/2=24>>``) are removed.
+    - "gsm8k-pairs" (made from its example_model_solutions): ``question``, ``correct`` and ``incorrect`` = one step per
+      line, then ``A: result``. Pairs; kind pp-cot if both sides begin with the same step, otherwise op-cot. Annotations
+      are removed here too. A solution that is only a number has no chain to compare (the published set has one): its
+      pair is left out.
     - "stair-sft" (thu-ml/STAIR-SFT): ``prompt``, ``answer`` = steps and output between ``<|Reasoning_step|>`` and
-      ``<|Output|>`` markers, ``source``, which tells the kind. A text without markers is an answer without reasoning.
+      ``<|Output|>`` markers, ``source``, which decides the kind. A text without markers is an answer without reasoning.
 
-    Raises SaroError for an unknown format, a ``dst`` that exists unless ``overwrite``, no record to write, and for the
-    first record that is not as its format says: but for what stands above, nothing is left out.
+    Raises SaroError for an unknown format, for a ``dst`` that exists unless ``overwrite``, if there is no record to
+    write, and for the first record that does not follow its format. Nothing is left out except as described above.
     """
     if source_format not in FORMATS:
         raise SaroError(f"unknown format {shown(source_format)}{nearest(source_format, FORMATS)}")
@@ -60,40 +61,42 @@ def convert(
     first: dict[str, str] = {}
     left_out: list[str] = []
     with atomic_write(dst) as file:
-        for number, where, source in _source_objects(src):
+        for number, where, source in _read_source(src):
             record = FORMATS[source_format](source, number, where)
             if record is None:
                 left_out.append(where)
                 continue
-            # Our own reader must accept what is written: it also refuses NUL characters and cut surrogate pairs.
+            # Our own reader must accept what we write: without its markers, a text may be empty or equal the other one.
             parse = parse_pair if "chosen" in record else parse_example
             parse(record, where, default_id=record["id"])
             if (other := first.setdefault(record["id"], where)) != where:
-                fault(where, f"its id {shown(record['id'])} is that of {other}", "keep one of the two")
+                fault(where, f"its id {shown(record['id'])} is already used by {other}", "keep one of the two")
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
         if not first:
             fault(os.fsdecode(src), "none of its records has a chain of steps", "check how it was written")
     return Converted(len(first), tuple(left_out))
 
 
-def _star1(source: Record, number: int, where: str) -> Record:
-    question, response = _field(source, "question", where), _field(source, "response", where)
+def _convert_star1(source: Record, number: int, where: str) -> Record:
+    question, response = _parse_field(source, "question", where), _parse_field(source, "response", where)
     if response.count("<think>") != 1 or response.count("</think>") != 1 or not response.startswith("<think>"):
-        fault(where, "response is not <think>…</think> and an answer, each tag once", "mend or drop the record")
+        fault(where, "response is not <think>…</think> and an answer, each tag once", "fix or drop the record")
     reasoning, answer = response.removeprefix("<think>").split("</think>")
-    return _native(f"star1-{_star1_id(source, where)}", "safety", question, reasoning.strip(), answer.strip())
+    id = f"star1-{_parse_star1_id(source, where)}"
+    return _make_record(id, "safety", question, reasoning.strip(), answer.strip())
 
 
-def _gsm8k(source: Record, number: int, where: str) -> Record:
-    steps, answer = _worked(source, "answer", "####", where)
-    return _native(f"gsm8k-{number:06d}", "general", _field(source, "question", where), steps, answer)
+def _convert_gsm8k(source: Record, number: int, where: str) -> Record:
+    steps, answer = _split_solution(source, "answer", "####", where)
+    return _make_record(f"gsm8k-{number:06d}", "general", _parse_field(source, "question", where), steps, answer)
 
 
-def _gsm8k_pair(source: Record, number: int, where: str) -> Record | None:
-    question = _field(source, "question", where)
-    if any(_BARE_NUMBER.fullmatch(_field(source, name, where)) for name in ("correct", "incorrect")):
+def _convert_gsm8k_pair(source: Record, number: int, where: str) -> Record | None:
+    question = _parse_field(source, "question", where)
+    if any(_BARE_NUMBER.fullmatch(_parse_field(source, name, where)) for name in ("correct", "incorrect")):
         return None
-    (chosen, right), (rejected, wrong) = (_worked(source, name, "A:", where) for name in ("correct", "incorrect"))
+    chosen, right = _split_solution(source, "correct", "A:", where)
+    rejected, wrong = _split_solution(source, "incorrect", "A:", where)
     return {
         "id": f"gsm8k-pairs-{number:06d}",
         "kind": "pp-cot" if chosen[:1] == rejected[:1] else "op-cot",
@@ -106,75 +109,73 @@ def _gsm8k_pair(source: Record, number: int, where: str) -> Record | None:
 _BARE_NUMBER = re.compile(r"\s*\$?-?[\d,]+(\.\d+)?\s*")
 
 
-def _worked(source: Record, name: str, mark: str, where: str) -> tuple[list[str], str]:
-    """Steps and answer of a solution of GSM8K: a step a line, then ``mark`` and the result."""
-    text, found, result = _field(source, name, where).rpartition(f"\n{mark} ")
-    if not found or not result.strip() or "\n" in result.strip():
-        fault(where, f"{name} does not end with a line {mark} and the result", "mend or drop the record")
+def _split_solution(source: Record, name: str, mark: str, where: str) -> tuple[list[str], str]:
+    """Split a GSM8K solution (one step per line, then ``mark`` and the result) into its steps and the answer."""
+    text, mark_found, result = _parse_field(source, name, where).rpartition(f"\n{mark} ")
+    if not mark_found or not result.strip() or "\n" in result.strip():
+        fault(where, f"{name} does not end with a line {mark} and the result", "fix or drop the record")
     text = re.sub(r"<<[^<>\n]*>>", "", text)
     if "<<" in text or ">>" in text:
-        fault(where, f"{name} has a calculator annotation that does not end", "mend or drop the record")
+        fault(where, f"{name} has a calculator annotation that does not end", "fix or drop the record")
     return [line.strip() for line in text.split("\n") if line.strip()], f"The answer is {result.strip()}."
 
 
 _STAIR_STEP = ["<|Reasoning_step|>", "<|/Reasoning_step|>"]
 _STAIR_OUTPUT = ["<|Output|>", "<|/Output|>"]
 _STAIR_MARK = re.compile("|".join(re.escape(mark) for mark in _STAIR_STEP + _STAIR_OUTPUT))
-# Where the set's prompts come from, as its README names them.
+# Kind by the source of the prompt, as the data set's README names the sources.
 _STAIR_KINDS = {"SafeRLHF": "safety", "JailbreakV": "safety", "UltraFeedback": "general"}
 
 
-def _stair_sft(source: Record, number: int, where: str) -> Record:
-    prompt, text = _field(source, "prompt", where), _field(source, "answer", where)
-    kind = _stair_kind(_field(source, "source", where), where)
+def _convert_stair_sft(source: Record, number: int, where: str) -> Record:
+    prompt, text = _parse_field(source, "prompt", where), _parse_field(source, "answer", where)
+    kind = _parse_stair_kind(_parse_field(source, "source", where), where)
     steps, answer = [], text
     if marks := _STAIR_MARK.findall(text):
         parts = _STAIR_MARK.split(text)
         *steps, answer = parts[1::2]
         if marks != _STAIR_STEP * len(steps) + _STAIR_OUTPUT or any(outside.strip() for outside in parts[0::2]):
-            fault(where, "answer is not reasoning steps and then one output, each marked", "mend or drop the record")
+            fault(where, "answer is not reasoning steps and then one output, each marked", "fix or drop the record")
     reasoning = [step.strip() for step in steps] or None
-    return _native(f"stair-sft-{number:06d}", kind, prompt, reasoning, answer.strip())
+    return _make_record(f"stair-sft-{number:06d}", kind, prompt, reasoning, answer.strip())
 
 
-def _stair_kind(name: str, where: str) -> str:
-    # Hub names of these sets differ in case, owner and suffix: "JailbreakV-28K/JailBreakV-28k".
+def _parse_stair_kind(name: str, where: str) -> str:
+    # Search for each name: hub names of these sets vary in case, owner and suffix ("JailbreakV-28K/JailBreakV-28k").
     kinds = [kind for known, kind in _STAIR_KINDS.items() if known.lower() in name.lower()]
     if not kinds:
-        fault(where, f"unknown source {shown(name)}, so the kind cannot be told", nearest(name, _STAIR_KINDS))
+        fault(where, f"unknown source {shown(name)}, which decides the kind", nearest(name, _STAIR_KINDS))
     return kinds[0]
 
 
 FORMATS: dict[str, Callable[[Record, int, str], Record | None]] = {
-    "star1": _star1,
-    "gsm8k": _gsm8k,
-    "gsm8k-pairs": _gsm8k_pair,
-    "stair-sft": _stair_sft,
+    "star1": _convert_star1,
+    "gsm8k": _convert_gsm8k,
+    "gsm8k-pairs": _convert_gsm8k_pair,
+    "stair-sft": _convert_stair_sft,
 }
 
 
-def _native(id: str, kind: str, prompt: str, reasoning: str | list[str] | None, answer: str) -> Record:
+def _make_record(id: str, kind: str, prompt: str, reasoning: str | list[str] | None, answer: str) -> Record:
     return {"id": id, "kind": kind, "prompt": prompt, "reasoning": reasoning, "answer": answer}
 
 
-def _field(source: Record, name: str, where: str) -> str:
+def _parse_field(source: Record, name: str, where: str) -> str:
     if name not in source:
         fault(where, f"field {shown(name)} is missing", "check that this is the format of the file")
-    if not isinstance(source[name], str) or not source[name].strip():
-        fault(where, f"field {shown(name)} is empty or not a text", "mend or drop the record")
-    return source[name]
+    return parse_text(source[name], f"field {shown(name)}", where, "fix or drop the record")
 
 
-def _star1_id(source: Record, where: str) -> str:
-    """The id of a STAR-1 record: digits as text, or a whole number."""
+def _parse_star1_id(source: Record, where: str) -> str:
+    """Return the id of a STAR-1 record, which is a string of digits or a whole number."""
     value = source.get("id")
     if not isinstance(value, str | int) or isinstance(value, bool) or not str(value).strip():
-        fault(where, 'field "id" is missing, empty or no whole number', "mend or drop the record")
+        fault(where, 'field "id" is missing, empty or not a whole number', "fix or drop the record")
     return str(value)
 
 
-def _source_objects(src: str | os.PathLike) -> Iterator[tuple[int, str, Record]]:
-    """The objects of a JSON array or a JSONL file: number (from 1), place for error messages, object."""
+def _read_source(src: str | os.PathLike) -> Iterator[tuple[int, str, Record]]:
+    """Yield (number from 1, place for error messages, object) for each object of a JSON array or a JSONL file."""
     name = os.fsdecode(src)
     with open_data(src) as file:
         first = next((raw.strip() for raw in file if raw.strip()), b"").removeprefix(b"\xef\xbb\xbf")

@@ -1,4 +1,4 @@
-"""What a user gets wrong: one line that says where and what to do, exit code 2, and nothing written."""
+"""Tests that a user's mistake gives one line that says where and what to do, exit code 2, and no output."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ GOOD = {"prompt": "Hi", "answer": "Hello"}
 
 
 def refused(done, output: Path) -> str:
-    """The message of a refusal: one line, exit code 2, and no output folder."""
+    """Return the error message. Checks that it is one line, with exit code 2 and no output folder."""
     assert done.code == 2, done.err
     assert done.out == ""
     assert done.err.startswith("error: ")
@@ -28,11 +28,11 @@ def refused(done, output: Path) -> str:
 
 
 RECORDS = [
-    ("broken JSON", ['{"prompt": "Hi", "answer": }'], ":1: broken JSON at column 28 (Expecting value); mend it there"),
-    ("cut off", [GOOD, '{"prompt": "Hi", "ans'], ":2: broken JSON at column 18 (Unterminated string starting at); mend it there"),
+    ("broken JSON", ['{"prompt": "Hi", "answer": }'], ":1: broken JSON at column 28 (Expecting value); fix it there"),
+    ("cut off", [GOOD, '{"prompt": "Hi", "ans'], ":2: broken JSON at column 18 (Unterminated string starting at); fix it there"),
     ("missing field", [GOOD, {"prompt": "Hi"}], ':2: field "answer" is missing; add it'),
     ("misspelt field", [{"promt": "Hi", "answer": "x"}], 'data of your own goes under "meta"); did you mean prompt?'),
-    ("wrong type", [{"prompt": "Hi", "answer": 7}], ":1: answer is a number; give a text"),
+    ("wrong type", [{"prompt": "Hi", "answer": 7}], ":1: answer is a number; give a string"),
     ("empty answer", [GOOD, GOOD, {"prompt": "Hi", "answer": " "}], ":3: answer is empty; write it or drop the record"),
     (
         "unknown role",
@@ -51,7 +51,7 @@ RECORDS = [
         "leave it out with --data.too_long drop",
     ),
     ("empty file", [], ": the file has no records; check how it was written"),
-    ("same id", [GOOD | {"id": "a"}, GOOD | {"id": "a"}], ':2: id "a" is that of line 1; give each record its own id, or none'),
+    ("same id", [GOOD | {"id": "a"}, GOOD | {"id": "a"}], ':2: id "a" is already used on line 1; give each record its own id, or none'),
     ("array", ["[", GOOD], ":1: a JSON array begins here; write each of its objects on a line of its own (JSONL)"),
     ("unknown kind", [GOOD | {"kind": "safty"}], ':1: kind is "safty"; did you mean safety?'),
     ("pair", [{"prompt": "Hi", "chosen": "a", "rejected": "b"}], "makes this a preference pair; give pairs to stage 2 (SRPO)"),
@@ -83,7 +83,7 @@ def test_a_bad_record_is_named_by_file_and_line(
 
 
 def test_a_bad_records_text_is_not_shown(recipes, rw_arguments, records_file, tmp_path):
-    """It may be what the safety data is about."""
+    """The text may be harmful: safety data is about such texts."""
     for record in ({"prompt": "secret words", "answer": ""}, {"prompt": [{"role": "x y", "content": "secret"}]}):
         file = records_file([record], "bad.jsonl")
         assert "secret" not in refused(recipes.run(*rw_arguments(data_train=json.dumps([file]))), tmp_path / "run")
@@ -96,7 +96,7 @@ def test_a_missing_file_names_the_nearest(recipes, rw_arguments, tmp_path, recor
     assert found == f"{file}: there is no such file; did you mean {tmp_path / 'records.jsonl'}?"
 
 
-def test_all_records_too_long_under_drop(recipes, rw_arguments, tmp_path):
+def test_dropping_all_records_as_too_long_is_an_error(recipes, rw_arguments, tmp_path):
     found = refused(recipes.run(*rw_arguments(data_too_long="drop", data_pack_tokens=20)), tmp_path / "run")
     assert found == "all 24 records are longer than 20 tokens; raise --data.pack_tokens"
 
@@ -126,12 +126,12 @@ def test_all_records_too_long_under_drop(recipes, rw_arguments, tmp_path):
         (["--train.betas", "[1.5, 0.9]"], "train.betas are [1.5, 0.9]; both must be at least 0 and below 1"),
     ],
 )  # fmt: skip
-def test_a_bad_option_is_one_line_that_names_the_mend(recipes, rw_arguments, tmp_path, arguments, message):
+def test_a_bad_option_gives_one_line_that_says_what_to_do(recipes, rw_arguments, tmp_path, arguments, message):
     done = recipes.run(*rw_arguments(), *arguments)
     assert done.code == 2, done.err
     assert not (tmp_path / "run").exists()
     assert "Traceback" not in done.err
-    # The report on the data may stand before it.
+    # The report on the data may be printed before the error.
     lines = done.err.splitlines()
     assert sum("error: " in line for line in lines) == 1
     assert lines[-1].startswith("error: ")
@@ -144,7 +144,7 @@ def test_an_unknown_option_in_a_file_is_an_error_too(recipes, rw_arguments, tmp_
     assert "unknown option train.max_stps; did you mean train.max_steps?" in refused(done, tmp_path / "run")
 
 
-def test_a_config_file_that_is_not_there(recipes, rw_arguments, tmp_path):
+def test_a_missing_config_file_is_an_error(recipes, rw_arguments, tmp_path):
     done = recipes.run("--config", tmp_path / "absent.yaml", *rw_arguments())
     assert "absent.yaml" in refused(done, tmp_path / "run")
 
@@ -162,8 +162,8 @@ def test_a_folder_with_other_files_is_not_written_to(recipes, rw_arguments, tmp_
         assert [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
 
 
-def test_overwrite_removes_no_folder_for_a_manifest_that_is_not_a_runs(recipes, rw_arguments, tmp_path):
-    """Web projects and browser extensions have a manifest.json as well."""
+def test_overwrite_keeps_a_folder_whose_manifest_is_not_that_of_a_run(recipes, rw_arguments, tmp_path):
+    """Web projects and browser extensions have a manifest.json too."""
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "manifest.json").write_text('{"name": "My site", "icons": []}')
     (tmp_path / "site" / "index.html").write_text("mine")
@@ -179,8 +179,8 @@ def test_hidden_files_of_the_user_survive(recipes, rw_arguments, tmp_path):
     assert (tmp_path / "run" / ".gitignore").exists()
 
 
-def test_a_run_killed_as_its_folder_was_made_can_be_started_again(recipes, rw_arguments, tmp_path):
-    """manifest.json is the first file, by which the folder is known as a run's."""
+def test_a_run_killed_while_its_folder_is_made_can_be_started_again(recipes, rw_arguments, tmp_path):
+    """manifest.json is the first file that is written; it marks the folder as that of a run."""
     assert recipes.run(*rw_arguments(train_max_steps=1)).code == 0
     for path in sorted((tmp_path / "run").rglob("*"), reverse=True):
         if path.name != "manifest.json":
@@ -190,7 +190,7 @@ def test_a_run_killed_as_its_folder_was_made_can_be_started_again(recipes, rw_ar
     assert (tmp_path / "run" / "config.yaml").is_file()
 
 
-def test_an_output_that_is_a_file(recipes, rw_arguments, tmp_path):
+def test_an_output_that_is_a_file_is_refused(recipes, rw_arguments, tmp_path):
     (tmp_path / "file").write_text("mine")
     done = recipes.run(*rw_arguments(train_output=tmp_path / "file"))
     assert done.code == 2
@@ -200,7 +200,7 @@ def test_an_output_that_is_a_file(recipes, rw_arguments, tmp_path):
 # Models.
 
 
-def test_a_folder_without_a_model(recipes, rw_arguments, tmp_path):
+def test_a_folder_without_a_model_is_refused(recipes, rw_arguments, tmp_path):
     (tmp_path / "empty").mkdir()
     found = refused(recipes.run(*rw_arguments(model_name=tmp_path / "empty")), tmp_path / "run")
     assert (
@@ -209,7 +209,7 @@ def test_a_folder_without_a_model(recipes, rw_arguments, tmp_path):
     )
 
 
-def test_a_folder_that_is_not_there(recipes, rw_arguments, tmp_path):
+def test_a_missing_model_folder_is_an_error(recipes, rw_arguments, tmp_path):
     found = refused(recipes.run(*rw_arguments(model_name=tmp_path / "absent")), tmp_path / "run")
     assert found == f"{tmp_path / 'absent'}: no such folder; give a model's folder or its hub name, such as org/model"
 
@@ -241,7 +241,7 @@ def test_weights_that_are_cut_off_are_refused(recipes, rw_arguments, tmp_path):
     ],
     ids=["experts", "encoder-decoder", "state"],
 )
-def test_a_kind_of_model_that_packs_would_train_wrongly_is_refused_by_name(
+def test_a_model_type_that_cannot_be_trained_in_packs_is_refused_by_name(
     recipes, rw_arguments, tmp_path, config, message
 ):
     config.save_pretrained(tmp_path / "model")
@@ -251,17 +251,17 @@ def test_a_kind_of_model_that_packs_would_train_wrongly_is_refused_by_name(
     assert message in found
 
 
-def test_a_model_without_a_chat_template(recipes, rw_arguments, tmp_path):
+def test_a_model_without_a_chat_template_is_refused(recipes, rw_arguments, tmp_path):
     folder = save_tiny_model(tmp_path / "model")
     (folder / "chat_template.jinja").unlink()
     found = refused(recipes.run(*rw_arguments(model_name=folder)), tmp_path / "run")
     assert found.endswith("give one with --data.chat_template FILE, or use string prompts")
 
 
-# A real process, without the tests' fork server.
+# A real process, without the fork server of the tests.
 
 
-def test_it_is_the_same_in_a_process_of_its_own(rw_arguments, records_file, environment, tmp_path):
+def test_the_error_is_the_same_in_a_process_of_its_own(rw_arguments, records_file, environment, tmp_path):
     file = records_file([GOOD, {"prompt": "Hi"}], "bad.jsonl")
     done = subprocess.run(
         [sys.executable, "recipes/rw.py", *rw_arguments(data_train=json.dumps([file]))],

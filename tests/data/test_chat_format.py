@@ -1,4 +1,4 @@
-"""Conversations -> ids: the prompt is the inference prompt, the completion follows it and ends with the stop token."""
+"""Tests that the prompt is the inference prompt and that the completion follows it and ends with the stop token."""
 
 import re
 from datetime import date, datetime
@@ -19,7 +19,7 @@ from saro.errors import SaroError
 DAY = date(1999, 7, 4)
 SECRET = "do not print me"
 
-# Templates in the style of published ones, made small.
+# Small templates in the style of published ones.
 
 LLAMA3 = (
     "{{ bos_token }}{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
@@ -40,9 +40,9 @@ DROPS_THINK = (
     "{{ '<|im_start|>' + m['role'] + '\n' + content + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-# DeepSeek-R1: the generation prompt opens the reasoning.
+# As DeepSeek-R1: the generation prompt opens the reasoning.
 OPENS_THINK = DROPS_THINK.replace("'<|im_start|>assistant\n'", "'<|im_start|>assistant\n<think>\n'")
-# Qwen3: enable_thinking false closes it at once.
+# As Qwen3: enable_thinking false closes the reasoning at once.
 QWEN3 = DROPS_THINK.replace(
     "{{ '<|im_start|>assistant\n' }}",
     "{{ '<|im_start|>assistant\n' }}"
@@ -69,7 +69,7 @@ def chat_of(template=CHATML, *, extra=TOKENS, stop=None, day=DAY, tokenizer=None
 
 
 def ask(prompt="Why?", reasoning="Because.", answer="So.") -> Example:
-    """An example; the prompt is text for one user turn, or (role, content) pairs."""
+    """Make an example. The prompt is a string for one user turn, or (role, content) pairs."""
     turns = [("user", prompt)] if isinstance(prompt, str) else prompt
     return Example("a", "general", tuple(Message(*turn) for turn in turns), Response(reasoning, answer), "data.jsonl:7")
 
@@ -79,21 +79,21 @@ def raw(prompt: str, completion: str) -> Example:
 
 
 def texts(chat: ChatFormat, example: Example) -> tuple[str, str]:
-    """Prompt and completion as the model reads them."""
+    """Return prompt and completion as the model reads them."""
     sequence = chat.encode(example)
     decode = chat.tokenizer.decode
     return decode(sequence.tokens[: sequence.scored_from]), decode(sequence.tokens[sequence.scored_from :])
 
 
 def by_kind(chat: ChatFormat, example: Example) -> dict[RowKind, str]:
-    """The text of the scored tokens of each kind."""
+    """Return the text of the scored tokens by kind."""
     sequence = chat.encode(example)
     scored = sequence.tokens[sequence.scored_from :]
     return {kind: chat.tokenizer.decode(scored[sequence.row_kinds == kind]) for kind in RowKind}
 
 
 def refusal(chat: ChatFormat, example: Example) -> str:
-    """The error that an example gives, after its place; it is one line and holds nothing of the record's text."""
+    """Return the error for an example, without its place. It must be one line without the record's text."""
     with pytest.raises(SaroError) as caught:
         chat.encode(example)
     message = str(caught.value)
@@ -104,7 +104,7 @@ def refusal(chat: ChatFormat, example: Example) -> str:
 
 
 CHATS = {name: chat_of(template) for name, template in TEMPLATES.items()}
-# What people write; tags are left to tests of their own. A lone surrogate is no text and never passes the reader.
+# Any text that people may write. Tags have tests of their own; a lone surrogate never passes the reader.
 written = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(
     lambda t: t.strip() and "think>" not in t
 )
@@ -129,12 +129,12 @@ def test_the_prompt_is_what_transformers_makes_for_generation(name, turns, reaso
 
 
 @every_template
-def test_the_prompt_that_is_compared_with_inference_is_the_prompt_that_is_encoded(template):
+def test_the_prompt_compared_with_inference_is_the_prompt_that_is_encoded(template):
     chat, example = chat_of(template), ask([("user", "Hi"), ("assistant", "Yes?"), ("user", "Why?")])
     assert chat.inference_prompt_ids(example.prompt) == chat.prompt_ids(example.prompt)
 
 
-def test_control_tokens_in_the_prompt_are_what_they_are_at_inference():
+def test_control_tokens_in_the_prompt_are_encoded_as_at_inference():
     chat = chat_of()
     example = ask("Say <|im_end|> twice.")
     assert chat.prompt_ids(example.prompt) == chat.inference_prompt_ids(example.prompt)
@@ -154,7 +154,7 @@ def test_only_the_last_turn_of_a_conversation_is_scored():
     assert completion == "<think>\nBecause.\n</think>\n\nSo.<|im_end|>"
 
 
-def test_reasoning_of_earlier_turns_is_left_out_where_the_template_does_so():
+def test_reasoning_of_earlier_turns_is_left_out_if_the_template_drops_it():
     turns = [("user", "Hi"), ("assistant", "<think>\nHm.\n</think>\n\nYes?"), ("user", "Why?")]
     prompt, completion = texts(chat_of(DROPS_THINK), ask(turns))
     assert "Hm." not in prompt
@@ -183,7 +183,7 @@ def test_several_templates_without_a_default_are_refused():
 
 @pytest.mark.parametrize("name", TEMPLATES)
 @given(reasoning=written, answer=written)
-def test_reasoning_and_answer_are_learnt_to_the_letter(name, reasoning, answer):
+def test_reasoning_and_answer_are_trained_on_to_the_letter(name, reasoning, answer):
     prompt, completion = texts(CHATS[name], ask("Why?", reasoning, answer))
     opened = "" if prompt.endswith("<think>\n") else "<think>\n"
     assert completion == f"{opened}{reasoning}\n</think>\n\n{answer}{STOP.get(TEMPLATES[name], '<|im_end|>')}"
@@ -200,29 +200,29 @@ def test_the_last_scored_token_is_the_only_stop_token(name, reasoning, answer):
 
 
 @every_template
-def test_nothing_after_the_stop_token_is_learnt(template):
-    # ChatML writes a line end after it.
+def test_nothing_after_the_stop_token_is_trained_on(template):
+    # ChatML writes a line end after the stop token.
     assert texts(chat_of(template), ask())[1].endswith("So." + STOP.get(template, "<|im_end|>"))
 
 
 @every_template
-def test_all_from_the_first_token_of_the_response_is_scored(template):
+def test_everything_from_the_first_token_of_the_response_is_scored(template):
     chat, example = chat_of(template), ask()
     sequence = chat.encode(example)
     assert sequence.scored_from == len(chat.prompt_ids(example.prompt))
     assert len(sequence.row_kinds) == len(sequence.tokens) - sequence.scored_from
 
 
-def test_an_answer_without_reasoning_is_learnt_as_it_is():
+def test_an_answer_without_reasoning_is_trained_on_unchanged():
     assert texts(chat_of(), ask(reasoning=None, answer=" So.\n"))[1] == " So.\n<|im_end|>"
 
 
-def test_the_record_is_kept():
+def test_the_record_index_is_kept():
     assert chat_of().encode(ask(), record=12).record == 12
 
 
-def test_what_the_template_writes_before_its_end_token_is_learnt():
-    # Harmony and its like put a channel's end, a control token too, before the end of the turn.
+def test_text_that_the_template_writes_before_its_end_token_is_trained_on():
+    # Formats such as Harmony write another control token, the end of a channel, before the end of the turn.
     template = CHATML.replace("'<|im_end|>\n'", "'</s><|im_end|>\n'")
     assert texts(chat_of(template), ask())[1] == "<think>\nBecause.\n</think>\n\nSo.</s><|im_end|>"
 
@@ -232,7 +232,7 @@ def test_the_first_token_after_the_answer_that_ends_generation_is_the_stop_token
     assert texts(chat_of(template, stop=["</s>", "<|eot_id|>"]), ask())[1].endswith("So.\n<|eot_id|>")
 
 
-# Where the template opens or closes the reasoning
+# Templates that open or close the reasoning
 
 
 def test_the_completion_starts_after_a_tag_that_the_template_opened():
@@ -241,7 +241,7 @@ def test_the_completion_starts_after_a_tag_that_the_template_opened():
     assert completion == "Because.\n</think>\n\nSo.<|im_end|>"
 
 
-def test_a_template_that_opens_the_tag_without_a_line_end_leaves_that_to_the_completion():
+def test_the_completion_adds_the_line_end_that_the_template_did_not_write_after_its_tag():
     chat = chat_of(OPENS_THINK.replace("<think>\n'", "<think>'"))
     assert texts(chat, ask())[1] == "\nBecause.\n</think>\n\nSo.<|im_end|>"
 
@@ -274,7 +274,7 @@ def test_an_answer_without_reasoning_may_follow_a_tag_that_the_template_closed()
 
 
 @pytest.mark.parametrize("variables", [None, {}, {"enable_thinking": True}])
-def test_reasoning_goes_with_a_template_that_leaves_thinking_on(variables):
+def test_reasoning_is_allowed_with_a_template_that_leaves_thinking_on(variables):
     prompt, completion = texts(chat_of(QWEN3, template_variables=variables), ask())
     assert prompt.endswith("<|im_start|>assistant\n")
     assert completion.startswith("<think>\nBecause.")
@@ -301,7 +301,7 @@ def test_without_reasoning_there_is_no_thought():
     assert by_kind(chat_of(), ask(reasoning=None))[RowKind.THINK] == ""
 
 
-def test_thought_in_text_with_tags_is_told_apart():
+def test_thought_in_text_with_tags_is_recognised():
     kinds = by_kind(chat_of(), ask(reasoning=None, answer="<think>Hm.</think>So."))
     assert kinds[RowKind.THINK] == "<think>Hm.</think>"
     assert kinds[RowKind.ANSWER] == "So."
@@ -347,14 +347,14 @@ def test_reasoning_with_a_tag_of_its_own_is_refused(tag):
 
 
 @every_template
-def test_there_is_one_bos_where_the_template_writes_one(template):
+def test_there_is_one_bos_if_the_template_writes_one(template):
     tokens = chat_of(template).encode(ask()).tokens.tolist()
     assert tokens.count(BOS) == ("bos_token" in template)
     assert BOS not in tokens[1:]
 
 
 def adds_bos(template=CHATML, single="<|bos|> $A") -> PreTrainedTokenizerFast:
-    """A tokenizer that puts a BOS (and, where told, an end token) around text of its own accord, as most do."""
+    """Make a tokenizer that adds a BOS to every text, as most do. ``single`` may add an end token too."""
     tokenizer = tiny_tokenizer(template, TOKENS)
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single=single, special_tokens=[("<|bos|>", BOS), ("<|im_end|>", IM_END)]
@@ -364,7 +364,7 @@ def adds_bos(template=CHATML, single="<|bos|> $A") -> PreTrainedTokenizerFast:
 
 
 @every_template
-def test_a_tokenizer_that_adds_bos_adds_none_to_what_the_template_wrote(template):
+def test_a_tokenizer_that_adds_bos_adds_none_to_the_text_of_a_template(template):
     stop = [STOP.get(template, "<|im_end|>")]
     plain = chat_of(template).encode(ask()).tokens
     assert chat_of(tokenizer=adds_bos(template), stop=stop).encode(ask()).tokens.tolist() == plain.tolist()
@@ -388,7 +388,7 @@ def test_a_model_without_bos_has_none():
 
 
 def test_the_start_of_a_turn_may_be_the_bos_token():
-    # SmolLM2: <|im_start|> is its BOS, and stands before every turn.
+    # As in SmolLM2: <|im_start|> is its BOS and starts every turn.
     tokenizer = tiny_tokenizer()
     tokenizer.bos_token = "<|im_start|>"
     assert chat_of(tokenizer=tokenizer).encode(ask()).tokens.tolist().count(IM_START) == 2
@@ -411,19 +411,19 @@ def test_a_pad_token_that_is_the_end_token_changes_nothing(template):
 
 
 @pytest.mark.parametrize(("after", "shown"), [("", "''"), ("\n", r"'\n'")], ids=["nothing", "a line end"])
-def test_a_template_that_ends_no_turn_is_refused_with_the_tokens_that_would(after, shown):
+def test_a_template_without_an_end_token_is_refused_and_the_end_tokens_are_named(after, shown):
     template = CHATML.replace("<|im_end|>\n", after.replace("\n", "\\n"))
     message = refusal(chat_of(template, stop=["<|eot_id|>", "</s>"]), ask(SECRET))
-    assert message.startswith(f"after an answer the chat template writes {shown}, and generation ends at ")
+    assert message.startswith(f"after an answer the chat template writes {shown}, and generation ends only at ")
     assert "'<|eot_id|>'" in message
     assert "'</s>'" in message
     assert "eos_token_id in generation_config.json" in message
 
 
 def test_a_template_whose_end_token_does_not_end_generation_is_refused():
-    # As when generation_config.json knows <|end_of_text|> alone and the template writes <|eot_id|>.
+    # As if generation_config.json named only <|end_of_text|>, while the template writes <|eot_id|>.
     message = refusal(chat_of(LLAMA3, stop=["</s>"]), ask())
-    assert "writes '<|eot_id|>', and generation ends at '</s>' alone" in message
+    assert "writes '<|eot_id|>', and generation ends only at '</s>'" in message
 
 
 def test_a_template_that_leaves_the_answer_out_is_refused():
@@ -442,8 +442,8 @@ def test_all_control_tokens_are_named():
     assert "'<|pad|>', '<|bos|>'" in refusal(chat_of(), ask(answer="<|bos|><|pad|><|bos|>"))
 
 
-def test_an_end_token_that_is_the_unknown_token_too_is_refused_in_the_response():
-    # As GPT-2's <|endoftext|> is.
+def test_an_end_token_that_is_also_the_unknown_token_is_refused_in_the_response():
+    # As in GPT-2: <|endoftext|> is both.
     tokenizer = tiny_tokenizer()
     tokenizer.unk_token = "<|im_end|>"
     assert "'<|im_end|>'" in refusal(chat_of(tokenizer=tokenizer), ask(answer="So.<|im_end|>So."))
@@ -460,7 +460,7 @@ def test_an_unknown_character_is_not_a_control_token():
 
 
 def newline_stops() -> ChatFormat:
-    """A model whose turns end with a line end, of which two are one token."""
+    """Make a format whose turns end with a line end. Two line ends in a row are one token."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {token: i for i, token in enumerate([*alphabet, "ĊĊ"])}
     backend = Tokenizer(models.BPE(vocab=vocab, merges=[("Ċ", "Ċ")]))
@@ -476,7 +476,7 @@ def test_a_stop_token_that_merges_with_the_answer_is_refused():
     assert message.startswith("the stop token merges with the end of the answer; ")
 
 
-def test_a_stop_token_of_plain_text_may_not_stand_in_the_answer():
+def test_a_stop_token_of_plain_text_is_refused_in_the_answer():
     assert "control token 'Ċ'" in refusal(newline_stops(), ask(reasoning=None, answer="One.\nTwo."))
 
 
@@ -484,7 +484,7 @@ def test_a_stop_token_of_plain_text_ends_the_answer():
     assert texts(newline_stops(), ask(reasoning=None)) == ("Why?\n", "So.\n")
 
 
-# What cannot work at all
+# Models that cannot work at all
 
 
 def test_a_slow_tokenizer_is_refused():
@@ -503,7 +503,7 @@ def test_a_model_without_template_is_refused():
     )
 
 
-def test_a_role_that_the_template_refuses_is_an_error_with_its_words():
+def test_a_role_that_the_template_refuses_is_an_error_with_the_templates_message():
     message = refusal(chat_of(MISTRAL), ask([("system", SECRET), ("user", SECRET)]))
     assert message == (
         "the model's chat template refuses this conversation: Only user and assistant roles are supported!"
@@ -515,14 +515,14 @@ def test_a_role_that_the_template_refuses_is_an_error_with_its_words():
     ["{{ raise_exception('two\nlines') }}", "line\n{{ 1 + }}", "{% for m in messages %}", "{{ messages[0].a.b }}"],
     ids=["refusal", "syntax", "unclosed", "undefined"],
 )
-def test_a_template_that_fails_is_one_line(template):
+def test_an_error_in_a_template_is_one_line(template):
     assert refusal(chat_of(template), ask(SECRET)).startswith("the model's chat template refuses this conversation: ")
 
 
 # Raw text: TRL's string prompt and completion
 
 
-def test_raw_text_goes_round_the_template():
+def test_raw_text_skips_the_template():
     assert texts(chat_of(), raw("Q: Why?\nA:", " So.")) == ("Q: Why?\nA:", " So.<|im_end|>")
 
 
@@ -551,20 +551,20 @@ def test_a_raw_completion_ends_with_the_tokenizers_end_token():
     assert texts(chat_of(stop=["</s>", "<|im_end|>"]), raw("a", "b"))[1] == "b<|im_end|>"
 
 
-def test_a_raw_completion_ends_with_a_stop_token_where_the_end_token_is_none():
+def test_a_raw_completion_ends_with_a_stop_token_if_the_end_token_is_not_one():
     assert texts(chat_of(stop=["</s>"]), raw("a", "b"))[1] == "b</s>"
 
 
-def test_tags_in_a_raw_completion_are_told_apart():
+def test_tags_in_a_raw_completion_are_recognised():
     assert by_kind(chat_of(), raw("a", "<think>b</think>c"))[RowKind.THINK] == "<think>b</think>"
 
 
 @given(prompt=written, completion=written)
-def test_raw_text_is_learnt_to_the_letter(prompt, completion):
+def test_raw_text_is_trained_on_to_the_letter(prompt, completion):
     assert texts(CHATS["chatml"], raw(prompt, completion)) == (prompt, completion + "<|im_end|>")
 
 
-# TRL's formats, from the record on
+# TRL's formats, starting from the record
 
 TURNS = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}]
 REPLY = {"role": "assistant", "content": "<think>\nBecause.\n</think>\n\nSo."}
@@ -610,7 +610,7 @@ def test_a_template_sees_the_fixed_day(template):
 
 
 @pytest.mark.parametrize("template", [CLOCK, DATE_STRING, BOTH, LLAMA3], ids=["clock", "variable", "both", "llama3"])
-def test_a_template_never_asks_the_clock(template, monkeypatch):
+def test_a_template_never_reads_the_clock(template, monkeypatch):
     class Stopped:
         def now(self):
             raise AssertionError("the template read the clock")
@@ -639,17 +639,17 @@ def test_the_fixed_day_reaches_macros_and_loops():
 
 
 @pytest.mark.parametrize("day", [DAY, date(2024, 2, 29), date(2030, 12, 31)], ids=str)
-def test_every_form_of_the_date_is_that_of_the_day(day):
+def test_every_date_directive_gives_the_value_of_that_day(day):
     form = " ".join(f"%{letter} %-{letter}" for letter in "aAbBcdDeFgGhHIjmMpSTuUVwxXyY")
     chat = chat_of("{{ strftime_now('" + form + "') }}", day=day)
     assert chat.render_prompt(ask().prompt) == datetime(day.year, day.month, day.day).strftime(form)
 
 
-def test_a_first_line_end_of_a_template_with_a_date_is_kept():
+def test_a_line_end_at_the_start_of_a_template_with_a_date_is_kept():
     with_date, without = chat_of("\n" + CLOCK), chat_of("\nToday: 04 Jul 1999\n" + CHATML)
     assert texts(with_date, ask()) == texts(without, ask())
 
 
-def test_the_date_is_fixed_in_the_stop_token_too():
+def test_the_date_is_also_fixed_in_the_text_before_the_stop_token():
     template = CHATML.replace("'<|im_end|>\n'", "strftime_now('(%Y)') + '<|im_end|>\n'")
     assert re.search(r"So\.\(1999\)<\|im_end\|>$", texts(chat_of(template), ask())[1])

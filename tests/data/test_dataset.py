@@ -1,4 +1,4 @@
-"""JSONL files -> compact arrays that say the same as encoding each record alone."""
+"""Tests that encoding JSONL files into compact arrays equals encoding each record by itself."""
 
 from datetime import date
 from itertools import pairwise
@@ -108,7 +108,7 @@ def test_a_file_with_a_progress_bar_gives_the_same(records_file, examples):
 
 @given(st.lists(st.tuples(st.integers(1, 5), st.integers(0, 5), st.integers(0, 3)), min_size=1, max_size=6))
 def test_a_sequence_is_cut_from_the_arrays(parts):
-    # Prompt, reasoning and answer tokens of each record; the stop token is one more.
+    # parts: prompt, reasoning and answer tokens of each record; the stop token comes on top.
     lengths = [prompt + think + answer + 1 for prompt, think, answer in parts]
     offsets = np.cumsum([0, *lengths])
     prompts, thinks = (np.array([part[i] for part in parts], np.int32) for i in (0, 1))
@@ -125,14 +125,14 @@ def test_a_sequence_is_cut_from_the_arrays(parts):
 # Too long
 
 
-def test_a_record_of_exactly_the_limit_is_taken(records_file):
+def test_a_record_of_exactly_the_maximum_length_is_accepted(records_file):
     (length,) = tokens_of(record("a"), records_file=records_file)
     path = records_file([record("a")])
     assert len(encode_files([path], CHAT, max_tokens=length)) == 1
     assert f"{length} tokens, more than the {length - 1} allowed" in refusal([path], max_tokens=length - 1)
 
 
-def test_a_long_record_is_an_error_with_its_place_its_length_and_the_mend(records_file):
+def test_a_long_record_is_an_error_with_its_place_its_length_and_what_to_do(records_file):
     path = records_file([record("a"), record("b", SECRET * 9)])
     (_, length) = tokens_of(record("a"), record("b", SECRET * 9), records_file=records_file)
     assert refusal([path], max_tokens=100) == (
@@ -149,14 +149,14 @@ def test_long_records_may_be_dropped_and_their_ids_are_kept(records_file):
     assert len(data.tokens) == data.lengths.sum() == sum(tokens_of(record("b"), record("d"), records_file=records_file))
 
 
-def test_nothing_is_dropped_where_all_fits(records_file, examples):
+def test_nothing_is_dropped_if_everything_fits(records_file, examples):
     path = records_file(examples)
     dropping = encode_files([path], CHAT, max_tokens=512, too_long="drop")
     assert dropping.dropped == ()
     assert dropping.tokens.tolist() == encode_files([path], CHAT, max_tokens=512).tokens.tolist()
 
 
-def test_what_is_kept_is_never_cut(records_file, examples):
+def test_kept_records_are_never_cut(records_file, examples):
     path = records_file(examples)
     whole = encode_files([path], CHAT, max_tokens=512)
     limit = int(np.median(whole.lengths))
@@ -175,7 +175,7 @@ def test_all_records_dropped_is_an_error(records_file):
     )
 
 
-def test_a_faulty_record_is_an_error_even_where_long_ones_are_dropped(records_file):
+def test_a_faulty_record_is_an_error_even_if_long_ones_are_dropped(records_file):
     path = records_file([record("a"), record("b", f"{SECRET}<|im_end|>" * 9)])
     assert refusal([path], max_tokens=60, too_long="drop").startswith(f"{path}:2: the response holds")
 
@@ -183,7 +183,7 @@ def test_a_faulty_record_is_an_error_even_where_long_ones_are_dropped(records_fi
 # Ids
 
 
-def test_an_id_that_stands_in_two_files_is_an_error_with_both_places(records_file):
+def test_an_id_in_two_files_is_an_error_with_both_places(records_file):
     one, two = records_file([record("a"), record("b")], "one.jsonl"), records_file([record("b")], "two.jsonl")
     assert refusal([one, two]) == f'{two}:1: id "b" stands at {one}:2 too; ids must differ'
 
@@ -193,23 +193,23 @@ def test_the_same_file_twice_is_an_error(records_file):
     assert refusal([path, path]).startswith(f'{path}:1: id "a" stands at {path}:1 too')
 
 
-def test_the_id_of_a_dropped_record_is_taken(records_file):
+def test_the_id_of_a_dropped_record_cannot_be_used_again(records_file):
     one, two = records_file([record("a", "x" * 99)], "one.jsonl"), records_file([record("a")], "two.jsonl")
     assert f"stands at {one}:1 too" in refusal([one, two], max_tokens=100, too_long="drop")
 
 
-def test_an_id_that_is_a_text_is_not_printed(records_file):
+def test_an_id_that_looks_like_text_is_not_printed(records_file):
     one, two = (records_file([record(SECRET)], name) for name in ("one.jsonl", "two.jsonl"))
-    assert refusal([one, two]) == f"{two}:1: id (a text of 15 characters) stands at {one}:1 too; ids must differ"
+    assert refusal([one, two]) == f"{two}:1: id (15 characters of text) stands at {one}:1 too; ids must differ"
 
 
-def test_records_without_ids_go_by_file_and_line(records_file):
+def test_records_without_ids_are_named_by_file_and_line(records_file):
     fields = {"prompt": "Why?", "answer": "So."}
     one, two = records_file([fields, fields], "one.jsonl"), records_file([fields], "two.jsonl")
     assert encode_files([one, two], CHAT, max_tokens=512).ids == ("one:1", "one:2", "two:1")
 
 
-# Faults below
+# Errors of the reader and the encoder
 
 
 def test_a_faulty_line_is_an_error_with_its_place(records_file):

@@ -1,4 +1,4 @@
-"""The report on a data set, and the gate of its masks."""
+"""Tests the report on a data set and the check of its masks."""
 
 import json
 from dataclasses import replace
@@ -42,7 +42,7 @@ def data(path) -> ExampleSet:
 
 
 def by_hand(**changes) -> ExampleSet:
-    """Five records of 5, 6, 7, 12 and 8 tokens."""
+    """Make five records of 5, 6, 7, 12 and 8 tokens."""
     parts = {
         "tokens": np.zeros(38, np.int32),
         "offsets": np.array([0, 5, 11, 18, 30, 38]),
@@ -64,7 +64,7 @@ def printed(report: LengthReport, title: str = "train") -> str:
 
 
 def test_the_spread_of_a_length_by_hand():
-    # Of 0..20 the median is the 11th value and the 95th percentile the 20th.
+    # In 0..20 the median is the 11th value and the 95th percentile the 20th.
     assert Lengths.of(np.random.default_rng(0).permutation(21)) == Lengths(0, 10, 19, 20, 210)
 
 
@@ -72,7 +72,7 @@ def test_the_spread_of_one_length_is_that_length():
     assert Lengths.of(np.array([7], np.int32)) == Lengths(7, 7, 7, 7, 7)
 
 
-def test_a_spread_is_lengths_that_occur():
+def test_a_median_is_a_length_that_occurs():
     assert Lengths.of(np.array([1, 2, 100, 200])).median in (2, 100)
 
 
@@ -90,7 +90,7 @@ def test_the_report_measures_whole_records_and_their_parts():
     assert spans == {"whole record": (5, 12, 38), "prompt": (1, 4, 12), "reasoning": (0, 5, 12), "scored": (4, 8, 26)}
 
 
-def test_prompt_and_scored_tokens_are_all_tokens(data):
+def test_prompt_and_scored_tokens_add_up_to_all_tokens(data):
     lengths = LengthReport.of(data).lengths
     assert lengths["prompt"].total + lengths["scored"].total == lengths["whole record"].total == len(data.tokens)
 
@@ -114,11 +114,11 @@ def test_the_printed_report_has_the_numbers():
     assert all(name in text for name in ("prompt", "reasoning", "scored"))
 
 
-def test_the_printed_report_is_silent_where_nothing_was_dropped():
+def test_the_printed_report_does_not_mention_dropped_records_if_there_are_none():
     assert "dropped" not in printed(LengthReport.of(by_hand()))
 
 
-def test_a_file_name_that_looks_like_markup_is_printed_as_it_is():
+def test_a_file_name_that_looks_like_markup_is_printed_unchanged():
     assert "[bold]a.jsonl: 5 records" in printed(LengthReport.of(by_hand()), "[bold]a.jsonl")
 
 
@@ -126,7 +126,7 @@ def test_a_file_name_that_looks_like_markup_is_printed_as_it_is():
 
 
 def a_side(*sequences: list[int], prompts: tuple[int, ...], **changes) -> ExampleSet:
-    """Sequences of the tokens given; all that is scored counts as reasoning, but for the last token."""
+    """Make a side from these sequences. All scored tokens but the last count as reasoning."""
     lengths = np.array([len(tokens) for tokens in sequences])
     parts = {
         "tokens": np.concatenate([np.array(tokens, np.int32) for tokens in sequences]),
@@ -140,7 +140,7 @@ def a_side(*sequences: list[int], prompts: tuple[int, ...], **changes) -> Exampl
 
 
 def pairs_by_hand(**changes) -> PairSet:
-    """Three pairs, the first and the last on one prompt, 7 8; all share one token of the responses, the second none."""
+    """Make three pairs. The first and last have the prompt 7 8 and share one response token; the second shares none."""
     chosen = a_side([7, 8, 1, 2, 3], [5, 1, 1], [7, 8, 1, 4, 4, 4], prompts=(2, 1, 2), **changes)
     rejected = a_side([7, 8, 1, 9], [5, 2, 2, 2], [7, 8, 1, 9, 9], prompts=(2, 1, 2), **changes)
     return PairSet(chosen, rejected, np.array([0, 1, 0], np.int32))
@@ -150,7 +150,7 @@ def test_the_report_on_pairs_counts_them_by_kind():
     assert LengthReport.of(pairs_by_hand()).records == {"op-cot": 1, "pp-cot": 2}
 
 
-def test_the_report_measures_both_sides_of_pairs_and_what_they_share():
+def test_the_report_measures_both_sides_of_pairs_and_their_shared_part():
     totals = {label: spread.total for label, spread in LengthReport.of(pairs_by_hand()).lengths.items()}
     assert totals == {
         "chosen": 5 + 3 + 6,
@@ -161,23 +161,23 @@ def test_the_report_measures_both_sides_of_pairs_and_what_they_share():
     }
 
 
-def test_the_shared_tokens_of_a_pair_are_those_that_both_begin_with():
+def test_the_shared_tokens_of_a_pair_are_its_common_prefix():
     assert pairs_by_hand().shared_tokens.tolist() == [3, 1, 3]
 
 
 def test_sharing_by_hand():
-    # One tree holds 7 8 1 and, after it, 2 3, 9 9 (a rejected response ends at its first 9) and 4 4 4; another has 6.
+    # One tree holds 7 8 1, then 2 3, 9 9 (one rejected response ends at the first 9) and 4 4 4. The other has 6 tokens.
     assert Sharing.of(pairs_by_hand()) == Sharing(apart=27, by_pair=20, by_prompt=3 + 2 + 2 + 3 + 6)
 
 
-def test_pairs_that_stand_apart_in_the_file_are_put_together_by_their_prompt():
+def test_pairs_that_are_apart_in_the_file_are_grouped_by_prompt():
     data = pairs_by_hand()
     assert Sharing.of(replace(data, prompts=np.array([4, 2, 4], np.int32))) == Sharing.of(data)
     one_each = Sharing.of(replace(data, prompts=np.array([2, 0, 1], np.int32)))
     assert one_each.by_prompt == one_each.by_pair == Sharing.of(data).by_pair
 
 
-def test_the_length_of_a_pair_is_that_of_its_tree(records_file):
+def test_the_length_of_a_pair_is_the_number_of_tokens_in_its_tree(records_file):
     data = encode_pair_files([records_file(PAIRS)], CHAT, max_tokens=512)
     trees = [build_tree(data.sequences(i)) for i in range(len(data))]
     assert data.lengths.tolist() == [sum(len(node.tokens) for node in tree.nodes) for tree in trees]
@@ -190,24 +190,24 @@ def test_the_report_on_pairs_is_plain_data_for_the_manifest():
     assert as_dict["dropped"] == ["x"]
 
 
-def test_the_printed_report_on_pairs_tells_what_sharing_saves():
+def test_the_printed_report_on_pairs_says_how_much_sharing_saves():
     text = printed(LengthReport.of(pairs_by_hand()))
     assert "train: 3 pairs (1 op-cot, 2 pp-cot)" in text
     assert "pair, shared part once" in text
-    # 7 of 27, 11 of 27.
+    # Sharing saves 7 of 27 tokens within pairs, and 11 if pairs on one prompt share a tree.
     assert "Sharing saves 25.9 % of 27 tokens, and up to 40.7 % if pairs on one prompt come into one step" in text
 
 
-def test_the_printed_report_is_silent_on_prompts_that_have_one_pair():
+def test_the_printed_report_does_not_mention_prompts_if_each_has_one_pair():
     text = printed(LengthReport.of(replace(pairs_by_hand(), prompts=np.arange(3, dtype=np.int32))))
     assert "Sharing saves 25.9 % of 27 tokens\n" in text
 
 
-# The gate
+# The check of the masks
 
 
 def tampered(data: ExampleSet, record: int, position: int, token: int) -> ExampleSet:
-    """The data with one token changed; the position is counted from the record's end where it is negative."""
+    """Return the data with one token changed. A negative position counts from the record's end."""
     tokens = data.tokens.copy()
     tokens[data.offsets[record + (position < 0)] + position] = token
     return replace(data, tokens=tokens)
@@ -234,13 +234,13 @@ def test_a_second_stop_token_is_refused(data):
     assert "record r5: the scored tokens do not end with their only" in refusal(tampered(data, 5, -3, IM_END), [])
 
 
-def test_a_stop_token_in_the_prompt_is_no_fault(data, path):
+def test_a_stop_token_in_the_prompt_is_allowed(data, path):
     assert IM_END in data.sequence(0).tokens[: data.prompt_tokens[0]]
     check_masks(data, CHAT, [next(read_examples(path))], 1000)
 
 
 @pytest.mark.parametrize("shift", [-1, 1, 4])
-def test_a_mask_that_is_shifted_is_refused(data, path, shift):
+def test_a_shifted_mask_is_refused(data, path, shift):
     prompts = data.prompt_tokens.copy()
     prompts[3] += shift
     assert refusal(replace(data, prompt_tokens=prompts), read_examples(path)) == (
@@ -276,7 +276,7 @@ def test_raw_text_has_no_template_to_compare_with(records_file):
     check_masks(encode_files([path], CHAT, max_tokens=512), CHAT, read_examples(path), 1000)
 
 
-def test_any_of_several_stop_tokens_will_do(data):
+def test_any_of_several_stop_tokens_is_accepted(data):
     both = ChatFormat(CHAT.tokenizer, frozenset({IM_END, 77}), CHAT.template_date)
     check_masks(tampered(data, 5, -1, 77), both, [], 1000)
 
@@ -289,7 +289,7 @@ def test_a_tokenizer_with_more_tokens_than_the_model_embeds_is_refused(records_f
         check_masks(data, CHAT, [], most)
 
 
-# The gate, for pairs
+# The check of the masks of pairs
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Trees -> packs: a pack alone says what is read, what is predicted from where, and to which sequence that belongs."""
+"""Tests that a pack says which tokens are read, what is predicted from where, and for which sequence."""
 
 from itertools import pairwise, product
 
@@ -21,7 +21,7 @@ def scored(tokens, scored_from=1, record=0, think=0) -> ScoredSequence:
 
 @st.composite
 def families(draw) -> list[ScoredSequence]:
-    """1 to 5 sequences; most begin like an earlier one, so that some are equal and some a prefix of another."""
+    """Draw 1 to 5 sequences. Most begin like an earlier one, so some are equal and some are a prefix of another."""
     made: list[list[int]] = []
     for _ in range(draw(st.integers(1, 5))):
         base = draw(st.sampled_from(made)) if made else []
@@ -35,7 +35,7 @@ def families(draw) -> list[ScoredSequence]:
     return sequences
 
 
-# From none to three trees
+# None to three trees
 forests = st.lists(families(), max_size=3)
 sizes = st.lists(st.integers(1, 40), max_size=30)
 
@@ -46,7 +46,7 @@ def segment_of(pack: Pack, position: int) -> int:
 
 
 def seen_from(pack: Pack, position: int) -> list[int]:
-    """Positions that the hidden state at ``position`` may depend on: its ancestors, all of them, itself causally."""
+    """Return the positions that ``position`` may attend to: all of its ancestors, and its own segment causally."""
     segment = segment_of(pack, position)
     seen = list(range(pack.segments[segment][0], position + 1))
     while (segment := pack.segments[segment][2]) >= 0:
@@ -63,7 +63,7 @@ def flat(forest) -> list[ScoredSequence]:
     return [sequence for family in forest for sequence in family]
 
 
-# What a pack says
+# Contents of a pack
 
 
 @given(forests)
@@ -99,7 +99,7 @@ def test_a_prefix_is_stored_once_in_each_tree(forest):
     pack = lay_out([build_tree(family) for family in forest])
     distinct = [{tuple(s.tokens[:n].tolist()) for s in family for n in range(1, len(s.tokens))} for family in forest]
     assert pack.tokens == sum(map(len, distinct))
-    # The pack itself holds no two positions of a tree that stand for the same prefix.
+    # No two positions of a tree in the pack stand for the same prefix.
     roots = [i for i, (_, _, parent) in enumerate(pack.segments) if parent < 0]
     assert len(roots) >= len(forest)
     stored = [tuple(pack.input_ids[seen_from(pack, p)].tolist()) for p in range(pack.tokens)]
@@ -118,7 +118,7 @@ def test_a_scored_token_that_sequences_share_is_one_row(forest):
 
 
 @given(forests)
-def test_a_row_has_the_kind_that_a_sequence_of_its_own_gives_it(forest):
+def test_a_row_has_the_kind_that_one_of_its_sequences_gives_it(forest):
     pack = lay_out([build_tree(family) for family in forest])
     kinds = [set() for _ in range(pack.rows)]
     for index, sequence in enumerate(flat(forest)):
@@ -128,7 +128,7 @@ def test_a_row_has_the_kind_that_a_sequence_of_its_own_gives_it(forest):
 
 
 @given(forests)
-def test_segments_lie_one_after_the_other_and_parents_come_first(forest):
+def test_segments_are_contiguous_and_parents_come_first(forest):
     pack = lay_out([build_tree(family) for family in forest])
     assert pack.segments[0][0] == 0
     assert pack.segments[-1][1] == pack.tokens
@@ -137,13 +137,13 @@ def test_segments_lie_one_after_the_other_and_parents_come_first(forest):
 
 
 @given(forests)
-def test_records_are_those_of_the_sequences_in_order(forest):
+def test_records_are_in_the_order_of_the_sequences(forest):
     pack = lay_out([build_tree(family) for family in forest])
     assert pack.records == tuple(s.record for s in flat(forest))
 
 
 @given(forests.filter(len))
-def test_trees_side_by_side_are_what_each_is_alone(forest):
+def test_trees_side_by_side_are_laid_out_like_each_by_itself(forest):
     trees = [build_tree(family) for family in forest]
     together, alone = lay_out(trees), [lay_out([tree]) for tree in trees]
     for name in ("input_ids", "position_ids", "row_target", "row_kind"):
@@ -161,7 +161,7 @@ def test_a_pack_of_a_pair_by_hand():
     pack = lay_out([build_tree(pair)])
     assert pack.input_ids.tolist() == [1, 2, 3, 4]
     assert pack.position_ids.tolist() == [0, 1, 2, 3]
-    # The second response is one token after the shared ones: a segment without tokens.
+    # The second response has one token after the shared ones, which is not read: a segment without tokens.
     assert pack.segments == ((0, 3, -1), (3, 4, 0), (4, 4, 0))
     assert pack.row_target.tolist() == [3, 4, 9, 9]
     assert pack.row_hidden.tolist() == [1, 2, 3, 2]
@@ -227,14 +227,14 @@ def test_no_two_bins_fit_into_one(tokens):
 
 @given(st.lists(st.lists(st.integers(1, 9), min_size=1), max_size=6))
 def test_bins_are_at_most_eleven_ninths_of_the_fewest(parts):
-    # Each list fills one bin, so that the fewest bins are known; 11/9 OPT + 6/9 is Dosa's bound (2007).
+    # Each list fills one bin, so the minimum is known. 11/9 OPT + 6/9 is Dosa's bound (2007).
     full = [[*items, 100 - sum(items)] for items in parts if sum(items) < 100]
     tokens = [size for items in full for size in items]
     assert len(best_fit_decreasing(tokens, 100)) <= 11 / 9 * len(full) + 6 / 9
 
 
-def test_the_order_given_does_not_waste_a_bin():
-    # First come, first served would put 4 and 4 together and need three bins.
+def test_the_input_order_does_not_waste_a_bin():
+    # In input order, 4 and 4 would share a bin and three bins would be needed.
     bins = best_fit_decreasing([4, 4, 6, 6], 10)
     assert [sorted(tokens) for tokens in bins] == [[0, 2], [1, 3]]
 
@@ -244,7 +244,7 @@ def test_an_item_goes_where_it_leaves_the_least_room():
     assert best_fit_decreasing([6, 7, 3], 10) == [[1, 2], [0]]
 
 
-def test_an_item_of_the_whole_budget_is_a_bin_of_its_own():
+def test_an_item_as_large_as_the_budget_gets_a_bin_of_its_own():
     assert best_fit_decreasing([10, 10], 10) == [[0], [1]]
 
 
@@ -269,7 +269,7 @@ def test_every_item_goes_to_one_rank(tokens, ranks):
 
 
 @given(sizes.filter(len), st.integers(1, 5))
-def test_no_rank_has_more_than_its_share_and_part_of_one_item(tokens, ranks):
+def test_no_rank_exceeds_its_share_by_more_than_part_of_one_item(tokens, ranks):
     # Graham 1966: the last item of the fullest rank was dealt when that rank had the least.
     most = max(sum(tokens[i] for i in items) for items in balance(tokens, ranks))
     assert most * ranks <= sum(tokens) + (ranks - 1) * max(tokens)
@@ -277,7 +277,7 @@ def test_no_rank_has_more_than_its_share_and_part_of_one_item(tokens, ranks):
 
 @given(st.lists(st.integers(1, 20), min_size=1, max_size=6), st.integers(1, 3))
 def test_the_fullest_rank_is_within_a_third_of_the_best(tokens, ranks):
-    # Graham 1969, against all ways to deal: largest first costs at most 4/3 - 1/(3 ranks).
+    # Graham 1969, checked against all assignments: largest first is at most 4/3 - 1/(3 ranks) of the best.
     def fullest(dealt):
         return max(sum(t for t, to in zip(tokens, dealt, strict=True) if to == rank) for rank in range(ranks))
 
@@ -309,7 +309,7 @@ def test_every_rank_has_a_pack_and_an_empty_one_only_without_work(tokens, ranks)
 
 
 @given(sizes, st.integers(1, 5))
-def test_a_plan_is_what_each_rank_deals_and_packs(tokens, ranks):
+def test_each_rank_packs_the_items_that_balance_gives_it(tokens, ranks):
     plan, dealt = plan_step(tokens, 40, ranks), balance(tokens, ranks)
     assert [sorted(i for pack in packs for i in pack) for packs in plan] == [sorted(items) for items in dealt]
 
@@ -322,6 +322,6 @@ def test_a_plan_of_nothing_is_an_empty_pack():
     assert plan_step([], 10) == [[[]]]
 
 
-def test_a_plan_refuses_what_no_pack_can_hold():
+def test_a_plan_refuses_an_item_that_no_pack_can_hold():
     with pytest.raises(ValueError, match="11 tokens does not fit the budget of 10"):
         plan_step([3, 11], 10, 2)

@@ -1,4 +1,4 @@
-"""Pairs in trees: those on one prompt share one, up to the budget; what is shared is scored once."""
+"""Tests that pairs on one prompt share a tree, up to the budget, and that shared tokens are scored once."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_a_tree_over_the_budget_is_split_between_pairs(encoded):
     assert members(data.trees([0, 2, 3], int(data.lengths.max()))) == [[0], [2], [3]]
 
 
-def test_a_pairs_length_is_that_of_its_tree(encoded):
+def test_the_length_of_a_pair_is_the_size_of_its_tree(encoded):
     data = encoded(RECORDS)
     for i in range(len(data)):
         nodes = build_tree(data.sequences(i)).nodes
@@ -76,14 +76,14 @@ def test_a_pairs_length_is_that_of_its_tree(encoded):
         assert data.shared_tokens[i] == len(nodes[0].tokens)
 
 
-def test_a_pair_is_as_long_as_its_tree_and_no_longer(encoded):
+def test_a_pair_fits_if_its_tree_fits(encoded):
     longest = int(encoded(RECORDS).lengths.max())
     assert len(encoded(RECORDS, longest)) == len(RECORDS)
     with pytest.raises(Exception, match=f"{longest} tokens, more than the {longest - 1} allowed"):
         encoded(RECORDS, longest - 1)
 
 
-def test_divergent_pairs_are_scored_from_where_their_sides_part(encoded):
+def test_divergent_pairs_are_scored_from_the_token_where_their_sides_diverge(encoded):
     data = encoded(RECORDS)
     parted = data.divergent()
     assert np.array_equal(parted.lengths, data.lengths)

@@ -1,4 +1,4 @@
-"""Preference pairs from JSONL to token ids."""
+"""Tests preference pairs, from JSONL to token ids."""
 
 from __future__ import annotations
 
@@ -43,19 +43,19 @@ def _refusal(file: str) -> str:
     return str(caught.value)
 
 
-def test_a_native_pair(records_file):
+def test_a_native_pair_is_read(records_file):
     pair = _only(read_pairs(records_file([NATIVE])))
     assert (pair.id, pair.kind, pair.prompt) == ("p", "pp-cot", (Message("user", "Hi"),))
     assert (pair.chosen, pair.rejected) == (Response("a\nb", "c"), Response(None, "d"))
 
 
-def test_trls_string_preference_format_takes_no_template(records_file):
+def test_trls_string_preference_format_is_raw_text(records_file):
     pair = _only(read_pairs(records_file([{"prompt": "Hi", "chosen": " yes", "rejected": " no"}])))
     assert (pair.prompt, pair.kind) == ("Hi", "op-cot")
     assert (pair.chosen.answer, pair.rejected.answer) == (" yes", " no")
 
 
-def test_trls_conversational_preference_format(records_file):
+def test_trls_conversational_preference_format_is_read(records_file):
     pair = _only(read_pairs(records_file([{"prompt": USER, "chosen": _turn("yes"), "rejected": _turn("no")}])))
     assert pair.prompt == (Message("user", "Hi"),)
     assert (pair.chosen.answer, pair.rejected.answer) == ("yes", "no")
@@ -77,7 +77,7 @@ def test_trls_conversational_preference_format(records_file):
         ),
     ],
 )
-def test_a_faulty_pair_is_named_with_its_line_and_the_mend(records_file, change, message):
+def test_a_faulty_pair_is_an_error_with_its_line_and_what_to_do(records_file, change, message):
     file = records_file([NATIVE | {"id": "good"}, NATIVE | change])
     assert _refusal(file) == f"{file}:2: {message}"
 
@@ -100,7 +100,7 @@ def test_both_sides_are_encoded_on_the_same_prompt(records_file):
 
 
 @pytest.mark.parametrize("long_side", ["chosen", "rejected"])
-def test_a_pair_too_long_on_one_side_is_an_error_or_dropped_whole(records_file, long_side):
+def test_a_pair_with_one_side_too_long_is_an_error_or_dropped_with_both_sides(records_file, long_side):
     file = records_file([NATIVE, NATIVE | {"id": "long", long_side: {"answer": "x" * 300}}])
     with pytest.raises(SaroError, match=r":2: \d+ tokens, more than the 200 allowed; nothing is cut"):
         encode_pair_files([file], CHAT, max_tokens=200)

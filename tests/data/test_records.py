@@ -1,4 +1,4 @@
-"""JSONL -> typed records: every format is read exactly, every fault is named with its place and the mend."""
+"""Tests that every record format is read exactly and that every error says where and what to do."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ SECRET = "do not print me"
 
 
 def write(path: Path, *records) -> Path:
-    """A JSONL file of the records; bytes and str are lines as they are."""
+    """Write records to a JSONL file; bytes and str are written unchanged, as lines."""
     lines = [r if isinstance(r, bytes) else (r if isinstance(r, str) else json.dumps(r)).encode() for r in records]
     path.write_bytes(b"".join(line + b"\n" for line in lines))
     return path
@@ -27,7 +27,7 @@ def only(tmp_path: Path, record) -> Example:
 
 
 def error(tmp_path: Path, *records) -> str:
-    """The error that the records give, without the folder; it never holds a record's text."""
+    """Return the error for these records, without the folder. It must never contain a record's text."""
     with pytest.raises(SaroError) as caught:
         list(read_examples(write(tmp_path / "data.jsonl", *records)))
     message = str(caught.value)
@@ -52,7 +52,7 @@ def test_a_native_record_is_read(tmp_path):
     ]
 
 
-def test_the_file_is_named_as_the_user_did(tmp_path, monkeypatch):
+def test_the_file_is_named_as_the_user_named_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "data.jsonl", NATIVE)
     assert next(read_examples("data.jsonl")).where == "data.jsonl:1"
@@ -85,7 +85,7 @@ def test_trl_string_prompt_completion_stays_raw_text(tmp_path):
     assert example.response == Response(None, " blue.")
 
 
-def test_the_last_of_trl_messages_is_the_response(tmp_path):
+def test_the_last_turn_of_trl_messages_is_the_response(tmp_path):
     record = {"messages": chat(("user", "Hi"), ("assistant", "Hello"), ("user", "Why?"), ("assistant", "So."))}
     example = only(tmp_path, record)
     assert example.prompt == (Message("user", "Hi"), Message("assistant", "Hello"), Message("user", "Why?"))
@@ -101,7 +101,7 @@ def test_an_empty_system_turn_is_allowed(tmp_path):
     assert only(tmp_path, record).prompt[0] == Message("system", "")
 
 
-def test_anything_may_stand_under_meta(tmp_path):
+def test_meta_may_hold_anything(tmp_path):
     assert only(tmp_path, {**NATIVE, "meta": {"source": ["x", None]}}) == only(tmp_path, NATIVE)
 
 
@@ -122,7 +122,7 @@ def test_blank_lines_are_skipped_but_counted(tmp_path):
     assert [example.where.rpartition(":")[2] for example in read_examples(path)] == ["2", "4"]
 
 
-def test_a_byte_order_mark_windows_line_ends_and_no_last_line_end_are_fine(tmp_path):
+def test_a_byte_order_mark_windows_line_ends_and_a_missing_last_line_end_are_fine(tmp_path):
     line = json.dumps(NATIVE).encode()
     path = tmp_path / "data.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + line + b"\r\n" + line)
@@ -167,7 +167,7 @@ def test_any_text_survives_exactly(tmp_path_factory, prompt, steps, answer, esca
         max_leaves=12,
     )
 )
-def test_whatever_json_a_line_holds_it_is_an_example_or_a_saro_error(tmp_path_factory, record):
+def test_any_json_line_gives_an_example_or_a_saro_error(tmp_path_factory, record):
     path = write(tmp_path_factory.mktemp("any") / "data.jsonl", json.dumps(record))
     outcome = ""
     try:
@@ -191,7 +191,7 @@ def test_a_missing_folder_is_named(tmp_path):
         list(read_examples(tmp_path / "missing" / "train.jsonl"))
 
 
-def test_a_folder_is_no_file(tmp_path):
+def test_a_folder_in_place_of_a_file_is_an_error(tmp_path):
     with pytest.raises(SaroError, match="is a folder; name one file in it"):
         list(read_examples(tmp_path))
 
@@ -206,7 +206,7 @@ def test_a_file_that_is_not_utf8_names_line_and_byte(tmp_path):
     assert message == "data.jsonl:2: not UTF-8 at byte 14; convert the file to UTF-8"
 
 
-def test_a_json_array_is_told_from_jsonl(tmp_path):
+def test_a_json_array_is_not_taken_for_jsonl(tmp_path):
     message = error(tmp_path, *json.dumps([NATIVE, NATIVE], indent=1).splitlines())
     assert message == "data.jsonl:1: a JSON array begins here; write each of its objects on a line of its own (JSONL)"
 
@@ -220,14 +220,14 @@ def test_a_json_array_is_told_from_jsonl(tmp_path):
         ('{"prompt": "a", "prompt": "b"}', 'field "prompt" is given twice; keep one'),
         ("[" * 100_000, "nested too deep"),
         ('{"meta": ' + "1" * 10_000 + "}", "number too long"),
-        ('"text"', "the line is a text; write one JSON object on each line"),
+        ('"text"', "the line is a string; write one JSON object on each line"),
         ("[1]", "the line is a list"),
         ("null", "the line is null"),
         ("3.5", "the line is a number"),
         ("true", "the line is true or false"),
     ],
 )
-def test_a_line_that_is_no_json_object_is_an_error(tmp_path, line, expected):
+def test_a_line_that_is_not_a_json_object_is_an_error(tmp_path, line, expected):
     message = error(tmp_path, NATIVE, line)
     assert message.startswith("data.jsonl:2: ")
     assert expected in message
@@ -248,7 +248,7 @@ def test_a_line_that_is_no_json_object_is_an_error(tmp_path, line, expected):
             'unknown field "anwser" (data of your own goes under "meta"); did you mean answer?',
         ),
         ({**NATIVE, "zzz": SECRET}, "; valid are prompt, reasoning, answer, completion, messages, id, kind, meta"),
-        ({**NATIVE, SECRET: 1}, "unknown field (a text of 15 characters)"),
+        ({**NATIVE, SECRET: 1}, "unknown field (15 characters of text)"),
         (
             {**NATIVE, "completion": "So."},
             "fields of two formats: prompt, reasoning, answer, completion; give those of one",
@@ -264,24 +264,24 @@ def test_the_fields_must_be_those_of_one_format(tmp_path, record, expected):
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ({"prompt": None}, "prompt is null; give a text or a list of messages"),
+        ({"prompt": None}, "prompt is null; give a string or a list of messages"),
         ({"prompt": {"role": "user"}}, "prompt is an object"),
         ({"prompt": []}, "prompt is an empty list"),
         ({"prompt": " \n"}, "prompt is empty"),
-        ({"answer": 3}, "answer is a number; give a text"),
+        ({"answer": 3}, "answer is a number; give a string"),
         ({"answer": None}, "answer is null"),
         ({"answer": "\t"}, "answer is empty"),
-        ({"reasoning": True}, "reasoning is true or false; give a text or a list of steps"),
+        ({"reasoning": True}, "reasoning is true or false; give a string or a list of steps"),
         ({"reasoning": ""}, "reasoning is empty; write it, or leave the field out"),
         ({"reasoning": []}, "reasoning has no steps"),
         ({"reasoning": ["one", " "]}, "reasoning step 2 is empty"),
         ({"reasoning": ["one", 2]}, "reasoning step 2 is a number"),
         ({"id": None}, "id is null"),
         ({"id": True}, "id is true or false"),
-        ({"id": 1.5}, "id is a number; give a text or a whole number"),
+        ({"id": 1.5}, "id is a number; give a string or a whole number"),
         ({"id": " "}, "id is empty"),
         ({"kind": "safty"}, 'kind is "safty"; did you mean safety?'),
-        ({"kind": SECRET}, "kind is (a text of 15 characters); valid are general, safety"),
+        ({"kind": SECRET}, "kind is (15 characters of text); valid are general, safety"),
         ({"kind": ["safety"]}, "kind is a list"),
         ({"answer": "ab\0c"}, "answer has a NUL character at 3; remove it"),
         ({"answer": "ab\ud800"}, "answer has half of a surrogate pair at character 3"),
@@ -295,13 +295,13 @@ def test_a_faulty_value_is_named(tmp_path, change, expected):
 @pytest.mark.parametrize(
     ("turns", "expected"),
     [
-        (["Why?"], "prompt: message 1 is a text"),
+        (["Why?"], "prompt: message 1 is a string"),
         ([{"role": "user"}], "prompt: message 1 has no content"),
         ([{"content": "Why?"}], "prompt: message 1 has no role"),
         ([{"role": "usr", "content": "Why?"}], 'message 1 has the role "usr"; did you mean user?'),
         ([{"role": 1, "content": "Why?"}], "message 1 has a role that is a number"),
         ([{"role": "user", "content": "Why?", "name": SECRET}], 'message 1 has the field "name"; a message has only'),
-        ([{"role": "user", "content": [{"type": "text"}]}], "prompt: message 1: content is a list; give a text"),
+        ([{"role": "user", "content": [{"type": "text"}]}], "prompt: message 1: content is a list; give a string"),
         (chat(("user", " ")), "prompt: message 1: content is empty"),
         (chat(("user", "a"), ("system", "b"), ("user", "c")), "message 2 is a system turn; only the first may be one"),
         (chat(("user", "a"), ("assistant", "b")), "the last turn is the assistant's; put it into the response"),
@@ -317,9 +317,9 @@ def test_a_faulty_conversation_is_named(tmp_path, turns, expected):
     [
         (
             {"prompt": "a", "completion": chat(("assistant", "b"))},
-            "prompt is a text and completion is a list; give both",
+            "prompt is a string and completion is a list; give both",
         ),
-        ({"prompt": chat(("user", "a")), "completion": "b"}, "prompt is a list and completion is a text; give both"),
+        ({"prompt": chat(("user", "a")), "completion": "b"}, "prompt is a list and completion is a string; give both"),
         ({"prompt": "a", "completion": 1}, "completion is a number"),
         ({"prompt": "a", "completion": " "}, "completion is empty"),
         ({"prompt": chat(("user", "a")), "completion": chat(("user", "b"))}, "completion is not one assistant turn"),
@@ -327,7 +327,7 @@ def test_a_faulty_conversation_is_named(tmp_path, turns, expected):
             {"prompt": chat(("user", "a")), "completion": chat(("assistant", "b"), ("assistant", "c"))},
             "completion is not one assistant turn; put the turns before it into the prompt",
         ),
-        ({"messages": "a"}, "messages is a text; give a list of messages"),
+        ({"messages": "a"}, "messages is a string; give a list of messages"),
         ({"messages": []}, "messages is an empty list"),
         ({"messages": chat(("user", "a"))}, "the last turn of messages is the user's; end with the assistant turn"),
         ({"messages": chat(("assistant", "a"))}, "messages before the last turn: there are none; add the user turn"),
@@ -340,12 +340,12 @@ def test_a_faulty_trl_record_is_named(tmp_path, record, expected):
 
 def test_an_id_given_twice_names_both_lines(tmp_path):
     message = error(tmp_path, {**NATIVE, "id": "a"}, "", NATIVE, {**NATIVE, "id": "a"})
-    assert message == 'data.jsonl:4: id "a" is that of line 1; give each record its own id, or none'
+    assert message == 'data.jsonl:4: id "a" is already used on line 1; give each record its own id, or none'
 
 
 def test_a_number_and_its_text_are_the_same_id(tmp_path):
-    assert 'id "7" is that of line 1' in error(tmp_path, {**NATIVE, "id": 7}, {**NATIVE, "id": "7"})
+    assert 'id "7" is already used on line 1' in error(tmp_path, {**NATIVE, "id": 7}, {**NATIVE, "id": "7"})
 
 
 def test_an_id_may_not_be_the_default_of_another_record(tmp_path):
-    assert 'id "data:1" is that of line 1' in error(tmp_path, NATIVE, {**NATIVE, "id": "data:1"})
+    assert 'id "data:1" is already used on line 1' in error(tmp_path, NATIVE, {**NATIVE, "id": "data:1"})

@@ -1,4 +1,4 @@
-"""Which records make which step: a pure function of (seed, epoch), and of nothing else."""
+"""Tests that the records of a step depend only on seed and epoch."""
 
 import random
 import tracemalloc
@@ -21,12 +21,12 @@ def epoch_of(schedule: Schedule, epoch: int) -> list[np.ndarray]:
 
 
 def draws(schedule: Schedule, epoch: int) -> Counter[int]:
-    """How often each record is drawn in an epoch."""
+    """Count how often each record is drawn in an epoch."""
     return Counter(np.concatenate(epoch_of(schedule, epoch)).tolist())
 
 
 def drawable(*args) -> Schedule:
-    """A schedule; hypothesis tries another one where the weights leave no record."""
+    """Make a schedule. If the weights leave no record, hypothesis tries other ones."""
     try:
         return Schedule(*args)
     except SaroError:
@@ -42,8 +42,8 @@ seeds = st.integers(0, 2**31)
 
 
 @given(kind_lists, st.integers(1, 9), seeds, weightings, st.booleans(), st.data())
-def test_a_fresh_schedule_gives_any_step_as_one_that_ran_up_to_it(kinds, per_step, seed, weights, in_groups, data):
-    # What a resumed run needs: accelerate#4233 is a sampler that began its epoch anew after a resume.
+def test_a_fresh_schedule_gives_any_step_like_one_that_ran_up_to_it(kinds, per_step, seed, weights, in_groups, data):
+    # A resumed run needs this: in accelerate#4233 a sampler started its epoch again after a resume.
     groups = [i // 3 for i in range(len(kinds))] if in_groups else None
     ran = drawable(kinds, per_step, seed, weights, groups)
     steps = [ran.records(step).tolist() for step in range(3 * ran.steps_per_epoch)]
@@ -59,7 +59,7 @@ def test_steps_may_be_asked_for_in_any_order_and_again():
         assert schedule.records(step).tolist() == forward[step]
 
 
-def test_nothing_but_the_seed_decides():
+def test_only_the_seed_decides_the_order():
     before = [records.tolist() for records in epoch_of(Schedule([0, 1] * 20, 4, seed=3), 0)]
     for seed in (1, 2):
         random.seed(seed)
@@ -68,7 +68,7 @@ def test_nothing_but_the_seed_decides():
         assert [records.tolist() for records in epoch_of(Schedule([0, 1] * 20, 4, seed=3), 0)] == before
 
 
-def test_the_type_of_the_kinds_does_not_decide():
+def test_the_type_of_the_kinds_does_not_matter():
     listed, array = Schedule([0, 1] * 10, 4, seed=0), Schedule(np.array([0, 1] * 10, np.uint8), 4, seed=0)
     assert all(listed.records(step).tolist() == array.records(step).tolist() for step in range(10))
 
@@ -85,7 +85,7 @@ def test_records_per_step_cuts_one_order_into_steps():
 
 
 def test_the_order_is_the_same_on_every_machine():
-    # Changes only with the algorithm, which would silently change what a resumed run learns from.
+    # If this fails, the algorithm changed, and resumed runs would silently train on other records.
     schedule = Schedule([0, 0, 1, 1, 1, 0, 1], 3, seed=0, weights={1: 0.5})
     assert [schedule.records(step).tolist() for step in range(4)] == [[4, 1], [5, 0, 6], [1, 3], [4, 5, 0]]
 
@@ -101,8 +101,8 @@ def test_seeds_differ():
     assert len(orders) == 5
 
 
-def test_an_epoch_is_not_the_next_seeds_epoch():
-    # As it would be if seed and epoch were added.
+def test_an_epoch_differs_from_the_epochs_of_the_next_seed():
+    # They would be equal if seed and epoch were added.
     assert Schedule([0] * 50, 50, seed=0).records(1).tolist() != Schedule([0] * 50, 50, seed=1).records(0).tolist()
 
 
@@ -121,7 +121,7 @@ def test_every_record_comes_once_in_an_epoch(kinds, per_step, seed, epoch):
 
 
 @given(kind_lists, st.integers(1, 9), weightings, st.integers(0, 3))
-def test_steps_differ_by_one_record_at_most_and_are_as_few_as_can_be(kinds, per_step, weights, epoch):
+def test_steps_differ_by_at_most_one_record_and_are_as_few_as_possible(kinds, per_step, weights, epoch):
     schedule = drawable(kinds, per_step, 0, weights)
     lengths = [len(records) for records in epoch_of(schedule, epoch)]
     assert sum(lengths) == schedule.records_per_epoch
@@ -130,8 +130,8 @@ def test_steps_differ_by_one_record_at_most_and_are_as_few_as_can_be(kinds, per_
     assert len(lengths) == -(-schedule.records_per_epoch // per_step)
 
 
-def test_no_step_is_a_handful():
-    # 17 records by 16 are 9 and 8, not 16 and 1.
+def test_no_step_is_much_smaller_than_the_others():
+    # 17 records in steps of 16 are 9 and 8, not 16 and 1.
     assert sorted(len(records) for records in epoch_of(Schedule([0] * 17, 16, seed=0), 0)) == [8, 9]
 
 
@@ -192,7 +192,7 @@ def test_weights_that_leave_no_record_are_an_error(kinds):
 
 
 def spans(order: list[int], groups: list[int]) -> dict[int, int]:
-    """For each group, the number of places from its first draw to its last."""
+    """Return, for each group, the number of places from its first draw to its last."""
     places: dict[int, list[int]] = {}
     for place, record in enumerate(order):
         places.setdefault(groups[record], []).append(place)
@@ -226,7 +226,7 @@ def test_groups_change_neither_draws_nor_sizes_of_steps(records, per_step, seed,
 
 
 @given(grouped, seeds, st.integers(2, 3))
-def test_copies_of_a_record_come_in_different_runs_of_its_group(records, seed, weight):
+def test_copies_of_a_record_are_in_different_runs_of_its_group(records, seed, weight):
     kinds, groups = map(list, zip(*records, strict=True))
     schedule = Schedule(kinds, 1, seed, {0: weight, 1: weight}, groups)
     left = np.concatenate(epoch_of(schedule, 0)).tolist()
@@ -237,7 +237,7 @@ def test_copies_of_a_record_come_in_different_runs_of_its_group(records, seed, w
         left = left[len(run) :]
 
 
-def test_copies_come_no_closer_than_without_groups():
+def test_copies_are_no_closer_together_than_without_groups():
     def twice_in_a_step(groups: list[int] | None) -> int:
         schedules = [Schedule([0] * 96, 16, seed, {0: 2}, groups) for seed in range(50)]
         steps = [step for schedule in schedules for step in epoch_of(schedule, 0)]
@@ -255,12 +255,12 @@ def test_a_group_larger_than_a_step_fills_consecutive_ones():
     assert all(n == 4 for n in held[first + 1 : last])
 
 
-def test_large_groups_come_neither_early_nor_late():
-    # As they would if a group stood where the first of its records was drawn.
+def test_large_groups_are_neither_early_nor_late():
+    # They would be early if a group were placed where the first of its records was drawn.
     groups = [0] * 20 + list(range(1, 81))
     orders = (Schedule([0] * 100, 100, seed, groups=groups).records(0) for seed in range(400))
     starts = np.array([np.flatnonzero(order < 20)[0] for order in orders])
-    # Uniform on 0..80, with a mean of 40 and a standard error of 23.4 / 20.
+    # Starts are uniform on 0..80: the mean is 40, with a standard error of 23.4 / 20.
     assert abs(starts.mean() - 40) < 4 * 23.4 / 20
 
 
@@ -272,12 +272,12 @@ def test_the_order_within_a_group_and_of_the_groups_differs_by_epoch():
 
 
 def test_the_order_with_groups_is_the_same_on_every_machine():
-    # Changes only with the algorithm, which would silently change what a resumed run learns from.
+    # If this fails, the algorithm changed, and resumed runs would silently train on other records.
     schedule = Schedule([0, 0, 1, 1, 1, 0, 1], 3, seed=0, weights={1: 2}, groups=[5, 5, 5, 2, 2, 9, 9])
     assert [schedule.records(step).tolist() for step in range(4)] == [[5, 6], [2, 0, 1], [4, 3, 2], [4, 3, 6]]
 
 
-def test_as_many_groups_as_records_are_asked_for():
+def test_a_number_of_groups_other_than_of_records_is_an_error():
     with pytest.raises(ValueError, match="2 groups for 3 records"):
         Schedule([0, 0, 0], 2, 0, groups=[1, 1])
 
@@ -287,12 +287,12 @@ def test_as_many_groups_as_records_are_asked_for():
 
 @pytest.fixture(scope="module")
 def million() -> tuple[np.ndarray, np.ndarray]:
-    """Lengths in tokens and kinds."""
+    """Return lengths in tokens, (n,), and kinds, (n,)."""
     rng = np.random.default_rng(0)
     return rng.integers(20, 2049, 1_000_000), rng.integers(0, 2, 1_000_000).astype(np.uint8)
 
 
-def test_an_epoch_of_a_million_records_is_planned_from_lengths_alone(million):
+def test_an_epoch_of_a_million_records_is_planned_from_lengths_only(million):
     lengths, kinds = million
     schedule = Schedule(kinds, 64, seed=0)
     times_drawn = np.zeros(len(kinds), np.uint8)
@@ -310,7 +310,7 @@ def test_a_million_records_take_less_than_100_mb_to_plan(million):
     tracemalloc.start()
     try:
         schedule = Schedule(kinds, 64, seed=0)
-        # Steps of two epochs, so that a second order is drawn while the first is held.
+        # Steps of two epochs, so that the second order is drawn while the first is in memory.
         for step in range(schedule.steps_per_epoch - 500, schedule.steps_per_epoch + 500):
             plan_step(lengths[schedule.records(step)].tolist(), 2048, 2)
         _, peak = tracemalloc.get_traced_memory()

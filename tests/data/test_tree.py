@@ -1,4 +1,4 @@
-"""Sequences -> trie: every token prefix that sequences share is one run of tokens, stored once."""
+"""Tests that sequences become a trie in which every shared token prefix is stored once."""
 
 from itertools import chain
 
@@ -18,7 +18,7 @@ def scored(tokens, scored_from=1, record=0) -> ScoredSequence:
 
 @st.composite
 def families(draw) -> list[ScoredSequence]:
-    """1 to 5 sequences; most begin like an earlier one, so that some are equal and some a prefix of another."""
+    """Draw 1 to 5 sequences. Most begin like an earlier one, so some are equal and some are a prefix of another."""
     made: list[list[int]] = []
     for _ in range(draw(st.integers(1, 5))):
         base = draw(st.sampled_from(made)) if made else []
@@ -28,7 +28,7 @@ def families(draw) -> list[ScoredSequence]:
 
 
 def prefixes(sequence: ScoredSequence, longest: int | None = None) -> set[tuple[int, ...]]:
-    """All beginnings of a sequence, up to ``longest`` tokens."""
+    """Return all prefixes of a sequence, up to ``longest`` tokens."""
     tokens = tuple(sequence.tokens.tolist())
     return {tokens[:n] for n in range(1, (longest or len(tokens)) + 1)}
 
@@ -37,7 +37,7 @@ def node_tokens(tree, path) -> list[list[int]]:
     return [tree.nodes[i].tokens.tolist() for i in path]
 
 
-# What a tree must be, whatever the sequences
+# Properties of every tree
 
 
 @given(families())
@@ -68,14 +68,14 @@ def test_a_node_starts_where_its_parent_stops_and_parents_come_first(family):
 
 
 @given(families())
-def test_a_path_goes_from_a_root_from_parent_to_child(family):
+def test_a_path_leads_from_a_root_from_parent_to_child(family):
     tree = build_tree(family)
     for path in tree.paths:
         assert [tree.nodes[i].parent for i in path] == [-1, *path[:-1]]
 
 
 @given(families())
-def test_nodes_are_runs_as_long_as_can_be(family):
+def test_nodes_are_as_long_as_possible(family):
     tree = build_tree(family)
     ends = {path[-1] for path in tree.paths}
     for index in range(len(tree.nodes)):
@@ -85,7 +85,7 @@ def test_nodes_are_runs_as_long_as_can_be(family):
 
 
 @given(families())
-def test_only_the_last_token_of_all_that_end_there_is_not_read(family):
+def test_the_model_reads_all_tokens_but_the_last_of_each_leaf(family):
     tree = build_tree(family)
     parents = {node.parent for node in tree.nodes}
     for index, node in enumerate(tree.nodes):
@@ -149,7 +149,7 @@ def test_sequences_with_nothing_in_common_are_two_roots():
 
 
 def test_three_levels_of_sharing():
-    # Two pairs on one prompt: the prompt is shared by all, the reasoning by each pair.
+    # Two pairs on one prompt: all share the prompt, and the two sides of a pair share its reasoning.
     tree = build_tree([scored(t) for t in ([1, 1, 2, 2, 3], [1, 1, 2, 2, 4], [1, 1, 5, 5, 3], [1, 1, 5, 5, 4])])
     assert tree.paths == ((0, 1, 2), (0, 1, 3), (0, 4, 5), (0, 4, 6))
     assert tree.tokens == 6

@@ -1,4 +1,4 @@
-"""The demo data: enough of each group, each record different, nothing shared between training and held-out."""
+"""Tests that the demo data has enough of each group, and that no two records are alike."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_every_record_can_be_read(name):
     assert kinds == {r["id"]: "general" if _group(r) == "general" else "safety" for r in _records(name)}
 
 
-def test_no_prompt_and_no_reasoning_step_stands_twice():
+def test_no_prompt_and_no_reasoning_step_is_used_twice():
     records = [r for name in FILES for r in _records(name)]
     prompts = Counter(json.dumps(r["prompt"]) for r in records)
     steps = Counter(step for r in records for step in r["reasoning"])
@@ -55,6 +55,6 @@ def test_chains_have_four_to_eight_steps(name):
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_refusals_reason_over_a_named_policy(name):
+def test_refusals_reason_about_a_policy(name):
     harmful = [r for r in _records(name) if _group(r) == "harmful"]
     assert all("policy" in " ".join(r["reasoning"]) for r in harmful)

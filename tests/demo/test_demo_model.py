@@ -1,4 +1,4 @@
-"""The demo model: fetched, checked and converted once, whoever asks at the same time and whatever goes wrong."""
+"""Tests that the demo model is downloaded, checked and converted once, also if two ask at once or something fails."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from saro.demo import demo_model as demo
 from saro.demo.demo_model import demo_model
 from saro.errors import SaroError
 
-# Runs in processes of their own: the model is made there, and the process must be as it was before.
+# Runs in a process of its own. Making the model must leave the state of the process unchanged.
 CHILD = """
 import json, sys, torch
 from transformers.utils import logging
@@ -31,7 +31,7 @@ def names(folder: Path) -> list[str]:
 
 
 def left(cache: Path) -> list[str]:
-    """What lies in the cache besides the lock."""
+    """Return the names in the cache, without the lock."""
     return [name for name in names(cache / "models") if not name.endswith(".lock")]
 
 
@@ -43,7 +43,7 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def local_index(tmp_path, monkeypatch):
-    """A folder that pip takes packages from, instead of the network."""
+    """Make pip take packages from a folder instead of the network."""
     folder = tmp_path / "index"
     folder.mkdir()
     monkeypatch.setenv("PIP_NO_INDEX", "1")
@@ -53,7 +53,7 @@ def local_index(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A fresh cache that two processes filled at once, with what a killed process had left in it: (cache, outcomes)."""
+    """Return (cache, outcomes): two processes filled the cache at once, and it held a killed process's leftovers."""
     cache = tmp_path_factory.mktemp("cache")
     leftover = cache / "models" / f".{demo.FOLDER}.0123abcd.tmp"
     leftover.mkdir(parents=True)
@@ -80,7 +80,7 @@ def test_two_processes_at_once_make_one_folder(made, folder):
 
 
 @pytest.mark.smollm2
-def test_nothing_half_made_stays(made):
+def test_no_unfinished_folder_is_left(made):
     assert left(made[0]) == [demo.FOLDER]
 
 
@@ -90,7 +90,7 @@ def test_making_it_leaves_the_process_as_it_was(made):
 
 
 @pytest.mark.smollm2
-def test_nothing_but_our_own_lines_is_printed(made):
+def test_only_our_own_lines_are_printed(made):
     lines = [line for _, err, _ in made[1] for line in err.splitlines()]
     assert all(line.startswith("saro: ") for line in lines), lines
 
@@ -127,19 +127,19 @@ def test_the_model_knows_the_capital_of_france(folder):
 
 
 @pytest.mark.smollm2
-def test_the_tokenizer_is_the_models_own(folder):
+def test_the_tokenizer_splits_text_as_smollm2_was_trained(folder):
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert tokenizer.model_max_length == 8192
-    # No BOS; every digit alone, and white space before it as one token, as SmolLM2 was trained.
+    # As SmolLM2 was trained: no BOS, every digit by itself, and white space before it as one token.
     tokens = tokenizer.convert_ids_to_tokens(tokenizer.encode("Hi\n\n1. 42  7"))
     assert tokens == ["Hi", "ĊĊ", "1", ".", "Ġ", "4", "2", "ĠĠ", "7"]
     assert tokenizer.decode(tokenizer.encode("<|im_start|>é 日本 🙂\t\n\n9")) == "<|im_start|>é 日本 🙂\t\n\n9"
 
 
 @pytest.mark.smollm2
-def test_a_made_model_is_not_made_again(made, folder, monkeypatch):
+def test_a_finished_model_is_not_made_again(made, folder, monkeypatch):
     monkeypatch.setenv("SARO_CACHE", str(made[0]))
     monkeypatch.setattr(demo, "_make", lambda *_: pytest.fail("made again"))
     assert demo_model() == folder
@@ -199,7 +199,7 @@ def test_a_model_that_answers_wrongly_is_not_kept(cache, monkeypatch):
         return folder / "a.whl"
 
     def convert(gguf: Path, target: Path) -> None:
-        """A model of the right form with other weights."""
+        """Save a model of the right form with other weights."""
         from tokenizers import Tokenizer, models, pre_tokenizers
         from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 

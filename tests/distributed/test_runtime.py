@@ -1,4 +1,4 @@
-"""Processes, threads and trackers."""
+"""Tests processes, threads and trackers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def start(*trackers: str) -> None:
-    """In a process of its own: starts a runtime and prints what it found."""
+    """Start a runtime and print its properties. Runs in a process of its own."""
     try:
         runtime = Runtime.start(list(trackers), "output")
     except SaroError as error:
@@ -43,7 +43,7 @@ def start(*trackers: str) -> None:
 
 
 def start_alone(_: str) -> None:
-    """The same where the launcher's promise is not seen by accelerate."""
+    """Do the same, but hide WORLD_SIZE from accelerate."""
     promised = os.environ.pop("WORLD_SIZE")
     Accelerator(cpu=True)
     os.environ["WORLD_SIZE"] = promised
@@ -55,7 +55,7 @@ def found_by(process) -> dict[str, object]:
     return json.loads(process.out)
 
 
-def test_one_process_is_the_normal_case(recipes):
+def test_a_single_process_needs_no_launcher(recipes):
     done = recipes.run(call=f"{__file__}:start")
     found = found_by(done)
     assert (found["rank"], found["processes"], found["main"], found["sum"]) == (0, 1, True, [1.0, 0.0])
@@ -65,7 +65,7 @@ def test_one_process_is_the_normal_case(recipes):
 
 @pytest.mark.parametrize("local_processes", [1, 2, 1000])
 def test_the_cores_are_shared_between_the_processes_of_a_machine(recipes, local_processes):
-    """`accelerate launch` without a GPU sets OMP_NUM_THREADS=1, as this test does, and training would crawl."""
+    """`accelerate launch` without a GPU sets OMP_NUM_THREADS=1, as this test does; training would be very slow."""
     found = found_by(recipes.run(call=f"{__file__}:start", environment={"LOCAL_WORLD_SIZE": str(local_processes)}))
     cores = min(len(os.sched_getaffinity(0)), psutil.cpu_count(logical=False) or 1)
     assert found["threads"] == found["said_threads"] == max(1, cores // local_processes)
@@ -81,12 +81,12 @@ def test_two_processes_find_each_other(recipes):
     assert [p.err for p in done] == ["only once\n", ""]
 
 
-def test_fewer_processes_than_the_launcher_promised_is_an_error_with_the_mend(recipes):
+def test_fewer_processes_than_the_launcher_promised_is_an_error_that_says_what_to_do(recipes):
     """`accelerate launch --cpu --num_processes 2` starts one process, which would train on every record as if alone."""
     done = recipes.run("lonely", call=f"{__file__}:start_alone", environment={"WORLD_SIZE": "2"})
     assert done.code == 2, done.err
-    mend = "on a CPU use accelerate launch --multi_gpu --num_processes N --num_machines 1, or torchrun"
-    assert done.err == f"error: the launcher promised 2 processes, and there are 1; {mend}\n"
+    fix = "on a CPU use accelerate launch --multi_gpu --num_processes N --num_machines 1, or torchrun"
+    assert done.err == f"error: the launcher promised 2 processes, and there are 1; {fix}\n"
 
 
 def test_a_process_that_cannot_find_the_others_says_how_to_launch(recipes):
@@ -104,7 +104,7 @@ def test_an_unknown_tracker_is_an_error_that_names_it(recipes, tmp_path):
 
 
 def test_a_tracker_that_is_not_installed_is_an_error(recipes, tmp_path):
-    """accelerate leaves it out without a word, and the user finds an empty dashboard in the morning."""
+    """accelerate leaves such a tracker out silently, and the user finds an empty dashboard the next morning."""
     done = recipes.run("wandb", call=f"{__file__}:start", folder=str(tmp_path))
     assert done.code == 2
     assert done.err == "error: train.trackers: wandb is not installed; install it with pip, or leave it out\n"

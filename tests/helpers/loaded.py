@@ -1,4 +1,4 @@
-"""Policies loaded from the folders of tiny models, and random records and packs for them."""
+"""Loads policies from the folders of tiny models, and makes random records and packs for them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def load(name, method="lora", seed=0, **options):
 
 
 def refused(name, match, method="lora", **options):
-    """Loading raises SaroError with a single line that begins with the name of what is wrong."""
+    """Check that loading raises a SaroError of one line that matches ``match``, and return the line."""
     with pytest.raises(SaroError, match=match) as caught:
         load(name, method, **options)
     assert "\n" not in str(caught.value)
@@ -40,7 +40,7 @@ def a_pack(lengths=(20, 9)):
 
 
 def examples_of(*lengths, seed=0):
-    """Random records of these lengths in tokens."""
+    """Make random records of these lengths, in tokens."""
     n = len(lengths)
     return ExampleSet(
         tokens=np.random.default_rng(seed).integers(4, 264, sum(lengths)).astype(np.int32),
@@ -52,4 +52,4 @@ def examples_of(*lengths, seed=0):
     )
 
 
-DATA = examples_of(21, 12, 34)  # 21 and 34 are beyond the window of 8
+DATA = examples_of(21, 12, 34)  # 21 and 34 tokens exceed the window of 8

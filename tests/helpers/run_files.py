@@ -1,4 +1,4 @@
-"""The files and lines that runs of the recipes leave."""
+"""Reads the files and output lines of recipe runs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def weights_of(run: Path) -> dict[str, torch.Tensor]:
 
 
 def assert_same_run(a: Path, b: Path) -> None:
-    """Bit for bit the same weights in final/ and in the last checkpoint, and the same metrics."""
+    """Check that weights in final/ and in the last checkpoint are bit-identical, and metrics equal."""
     x, y = weights_of(a), weights_of(b)
     assert x.keys() == y.keys()
     for name in x:

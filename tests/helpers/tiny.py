@@ -1,4 +1,4 @@
-"""Tiny models and a byte-level tokenizer, made from their configs: what most tests train."""
+"""Makes the tiny models and the byte-level tokenizer that most tests train."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ _SHAPE = {
 
 
 def tiny_tokenizer(template: str | None = CHATML, extra: tuple[str, ...] = ()) -> PreTrainedTokenizerFast:
-    """One token per byte, and the special tokens; ``extra`` adds more of them."""
+    """Make a tokenizer with one token per byte and the special tokens; ``extra`` adds more special tokens."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {token: i for i, token in enumerate((*SPECIAL, *alphabet))}
     backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
@@ -76,9 +76,9 @@ def tiny_tokenizer(template: str | None = CHATML, extra: tuple[str, ...] = ()) -
 
 
 def tiny_config(kind: str = "llama", **changes: object) -> PreTrainedConfig:
-    """Config of a tiny model: "llama", "qwen3", "mistral" (window of 8 tokens) or "gemma3" (both layer types).
+    """Make the config of a tiny model: "llama", "qwen3", "mistral" (window of 8 tokens) or "gemma3" (both layer types).
 
-    Those of ``KINDS_OF_LOGITS`` scale or cap their logits, or the scores of their attention.
+    The kinds in ``KINDS_OF_LOGITS`` scale or cap their logits or their attention scores.
     """
     if kind == "llama":
         return LlamaConfig(**_SHAPE | {"tie_word_embeddings": True} | changes)
@@ -139,7 +139,7 @@ KINDS_OF_LOGITS = tuple(_KINDS_OF_LOGITS)
 
 
 def random_model(config: PreTrainedConfig) -> PreTrainedModel:
-    """The same weights each time, and large: with the default ones all logits are alike and a wrong mask would not show."""
+    """Make a model with large, fixed weights. With default ones all logits are alike and a wrong mask goes unseen."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
@@ -150,7 +150,7 @@ def random_model(config: PreTrainedConfig) -> PreTrainedModel:
 
 
 def save_tiny_model(folder: Path, kind: str = "llama", **changes: object) -> Path:
-    """A folder that ``find_model`` and ``load_policy`` take: random weights, tokenizer, chat template."""
+    """Save a model that ``find_model`` and ``load_policy`` accept: random weights, tokenizer, chat template."""
     random_model(tiny_config(kind, **changes)).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder
@@ -158,7 +158,7 @@ def save_tiny_model(folder: Path, kind: str = "llama", **changes: object) -> Pat
 
 @dataclass
 class Training:
-    """All that ``fit`` takes, for a run in this process. Change a part of it, then call ``fit``."""
+    """The arguments of ``fit``, for a run in this process. Change some of them, then call ``fit``."""
 
     policy: torch.nn.Module
     data: ExampleSet
@@ -180,7 +180,7 @@ class Training:
         processes: int = 1,
         **train: object,
     ) -> Training:
-        """Of a model's folder (LoRA unless ``model`` says otherwise) on a records file; ``train``: TrainConfig's."""
+        """Set up training of a model's folder on a records file, LoRA by default. ``train``: options of TrainConfig."""
         model_options = ModelConfig(**{"name": folder, "method": "lora"} | (model or {}))
         source = find_model(model_options)
         chat = source.chat_format(DataConfig(), date(2024, 7, 26))
@@ -209,5 +209,5 @@ class Training:
         )
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """Copies of the trainable weights."""
+        """Return copies of the trainable weights."""
         return {name: p.detach().clone() for name, p in self.policy.trainable().items()}

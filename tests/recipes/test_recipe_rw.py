@@ -1,4 +1,4 @@
-"""recipes/rw.py from end to end, in processes: what it writes, what it says, and how it ends and goes on."""
+"""Tests recipes/rw.py from end to end, in processes: its files, its output, and how it stops and resumes."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from saro.data.dataset import encode_files
 BORDERS = "┏━┳┓┃┡╇┩│└─┴┘├┼┤"
 
 
-# What a run leaves.
+# The files and output of a run.
 
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory, tiny_model, recipes, examples):
-    """A finished run of each method; made once."""
+    """Return a function that gives (folder, process) of a finished run by method. Each is made once."""
     made: dict[str, tuple[Path, object]] = {}
 
     def get(method: str) -> tuple[Path, object]:
@@ -63,7 +63,7 @@ def finished(tmp_path_factory, tiny_model, recipes, examples):
     return get
 
 
-def test_the_output_folder_holds_what_was_promised(finished):
+def test_the_output_folder_holds_the_documented_files(finished):
     run, _ = finished("lora")
     names = {p.name for p in run.iterdir()}
     assert {"config.yaml", "manifest.json", "metrics.jsonl", "checkpoints", "final"} <= names
@@ -81,7 +81,7 @@ def test_config_yaml_holds_every_option_and_starts_the_same_run(finished, recipe
     assert_same_run(run, tmp_path / "again")
 
 
-def test_the_manifest_says_what_the_run_was_made_from(finished):
+def test_the_manifest_names_the_inputs_of_the_run(finished):
     run, _ = finished("lora")
     manifest = json.loads((run / "manifest.json").read_text())
     assert manifest["machine"]["processes"] == 1
@@ -93,7 +93,7 @@ def test_the_manifest_says_what_the_run_was_made_from(finished):
     assert manifest["config"]["train"]["records_per_step"] == 8
 
 
-def test_metrics_have_the_names_that_dashboards_know(finished):
+def test_metrics_have_their_documented_names(finished):
     run, _ = finished("lora")
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "loss" in line]
@@ -110,7 +110,7 @@ def test_metrics_have_the_names_that_dashboards_know(finished):
     assert steps[-1]["epoch"] == 2
 
 
-def test_the_table_at_the_end_is_of_the_two_evaluations(finished):
+def test_the_final_table_shows_the_two_evaluations(finished):
     run, done = finished("lora")
     before, after = (json.loads((run / f"{n}.json").read_text())["metrics"] for n in ("before", "after"))
     shown = [line.strip("│ ").split("│") for line in done.err.splitlines() if "→" in line and "│" in line]
@@ -134,7 +134,7 @@ def test_the_tensorboard_tracker_writes_events(finished):
     assert [e.value for e in events.Scalars("loss")] == pytest.approx(expected, rel=1e-6)
 
 
-def test_the_screen_shows_our_lines_and_no_librarys(finished, tiny_model):
+def test_the_terminal_shows_only_our_own_lines(finished, tiny_model):
     for method in ("full", "lora", "qlora"):
         run, done = finished(method)
         assert done.out == ""
@@ -151,7 +151,7 @@ def test_the_screen_shows_our_lines_and_no_librarys(finished, tiny_model):
 
 
 def test_records_are_named_by_id_and_not_shown(finished):
-    """Safety data is harmful text: it must not end in a log."""
+    """Safety data is harmful text, which must not appear in a log."""
     _, done = finished("lora")
     assert "r0" in done.err
     assert "Count to" not in done.err
@@ -159,7 +159,7 @@ def test_records_are_named_by_id_and_not_shown(finished):
 
 @pytest.mark.parametrize("method", ["full", "lora", "qlora"])
 def test_the_final_model_loads_elsewhere_and_gives_the_log_probs_of_the_run(finished, method, tiny_model):
-    """In fp32 and by transformers' own forward: the held-out loss of after.json."""
+    """Compares the held-out loss of transformers' own forward, in fp32, with that in after.json."""
     run, _ = finished(method)
     after = json.loads((run / "after.json").read_text())["metrics"]
     options = {} if method != "qlora" else {"quantization_config": quantization()}
@@ -212,7 +212,7 @@ def test_training_lowers_the_held_out_loss_of_each_kind(finished):
         assert [len(m["answers"]) for m in measured] == [3, 3]
 
 
-# Starting again.
+# Overwriting and resuming.
 
 
 def test_a_folder_with_a_run_is_not_touched_without_a_flag(finished, recipes):
@@ -224,7 +224,7 @@ def test_a_folder_with_a_run_is_not_touched_without_a_flag(finished, recipes):
     assert {p: p.stat().st_mtime_ns for p in run.rglob("*")} == files
 
 
-def test_overwrite_starts_anew(recipes, rw_arguments, tmp_path):
+def test_overwrite_starts_again(recipes, rw_arguments, tmp_path):
     assert recipes.run(*rw_arguments(train_max_steps=3)).code == 0
     done = recipes.run(*rw_arguments("--overwrite", train_max_steps=2))
     assert done.code == 0, done.err
@@ -242,13 +242,13 @@ def test_resuming_a_finished_run_changes_nothing(recipes, rw_arguments, tmp_path
 
 
 def test_resume_without_a_run_starts_one(recipes, rw_arguments, tmp_path):
-    """So that one command line can be used in a loop, or by a cluster that restarts jobs."""
+    """One command line can then be used in a loop, or by a cluster that restarts jobs."""
     assert recipes.run(*rw_arguments("--resume")).code == 0
     assert len(metrics_of(tmp_path / "run")) == 4
 
 
 @pytest.mark.parametrize("samples", [0, 1, 4])
-def test_a_resumed_run_may_answer_another_number_of_samples(recipes, rw_arguments, samples):
+def test_a_resumed_run_may_use_a_different_number_of_samples(recipes, rw_arguments, samples):
     assert recipes.run(*rw_arguments(train_samples=2, train_sample_tokens=2, train_max_steps=1)).code == 0
     done = recipes.run(*rw_arguments("--resume", train_samples=samples, train_sample_tokens=2, train_max_steps=1))
     assert done.code == 0, done.err
@@ -263,7 +263,7 @@ def test_a_resume_with_other_options_is_refused(recipes, rw_arguments, tmp_path)
     )
 
 
-def test_a_resume_on_other_data_is_refused(recipes, rw_arguments, records_file, examples):
+def test_a_resume_with_other_data_is_refused(recipes, rw_arguments, records_file, examples):
     assert recipes.run(*rw_arguments(train_max_steps=1)).code == 0
     arguments = rw_arguments("--resume", train_max_steps=1)
     records_file(examples[:-1], "train.jsonl")
@@ -272,11 +272,11 @@ def test_a_resume_on_other_data_is_refused(recipes, rw_arguments, records_file, 
     assert "the data is not what the run began with; restore it, or start over with --overwrite" in done.err
 
 
-# Being stopped.
+# Interruptions.
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_ends_with_a_checkpoint_and_the_run_goes_on_as_if_unbroken(
+def test_a_signal_writes_a_checkpoint_and_the_run_resumes_as_if_uninterrupted(
     recipes, rw_arguments, tmp_path, number, code
 ):
     options = {"train_max_steps": 40, "train_epochs": 100, "train_save_every": 0, "model_lora_dropout": 0.3}
@@ -325,11 +325,11 @@ def test_kill_9_at_any_moment_loses_nothing_but_time(recipes, rw_arguments, tmp_
     killed = 0
     for _ in range(kills):
         process = recipes.start(*rw_arguments("--resume", **options))
-        if moments.random() < 0.3:  # while it starts, or soon after
+        if moments.random() < 0.3:  # kill it while it starts, or soon after
             time.sleep(moments.uniform(0, 0.7))
         else:
             steps = moments.randrange(1, 6)
-            # On a fast machine the run may come to its end before all the kills.
+            # On a fast machine the run may finish before all the kills.
             wait_for(lambda p=process, n=steps: p.err.count("grad_norm") >= n or "model in" in p.err, process)
             time.sleep(moments.uniform(0, 0.02))
         process.send(signal.SIGKILL)
@@ -346,7 +346,7 @@ def test_kill_9_at_any_moment_loses_nothing_but_time(recipes, rw_arguments, tmp_
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell a child that its parent died")
 def test_training_ends_with_a_checkpoint_when_the_launcher_is_killed(rw_arguments, tmp_path, environment):
-    """`accelerate launch` of one process passes no signal on; its child would go on training unseen."""
+    """`accelerate launch` of one process does not pass signals on, so its child would keep training unnoticed."""
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
     launcher += ["--mixed_precision", "no", "--dynamo_backend", "no"]
     arguments = rw_arguments(train_max_steps=5000, train_epochs=5000, train_save_every=0, train_samples=0)
@@ -369,7 +369,7 @@ def test_training_ends_with_a_checkpoint_when_the_launcher_is_killed(rw_argument
 
 
 def test_two_processes_under_accelerate_launch(rw_arguments, tmp_path, environment, recipes):
-    """The real launcher, once; the same numbers as one process, and as two that are killed and resumed."""
+    """Uses the real launcher, once. The numbers must equal those of one process."""
     options = {"train_max_steps": 3, "train_eval_every": 1, "train_records_per_step": 5, "train_samples": 1}
     options |= {"train_sample_tokens": 2}
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
@@ -393,15 +393,15 @@ def test_two_processes_under_accelerate_launch(rw_arguments, tmp_path, environme
     for one, two in zip(metrics_of(tmp_path / "one"), metrics_of(run), strict=True):
         assert one.keys() == two.keys()
         for name in one:
-            # The share of changed weights turns on momenta that pass through zero.
+            # The share of changed weights depends on momenta that pass through zero.
             assert two[name] == pytest.approx(one[name], rel=1e-5, abs=1e-2 if name == "changed_parameters" else 1e-6)
     for name in ("before", "after"):
         one, two = (json.loads((folder / f"{name}.json").read_text())["metrics"] for folder in (tmp_path / "one", run))
         assert two == pytest.approx(one, abs=1e-6 if name == "before" else 1e-4)
 
 
-def test_two_processes_go_on_bit_for_bit_after_a_stop(recipes, rw_arguments, tmp_path):
-    """Also where one of them has no record in any step, and stops because the other was told to."""
+def test_two_processes_resume_bit_for_bit_after_a_stop(recipes, rw_arguments, tmp_path):
+    """One of them has no record in any step, and stops because the other was told to stop."""
     options = {"train_max_steps": 30, "train_records_per_step": 1, "train_save_every": 0, "train_epochs": 2}
     unbroken = recipes.run_ranks(2, *rw_arguments(train_output=tmp_path / "unbroken", **options))
     assert [p.code for p in unbroken] == [0, 0], unbroken[0].err + unbroken[1].err
@@ -418,7 +418,7 @@ def test_two_processes_go_on_bit_for_bit_after_a_stop(recipes, rw_arguments, tmp
     assert_same_run(tmp_path / "unbroken", tmp_path / "run")
 
 
-def test_an_error_in_two_processes_is_told_by_both_and_leaves_nothing(recipes, rw_arguments, records_file, tmp_path):
+def test_both_of_two_processes_print_an_error_and_write_nothing(recipes, rw_arguments, records_file, tmp_path):
     bad = records_file([{"prompt": "Hi", "answer": ""}], "bad.jsonl")
     ranks = recipes.run_ranks(2, *rw_arguments(data_train=json.dumps([bad])))
     assert [p.code for p in ranks] == [2, 2]

@@ -1,4 +1,4 @@
-"""recipes/srpo.py from end to end, in processes: what it writes, what it says, and how it ends and goes on."""
+"""Tests recipes/srpo.py from end to end, in processes: its files, its output, and how it stops and resumes."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def margins_of(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "margins.jsonl").read_text().splitlines()]
 
 
-# What a run leaves.
+# The files and output of a run.
 
 
-def test_a_run_from_the_base_model(srpo, srpo_arguments, tmp_path):
+def test_a_run_from_the_base_model_writes_all_files(srpo, srpo_arguments, tmp_path):
     done = srpo(*srpo_arguments(train_eval_every=2, train_samples=2, train_sample_tokens=3, train_max_steps=6))
     assert done.code == 0, done.err
     assert done.out == ""
@@ -61,7 +61,7 @@ def test_a_run_from_the_base_model(srpo, srpo_arguments, tmp_path):
     assert "Held-out pairs" in done.err
     last = [line for line in done.err.splitlines() if line.strip()][-1]
     assert last.startswith("6 steps, ")
-    # Records are named by id; what they say does not end in a log.
+    # Records are named by id; their text must not appear in a log.
     assert "Count to" not in done.err
     own = done.err.replace(str(tmp_path), "").replace("head tiled-torch", "").lower()
     for word in ("warn", "deprecat", "torch", "transformers", "traceback"):
@@ -69,7 +69,7 @@ def test_a_run_from_the_base_model(srpo, srpo_arguments, tmp_path):
 
 
 @pytest.mark.parametrize("method", ["lora", "qlora"])
-def test_it_goes_on_with_the_adapter_of_stage_1_as_one_adapter_on_the_original_base(
+def test_it_trains_the_adapter_of_stage_1_further_as_one_adapter_on_the_original_base(
     srpo, recipes, rw_arguments, srpo_arguments, tmp_path, tiny_model, method
 ):
     trained = rw_arguments(train_output=tmp_path / "rw", model_lora_rank=4, model_method=method)
@@ -87,8 +87,8 @@ def test_it_goes_on_with_the_adapter_of_stage_1_as_one_adapter_on_the_original_b
     assert list(AutoPeftModelForCausalLM.from_pretrained(final).peft_config) == ["default"]
 
 
-def test_another_method_than_stage_1_had_is_refused(srpo, srpo_arguments, rw_final):
-    """The base in 4 bits is another base than the one that the adapter was trained on."""
+def test_a_method_other_than_that_of_stage_1_is_refused(srpo, srpo_arguments, rw_final):
+    """A 4-bit base is not the base that the adapter was trained on."""
     done = srpo(*srpo_arguments(model_name=rw_final, model_method="qlora"))
     assert done.code == 2
     assert "was trained with --model.method lora, on another base than qlora gives it" in done.err
@@ -102,8 +102,8 @@ def test_full_fine_tuning_starts_from_a_full_model(srpo, recipes, rw_arguments, 
     assert metrics_of(tmp_path / "run")[0]["loss"] == pytest.approx(0.6931, abs=1e-4)
 
 
-def test_without_arguments_it_takes_the_demo_run_of_stage_1_where_there_is_one(srpo, tmp_path, monkeypatch):
-    """Up to where the model would load: the demo model itself is not at hand in every test."""
+def test_without_arguments_it_starts_from_the_demo_run_of_stage_1_if_there_is_one(srpo, tmp_path, monkeypatch):
+    """Stops before the model is loaded: the demo model is not available in every test run."""
 
     monkeypatch.chdir(tmp_path)
     said: list[str] = []
@@ -141,11 +141,11 @@ def test_every_option_of_the_loss_trains(srpo, srpo_arguments, tmp_path, options
     assert lines[-1]["rewards/margins"] > 0
 
 
-def test_a_warning_tells_when_chosen_responses_lose_probability(srpo, srpo_arguments):
+def test_a_warning_is_printed_when_chosen_responses_lose_probability(srpo, srpo_arguments):
     done = srpo(*srpo_arguments(preference_warn_chosen_fell=0.0, train_lr=0.1, train_max_steps=8))
     assert done.code == 0, done.err
     warnings = [line for line in done.err.splitlines() if line.startswith("warning:")]
-    assert 1 <= len(warnings) <= 2  # of the training pairs, and of the held-out ones
+    assert 1 <= len(warnings) <= 2  # one for the training pairs, one for the held-out ones
     assert "the chosen response has lost probability in" in warnings[0]
 
 
@@ -153,9 +153,9 @@ def test_a_warning_tells_when_chosen_responses_lose_probability(srpo, srpo_argum
 
 
 def test_a_sweep_scores_the_reference_once(srpo, srpo_arguments, tmp_path):
-    """The reference is recomputed needlessly elsewhere when only beta changes."""
+    """Other trainers recompute the reference even if only beta changes."""
     first = srpo(*srpo_arguments(train_output=tmp_path / "first"))
-    assert scored_lines(first.err) == ["reference: scoring 24 of 24 pairs"]  # the held-out ones are among them
+    assert scored_lines(first.err) == ["reference: scoring 24 of 24 pairs"]  # these include the held-out pairs
     sweep = [{"preference_beta": 0.5}, {"train_lr": 1e-3}, {"preference_loss": "ipo"}, {"train_seed": 3}]
     sweep += [{"data_pack_tokens": 200}, {"train_records_per_step": 3}, {"model_lora_rank": 2}]
     for i, change in enumerate(sweep):
@@ -164,7 +164,7 @@ def test_a_sweep_scores_the_reference_once(srpo, srpo_arguments, tmp_path):
         assert scored_lines(done.err) == [], change
 
 
-def test_added_rows_are_scored_alone(srpo, srpo_arguments, records_file, pairs, tmp_path):
+def test_only_added_rows_are_scored(srpo, srpo_arguments, records_file, pairs, tmp_path):
     arguments = srpo_arguments(train_max_steps=1, data_heldout="[]")
     file = records_file(pairs[:10], "pairs.jsonl")
     assert scored_lines(srpo(*arguments).err) == ["reference: scoring 10 of 10 pairs"]
@@ -172,10 +172,8 @@ def test_added_rows_are_scored_alone(srpo, srpo_arguments, records_file, pairs, 
     assert scored_lines(srpo(*arguments, "--overwrite").err) == ["reference: scoring 14 of 24 pairs"]
 
 
-def test_a_resumed_run_starts_where_it_began_though_another_start_has_appeared(
-    srpo, srpo_arguments, rw_final, tmp_path
-):
-    """The demo begins with what stage 1 has left, which may be there only later."""
+def test_a_resumed_run_keeps_its_start_although_another_has_appeared(srpo, srpo_arguments, rw_final, tmp_path):
+    """The demo starts from the model of stage 1, which may be trained only after this run began."""
     folder = tmp_path / "run"
     assert srpo(*srpo_arguments(model_name=rw_final, train_max_steps=1)).code == 0
     manifest = json.loads((folder / "manifest.json").read_text())
@@ -186,7 +184,7 @@ def test_a_resumed_run_starts_where_it_began_though_another_start_has_appeared(
     assert done.code == 0, done.err
 
 
-def test_changed_data_is_told_before_the_reference_is_scored(srpo, srpo_arguments, records_file, pairs):
+def test_changed_data_is_an_error_before_the_reference_is_scored(srpo, srpo_arguments, records_file, pairs):
     arguments = srpo_arguments(train_max_steps=1)
     assert srpo(*arguments).code == 0
     records_file([*pairs, pairs[0] | {"id": "new", "prompt": "Another?"}], "pairs.jsonl")
@@ -196,7 +194,7 @@ def test_changed_data_is_told_before_the_reference_is_scored(srpo, srpo_argument
     assert scored_lines(done.err) == []
 
 
-def test_the_loss_that_is_logged_is_the_one_that_is_minimised(srpo, srpo_arguments, tmp_path):
+def test_the_logged_loss_is_the_minimised_one(srpo, srpo_arguments, tmp_path):
     assert srpo(*srpo_arguments(preference_nll=0.5, train_eval_every=1)).code == 0
     for line in metrics_of(tmp_path / "run"):
         prefix = "eval/" if "eval/loss" in line else ""
@@ -207,7 +205,7 @@ def test_the_loss_that_is_logged_is_the_one_that_is_minimised(srpo, srpo_argumen
 def test_another_model_may_be_the_reference(srpo, srpo_arguments, rw_final, tiny_model, tmp_path):
     done = srpo(*srpo_arguments(model_name=rw_final, preference_reference=tiny_model()))
     assert done.code == 0, done.err
-    assert "at the start; margins" not in done.err  # the policy is not its reference, so the check has nothing to say
+    assert "at the start; margins" not in done.err  # the policy is not its reference, so the check does not apply
     before = json.loads((tmp_path / "run" / "before.json").read_text())["metrics"]
     assert abs(before["eval/delta_logps/chosen"]) > 1
 
@@ -223,7 +221,7 @@ def test_another_model_may_be_the_reference(srpo, srpo_arguments, rw_final, tiny
         ({"chosen": {"answer": "x" * 300}}, "400 tokens, more than the 256 allowed; nothing is cut"),
     ],
 )
-def test_a_bad_pair_is_one_line_and_leaves_nothing(
+def test_a_bad_pair_gives_one_line_and_writes_nothing(
     srpo, srpo_arguments, records_file, pairs, tmp_path, change, message
 ):
     file = records_file([pairs[0], pairs[1] | change], "bad.jsonl")
@@ -235,7 +233,7 @@ def test_a_bad_pair_is_one_line_and_leaves_nothing(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_pair_too_long_on_one_side_is_dropped_whole_and_named(srpo, srpo_arguments, records_file, pairs, tmp_path):
+def test_a_pair_with_one_side_too_long_is_dropped_and_named(srpo, srpo_arguments, records_file, pairs, tmp_path):
     file = records_file([*pairs[:6], pairs[6] | {"rejected": {"answer": "x" * 300}}], "long.jsonl")
     done = srpo(*srpo_arguments(data_train=json.dumps([file]), data_too_long="drop", train_max_steps=1))
     assert done.code == 0, done.err
@@ -264,7 +262,7 @@ def test_a_pair_too_long_on_one_side_is_dropped_whole_and_named(srpo, srpo_argum
         (["--data.weights", "{general: 2}"], "unknown kind 'general'; valid are op-cot, pp-cot"),
     ],
 )
-def test_a_wrong_option_is_one_line(srpo, tmp_path, arguments, message):
+def test_a_wrong_option_gives_one_line(srpo, tmp_path, arguments, message):
     done = srpo(*arguments, "--train.output", tmp_path / "run")
     assert done.code == 2
     assert message in done.err
@@ -278,7 +276,7 @@ def test_examples_of_stage_1_are_refused(srpo, srpo_arguments, records_file, exa
     assert "makes this an example, not a pair; give examples to stage 1 (RW)" in done.err
 
 
-# Being stopped.
+# Interruptions.
 
 
 def test_kill_9_at_any_moment_loses_nothing_but_time(recipes, srpo, srpo_arguments, rw_final, cache, tmp_path):
@@ -308,7 +306,7 @@ def test_kill_9_at_any_moment_loses_nothing_but_time(recipes, srpo, srpo_argumen
     assert margins_of(tmp_path / "run") == margins_of(tmp_path / "unbroken")
 
 
-def test_sigterm_ends_with_a_checkpoint_and_the_run_goes_on_as_if_unbroken(
+def test_sigterm_writes_a_checkpoint_and_the_run_resumes_as_if_uninterrupted(
     recipes, srpo, srpo_arguments, cache, tmp_path
 ):
     options = {"train_max_steps": 30, "train_epochs": 100, "train_save_every": 0}
@@ -335,8 +333,8 @@ def test_a_resume_from_another_start_is_refused(srpo, recipes, rw_arguments, srp
 
 
 @pytest.mark.parametrize("records_per_step", [1, 5])
-def test_two_processes_take_the_steps_of_one(recipes, srpo, srpo_arguments, cache, tmp_path, records_per_step):
-    """Each scores its share of the reference, even none; margins of all pairs are written once."""
+def test_two_processes_take_the_same_steps_as_one(recipes, srpo, srpo_arguments, cache, tmp_path, records_per_step):
+    """Each scores its share of the reference, which may be empty. The margins of all pairs are written once."""
     options = {"train_max_steps": 3, "train_eval_every": 1, "train_records_per_step": records_per_step}
     assert srpo(*srpo_arguments(train_output=tmp_path / "one", **options)).code == 0
     for shard in cache.rglob("shards/*.safetensors"):
@@ -353,7 +351,7 @@ def test_two_processes_take_the_steps_of_one(recipes, srpo, srpo_arguments, cach
         assert b["margin"] == pytest.approx(a["margin"], abs=1e-2)
 
 
-def test_under_accelerate_launch(srpo_arguments, environment, cache, tmp_path):
+def test_it_runs_under_accelerate_launch(srpo_arguments, environment, cache, tmp_path):
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
     launcher += ["--mixed_precision", "no", "--dynamo_backend", "no"]
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""Stage 1 on the demo model: a few steps of each method, in this process."""
+"""Tests a few steps of stage 1 on the demo model with each method, in this process."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.smollm2
 
 @pytest.fixture(scope="module")
 def short_records(tmp_path_factory) -> str:
-    """The three shortest demo records: a step of seconds."""
+    """Write the three shortest demo records to a file, so that a step takes seconds."""
     lines = sorted(Path(demo_file("rw_train")).read_text().splitlines(), key=len)[:3]
     path = tmp_path_factory.mktemp("demo") / "short.jsonl"
     path.write_text("".join(line + "\n" for line in lines))
@@ -47,7 +47,7 @@ def test_three_steps_lower_the_loss_and_the_final_model_loads(short_records, tmp
         schedule="constant",
         warmup=0,
     )
-    # The same records in every step.
+    # Train on the same records in every step.
     first = run.steps[0]
 
     class Same:

@@ -1,4 +1,4 @@
-"""The folder of a run: what may be begun, resumed and removed, and what it says that the run was made from."""
+"""Tests the folder of a run: when a run may begin, resume or be removed, and what the manifest says."""
 
 import hashlib
 import json
@@ -22,7 +22,7 @@ from saro.runs.folder import RunFolder
 
 
 class OneProcess(SimpleNamespace):
-    """What a run's folder asks of the runtime."""
+    """Stands in for the parts of Runtime that a run's folder uses."""
 
     def __init__(self, is_main: bool = True) -> None:
         super().__init__(is_main=is_main, processes=1, threads=2, device=torch.device("cpu"), barriers=0)
@@ -48,7 +48,7 @@ def data_file(tmp_path) -> Path:
 
 @pytest.fixture
 def source(tmp_path) -> ModelSource:
-    """A model whose weights are a file of any content."""
+    """Make a model whose weights are a file of arbitrary bytes."""
     weights = tmp_path / "model"
     weights.mkdir()
     (weights / "model.safetensors").write_bytes(b"weights")
@@ -102,7 +102,7 @@ def test_opening_writes_nothing(folder):
 
 
 @pytest.mark.parametrize("flags", [{}, {"resume": True}, {"overwrite": True}], ids=["plain", "resume", "overwrite"])
-def test_a_run_begins_where_there_is_none_whatever_the_flags(folder, source, data_file, flags):
+def test_a_run_begins_in_a_missing_folder_with_any_flag(folder, source, data_file, flags):
     assert not begin(folder, source, data_file, **flags).resumed
     assert sorted(contents(folder)) == ["config.yaml", "manifest.json"]
 
@@ -113,19 +113,19 @@ def test_a_run_begins_in_an_empty_folder(folder, source, data_file):
     assert (folder / "manifest.json").is_file()
 
 
-def test_a_run_begins_in_a_folder_that_is_yet_to_make(folder, source, data_file):
+def test_a_run_makes_the_parents_of_its_folder(folder, source, data_file):
     begin(folder / "deep" / "down", source, data_file)
     assert (folder / "deep" / "down" / "manifest.json").is_file()
 
 
-def test_hidden_files_are_no_hindrance_and_stay(folder, source, data_file):
+def test_hidden_files_do_not_prevent_a_run_and_are_kept(folder, source, data_file):
     folder.mkdir()
     (folder / ".gitignore").write_text("*")
     begin(folder, source, data_file)
     assert sorted(contents(folder)) == [".gitignore", "config.yaml", "manifest.json"]
 
 
-def test_the_config_is_written_as_it_can_be_given_again(folder, source, data_file):
+def test_the_written_config_can_be_used_again(folder, source, data_file):
     config = RWConfig(train=TrainConfig(lr=0.5, output=str(folder)), data=DataConfig(weights={"safety": 2.0}))
     begin(folder, source, data_file, config)
     assert yaml.safe_load((folder / "config.yaml").read_text()) == as_dict(config)
@@ -148,7 +148,7 @@ def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def test_the_manifest_says_what_the_run_is_made_from(folder, source, data_file):
+def test_the_manifest_names_the_inputs_of_the_run(folder, source, data_file):
     begin(folder, source, data_file, template_date="1999-07-04")
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["template_date"] == "1999-07-04"
@@ -169,12 +169,12 @@ def test_the_manifest_holds_the_reports(folder, source, data_file):
 
 
 @pytest.mark.parametrize("template", [None, {"default": "a", "rag": "b"}], ids=["none", "several"])
-def test_a_model_without_one_template_has_a_manifest_too(folder, source, data_file, template):
+def test_a_model_with_no_or_several_templates_also_has_a_manifest(folder, source, data_file, template):
     source.tokenizer.chat_template = template
     assert len(open_run(folder).manifest(OneProcess(), source, None, [str(data_file)], {})["template"]) == 64
 
 
-def test_a_model_of_the_hub_has_no_files_but_its_commit(folder, source, data_file):
+def test_a_hub_model_is_recorded_by_its_commit_and_not_by_files(folder, source, data_file):
     config = tiny_config()
     config._commit_hash = "abc"
     of_hub = replace(source, path="owner/name", config=config)
@@ -185,7 +185,7 @@ def test_a_model_of_the_hub_has_no_files_but_its_commit(folder, source, data_fil
 # A folder that holds a run
 
 
-def test_a_run_is_neither_gone_on_with_nor_removed_unasked(folder, source, data_file):
+def test_a_run_is_neither_resumed_nor_removed_without_a_flag(folder, source, data_file):
     begin(folder, source, data_file)
     before = contents(folder)
     assert refusal(folder) == (
@@ -210,7 +210,7 @@ def test_overwrite_removes_the_run_when_the_new_one_begins(folder, source, data_
     assert yaml.safe_load((folder / "config.yaml").read_text())["train"]["lr"] == 0.5
 
 
-def test_a_beginning_that_was_cut_off_can_be_resumed_and_overwritten(folder, source, data_file, monkeypatch):
+def test_a_run_interrupted_at_its_start_can_be_resumed_and_overwritten(folder, source, data_file, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(yaml, "safe_dump", raising(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
@@ -222,7 +222,7 @@ def test_a_beginning_that_was_cut_off_can_be_resumed_and_overwritten(folder, sou
     begin(folder, source, data_file, overwrite=True)
 
 
-def test_two_runs_never_write_one_folder(folder, source, data_file):
+def test_two_runs_never_write_to_one_folder(folder, source, data_file):
     first = begin(folder, source, data_file)
     for flags in ({"resume": True}, {"overwrite": True}):
         with pytest.raises(SaroError, match="another process trains in this folder"):
@@ -233,7 +233,7 @@ def test_two_runs_never_write_one_folder(folder, source, data_file):
 
 
 @pytest.mark.parametrize("text", ["{}", '{"name": "My site"}', "[1]", "{broken"])
-def test_another_programs_manifest_makes_no_run(folder, text):
+def test_the_manifest_of_another_program_is_not_that_of_a_run(folder, text):
     folder.mkdir()
     (folder / "manifest.json").write_text(text)
     assert "holds files that are not a run's" in refusal(folder, overwrite=True)
@@ -246,7 +246,7 @@ def test_overwrite_keeps_hidden_files(folder, source, data_file):
     assert (folder / ".gitignore").is_file()
 
 
-def test_resume_keeps_what_is_there(folder, source, data_file):
+def test_resume_keeps_existing_files(folder, source, data_file):
     begin(folder, source, data_file)
     (folder / "metrics.jsonl").write_text("{}\n")
     before = contents(folder)
@@ -272,10 +272,10 @@ def test_resume_with_another_option_is_refused_with_both_values(folder, source, 
         ("data.think_tags", RWConfig(data=DataConfig(think_tags=("<a>", "</a>")))),
     ],
 )
-def test_what_decides_what_is_learnt_may_not_change(folder, source, data_file, option, config):
+def test_options_that_affect_training_may_not_change(folder, source, data_file, option, config):
     begin(folder, source, data_file)
     assert f"the run began with {option} " in refusal(folder, config, resume=True)
-    # Nor may it change back.
+    # The option may not change back either.
     begin(folder, source, data_file, config, overwrite=True)
     assert f"the run began with {option} " in refusal(folder, resume=True)
     assert open_run(folder, config, resume=True).resumed
@@ -295,7 +295,7 @@ def test_what_decides_what_is_learnt_may_not_change(folder, source, data_file, o
     ],
     ids=lambda changes: next(iter(changes)),
 )
-def test_what_decides_what_is_written_may_change(folder, source, data_file, changes):
+def test_options_that_affect_only_output_may_change(folder, source, data_file, changes):
     begin(folder, source, data_file)
     assert open_run(folder, with_train(**changes), resume=True).resumed
 
@@ -309,7 +309,7 @@ def test_an_option_that_the_run_did_not_know_is_refused_by_name(folder, source, 
 
 
 @pytest.mark.parametrize("flags", [{}, {"resume": True}, {"overwrite": True}], ids=["plain", "resume", "overwrite"])
-def test_files_that_are_no_runs_are_refused_and_stay(folder, flags):
+def test_files_that_do_not_belong_to_a_run_are_refused_and_kept(folder, flags):
     (folder / "photos").mkdir(parents=True)
     (folder / "photos" / "cat.png").write_bytes(b"cat")
     assert refusal(folder, **flags) == (
@@ -318,8 +318,8 @@ def test_files_that_are_no_runs_are_refused_and_stay(folder, flags):
     assert contents(folder) == {"photos/cat.png": b"cat"}
 
 
-def test_files_that_came_after_opening_stay(folder, source, data_file):
-    # Minutes pass between the two, in which the model loads.
+def test_files_that_appear_after_opening_are_kept(folder, source, data_file):
+    # Minutes may pass between open and begin, while the model loads.
     run, runtime = open_run(folder), OneProcess()
     folder.mkdir()
     (folder / "cat.png").write_bytes(b"cat")
@@ -327,13 +327,13 @@ def test_files_that_came_after_opening_stay(folder, source, data_file):
     assert (folder / "cat.png").read_bytes() == b"cat"
 
 
-def test_a_file_in_the_folders_place_is_refused(folder):
+def test_a_file_in_place_of_the_folder_is_refused(folder):
     folder.write_text("file")
     assert refusal(folder) == f"{folder}: is a file; give a folder with --train.output"
     assert folder.read_text() == "file"
 
 
-# What a resumed run is made from
+# The inputs of a resumed run
 
 
 def changed_data(source, data_file):
@@ -359,7 +359,7 @@ def other_model(source, data_file):
     ("change", "part"),
     [(changed_data, "data"), (changed_template, "template"), (changed_weights, "model"), (other_model, "model")],
 )
-def test_a_run_does_not_go_on_from_something_else(folder, source, data_file, change, part):
+def test_a_run_does_not_resume_with_other_inputs(folder, source, data_file, change, part):
     begin(folder, source, data_file)
     before = contents(folder)
     source = change(source, data_file)
@@ -379,28 +379,28 @@ def test_the_day_is_the_one_given(folder):
     assert open_run(folder, template_date="1999-07-04").template_date == date(1999, 7, 4)
 
 
-def test_without_a_day_given_it_is_today(folder):
+def test_the_default_day_is_today(folder):
     before = date.today()
     assert before <= open_run(folder).template_date <= date.today()
 
 
 @pytest.mark.parametrize("text", ["today", "04.07.1999", "1999-13-01", "1999-7-4"])
-def test_what_is_no_day_is_refused(folder, text):
+def test_an_invalid_day_is_refused(folder, text):
     assert refusal(folder, template_date=text) == f"data.template_date is {text!r}; write it as YYYY-MM-DD"
 
 
-@pytest.mark.parametrize("given", [None, "2024-02-29"], ids=["another day", "given anew"])
-def test_a_resumed_run_has_the_day_on_which_it_began(folder, source, data_file, given):
+@pytest.mark.parametrize("given", [None, "2024-02-29"], ids=["no day", "another day"])
+def test_a_resumed_run_keeps_the_day_on_which_it_began(folder, source, data_file, given):
     begin(folder, source, data_file, template_date="1999-07-04")
     assert open_run(folder, resume=True, template_date=given).template_date == date(1999, 7, 4)
 
 
-def test_a_run_that_starts_anew_has_a_new_day(folder, source, data_file):
+def test_an_overwritten_run_has_a_new_day(folder, source, data_file):
     begin(folder, source, data_file, template_date="1999-07-04")
     assert open_run(folder, overwrite=True).template_date > date(1999, 7, 4)
 
 
-# What is measured once
+# Measurements that are made once
 
 
 def test_a_measurement_is_kept_for_the_resumed_run(folder, source, data_file):
@@ -410,20 +410,20 @@ def test_a_measurement_is_kept_for_the_resumed_run(folder, source, data_file):
     assert measured == again == {"loss": 0.1, "name": "é"}
 
 
-def test_a_resumed_run_measures_what_it_has_not(folder, source, data_file):
+def test_a_resumed_run_makes_missing_measurements(folder, source, data_file):
     begin(folder, source, data_file)
     resumed = begin(folder, source, data_file, resume=True)
     assert resumed.once(OneProcess(), "after.json", lambda: {"loss": 0.1}) == {"loss": 0.1}
     assert json.loads((folder / "after.json").read_text()) == {"loss": 0.1}
 
 
-def test_a_new_run_measures_anew(folder, source, data_file):
+def test_an_overwritten_run_measures_again(folder, source, data_file):
     begin(folder, source, data_file).once(OneProcess(), "before.json", lambda: {"loss": 0.1})
     run = begin(folder, source, data_file, overwrite=True)
     assert run.once(OneProcess(), "before.json", lambda: {"loss": 0.2}) == {"loss": 0.2}
 
 
-def test_a_new_run_trusts_no_file_that_is_there(folder, source, data_file):
+def test_a_new_run_does_not_use_existing_measurements(folder, source, data_file):
     run = begin(folder, source, data_file)
     (folder / "before.json").write_text('{"loss": 0.1}')
     assert run.once(OneProcess(), "before.json", lambda: {"loss": 0.2}) == {"loss": 0.2}
@@ -446,7 +446,7 @@ def large_file(tmp_path: Path, content: bytes = b"a") -> Path:
 
 
 def forge_memory(cache: Path) -> None:
-    """Give every remembered file another hash, so that what is remembered can be told from what is read."""
+    """Replace every cached hash, so that cached hashes can be distinguished from computed ones."""
     memory = cache / "hashes.json"
     memory.write_text(json.dumps(dict.fromkeys(json.loads(memory.read_text()), "remembered")))
 
@@ -464,7 +464,7 @@ def test_a_large_file_is_read_once(tmp_path, cache):
     assert file_hash(path) == "remembered"
 
 
-def test_several_large_files_are_remembered(tmp_path, cache):
+def test_the_hashes_of_several_large_files_are_cached(tmp_path, cache):
     one, two = large_file(tmp_path), tmp_path / "two"
     two.write_bytes(b"b" * 2**21)
     file_hash(one), file_hash(two)
@@ -482,7 +482,7 @@ def test_a_file_written_again_is_read_again(tmp_path, cache):
     assert file_hash(path) == sha256(path.read_bytes())
 
 
-def test_a_file_of_another_size_or_in_anothers_place_is_read_again(tmp_path, cache):
+def test_a_file_with_another_size_or_inode_is_read_again(tmp_path, cache):
     path = large_file(tmp_path)
     file_hash(path)
     forge_memory(cache)
@@ -499,7 +499,7 @@ def test_a_file_of_another_size_or_in_anothers_place_is_read_again(tmp_path, cac
     assert file_hash(path) == sha256(path.read_bytes())
 
 
-def test_a_small_file_is_not_worth_remembering(tmp_path, cache):
+def test_the_hash_of_a_small_file_is_not_cached(tmp_path, cache):
     path = tmp_path / "a"
     path.write_bytes(b"abc")
     file_hash(path)
@@ -507,7 +507,7 @@ def test_a_small_file_is_not_worth_remembering(tmp_path, cache):
 
 
 @pytest.mark.parametrize("memory", ["", "{", "\xff"], ids=["empty", "broken", "other encoding"])
-def test_a_broken_memory_is_made_anew(tmp_path, cache, memory):
+def test_a_broken_cache_file_is_replaced(tmp_path, cache, memory):
     cache.mkdir()
     (cache / "hashes.json").write_text(memory, encoding="latin-1")
     path = large_file(tmp_path)

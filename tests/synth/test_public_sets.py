@@ -1,4 +1,4 @@
-"""Public data sets become native records: exactly, completely, or not at all. The texts here are made up."""
+"""Tests that public data sets become native records exactly and completely, or not at all. All texts are made up."""
 
 import json
 from collections import Counter
@@ -56,21 +56,21 @@ def one_pair(tmp_path: Path, record: dict):
 
 
 def error(tmp_path: Path, source_format: str, *records) -> str:
-    """The error that these records give; nothing is written then."""
+    """Return the error for these records. Checks that nothing was written."""
     with pytest.raises(SaroError) as caught:
         convert(source_format, lines(tmp_path / "in.jsonl", *records), tmp_path / "out.jsonl")
     assert [item.name for item in tmp_path.iterdir()] == ["in.jsonl"]
     return str(caught.value).removeprefix(f"{tmp_path}/")
 
 
-def test_star1_is_safety_reasoning(tmp_path):
+def test_star1_becomes_safety_examples(tmp_path):
     example = one(tmp_path, "star1", STAR1)
     assert (example.id, example.kind) == ("star1-68", "safety")
     assert example.prompt == (Message("user", "May I feed bread to ducks? "),)
     assert example.response == Response("Bread is poor food.\n\nSay so.", "Better not: give them oats.")
 
 
-def test_gsm8k_loses_its_annotations_and_keeps_its_steps(tmp_path):
+def test_gsm8k_annotations_are_removed_and_steps_are_kept(tmp_path):
     example = one(tmp_path, "gsm8k", GSM8K)
     assert (example.id, example.kind) == ("gsm8k-000001", "general")
     assert example.response == Response("She sells 48/2 = 24 clips.\nShe keeps 48-24 = 24.", "The answer is 24.")
@@ -99,14 +99,14 @@ def test_chains_that_begin_with_the_same_step_make_a_process_pair(tmp_path, corr
 
 @pytest.mark.parametrize("side", ["correct", "incorrect"])
 @pytest.mark.parametrize("number", ["25", " -1,250.50\n", "$3"])
-def test_a_solution_that_is_a_bare_number_has_no_chain_and_its_pair_is_left_out_and_named(tmp_path, side, number):
+def test_a_pair_whose_solution_is_only_a_number_is_left_out_and_named(tmp_path, side, number):
     source = lines(tmp_path / "in.jsonl", GSM8K_PAIR, GSM8K_PAIR | {side: number}, GSM8K_PAIR)
     assert convert("gsm8k-pairs", source, tmp_path / "out.jsonl") == Converted(2, (f"{source}:2",))
-    # Numbers are those of the source, so that ids do not depend on what is left out.
+    # Ids count the records of the source, so they do not depend on which ones are left out.
     assert [p.id for p in read_pairs(tmp_path / "out.jsonl")] == ["gsm8k-pairs-000001", "gsm8k-pairs-000003"]
 
 
-def test_a_source_of_which_all_is_left_out_is_an_error(tmp_path):
+def test_leaving_out_every_record_is_an_error(tmp_path):
     message = error(tmp_path, "gsm8k-pairs", GSM8K_PAIR | {"correct": "26"})
     assert message == "in.jsonl: none of its records has a chain of steps; check how it was written"
 
@@ -119,7 +119,7 @@ def test_native_pairs_have_their_keys_in_order_and_lists_of_steps(tmp_path):
     assert [len(record[side]["reasoning"]) for side in ("chosen", "rejected")] == [2, 2]
 
 
-def test_stair_sft_steps_lose_their_marks(tmp_path):
+def test_stair_sft_marks_are_removed(tmp_path):
     example = one(tmp_path, "stair-sft", STAIR)
     assert (example.id, example.kind) == ("stair-sft-000001", "safety")
     assert example.response == Response("Title: One:\nA first.\nB", "So.")
@@ -129,7 +129,7 @@ def test_stair_sft_steps_lose_their_marks(tmp_path):
     ("source", "kind"),
     [("PKU-SafeRLHF", "safety"), ("JailbreakV-28K/JailBreakV-28k", "safety"), ("openbmb/UltraFeedback", "general")],
 )
-def test_the_source_of_a_stair_sft_record_tells_its_kind(tmp_path, source, kind):
+def test_the_source_of_a_stair_sft_record_decides_its_kind(tmp_path, source, kind):
     assert one(tmp_path, "stair-sft", {**STAIR, "source": source}).kind == kind
 
 
@@ -165,10 +165,10 @@ def test_an_array_with_a_byte_order_mark_is_read(tmp_path):
         ("star1", {**STAR1, "response": "<think>a</think>b</think>c"}, "each tag once"),
         ("star1", {**STAR1, "response": "<think>a</think> "}, "answer is empty"),
         ("star1", {**STAR1, "response": "<think> </think>b"}, "reasoning is empty"),
-        ("star1", {**STAR1, "id": None}, 'field "id" is missing, empty or no whole number'),
+        ("star1", {**STAR1, "id": None}, 'field "id" is missing, empty or not a whole number'),
         ("star1", GSM8K, 'field "response" is missing; check that this is the format of the file'),
-        ("star1", {**STAR1, "question": ["a"]}, 'field "question" is empty or not a text'),
-        ("star1", {**STAR1, "question": "a\0"}, "prompt has a NUL character at 2"),
+        ("star1", {**STAR1, "question": ["a"]}, 'field "question" is a list; give a string'),
+        ("star1", {**STAR1, "question": "a\0"}, 'field "question" has a NUL character at 2'),
         ("star1", {**STAR1, "response": "<think>a</think>\ud800"}, "half of a surrogate pair"),
         ("gsm8k", {**GSM8K, "answer": "24"}, "answer does not end with a line #### and the result"),
         ("gsm8k", {**GSM8K, "answer": "a\n#### "}, "answer does not end with a line #### and the result"),
@@ -199,7 +199,7 @@ def test_an_array_with_a_byte_order_mark_is_read(tmp_path):
         ("stair-sft", {**STAIR, "source": "UltraFedback"}, 'unknown source "UltraFedback"'),
     ],
 )
-def test_a_record_that_is_not_as_its_format_says_is_an_error(tmp_path, source_format, record, expected):
+def test_a_record_that_does_not_follow_its_format_is_an_error(tmp_path, source_format, record, expected):
     good = {"star1": {**STAR1, "id": "1"}, "gsm8k": GSM8K, "gsm8k-pairs": GSM8K_PAIR, "stair-sft": STAIR}[source_format]
     message = error(tmp_path, source_format, good, record)
     assert message.startswith("in.jsonl:2: ")
@@ -207,7 +207,7 @@ def test_a_record_that_is_not_as_its_format_says_is_an_error(tmp_path, source_fo
 
 
 def test_an_id_given_twice_is_an_error(tmp_path):
-    assert 'its id "star1-68" is that of' in error(tmp_path, "star1", STAR1, STAR1)
+    assert 'its id "star1-68" is already used by' in error(tmp_path, "star1", STAR1, STAR1)
 
 
 @pytest.mark.parametrize(
@@ -288,7 +288,7 @@ def test_the_published_sets_convert_completely(tmp_path, source_format, name, ki
 
 
 @published
-def test_the_published_pairs_convert_but_for_the_one_without_a_chain(tmp_path):
+def test_the_published_pairs_convert_except_the_one_without_a_chain(tmp_path):
     source = SHARED / "gsm8k_solution_pairs.jsonl"
     assert convert("gsm8k-pairs", source, tmp_path / "out.jsonl") == Converted(730, (f"{source}:473",))
     pairs = list(read_pairs(tmp_path / "out.jsonl"))
