@@ -29,7 +29,7 @@ COMMANDS = {
     "export": Command("saro.tools.export", "a run's adapter, or a merged model, verified"),
     "chat": Command("saro.tools.chat", "talk to a run's model"),
     "compare": Command("saro.tools.compare", "several models on the same records, in one table"),
-    "doctor": Command("saro.tools.doctor.doctor", "is all right on this machine, with this model"),
+    "doctor": Command("saro.tools.doctor.doctor", "kernels, packs, training and resuming, checked on this machine"),
 }
 
 
@@ -50,7 +50,7 @@ def _main() -> int:
 
 
 def _show_commands() -> NoReturn:
-    """Print the commands and exit if the first argument is --help; raise SaroError if it is something else."""
+    """Print the commands and exit if the first argument is --help, or else raise SaroError."""
     parser = Parser(prog="saro", description="Tools around the SaRO recipes, recipes/rw.py and recipes/srpo.py.")
     commands = parser.add_subcommands(required=True)
     for name, command in COMMANDS.items():

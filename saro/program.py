@@ -81,8 +81,8 @@ class Parser(ArgumentParser):
         """Return the end of the error about an unknown option on the command line."""
         if not given.startswith("-"):
             return ""
-        # Three spellings are exact enough to name the option: --pack-tokens and --pack_tokens for --data.pack_tokens,
-        # and --model for --model.name.
+        # Hyphens for underscores and a missing group are certain if they match one option: --pack-tokens is
+        # --data.pack_tokens. So is the name of a shared group for its first option: --model is --model.name.
         spelled = given.lstrip("-").replace("-", "_")
         names = self._option_names()
         exact = [name for name in names if name == f"--{spelled}" or name.endswith(f".{spelled}")]
@@ -167,7 +167,7 @@ def parse_tool(options: type[Config], prog: str, description: str, args: Sequenc
         SaroError: for an unknown option or a value that a check refuses.
     """
     parser = Parser(prog=prog, description=description.split("\n")[0])
-    hints, docs = get_type_hints(options), _docs(options)
+    hints, docs = get_type_hints(options), _read_docs(options)
     for field in fields(options):
         if is_dataclass(hints[field.name]):
             _add_group(parser, field, hints[field.name], docs[field.name])
@@ -181,15 +181,16 @@ def parse_tool(options: type[Config], prog: str, description: str, args: Sequenc
     return options(**values)
 
 
-def _docs(config: type) -> dict[str, str | None]:
+def _read_docs(config: type) -> dict[str, str]:
     """Return the description of each field, from the Attributes of the docstring."""
     return {item.arg_name: item.description for item in parse_docstring(config.__doc__ or "").params}
 
 
-def _add_option(parser: Parser, field: Field, hint: Any, doc: str | None) -> None:
+def _add_option(parser: Parser, field: Field, hint: Any, doc: str) -> None:
     if field.metadata.get("positional"):
-        choices = field.metadata["choices"]
-        parser.add_argument(field.name, help=doc, **({"choices": choices} if choices else {}))
+        # jsonargparse does not take choices=None.
+        choices = {"choices": field.metadata["choices"]} if field.metadata["choices"] else {}
+        parser.add_argument(field.name, help=doc, **choices)
     elif field.default is False:
         parser.add_argument(f"--{field.name}", action="store_true", help=doc)
     elif field.default is MISSING and field.default_factory is MISSING:
@@ -199,15 +200,15 @@ def _add_option(parser: Parser, field: Field, hint: Any, doc: str | None) -> Non
         parser.add_argument(f"--{field.name}", type=hint, default=default, help=doc)
 
 
-def _add_group(parser: Parser, field: Field, config: type, doc: str | None) -> None:
+def _add_group(parser: Parser, field: Field, config: type, doc: str) -> None:
     """Add the shown options of a group one by one.
 
     ``add_class_arguments`` would add an option for the group too, --model, which reads a file.
     """
     names = [item.name for item in fields(config)]
     names_shown = field.metadata.get("shown", names)
-    hints, docs, defaults = get_type_hints(config), _docs(config), field.default_factory()
-    title, _, description = (doc or field.name).partition(". ")
+    hints, docs, defaults = get_type_hints(config), _read_docs(config), field.default_factory()
+    title, _, description = doc.partition(". ")
     group = parser.add_argument_group(title.rstrip("."), description or None)
     for name in names_shown:
         option = f"--{field.name}.{name}"

@@ -123,7 +123,7 @@ class _Stream(BaseStreamer):
         self._chat = chat
         self._splitter = splitter
         self._console = console
-        # Returns whole characters only; one may take several tokens. Keep special tokens: the tags may be such.
+        # Returns complete characters only; one may take several tokens. Keep special tokens: the tags may be among them.
         self._decoder = DecodeStream(skip_special_tokens=False)
         self._prompt_passed = False
         self.answer = ""

@@ -40,7 +40,7 @@ class Options:
         ids: Show the records of these ids instead.
     """
 
-    # The method matters for an adapter only: its base is found with the method that it was trained with.
+    # The method matters only for an adapter, which is found with the method that trained it.
     model: ModelConfig = field(
         default_factory=ModelConfig, metadata=shown("name", "revision", "method", "trust_remote_code")
     )

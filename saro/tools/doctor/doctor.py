@@ -35,7 +35,7 @@ class Options:
 
     Attributes:
         model: The model to check, and how it would be trained.
-        data: The packs. Memory is measured on a sixteenth and a quarter of --data.pack_tokens.
+        data: Size of the packs. Memory is measured on a sixteenth and a quarter of --data.pack_tokens.
         json: File to write the findings to as well.
     """
 

@@ -47,7 +47,7 @@ def kernel_checks(policy: Policy) -> list[Check]:
 
 
 def _token_logps(name: str, op: str, trainable: bool, policy: Policy) -> Finding:
-    """Check a tile op on the model's head: the whole vocabulary, its scale and softcap, the columns that float64 fits."""
+    """Check a tile op on the model's head: all rows, as many columns as float64 has memory for, its scale and softcap."""
     device, dtype = policy.causal_lm.device, policy.autocast or policy.causal_lm.dtype
     try:
         choose_tile_op(op, device, dtype)
