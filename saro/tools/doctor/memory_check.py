@@ -106,7 +106,10 @@ def _resident_peak(step: Callable[[], None]) -> float:
 
     def sample() -> None:
         nonlocal peak
-        while not done.wait(_SAMPLE_SECONDS):
+        ended = False
+        while not ended:
+            ended = done.wait(_SAMPLE_SECONDS)
+            # After the end too: a short step may be over before the first sample. Its freed memory is still resident.
             peak = max(peak, process.memory_info().rss)
 
     sampler = threading.Thread(target=sample, daemon=True)
