@@ -28,7 +28,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from saro.distributed.runtime import keep_freed_memory
-from saro.quiet import quiet_libraries
+from saro.program import quiet_libraries
 
 # Rows and columns of the square GEMM whose rate is the unit of the shares.
 GEMM_SIZE = {"cpu": 2048, "cuda": 8192}

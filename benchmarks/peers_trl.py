@@ -29,7 +29,7 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer, pack_dataset
 from saro.data.dataset import ExampleSet, PairSet
 from saro.model.adapter import ALPHA, DROPOUT, RANK, linear_layers
 from saro.model.source import ModelSource
-from saro.quiet import quiet_libraries
+from saro.program import quiet_libraries
 
 
 class Stopwatch(TrainerCallback):

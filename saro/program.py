@@ -1,22 +1,28 @@
-"""Command line and YAML -> a config dataclass, and the frame of a program: errors of one line, exit code 2."""
+"""The frame of every program: command line and YAML -> a dataclass, one-line errors, exit codes, quiet libraries."""
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import fields
+import warnings
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import MISSING, Field, fields, is_dataclass
 from itertools import islice
 from typing import Any, NamedTuple, NoReturn, TypeVar, get_args, get_type_hints
 
 import torch
+from docstring_parser import parse as parse_docstring
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from tqdm import tqdm
 
 from saro.errors import SaroError, nearest
 
 Config = TypeVar("Config")
+
+# Libraries that log lines about which a user can do nothing.
+_LIBRARIES = ("bitsandbytes", "transformers", "accelerate", "peft", "torch.distributed")
 
 
 class RunFlags(NamedTuple):
@@ -27,13 +33,22 @@ class RunFlags(NamedTuple):
 
 
 class Parser(ArgumentParser):
-    """jsonargparse's parser; what a user mistypes is one line that names the nearest valid option."""
+    """jsonargparse's parser; each mistake is one line that names the nearest valid option.
+
+    Attributes:
+        group_options: first option of a group, by the group's name; suggested if someone types the group only.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, exit_on_error=False, allow_abbrev=False, **kwargs)
+        self.group_options: dict[str, str] = {}
 
     def parse(self, args: Sequence[str] | None = None) -> Namespace:
-        """Parse; raises SaroError."""
+        """Parse the arguments, by default those of the process.
+
+        Raises:
+            SaroError: for an unknown option or a value of the wrong type.
+        """
         try:
             return self.parse_args(args)
         except ArgumentError as error:
@@ -42,24 +57,25 @@ class Parser(ArgumentParser):
             raise SaroError("--config: the file is not UTF-8; convert it") from error
 
     def _option_names(self) -> list[str]:
-        commands = self._subcommands_action.choices.values() if self._subcommands_action else []
-        own = [option for action in self._actions for option in action.option_strings]
-        return own + [option for command in commands for action in command._actions for option in action.option_strings]
+        return [name for action in self._actions for name in action.option_strings]
 
     def _one_line(self, message: str) -> str:
         names = self._option_names()
-        if found := re.match(r"unrecognized arguments: (\S+)", message):
-            given = found[1].partition("=")[0]
-            return f"unknown option {given}{nearest(given, names) if given.startswith('-') else ''}"
-        if found := re.match(r"Group '([\w.]+)' does not accept option '([\w.-]+)'", message):
-            given = f"{found[1]}.{found[2]}"
+        if match := re.match(r"unrecognized arguments: (\S+)", message):
+            given = match[1].partition("=")[0]
+            return f"unknown option {given}{self._suggestion(given)}"
+        if match := re.match(r"Group '([\w.]+)' does not accept option '([\w.-]+)'", message):
+            given = f"{match[1]}.{match[2]}"
             return f"unknown option {given}{nearest(given, [name.lstrip('-') for name in names])}"
-        if found := re.match(r"(?:Parser does not accept option|Key|Option) '([\w.-]+)'", message):
-            given = found[1]
+        if match := re.match(r"(?:Parser does not accept option|Key|Option) '([\w.-]+)'", message):
+            given = match[1]
             return f"unknown option {given}{nearest(given, [name.lstrip('-') for name in names])}"
-        if found := re.match(r"argument (\w+): invalid choice: '(.*?)' \(choose from (.*)\)", message):
-            choices = re.findall(r"[\w-]+", found[3])
-            return f"unknown {found[1]} {found[2]!r}{nearest(found[2], choices)}"
+        if match := re.match(r"argument (\w+): invalid choice: '(.*?)' \(choose from (.*)\)", message):
+            choices = re.findall(r"[\w-]+", match[3])
+            return f"unknown {match[1]} {match[2]!r}{nearest(match[2], choices)}"
+        if match := re.match(r"the following arguments are required: (.*)", message):
+            required = [f"--{name}" if f"--{name}" in names else name for name in match[1].split(", ")]
+            return f"missing {', '.join(required)}; see {self.prog} --help"
         if message.startswith("Unexpected config"):
             return "--config: the file holds no options; write them as group: {option: value}"
         message = re.sub(r'^Parser key "([\w.]+)":\s*', r"--\1: ", message)
@@ -68,21 +84,35 @@ class Parser(ArgumentParser):
         optional = r"Does not validate against any of the Union subtypes Subtypes: \[(.*?), NoneType\].* Given value: "
         return re.sub(optional, r"Expected a \1. Got value: ", message)
 
+    def _suggestion(self, given: str) -> str:
+        """Return the end of the error about an unknown option on the command line."""
+        if not given.startswith("-"):
+            return ""
+        # Hyphens for underscores and a missing group are certain if they match one option: --pack-tokens is
+        # --data.pack_tokens. So is the name of a shared group for its first option: --model is --model.name.
+        spelled = given.lstrip("-").replace("-", "_")
+        names = self._option_names()
+        exact = [name for name in names if name == f"--{spelled}" or name.endswith(f".{spelled}")]
+        if spelled in self.group_options:
+            exact.append(f"--{self.group_options[spelled]}")
+        return f"; it is spelled {exact[0]}" if len(exact) == 1 else nearest(given, names)
+
 
 def parse_recipe(
     config: type[Config], prog: str, description: str, args: Sequence[str] | None = None
 ) -> tuple[Config, RunFlags]:
-    """Options of a recipe: YAML file first, then command line. Returns the config and the flags of the run's folder.
+    """Read the options of a recipe: YAML file first, then command line.
+
+    Returns:
+        The config, and the flags that say what to do with an existing run in the output folder.
 
     Raises:
         SaroError: for an unknown option or a value that a check refuses.
     """
     parser = Parser(prog=prog, description=description.split("\n")[0])
-    parser.add_argument("--config", action="config", help="YAML file with options; the command line goes before it.")
-    parser.add_argument(
-        "--resume", action="store_true", help="Go on with the run in the output folder, if there is one."
-    )
-    parser.add_argument("--overwrite", action="store_true", help="Remove the run in the output folder and start anew.")
+    parser.add_argument("--config", action="config", help="YAML file with options; the command line overrides it.")
+    parser.add_argument("--resume", action="store_true", help="Continue the run in the output folder, if there is one.")
+    parser.add_argument("--overwrite", action="store_true", help="Delete the run in the output folder and start again.")
     parser.add_class_arguments(config)
     parsed = parser.parse(_files_first(sys.argv[1:] if args is None else args))
     _check_parsed(config, parsed)
@@ -92,24 +122,24 @@ def parse_recipe(
 
 
 def _check_parsed(config: type, parsed: Namespace) -> None:
-    """Raise SaroError for what jsonargparse lets through in a file.
+    """Raise SaroError for values that jsonargparse accepts from a file but should not.
 
-    That is any value of a flag or a group, and null for any option.
+    They are any value of a flag or a group, and null for any option.
     """
     for flag in ("resume", "overwrite"):
         if not isinstance(parsed[flag], bool):
             raise SaroError(f"{flag} is {parsed[flag]!r}; it must be true or false")
-    for group, of_group in get_type_hints(config).items():
+    for group, group_type in get_type_hints(config).items():
         options = parsed[group]
         if not isinstance(options, Namespace):
             raise SaroError(f"{group} is {options!r}; it must hold options, such as {{option: value}}")
-        for name, hint in get_type_hints(of_group).items():
+        for name, hint in get_type_hints(group_type).items():
             if options[name] is None and type(None) not in get_args(hint):
                 raise SaroError(f"--{group}.{name} has no value; give one or leave the option out")
 
 
 def _files_first(args: Sequence[str]) -> list[str]:
-    """The arguments with the YAML files before all options, which override them wherever they stand."""
+    """Return the arguments with the YAML files first, so that all options override them."""
     files: list[str] = []
     options: list[str] = []
     rest = iter(args)
@@ -121,17 +151,96 @@ def _files_first(args: Sequence[str]) -> list[str]:
     return files + options
 
 
-def progress_bar(
-    items: Iterable[Any] | None, description: str, unit: str, *, shown: bool = True, total: int | None = None
-) -> tqdm:
-    """Return a progress bar over ``items``, or of ``total`` units. It appears after two seconds, on a terminal only."""
-    # disable=None hides the bar if standard error is no terminal.
-    disable = None if shown else True
-    return tqdm(items, desc=description, unit=f" {unit}", total=total, delay=2, leave=False, disable=disable)
+def shown(*names: str) -> dict[str, Any]:
+    """Return the metadata of a field that is a group of the recipes' options: the tool shows these options of it.
+
+    The others keep their defaults.
+    """
+    return {"shown": names}
+
+
+def positional(choices: Collection[str] = ()) -> dict[str, Any]:
+    """Return the metadata of a field that is given by its place on the command line."""
+    return {"positional": True, "choices": sorted(choices)}
+
+
+def parse_tool(options: type[Config], prog: str, description: str, args: Sequence[str] | None = None) -> Config:
+    """Read the options of a tool from the command line.
+
+    A field without a default is required. A field whose default is False is a flag. A field of a dataclass type is a
+    group of options, --group.option.
+
+    Raises:
+        SaroError: for an unknown option or a value that a check refuses.
+    """
+    parser = Parser(prog=prog, description=description.split("\n")[0])
+    hints, docs = get_type_hints(options), _read_docs(options)
+    for field in fields(options):
+        if is_dataclass(hints[field.name]):
+            _add_group(parser, field, hints[field.name], docs[field.name])
+        else:
+            _add_option(parser, field, hints[field.name], docs[field.name])
+    parsed = parser.parse(args)
+    values = {}
+    for field in fields(options):
+        value, hint = parsed[field.name], hints[field.name]
+        values[field.name] = _make_group(field.name, hint, value) if is_dataclass(hint) else value
+    return options(**values)
+
+
+def _read_docs(config: type) -> dict[str, str]:
+    """Return the description of each field, from the Attributes of the docstring."""
+    return {item.arg_name: item.description for item in parse_docstring(config.__doc__ or "").params}
+
+
+def _add_option(parser: Parser, field: Field, hint: Any, doc: str) -> None:
+    if field.metadata.get("positional"):
+        # jsonargparse does not take choices=None.
+        choices = {"choices": field.metadata["choices"]} if field.metadata["choices"] else {}
+        parser.add_argument(field.name, help=doc, **choices)
+    elif field.default is False:
+        parser.add_argument(f"--{field.name}", action="store_true", help=doc)
+    elif field.default is MISSING and field.default_factory is MISSING:
+        parser.add_argument(f"--{field.name}", type=hint, required=True, help=doc)
+    else:
+        default = field.default if field.default_factory is MISSING else field.default_factory()
+        parser.add_argument(f"--{field.name}", type=hint, default=default, help=doc)
+
+
+def _add_group(parser: Parser, field: Field, config: type, doc: str) -> None:
+    """Add the shown options of a group one by one.
+
+    ``add_class_arguments`` would add an option for the group too, --model, which reads a file.
+    """
+    names = [item.name for item in fields(config)]
+    names_shown = field.metadata.get("shown", names)
+    hints, docs, defaults = get_type_hints(config), _read_docs(config), field.default_factory()
+    title, _, description = doc.partition(". ")
+    group = parser.add_argument_group(title.rstrip("."), description or None)
+    for name in names_shown:
+        option = f"--{field.name}.{name}"
+        group.add_argument(option, type=hints[name], default=getattr(defaults, name), help=docs[name])
+    # A tool's own group has no old spelling: `saro compare --model` most likely means --models.
+    if "shown" in field.metadata and names[0] in names_shown:
+        parser.group_options[field.name] = f"{field.name}.{names[0]}"
+
+
+def _make_group(name: str, config: type, values: Namespace) -> Any:
+    try:
+        return config(**values.as_dict())
+    except SaroError as error:
+        # The recipes' checks name their options as YAML does, "data.pack_tokens"; tools have a command line only.
+        text = str(error)
+        raise SaroError(f"--{text}" if text.startswith(f"{name}.") else text) from error
+
+
+def as_list(value: list[str] | str) -> list[str]:
+    """Return a list of names, of which the command line may give only one."""
+    return [value] if isinstance(value, str) else value
 
 
 def run_program(main: Callable[[], int]) -> NoReturn:
-    """Run a program and exit with its code; what a user can mend is one line and exit code 2."""
+    """Run a program and exit with its code; an error that a user can fix is one line and exit code 2."""
     rank = os.environ.get("RANK", "0")
     where = "" if rank == "0" else f"[rank {rank}] "
     try:
@@ -149,3 +258,32 @@ def run_program(main: Callable[[], int]) -> NoReturn:
     except KeyboardInterrupt:
         code = 130
     sys.exit(code)
+
+
+def quiet_libraries() -> None:
+    """Silence the libraries' warnings, log lines and progress bars; their errors still show."""
+    from transformers.utils import logging as transformers_logging
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    for name in _LIBRARIES:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    for category in (FutureWarning, DeprecationWarning, UserWarning):
+        warnings.simplefilter("ignore", category)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+
+def progress_bar(
+    items: Iterable | None, description: str, unit: str, *, shown: bool = True, total: int | None = None
+) -> tqdm:
+    """Return a progress bar over ``items``, which appears after two seconds and only on a terminal.
+
+    Args:
+        items: the items to iterate over; None for a bar that its user updates.
+        unit: plural noun, such as "packs".
+        shown: False hides the bar, as on all ranks but the first.
+        total: number of items; default len(items).
+    """
+    # tqdm takes None as: only if stderr is a terminal.
+    disable = None if shown else True
+    return tqdm(items, desc=description, unit=f" {unit}", total=total, delay=2, leave=False, disable=disable)

@@ -1,66 +1,70 @@
-"""The command `saro`: inspect and convert."""
+"""The command `saro`: its table of tools, and the spelling of their options."""
 
 from __future__ import annotations
 
-import io
-import json
-import re
 import subprocess
 import sys
-from datetime import date
+from dataclasses import fields, is_dataclass
+from functools import partial
+from importlib import import_module
 from importlib.metadata import entry_points
+from typing import get_type_hints
 
 import pytest
-from rich.console import Console
-from rich.text import Text
-from tiny import IM_END, tiny_tokenizer
+from command import run_saro
+from docstring_parser import parse as parse_docstring
 
-from saro.cli import main
-from saro.config import DataConfig, ModelConfig
-from saro.data.chat_format import ChatFormat
-from saro.data.records import Example, Message, Pair, Response
-from saro.data.tree import RowKind
-from saro.errors import SaroError
-from saro.tools.inspect_data import STYLES, colour, inspect, pair_tree
+from saro.cli import COMMANDS, main
+from saro.program import parse_tool
+
+# Option -> its old spelling, for every option of every tool that has one.
+RESPELLED = {
+    "inspect": {
+        "--data.train": ["--data"],
+        "--model.name": ["--model"],
+        "--data.pack_tokens": ["--pack_tokens", "--pack-tokens"],
+        "--data.think_tags": ["--think_tags", "--think-tags"],
+        "--data.chat_template": ["--chat_template", "--chat-template"],
+        "--data.template_date": ["--template_date", "--template-date"],
+        "--data.template_variables": ["--template_variables", "--template-variables"],
+    },
+    "doctor": {
+        "--model.name": ["--model"],
+        "--model.method": ["--method"],
+        "--model.dtype": ["--dtype"],
+        "--model.attention": ["--attention"],
+        "--model.liger": ["--liger"],
+        "--data.pack_tokens": ["--pack-tokens", "--pack_tokens"],
+    },
+    "compare": {
+        "--model.method": ["--method"],
+        "--max_tokens": ["--max-tokens"],
+        "--data.pack_tokens": ["--pack-tokens", "--pack_tokens"],
+        "--data.template_date": ["--template-date", "--template_date"],
+    },
+    "chat": {"--max_tokens": ["--max-tokens"], "--data.think_tags": ["--think-tags", "--think_tags"]},
+    "export": {"--allow_shift": ["--allow-shift"]},
+}
+REQUIRED = {"chat": ["--run", "x"], "export": ["--run", "x"]}
 
 
 @pytest.fixture
 def saro(monkeypatch, capsys):
     """Runs the command in this process; returns exit code, stdout and stderr."""
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["saro", *arguments])
-        with pytest.raises(SystemExit) as stop:
-            main()
-        out, err = capsys.readouterr()
-        return stop.value.code or 0, out, err
-
-    return run
+    return partial(run_saro, monkeypatch, capsys)
 
 
-def _inspect(files, model, **options) -> str:
-    output = io.StringIO()
-    width, color = options.pop("width", 200), "standard" if options.pop("color", True) else None
-    console = Console(file=output, width=width, force_terminal=True, color_system=color)
-    show, ids = options.pop("show", 1), options.pop("ids", ())
-    inspect(ModelConfig(name=model), DataConfig(**options), files, show, console, ids)
-    return output.getvalue()
-
-
-def _styled(text: Text) -> list[tuple[str, str]]:
-    return [(text.plain[span.start : span.end], span.style) for span in text.spans]
-
-
-PAIRS = [
-    {
-        "id": f"pair-{name}",
-        "kind": "pp-cot",
-        "prompt": "Hi",
-        "chosen": {"reasoning": ["Look first.", f"Yes {name}."], "answer": "yes"},
-        "rejected": {"reasoning": ["Look first.", f"No {name}."], "answer": "no"},
-    }
-    for name in "abc"
-]
+def option_names(options: type) -> list[str]:
+    """Return the names of a tool's options, and of its positional arguments."""
+    names = []
+    for field in fields(options):
+        hint = get_type_hints(options)[field.name]
+        if is_dataclass(hint):
+            shown = field.metadata.get("shown", [item.name for item in fields(hint)])
+            names += [f"--{field.name}.{name}" for name in shown]
+        else:
+            names.append(field.name if field.metadata.get("positional") else f"--{field.name}")
+    return names
 
 
 def test_the_console_script_is_installed():
@@ -68,202 +72,51 @@ def test_the_console_script_is_installed():
     assert script.load() is main
 
 
-def test_inspect_prints_the_length_report(saro, records_file, examples, tiny_model):
-    code, out, err = saro("inspect", "--data", records_file(examples), "--model", tiny_model(), "--show", "0")
+# The table
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_each_command_has_options_and_runs(name, saro, monkeypatch):
+    tool = import_module(COMMANDS[name].module)
+    received = []
+    monkeypatch.setattr("saro.cli.parse_tool", lambda *arguments: received.append(arguments) or "options")
+
+    def run(options, console) -> int:
+        """Run."""
+        received.append(options)
+        return 3
+
+    monkeypatch.setattr(tool, "run", run)
+    assert saro(name, "--an", "argument") == (3, "", "")
+    assert received == [(tool.Options, f"saro {name}", "Run.", ["--an", "argument"]), "options"]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_names_every_option_with_its_meaning(name, saro):
+    code, out, err = saro(name, "--help")
     assert (code, err) == (0, "")
-    assert "24 records (16 general, 8 safety)" in " ".join(out.split())
-    assert "whole record" in out
-    assert "r0" not in out
+    tool = import_module(COMMANDS[name].module)
+    descriptions = [item.description for item in parse_docstring(tool.Options.__doc__).params]
+    assert len(descriptions) == len(fields(tool.Options))
+    sentences = [sentence for description in descriptions for sentence in description.split(". ")]
+    # Compare without spaces: the help breaks lines at spaces and hyphens.
+    text = "".join(out.split())
+    for part in [tool.run.__doc__.split("\n")[0], *option_names(tool.Options), *sentences]:
+        assert "".join(part.rstrip(".").split()) in text
 
 
-def test_inspect_colours_what_is_scored():
-    chat = ChatFormat(tiny_tokenizer(), frozenset([IM_END]), date(2024, 7, 26))
-    example = Example("a", "general", (Message("user", "Hi"),), Response("why", "yes ☂"), "f:1")
-    text = colour(chat.encode(example), chat.tokenizer)
-    # No style for the whole: scored tokens would be dim too.
-    assert text.style == ""
-    assert _styled(text) == [
-        ("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n", "dim"),
-        ("<think>\nwhy\n</think>", STYLES[RowKind.THINK]),
-        ("\n\nyes ☂", STYLES[RowKind.ANSWER]),
-        ("<|im_end|>", STYLES[RowKind.STOP]),
-    ]
-
-
-def test_inspect_shows_the_records_asked_for(records_file, examples, tiny_model):
-    text = _inspect([records_file(examples)], tiny_model(), ids=["r7"])
-    assert "r7:" in text
-    assert "r0:" not in text
-
-
-def test_inspect_names_the_nearest_id(records_file, examples, tiny_model):
-    with pytest.raises(SaroError, match="no record has the id 'r77'; did you mean r7"):
-        _inspect([records_file(examples)], tiny_model(), ids=["r77"])
-
-
-def test_inspect_lists_records_that_are_too_long(records_file, tiny_model):
-    file = records_file([{"id": "long", "prompt": "x" * 300, "answer": "y"}, {"prompt": "x", "answer": "y"}])
-    text = _inspect([file], tiny_model(), pack_tokens=100, show=0)
-    assert "1 records are longer than a pack of 100 tokens" in text
-    assert "long" in text.splitlines()[-1]
-
-
-def test_text_that_looks_like_markup_is_shown_as_it_is(records_file, tiny_model):
-    file = records_file([{"id": "[bold]", "prompt": "Hi", "answer": "a [red]b[/red]"}])
-    assert "[red]" in _inspect([file], tiny_model())
-
-
-def test_a_part_of_a_sequence_is_coloured_like_the_whole():
-    chat = ChatFormat(tiny_tokenizer(), frozenset([IM_END]), date(2024, 7, 26))
-    sequence = chat.encode(Example("a", "general", (Message("user", "Hi"),), Response("why", "yes"), "f:1"))
-    place = sequence.scored_from + len("<think>\nw")
-    parts = [colour(sequence, chat.tokenizer, stop=place), colour(sequence, chat.tokenizer, start=place)]
-    assert "".join(part.plain for part in parts) == colour(sequence, chat.tokenizer).plain
-    assert _styled(parts[0])[-1] == ("<think>\nw", STYLES[RowKind.THINK])
-    assert _styled(parts[1])[0] == ("hy\n</think>", STYLES[RowKind.THINK])
-
-
-def test_inspect_knows_pairs_by_their_fields(saro, records_file, tiny_model):
-    code, out, err = saro("inspect", "--data", records_file(PAIRS), "--model", tiny_model(), "--show", "0")
-    assert (code, err) == (0, "")
-    assert "3 pairs (3 pp-cot)" in " ".join(out.split())
-    assert "pair, shared part once" in out
-    assert "pair-a" not in out
-
-
-def test_inspect_tells_what_sharing_saves_on_all_pairs(records_file, tiny_model):
-    text = _inspect([records_file(PAIRS)], tiny_model(), show=0)
-    # One token a byte: a prompt of 21, and what follows "<think>\nLook first.\n" on either side.
-    sides = [len(f"{step} a.\n</think>\n\n{answer}") + 1 for step, answer in (("Yes", "yes"), ("No", "no"))]
-    shared = 21 + len("<think>\nLook first.\n")
-    apart, once = 2 * shared + sum(sides), shared + sum(sides)
-    assert f"Sharing saves {100 * (1 - once / apart):.1f} % of {3 * apart} tokens, and up to " in text
-
-
-def test_a_pair_is_shown_as_what_is_shared_and_two_branches(records_file, tiny_model):
-    text = _inspect([records_file(PAIRS)], tiny_model(), color=False)
-    shown = text[text.index("pair-a: ") :].splitlines()
-    shown = [line.rstrip() for line in shown[1:] if not line.startswith("─")]
-    assert shown[:-1] == [
-        "shared: 41 tokens (21 of the prompt, 20 of the responses)",
-        "<|im_start|>user",
-        "Hi<|im_end|>",
-        "<|im_start|>assistant",
-        "<think>",
-        "Look first.",
-        "",
-        "┣━━ chosen: 21 tokens",
-        "┃   Yes a.",
-        "┃   </think>",
-        "┃",
-        "┃   yes<|im_end|>",
-        "┗━━ rejected: 19 tokens",
-        "    No a.",
-        "    </think>",
-        "",
-        "    no<|im_end|>",
-    ]
-    assert "pair-b: " not in text
-
-
-def test_the_parts_of_a_pair_are_coloured_by_what_is_scored():
-    chat = ChatFormat(tiny_tokenizer(), frozenset([IM_END]), date(2024, 7, 26))
-    pair = Pair("a", "pp-cot", (Message("user", "Hi"),), Response("x\ny", "yes"), Response("x\nz", "no"), "f:1")
-    tree = pair_tree(*chat.encode_pair(pair), chat.tokenizer)
-    parts = [part.label.renderables[1] for part in (tree, *tree.children)]
-    think, answer, stop = (STYLES[kind] for kind in RowKind)
-    assert _styled(parts[0])[1:] == [("<think>\nx\n", think)]
-    assert _styled(parts[0])[0][1] == "dim"
-    assert _styled(parts[1]) == [("y\n</think>", think), ("\n\nyes", answer), ("<|im_end|>", stop)]
-    assert _styled(parts[2]) == [("z\n</think>", think), ("\n\nno", answer), ("<|im_end|>", stop)]
-
-
-def test_pairs_on_one_prompt_are_shown_each_for_itself(records_file, tiny_model):
-    text = _inspect([records_file(PAIRS)], tiny_model(), ids=["pair-c", "pair-a"], color=False)
-    assert text.index("pair-c: ") < text.index("pair-a: ")
-    assert text.count("chosen: 21 tokens") == 2
-    assert "pair-b: " not in text
-
-
-def test_pairs_fit_in_100_columns(records_file, tiny_model):
-    long = PAIRS[0] | {"prompt": "so many words " * 30, "rejected": {"answer": "and even more words " * 30}}
-    text = _inspect([records_file([long])], tiny_model(), width=100, color=False)
-    shown = text[text.index("pair-a: ") :].splitlines()
-    assert max(len(line) for line in shown) <= 100
-    assert " ".join(shown).count("so") == 30
-
-
-def test_inspect_lists_pairs_whose_tree_is_too_long(records_file, tiny_model):
-    # 41 tokens are shared; 21 and 19 follow.
-    text = _inspect([records_file([PAIRS[0], PAIRS[1] | {"prompt": "Hi!"}])], tiny_model(), pack_tokens=81, show=0)
-    assert "1 pairs are longer than a pack of 81 tokens: pair-b" in text
-
-
-def test_inspect_names_the_nearest_id_of_a_pair(records_file, tiny_model):
-    with pytest.raises(SaroError, match="no record has the id 'pair-d'; did you mean pair-"):
-        _inspect([records_file(PAIRS)], tiny_model(), ids=["pair-d"])
-
-
-@pytest.mark.parametrize(
-    ("names", "message"),
-    [
-        (["pairs", "examples"], "makes this an example, not a pair; give examples to stage 1 (RW)"),
-        (["examples", "pairs"], 'field "chosen" makes this a preference pair; give pairs to stage 2 (SRPO)'),
-    ],
-)
-def test_examples_and_pairs_do_not_go_together(records_file, examples, tiny_model, names, message):
-    records = {"pairs": PAIRS, "examples": examples}
-    files = [records_file(records[name], f"{name}.jsonl") for name in names]
-    with pytest.raises(SaroError) as caught:
-        _inspect(files, tiny_model())
-    assert str(caught.value).startswith(f"{files[1]}:1: ")
-    assert str(caught.value).endswith(message)
-
-
-def test_the_demo_has_pairs_too(saro, tiny_model):
-    code, out, err = saro("inspect", "--pairs", "--model", tiny_model(), "--show", "0")
-    assert (code, err) == (0, "")
-    assert re.search(r"srpo_train\.jsonl: \d+ pairs", " ".join(out.split()))
-
-
-def test_convert_writes_records_and_counts_them(saro, tmp_path):
-    source = tmp_path / "gsm8k.jsonl"
-    source.write_text(json.dumps({"question": "1 + 1?", "answer": "1+1=<<1+1=2>>2\n#### 2"}) + "\n")
-    code, out, _ = saro("convert", "gsm8k", str(source), str(tmp_path / "out.jsonl"))
-    assert code == 0
-    assert out.startswith("1 records")
-    assert "left out" not in out
-    assert json.loads((tmp_path / "out.jsonl").read_text())["kind"] == "general"
-
-
-def test_convert_names_the_records_that_it_leaves_out(saro, tmp_path):
-    source = tmp_path / "pairs.jsonl"
-    rows = [{"question": "1 + 1?", "correct": "1+1=2\nA: 2", "incorrect": wrong} for wrong in ("1+1=3\nA: 3", "3")]
-    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    code, out, _ = saro("convert", "gsm8k-pairs", str(source), str(tmp_path / "out.jsonl"))
-    assert code == 0
-    assert out.splitlines() == [
-        f"1 records in {tmp_path / 'out.jsonl'}",
-        f"1 left out, without a chain of steps: {source}:2",
-    ]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["inspct"], "unknown subcommand 'inspct'; did you mean inspect?"),
-        (["convert", "gsm8", "a", "b"], "unknown format 'gsm8'; did you mean gsm8k?"),
-        (["inspect", "--dta", "x"], "unknown option --dta; did you mean --data?"),
-        (["inspect", "--data", "[]"], "--data names no file; give one, or leave the option out for the demo data"),
-        (["inspect", "--pairs", "--data", "my.jsonl"], "--pairs chooses among the demo data; a file of pairs is known"),
-        (["inspect", "--data", "absent.jsonl"], "absent.jsonl: there is no such file"),
-    ],
-)
-def test_a_mistake_is_one_line_and_exit_code_2(saro, arguments, message):
-    code, _, err = saro(*arguments)
-    assert code == 2
-    assert err.startswith(f"error: {message}")
-    assert err.count("\n") == 1
+def test_help_of_all_commands_is_the_table_and_imports_no_tool():
+    code = (
+        "import sys, saro.cli; sys.argv = ['saro', '--help']\n"
+        "try: saro.cli.main()\n"
+        "except SystemExit: print([name for name in sys.modules if name.startswith(('saro.tools', 'transformers.'))])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    text = " ".join(done.stdout.split())
+    for name, command in COMMANDS.items():
+        assert f" {name} {command.help}" in text
+    assert done.stdout.splitlines()[-1] == "[]"
+    assert done.stderr == ""
 
 
 def test_help_starts_as_a_process():
@@ -273,8 +126,88 @@ def test_help_starts_as_a_process():
     assert done.stderr == ""
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], 'expected "subcommand" to be one of {inspect,'),
+        (["inspct"], "unknown subcommand 'inspct'; did you mean inspect?"),
+        (["--hlep"], "unknown option --hlep; did you mean --help?"),
+        (["convert", "gsm8", "a", "b"], "unknown format 'gsm8'; did you mean gsm8k?"),
+        (["convert", "gsm8k", "a"], "missing target; see saro convert --help"),
+        (["export", "--merge"], "missing --run; see saro export --help"),
+        (["compare", "--model", "demo"], "unknown option --model; did you mean --models?"),
+        (["doctor", "--data", "my.jsonl"], "unknown option --data; valid are "),
+        (["doctor", "--model.liger"], "argument --model.liger: expected one argument"),
+        (["chat", "--run", "x", "--max_tokens", "null"], "--max_tokens: Expected a int. Got value: None"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(saro, arguments, message):
+    code, _, err = saro(*arguments)
+    assert code == 2
+    assert err.startswith(f"error: {message}")
+    assert err.count("\n") == 1
+
+
+# One spelling
+
+
+@pytest.mark.parametrize("form", ["--option value", "--option=value"])
+@pytest.mark.parametrize(
+    ("command", "old", "new"),
+    [
+        (command, old, new)
+        for command, spellings in RESPELLED.items()
+        for new, olds in spellings.items()
+        for old in olds
+    ],
+)
+def test_an_old_spelling_is_refused_and_the_new_one_named(saro, tmp_path, command, old, new, form):
+    # A file that exists: jsonargparse would read --model FILE as options of a group.
+    file = tmp_path / "options.yaml"
+    file.write_text("name: demo\n")
+    given = [old, str(file)] if form == "--option value" else [f"{old}={file}"]
+    code, _, err = saro(command, *REQUIRED.get(command, []), *given)
+    assert (code, err) == (2, f"error: unknown option {old}; it is spelled {new}\n")
+
+
+@pytest.mark.parametrize("command", RESPELLED)
+def test_every_new_spelling_is_an_option(command):
+    assert set(RESPELLED[command]) <= set(option_names(import_module(COMMANDS[command].module).Options))
+
+
+def test_old_entries_of_a_dict_name_the_new_option(saro):
+    code, _, err = saro("inspect", "--template_variables.enable_thinking", "true")
+    assert (code, err.endswith("did you mean --data.template_variables?\n")) == (2, True)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_no_option_has_a_hyphen(name):
+    assert not [o for o in option_names(import_module(COMMANDS[name].module).Options) if "-" in o.removeprefix("--")]
+
+
+def test_options_shared_with_the_recipes_arrive_in_their_groups():
+    options = import_module(COMMANDS["inspect"].module).Options
+    arguments = ["--data.train", "a.jsonl", "--data.think_tags", "[<a>, </a>]", "--model.trust_remote_code", "true"]
+    parsed = parse_tool(
+        options, "saro inspect", "Inspect.", [*arguments, "--data.template_variables.enable_thinking", "true"]
+    )
+    assert (parsed.data.train, parsed.data.think_tags) == (["a.jsonl"], ("<a>", "</a>"))
+    assert parsed.data.template_variables == {"enable_thinking": True}
+    assert parsed.model.trust_remote_code is True
+    assert parsed.data.heldout == options().data.heldout
+
+
+def test_an_option_that_a_tool_does_not_show_is_unknown(saro):
+    code, _, err = saro("doctor", "--model.lora_rank", "3")
+    assert code == 2
+    assert err.startswith("error: unknown option --model.lora_rank; ")
+
+
+# The import of the package
+
+
 def test_importing_saro_fetches_no_kernel(tmp_path):
-    """Where the PyPI package `kernels` is installed, bitsandbytes downloads a binary when it is imported."""
+    """If the PyPI package `kernels` is installed, bitsandbytes downloads a binary when it is imported."""
     (tmp_path / "kernels.py").write_text("def get_kernel(*a, **k): raise SystemExit('tried a download')")
     code = "import saro, sys; assert 'bitsandbytes' in sys.modules; import kernels; print(kernels.__file__)"
     done = subprocess.run(

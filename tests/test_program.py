@@ -1,5 +1,6 @@
-"""Options: YAML file, then command line; every mistake is one line that says where and what to do."""
+"""The frame of a program: options from YAML and the command line, one-line errors, exit codes, progress bars."""
 
+import io
 import re
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import yaml
 
 from saro.config import RWConfig, as_dict
 from saro.errors import SaroError
-from saro.program import parse_recipe, run_program
+from saro.program import as_list, parse_recipe, progress_bar, run_program
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -21,7 +22,7 @@ def parse(*args: str):
 
 
 def refusal(*args: str) -> str:
-    """The error that the arguments give: one line."""
+    """Return the one-line error that the arguments give."""
     with pytest.raises(SaroError) as caught:
         parse(*args)
     assert "\n" not in str(caught.value)
@@ -75,7 +76,7 @@ def test_without_arguments_all_options_have_their_defaults():
 def test_an_option_on_the_command_line_arrives(args, group, name, value):
     config, _ = parse(*args)
     assert getattr(getattr(config, group), name) == value
-    # And nothing else changes.
+    # Nothing else changes.
     expected = as_dict(RWConfig())
     expected[group][name] = list(value) if isinstance(value, tuple) else value
     assert as_dict(config) == expected
@@ -93,7 +94,7 @@ def test_flags_take_no_value(flag):
 
 
 @pytest.mark.parametrize("order", [1, -1], ids=["file first", "file last"])
-def test_the_command_line_goes_before_the_file_wherever_the_file_stands(yaml_file, order):
+def test_the_command_line_overrides_the_file_in_any_order(yaml_file, order):
     path = yaml_file("train: {lr: 0.5, seed: 3}")
     for config_args in (["--config", path], [f"--config={path}"]):
         args = [config_args, ["--train.lr", "0.25"]][::order]
@@ -101,7 +102,7 @@ def test_the_command_line_goes_before_the_file_wherever_the_file_stands(yaml_fil
         assert (config.train.lr, config.train.seed) == (0.25, 3)
 
 
-def test_of_two_files_the_later_wins(yaml_file):
+def test_the_later_of_two_files_wins(yaml_file):
     one, two = yaml_file("train: {lr: 0.5, seed: 3}", "one.yaml"), yaml_file("train: {lr: 0.25}", "two.yaml")
     config, _ = parse("--config", one, "--config", two)
     assert (config.train.lr, config.train.seed) == (0.25, 3)
@@ -121,12 +122,12 @@ def test_the_config_of_a_run_can_be_given_back(yaml_file):
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes/configs").glob("*.yaml")), ids=lambda path: path.name)
-def test_the_configurations_that_come_along_are_valid(path):
+def test_the_configs_of_the_repository_are_valid(path):
     config, _ = parse("--config", str(path))
     assert config.train.output
 
 
-def test_help_names_every_option_and_what_it_means(capsys):
+def test_help_names_every_option_with_its_meaning(capsys):
     with pytest.raises(SystemExit) as ended:
         parse("--help")
     assert ended.value.code == 0
@@ -148,7 +149,9 @@ def test_help_names_every_option_and_what_it_means(capsys):
         (["--train.lrr", "1"], "unknown option --train.lrr; did you mean --train.lr?"),
         (["--train.lrr=1"], "unknown option --train.lrr; did you mean --train.lr?"),
         (["--trian.lr", "1"], "unknown option --trian.lr; did you mean --train.lr?"),
-        (["--train.max-steps", "1"], "unknown option --train.max-steps; did you mean --train.max_steps?"),
+        (["--train.max-steps", "1"], "unknown option --train.max-steps; it is spelled --train.max_steps"),
+        (["--max-steps", "1"], "unknown option --max-steps; it is spelled --train.max_steps"),
+        (["--lr=1"], "unknown option --lr; it is spelled --train.lr"),
         (["--model.lora_rnk", "1"], "unknown option --model.lora_rnk; did you mean --model.lora_rank?"),
         (["--resmue"], "unknown option --resmue; did you mean --resume?"),
         (["stray"], "unknown option stray"),
@@ -174,7 +177,7 @@ def test_an_unknown_option_in_a_file_names_the_nearest(yaml_file, text, message)
     assert refusal("--config", yaml_file(text)) == message
 
 
-def test_an_unknown_option_like_no_other_names_some():
+def test_an_unknown_option_without_a_near_one_names_some():
     assert refusal("--qqq").startswith("unknown option --qqq; valid are ")
 
 
@@ -198,7 +201,7 @@ def test_options_may_not_be_abbreviated(args):
         ("data.weights", "{general: much}", "float"),
     ],
 )
-def test_a_value_of_the_wrong_type_is_refused_with_the_option_and_what_it_takes(yaml_file, option, value, wanted):
+def test_a_value_of_the_wrong_type_is_refused_with_the_option_and_its_type(yaml_file, option, value, wanted):
     group, name = option.split(".")
     text = yaml.safe_dump({group: {name: yaml.safe_load(value)}})
     for message in (refusal(f"--{option}", value), refusal("--config", yaml_file(text))):
@@ -287,7 +290,7 @@ def test_a_flag_in_a_file_is_true_or_false(yaml_file):
 
 
 def ended(main, capsys) -> tuple[int, str]:
-    """Exit code and standard error."""
+    """Return exit code and standard error."""
     with pytest.raises(SystemExit) as caught:
         run_program(main)
     captured = capsys.readouterr()
@@ -307,8 +310,8 @@ def test_a_program_ends_with_its_code(code, capsys):
     assert ended(lambda: code, capsys) == (code, "")
 
 
-def test_what_a_user_can_mend_is_one_line_and_exit_code_2(capsys):
-    assert ended(raises(SaroError("a.jsonl:3: wrong; mend it")), capsys) == (2, "error: a.jsonl:3: wrong; mend it\n")
+def test_an_error_that_a_user_can_fix_is_one_line_and_exit_code_2(capsys):
+    assert ended(raises(SaroError("a.jsonl:3: wrong; fix it")), capsys) == (2, "error: a.jsonl:3: wrong; fix it\n")
 
 
 def test_a_refused_option_ends_a_program_with_code_2(capsys):
@@ -320,7 +323,7 @@ def test_an_error_on_another_rank_says_on_which(capsys, monkeypatch):
     assert ended(raises(SaroError("wrong")), capsys) == (2, "[rank 3] error: wrong\n")
 
 
-def test_the_first_rank_needs_no_name(capsys, monkeypatch):
+def test_rank_0_is_not_named(capsys, monkeypatch):
     monkeypatch.setenv("RANK", "0")
     assert ended(raises(SaroError("wrong")), capsys) == (2, "error: wrong\n")
 
@@ -346,7 +349,7 @@ def test_an_interrupted_program_ends_as_shells_expect(capsys):
     assert ended(raises(KeyboardInterrupt()), capsys) == (130, "")
 
 
-def test_a_fault_of_our_own_keeps_its_traceback():
+def test_an_unexpected_error_keeps_its_traceback():
     with pytest.raises(ZeroDivisionError):
         run_program(raises(ZeroDivisionError()))
 
@@ -357,3 +360,41 @@ def test_a_misspelt_option_of_the_recipe_is_one_line_and_exit_code_2(environment
     assert done.returncode == 2
     assert (done.stdout, done.stderr) == ("", "error: unknown option --hlep; did you mean --help?\n")
     assert list(tmp_path.iterdir()) == []
+
+
+# Small helpers
+
+
+class Screen(io.StringIO):
+    """A stderr that may be a terminal."""
+
+    def __init__(self, terminal: bool) -> None:
+        super().__init__()
+        self._terminal = terminal
+
+    def isatty(self) -> bool:
+        return self._terminal
+
+
+@pytest.mark.parametrize(
+    ("terminal", "shown", "visible"), [(True, True, True), (True, False, False), (False, True, False)]
+)
+def test_a_progress_bar_shows_only_on_a_terminal(monkeypatch, terminal, shown, visible):
+    screen = Screen(terminal)
+    monkeypatch.setattr(sys, "stderr", screen)
+    bar = progress_bar([1, 2], "scoring", "packs", shown=shown)
+    assert bar.disable is not visible
+    assert list(bar) == [1, 2]
+    # Shorter than two seconds: nothing is drawn.
+    assert screen.getvalue().strip() == ""
+
+
+def test_a_progress_bar_without_items_has_a_total(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Screen(True))
+    with progress_bar(None, "reference", "pairs", total=5) as bar:
+        bar.update(2)
+        assert (bar.n, bar.total, bar.unit) == (2, 5, " pairs")
+
+
+def test_one_name_is_a_list_of_one():
+    assert (as_list("a.jsonl"), as_list(["a", "b"])) == (["a.jsonl"], ["a", "b"])

@@ -21,7 +21,7 @@ from torch import nn
 
 from saro.data.packs import Share
 from saro.errors import SaroError, nearest
-from saro.quiet import quiet_libraries
+from saro.program import quiet_libraries
 
 _LAUNCH = "on a CPU use accelerate launch --multi_gpu --num_processes N --num_machines 1, or torchrun"
 

@@ -9,11 +9,11 @@ from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
 from peft.tuners.lora import LoraLayer
 from torch import nn
-from tqdm import tqdm
 from transformers import PretrainedConfig, PreTrainedModel
 
 from saro.errors import SaroError
 from saro.model.policy import Policy
+from saro.program import progress_bar
 
 
 @torch.no_grad()
@@ -34,7 +34,7 @@ def merge(policy: Policy, config: PretrainedConfig, dtype: torch.dtype) -> PreTr
     lm = policy.causal_lm
     # Keep names only: a list of modules would hold every old layer in memory until the end.
     names = [name for name, layer in lm.named_modules() if _is_special(name, layer)]
-    for name in tqdm(names, desc="merging", unit=" layers", delay=2, leave=False, disable=None):
+    for name in progress_bar(names, "merging", "layers"):
         lm.set_submodule(name, _plain_layer(lm.get_submodule(name), name, dtype))
     # Assign to .data, so that tied weights stay one parameter.
     for parameter in lm.parameters():

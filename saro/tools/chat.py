@@ -1,4 +1,4 @@
-"""`saro chat`: talk to the model of a run in the terminal, its reasoning dimmed, beside its base if asked for."""
+"""`saro chat`: a conversation with a run's model in the terminal, and with its base model if asked for."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from rich.console import Console
@@ -16,17 +17,69 @@ from transformers.generation.streamers import BaseStreamer
 
 from saro.data.chat_format import ChatFormat
 from saro.data.records import Message
-from saro.errors import nearest
+from saro.errors import SaroError, nearest
 from saro.model.attention import native_attention
 from saro.model.policy import Policy
 from saro.runs.finished import FinishedRun, this_device
-from saro.tool_config import ChatConfig
 
-COMMANDS = ("/reset", "/exit")
+_COMMANDS = ("/reset", "/exit")
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """How the conversation becomes tokens.
+
+    Attributes:
+        think_tags: Opening and closing tag of the reasoning; default: those of the run.
+    """
+
+    # Not saro.config.DataConfig: its tags always have a value, and here None means those of the run.
+    think_tags: tuple[str, str] | None = None
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of `saro chat`.
+
+    Attributes:
+        run: Folder of a finished run.
+        compare: base also shows the answer of the model before training, before the trained one's; each keeps its own
+            history.
+        max_tokens: Longest answer, reasoning included.
+        temperature: 0 takes the likeliest token each time; above 0 tokens are drawn.
+        data: How the conversation becomes tokens.
+    """
+
+    run: str
+    compare: Literal["base"] | None = None
+    max_tokens: int = 2048
+    temperature: float = 0.0
+    data: DataOptions = field(default_factory=DataOptions)
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 1:
+            raise SaroError(f"--max_tokens is {self.max_tokens}; it must be at least 1")
+        if not 0 <= self.temperature < float("inf"):
+            raise SaroError(f"--temperature is {self.temperature}; it must be at least 0")
+
+
+def run(options: Options, console: Console) -> int:
+    """Talk to the model of a run; its reasoning is dimmed.
+
+    Answers the lines of stdin until they end.
+
+    Raises:
+        SaroError: there is no finished run, its base is not the one it was trained on, or the chat template refuses a
+            conversation.
+    """
+    finished = FinishedRun.open(options.run)
+    chat_format = finished.chat_format(options.data.think_tags)
+    converse(load_speakers(finished, options.compare), chat_format, options, read_stdin(console), console)
+    return 0
 
 
 class ThinkSplitter:
-    """Splits text, as it comes, into reasoning (its tags included) and answer.
+    """Splits text, piece by piece, into reasoning (with its tags) and answer.
 
     Args:
         tags: opening and closing tag.
@@ -39,7 +92,7 @@ class ThinkSplitter:
         self._held = ""
 
     def feed(self, text: str) -> list[tuple[str, bool]]:
-        """What is certain by now: pieces of text, and whether each is reasoning. The beginning of a tag is held back."""
+        """Return the pieces that are certain by now as (text, is reasoning); hold back the beginning of a tag."""
         pieces: list[tuple[str, bool]] = []
         self._held += text
         while (at := self._held.find(self._next_tag)) >= 0:
@@ -54,7 +107,7 @@ class ThinkSplitter:
         return [(piece, thinking) for piece, thinking in pieces if piece]
 
     def end(self) -> list[tuple[str, bool]]:
-        """What was held back: it was no tag after all."""
+        """Return the text that was held back: it was not a tag."""
         held, self._held = self._held, ""
         return [(held, self._thinking)] if held else []
 
@@ -64,13 +117,13 @@ class ThinkSplitter:
 
 
 class _Stream(BaseStreamer):
-    """Takes the tokens of ``generate`` as they come, prints them, and keeps the answer."""
+    """Prints the tokens of ``generate`` as they come, and keeps the answer."""
 
     def __init__(self, chat: ChatFormat, splitter: ThinkSplitter, console: Console) -> None:
         self._chat = chat
         self._splitter = splitter
         self._console = console
-        # Gives whole characters alone, which may take several tokens. The tags are to be seen, special tokens or not.
+        # Returns complete characters only; one may take several tokens. Keep special tokens: the tags may be among them.
         self._decoder = DecodeStream(skip_special_tokens=False)
         self._prompt_passed = False
         self.answer = ""
@@ -97,9 +150,9 @@ class Speaker:
     """One model in a conversation.
 
     Attributes:
-        name: shown before its answers where there are several.
+        name: shown before its answers if several models speak.
         policy: the model.
-        state: the context in which it answers, such as with the adapter off.
+        state: context in which it answers, such as with the adapter disabled.
         history: the turns so far; answers without their reasoning.
     """
 
@@ -109,19 +162,8 @@ class Speaker:
     history: list[Message] = field(default_factory=list)
 
 
-def chat(folder: str, options: ChatConfig, console: Console) -> None:
-    """Answer the lines of stdin with the model of the run in ``folder``, until they end.
-
-    Raises:
-        SaroError: there is no finished run, its base is not the trained one, or the chat template refuses a conversation.
-    """
-    run = FinishedRun.open(folder)
-    chat_format = run.chat_format(options.think_tags)
-    converse(speakers_of(run, options.compare), chat_format, options, read_stdin(console), console)
-
-
-def speakers_of(run: FinishedRun, compare: str | None) -> list[Speaker]:
-    """The trained model and, before it, the base where ``compare`` asks for it, both loaded."""
+def load_speakers(run: FinishedRun, compare: str | None) -> list[Speaker]:
+    """Load the trained model and, if ``compare`` asks for it, the base; the base speaks first."""
     policy = run.load(this_device())
     trained = Speaker("trained", policy)
     if compare is None:
@@ -134,14 +176,14 @@ def speakers_of(run: FinishedRun, compare: str | None) -> list[Speaker]:
 def converse(
     speakers: list[Speaker],
     chat: ChatFormat,
-    options: ChatConfig,
+    options: Options,
     read: Callable[[], str | None],
     console: Console,
 ) -> None:
-    """Answer line after line.
+    """Answer one line after the other.
 
     Args:
-        read: the next line, or None at the end.
+        read: returns the next line, or None at the end.
 
     Raises:
         SaroError: the chat template refuses the conversation.
@@ -154,7 +196,7 @@ def converse(
             for speaker in speakers:
                 speaker.history.clear()
         elif re.fullmatch(r"/\w+", text):
-            _note(console, f"unknown command {text}{nearest(text, COMMANDS)}")
+            _note(console, f"unknown command {text}{nearest(text, _COMMANDS)}")
         elif text:
             for speaker in speakers:
                 if len(speakers) > 1:
@@ -163,13 +205,13 @@ def converse(
 
 
 def read_stdin(console: Console) -> Callable[[], str | None]:
-    """Reads lines from stdin, with a prompt and line editing where both ends are a terminal."""
+    """Return a function that reads a line of stdin; on a terminal with a prompt and line editing."""
     sys.stdin.reconfigure(encoding="utf-8", errors="replace")
     if not (sys.stdin.isatty() and console.is_terminal):
         return lambda: sys.stdin.readline() or None
     with suppress(ImportError):
         import readline  # noqa: F401
-    _note(console, f"{COMMANDS[0]} forgets the conversation, {COMMANDS[1]} or Ctrl-D ends, Ctrl-C stops an answer")
+    _note(console, f"{_COMMANDS[0]} forgets the conversation, {_COMMANDS[1]} or Ctrl-D ends, Ctrl-C stops an answer")
 
     def read() -> str | None:
         try:
@@ -182,15 +224,15 @@ def read_stdin(console: Console) -> Callable[[], str | None]:
 
 
 @torch.no_grad()
-def _answer(speaker: Speaker, chat: ChatFormat, options: ChatConfig, question: str, console: Console) -> None:
-    """Print the answer to a question; both join the history where there is an answer."""
+def _answer(speaker: Speaker, chat: ChatFormat, options: Options, question: str, console: Console) -> None:
+    """Print the answer to a question; append both to the history if there is an answer."""
     turns = [*speaker.history, Message("user", question)]
     prompt = chat.prompt_ids(turns)
     lm = speaker.policy.causal_lm
     room = (getattr(lm.config, "max_position_embeddings", None) or sys.maxsize) - len(prompt)
     if room < 1:
         _note(
-            console, f"the conversation is {len(prompt):,} tokens, more than the model reads; {COMMANDS[0]} forgets it"
+            console, f"the conversation is {len(prompt):,} tokens, more than the model reads; {_COMMANDS[0]} forgets it"
         )
         return
     thinking = chat.render_prompt(turns).rstrip().endswith(chat.think_tags[0])
@@ -225,5 +267,5 @@ def _answer(speaker: Speaker, chat: ChatFormat, options: ChatConfig, question: s
 
 
 def _note(console: Console, text: str) -> None:
-    """A line that is not the model's."""
+    """Print a line that is not the model's."""
     console.out(f"[{text}]", style="dim", highlight=False)

@@ -1,4 +1,4 @@
-"""`saro export`: a run's model as others load it, verified by scoring records with the files that were written."""
+"""`saro export`: a run's model in the form that other programs load, verified by scoring records with the written files."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ import gc
 import json
 import math
 import shutil
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
+from rich.console import Console
 from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.utils import cached_file
 
@@ -24,65 +27,109 @@ from saro.files import atomic_folder, file_hash
 from saro.model.load import find_model, load_policy
 from saro.model.merge import merge
 from saro.model.policy import Policy
+from saro.program import as_list
 from saro.runs.finished import FinishedRun, this_device
-from saro.tool_config import ExportConfig
 from saro.train.checkpoint import save_final
 from saro.train.reference import layout_noise
 
-# In every export: what it was made from and how far it is off. By it --overwrite knows what it may replace.
+# Written into every export: what it was made from and its deviation. --overwrite replaces only folders that hold it.
 NOTE = "export.json"
 
 
-def export(folder: str, options: ExportConfig, say: Callable[[str], None]) -> str:
-    """Write a run's model and verify what was written. When that fails, the target is as it was.
+@dataclass(frozen=True)
+class Options:
+    """Options of `saro export`.
+
+    Attributes:
+        run: Folder of a finished run.
+        merge: Merge the adapter into its base: a plain model for programs that do not load adapters.
+        into: Weights that a QLoRA adapter is merged into: dequantized (default), those it was trained on, or original,
+            those of the base model before it was quantized. Other runs trained on the original ones.
+        allow_shift: Write a merge --into original however far it is from the trained model.
+        dtype: Dtype of the weights of a merged or full model; auto is the base model's.
+        output: Folder to write; default RUN/export.
+        overwrite: Replace an existing export.
+        data: JSONL file or files to verify with; default: the run's held-out records, or its training records if it has
+            no others.
+        records: How many records are scored to verify the export.
+    """
+
+    run: str
+    merge: bool = False
+    into: Literal["dequantized", "original"] | None = None
+    allow_shift: bool = False
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    output: str | None = None
+    overwrite: bool = False
+    data: list[str] | str | None = None
+    records: int = 16
+
+    def __post_init__(self) -> None:
+        if self.allow_shift and self.into != "original":
+            raise SaroError("--allow_shift goes with --into original: only there is a shift expected")
+        if self.records < 1:
+            raise SaroError(f"--records is {self.records}; it must be at least 1")
+
+
+def run(options: Options, console: Console) -> int:
+    """Write a run's model in the form that other programs load, verified by scoring records with it.
+
+    Raises:
+        SaroError: as ``export`` does.
+    """
+    console.out(export(options, lambda line: print(line, file=sys.stderr, flush=True)), highlight=False)
+    return 0
+
+
+def export(options: Options, say: Callable[[str], None]) -> str:
+    """Write a run's model and verify what was written. If that fails, the target is as it was.
 
     Args:
-        folder: of the run.
-        say: takes a line for the user when a part begins that may be long.
+        say: receives a line for the user before each part that may take long.
 
     Returns:
         One line: what was written, how far it is off, and how to load it.
 
     Raises:
-        SaroError: there is no finished run, its base or its records are gone or changed, the target is taken, or the
-            export is off by more than a tenth of what training changed and than what rounding explains.
+        SaroError: there is no finished run, its base or its records are gone or changed, the target exists, or the
+            export is off by more than a tenth of what training changed and more than rounding explains.
     """
-    run = FinishedRun.open(folder)
+    run = FinishedRun.open(options.run)
     if not options.merge and not run.full:
-        for name, given in (("--into", options.into is not None), ("--dtype", options.dtype != "auto")):
-            if given:
-                raise SaroError(f"{name} is for a merged model; add --merge")
+        if options.into is not None:
+            raise SaroError("--into is for a merged model; add --merge")
+        if options.dtype != "auto":
+            raise SaroError("--dtype is for a merged model; add --merge")
     target = Path(options.output).expanduser() if options.output else run.folder / "export"
     _check_target(target, options.overwrite)
     pack_tokens = run.manifest["config"]["data"]["pack_tokens"]
-    files = [options.data] if isinstance(options.data, str) else options.data
-    files = data_files(files, "rw_heldout") if files else run_files(run)
+    files = data_files(as_list(options.data), "rw_heldout") if options.data else run_files(run)
     trees = choose_records(files, run.chat_format(), pack_tokens, options.records)
     job = _Export(run, options, trees, pack_tokens, this_device(), say)
     with atomic_folder(target, replace=target.is_dir()) as temp:
         try:
-            what, deviation = job.merged(temp) if run.full or options.merge else job.adapter(temp)
+            kind, deviation = job.write_model(temp) if run.full or options.merge else job.write_adapter(temp)
         except torch.OutOfMemoryError as error:
             raise SaroError(
                 f"{target}: not written, the GPU has too little memory; set CUDA_VISIBLE_DEVICES= (to nothing) for the CPU"
             ) from error
         if not deviation.allowed and not (options.allow_shift and math.isfinite(deviation.shift)):
-            raise SaroError(f"{target}: not written, it is off by {deviation}; {job.mend(what)}")
+            raise SaroError(f"{target}: not written, it is off by {deviation}; {job.suggest_fix(kind)}")
         weights = {file.name: file_hash(file) for file in sorted((run.folder / "final").glob("*.safetensors"))}
-        note = {"saro": saro.__version__, "holds": what, "made_from": weights}
+        note = {"saro": saro.__version__, "holds": kind, "made_from": weights}
         (temp / NOTE).write_text(json.dumps(note | asdict(deviation), indent=2) + "\n")
-    return f"{target}: {what}, off by {deviation}; load it with {_loader(run, options, target)}"
+    return f"{target}: {kind}, off by {deviation}; load it with {_loader(run, options, target)}"
 
 
 def run_files(run: FinishedRun) -> list[str]:
-    """The run's held-out files, or those that it was trained on where it had no others.
+    """Return the run's held-out files, or its training files if it has no others.
 
     Raises:
-        SaroError: one is not what the run read.
+        SaroError: a file has changed since the run read it, or is gone.
     """
     data, hashes = run.manifest["config"]["data"], run.manifest["data"]
     split = "heldout" if data["heldout"] else "train"
-    # The demo's files lie in the package, wherever that is now; the manifest tells of which stage they are.
+    # The demo files are in the package, wherever that is now; the manifest has their stage in their old path.
     demo = next((f for f in hashes if Path(f).stem in (f"rw_{split}", f"srpo_{split}")), "")
     files = data_files(data[split], Path(demo).stem)
     for name, file in zip(data[split], files, strict=True):
@@ -94,46 +141,45 @@ def run_files(run: FinishedRun) -> list[str]:
 
 @dataclass(frozen=True)
 class _Export:
-    """The parts of one export, in which no two models are held at a time."""
+    """The parts of one export. At most one model is in memory at a time."""
 
     run: FinishedRun
-    options: ExportConfig
+    options: Options
     trees: Sequence[SequenceTree]
     pack_tokens: int
     device: torch.device
     say: Callable[[str], None]
 
-    def adapter(self, folder: Path) -> tuple[str, Deviation]:
-        """Copy the adapter and its tokenizer, and score with the copy. Returns what was written and how far it is off."""
-        policy, scores = self._trained()
+    def write_adapter(self, folder: Path) -> tuple[str, Deviation]:
+        """Copy the adapter and its tokenizer, and score with the copy. Return the name of what was written, and its deviation."""
+        policy, trained, base, _ = self._load_and_score()
         del policy
         _free_memory()
         shutil.copytree(self.run.folder / "final", folder, dirs_exist_ok=True)
         self.say("loading the copy")
         options = replace(self.run.options, name=str(folder))
         exported = self._score(load_policy(find_model(options), options, self.device, seed=0).eval())
-        # The same numbers in the same packs: nothing is rounded otherwise.
-        trained, base, _ = scores
+        # Same weights in the same packs: rounding cannot differ.
         return "adapter", Deviation.of(exported, trained, base, 0.0, len(self.trees))
 
-    def merged(self, folder: Path) -> tuple[str, Deviation]:
-        """Write a plain model, and score with what was written. Returns as ``adapter`` does."""
-        run, of_base = self.run, self.run.base()[0]
-        dtype = getattr(torch, self.options.dtype, None) or of_base.config.dtype or torch.float32
-        policy, scores = self._trained()
+    def write_model(self, folder: Path) -> tuple[str, Deviation]:
+        """Write a plain model, and score with the files. Return the name of what was written, and its deviation."""
+        run, base_source = self.run, self.run.base()[0]
+        dtype = getattr(torch, self.options.dtype, None) or base_source.config.dtype or torch.float32
+        policy, trained, base, noise = self._load_and_score()
         if run.options.method == "qlora" and self.options.into == "original":
             del policy
             _free_memory()
-            # In a precision that holds the files' own.
-            stored = "bfloat16" if of_base.config.dtype == torch.bfloat16 else "float32"
+            # Load in a dtype at least as wide as the files'.
+            stored = "bfloat16" if base_source.config.dtype == torch.bfloat16 else "float32"
             self.say("loading the base model without quantization")
             policy = load_policy(run.source, replace(run.options, method="lora", dtype=stored), torch.device("cpu"), 0)
         model = merge(policy, run.source.config, dtype)
         del policy
         _free_memory()
-        generation = _generation_config(of_base.path, run.options.revision)
+        generation = _find_generation_config(base_source.path, run.options.revision)
         if generation is not None:
-            # As the base has it: transformers reads some that it would not write.
+            # Copy the base's file below: transformers cannot save every generation config that it can load.
             model.generation_config = GenerationConfig()
         self.say("writing the model")
         save_final(folder, model, run.source.tokenizer)
@@ -146,23 +192,23 @@ class _Export:
             folder, dtype="auto", device_map={"": self.device}, trust_remote_code=run.options.trust_remote_code
         )
         exported = plain_logps(model, self.trees)
-        return f"model in {_name(dtype)}", Deviation.of(exported, *scores, len(self.trees))
+        return f"model in {_name(dtype)}", Deviation.of(exported, trained, base, noise, len(self.trees))
 
-    def mend(self, what: str) -> str:
-        """What to do where the export is too far off."""
+    def suggest_fix(self, kind: str) -> str:
+        """Return the advice for an export that is too far off."""
         if self.run.options.method == "qlora" and self.options.into == "original":
-            return "leave --into original out, or take the shift with --allow-shift"
-        if what.endswith("float16"):
-            return f"the {what} rounds away too much: set --dtype float32"
+            return "leave --into original out, or accept the shift with --allow_shift"
+        if kind.endswith("float16"):
+            return f"the {kind} rounds away too much: set --dtype float32"
         return "report it"
 
-    def _trained(self) -> tuple[Policy, tuple[torch.Tensor, torch.Tensor, float]]:
-        """The trained model; log-probs by it and by the base model, and the noise of the former."""
+    def _load_and_score(self) -> tuple[Policy, torch.Tensor, torch.Tensor, float]:
+        """Load the trained model. Return it, its log-probs, those of the base model, and the noise of the former."""
         run = self.run
         self.say(f"scoring {len(self.trees)} records as trained and before training")
         if run.full:
-            # Another model: gone before the trained one is loaded.
             base = self._score(run.load_base(self.device))
+            # Free the base before loading the trained model.
             _free_memory()
             policy = run.load(self.device)
         else:
@@ -170,7 +216,7 @@ class _Export:
             with policy.model.disable_adapter():
                 base = self._score(policy)
         _, noise = layout_noise(policy, self.trees, self.pack_tokens)
-        return policy, (self._score(policy), base, noise.mean)
+        return policy, self._score(policy), base, noise.mean
 
     def _score(self, policy: Policy) -> torch.Tensor:
         return packed_logps(policy, self.trees, self.pack_tokens)
@@ -182,10 +228,11 @@ def _check_target(target: Path, overwrite: bool) -> None:
     if not overwrite:
         raise SaroError(f"{target}: exists already; add --overwrite, or give another folder with --output")
     if not (target / NOTE).is_file():
-        raise SaroError(f"{target}: holds files that are no export's; give another folder with --output")
+        raise SaroError(f"{target}: is not an export (no {NOTE}); give another folder with --output")
 
 
-def _loader(run: FinishedRun, options: ExportConfig, target: Path) -> str:
+def _loader(run: FinishedRun, options: Options, target: Path) -> str:
+    """Return the Python call that loads the export."""
     if run.full or options.merge:
         return f"AutoModelForCausalLM.from_pretrained({str(target)!r})"
     quantized = (
@@ -197,8 +244,8 @@ def _loader(run: FinishedRun, options: ExportConfig, target: Path) -> str:
     return f"AutoPeftModelForCausalLM.from_pretrained({str(target)!r}{quantized})"
 
 
-def _generation_config(model: str, revision: str | None) -> str | None:
-    """The file in a folder or of a hub model; None where there is none."""
+def _find_generation_config(model: str, revision: str | None) -> str | None:
+    """Return the file in a folder or of a hub model, or None if it has none."""
     try:
         return cached_file(model, "generation_config.json", revision=revision)
     except OSError:
@@ -210,7 +257,7 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _free_memory() -> None:
-    # PEFT's models hold cycles, which only the collector frees.
+    # PEFT's models hold reference cycles, which only the collector frees.
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -1,9 +1,10 @@
-"""`saro inspect`: how long the records are, and what of them is scored, before any training."""
+"""`saro inspect`: the lengths of records and their scored tokens, before any training."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from datetime import date
 
 import numpy as np
@@ -13,67 +14,83 @@ from rich.text import Text
 from rich.tree import Tree
 from transformers import PreTrainedTokenizerBase
 
-from saro.config import DataConfig, ModelConfig
+from saro.config import DEMO, DataConfig, ModelConfig
 from saro.data.chat_format import ChatFormat
 from saro.data.dataset import ExampleSet, PairSet, encode_files, encode_pair_files
 from saro.data.lengths import Report, check_masks
 from saro.data.records import holds_pairs, read_examples, read_pairs
 from saro.data.tree import RowKind, ScoredSequence, common_prefix
+from saro.demo import data_files
 from saro.errors import SaroError, nearest
 from saro.model.load import find_model
+from saro.program import as_list, shown
 
 STYLES = {RowKind.THINK: "cyan", RowKind.ANSWER: "green", RowKind.STOP: "bold red"}
 
 
-def inspect(
-    model: ModelConfig, data: DataConfig, files: Sequence[str], show: int, console: Console, ids: Sequence[str] = ()
-) -> None:
-    """Print the length report of ``files`` and some of their records as the model will see them.
+@dataclass(frozen=True)
+class Options:
+    """Options of `saro inspect`.
 
-    The first record tells whether they hold examples or preference pairs.
+    Attributes:
+        model: The model whose tokenizer and chat template encode the records.
+        data: The records and how they become tokens.
+        pairs: Show the demo pairs (SRPO) instead of the demo examples.
+        show: How many of the first records to show.
+        ids: Show the records of these ids instead.
+    """
 
-    Args:
-        show: how many of the first records.
-        ids: records to show instead of the first.
+    # The method matters only for an adapter, which is found with the method that trained it.
+    model: ModelConfig = field(
+        default_factory=ModelConfig, metadata=shown("name", "revision", "method", "trust_remote_code")
+    )
+    data: DataConfig = field(
+        default_factory=DataConfig,
+        metadata=shown("train", "pack_tokens", "think_tags", "chat_template", "template_date", "template_variables"),
+    )
+    pairs: bool = False
+    show: int = 3
+    ids: list[str] | str = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.pairs and DEMO not in self.data.train:
+            raise SaroError(
+                "--pairs chooses among the demo data; a file of pairs is known by its fields: leave --pairs out"
+            )
+
+
+def run(options: Options, console: Console) -> int:
+    """Show how long examples or preference pairs are, and which of their tokens are scored and shared.
+
+    The first record decides between examples and pairs.
 
     Raises:
-        SaroError: for what training would refuse.
+        SaroError: for whatever training would refuse, or an id that no record has.
     """
-    source = find_model(model)
+    data, ids = options.data, as_list(options.ids)
+    files = data_files(data.train, "srpo_train" if options.pairs else "rw_train")
+    source = find_model(options.model)
     chat = source.chat_format(data, date.fromisoformat(data.template_date) if data.template_date else date.today())
     encoded = _encode(files, chat, source.config.vocab_size)
-    of_pairs = isinstance(encoded, PairSet)
     Report.of(encoded).show(console, ", ".join(files))
-    lengths = encoded.lengths
-    too_long = [encoded.ids[i] for i in np.flatnonzero(lengths > data.pack_tokens)]
-    if too_long:
-        noun = "pairs" if of_pairs else "records"
-        line = f"{len(too_long):,} {noun} are longer than a pack of {data.pack_tokens:,} tokens: {', '.join(too_long)}"
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
-    missing = [record for record in ids if record not in encoded.ids]
-    if missing:
-        raise SaroError(f"no record has the id {missing[0]!r}{nearest(missing[0], encoded.ids)}")
-    for index in [encoded.ids.index(record) for record in ids] or range(min(show, len(encoded))):
-        name = escape(encoded.ids[index])
-        if of_pairs:
-            console.rule(f"{name}: {lengths[index]} tokens, the shared part once")
-            console.print(pair_tree(*encoded.sequences(index), chat.tokenizer))
-        else:
-            sequence = encoded.sequence(index)
-            console.rule(f"{name}: {len(sequence.tokens)} tokens, {len(sequence.row_kinds)} scored")
-            console.print(colour(sequence, chat.tokenizer), soft_wrap=True)
-    if show or ids:
+    _list_too_long(encoded, data.pack_tokens, console)
+    for record in ids:
+        if record not in encoded.ids:
+            raise SaroError(f"--ids: no record has the id {record!r}{nearest(record, encoded.ids)}")
+    indices = [encoded.ids.index(record) for record in ids] or range(min(options.show, len(encoded)))
+    for index in indices:
+        _show_record(encoded, index, chat.tokenizer, console)
+    if options.show or ids:
         legend = Text("not scored: ").append("prompt", "dim").append("   scored: ")
         for kind, style in STYLES.items():
             legend.append(kind.name.lower(), style).append("  ")
         console.rule()
         console.print(legend)
+    return 0
 
 
 def _encode(files: Sequence[str], chat: ChatFormat, vocabulary: int) -> ExampleSet | PairSet:
-    """All records, however long, encoded and checked."""
-    if not files:
-        raise SaroError("--data names no file; give one, or leave the option out for the demo data")
+    """Encode and check all records, however long they are."""
     if holds_pairs(files[0]):
         pairs = encode_pair_files(files, chat, max_tokens=sys.maxsize, progress=True)
         for side in (pairs.chosen, pairs.rejected):
@@ -84,8 +101,31 @@ def _encode(files: Sequence[str], chat: ChatFormat, vocabulary: int) -> ExampleS
     return examples
 
 
+def _list_too_long(encoded: ExampleSet | PairSet, pack_tokens: int, console: Console) -> None:
+    """Print the ids of the records that are longer than a pack."""
+    too_long = [encoded.ids[i] for i in np.flatnonzero(encoded.lengths > pack_tokens)]
+    if too_long:
+        noun = "pairs" if isinstance(encoded, PairSet) else "records"
+        line = f"{len(too_long):,} {noun} are longer than a pack of {pack_tokens:,} tokens: {', '.join(too_long)}"
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _show_record(
+    encoded: ExampleSet | PairSet, index: int, tokenizer: PreTrainedTokenizerBase, console: Console
+) -> None:
+    """Print one record with its tokens coloured."""
+    name = escape(encoded.ids[index])
+    if isinstance(encoded, PairSet):
+        console.rule(f"{name}: {encoded.lengths[index]} tokens, the shared part once")
+        console.print(pair_tree(*encoded.sequences(index), tokenizer))
+    else:
+        sequence = encoded.sequence(index)
+        console.rule(f"{name}: {len(sequence.tokens)} tokens, {len(sequence.row_kinds)} scored")
+        console.print(colour(sequence, tokenizer), soft_wrap=True)
+
+
 def pair_tree(chosen: ScoredSequence, rejected: ScoredSequence, tokenizer: PreTrainedTokenizerBase) -> Tree:
-    """What both sides of a pair begin with, and from where they part a branch for each."""
+    """Return a tree of the tokens that both sides of a pair begin with, and a branch for the rest of each side."""
     shared = common_prefix([chosen.tokens, rejected.tokens])
     prompt = chosen.scored_from
     label = Text(f"shared: {shared} tokens ({prompt} of the prompt, {shared - prompt} of the responses)", "bold")
@@ -99,11 +139,11 @@ def pair_tree(chosen: ScoredSequence, rejected: ScoredSequence, tokenizer: PreTr
 def colour(
     sequence: ScoredSequence, tokenizer: PreTrainedTokenizerBase, start: int = 0, stop: int | None = None
 ) -> Text:
-    """The sequence from ``start`` to ``stop`` as text: the prompt dim, scored tokens in the style of their kind."""
+    """Return tokens ``start`` to ``stop`` as text: the prompt dim, scored tokens in the style of their kind."""
     styles = ["dim"] * sequence.scored_from + [STYLES[RowKind(kind)] for kind in sequence.row_kinds]
     text = Text()
     stop = len(styles) if stop is None else stop
-    # Runs, not tokens: a character may take several tokens, and half of one is no text.
+    # Decode runs of one style, not tokens: a character may take several tokens.
     for end in range(start + 1, stop + 1):
         if end == stop or styles[end] != styles[start]:
             text.append(tokenizer.decode(sequence.tokens[start:end].tolist()), styles[start])

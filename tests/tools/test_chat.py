@@ -1,4 +1,4 @@
-"""`saro chat`: a conversation in the terminal, with the reasoning dimmed, and the base model beside the trained one."""
+"""`saro chat`: a conversation in the terminal with a run's model, and with its base model."""
 
 from __future__ import annotations
 
@@ -9,18 +9,17 @@ from datetime import date
 
 import pytest
 import torch
+from command import run_saro
 from loaded import load
 from rich.console import Console
 from tiny import IM_END, tiny_tokenizer
 
-from saro.cli import main
 from saro.data.chat_format import ChatFormat
 from saro.data.records import Example, Message, Response
 from saro.errors import SaroError
 from saro.model.attention import PACKED
 from saro.runs.finished import FinishedRun
-from saro.tool_config import ChatConfig
-from saro.tools.chat import Speaker, ThinkSplitter, converse, read_stdin, speakers_of
+from saro.tools.chat import Options, Speaker, ThinkSplitter, converse, load_speakers, read_stdin
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -32,7 +31,7 @@ DIM, BOLD, PLAIN = "\x1b[2m", "\x1b[1m", "\x1b[0m"
 
 
 class Script:
-    """Stands for a model's ``generate``: says what it is told to, and remembers what it was asked."""
+    """Stands for a model's ``generate``: gives scripted replies, and keeps the prompts and options it was called with."""
 
     def __init__(self, chat: ChatFormat, *replies: str | list) -> None:
         self.chat = chat
@@ -69,7 +68,7 @@ class Talk:
         self.chat = ChatFormat(tokenizer, frozenset([IM_END]), date(2024, 7, 26))
         self.file = io.StringIO()
         self.console = Console(file=self.file, force_terminal=colour, color_system="standard" if colour else None)
-        self.options = ChatConfig(**options)
+        self.options = Options(run=folder, **options)
         self.scripts = [Script(self.chat, *replies) for replies in scripts]
         self.speakers = []
         for name, script in zip(("base", "trained")[-len(scripts) :], self.scripts, strict=True):
@@ -105,7 +104,7 @@ def joined(pieces: list[tuple[str, bool]]) -> tuple[str, str]:
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 7, 100])
-def test_reasoning_and_answer_are_told_apart_however_the_text_is_cut(size):
+def test_reasoning_and_answer_are_split_wherever_the_text_is_cut(size):
     splitter = ThinkSplitter(("<think>", "</think>"), thinking=False)
     pieces = [p for i in range(0, len(THOUGHT), size) for p in splitter.feed(THOUGHT[i : i + size])] + splitter.end()
     reasoning, _, answered = THOUGHT.partition("</think>")
@@ -113,7 +112,7 @@ def test_reasoning_and_answer_are_told_apart_however_the_text_is_cut(size):
     assert "".join(p for p, _ in pieces) == THOUGHT
 
 
-def test_only_what_may_be_the_beginning_of_a_tag_is_held_back():
+def test_only_a_possible_beginning_of_a_tag_is_held_back():
     splitter = ThinkSplitter(("<think>", "</think>"), thinking=False)
     assert splitter.feed("a <thi") == [("a ", False)]
     assert splitter.feed("s") == [("<this", False)]
@@ -126,12 +125,12 @@ def test_reasoning_that_the_template_has_opened_begins_at_once():
     assert joined(splitter.feed("why</think>yes")) == ("why</think>", "yes")
 
 
-def test_reasoning_that_never_ends_is_no_answer():
+def test_reasoning_without_an_end_is_not_an_answer():
     splitter = ThinkSplitter(("<a>", "</a>"), thinking=False)
     assert joined(splitter.feed("<a>on and on") + splitter.end()) == ("<a>on and on", "")
 
 
-# What is shown.
+# The output.
 
 
 def test_reasoning_is_dimmed_and_the_answer_is_not(talk):
@@ -142,13 +141,13 @@ def test_reasoning_is_dimmed_and_the_answer_is_not(talk):
     assert re.sub(r"\x1b\[\d+m", "", shown) == "<think>\nwhy\n</think>\n\nyes\n"
 
 
-def test_where_the_template_opens_the_reasoning_it_is_dimmed_from_the_start(talk):
+def test_reasoning_that_the_template_opens_is_dimmed_from_the_start(talk):
     run = talk(["why\n</think>\n\nyes"], colour=True, template=OPENS_THINKING).say("Hi")
     assert run.shown.startswith(DIM)
     assert run.speakers[0].history[-1] == Message("assistant", "yes")
 
 
-def test_text_that_looks_like_markup_is_shown_as_it_is(talk):
+def test_text_that_looks_like_markup_is_shown_unchanged(talk):
     assert talk(["[red]a[/red] [1, 2] :smile:"]).say("Hi").shown == "[red]a[/red] [1, 2] :smile:\n"
 
 
@@ -163,7 +162,7 @@ def test_tokens_are_shown_as_they_come(talk):
     assert seen == ["one ", "one two"]
 
 
-def test_a_character_of_several_tokens_is_shown_whole(talk):
+def test_a_character_of_several_tokens_is_shown_when_complete(talk):
     seen: list[str] = []
     first, *others = tiny_tokenizer()("☂").input_ids
     run = talk([["a", first, lambda: seen.append(run.shown), *others, IM_END]])
@@ -190,7 +189,7 @@ def test_reset_clears_the_history(talk):
     assert run.scripts[0].prompts[1] == run.chat.render_prompt([Message("user", "Two")])
 
 
-def test_empty_lines_are_passed_over(talk):
+def test_empty_lines_are_skipped(talk):
     assert talk(["only"]).say("", "  \n", "Hi\n").shown == "only\n"
 
 
@@ -198,11 +197,11 @@ def test_exit_ends_before_the_next_line(talk):
     assert talk(["only"]).say("Hi", "/exit", "More").shown == "only\n"
 
 
-def test_an_unknown_command_is_named_and_not_sent(talk):
+def test_an_unknown_command_is_reported_and_not_sent(talk):
     assert talk([]).say("/rest").shown == "[unknown command /rest; did you mean /reset?]\n"
 
 
-def test_a_path_is_no_command(talk):
+def test_a_path_is_not_a_command(talk):
     assert talk(["a folder"]).say("/usr/bin is what?").shown == "a folder\n"
 
 
@@ -220,26 +219,26 @@ def test_ctrl_c_stops_an_answer_and_not_the_conversation(talk):
     assert run.speakers[0].policy.causal_lm.config._attn_implementation == PACKED
 
 
-def test_a_conversation_that_is_longer_than_the_model_reads_is_to_be_reset(talk):
+def test_a_conversation_longer_than_the_model_reads_asks_for_a_reset(talk):
     run = talk(["short"]).say("x" * 600, "/reset", "Hi")
     assert "tokens, more than the model reads; /reset forgets it]" in run.shown
     assert run.shown.endswith("short\n")
 
 
-def test_an_answer_may_take_what_room_is_left(talk):
+def test_an_answer_may_fill_the_remaining_context(talk):
     run = talk(["one", "two"]).say("Hi", "y" * 400)
     first, second = (o.max_new_tokens for o in run.scripts[0].options)
     assert first == 512 - len(run.chat.prompt_ids([Message("user", "Hi")]))
     assert second < 512 - 400
 
 
-def test_greedy_without_a_temperature_and_drawn_with_one(talk):
+def test_answers_are_greedy_without_a_temperature_and_drawn_with_one(talk):
     (greedy,) = talk(["a"]).say("Hi").scripts[0].options
     (drawn,) = talk(["a"], temperature=0.5).say("Hi").scripts[0].options
     assert (greedy.do_sample, drawn.do_sample, drawn.temperature, drawn.top_p) == (False, True, 0.5, 1.0)
 
 
-# Beside the base model.
+# With the base model.
 
 
 def test_both_answers_are_shown_one_after_the_other_with_their_names(talk):
@@ -258,20 +257,21 @@ def test_the_answers_are_those_of_the_model_before_and_after_training(finished_r
     run = FinishedRun.open(str(finished_run(method)))
     chat = run.chat_format()
     file = io.StringIO()
-    speakers = speakers_of(run, "base")
-    converse(speakers, chat, ChatConfig(max_tokens=24), iter(["Count to 7.??", None]).__next__, Console(file=file))
+    speakers = load_speakers(run, "base")
+    options = Options(run=str(run.folder), max_tokens=24)
+    converse(speakers, chat, options, iter(["Count to 7.??", None]).__next__, Console(file=file))
     example = Example("a", "general", (Message("user", "Count to 7.??"),), Response(None, "x"), "f:1")
     base = load(tiny_model(), method) if method != "full" else load(tiny_model(), "full")
     expected = [answer(policy, chat, [example], 24)[0] for policy in (base, run.load(torch.device("cpu")))]
     assert expected[0] != expected[1]
     before, _, after = file.getvalue().removeprefix("base:\n").partition("trained:\n")
     for shown, text in ((before, expected[0]), (after, expected[1])):
-        # Bytes that are no text yet are not shown.
+        # Incomplete characters at the end are not shown.
         assert shown.partition("\n[cut")[0].rstrip("\n") == text.rstrip("\n\ufffd")
 
 
-def test_the_base_of_an_adapter_is_the_same_model_with_the_adapter_off(finished_run):
-    base, trained = speakers_of(FinishedRun.open(str(finished_run("qlora"))), "base")
+def test_the_base_of_an_adapter_is_the_same_model_with_the_adapter_disabled(finished_run):
+    base, trained = load_speakers(FinishedRun.open(str(finished_run("qlora"))), "base")
     assert base.policy is trained.policy
     layer = trained.policy.causal_lm.model.layers[0].self_attn.q_proj
     with base.state():
@@ -284,16 +284,12 @@ def test_the_base_of_an_adapter_is_the_same_model_with_the_adapter_off(finished_
 
 def run_chat(monkeypatch, capsys, typed: bytes, *arguments: str) -> tuple[int, str, str]:
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(typed), encoding="ascii"))
-    monkeypatch.setattr(sys, "argv", ["saro", "chat", *arguments])
-    with pytest.raises(SystemExit) as stop:
-        main()
-    out, err = capsys.readouterr()
-    return stop.value.code or 0, out, err
+    return run_saro(monkeypatch, capsys, "chat", *arguments)
 
 
-def test_piped_lines_are_answered_without_decoration_until_they_end(monkeypatch, capsys, finished_run):
+def test_piped_lines_are_answered_without_a_prompt_or_colours(monkeypatch, capsys, finished_run):
     code, out, err = run_chat(
-        monkeypatch, capsys, "Hi\n\nWhy ☂?".encode(), "--run", str(finished_run("qlora")), "--max-tokens", "3"
+        monkeypatch, capsys, "Hi\n\nWhy ☂?".encode(), "--run", str(finished_run("qlora")), "--max_tokens", "3"
     )
     assert (code, err) == (0, "")
     assert "\x1b" not in out
@@ -301,17 +297,17 @@ def test_piped_lines_are_answered_without_decoration_until_they_end(monkeypatch,
     assert out.count("cut after 3 tokens") == 2
 
 
-def test_bytes_that_are_no_text_do_not_end_the_conversation(monkeypatch, capsys, finished_run):
-    code, out, _ = run_chat(monkeypatch, capsys, b"\xff\xfe\n", "--run", str(finished_run()), "--max-tokens", "3")
+def test_bytes_that_are_not_utf8_do_not_end_the_conversation(monkeypatch, capsys, finished_run):
+    code, out, _ = run_chat(monkeypatch, capsys, b"\xff\xfe\n", "--run", str(finished_run()), "--max_tokens", "3")
     assert (code, out.count("cut after 3 tokens")) == (0, 1)
 
 
-def test_think_tags_are_those_of_the_run_or_of_the_option(monkeypatch, capsys, finished_run):
-    given: list[tuple[str, str]] = []
-    monkeypatch.setattr("saro.tools.chat.converse", lambda speakers, chat, *rest: given.append(chat.think_tags))
+def test_think_tags_are_those_of_the_option_or_else_of_the_run(monkeypatch, capsys, finished_run):
+    used_tags: list[tuple[str, str]] = []
+    monkeypatch.setattr("saro.tools.chat.converse", lambda speakers, chat, *rest: used_tags.append(chat.think_tags))
     run_chat(monkeypatch, capsys, b"", "--run", str(finished_run()))
-    run_chat(monkeypatch, capsys, b"", "--run", str(finished_run()), "--think-tags", "[<r>, </r>]")
-    assert given == [("<think>", "</think>"), ("<r>", "</r>")]
+    run_chat(monkeypatch, capsys, b"", "--run", str(finished_run()), "--data.think_tags", "[<r>, </r>]")
+    assert used_tags == [("<think>", "</think>"), ("<r>", "</r>")]
 
 
 @pytest.mark.parametrize(
@@ -319,7 +315,7 @@ def test_think_tags_are_those_of_the_run_or_of_the_option(monkeypatch, capsys, f
     [
         (["--run", "absent"], "absent: there is no such folder; give that which --train.output named"),
         (["--run", "x", "--compare", "bas"], "--compare: Expected a Literal['base']. Got value: bas"),
-        (["--run", "x", "--max-tokens", "0"], "--max-tokens is 0; it must be at least 1"),
+        (["--run", "x", "--max_tokens", "0"], "--max_tokens is 0; it must be at least 1"),
         (["--run", "x", "--temperature", "-1"], "--temperature is -1.0; it must be at least 0"),
         (["--run", "x", "--temprature", "1"], "unknown option --temprature; did you mean --temperature?"),
     ],

@@ -1,4 +1,4 @@
-"""`saro compare`: the figures of each model are those that its own forward gives, in one table."""
+"""`saro compare`: each model's figures are those of its own forward, and the table shows them."""
 
 from __future__ import annotations
 
@@ -18,24 +18,28 @@ from saro.data.dataset import encode_files, encode_pair_files
 from saro.errors import SaroError
 from saro.evaluate.answers import choose_prompts
 from saro.model.source import find_model
-from saro.tool_config import CompareConfig
-from saro.tools.compare import _reasoning_tokens, _Setting, compare
+from saro.tools.compare import ModelOptions, Options, _reasoning_tokens, _Setting, compare, run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
-def files(records_file, examples, pairs) -> tuple[list[str], list[str]]:
-    return [records_file(examples[:4], "examples.jsonl")], [records_file(pairs[:5], "pairs.jsonl")]
-
-
-@pytest.fixture
-def options(tiny_model, tmp_path) -> CompareConfig:
+def options(records_file, examples, pairs, tiny_model, tmp_path) -> Options:
     other = save_tiny_model(tmp_path / "other", intermediate_size=32)
-    return CompareConfig([tiny_model(), str(other)], ["base", "new"], "lora", show=["p1"], prompts=3, max_tokens=4)
+    return Options(
+        models=[tiny_model(), str(other)],
+        names=["base", "new"],
+        model=ModelOptions(method="lora"),
+        examples=records_file(examples[:4], "examples.jsonl"),
+        pairs=[records_file(pairs[:5], "pairs.jsonl")],
+        show=["p1"],
+        prompts=3,
+        max_tokens=4,
+    )
 
 
 def native(folder: str, sequence) -> float:
+    """Return the log-prob of a sequence's scored tokens by the model's own forward."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
@@ -45,25 +49,24 @@ def native(folder: str, sequence) -> float:
     return logps.gather(1, tokens[1:, None])[sequence.scored_from - 1 :].sum().item()
 
 
-def test_figures_are_the_models_own(options, files):
-    figures = compare(options, *files, Console(quiet=True))
-    for folder, found in zip(options.models, figures, strict=True):
+def test_figures_are_the_models_own(options):
+    results = compare(options, Console(quiet=True))
+    for folder, figures in zip(options.models, results, strict=True):
         chat = find_model(ModelConfig(name=folder)).chat_format(DataConfig(), date.today())
-        data = encode_files(files[0], chat, max_tokens=2048)
+        data = encode_files([options.examples], chat, max_tokens=2048)
         total = sum(native(folder, data.sequence(i)) for i in range(len(data)))
-        assert found.loss == pytest.approx(-total / data.scored_tokens.sum(), rel=1e-5)
-        pairs = encode_pair_files(files[1], chat, max_tokens=2048)
+        assert figures.loss == pytest.approx(-total / data.scored_tokens.sum(), rel=1e-5)
+        pairs = encode_pair_files(options.pairs, chat, max_tokens=2048)
         margins = [np.subtract(*(native(folder, side) for side in pairs.sequences(i))) for i in range(len(pairs))]
-        assert found.margin == pytest.approx(np.mean(margins), rel=1e-4)
-        assert found.likelier == np.mean(np.array(margins) > 0)
-        assert len(found.answers) == 3
+        assert figures.margin == pytest.approx(np.mean(margins), rel=1e-4)
+        assert figures.likelier == np.mean(np.array(margins) > 0)
+        assert len(figures.answers) == 3
 
 
-def test_the_table_has_a_column_for_each_model_and_shows_the_answers_asked_for(options, files):
-    console = Console(record=True, width=120, quiet=True)
-    console.quiet = False
+def test_the_table_has_a_column_for_each_model_and_shows_the_answers_of_show(options):
+    console = Console(width=120)
     with console.capture() as captured:
-        compare(options, *files, console)
+        assert run(options, console) == 0
     text = captured.get()
     for part in ("base", "new", "loss, nats per token", "chosen response is likelier", "margin", "p1", "Count to 0."):
         assert part in text
@@ -74,18 +77,26 @@ def test_the_table_has_a_column_for_each_model_and_shows_the_answers_asked_for(o
     ("text", "tokens"),
     [("<think>\nabc\n</think>\n\nx", 5), ("<think>abcd", 4), ("abc", 0), ("<think></think>x", 0), ("abc</think>x", 3)],
 )
-def test_reasoning_is_what_stands_between_the_tags(tiny_model, text, tokens):
+def test_reasoning_is_the_text_between_the_tags(tiny_model, text, tokens):
     chat = find_model(ModelConfig(name=tiny_model())).chat_format(DataConfig(), date.today())
     assert _reasoning_tokens(text, chat) == tokens
 
 
-def test_models_are_read_as_the_first_run_among_them_was_trained(finished_run, files, tmp_path):
-    run = finished_run("qlora")
-    manifest = json.loads((run / "manifest.json").read_text())
-    setting = _Setting.of(CompareConfig(["./base", str(run / "final")]))
+def test_models_are_loaded_as_the_first_run_among_them_was_trained(finished_run):
+    folder = finished_run("qlora")
+    models = ["./base", str(folder / "final")]
+    manifest = json.loads((folder / "manifest.json").read_text())
+    setting = _Setting.of(Options(models=models))
     assert (setting.method, setting.day.isoformat()) == ("qlora", manifest["template_date"])
     assert setting.data.think_tags == ("<think>", "</think>")
-    assert _Setting.of(CompareConfig(["./base"])).method == "lora"
+    given = Options(
+        models=models,
+        model=ModelOptions(method="full"),
+        data=DataConfig(pack_tokens=512, template_date="2020-02-29"),
+    )
+    setting = _Setting.of(given)
+    assert (setting.method, setting.day, setting.data.pack_tokens) == ("full", date(2020, 2, 29), 512)
+    assert _Setting.of(Options(models=["./base"])).method == "lora"
 
 
 def test_several_pairs_on_one_prompt_are_answered_once(pairs):
@@ -101,11 +112,23 @@ def test_several_pairs_on_one_prompt_are_answered_once(pairs):
         ({"models": ["./gone", "./gone"]}, r"\./gone: no such folder"),
     ],
 )
-def test_what_is_not_there_is_one_line(options, files, changes, message):
+def test_a_name_that_does_not_exist_is_one_line(options, changes, message):
     with pytest.raises(SaroError, match=message):
-        compare(replace(options, **changes), *files, Console(quiet=True))
+        compare(replace(options, **changes), Console(quiet=True))
 
 
 def test_there_must_be_something_to_compare_on(options):
-    with pytest.raises(SaroError, match="there is nothing to compare on"):
-        compare(options, [], [], Console(quiet=True))
+    with pytest.raises(SaroError, match="there is nothing to compare on; give --examples or --pairs"):
+        compare(replace(options, examples=[], pairs=[]), Console(quiet=True))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prompts": -1}, "--prompts is -1; it must be at least 0"),
+        ({"max_tokens": 0}, "--max_tokens is 0; it must be at least 1"),
+    ],
+)
+def test_a_number_that_is_too_small_is_refused(changes, message):
+    with pytest.raises(SaroError, match=message):
+        Options(**changes)

@@ -1,30 +1,29 @@
-"""`saro doctor`: all right on a model that is, and FAILED in the row of what is broken, whatever is broken."""
+"""`saro doctor`: all checks pass on a sound model, and each breakage fails in its own row."""
 
 from __future__ import annotations
 
 import io
 import json
-import sys
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
+from command import run_saro
 from rich.console import Console
 from tiny import save_tiny_model, tiny_tokenizer
 from transformers import AutoTokenizer
 
-from saro.cli import main
-from saro.config import ModelConfig
+from saro.config import DataConfig, ModelConfig
 from saro.distributed.runtime import Runtime
 from saro.errors import SaroError
 from saro.model import attention, fused_lora
-from saro.tool_config import DoctorConfig
 from saro.tools.doctor import kernel_checks as kernels
 from saro.tools.doctor import memory_check as memory
 from saro.tools.doctor import model_checks as model
 from saro.tools.doctor import subject as subject_module
 from saro.tools.doctor import training_checks as training
-from saro.tools.doctor.doctor import doctor
+from saro.tools.doctor.doctor import Options, doctor
 from saro.tools.doctor.finding import Check, Finding, guarded, within
 from saro.tools.doctor.memory_check import Memory
 from saro.tools.doctor.subject import Subject
@@ -34,7 +33,7 @@ from saro.train.optim import make_optimizer
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 METHODS = ("full", "lora", "qlora")
-# In the table, whatever fails.
+# Rows of the table, whatever fails.
 ROWS = 21
 PACK_TOKENS = 2048
 
@@ -43,10 +42,14 @@ PACK_TOKENS = 2048
 def examine(runtime, tiny_model, tmp_path):
     """Runs the doctor; returns its exit code, the findings by name, the recommendations and what it printed."""
 
-    def run(**options: object) -> tuple[int, dict[str, Finding], list[str], str]:
+    def run(**model_options: object) -> tuple[int, dict[str, Finding], list[str], str]:
         file, screen = tmp_path / "findings.json", io.StringIO()
-        options = {"model": tiny_model(), "method": "lora", "pack_tokens": PACK_TOKENS, "json": str(file)} | options
-        code = doctor(runtime, DoctorConfig(**options), Console(file=screen, width=200))
+        options = Options(
+            model=ModelConfig(**{"name": tiny_model(), "method": "lora"} | model_options),
+            data=DataConfig(pack_tokens=PACK_TOKENS),
+            json=str(file),
+        )
+        code = doctor(runtime, options, Console(file=screen, width=200))
         written = json.loads(file.read_text())
         assert written["ok"] is (code == 0)
         findings = [Finding(**finding) for finding in written["checks"]]
@@ -59,11 +62,11 @@ def failed(findings: dict[str, Finding]) -> set[str]:
     return {name for name, finding in findings.items() if finding.ok is False}
 
 
-# What is right.
+# Sound models.
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_all_is_well_on_a_tiny_model(examine, method):
+def test_all_checks_pass_on_a_tiny_model(examine, method):
     code, findings, advice, screen = examine(method=method)
     assert code == 0, failed(findings)
     skipped = {name for name, finding in findings.items() if finding.ok is None}
@@ -82,12 +85,12 @@ def test_all_is_well_on_a_tiny_model(examine, method):
 
 
 @pytest.mark.parametrize("kind", ["mistral", "gemma3", "gemma3 with a softcap", "granite", "qwen3"])
-def test_all_is_well_on_other_models(examine, tiny_model, kind):
-    code, findings, _, _ = examine(model=tiny_model(kind))
+def test_all_checks_pass_on_other_models(examine, tiny_model, kind):
+    code, findings, _, _ = examine(name=tiny_model(kind))
     assert code == 0, failed(findings)
 
 
-def test_all_is_well_in_bfloat16(examine):
+def test_all_checks_pass_in_bfloat16(examine):
     code, findings, _, _ = examine(method="qlora", dtype="bfloat16")
     assert code == 0, failed(findings)
 
@@ -97,7 +100,7 @@ def test_a_model_without_chat_template_is_checked_on_generated_tokens(examine, t
     (folder / "chat_template.jinja").unlink(missing_ok=True)
     tiny_tokenizer(template=None).save_pretrained(folder)
     assert AutoTokenizer.from_pretrained(folder).chat_template is None
-    code, findings, _, _ = examine(model=str(folder))
+    code, findings, _, _ = examine(name=str(folder))
     assert code == 0, failed(findings)
     assert findings["the model loads"].figure.endswith("generated tokens")
 
@@ -108,11 +111,11 @@ def test_the_runs_leave_no_files(examine, tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["findings.json"]
 
 
-# What is wrong: FAILED in its row, and every other row still there.
+# Broken parts: each fails in its row, and the table keeps all other rows.
 
 
 def changed_torch_tiles(patch, change):
-    """Of the tile ops, torch's alone: Triton's may be there too, and has rows of its own."""
+    """Change only torch's tile op: Triton's may be available too, and has its own rows."""
     original = kernels.tiled_token_logps
 
     def tiled(*args, **options):
@@ -185,10 +188,10 @@ def training_uphill(patch):
     original = engine._clip
 
     def clip(parameters, norm):
-        found = original(parameters, norm)
+        grad_norm = original(parameters, norm)
         for parameter in parameters:
             parameter.grad.neg_()
-        return found
+        return grad_norm
 
     patch.setattr(engine, "_clip", clip)
 
@@ -225,7 +228,7 @@ SABOTAGES = {
 
 
 @pytest.mark.parametrize(("sabotage", "expected"), SABOTAGES.items(), ids=lambda s: getattr(s, "__name__", ""))
-def test_what_is_broken_fails_in_its_row_alone(examine, monkeypatch, sabotage, expected):
+def test_a_broken_part_fails_only_in_its_row(examine, monkeypatch, sabotage, expected):
     sabotage(monkeypatch)
     code, findings, _, screen = examine()
     assert failed(findings) == expected
@@ -234,10 +237,10 @@ def test_what_is_broken_fails_in_its_row_alone(examine, monkeypatch, sabotage, e
     assert len(findings) == ROWS
 
 
-def test_a_head_is_checked_with_the_models_own_softcap(examine, tiny_model, monkeypatch):
+def test_a_head_is_checked_with_the_softcap_of_the_model(examine, tiny_model, monkeypatch):
     original = kernels.tiled_token_logps
     monkeypatch.setattr(kernels, "tiled_token_logps", lambda *args, **o: original(*args, **o | {"softcap": None}))
-    _, findings, _, _ = examine(model=tiny_model("gemma3 with a softcap"))
+    _, findings, _, _ = examine(name=tiny_model("gemma3 with a softcap"))
     assert {f"token_logps, torch tiles, {head} head" for head in ("frozen", "trainable")} <= failed(findings)
 
 
@@ -279,7 +282,7 @@ def test_checkpoints_that_do_not_fit_the_disk_are_not_written(examine, monkeypat
     assert findings["resume after two steps"].ok is None
 
 
-def test_a_model_that_a_broken_backend_cannot_load_leaves_the_rows_of_the_machine(examine, monkeypatch):
+def test_if_a_broken_backend_cannot_load_the_model_the_rows_of_the_machine_remain(examine, monkeypatch):
     def load_policy(*_: object, **__: object) -> None:
         raise RuntimeError("CUDA error: no kernel image")
 
@@ -291,12 +294,12 @@ def test_a_model_that_a_broken_backend_cannot_load_leaves_the_rows_of_the_machin
     assert len(advice) == 2
 
 
-# Both backends of attention, of which a CPU has one.
+# Attention backends. A CPU has only sdpa.
 
 
 @pytest.fixture
 def varlen_runs(monkeypatch):
-    """varlen as if there were a GPU: computed by sdpa."""
+    """Makes varlen available without a GPU; sdpa computes it."""
     monkeypatch.setattr(model, "choose_backend", lambda name, *_: name)
     monkeypatch.setattr(attention, "_varlen", attention._sdpa)
 
@@ -322,7 +325,7 @@ def test_a_backend_that_differs_fails(examine, monkeypatch):
 # Parts.
 
 
-def test_the_users_interrupt_is_no_finding():
+def test_the_users_interrupt_is_not_a_finding():
     def interrupted() -> Finding:
         raise KeyboardInterrupt
 
@@ -338,20 +341,24 @@ def test_an_error_without_message_is_shown_by_its_kind():
 
 
 @pytest.mark.parametrize(("value", "ok"), [(1.0, True), (2.0, True), (2.1, False), (float("nan"), False)])
-def test_a_figure_is_held_against_its_limit(value, ok):
+def test_a_figure_must_be_within_its_limit(value, ok):
     assert within("a check", value, 2.0, "nats").ok is ok
 
 
 def test_the_largest_pack_is_a_multiple_of_256():
     line = Memory(base=1.0, slope=0.001)
-    assert line.of(2000) == pytest.approx(3.0)
+    assert line.at(2000) == pytest.approx(3.0)
     assert line.largest_pack(3.0) == 1792
     assert line.largest_pack(1.1) == 0
     assert line.largest_pack(0.5) == 0
 
 
-def test_memory_is_measured_beside_gradients_and_states(runtime, tiny_model, monkeypatch):
-    """From the second step on they are there; a first step makes its states when the activations are gone."""
+def test_a_step_shorter_than_the_time_between_samples_has_a_peak():
+    assert all(memory._resident_peak(lambda: None) > 0.01 for _ in range(20))
+
+
+def test_memory_is_measured_with_gradients_and_optimizer_states(runtime, tiny_model, monkeypatch):
+    """From the second step on they exist; a first step allocates its states after the activations are freed."""
     subject = Subject.load(runtime, ModelConfig(name=tiny_model(), method="full"), PACK_TOKENS)
     optimizers, seen = [], []
 
@@ -373,9 +380,9 @@ def test_memory_is_measured_beside_gradients_and_states(runtime, tiny_model, mon
     assert all(p.grad is None for p in subject.policy.trainable().values())
 
 
-def test_gradient_checkpointing_is_advised_where_packs_do_not_fit(monkeypatch):
+def test_gradient_checkpointing_is_advised_if_packs_do_not_fit(monkeypatch):
     monkeypatch.setattr(memory, "measure_memory", lambda _: Memory(base=1.0, slope=0.001))
-    monkeypatch.setattr(memory, "device_memory", lambda _: 4.0)  # of which 3.4 GiB are used
+    monkeypatch.setattr(memory, "device_memory", lambda _: 4.0)  # a step may use 3.4 GiB
     subject = type("Subject", (), {"runtime": type("Runtime", (), {"device": torch.device("cpu")})})
     advice: list[str] = []
     assert memory.memory_check(subject, advice.append).ok
@@ -392,21 +399,13 @@ def test_gradient_checkpointing_is_advised_where_packs_do_not_fit(monkeypatch):
 
 @pytest.fixture
 def saro(monkeypatch, capsys, runtime):
-    """Runs the command in this process; returns exit code, stdout and stderr."""
+    """Runs `saro doctor` in this process; returns exit code, stdout and stderr."""
     monkeypatch.setattr(Runtime, "start", lambda: runtime)
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["saro", "doctor", *arguments])
-        with pytest.raises(SystemExit) as stop:
-            main()
-        out, err = capsys.readouterr()
-        return stop.value.code or 0, out, err
-
-    return run
+    return partial(run_saro, monkeypatch, capsys, "doctor")
 
 
 def test_the_command_exits_with_0_or_1(saro, tiny_model, monkeypatch):
-    arguments = ("--model", tiny_model(), "--method", "lora", "--pack-tokens", "512")
+    arguments = ("--model.name", tiny_model(), "--model.method", "lora", "--data.pack_tokens", "512")
     code, out, _ = saro(*arguments)
     assert code == 0
     assert "gradient checkpointing for packs of 4,096 tokens: not needed" in out
@@ -419,14 +418,14 @@ def test_the_command_exits_with_0_or_1(saro, tiny_model, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--model", "./nowhere"), "error: ./nowhere: no such folder; give a model's folder or its hub name"),
-        (("--model", "MODEL", "--attention", "varlen"), "error: varlen attention needs CUDA and bfloat16"),
-        (("--pack-tokens", "8"), "error: --pack-tokens is 8; it must be at least 256"),
+        (("--model.name", "./nowhere"), "error: ./nowhere: no such folder; give a model's folder or its hub name"),
+        (("--model.name", "MODEL", "--model.attention", "varlen"), "error: varlen attention needs CUDA and bfloat16"),
+        (("--data.pack_tokens", "8"), "error: --data.pack_tokens is 8; it must be at least 256"),
         (("--json", "nowhere/findings.json"), "error: --json: there is no folder"),
-        (("--methd", "lora"), "error: unknown option --methd; did you mean --method?"),
+        (("--model.methd", "lora"), "error: unknown option --model.methd; did you mean --model.method?"),
     ],
 )
-def test_what_the_user_mistypes_is_one_line(saro, tiny_model, arguments, message):
+def test_a_mistake_is_one_line_and_exit_code_2(saro, tiny_model, arguments, message):
     code, _, err = saro(*(tiny_model() if part == "MODEL" else part for part in arguments))
     assert code == 2
     lines = [line for line in err.splitlines() if not line.startswith("checking: ")]
@@ -436,9 +435,9 @@ def test_what_the_user_mistypes_is_one_line(saro, tiny_model, arguments, message
 
 def test_an_adapter_is_not_trained_in_full(runtime, rw_final):
     with pytest.raises(SaroError, match="an adapter cannot be trained"):
-        doctor(runtime, DoctorConfig(model=str(rw_final), method="full"), Console(quiet=True))
+        doctor(runtime, Options(model=ModelConfig(name=str(rw_final), method="full")), Console(quiet=True))
 
 
-def test_an_adapter_is_examined_as_it_is_continued(examine, rw_final):
-    code, findings, _, _ = examine(model=str(rw_final))
+def test_an_adapter_is_checked_as_training_continues_it(examine, rw_final):
+    code, findings, _, _ = examine(name=str(rw_final))
     assert code == 0, failed(findings)

@@ -1,10 +1,9 @@
-"""`saro export`: what it writes is what was trained, measured with the files it wrote, or it writes nothing."""
+"""`saro export`: it writes what was trained, measured with the written files, or it writes nothing."""
 
 from __future__ import annotations
 
 import json
 import shutil
-import sys
 from datetime import date
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
+from command import run_saro
 from loaded import load
 from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
@@ -20,8 +20,7 @@ from tiny import IM_END, save_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 import saro.tools.export
-from saro.checks.deviation import Deviation, choose_records
-from saro.cli import main
+from saro.checks.deviation import Deviation, choose_records, packed_logps, plain_logps
 from saro.demo import demo_file
 from saro.errors import SaroError
 from saro.files import file_hash
@@ -29,8 +28,7 @@ from saro.model.load import load_policy
 from saro.model.merge import merge
 from saro.model.policy import Policy
 from saro.runs.finished import FinishedRun
-from saro.tool_config import ExportConfig
-from saro.tools.export import NOTE, export, run_files
+from saro.tools.export import NOTE, Options, export, run_files
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -49,11 +47,11 @@ MERGED_FILES = {
 
 @pytest.fixture
 def exported(finished_run, tmp_path):
-    """Exports a run of a method and returns the folder and the line about it."""
+    """Exports a run of a method; returns the folder and the line about it."""
 
     def run(method: str = "lora", kind: str = "llama", **options) -> tuple[Path, str]:
         folder = tmp_path / "out"
-        line = export(str(finished_run(method, kind)), ExportConfig(output=str(folder), **options), lambda line: None)
+        line = export(Options(run=str(finished_run(method, kind)), output=str(folder), **options), lambda line: None)
         return folder, line
 
     return run
@@ -61,7 +59,7 @@ def exported(finished_run, tmp_path):
 
 @pytest.fixture
 def own_run(finished_run, tmp_path):
-    """A copy of a run, to be changed, on a copy of its base."""
+    """Copies a run and its base, so that a test can change them."""
 
     def copy(method: str = "lora") -> Path:
         run = shutil.copytree(finished_run(method), tmp_path / "run")
@@ -84,15 +82,15 @@ def change_manifest(run: Path, change) -> None:
 
 
 def refused(run: Path, message: str, **options) -> None:
-    """The export ends with this message and leaves nothing."""
+    """Check that the export fails with this message and leaves no file."""
     before = sorted(run.parent.iterdir()), sorted(run.iterdir())
     with pytest.raises(SaroError, match=message):
-        export(str(run), ExportConfig(**options), lambda line: None)
+        export(Options(run=str(run), **options), lambda line: None)
     assert (sorted(run.parent.iterdir()), sorted(run.iterdir())) == before
 
 
 def as_trained(run: Path, method: str) -> torch.nn.Module:
-    """The trained model as PEFT and transformers load it, without any code of ours."""
+    """Return the trained model as PEFT and transformers load it, without any code of ours."""
     if method == "full":
         return AutoModelForCausalLM.from_pretrained(run / "final")
     if method == "lora":
@@ -100,7 +98,7 @@ def as_trained(run: Path, method: str) -> torch.nn.Module:
     model = AutoPeftModelForCausalLM.from_pretrained(run / "final", quantization_config=NF4, dtype=torch.float32)
     for layer in model.modules():
         if isinstance(layer, Linear4bit):
-            # bitsandbytes would repack its weight for bfloat16 on CPUs that are fast with it.
+            # Keep bitsandbytes from repacking the weight for bfloat16, as it does on CPUs with AVX512-BF16.
             layer.support_avx512bf16_for_cpu = False
     return model
 
@@ -110,11 +108,11 @@ def trees_of(run: Path, number: int = 4):
     return choose_records(run_files(opened), opened.chat_format(), 256, number)
 
 
-# What a merged export is.
+# A merged export.
 
 
 @pytest.mark.parametrize("method", ["lora", "qlora", "full"])
-def test_a_merged_export_loads_as_a_plain_model_that_says_what_the_trained_one_says(exported, finished_run, method):
+def test_a_merged_export_loads_as_a_plain_model_with_the_log_probs_of_the_trained_one(exported, finished_run, method):
     folder, _ = exported(method, merge=True)
     trees = trees_of(finished_run(method))
     plain = AutoModelForCausalLM.from_pretrained(folder)
@@ -123,7 +121,7 @@ def test_a_merged_export_loads_as_a_plain_model_that_says_what_the_trained_one_s
 
 
 @pytest.mark.parametrize("method", ["lora", "qlora", "full"])
-def test_it_is_a_plain_model_without_a_trace_of_peft_or_quantization(exported, method):
+def test_a_merged_export_has_no_trace_of_peft_or_quantization(exported, method):
     folder, _ = exported(method, merge=True)
     assert {p.name for p in folder.iterdir()} == MERGED_FILES
     config = json.loads((folder / "config.json").read_text())
@@ -133,7 +131,7 @@ def test_it_is_a_plain_model_without_a_trace_of_peft_or_quantization(exported, m
     assert set(load_file(folder / "model.safetensors")) == set(model.state_dict()) - {"lm_head.weight"}
 
 
-def test_it_has_the_tokenizer_and_chat_template_of_the_run_and_the_generation_config_of_the_base(
+def test_a_merged_export_has_the_tokenizer_of_the_run_and_the_generation_config_of_the_base(
     exported, finished_run, tiny_model
 ):
     folder, _ = exported("qlora", merge=True)
@@ -147,19 +145,19 @@ def test_it_has_the_tokenizer_and_chat_template_of_the_run_and_the_generation_co
 def test_a_base_without_a_generation_config_is_exported_with_its_end_tokens(own_run, tmp_path):
     run = own_run("lora")
     (tmp_path / "base" / "generation_config.json").unlink()
-    export(str(run), ExportConfig(merge=True), lambda line: None)
+    export(Options(run=str(run), merge=True), lambda line: None)
     assert AutoModelForCausalLM.from_pretrained(run / "export").generation_config.eos_token_id == IM_END
 
 
-def test_a_generation_config_that_transformers_would_not_write_is_kept_as_it_is(own_run, tmp_path):
+def test_a_generation_config_that_transformers_cannot_save_is_copied(own_run, tmp_path):
     run = own_run("lora")
     file = tmp_path / "base" / "generation_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"do_sample": False, "temperature": 0.6}))
-    export(str(run), ExportConfig(merge=True), lambda line: None)
+    export(Options(run=str(run), merge=True), lambda line: None)
     assert (run / "export" / file.name).read_bytes() == file.read_bytes()
 
 
-def test_full_fine_tuning_exports_a_model_without_being_told_to_merge(exported):
+def test_full_fine_tuning_exports_a_model_without_merge(exported):
     folder, line = exported("full")
     assert {p.name for p in folder.iterdir()} == MERGED_FILES
     assert "AutoModelForCausalLM.from_pretrained" in line
@@ -167,14 +165,14 @@ def test_full_fine_tuning_exports_a_model_without_being_told_to_merge(exported):
 
 @pytest.mark.parametrize("method", ["lora", "qlora", "full"])
 def test_tied_embeddings_stay_tied(exported, method):
-    """huggingface/peft#2777: a head of its own is written beside the embedding that it was tied to."""
+    """huggingface/peft#2777: a tied head is written as a weight of its own beside the embedding."""
     folder, _ = exported(method, merge=True)
     assert "lm_head.weight" not in load_file(folder / "model.safetensors")
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
 
 
-def test_a_head_of_its_own_is_written(exported):
+def test_an_untied_head_is_written(exported):
     folder, _ = exported("qlora", "qwen3", merge=True)
     weights = load_file(folder / "model.safetensors")
     assert not torch.equal(weights["lm_head.weight"], weights["model.embed_tokens.weight"])
@@ -188,13 +186,13 @@ def test_the_dtype_is_that_of_the_option(exported):
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
-def test_the_dtype_is_the_bases_own_where_none_is_given(recipes, rw_arguments, tiny_model, tmp_path, method):
+def test_the_default_dtype_is_that_of_the_base(recipes, rw_arguments, tiny_model, tmp_path, method):
     base = AutoModelForCausalLM.from_pretrained(tiny_model(), dtype=torch.bfloat16)
     shutil.copytree(tiny_model(), tmp_path / "base")
     base.save_pretrained(tmp_path / "base")
     done = recipes.run(*rw_arguments(model_name=tmp_path / "base", model_method=method))
     assert done.code == 0, done.err
-    export(str(tmp_path / "run"), ExportConfig(merge=True), lambda line: None)
+    export(Options(run=str(tmp_path / "run"), merge=True), lambda line: None)
     weights = load_file(tmp_path / "run" / "export" / "model.safetensors")
     assert {w.dtype for w in weights.values()} == {torch.bfloat16}
 
@@ -203,7 +201,7 @@ def test_the_dtype_is_the_bases_own_where_none_is_given(recipes, rw_arguments, t
 
 
 def test_a_merged_weight_is_the_dequantized_one_plus_the_adapter_rounded_once(finished_run):
-    """huggingface/peft#2321: a merge into the 4-bit layer itself quantizes the sum again."""
+    """huggingface/peft#2321: a merge into the 4-bit layer quantizes the sum again."""
     run = FinishedRun.open(str(finished_run("qlora")))
     name = "model.layers.1.mlp.down_proj"
     layer = run.load(CPU).causal_lm.get_submodule(name)
@@ -222,7 +220,7 @@ def test_layers_without_an_adapter_are_dequantized_too(tiny_model):
 
 
 @pytest.mark.parametrize("changes", [{"use_dora": True}, {"lora_bias": True}])
-def test_an_adapter_that_is_more_than_a_product_is_refused(tiny_model, changes):
+def test_an_adapter_that_is_not_plain_lora_is_refused(tiny_model, changes):
     base = AutoModelForCausalLM.from_pretrained(tiny_model("qwen3"))
     if "lora_bias" in changes:
         base.model.layers[0].self_attn.q_proj.bias = torch.nn.Parameter(torch.zeros(32))
@@ -232,7 +230,7 @@ def test_an_adapter_that_is_more_than_a_product_is_refused(tiny_model, changes):
         merge(policy, base.config, torch.float32)
 
 
-# The adapter alone.
+# An adapter without merge.
 
 
 @pytest.mark.parametrize("method", ["lora", "qlora"])
@@ -253,7 +251,7 @@ def test_options_of_a_merge_are_refused_without_one(finished_run, option, value)
 # The verification.
 
 
-def test_the_line_and_the_note_tell_how_far_it_is_off_and_how_to_load_it(exported):
+def test_the_line_and_the_note_say_how_far_the_export_is_off_and_how_to_load_it(exported):
     folder, line = exported("qlora", merge=True)
     note = json.loads((folder / NOTE).read_text())
     assert 0 < note["shift"] < 1e-4 < 0.1 < note["change"]
@@ -290,13 +288,13 @@ def test_a_merge_that_is_not_what_was_trained_leaves_nothing(finished_run, wrong
     refused(finished_run(method), r"export: not written, it is off by .* of the .* that training changed", merge=True)
 
 
-def test_what_is_in_the_files_counts_and_not_what_was_merged(finished_run, monkeypatch):
+def test_the_written_files_are_verified_and_not_the_model_in_memory(finished_run, monkeypatch):
     save = saro.tools.export.save_final
     monkeypatch.setattr(saro.tools.export, "save_final", lambda folder, model, tok: save(folder, spoil(model), tok))
     refused(finished_run("qlora"), "not written", merge=True)
 
 
-def test_an_export_that_is_there_survives_one_that_fails(exported, monkeypatch):
+def test_an_existing_export_survives_one_that_fails(exported, monkeypatch):
     folder, _ = exported("lora", merge=True)
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
     monkeypatch.setattr(saro.tools.export, "merge", lambda *arguments: spoil(merge(*arguments)))
@@ -305,7 +303,7 @@ def test_an_export_that_is_there_survives_one_that_fails(exported, monkeypatch):
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
 
 
-def test_rounding_that_costs_too_much_is_refused_with_the_mend(finished_run, monkeypatch):
+def test_an_export_that_rounding_changed_too_much_is_refused_with_the_fix(finished_run, monkeypatch):
     monkeypatch.setattr("saro.checks.deviation.ALLOWED", 1e-5)
     refused(
         finished_run("lora"),
@@ -315,7 +313,7 @@ def test_rounding_that_costs_too_much_is_refused_with_the_mend(finished_run, mon
     )
 
 
-def test_no_number_is_refused_even_with_allow_shift(finished_run, monkeypatch):
+def test_nan_is_refused_even_with_allow_shift(finished_run, monkeypatch):
     monkeypatch.setattr(saro.tools.export, "plain_logps", lambda *arguments: torch.full((1,), torch.nan))
     options = {"merge": True, "into": "original", "allow_shift": True}
     refused(finished_run(), "not written, it is off by nan nats", **options)
@@ -329,7 +327,7 @@ def test_too_little_memory_is_one_line_and_leaves_nothing(finished_run, monkeypa
     refused(finished_run(), "not written, the GPU has too little memory; set CUDA_VISIBLE_DEVICES=", merge=True)
 
 
-def test_no_number_is_no_pass():
+def test_a_deviation_of_nan_is_not_allowed():
     nan = torch.tensor([float("nan")])
     assert not Deviation.of(nan, torch.tensor([1.0]), torch.tensor([2.0]), 0.1, 1).allowed
 
@@ -350,7 +348,7 @@ def test_a_deviation_says_what_it_is_measured_against():
 
 
 def in_bfloat16(run: Path, share: float) -> Path:
-    """A LoRA run as one that computed in bfloat16 and had learned this share of what it has."""
+    """Change a LoRA run: it computed in bfloat16, and its adapter is scaled by ``share``."""
     change_manifest(run, lambda manifest: manifest["config"]["model"].update(dtype="bfloat16"))
     weights = load_file(run / "final" / "adapter_model.safetensors")
     save_file(
@@ -360,9 +358,9 @@ def in_bfloat16(run: Path, share: float) -> Path:
 
 
 def test_a_small_change_by_a_run_in_bfloat16_can_be_exported(own_run, tmp_path):
-    """Its own rounding is more than a tenth of what it changed: no file could be nearer."""
+    """The run's rounding is more than a tenth of its change, so no file can be nearer."""
     run = in_bfloat16(own_run(), 0.02)
-    export(str(run), ExportConfig(merge=True, dtype="float32", output=str(tmp_path / "out")), lambda line: None)
+    export(Options(run=str(run), merge=True, dtype="float32", output=str(tmp_path / "out")), lambda line: None)
     note = json.loads((tmp_path / "out" / NOTE).read_text())
     assert 0.1 * note["change"] < note["shift"] < 0.1 * note["change"] + 1.5 * note["noise"]
 
@@ -373,7 +371,7 @@ def test_an_export_in_bfloat16_that_lost_the_change_is_refused(own_run, monkeypa
     refused(run, "not written, it is off by .* rounding alone makes", merge=True, dtype="bfloat16")
 
 
-def test_a_copied_adapter_owes_nothing_to_rounding(own_run, monkeypatch):
+def test_a_copied_adapter_is_allowed_no_rounding(own_run, monkeypatch):
     run = in_bfloat16(own_run(), 0.02)
     monkeypatch.setattr(
         saro.tools.export, "load_policy", lambda *arguments, **kw: without_adapters(load_policy(*arguments, **kw))
@@ -391,16 +389,16 @@ def without_adapters(policy: Policy) -> Policy:
 # Into the original weights.
 
 
-def test_a_merge_into_the_original_weights_is_refused_where_it_shifts(finished_run):
+def test_a_merge_into_the_original_weights_is_refused_if_it_shifts(finished_run):
     refused(
         finished_run("qlora"),
-        "leave --into original out, or take the shift with --allow-shift",
+        "leave --into original out, or accept the shift with --allow_shift",
         merge=True,
         into="original",
     )
 
 
-def test_with_allow_shift_it_is_written_and_the_shift_reported(exported, finished_run, tiny_model):
+def test_with_allow_shift_the_merge_is_written_and_its_shift_reported(exported, finished_run, tiny_model):
     folder, line = exported("qlora", merge=True, into="original", allow_shift=True)
     note = json.loads((folder / NOTE).read_text())
     assert note["shift"] > 0.1 * note["change"]
@@ -412,14 +410,14 @@ def test_with_allow_shift_it_is_written_and_the_shift_reported(exported, finishe
         torch.testing.assert_close(weight, expected[name], rtol=0, atol=1e-6)
 
 
-def test_for_a_run_on_the_original_weights_there_is_no_shift(exported):
+def test_a_run_on_the_original_weights_has_no_shift(exported):
     folder, _ = exported("lora", merge=True, into="original")
     assert json.loads((folder / NOTE).read_text())["shift"] < 1e-4
 
 
-def test_allow_shift_is_for_the_original_weights_alone():
-    with pytest.raises(SaroError, match="--allow-shift goes with --into original"):
-        ExportConfig(merge=True, allow_shift=True)
+def test_allow_shift_is_only_for_the_original_weights():
+    with pytest.raises(SaroError, match="--allow_shift goes with --into original"):
+        Options(run="x", merge=True, allow_shift=True)
 
 
 # The base, and the run.
@@ -442,7 +440,7 @@ def test_a_full_model_is_not_measured_against_another_base(own_run, tmp_path):
     refused(run, "base: the weights are not those that the run began with; restore them")
 
 
-def test_a_base_that_is_gone_is_named(own_run, tmp_path):
+def test_a_missing_base_is_named(own_run, tmp_path):
     run = own_run("qlora")
     shutil.rmtree(tmp_path / "base")
     refused(run, "base: no such folder")
@@ -465,14 +463,14 @@ def test_a_folder_inside_a_run_is_not_the_run(own_run):
         FinishedRun.open(str(run / "final"))
 
 
-def test_an_unfinished_run_is_to_go_on(own_run):
+def test_an_unfinished_run_is_refused(own_run):
     run = own_run()
     shutil.rmtree(run / "final")
     refused(run, "the run has not finished .no final/.; continue it with --resume")
 
 
 @pytest.mark.parametrize(("device", "dtype"), [("cpu", "float32"), ("cuda:0", "bfloat16")])
-def test_the_precision_is_that_of_the_training_wherever_it_is_exported(own_run, device, dtype):
+def test_the_precision_is_that_of_the_training_on_any_device(own_run, device, dtype):
     run = own_run()
     change_manifest(run, lambda m: m["machine"].update(device=device))
     assert FinishedRun.open(str(run)).options.dtype == dtype
@@ -489,14 +487,14 @@ def test_conversations_become_tokens_as_in_the_run(own_run):
 # The records.
 
 
-def test_heldout_records_come_first_and_training_records_where_there_are_no_others(own_run):
+def test_the_records_are_held_out_or_else_training_records(own_run):
     run = own_run()
     assert [Path(f).name for f in run_files(FinishedRun.open(str(run)))] == ["heldout.jsonl"]
     change_manifest(run, lambda m: m["config"]["data"].update(heldout=[]))
     assert [Path(f).name for f in run_files(FinishedRun.open(str(run)))] == ["train.jsonl"]
 
 
-def test_the_demo_records_are_found_wherever_the_package_lies(own_run):
+def test_the_demo_records_are_found_after_the_package_has_moved(own_run):
     run = own_run()
     digest = file_hash(Path(demo_file("srpo_heldout")))
     change_manifest(run, lambda m: m["config"]["data"].update(heldout=["demo"]))
@@ -505,7 +503,7 @@ def test_the_demo_records_are_found_wherever_the_package_lies(own_run):
 
 
 @pytest.mark.parametrize(("change", "state"), [("remove", "is not here any more"), ("edit", "has changed")])
-def test_records_that_are_not_those_of_the_run_are_refused_with_the_mend(own_run, tmp_path, change, state):
+def test_records_that_are_not_those_of_the_run_are_refused_with_the_fix(own_run, tmp_path, change, state):
     run = own_run()
     heldout = shutil.copy(json.loads((run / "manifest.json").read_text())["config"]["data"]["heldout"][0], tmp_path)
 
@@ -566,7 +564,7 @@ def test_records_are_chosen_from_all_over_the_files(finished_run, records_file):
     assert answers == [f"{n}<|im_end|>" for n in ("a0", "a2", "b0", "b2")]
 
 
-def test_records_that_are_too_long_are_passed_over(finished_run, records_file):
+def test_records_that_are_too_long_are_skipped(finished_run, records_file):
     chat = FinishedRun.open(str(finished_run())).chat_format()
     file = records_file([{"prompt": "x" * n, "answer": "y"} for n in (300, 1, 300, 2)])
     assert [s.tokens.size < 100 for tree in choose_records([file], chat, 256, 4) for s in tree.sequences] == [
@@ -580,14 +578,14 @@ def test_records_that_are_too_long_are_passed_over(finished_run, records_file):
 # The target.
 
 
-def test_the_default_target_lies_in_the_run(own_run):
+def test_the_default_target_is_in_the_run(own_run):
     run = own_run()
-    line = export(str(run), ExportConfig(), lambda line: None)
+    line = export(Options(run=str(run)), lambda line: None)
     assert line.startswith(str(run / "export"))
     assert (run / "export" / "adapter_model.safetensors").is_file()
 
 
-def test_an_export_is_replaced_only_when_asked_to(exported):
+def test_an_export_is_replaced_only_with_overwrite(exported):
     folder, _ = exported("lora")
     with pytest.raises(SaroError, match="out: exists already; add --overwrite, or give another folder with --output"):
         exported("lora", merge=True)
@@ -599,30 +597,31 @@ def test_a_folder_that_holds_something_else_is_never_replaced(finished_run, tmp_
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").touch()
     for target in (tmp_path / "mine", finished_run(), finished_run() / "final"):
-        refused(finished_run(), "holds files that are no export's", output=str(target), overwrite=True)
+        refused(finished_run(), r"is not an export \(no export.json\)", output=str(target), overwrite=True)
 
 
-def test_an_empty_folder_is_taken(finished_run, tmp_path):
+def test_an_empty_folder_can_be_the_target(finished_run, tmp_path):
     (tmp_path / "empty").mkdir()
-    export(str(finished_run()), ExportConfig(output=str(tmp_path / "empty")), lambda line: None)
+    export(Options(run=str(finished_run()), output=str(tmp_path / "empty")), lambda line: None)
     assert (tmp_path / "empty" / NOTE).is_file()
 
 
 # The command.
 
 
-def run_command(monkeypatch, capsys, *arguments: str) -> tuple[int, str, str]:
-    monkeypatch.setattr(sys, "argv", ["saro", "export", *arguments])
-    with pytest.raises(SystemExit) as stop:
-        main()
-    out, err = capsys.readouterr()
-    return stop.value.code or 0, out, err
-
-
 def test_the_command_ends_with_one_line_on_stdout(finished_run, tmp_path, monkeypatch, capsys):
     target = str(tmp_path / "out")
-    code, out, err = run_command(
-        monkeypatch, capsys, "--run", str(finished_run("qlora")), "--merge", "--dtype", "bfloat16", "--output", target
+    code, out, err = run_saro(
+        monkeypatch,
+        capsys,
+        "export",
+        "--run",
+        str(finished_run("qlora")),
+        "--merge",
+        "--dtype",
+        "bfloat16",
+        "--output",
+        target,
     )
     assert (code, out.count("\n")) == (0, 1)
     assert out.startswith(f"{target}: model in bfloat16, off by")
@@ -639,7 +638,7 @@ def test_the_command_ends_with_one_line_on_stdout(finished_run, tmp_path, monkey
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(monkeypatch, capsys, arguments, message):
-    code, _, err = run_command(monkeypatch, capsys, *arguments)
+    code, _, err = run_saro(monkeypatch, capsys, "export", *arguments)
     assert code == 2
     assert err.startswith(f"error: {message}")
     assert err.count("\n") == 1

@@ -1,1 +1,1 @@
-"""`saro doctor`: what the tests prove elsewhere, proved again on the user's own machine and model."""
+"""`saro doctor`: the checks of the tests, run on the user's own machine and model."""

@@ -1,22 +1,23 @@
-"""The checks one after the other, the table, and what to set."""
+"""`saro doctor`: runs the checks, prints their table and recommends options."""
 
 from __future__ import annotations
 
 import json
 import tempfile
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from saro.config import ModelConfig
+from saro.config import DataConfig, ModelConfig
 from saro.distributed.runtime import Runtime
 from saro.errors import SaroError
 from saro.files import atomic_write
-from saro.tool_config import DoctorConfig
+from saro.program import shown
 from saro.tools.doctor.finding import Check, Finding, guarded
 from saro.tools.doctor.kernel_checks import kernel_checks
 from saro.tools.doctor.machine_checks import has_bf16, machine_checks
@@ -28,66 +29,97 @@ from saro.tools.doctor.training_checks import training_checks
 _RESULTS = {True: "[green]ok[/green]", False: "[bold red]FAILED[/bold red]", None: "skipped"}
 
 
-def doctor(runtime: Runtime, options: DoctorConfig, console: Console) -> int:
-    """Run all checks and print what they found. Returns 0, or 1 where one failed.
+@dataclass(frozen=True)
+class Options:
+    """Options of `saro doctor`.
+
+    Attributes:
+        model: The model to check, and how it would be trained.
+        data: Size of the packs. Memory is measured on a sixteenth and a quarter of --data.pack_tokens.
+        json: File to write the findings to as well.
+    """
+
+    model: ModelConfig = field(
+        default_factory=ModelConfig, metadata=shown("name", "method", "dtype", "attention", "liger")
+    )
+    data: DataConfig = field(default_factory=DataConfig, metadata=shown("pack_tokens"))
+    json: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.data.pack_tokens < 256:
+            raise SaroError(f"--data.pack_tokens is {self.data.pack_tokens}; it must be at least 256")
+
+
+def run(options: Options, console: Console) -> int:
+    """Check kernels, packs, training and resuming on this machine and your model.
 
     Raises:
-        SaroError: there is no such model, or it cannot be trained as the options say; no place for the JSON file.
+        SaroError: as ``doctor`` does.
+    """
+    runtime = Runtime.start()
+    code = doctor(runtime, options, console)
+    runtime.end()
+    return code
+
+
+def doctor(runtime: Runtime, options: Options, console: Console) -> int:
+    """Run all checks and print their findings. Return 0, or 1 if one failed.
+
+    Raises:
+        SaroError: there is no such model, it cannot be trained as the options say, or there is no folder for the JSON
+            file.
     """
     if options.json is not None and not Path(options.json).absolute().parent.is_dir():
         raise SaroError(f"--json: there is no folder {Path(options.json).absolute().parent}; make it first")
-    model = ModelConfig(
-        name=options.model,
-        method=options.method,
-        dtype=options.dtype,
-        attention=options.attention,
-        liger=options.liger,
-    )
     findings = _run(runtime, machine_checks(runtime))
-    loaded: list[Subject] = []
+    subjects: list[Subject] = []
 
     def load() -> Finding:
-        loaded.append(Subject.load(runtime, model, options.pack_tokens))
-        summary = loaded[0].policy.summary()
-        return Finding("the model loads", True, f"{model.name}, {model.method}: {summary}; on {loaded[0].records}")
+        subject = Subject.load(runtime, options.model, options.data.pack_tokens)
+        subjects.append(subject)
+        figure = f"{options.model.name}, {options.model.method}: {subject.policy.summary()}; on {subject.records}"
+        return Finding("the model loads", True, figure)
 
-    findings += _run(runtime, [Check("the model loads", load)], users=(SaroError,))
+    findings += _run(runtime, [Check("the model loads", load)], user_errors=(SaroError,))
     advice: list[str] = []
-    for subject in loaded:
+    # No subject if a broken backend could not load the model.
+    for subject in subjects:
         with tempfile.TemporaryDirectory(prefix="saro-doctor-") as folder:
             checks = [*kernel_checks(subject.policy), *model_checks(subject), *training_checks(subject, Path(folder))]
             findings += _run(runtime, checks)
-        findings += _run(runtime, [Check(MEMORY, lambda of=subject: memory_check(of, advice.append))])
+        findings += _run(runtime, [Check(MEMORY, partial(memory_check, subject, advice.append))])
     advice = [*_backend_advice(runtime, findings), *advice]
     failed = any(finding.ok is False for finding in findings)
     console.print(_table(findings))
     for line in advice:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     if options.json is not None:
+        report = {"ok": not failed, "checks": [asdict(finding) for finding in findings], "recommendations": advice}
         with atomic_write(options.json) as file:
-            what = {"ok": not failed, "checks": [asdict(finding) for finding in findings], "recommendations": advice}
-            json.dump(what, file, indent=2, ensure_ascii=False)
+            json.dump(report, file, indent=2, ensure_ascii=False)
             file.write("\n")
     return int(failed)
 
 
-def _run(runtime: Runtime, checks: Iterable[Check], users: tuple[type[Exception], ...] = ()) -> list[Finding]:
+def _run(runtime: Runtime, checks: Iterable[Check], user_errors: tuple[type[Exception], ...] = ()) -> list[Finding]:
+    """Run the checks one after the other; ``user_errors`` are raised, all other errors become findings."""
     findings = []
     for check in checks:
         runtime.say(f"checking: {check.name}")
-        findings.append(guarded(check, users))
+        findings.append(guarded(check, user_errors))
     return findings
 
 
 def _backend_advice(runtime: Runtime, findings: Sequence[Finding]) -> list[str]:
-    """Dtype and attention: the fast ones where they are proved here."""
+    """Recommend dtype and attention: the fast ones if their checks passed here."""
     dtype = "bfloat16" if has_bf16(runtime.device) else "float32"
-    proved = any(finding.name == ATTENTION and finding.ok for finding in findings)
-    attention = "varlen" if proved and dtype == "bfloat16" else "sdpa"
+    varlen_passed = any(finding.name == ATTENTION and finding.ok for finding in findings)
+    attention = "varlen" if varlen_passed and dtype == "bfloat16" else "sdpa"
     return [f"dtype: {dtype} (--model.dtype)", f"attention: {attention} (--model.attention)"]
 
 
 def _table(findings: Sequence[Finding]) -> Table:
+    """Return the table: a row for each finding."""
     table = Table(title="saro doctor", title_justify="left")
     for column, options in (
         ("check", {"ratio": 3}),

@@ -1,4 +1,4 @@
-"""What one check found, and the one place where the failure of a check becomes a finding."""
+"""A check, its finding, and the one place where the error of a check becomes a finding."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from saro.errors import SaroError
 
-# What a check, or a backend that is broken here, raises. torch's and CUDA's own errors are RuntimeErrors. None of these
-# is the user's Ctrl-C.
+# Errors that a check or a broken backend raises. torch's and CUDA's own errors are RuntimeErrors. KeyboardInterrupt is
+# left out: the user's Ctrl-C ends the program.
 _BROKEN: tuple[type[Exception], ...] = (
     SaroError,
     RuntimeError,
@@ -31,10 +31,10 @@ class Finding:
     """The result of one check.
 
     Attributes:
-        name: what was checked.
-        ok: None where the check was skipped.
-        figure: what was measured, with its unit; of a skipped check the reason, of a broken one the error's first line.
-        limit: what the figure is held against; empty where it only informs.
+        name: of the check.
+        ok: None if the check was skipped.
+        figure: the measurement with its unit; the reason if the check was skipped, the error's first line if it raised.
+        limit: the limit of the figure; empty if the figure only informs.
     """
 
     name: str
@@ -45,34 +45,34 @@ class Finding:
 
 @dataclass(frozen=True)
 class Check:
-    """A check by its name, not yet run."""
+    """A check and its name. It has not run yet."""
 
     name: str
     run: Callable[[], Finding]
 
 
 def within(name: str, value: float, limit: float, unit: str) -> Finding:
-    """A figure that must be at most its limit; one that is not a number is not."""
+    """Return a finding that passes if value <= limit. NaN fails."""
     return Finding(name, value <= limit, f"{value:.3g} {unit}", f"at most {limit:.3g}")
 
 
-def guarded(check: Check, users: tuple[type[Exception], ...] = ()) -> Finding:
-    """The check's finding; FAILED with the first line of the error where it raises.
+def guarded(check: Check, user_errors: tuple[type[Exception], ...] = ()) -> Finding:
+    """Run a check. If it raises, return a failed finding with the first line of the error.
 
     Raises:
-        users: errors that tell of the user's options and not of what is broken.
+        user_errors: errors that are about the user's options, not about a broken machine.
     """
     try:
         return check.run()
-    except users:
+    except user_errors:
         raise
-    except _broken() as error:
+    except _broken_errors() as error:
         lines = str(error).strip().splitlines()
         return Finding(check.name, False, lines[0] if lines else type(error).__name__, "no error")
 
 
-def _broken() -> tuple[type[Exception], ...]:
-    """Triton's errors have a base of their own."""
+def _broken_errors() -> tuple[type[Exception], ...]:
+    """Return the errors that become findings. Triton's have their own base class."""
     try:
         from triton.errors import TritonError
     except ImportError:

@@ -1,11 +1,11 @@
-"""What the machine is: versions, device, threads, disk."""
+"""Checks of the machine: versions, device, threads, disk."""
 
 from __future__ import annotations
 
 import platform
 import shutil
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
 import psutil
 import torch
@@ -15,26 +15,27 @@ from saro.files import cache_dir
 from saro.tools.doctor.finding import Check, Finding
 
 _PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "triton", "liger-kernel")
+# Free disk that the cache needs at least; the demo model takes a quarter of it.
 _FREE_GIB = 1.0
 
 
 def machine_checks(runtime: Runtime) -> list[Check]:
-    """Of the machine alone; no model is needed."""
+    """Return the checks that need no model."""
     return [
         Check("versions", _versions),
-        Check("device", lambda: _device(runtime.device)),
-        Check("threads", lambda: Finding("threads", True, f"{torch.get_num_threads()} of this process")),
-        Check("free disk of the cache", lambda: _disk(cache_dir())),
+        Check("device", partial(_device, runtime.device)),
+        Check("threads", _threads),
+        Check("free disk of the cache", _disk),
     ]
 
 
 def has_bf16(device: torch.device) -> bool:
-    """Whether products in bfloat16 are the hardware's own."""
+    """Return True if the hardware multiplies in bfloat16."""
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def device_memory(device: torch.device) -> float:
-    """Memory that this process can have, GiB: what it holds and what is free."""
+    """Return the memory that this process can have, GiB: its own and the free."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return (free + torch.cuda.memory_reserved(device)) / 2**30
@@ -42,13 +43,13 @@ def device_memory(device: torch.device) -> float:
 
 
 def _versions() -> Finding:
-    found = {"python": platform.python_version()}
+    versions = {"python": platform.python_version()}
     for name in _PACKAGES:
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:
-            found[name] = "none"
-    return Finding("versions", found["torch"] != "none", ", ".join(f"{k} {v}" for k, v in found.items()))
+            versions[name] = "none"
+    return Finding("versions", versions["torch"] != "none", ", ".join(f"{k} {v}" for k, v in versions.items()))
 
 
 def _device(device: torch.device) -> Finding:
@@ -61,8 +62,13 @@ def _device(device: torch.device) -> Finding:
     return Finding("device", True, f"{properties.name}, {memory}, {bf16}, {l2}")
 
 
-def _disk(folder: Path) -> Finding:
-    # The folder may not be there yet.
-    there = next(f for f in (folder, *folder.absolute().parents) if f.is_dir())
-    free = shutil.disk_usage(there).free / 2**30
+def _threads() -> Finding:
+    return Finding("threads", True, f"{torch.get_num_threads()} of this process")
+
+
+def _disk() -> Finding:
+    cache = cache_dir()
+    # The cache's folder may not exist yet; then its nearest parent is on the same disk.
+    folder = next(f for f in (cache, *cache.absolute().parents) if f.is_dir())
+    free = shutil.disk_usage(folder).free / 2**30
     return Finding("free disk of the cache", free >= _FREE_GIB, f"{free:.1f} GiB", f"at least {_FREE_GIB:.0f} GiB")

@@ -1,4 +1,4 @@
-"""What a training step takes of the memory, as a line in the tokens of its pack."""
+"""Checks the memory of a training step, and recommends a pack size."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ from saro.tools.doctor.machine_checks import device_memory
 from saro.tools.doctor.subject import Subject
 from saro.train.optim import make_optimizer
 
-# Sizes of two packs, as shares of the budget.
+# Sizes of the two measured packs, as shares of the budget: small, so that they fit and are fast.
 _SHARES = (0.0625, 0.25)
-# Of the device's memory; the rest is for what the measurement does not see, such as fragments.
+# Share of the device's memory that a step may take. The measurement does not see the rest, such as fragmentation.
 _USED = 0.85
 _USUAL_PACKS = (2048, 4096)
+# Time between two samples of the resident memory: short, so that no peak passes between them.
 _SAMPLE_SECONDS = 0.002
 
 MEMORY = "memory of two packs"
@@ -32,30 +33,31 @@ MEMORY = "memory of two packs"
 
 @dataclass(frozen=True)
 class Memory:
-    """Peak memory of a training step as a line in the tokens of its pack, GiB: ``base + slope * tokens``."""
+    """Peak memory of a training step, GiB: ``base + slope * tokens``."""
 
     base: float
     slope: float
 
-    def of(self, tokens: int) -> float:
+    def at(self, tokens: int) -> float:
+        """Return the peak memory with a pack of ``tokens`` tokens, GiB."""
         return self.base + self.slope * tokens
 
     def largest_pack(self, gib: float) -> int:
-        """Tokens that fit, a multiple of 256; 0 where none does."""
+        """Return the most tokens that fit into ``gib``, a multiple of 256; 0 if not even 256 fit."""
         return max(0, int((gib - self.base) / self.slope) // 256 * 256)
 
 
 def measure_memory(subject: Subject) -> Memory:
-    """Forward and backward of a small and of a larger pack of one sequence.
+    """Measure forward and backward of a small and of a larger pack of one sequence.
 
-    Gradients and the optimizer's states are there before, as from the second pack of the second step on: a first step
-    has its states only when the activations are gone, and its peak may be the same for every pack.
+    Gradients and optimizer states exist before, as from the second step on. A first step allocates its states when the
+    activations are already freed, so its peak may be the same for every pack.
 
     Raises:
-        SaroError: the larger one took no more memory, so there is no line.
+        SaroError: the larger pack took no more memory, so there is no slope.
     """
     sizes = [int(share * subject.pack_tokens) for share in _SHARES]
-    # At a rate near zero: the weights matter to nobody any more, but they should stay finite.
+    # lr ~ 0: only memory is measured, and the weights should stay finite.
     optimizer = make_optimizer(subject.policy.trainable().values(), TrainConfig(lr=1e-12))
     subject.policy.train()
     _backward(subject, _pack(subject, sizes[0]))
@@ -69,6 +71,7 @@ def measure_memory(subject: Subject) -> Memory:
 
 
 def _pack(subject: Subject, tokens: int) -> Pack:
+    """Return a pack of one sequence of random tokens, of which ``tokens`` are scored."""
     vocab = subject.policy.causal_lm.config.get_text_config().vocab_size
     ids = np.random.default_rng(0).integers(vocab, size=tokens + 1).astype(np.int32)
     sequence = ScoredSequence(ids, 1, np.full(tokens, RowKind.THINK, np.uint8), 0)
@@ -80,7 +83,7 @@ def _backward(subject: Subject, pack: Pack) -> None:
 
 
 def _peak(subject: Subject, pack: Pack) -> float:
-    """Most memory of forward and backward, GiB."""
+    """Return the peak memory of forward and backward, GiB."""
     if subject.runtime.device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(subject.runtime.device)
@@ -91,19 +94,22 @@ def _peak(subject: Subject, pack: Pack) -> float:
 
 
 def _give_freed_memory_back() -> None:
-    # ``Runtime.start`` has told glibc to keep it, and then it would count for the next step.
+    # ``Runtime.start`` makes glibc keep freed memory, which would count for the next measurement.
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
 
 
 def _resident_peak(step: Callable[[], None]) -> float:
-    """Most resident memory while a function runs, GiB; sampled, since the system's own peak never falls."""
+    """Return the peak resident memory while a function runs, GiB. Sampled, because the system's own peak never falls."""
     process, done, peak = psutil.Process(), threading.Event(), 0
 
     def sample() -> None:
         nonlocal peak
-        while not done.wait(_SAMPLE_SECONDS):
+        ended = False
+        while not ended:
+            ended = done.wait(_SAMPLE_SECONDS)
+            # After the end too: a short step may be over before the first sample. Its freed memory is still resident.
             peak = max(peak, process.memory_info().rss)
 
     sampler = threading.Thread(target=sample, daemon=True)
@@ -117,18 +123,18 @@ def _resident_peak(step: Callable[[], None]) -> float:
 
 
 def memory_check(subject: Subject, advise: Callable[[str], object]) -> Finding:
-    """Measures, and gives advice: the largest pack that fits, and whether the usual ones need gradient checkpointing."""
+    """Measure, and advise on the largest pack that fits and on gradient checkpointing for the usual packs."""
     memory = measure_memory(subject)
     gib = _USED * device_memory(subject.runtime.device)
     largest = memory.largest_pack(gib)
     advise(f"pack size: up to {largest:,} tokens (--data.pack_tokens)" if largest else "pack size: none fits")
     for tokens in _USUAL_PACKS:
-        needed = memory.of(tokens)
+        needed = memory.at(tokens)
         verdict = "not needed" if needed <= gib else "needed (--model.gradient_checkpointing true)"
         advise(f"gradient checkpointing for packs of {tokens:,} tokens: {verdict}; a step takes {needed:.1f} GiB")
     return Finding(
         MEMORY,
         largest > 0,
         f"{memory.base:.2f} GiB + {memory.slope * 2**10:.2f} MiB per token",
-        f"256 tokens in {gib:.1f} GiB, {_USED:.0%} of what there is",
+        f"256 tokens in {gib:.1f} GiB, {_USED:.0%} of this machine's",
     )

@@ -1,12 +1,15 @@
-"""Checks of the model as it is loaded, before it is trained."""
+"""Checks of the loaded model before it is trained: packs, attention, generation, margins."""
 
 from __future__ import annotations
+
+from functools import partial
 
 import numpy as np
 import torch
 
 from saro.checks.check_packs import check_packs
 from saro.config import PreferenceConfig
+from saro.data.dataset import ExampleSet, PairSet
 from saro.data.packs import lay_out
 from saro.model.attention import BACKENDS, choose_backend, native_attention
 from saro.tools.doctor.finding import Check, Finding, within
@@ -17,33 +20,36 @@ from saro.train.reference import layout_noise, score_pairs
 from saro.train.start_check import check_start
 from saro.train.steps import packs_of
 
-# Two backends may differ by so many times what two layouts under one of them do.
+# Two backends may differ by this many times the difference between two layouts with one backend.
 _ALLOWED = 3.0
+# Tokens to generate: enough to run the model's decoding path.
 _GENERATED = 4
 
 ATTENTION = "attention backends"
 
 
 def model_checks(subject: Subject) -> list[Check]:
-    """They leave the model as it was."""
+    """Return checks that leave the model as it was."""
     return [
-        Check("packs of examples", lambda: _packs("packs of examples", subject, pairs=False)),
-        Check("packs of pair trees", lambda: _packs("packs of pair trees", subject, pairs=True)),
-        Check(ATTENTION, lambda: _attention(subject)),
-        Check("qlora after generation", lambda: _qlora(subject)),
-        Check("margins at the start", lambda: _start(subject)),
+        Check("packs of examples", partial(_packs, "packs of examples", subject, subject.examples)),
+        Check("packs of pair trees", partial(_packs, "packs of pair trees", subject, subject.pairs)),
+        Check(ATTENTION, partial(_attention, subject)),
+        Check("qlora after generation", partial(_qlora, subject)),
+        Check("margins at the start", partial(_start, subject)),
     ]
 
 
-def _packs(name: str, subject: Subject, *, pairs: bool) -> Finding:
-    found = check_packs(subject.policy, subject.pairs if pairs else subject.examples)
-    ratio = f"{found.logps / found.logps_floor:.2g} (gradients {found.gradients / found.gradients_floor:.2g})"
-    # The check itself has the limit.
-    return Finding(name, True, f"{ratio} times what rounding makes", "at most 3")
+def _packs(name: str, subject: Subject, data: ExampleSet | PairSet) -> Finding:
+    deviation = check_packs(subject.policy, data)
+    logps = deviation.logps / deviation.logps_floor
+    gradients = deviation.gradients / deviation.gradients_floor
+    # check_packs has the limit: it raises above it.
+    return Finding(name, True, f"{logps:.2g} (gradients {gradients:.2g}) times what rounding makes", "at most 3")
 
 
 @torch.no_grad()
 def _attention(subject: Subject) -> Finding:
+    """Check that both attention backends give the same log-probs."""
     policy = subject.policy
     dtype = policy.autocast or policy.causal_lm.dtype
     try:
@@ -52,12 +58,13 @@ def _attention(subject: Subject) -> Finding:
     except ValueError as error:
         return Finding(ATTENTION, None, str(error))
     trees = subject.pairs.trees(range(len(subject.pairs)), subject.pack_tokens)
-    before, logps, noises = policy.attention, [], []
+    before = policy.attention
+    logps, noises = [], []
     try:
         for backend in BACKENDS:
             policy.attention = backend
-            together, noise = layout_noise(policy, trees, subject.pack_tokens)
-            logps.append(together.astype(np.float64))
+            packed, noise = layout_noise(policy, trees, subject.pack_tokens)
+            logps.append(packed.astype(np.float64))
             noises.append(noise.mean)
     finally:
         policy.attention = before
@@ -66,23 +73,27 @@ def _attention(subject: Subject) -> Finding:
 
 
 def _qlora(subject: Subject) -> Finding:
-    """Guarantee 12. Where the backend does not repeat itself to the bit, its own differences are the limit."""
+    """Check that evaluation and generation leave the gradients of a QLoRA policy as they were.
+
+    If the backend does not repeat itself to the bit, its own differences are the limit.
+    """
     name, policy = "qlora after generation", subject.policy
     if subject.model.method != "qlora":
-        return Finding(name, None, f"of method qlora, and this is {subject.model.method}")
+        return Finding(name, None, f"only for method qlora; this is {subject.model.method}")
     first, again = _gradients(subject), _gradients(subject)
     packs = packs_of(subject.example_trees([0]), subject.pack_tokens)
     evaluate(subject.runtime, policy, RWObjective(subject.examples.kinds), packs)
     _generate(subject)
     after = _gradients(subject)
-    noise, difference = ((other - first).norm().item() / first.norm().item() for other in (again, after))
+    noise = ((again - first).norm() / first.norm()).item()
+    difference = ((after - first).norm() / first.norm()).item()
     exact = not noise and difference <= 0
     limit = "the same bits" if not noise else f"at most {_ALLOWED * noise:.2g}, it repeats itself to {noise:.2g}"
     return Finding(name, exact or difference <= _ALLOWED * noise, f"gradients differ by {difference:.2g}", limit)
 
 
 def _gradients(subject: Subject) -> torch.Tensor:
-    """Gradients of one example's log-probs in all trainable parameters, one after the other, float64."""
+    """Return the gradients of one example's log-probs in all trainable parameters, concatenated, float64."""
     policy = subject.policy.eval()
     pack = lay_out(subject.example_trees([0])).to(policy.causal_lm.device)
     gradients = torch.autograd.grad(policy(pack).sum(), list(policy.trainable().values()))
@@ -92,6 +103,7 @@ def _gradients(subject: Subject) -> torch.Tensor:
 
 @torch.no_grad()
 def _generate(subject: Subject) -> None:
+    """Generate a few tokens after the prompt of the first example."""
     policy, prompt = subject.policy.eval(), subject.examples.sequence(0)
     lm = policy.causal_lm
     ids = torch.from_numpy(prompt.tokens[: prompt.scored_from].astype(np.int64))[None].to(lm.device)
@@ -107,11 +119,12 @@ def _generate(subject: Subject) -> None:
 
 
 def _start(subject: Subject) -> Finding:
+    """Check that the margins of a policy against itself are zero."""
     policy, pairs, budget = subject.policy, subject.pairs, subject.pack_tokens
-    # Scored one by one, and checked together: another layout than the one that it is checked in.
+    # Score the reference pair by pair, in another layout than the packs of the check.
     trees = [tree for i in range(len(pairs)) for tree in pairs.trees([i], budget)]
     reference = score_pairs(policy, pairs, trees, budget)
     objective = SRPOObjective(pairs.kinds, reference, PreferenceConfig())
-    found = check_start(subject.runtime, policy, objective, subject.pair_steps()[0], pairs, budget)
-    figure = f"{found.margin:.2g} nats, loss {found.loss:.6g}"
-    return Finding("margins at the start", True, figure, f"at most {found.allowed:.2g} nats, ln 2")
+    start = check_start(subject.runtime, policy, objective, subject.pair_steps()[0], pairs, budget)
+    figure = f"{start.margin:.2g} nats, loss {start.loss:.6g}"
+    return Finding("margins at the start", True, figure, f"at most {start.allowed:.2g} nats, ln 2")

@@ -1,4 +1,4 @@
-"""What the checks run on: the user's model, and a few short records."""
+"""The subject of the checks: the user's model and a few short records."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ from saro.model.load import ModelSource, find_model, load_policy
 from saro.model.policy import Policy
 from saro.train.steps import Steps
 
-# Parts of so many records of each kind, of so many tokens before and after the place where scoring begins, or where the
-# sides of a pair part, and some more of each further record: enough for every check, and seconds on a CPU.
+# Examples, and pairs: enough for every check, and seconds on a CPU.
 _RECORDS = 3
+# Each record is cut to _BEFORE tokens before the place where scoring begins, or where the sides of a pair part, and
+# _AFTER tokens after it; _MORE for each further record, so that lengths differ.
 _BEFORE, _AFTER, _MORE = 16, 24, 12
 
 
@@ -31,12 +32,12 @@ class Subject:
     """A loaded model with records that fit it.
 
     Attributes:
-        runtime: one process.
+        runtime: of one process.
         model: how the model was loaded.
-        policy: it, trained by some checks.
-        examples: of RW.
-        pairs: of SRPO.
-        records: what they are, for people.
+        policy: the loaded model; some checks train it.
+        examples: records for RW.
+        pairs: records for SRPO.
+        records: describes the examples and pairs in the doctor's table.
         pack_tokens: budget of a pack.
     """
 
@@ -61,44 +62,54 @@ class Subject:
         return cls(runtime, model, policy, examples, pairs, records, pack_tokens)
 
     def example_trees(self, records: Sequence[int]) -> list[SequenceTree]:
-        """A tree for each example."""
+        """Return a tree for each example."""
         return [build_tree([self.examples.sequence(record)]) for record in records]
 
     def example_steps(self) -> Steps:
-        """Steps of all examples each."""
+        """Return steps of all examples each."""
         return Steps(Schedule(self.examples.kinds, len(self.examples), 0), self.example_trees, self.pack_tokens)
 
     def pair_steps(self) -> Steps:
-        """Steps of all pairs each."""
+        """Return steps of all pairs each."""
         schedule = Schedule(self.pairs.kinds, len(self.pairs), 0, groups=self.pairs.prompts)
         return Steps(schedule, partial(self.pairs.trees, budget=self.pack_tokens), self.pack_tokens)
 
 
 def _records(source: ModelSource) -> tuple[ExampleSet, PairSet, str]:
-    """Parts of demo records; generated tokens where the model has no chat template that takes them."""
+    """Return examples, pairs and their description: parts of demo records, or generated tokens.
+
+    Tokens are generated if the model has no chat template that takes the demo records.
+    """
     lengths = [_AFTER + _MORE * i for i in range(_RECORDS)]
     try:
         chat = source.chat_format(DataConfig(), date.today())
-        whole = {"max_tokens": 2**31}
-        examples = encode_files([demo_file("rw_heldout")], chat, **whole)
-        pairs = encode_pair_files([demo_file("srpo_heldout")], chat, **whole)
+        examples = encode_files([demo_file("rw_heldout")], chat, max_tokens=2**31)
+        pairs = encode_pair_files([demo_file("srpo_heldout")], chat, max_tokens=2**31)
     except SaroError:
-        vocab, generator = source.config.get_text_config().vocab_size, np.random.default_rng(0)
-        sides = [[generator.integers(vocab, size=_BEFORE + n).astype(np.int32) for n in lengths] for _ in range(2)]
-        for chosen, rejected in zip(*sides, strict=True):
-            rejected[:_BEFORE] = chosen[:_BEFORE]
-        return _examples(sides[0]), _pairs(*sides), "generated tokens"
-    parts = [_part(examples.sequence(i).tokens, int(examples.prompt_tokens[i]), n) for i, n in enumerate(lengths)]
-    shared = pairs.shared_tokens
-    sides = [
-        [_part(side.sequence(i).tokens, int(shared[i]), n) for i, n in enumerate(lengths)]
-        for side in (pairs.chosen, pairs.rejected)
-    ]
-    return _examples(parts), _pairs(*sides), "parts of demo records"
+        return *_generated_records(source.config.get_text_config().vocab_size, lengths), "generated tokens"
+    parts = _cut(examples, examples.prompt_tokens, lengths)
+    chosen = _cut(pairs.chosen, pairs.shared_tokens, lengths)
+    rejected = _cut(pairs.rejected, pairs.shared_tokens, lengths)
+    return _examples(parts), _pairs(chosen, rejected), "parts of demo records"
 
 
-def _part(tokens: np.ndarray, at: int, length: int) -> np.ndarray:
-    return tokens[max(0, at - _BEFORE) : at + length]
+def _generated_records(vocab: int, lengths: list[int]) -> tuple[ExampleSet, PairSet]:
+    """Return records of random tokens; the sides of a pair share their first tokens."""
+    generator = np.random.default_rng(0)
+    chosen = [generator.integers(vocab, size=_BEFORE + n).astype(np.int32) for n in lengths]
+    rejected = [generator.integers(vocab, size=_BEFORE + n).astype(np.int32) for n in lengths]
+    for chosen_tokens, rejected_tokens in zip(chosen, rejected, strict=True):
+        rejected_tokens[:_BEFORE] = chosen_tokens[:_BEFORE]
+    return _examples(chosen), _pairs(chosen, rejected)
+
+
+def _cut(data: ExampleSet, places: np.ndarray, lengths: list[int]) -> list[np.ndarray]:
+    """Return the tokens around ``places`` of the first records, ``lengths`` tokens after each place."""
+    parts = []
+    for i, length in enumerate(lengths):
+        place = int(places[i])
+        parts.append(data.sequence(i).tokens[max(0, place - _BEFORE) : place + length])
+    return parts
 
 
 def _pairs(chosen: list[np.ndarray], rejected: list[np.ndarray]) -> PairSet:
@@ -106,7 +117,7 @@ def _pairs(chosen: list[np.ndarray], rejected: list[np.ndarray]) -> PairSet:
 
 
 def _examples(tokens: list[np.ndarray]) -> ExampleSet:
-    """Scored from the eighth token on: before the sides of a pair part."""
+    """Return examples scored from the eighth token on, which is before the sides of a pair part."""
     n = len(tokens)
     return ExampleSet(
         np.concatenate(tokens),

@@ -1,4 +1,4 @@
-"""Checks of training: a few steps by the engine itself, and a resume."""
+"""Checks of training: a few steps with the engine, and a resume."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import io
 import json
 import shutil
 from contextlib import redirect_stderr
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,21 +22,22 @@ from saro.train.steps import packs_of
 
 _STEPS = 3
 _RATE = {"full": 2e-5, "lora": 1e-3, "qlora": 1e-3}
-# A resumed run on a GPU, whose backward may add in another order, may be off by this share of what a step changed.
+# On a GPU the backward may add in another order: a resumed run may be off by this share of the change of one step.
 _RESUME_SHARE = 1e-2
-# Copies of the trainable weights in two checkpoints: weights and the optimizer's two moments.
+# Two checkpoints hold the trainable weights and the optimizer's two moments: 6 times the size of the weights.
 _COPIES = 6
 
 
 def training_checks(subject: Subject, folder: Path) -> list[Check]:
-    """In this order: the second one goes on with what the first one has left in ``folder``."""
+    """Return the checks, to be run in this order: the second one continues from the first one's files in ``folder``."""
     return [
-        Check("three steps of training", lambda: _training(subject, folder)),
-        Check("resume after two steps", lambda: _resume(subject, folder)),
+        Check("three steps of training", partial(_training, subject, folder)),
+        Check("resume after two steps", partial(_resume, subject, folder)),
     ]
 
 
 def _training(subject: Subject, folder: Path) -> Finding:
+    """Train three steps, and check that the loss fell and parameters changed."""
     name = "three steps of training"
     needed = _COPIES * sum(p.nbytes for p in subject.policy.trainable().values())
     if shutil.disk_usage(folder).free < needed:
@@ -50,16 +52,16 @@ def _training(subject: Subject, folder: Path) -> Finding:
         f"loss {before:.4f} -> {after:.4f}, gradient norm up to {norms:.2g}, {changed:.0%} of the parameters changed, "
         f"{outcome.tokens_per_second:.0f} tokens/s, peak {outcome.peak_memory_gib:.2f} GiB"
     )
-    # The engine itself refuses what is not finite.
+    # The engine itself refuses a loss or a gradient norm that is not finite.
     return Finding(name, changed > 0 and after < before, figure, "lower loss, parameters changed")
 
 
 def _resume(subject: Subject, folder: Path) -> Finding:
-    """The checkpoint of step 2 into weights that were spoilt, and step 3 again."""
+    """Set the weights to zero, resume from the checkpoint of step 2, and check step 3 against the first run's."""
     name, trainable = "resume after two steps", subject.policy.trainable()
     last, kept = (checkpoint_folder(folder / "checkpoints", step) for step in (_STEPS, _STEPS - 1))
     if not (last.is_dir() and kept.is_dir()):
-        return Finding(name, None, "there are no checkpoints: the steps of training did not end")
+        return Finding(name, None, "there are no checkpoints: training did not finish its three steps")
     straight = {key: p.detach().clone() for key, p in trainable.items()}
     shutil.rmtree(last)
     with torch.no_grad():
@@ -68,7 +70,7 @@ def _resume(subject: Subject, folder: Path) -> Finding:
     outcome = _fit(subject, folder, resume=True)
     if outcome.step != _STEPS:
         raise SaroError(f"the resumed run ended after step {outcome.step} of {_STEPS}")
-    # Relative to what one step changes: about the learning rate in each entry.
+    # Relative to the change of one step, which is about the learning rate in each entry.
     step = _RATE[subject.model.method]
     off = max((p.detach() - straight[key]).abs().mean().item() for key, p in trainable.items()) / step
     if subject.runtime.device.type == "cpu":
@@ -88,7 +90,7 @@ def _fit(subject: Subject, folder: Path, *, resume: bool) -> Outcome:
         save_every=_STEPS - 1,
         keep_checkpoints=2,
     )
-    # The engine's own lines say nothing here.
+    # Hide the engine's log lines; they would mix with the doctor's.
     with redirect_stderr(io.StringIO()):
         return fit(
             subject.runtime,
@@ -103,5 +105,6 @@ def _fit(subject: Subject, folder: Path, *, resume: bool) -> Outcome:
 
 
 def _loss(subject: Subject) -> float:
+    """Return the policy's mean loss on all examples."""
     packs = packs_of(subject.example_trees(range(len(subject.examples))), subject.pack_tokens)
     return evaluate(subject.runtime, subject.policy, RWObjective(subject.examples.kinds), packs)["eval/loss"]
