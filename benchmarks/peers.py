@@ -29,6 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 from saro.config import DEMO, ModelConfig
+from saro.demo import find_demo
 from saro.errors import SaroError
 from saro.model.source import find_model
 from saro.program import run_program
@@ -181,7 +182,7 @@ def main() -> int:
     options = parse()
     console = Console()
     # Find the model here: fetching the demo model would count as memory of a measurement.
-    model = find_model(ModelConfig(name=options.model)).path
+    model = find_model(ModelConfig(name=find_demo(options.model))).path
     report = {"options": vars(options), "tasks": {}}
     for task in options.task:
         results: dict[str, list[Result]] = {side: [] for side in SIDES[task]}

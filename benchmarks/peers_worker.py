@@ -37,7 +37,7 @@ from peers_data import (
 from saro.config import DataConfig, ModelConfig, PreferenceConfig, TrainConfig
 from saro.data.dataset import PairSet
 from saro.data.steps import Step, Steps
-from saro.data.tree import SequenceTree, build_tree
+from saro.data.tree import SequenceTree
 from saro.distributed.runtime import Runtime
 from saro.model.load import load_policy
 from saro.model.score import score_pairs
@@ -69,6 +69,16 @@ class MarkedSteps:
         return self._steps[step]
 
 
+class UnsharedPairs:
+    """Pairs whose trees share nothing: each side repeats the prompt and the common steps."""
+
+    def __init__(self, pairs: PairSet) -> None:
+        self._pairs = pairs
+
+    def trees(self, records: Iterable[int], budget: int) -> list[SequenceTree]:
+        return [unshared(self._pairs.sequences(record)) for record in records]
+
+
 def run_saro(request: Request, source: ModelSource, data: Data, folder: Path) -> Result:
     """Load the model, train it with this project's trainer, and time the steps."""
     runtime = Runtime.start()
@@ -77,14 +87,8 @@ def run_saro(request: Request, source: ModelSource, data: Data, folder: Path) ->
     loaded = loaded_gib(policy)
     budget, reference_seconds = request.pack_tokens, None
 
-    def trees(records: Iterable[int]) -> list[SequenceTree]:
-        if not isinstance(data, PairSet):
-            return [build_tree([data.sequence(record)]) for record in records]
-        if request.side == "saro, no sharing":
-            return [unshared(data.sequences(record)) for record in records]
-        return data.trees(records, budget)
-
-    everything = trees(range(request.records))
+    records = UnsharedPairs(data) if request.side == "saro, no sharing" else data
+    everything = records.trees(range(request.records), budget)
     # Without sharing, a pair may exceed the budget: it was accepted because its tree with a shared prefix fits.
     budget = max(budget, *(tree.tokens for tree in everything))
     if isinstance(data, PairSet):
@@ -95,7 +99,7 @@ def run_saro(request: Request, source: ModelSource, data: Data, folder: Path) ->
     else:
         objective = RWObjective(data.kinds)
     schedule = InOrder(request.records, request.per_step)
-    steps = Steps(schedule, trees, budget)
+    steps = Steps(records, schedule, budget)
     marked = MarkedSteps(steps, request.all_steps)
     options = TrainConfig(
         output=str(folder),
@@ -114,7 +118,7 @@ def run_saro(request: Request, source: ModelSource, data: Data, folder: Path) ->
             marked,
             request.all_steps + 1,
             options,
-            record_ids=lambda records: [data.ids[record] for record in records],
+            ids=data.ids,
         )
     first = json.loads((folder / "metrics.jsonl").read_text().partition("\n")[0])
     epoch = [steps[i] for i in range(schedule.steps_per_epoch)]

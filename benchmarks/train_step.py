@@ -30,6 +30,7 @@ from step_floor import floor_of_step
 from saro.config import ModelConfig, TrainConfig
 from saro.data.packs import Pack, lay_out
 from saro.data.tree import RowKind, ScoredSequence, build_tree
+from saro.demo import find_demo
 from saro.distributed.runtime import Runtime
 from saro.model.load import load_policy
 from saro.model.policy import Policy
@@ -205,7 +206,7 @@ def main(
     """
     runtime = Runtime.start()
     options = ModelConfig(
-        name=model,
+        name=find_demo(model),
         method=method,
         lora_rank=rank,
         gradient_checkpointing=gradient_checkpointing,

@@ -12,7 +12,7 @@ import yaml
 
 from saro.config import RWConfig, as_dict
 from saro.errors import SaroError
-from saro.program import as_list, parse_recipe, progress_bar, run_program
+from saro.program import RunFlags, as_list, parse_recipe, progress_bar, run_program
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -45,7 +45,7 @@ def yaml_file(tmp_path):
 
 
 def test_without_arguments_all_options_have_their_defaults():
-    assert parse() == (RWConfig(), {"resume": False, "overwrite": False})
+    assert parse() == (RWConfig(), RunFlags(resume=False, overwrite=False))
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_an_option_in_a_file_arrives(yaml_file):
 
 @pytest.mark.parametrize("flag", ["resume", "overwrite"])
 def test_flags_take_no_value(flag):
-    assert parse(f"--{flag}")[1][flag] is True
+    assert getattr(parse(f"--{flag}")[1], flag) is True
 
 
 @pytest.mark.parametrize("order", [1, -1], ids=["file first", "file last"])
@@ -282,7 +282,7 @@ def test_an_option_that_may_have_no_value_may_be_null(yaml_file, option):
 
 
 def test_a_flag_in_a_file_is_true_or_false(yaml_file):
-    assert parse("--config", yaml_file("resume: true"))[1] == {"resume": True, "overwrite": False}
+    assert parse("--config", yaml_file("resume: true"))[1] == RunFlags(resume=True, overwrite=False)
     assert refusal("--config", yaml_file("resume: maybe")) == "resume is 'maybe'; it must be true or false"
 
 

@@ -9,8 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from saro.data.dataset import PairSet
-from saro.data.packs import CHOSEN, REJECTED, Pack, pack_trees
-from saro.data.packs import PairLogps, sequence_number
+from saro.data.packs import CHOSEN, REJECTED, Pack, PairLogps, pack_trees, sequence_number
 from saro.data.tree import SequenceTree
 from saro.model.policy import Policy
 from saro.program import progress_bar

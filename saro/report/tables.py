@@ -119,7 +119,61 @@ def answer_table(before: Sequence[str], after: Sequence[str], prompts: Sequence[
     for column, ratio in (("prompt", 1), ("before", 2), ("after", 2)):
         table.add_column(column, ratio=ratio)
     # A resumed run may ask for another number of samples; the first ones are the same.
-    for (name, text), old, new in zip(prompts, before, after, strict=False):
-        label = f"[bold]{escape(name)}[/bold]" + (f"\n{escape(text)}" if text is not None else "")
-        table.add_row(label, escape(old.strip()), escape(new.strip()))
+    for prompt, old, new in zip(prompts, before, after, strict=False):
+        table.add_row(_label(*prompt), escape(old.strip()), escape(new.strip()))
     return table
+
+
+# Rows of the table of `saro compare`: attribute -> (label, format).
+_COMPARE_ROWS = {
+    "loss": ("loss, nats per token", ".3f"),
+    "likelier": ("pairs whose chosen response is likelier", ".0%"),
+    "margin": ("margin: log p(chosen) - log p(rejected), nats", ".1f"),
+    "reasoning_tokens": ("reasoning tokens, mean of {} answers", ".0f"),
+}
+
+
+def compare_table(
+    names: Sequence[str],
+    figures: Sequence[Mapping[str, Any]],
+    prompts: Sequence[tuple[str, str | None]],
+    num_prompts: int,
+) -> Table:
+    """Return the table of several models: a row for each figure that all of them have, then answers.
+
+    Args:
+        figures: for each model ``loss``, ``likelier``, ``margin``, ``reasoning_tokens``, and ``answers`` to the prompts.
+        prompts: id and text of the first prompts, whose answers are shown.
+        num_prompts: number of all prompts that were answered.
+    """
+    table = Table(title="Held-out records", title_justify="left", show_lines=True)
+    table.add_column("", ratio=2)
+    for name in names:
+        table.add_column(escape(name), ratio=3)
+    for figure, (label, form) in _COMPARE_ROWS.items():
+        values = [model[figure] for model in figures]
+        if None not in values:
+            table.add_row(label.format(num_prompts), *(f"{value:{form}}" for value in values))
+    for i, prompt in enumerate(prompts):
+        table.add_row(_label(*prompt), *(escape(model["answers"][i].strip()) for model in figures))
+    return table
+
+
+_RESULTS = {True: "[green]ok[/green]", False: "[bold red]FAILED[/bold red]", None: "skipped"}
+
+
+def doctor_table(findings: Sequence[Mapping[str, Any]]) -> Table:
+    """Return the table of `saro doctor`: a row for each finding, with ``name``, ``ok``, ``figure`` and ``limit``."""
+    table = Table(title="saro doctor", title_justify="left")
+    table.add_column("check", overflow="fold", ratio=3)
+    table.add_column("result", overflow="fold")
+    table.add_column("measured", overflow="fold", ratio=5)
+    table.add_column("limit", overflow="fold", ratio=2)
+    for finding in findings:
+        result = _RESULTS[finding["ok"]]
+        table.add_row(escape(finding["name"]), result, escape(finding["figure"]), escape(finding["limit"]))
+    return table
+
+
+def _label(name: str, text: str | None) -> str:
+    return f"[bold]{escape(name)}[/bold]" + (f"\n{escape(text)}" if text is not None else "")

@@ -12,13 +12,12 @@ from typing import Literal
 import torch
 from rich.console import Console
 from tokenizers.decoders import DecodeStream
-from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
 from saro.data.chat_format import ChatFormat
 from saro.data.records import Message
 from saro.errors import SaroError, nearest
-from saro.model.attention import native_attention
+from saro.model.generate import generate
 from saro.model.policy import Policy
 from saro.runs.finished import FinishedRun, this_device
 
@@ -168,7 +167,7 @@ def load_speakers(run: FinishedRun, compare: str | None) -> list[Speaker]:
     trained = Speaker("trained", policy)
     if compare is None:
         return [trained]
-    if run.full:
+    if run.is_full:
         return [Speaker("base", run.load_base(this_device())), trained]
     return [Speaker("base", policy, policy.model.disable_adapter), trained]
 
@@ -223,13 +222,11 @@ def read_stdin(console: Console) -> Callable[[], str | None]:
     return read
 
 
-@torch.no_grad()
 def _answer(speaker: Speaker, chat: ChatFormat, options: Options, question: str, console: Console) -> None:
     """Print the answer to a question; append both to the history if there is an answer."""
     turns = [*speaker.history, Message("user", question)]
     prompt = chat.prompt_ids(turns)
-    lm = speaker.policy.causal_lm
-    room = (getattr(lm.config, "max_position_embeddings", None) or sys.maxsize) - len(prompt)
+    room = (getattr(speaker.policy.causal_lm.config, "max_position_embeddings", None) or sys.maxsize) - len(prompt)
     if room < 1:
         _note(
             console, f"the conversation is {len(prompt):,} tokens, more than the model reads; {_COMMANDS[0]} forgets it"
@@ -237,24 +234,18 @@ def _answer(speaker: Speaker, chat: ChatFormat, options: Options, question: str,
         return
     thinking = chat.render_prompt(turns).rstrip().endswith(chat.think_tags[0])
     stream = _Stream(chat, ThinkSplitter(chat.think_tags, thinking), console)
-    sampling = {"temperature": options.temperature, "top_k": 0, "top_p": 1.0} if options.temperature else {}
-    ids = torch.tensor([prompt], device=lm.device)
     try:
-        with speaker.state(), native_attention(lm), speaker.policy.precision():
-            output = lm.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                generation_config=GenerationConfig(
-                    max_new_tokens=min(options.max_tokens, room),
-                    do_sample=bool(options.temperature),
-                    pad_token_id=min(chat.stop_ids),
-                    eos_token_id=sorted(chat.stop_ids),
-                    **sampling,
-                ),
+        with speaker.state():
+            (tokens,) = generate(
+                speaker.policy,
+                [prompt],
+                chat.stop_ids,
+                max_tokens=min(options.max_tokens, room),
+                temperature=options.temperature,
                 streamer=stream,
             )
-        ended = output[0, -1].item() in chat.stop_ids
-        cut = "" if ended else f"cut after {output.shape[1] - len(prompt):,} tokens"
+        ended = tokens[-1] in chat.stop_ids
+        cut = "" if ended else f"cut after {len(tokens):,} tokens"
     except KeyboardInterrupt:
         stream.end()
         cut = "stopped"

@@ -4,33 +4,29 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import date
 from itertools import chain
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import torch
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from saro.config import DEMO, DataConfig, ModelConfig
-from saro.data.chat_format import ChatFormat
-from saro.data.dataset import encode_files, encode_pair_files
 from saro.data.records import Record, read_examples, read_pairs
-from saro.data.tree import build_tree
-from saro.demo import data_files
+from saro.demo import data_files, find_demo
 from saro.errors import SaroError, nearest
-from saro.evaluate.answers import answer, choose_prompts
+from saro.evaluate.answers import choose_prompts, count_reasoning_tokens, label_prompts
+from saro.evaluate.heldout import heldout_loss, heldout_preference
+from saro.manifest import read_manifest
 from saro.model.adapter import find_adapter
-from saro.model.load import find_model, load_policy
-from saro.model.policy import Policy
+from saro.model.generate import answer_prompts
+from saro.model.load import load_policy
+from saro.model.source import find_model
 from saro.program import as_list, progress_bar, shown
-from saro.runs.folder import manifest_of
-from saro.train.reference import score, score_pairs
-from saro.train.steps import packs_of
+from saro.report.tables import compare_table
+from saro.runs.finished import this_device
 
 
 @dataclass(frozen=True)
@@ -130,7 +126,8 @@ def compare(options: Options, console: Console) -> list[Figures]:
         figures.append(_measure(name, setting, examples, pairs, prompts, options.max_tokens))
         # A module and the forward that is bound to it refer to each other: collect them before the next model loads.
         gc.collect()
-    console.print(_table(names, figures, prompts, num_shown=len(options.show)))
+    labels = label_prompts(prompts[: len(options.show)], show_texts=True)
+    console.print(compare_table(names, [asdict(f) for f in figures], labels, num_prompts=len(prompts)))
     return figures
 
 
@@ -156,7 +153,7 @@ class _Setting:
 
     @classmethod
     def of(cls, options: Options) -> _Setting:
-        manifests = (manifest_of(Path(name).expanduser().parent) for name in options.models)
+        manifests = (read_manifest(Path(name).expanduser().parent) for name in options.models)
         run = next((manifest for manifest in manifests if manifest is not None), None)
         method, data, day = "lora", options.data, date.today().isoformat()
         if run is not None:
@@ -179,16 +176,18 @@ def _measure(
     """Load one model and measure it."""
     # An adapter cannot be loaded for full fine-tuning; its base is in the same dtype with lora.
     method = "lora" if setting.method == "full" and find_adapter(name) is not None else setting.method
-    model = ModelConfig(name=name, method=method)
+    model = ModelConfig(name=find_demo(name), method=method)
     source = find_model(model)
     chat = source.chat_format(setting.data, setting.day)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    policy = load_policy(source, model, device, seed=0).eval()
+    policy = load_policy(source, model, this_device(), seed=0).eval()
     pack_tokens = setting.data.pack_tokens
-    loss = _loss(policy, chat, examples, pack_tokens) if examples else None
-    likelier, margin = _preference(policy, chat, pairs, pack_tokens) if pairs else (None, None)
-    answers = answer(policy, chat, prompts, max_tokens)
-    reasoning = [_reasoning_tokens(text, chat) for text in answers]
+    loss = likelier = margin = None
+    if examples:
+        loss = heldout_loss(policy, chat, examples, pack_tokens)
+    if pairs:
+        likelier, margin = heldout_preference(policy, chat, pairs, pack_tokens)
+    answers = answer_prompts(policy, chat, [record.prompt for record in prompts], max_tokens)
+    reasoning = [count_reasoning_tokens(text, chat) for text in answers]
     return Figures(
         loss=loss,
         likelier=likelier,
@@ -196,56 +195,3 @@ def _measure(
         reasoning_tokens=float(np.mean(reasoning)) if reasoning else None,
         answers=tuple(answers),
     )
-
-
-def _loss(policy: Policy, chat: ChatFormat, files: Sequence[str], pack_tokens: int) -> float:
-    """Return the mean negative log-prob of the scored tokens, nats."""
-    data = encode_files(files, chat, max_tokens=pack_tokens)
-    packs = packs_of([build_tree([data.sequence(i)]) for i in range(len(data))], pack_tokens)
-    logps = np.concatenate([entries for _, entries in score(policy, packs, policy.causal_lm.device)])
-    return float(-logps.mean(dtype=np.float64))
-
-
-def _preference(policy: Policy, chat: ChatFormat, files: Sequence[str], pack_tokens: int) -> tuple[float, float]:
-    """Return the share of pairs whose chosen response is likelier, and the mean margin in nats."""
-    data = encode_pair_files(files, chat, max_tokens=pack_tokens)
-    scored = score_pairs(policy, data, data.trees(range(len(data)), pack_tokens), pack_tokens)
-    sums = np.array([[scored.of_side(i, side).sum(dtype=np.float64) for side in (0, 1)] for i in range(len(data))])
-    margins = sums[:, 0] - sums[:, 1]
-    return float((margins > 0).mean()), float(margins.mean())
-
-
-def _reasoning_tokens(text: str, chat: ChatFormat) -> int:
-    """Return the number of tokens between the tags, or to the end if the closing tag is missing; 0 without tags."""
-    opening, closing = chat.think_tags
-    if opening in text:
-        reasoning = text.partition(opening)[2].partition(closing)[0]
-    elif closing in text:
-        # The template has opened the reasoning, so the answer holds the closing tag only.
-        reasoning = text.partition(closing)[0]
-    else:
-        return 0
-    return len(chat.tokenizer(reasoning, add_special_tokens=False).input_ids)
-
-
-def _table(names: Sequence[str], figures: Sequence[Figures], prompts: Sequence[Record], num_shown: int) -> Table:
-    """Return the table: a row for each figure, then the answers to the first ``num_shown`` prompts."""
-    table = Table(title="Held-out records", title_justify="left", show_lines=True)
-    table.add_column("", ratio=2)
-    for name in names:
-        table.add_column(escape(name), ratio=3)
-    rows = {
-        "loss, nats per token": ("loss", "{:.3f}"),
-        "pairs whose chosen response is likelier": ("likelier", "{:.0%}"),
-        "margin: log p(chosen) - log p(rejected), nats": ("margin", "{:.1f}"),
-        f"reasoning tokens, mean of {len(prompts)} answers": ("reasoning_tokens", "{:.0f}"),
-    }
-    for label, (attribute, form) in rows.items():
-        values = [getattr(f, attribute) for f in figures]
-        if None not in values:
-            table.add_row(label, *(form.format(value) for value in values))
-    for i, record in enumerate(prompts[:num_shown]):
-        prompt = record.prompt if isinstance(record.prompt, str) else record.prompt[-1].content
-        label = f"[bold]{escape(record.id)}[/bold]\n{escape(prompt)}"
-        table.add_row(label, *(escape(f.answers[i].strip()) for f in figures))
-    return table

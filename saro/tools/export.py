@@ -18,19 +18,21 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.utils import cached_file
 
 import saro
-from saro.checks.deviation import Deviation, choose_records, packed_logps, plain_logps
+from saro.checks.deviation import Deviation, choose_records
+from saro.checks.noise import layout_noise
 from saro.config import DEMO
 from saro.data.tree import SequenceTree
 from saro.demo import data_files
 from saro.errors import SaroError
 from saro.files import atomic_folder, file_hash
-from saro.model.load import find_model, load_policy
+from saro.model.load import load_policy
 from saro.model.merge import merge
 from saro.model.policy import Policy
+from saro.model.score import score_natively, score_trees
+from saro.model.source import find_model
 from saro.program import as_list
+from saro.runs.finish import save_final
 from saro.runs.finished import FinishedRun, this_device
-from saro.train.checkpoint import save_final
-from saro.train.reference import layout_noise
 
 # Written into every export: what it was made from and its deviation. --overwrite replaces only folders that hold it.
 NOTE = "export.json"
@@ -95,7 +97,7 @@ def export(options: Options, say: Callable[[str], None]) -> str:
             export is off by more than a tenth of what training changed and more than rounding explains.
     """
     run = FinishedRun.open(options.run)
-    if not options.merge and not run.full:
+    if not options.merge and not run.is_full:
         if options.into is not None:
             raise SaroError("--into is for a merged model; add --merge")
         if options.dtype != "auto":
@@ -108,12 +110,12 @@ def export(options: Options, say: Callable[[str], None]) -> str:
     job = _Export(run, options, trees, pack_tokens, this_device(), say)
     with atomic_folder(target, replace=target.is_dir()) as temp:
         try:
-            kind, deviation = job.write_model(temp) if run.full or options.merge else job.write_adapter(temp)
+            kind, deviation = job.write_model(temp) if run.is_full or options.merge else job.write_adapter(temp)
         except torch.OutOfMemoryError as error:
             raise SaroError(
                 f"{target}: not written, the GPU has too little memory; set CUDA_VISIBLE_DEVICES= (to nothing) for the CPU"
             ) from error
-        if not deviation.allowed and not (options.allow_shift and math.isfinite(deviation.shift)):
+        if not deviation.is_allowed and not (options.allow_shift and math.isfinite(deviation.shift)):
             raise SaroError(f"{target}: not written, it is off by {deviation}; {job.suggest_fix(kind)}")
         weights = {file.name: file_hash(file) for file in sorted((run.folder / "final").glob("*.safetensors"))}
         note = {"saro": saro.__version__, "holds": kind, "made_from": weights}
@@ -191,7 +193,7 @@ class _Export:
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype="auto", device_map={"": self.device}, trust_remote_code=run.options.trust_remote_code
         )
-        exported = plain_logps(model, self.trees)
+        exported = score_natively(model, self.trees)
         return f"model in {_name(dtype)}", Deviation.of(exported, trained, base, noise, len(self.trees))
 
     def suggest_fix(self, kind: str) -> str:
@@ -206,7 +208,7 @@ class _Export:
         """Load the trained model. Return it, its log-probs, those of the base model, and the noise of the former."""
         run = self.run
         self.say(f"scoring {len(self.trees)} records as trained and before training")
-        if run.full:
+        if run.is_full:
             base = self._score(run.load_base(self.device))
             # Free the base before loading the trained model.
             _free_memory()
@@ -219,7 +221,7 @@ class _Export:
         return policy, self._score(policy), base, noise.mean
 
     def _score(self, policy: Policy) -> torch.Tensor:
-        return packed_logps(policy, self.trees, self.pack_tokens)
+        return score_trees(policy, self.trees, self.pack_tokens)
 
 
 def _check_target(target: Path, overwrite: bool) -> None:
@@ -233,7 +235,7 @@ def _check_target(target: Path, overwrite: bool) -> None:
 
 def _loader(run: FinishedRun, options: Options, target: Path) -> str:
     """Return the Python call that loads the export."""
-    if run.full or options.merge:
+    if run.is_full or options.merge:
         return f"AutoModelForCausalLM.from_pretrained({str(target)!r})"
     quantized = (
         ", quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4', "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import date
 
 import numpy as np
@@ -14,16 +14,18 @@ from rich.text import Text
 from rich.tree import Tree
 from transformers import PreTrainedTokenizerBase
 
+from saro.checks.check_masks import check_masks
 from saro.config import DEMO, DataConfig, ModelConfig
 from saro.data.chat_format import ChatFormat
 from saro.data.dataset import ExampleSet, PairSet, encode_files, encode_pair_files
-from saro.data.lengths import Report, check_masks
+from saro.data.lengths import LengthReport
 from saro.data.records import holds_pairs, read_examples, read_pairs
 from saro.data.tree import RowKind, ScoredSequence, common_prefix
-from saro.demo import data_files
+from saro.demo import data_files, find_demo
 from saro.errors import SaroError, nearest
-from saro.model.load import find_model
+from saro.model.source import find_model
 from saro.program import as_list, shown
+from saro.report.tables import print_lengths
 
 STYLES = {RowKind.THINK: "cyan", RowKind.ANSWER: "green", RowKind.STOP: "bold red"}
 
@@ -69,10 +71,10 @@ def run(options: Options, console: Console) -> int:
     """
     data, ids = options.data, as_list(options.ids)
     files = data_files(data.train, "srpo_train" if options.pairs else "rw_train")
-    source = find_model(options.model)
+    source = find_model(replace(options.model, name=find_demo(options.model.name)))
     chat = source.chat_format(data, date.fromisoformat(data.template_date) if data.template_date else date.today())
     encoded = _encode(files, chat, source.config.vocab_size)
-    Report.of(encoded).show(console, ", ".join(files))
+    print_lengths(console, ", ".join(files), LengthReport.of(encoded).as_dict())
     _list_too_long(encoded, data.pack_tokens, console)
     for record in ids:
         if record not in encoded.ids:
@@ -93,8 +95,7 @@ def _encode(files: Sequence[str], chat: ChatFormat, vocabulary: int) -> ExampleS
     """Encode and check all records, however long they are."""
     if holds_pairs(files[0]):
         pairs = encode_pair_files(files, chat, max_tokens=sys.maxsize, progress=True)
-        for side in (pairs.chosen, pairs.rejected):
-            check_masks(side, chat, (p for file in files for p in read_pairs(file)), vocabulary)
+        check_masks(pairs, chat, (p for file in files for p in read_pairs(file)), vocabulary)
         return pairs
     examples = encode_files(files, chat, max_tokens=sys.maxsize, progress=True)
     check_masks(examples, chat, (e for file in files for e in read_examples(file)), vocabulary)

@@ -8,10 +8,8 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
-from saro.distributed.runtime import Runtime
 from saro.files import atomic_write
 
 

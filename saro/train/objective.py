@@ -10,8 +10,7 @@ import numpy as np
 import torch
 
 from saro.config import KINDS, PAIR_KINDS, PreferenceConfig
-from saro.data.packs import CHOSEN, REJECTED, SIDES, Pack
-from saro.data.packs import PairLogps
+from saro.data.packs import CHOSEN, REJECTED, SIDES, Pack, PairLogps
 from saro.data.tree import RowKind, SequenceTree
 from saro.distributed.runtime import Runtime
 from saro.train.losses import PAIR_LOSSES, nll_sum

@@ -16,8 +16,7 @@ from saro.checks.noise import NOISE_FACTOR, fitting_trees, layout_noise
 from saro.config import ModelConfig
 from saro.data.chat_format import ChatFormat
 from saro.data.dataset import PairSet
-from saro.data.packs import ALL_WORK, CHOSEN, REJECTED, SIDES, Share, pack_trees
-from saro.data.packs import PairLogps
+from saro.data.packs import ALL_WORK, CHOSEN, REJECTED, SIDES, PairLogps, Share, pack_trees
 from saro.data.tree import build_tree
 from saro.distributed.runtime import Runtime
 from saro.errors import SaroError

@@ -18,6 +18,7 @@ from saro.data.chat_format import ChatFormat
 from saro.data.records import Example, Message, Response
 from saro.errors import SaroError
 from saro.model.attention import PACKED
+from saro.model.generate import answer_prompts
 from saro.runs.finished import FinishedRun
 from saro.tools.chat import Options, Speaker, ThinkSplitter, converse, load_speakers, read_stdin
 
@@ -262,7 +263,9 @@ def test_the_answers_are_those_of_the_model_before_and_after_training(finished_r
     converse(speakers, chat, options, iter(["Count to 7.??", None]).__next__, Console(file=file))
     example = Example("a", "general", (Message("user", "Count to 7.??"),), Response(None, "x"), "f:1")
     base = load(tiny_model(), method) if method != "full" else load(tiny_model(), "full")
-    expected = [answer(policy, chat, [example], 24)[0] for policy in (base, run.load(torch.device("cpu")))]
+    expected = [
+        answer_prompts(policy, chat, [example.prompt], 24)[0] for policy in (base, run.load(torch.device("cpu")))
+    ]
     assert expected[0] != expected[1]
     before, _, after = file.getvalue().removeprefix("base:\n").partition("trained:\n")
     for shown, text in ((before, expected[0]), (after, expected[1])):
@@ -313,7 +316,7 @@ def test_think_tags_are_those_of_the_option_or_else_of_the_run(monkeypatch, caps
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--run", "absent"], "absent: there is no such folder; give that which --train.output named"),
+        (["--run", "absent"], "absent: there is no such folder; give the one that --train.output named"),
         (["--run", "x", "--compare", "bas"], "--compare: Expected a Literal['base']. Got value: bas"),
         (["--run", "x", "--max_tokens", "0"], "--max_tokens is 0; it must be at least 1"),
         (["--run", "x", "--temperature", "-1"], "--temperature is -1.0; it must be at least 0"),

@@ -16,9 +16,9 @@ from tiny import save_tiny_model
 from saro.config import DataConfig, ModelConfig
 from saro.data.dataset import encode_files, encode_pair_files
 from saro.errors import SaroError
-from saro.evaluate.answers import choose_prompts
+from saro.evaluate.answers import choose_prompts, count_reasoning_tokens
 from saro.model.source import find_model
-from saro.tools.compare import ModelOptions, Options, _reasoning_tokens, _Setting, compare, run
+from saro.tools.compare import ModelOptions, Options, _Setting, compare, run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -79,7 +79,7 @@ def test_the_table_has_a_column_for_each_model_and_shows_the_answers_of_show(opt
 )
 def test_reasoning_is_the_text_between_the_tags(tiny_model, text, tokens):
     chat = find_model(ModelConfig(name=tiny_model())).chat_format(DataConfig(), date.today())
-    assert _reasoning_tokens(text, chat) == tokens
+    assert count_reasoning_tokens(text, chat) == tokens
 
 
 def test_models_are_loaded_as_the_first_run_among_them_was_trained(finished_run):

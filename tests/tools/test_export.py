@@ -20,13 +20,14 @@ from tiny import IM_END, save_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 import saro.tools.export
-from saro.checks.deviation import Deviation, choose_records, packed_logps, plain_logps
+from saro.checks.deviation import Deviation, choose_records
 from saro.demo import demo_file
 from saro.errors import SaroError
 from saro.files import file_hash
 from saro.model.load import load_policy
 from saro.model.merge import merge
 from saro.model.policy import Policy
+from saro.model.score import score_natively, score_trees
 from saro.runs.finished import FinishedRun
 from saro.tools.export import NOTE, Options, export, run_files
 
@@ -116,8 +117,8 @@ def test_a_merged_export_loads_as_a_plain_model_with_the_log_probs_of_the_traine
     folder, _ = exported(method, merge=True)
     trees = trees_of(finished_run(method))
     plain = AutoModelForCausalLM.from_pretrained(folder)
-    expected = plain_logps(as_trained(finished_run(method), method), trees)
-    torch.testing.assert_close(plain_logps(plain, trees), expected, rtol=0, atol=1e-4)
+    expected = score_natively(as_trained(finished_run(method), method), trees)
+    torch.testing.assert_close(score_natively(plain, trees), expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("method", ["lora", "qlora", "full"])
@@ -265,8 +266,8 @@ def test_the_measured_change_is_that_from_the_base_to_the_trained_model(exported
     for method in ("lora", "full"):
         folder, _ = exported(method, merge=True)
         trees = trees_of(finished_run(method), 16)
-        base = plain_logps(AutoModelForCausalLM.from_pretrained(tiny_model()), trees)
-        trained = plain_logps(as_trained(finished_run(method), method), trees)
+        base = score_natively(AutoModelForCausalLM.from_pretrained(tiny_model()), trees)
+        trained = score_natively(as_trained(finished_run(method), method), trees)
         note = json.loads((folder / NOTE).read_text())
         assert note["change"] == pytest.approx((trained - base).abs().mean().item(), rel=1e-4)
         shutil.rmtree(folder)
@@ -329,14 +330,14 @@ def test_too_little_memory_is_one_line_and_leaves_nothing(finished_run, monkeypa
 
 def test_a_deviation_of_nan_is_not_allowed():
     nan = torch.tensor([float("nan")])
-    assert not Deviation.of(nan, torch.tensor([1.0]), torch.tensor([2.0]), 0.1, 1).allowed
+    assert not Deviation.of(nan, torch.tensor([1.0]), torch.tensor([2.0]), 0.1, 1).is_allowed
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.1])
 def test_a_deviation_is_allowed_up_to_a_tenth_of_the_change_and_one_and_a_half_times_the_rounding(noise):
     trained, base = torch.tensor([-1.0, -1.0]), torch.tensor([-2.0, -4.0])
     exact, over = (Deviation.of(trained + d + 1.5 * noise, trained, base, noise, 1) for d in (0.199, 0.201))
-    assert (exact.allowed, over.allowed) == (True, False)
+    assert (exact.is_allowed, over.is_allowed) == (True, False)
 
 
 def test_a_deviation_says_what_it_is_measured_against():
@@ -550,8 +551,8 @@ def test_preference_pairs_are_scored_on_both_sides(exported, records_file):
 def test_packed_and_plain_scoring_give_the_same_tokens_in_the_same_order(finished_run, records_file):
     run = FinishedRun.open(str(finished_run("full")))
     trees = choose_records([records_file(pairs(4))], run.chat_format(), 256, 3)
-    packed = packed_logps(run.load(CPU), trees, 256)
-    plain = plain_logps(AutoModelForCausalLM.from_pretrained(finished_run("full") / "final"), trees)
+    packed = score_trees(run.load(CPU), trees, 256)
+    plain = score_natively(AutoModelForCausalLM.from_pretrained(finished_run("full") / "final"), trees)
     assert len(packed) == sum(len(s.row_kinds) for tree in trees for s in tree.sequences)
     torch.testing.assert_close(packed, plain, rtol=0, atol=1e-4)
 

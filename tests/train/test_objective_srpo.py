@@ -22,8 +22,7 @@ from transformers import AutoModelForCausalLM
 
 from saro.config import PAIR_KINDS, PreferenceConfig
 from saro.data.dataset import ExampleSet, PairSet
-from saro.data.packs import lay_out
-from saro.data.packs import PairLogps
+from saro.data.packs import PairLogps, lay_out
 from saro.data.tree import ScoredSequence, build_tree
 from saro.model.policy import Policy
 from saro.train.losses import PAIR_LOSSES

@@ -10,14 +10,13 @@ from functools import partial
 from pathlib import Path
 
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from saro.config import DataConfig, ModelConfig
 from saro.distributed.runtime import Runtime
 from saro.errors import SaroError
 from saro.files import atomic_write
 from saro.program import shown
+from saro.report.tables import doctor_table
 from saro.tools.doctor.finding import Check, Finding, guarded
 from saro.tools.doctor.kernel_checks import kernel_checks
 from saro.tools.doctor.machine_checks import has_bf16, machine_checks
@@ -25,8 +24,6 @@ from saro.tools.doctor.memory_check import MEMORY, memory_check
 from saro.tools.doctor.model_checks import ATTENTION, model_checks
 from saro.tools.doctor.subject import Subject
 from saro.tools.doctor.training_checks import training_checks
-
-_RESULTS = {True: "[green]ok[/green]", False: "[bold red]FAILED[/bold red]", None: "skipped"}
 
 
 @dataclass(frozen=True)
@@ -90,7 +87,7 @@ def doctor(runtime: Runtime, options: Options, console: Console) -> int:
         findings += _run(runtime, [Check(MEMORY, partial(memory_check, subject, advice.append))])
     advice = [*_backend_advice(runtime, findings), *advice]
     failed = any(finding.ok is False for finding in findings)
-    console.print(_table(findings))
+    console.print(doctor_table([asdict(finding) for finding in findings]))
     for line in advice:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     if options.json is not None:
@@ -116,18 +113,3 @@ def _backend_advice(runtime: Runtime, findings: Sequence[Finding]) -> list[str]:
     varlen_passed = any(finding.name == ATTENTION and finding.ok for finding in findings)
     attention = "varlen" if varlen_passed and dtype == "bfloat16" else "sdpa"
     return [f"dtype: {dtype} (--model.dtype)", f"attention: {attention} (--model.attention)"]
-
-
-def _table(findings: Sequence[Finding]) -> Table:
-    """Return the table: a row for each finding."""
-    table = Table(title="saro doctor", title_justify="left")
-    for column, options in (
-        ("check", {"ratio": 3}),
-        ("result", {}),
-        ("measured", {"ratio": 5}),
-        ("limit", {"ratio": 2}),
-    ):
-        table.add_column(column, overflow="fold", **options)
-    for finding in findings:
-        table.add_row(escape(finding.name), _RESULTS[finding.ok], escape(finding.figure), escape(finding.limit))
-    return table

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from saro.checks.noise import KERNEL_FACTOR
 from saro.model.policy import Policy
 from saro.tools.doctor.finding import Check, Finding
 from saro_kernels import FrozenLinear, LoraLinear, lora_gated_mlp, lora_linear
@@ -17,8 +18,6 @@ from saro_kernels.definition import reference_token_logps
 from saro_kernels.tile_ops import TILE_OPS, choose_tile_op
 from saro_kernels.tiled import tiled_token_logps
 
-# A kernel's error may be this many times the plain path's: both round, in another order.
-_ALLOWED = 2.0
 _ROWS, _TILE_ROWS = 40, 16  # the last tile is not full
 _RANK = 8
 # Most entries of a weight that is computed in float64: 1 GiB.
@@ -48,7 +47,7 @@ def kernel_checks(policy: Policy) -> list[Check]:
 
 def _token_logps(name: str, op: str, trainable: bool, policy: Policy) -> Finding:
     """Check a tile op on the model's head: all rows, as many columns as float64 has memory for, its scale and softcap."""
-    device, dtype = policy.causal_lm.device, policy.autocast or policy.causal_lm.dtype
+    device, dtype = policy.causal_lm.device, policy.compute_dtype
     try:
         choose_tile_op(op, device, dtype)
     except ValueError as error:
@@ -83,7 +82,7 @@ def _token_logps(name: str, op: str, trainable: bool, policy: Policy) -> Finding
 
 def _lora(name: str, shapes: Sequence[tuple[int, int]], nf4: bool, policy: Policy) -> Finding:
     """Check a linear layer, or the three of a gated MLP. ``shapes``: (out, in) of each layer."""
-    device, dtype = policy.causal_lm.device, policy.autocast or policy.causal_lm.dtype
+    device, dtype = policy.causal_lm.device, policy.compute_dtype
     generator = torch.Generator().manual_seed(0)
     layers = [_layer(generator, shape, nf4, device, dtype) for shape in shapes]
     x = _normal(generator, _ROWS, shapes[0][1]).to(device, dtype)
@@ -155,7 +154,9 @@ def _compare_errors(name: str, *, ours: list[Tensor], plain: list[Tensor], exact
         plain_error = (plain_tensor.double() - exact_tensor).norm()
         # Allow at least one ulp.
         ulp = torch.finfo(our_tensor.dtype).eps * exact_tensor.norm()
-        ratios.append((our_error / torch.maximum(plain_error, ulp / _ALLOWED)).item())
+        ratios.append((our_error / torch.maximum(plain_error, ulp / KERNEL_FACTOR)).item())
     # Not max(ratios), which can pass over a NaN.
     worst = torch.tensor(ratios).max().item()
-    return Finding(name, worst <= _ALLOWED, f"{worst:.2f} times the plain path's error", f"at most {_ALLOWED:.0f}")
+    return Finding(
+        name, worst <= KERNEL_FACTOR, f"{worst:.2f} times the plain path's error", f"at most {KERNEL_FACTOR:.0f}"
+    )

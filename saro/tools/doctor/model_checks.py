@@ -8,20 +8,19 @@ import numpy as np
 import torch
 
 from saro.checks.check_packs import check_packs
+from saro.checks.noise import NOISE_FACTOR, layout_noise
 from saro.config import PreferenceConfig
 from saro.data.dataset import ExampleSet, PairSet
-from saro.data.packs import lay_out
-from saro.model.attention import BACKENDS, choose_backend, native_attention
+from saro.data.packs import lay_out, pack_trees
+from saro.model.attention import BACKENDS, choose_backend
+from saro.model.generate import generate
+from saro.model.score import score_pairs
 from saro.tools.doctor.finding import Check, Finding, within
 from saro.tools.doctor.subject import Subject
 from saro.train.engine import evaluate
 from saro.train.objective import RWObjective, SRPOObjective
-from saro.train.reference import layout_noise, score_pairs
 from saro.train.start_check import check_start
-from saro.train.steps import packs_of
 
-# Two backends may differ by this many times the difference between two layouts with one backend.
-_ALLOWED = 3.0
 # Tokens to generate: enough to run the model's decoding path.
 _GENERATED = 4
 
@@ -44,17 +43,18 @@ def _packs(name: str, subject: Subject, data: ExampleSet | PairSet) -> Finding:
     logps = deviation.logps / deviation.logps_floor
     gradients = deviation.gradients / deviation.gradients_floor
     # check_packs has the limit: it raises above it.
-    return Finding(name, True, f"{logps:.2g} (gradients {gradients:.2g}) times what rounding makes", "at most 3")
+    return Finding(
+        name, True, f"{logps:.2g} (gradients {gradients:.2g}) times what rounding makes", f"at most {NOISE_FACTOR:.0f}"
+    )
 
 
 @torch.no_grad()
 def _attention(subject: Subject) -> Finding:
     """Check that both attention backends give the same log-probs."""
     policy = subject.policy
-    dtype = policy.autocast or policy.causal_lm.dtype
     try:
         for backend in BACKENDS:
-            choose_backend(backend, policy.causal_lm.device, dtype, policy.causal_lm.config)
+            choose_backend(backend, policy.causal_lm.device, policy.compute_dtype, policy.causal_lm.config)
     except ValueError as error:
         return Finding(ATTENTION, None, str(error))
     trees = subject.pairs.trees(range(len(subject.pairs)), subject.pack_tokens)
@@ -69,7 +69,7 @@ def _attention(subject: Subject) -> Finding:
     finally:
         policy.attention = before
     difference = float(np.abs(logps[0] - logps[1]).mean())
-    return within(ATTENTION, difference, _ALLOWED * max(noises), "nats per token apart")
+    return within(ATTENTION, difference, NOISE_FACTOR * max(noises), "nats per token apart")
 
 
 def _qlora(subject: Subject) -> Finding:
@@ -81,41 +81,32 @@ def _qlora(subject: Subject) -> Finding:
     if subject.model.method != "qlora":
         return Finding(name, None, f"only for method qlora; this is {subject.model.method}")
     first, again = _gradients(subject), _gradients(subject)
-    packs = packs_of(subject.example_trees([0]), subject.pack_tokens)
+    packs = pack_trees(subject.example_trees([0]), subject.pack_tokens)
     evaluate(subject.runtime, policy, RWObjective(subject.examples.kinds), packs)
     _generate(subject)
     after = _gradients(subject)
     noise = ((again - first).norm() / first.norm()).item()
     difference = ((after - first).norm() / first.norm()).item()
     exact = not noise and difference <= 0
-    limit = "the same bits" if not noise else f"at most {_ALLOWED * noise:.2g}, it repeats itself to {noise:.2g}"
-    return Finding(name, exact or difference <= _ALLOWED * noise, f"gradients differ by {difference:.2g}", limit)
+    limit = "the same bits" if not noise else f"at most {NOISE_FACTOR * noise:.2g}, it repeats itself to {noise:.2g}"
+    return Finding(name, exact or difference <= NOISE_FACTOR * noise, f"gradients differ by {difference:.2g}", limit)
 
 
 def _gradients(subject: Subject) -> torch.Tensor:
     """Return the gradients of one example's log-probs in all trainable parameters, concatenated, float64."""
-    policy = subject.policy.eval()
+    policy = subject.policy
     pack = lay_out(subject.example_trees([0])).to(policy.causal_lm.device)
-    gradients = torch.autograd.grad(policy(pack).sum(), list(policy.trainable().values()))
-    policy.train()
+    with policy.evaluating():
+        gradients = torch.autograd.grad(policy(pack).sum(), list(policy.trainable().values()))
     return torch.cat([g.double().flatten() for g in gradients])
 
 
-@torch.no_grad()
 def _generate(subject: Subject) -> None:
     """Generate a few tokens after the prompt of the first example."""
-    policy, prompt = subject.policy.eval(), subject.examples.sequence(0)
-    lm = policy.causal_lm
-    ids = torch.from_numpy(prompt.tokens[: prompt.scored_from].astype(np.int64))[None].to(lm.device)
-    with native_attention(lm), policy.precision():
-        lm.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=_GENERATED,
-            do_sample=False,
-            pad_token_id=int(ids[0, 0]),
-        )
-    policy.train()
+    sequence = subject.examples.sequence(0)
+    prompt = sequence.tokens[: sequence.scored_from].tolist()
+    # Any token will do as the stop token: the model's own need not exist.
+    generate(subject.policy, [prompt], stop_ids={prompt[0]}, max_tokens=_GENERATED)
 
 
 def _start(subject: Subject) -> Finding:

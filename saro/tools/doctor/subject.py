@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
-from functools import partial
 
 import numpy as np
 
 from saro.config import DataConfig, ModelConfig
 from saro.data.dataset import ExampleSet, PairSet, encode_files, encode_pair_files
-from saro.data.steps import Schedule
-from saro.data.tree import SequenceTree, build_tree
-from saro.demo import demo_file
+from saro.data.steps import Schedule, Steps
+from saro.data.tree import SequenceTree
+from saro.demo import demo_file, find_demo
 from saro.distributed.runtime import Runtime
 from saro.errors import SaroError
-from saro.model.load import ModelSource, find_model, load_policy
+from saro.model.load import load_policy
 from saro.model.policy import Policy
-from saro.train.steps import Steps
+from saro.model.source import ModelSource, find_model
 
 # Examples, and pairs: enough for every check, and seconds on a CPU.
 _RECORDS = 3
@@ -56,6 +55,7 @@ class Subject:
         Raises:
             SaroError: there is no such model, or it cannot be trained as ``model`` says.
         """
+        model = replace(model, name=find_demo(model.name))
         source = find_model(model)
         examples, pairs, records = _records(source)
         policy = load_policy(source, model, runtime.device, seed=0)
@@ -63,16 +63,16 @@ class Subject:
 
     def example_trees(self, records: Sequence[int]) -> list[SequenceTree]:
         """Return a tree for each example."""
-        return [build_tree([self.examples.sequence(record)]) for record in records]
+        return self.examples.trees(records, self.pack_tokens)
 
     def example_steps(self) -> Steps:
         """Return steps of all examples each."""
-        return Steps(Schedule(self.examples.kinds, len(self.examples), 0), self.example_trees, self.pack_tokens)
+        return Steps(self.examples, Schedule(self.examples.kinds, len(self.examples), seed=0), self.pack_tokens)
 
     def pair_steps(self) -> Steps:
         """Return steps of all pairs each."""
-        schedule = Schedule(self.pairs.kinds, len(self.pairs), 0, groups=self.pairs.prompts)
-        return Steps(schedule, partial(self.pairs.trees, budget=self.pack_tokens), self.pack_tokens)
+        schedule = Schedule(self.pairs.kinds, len(self.pairs), seed=0, groups=self.pairs.prompts)
+        return Steps(self.pairs, schedule, self.pack_tokens)
 
 
 def _records(source: ModelSource) -> tuple[ExampleSet, PairSet, str]:
@@ -120,10 +120,10 @@ def _examples(tokens: list[np.ndarray]) -> ExampleSet:
     """Return examples scored from the eighth token on, which is before the sides of a pair part."""
     n = len(tokens)
     return ExampleSet(
-        np.concatenate(tokens),
-        np.cumsum([0, *map(len, tokens)]),
-        np.full(n, _BEFORE // 2, np.int32),
-        np.zeros(n, np.int32),
-        np.zeros(n, np.uint8),
-        tuple(f"record {i + 1}" for i in range(n)),
+        tokens=np.concatenate(tokens),
+        offsets=np.cumsum([0, *map(len, tokens)]),
+        prompt_tokens=np.full(n, _BEFORE // 2, np.int32),
+        think_tokens=np.zeros(n, np.int32),
+        kinds=np.zeros(n, np.uint8),
+        ids=tuple(f"record {i + 1}" for i in range(n)),
     )

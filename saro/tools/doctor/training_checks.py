@@ -12,13 +12,13 @@ from pathlib import Path
 import torch
 
 from saro.config import TrainConfig
+from saro.data.packs import pack_trees
 from saro.errors import SaroError
 from saro.tools.doctor.finding import Check, Finding
 from saro.tools.doctor.subject import Subject
 from saro.train.checkpoint import checkpoint_folder
 from saro.train.engine import Outcome, evaluate, fit
 from saro.train.objective import RWObjective
-from saro.train.steps import packs_of
 
 _STEPS = 3
 _RATE = {"full": 2e-5, "lora": 1e-3, "qlora": 1e-3}
@@ -99,12 +99,12 @@ def _fit(subject: Subject, folder: Path, *, resume: bool) -> Outcome:
             subject.example_steps(),
             _STEPS,
             options,
-            record_ids=lambda records: [examples.ids[r] for r in records],
+            ids=examples.ids,
             resume=resume,
         )
 
 
 def _loss(subject: Subject) -> float:
     """Return the policy's mean loss on all examples."""
-    packs = packs_of(subject.example_trees(range(len(subject.examples))), subject.pack_tokens)
+    packs = pack_trees(subject.example_trees(range(len(subject.examples))), subject.pack_tokens)
     return evaluate(subject.runtime, subject.policy, RWObjective(subject.examples.kinds), packs)["eval/loss"]
