@@ -305,7 +305,7 @@ def test_an_existing_export_survives_one_that_fails(exported, monkeypatch):
 
 
 def test_an_export_that_rounding_changed_too_much_is_refused_with_the_fix(finished_run, monkeypatch):
-    monkeypatch.setattr("saro.checks.deviation.ALLOWED", 1e-5)
+    monkeypatch.setattr("saro.checks.deviation.EXPORT_SHARE", 1e-5)
     refused(
         finished_run("lora"),
         "the model in bfloat16 rounds away too much: set --dtype float32$",
@@ -315,7 +315,7 @@ def test_an_export_that_rounding_changed_too_much_is_refused_with_the_fix(finish
 
 
 def test_nan_is_refused_even_with_allow_shift(finished_run, monkeypatch):
-    monkeypatch.setattr(saro.tools.export, "plain_logps", lambda *arguments: torch.full((1,), torch.nan))
+    monkeypatch.setattr(saro.tools.export, "score_natively", lambda *arguments: torch.full((1,), torch.nan))
     options = {"merge": True, "into": "original", "allow_shift": True}
     refused(finished_run(), "not written, it is off by nan nats", **options)
 
@@ -324,7 +324,7 @@ def test_too_little_memory_is_one_line_and_leaves_nothing(finished_run, monkeypa
     def full(*arguments):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(saro.tools.export, "plain_logps", full)
+    monkeypatch.setattr(saro.tools.export, "score_natively", full)
     refused(finished_run(), "not written, the GPU has too little memory; set CUDA_VISIBLE_DEVICES=", merge=True)
 
 
