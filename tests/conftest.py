@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 
 # Triton reads this once, at import; its kernels then run on the CPU.
@@ -19,7 +20,11 @@ import torch
 from accelerate import Accelerator
 from tiny import save_tiny_model
 
+from saro.config import DataConfig, ModelConfig
+from saro.data.dataset import encode_pair_files
 from saro.distributed.runtime import Runtime
+from saro.model.load import load_policy
+from saro.model.source import find_model
 
 
 @pytest.fixture
@@ -363,3 +368,17 @@ def runtime() -> Iterator[Runtime]:
     torch.set_num_threads(1)
     yield Runtime(Accelerator(cpu=True, mixed_precision="no"), 0, 1, 1)
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def world(tiny_model, records_file, pairs):
+    """Return a function that makes source, policy and pairs of a tiny model."""
+
+    def make(records=pairs, **options):
+        options = ModelConfig(**{"name": tiny_model(), "method": "lora"} | options)
+        source = find_model(options)
+        chat = source.chat_format(DataConfig(), date(2024, 7, 26))
+        data = encode_pair_files([records_file(records, "pairs.jsonl")], chat, max_tokens=512)
+        return source, load_policy(source, options, torch.device("cpu"), seed=0), data
+
+    return make

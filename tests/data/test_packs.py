@@ -1,6 +1,6 @@
 """Tests that a pack says which tokens are read, what is predicted from where, and for which sequence."""
 
-from itertools import pairwise, product
+from itertools import chain, pairwise, product
 
 import numpy as np
 import pytest
@@ -8,7 +8,18 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from saro.data.packs import Pack, balance, best_fit_decreasing, lay_out, plan_step
+from saro.data.packs import (
+    CHOSEN,
+    REJECTED,
+    Pack,
+    PairLogps,
+    Share,
+    balance,
+    best_fit_decreasing,
+    lay_out,
+    pack_trees,
+    plan_step,
+)
 from saro.data.tree import RowKind, ScoredSequence, build_tree
 
 
@@ -325,3 +336,49 @@ def test_a_plan_of_nothing_is_an_empty_pack():
 def test_a_plan_refuses_an_item_that_no_pack_can_hold():
     with pytest.raises(ValueError, match="11 tokens does not fit the budget of 10"):
         plan_step([3, 11], 10, 2)
+
+
+# Pairs
+
+
+def pair_tree(record, shared, chosen, rejected):
+    sequences = [scored([*shared, *tail], len(shared), record) for tail in (chosen, rejected)]
+    return build_tree(sequences)
+
+
+def test_a_pack_of_pairs_names_each_pair_and_the_side_of_each_entry():
+    pack = lay_out([pair_tree(7, [1, 2], [3, 4, 5], [6]), pair_tree(2, [1], [3], [4, 5])])
+    assert pack.records == (7, 7, 2, 2)
+    assert pack.pairs == (7, 2)
+    assert pack.entry_side.tolist() == [CHOSEN] * 3 + [REJECTED] * 1 + [CHOSEN] * 1 + [REJECTED] * 2
+
+
+def test_an_empty_pack_has_no_pairs():
+    assert lay_out([]).pairs == ()
+    assert lay_out([]).entry_side.tolist() == []
+
+
+def test_log_probs_of_pairs_are_found_by_pair_and_side_and_in_the_order_of_a_pack():
+    # Three pairs with 1, 2; 3, 1; and 2, 2 scored tokens on their sides.
+    logps = PairLogps(np.arange(11.0), np.cumsum([0, 1, 2, 3, 1, 2, 2]))
+    assert logps.side_logps(1, CHOSEN).tolist() == [3, 4, 5]
+    assert logps.side_logps(1, REJECTED).tolist() == [6]
+    assert logps.side_sums(REJECTED).tolist() == [1 + 2, 6, 9 + 10]
+    pack = lay_out([pair_tree(2, [1], [2, 3], [4, 5]), pair_tree(0, [1], [2], [3, 4])])
+    assert logps.pack_logps(pack).tolist() == [7, 8, 9, 10, 0, 1, 2]
+    assert logps.pack_logps(lay_out([])).tolist() == []
+
+
+# The packs of a rank
+
+
+@given(forests, st.integers(1, 3))
+def test_the_ranks_share_all_trees_and_each_gets_a_pack(forest, ranks):
+    trees = [build_tree(family) for family in forest]
+    budget = max([1, *(tree.tokens for tree in trees)])
+    packs = [list(pack_trees(trees, budget, Share(rank, ranks))) for rank in range(ranks)]
+    assert all(packs)
+    every_pack = list(chain(*packs))
+    records = [record for pack in every_pack for record in pack.records]
+    assert sorted(records) == sorted(s.record for tree in trees for s in tree.sequences)
+    assert all(pack.tokens <= budget for pack in every_pack)

@@ -3,15 +3,18 @@
 import random
 import tracemalloc
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, reject
 from hypothesis import strategies as st
+from sets import by_hand, pairs_by_hand
 
-from saro.data.packs import plan_step
-from saro.data.steps import Schedule
+from saro.config import DataConfig, TrainConfig
+from saro.data.packs import Share, plan_step
+from saro.data.steps import Schedule, Steps
 from saro.errors import SaroError
 
 
@@ -317,3 +320,43 @@ def test_a_million_records_take_less_than_100_mb_to_plan(million):
     finally:
         tracemalloc.stop()
     assert peak < 100e6
+
+
+# The options of a run
+
+
+def test_a_run_of_examples_draws_each_kind_by_its_weight():
+    data_options = DataConfig(weights={"safety": 2})
+    schedule = Schedule.of(by_hand(), data_options, TrainConfig(records_per_step=3, seed=5))
+    assert draws(schedule, 0) == {0: 1, 1: 2, 2: 1, 3: 1, 4: 1}  # record 1 is the one of kind safety
+    same = Schedule([0, 1, 0, 0, 0], 3, 5, {1: 2})
+    assert [r.tolist() for r in epoch_of(schedule, 1)] == [r.tolist() for r in epoch_of(same, 1)]
+
+
+@pytest.mark.parametrize(("grouped", "groups"), [(True, [0, 1, 0]), (False, None)])
+def test_a_run_of_pairs_groups_them_by_prompt_if_the_option_is_set(grouped, groups):
+    pairs = replace(pairs_by_hand(), prompts=np.array([0, 1, 0], np.int32))
+    schedule = Schedule.of(pairs, DataConfig(group_by_prompt=grouped), TrainConfig(records_per_step=2))
+    assert (None if schedule.groups is None else schedule.groups.tolist()) == groups
+    assert schedule.kinds.tolist() == pairs.kinds.tolist()
+
+
+@pytest.mark.parametrize(
+    ("epochs", "max_steps", "num_steps"), [(1, None, 2), (1.25, None, 3), (3, 4, 4), (1, 100, 2), (0.1, None, 1)]
+)
+def test_the_number_of_steps_is_that_of_the_epochs_or_the_limit(epochs, max_steps, num_steps):
+    train = TrainConfig(records_per_step=4, epochs=epochs, max_steps=max_steps)
+    assert Schedule.of(by_hand(), DataConfig(), train).num_steps(train) == num_steps
+
+
+def test_a_step_holds_all_of_its_trees_and_the_packs_of_one_rank():
+    data = replace(by_hand(), tokens=np.arange(38, dtype=np.int32))
+    schedule = Schedule(data.kinds, 5, seed=0)
+    ranks = [Steps(data, schedule, 16, Share(rank, 2))[0] for rank in range(2)]
+    assert sorted(ranks[0].records) == [0, 1, 2, 3, 4]
+    assert ranks[0].records == ranks[1].records
+    assert ranks[0].tokens == ranks[1].tokens == 38 - 5  # the last token of a sequence is not read
+    packs = [*ranks[0].packs, *ranks[1].packs]
+    packed = [record for pack in packs for record in pack.records]
+    assert sorted(packed) == [0, 1, 2, 3, 4]
+    assert all(pack.tokens <= 16 for pack in packs)

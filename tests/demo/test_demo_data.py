@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from saro.data.records import read_examples
-from saro.demo import demo_file
+from saro.demo import demo_file, find_demo
 
 FILES = ("rw_train", "rw_heldout")
 
@@ -58,3 +58,8 @@ def test_chains_have_four_to_eight_steps(name):
 def test_refusals_reason_about_a_policy(name):
     harmful = [r for r in _records(name) if _group(r) == "harmful"]
     assert all("policy" in " ".join(r["reasoning"]) for r in harmful)
+
+
+def test_only_the_demo_model_is_looked_up(monkeypatch):
+    monkeypatch.setattr("saro.demo.demo_model", lambda: Path("/cache/demo"))
+    assert [find_demo(name) for name in ("org/model", "start", "demo")] == ["org/model", "start", "/cache/demo"]

@@ -488,6 +488,22 @@ def test_causal_lm_is_the_inner_transformers_model(tiny_model, method):
     assert type(load(tiny_model("llama"), method).causal_lm).__name__ == "LlamaForCausalLM"
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_evaluating_keeps_the_mode_even_after_an_exception(tiny_model, training):
+    policy = load(tiny_model("llama"), "lora").train(training)
+    with pytest.raises(RuntimeError, match="inside"), policy.evaluating():
+        raise RuntimeError("inside" if not policy.training else "still training")
+    assert policy.training == training
+
+
+@pytest.mark.parametrize(("method", "stored"), [("full", torch.float32), ("lora", torch.bfloat16)])
+def test_the_compute_dtype_is_that_of_the_products(tiny_model, method, stored):
+    policy = load(tiny_model("llama"), method, dtype="bfloat16")
+    assert policy.compute_dtype == torch.bfloat16
+    assert policy.causal_lm.dtype == stored
+    assert load(tiny_model("llama"), method).compute_dtype == torch.float32
+
+
 def test_prompt_learning_is_refused(tiny_model):
     model = AutoModelForCausalLM.from_pretrained(tiny_model("llama"))
     model = get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))

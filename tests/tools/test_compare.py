@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from datetime import date
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +15,6 @@ from tiny import save_tiny_model
 from saro.config import DataConfig, ModelConfig
 from saro.data.dataset import encode_files, encode_pair_files
 from saro.errors import SaroError
-from saro.evaluate.answers import choose_prompts, count_reasoning_tokens
 from saro.model.source import find_model
 from saro.tools.compare import ModelOptions, Options, _Setting, compare, run
 
@@ -73,15 +71,6 @@ def test_the_table_has_a_column_for_each_model_and_shows_the_answers_of_show(opt
     assert "p0" not in text
 
 
-@pytest.mark.parametrize(
-    ("text", "tokens"),
-    [("<think>\nabc\n</think>\n\nx", 5), ("<think>abcd", 4), ("abc", 0), ("<think></think>x", 0), ("abc</think>x", 3)],
-)
-def test_reasoning_is_the_text_between_the_tags(tiny_model, text, tokens):
-    chat = find_model(ModelConfig(name=tiny_model())).chat_format(DataConfig(), date.today())
-    assert count_reasoning_tokens(text, chat) == tokens
-
-
 def test_models_are_loaded_as_the_first_run_among_them_was_trained(finished_run):
     folder = finished_run("qlora")
     models = ["./base", str(folder / "final")]
@@ -97,11 +86,6 @@ def test_models_are_loaded_as_the_first_run_among_them_was_trained(finished_run)
     setting = _Setting.of(given)
     assert (setting.method, setting.day, setting.data.pack_tokens) == ("full", date(2020, 2, 29), 512)
     assert _Setting.of(Options(models=["./base"])).method == "lora"
-
-
-def test_several_pairs_on_one_prompt_are_answered_once(pairs):
-    records = [SimpleNamespace(prompt=r["prompt"], kind=r["kind"], id=r["id"]) for r in pairs[:8]]
-    assert [r.id for r in choose_prompts(records, 4)] == ["p0", "p2", "p6", "p4"]
 
 
 @pytest.mark.parametrize(

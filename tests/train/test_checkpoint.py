@@ -5,60 +5,20 @@ from __future__ import annotations
 import json
 import os
 import pickle
-import stat
 from pathlib import Path
 
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
-from tiny import Training, tiny_tokenizer
+from tiny import Training
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from train_state import State
 
-from saro.config import TrainConfig
 from saro.errors import SaroError
-from saro.runs.finish import save_final
 from saro.train import checkpoint
-from saro.train.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
-from saro.train.optim import make_optimizer, make_scheduler
+from saro.train.checkpoint import list_checkpoints
 
 OPTIMIZERS = ("adamw", "adamw8bit", "paged_adamw8bit")
-
-
-class State:
-    """Weights, optimizer and schedule, as they are after some steps."""
-
-    def __init__(self, optimizer: str = "adamw", seed: int = 0, shape: tuple[int, ...] = (80, 60)) -> None:
-        random = torch.Generator().manual_seed(seed)
-        # 8-bit optimizers keep states of less than 4096 entries in 32 bits: one matrix is larger.
-        self.trainable = {
-            "large.weight": nn.Parameter(torch.randn(shape, generator=random)),
-            "small.weight": nn.Parameter(torch.randn(3, 4, generator=random)),
-            "bias": nn.Parameter(torch.randn(5, generator=random)),
-        }
-        options = TrainConfig(optimizer=optimizer, lr=1e-2, weight_decay=0.1, warmup=0.3)
-        self.optimizer = make_optimizer(self.trainable.values(), options)
-        self.scheduler = make_scheduler(self.optimizer, options, 10)
-        self._random = torch.Generator().manual_seed(7)
-
-    def train(self, steps: int) -> State:
-        for _ in range(steps):
-            for parameter in self.trainable.values():
-                parameter.grad = torch.randn(parameter.shape, generator=self._random)
-            self.optimizer.step()
-            self.scheduler.step()
-        return self
-
-    def save(self, root: Path, step: int, keep: int = 5) -> Path:
-        save_checkpoint(root, step, self.trainable, self.optimizer, self.scheduler, keep)
-        return checkpoint.checkpoint_folder(root, step)
-
-    def load(self, folder: Path) -> int:
-        return load_checkpoint(folder, self.trainable, self.optimizer, self.scheduler)
-
-    def states(self) -> list[dict[str, torch.Tensor]]:
-        return [self.optimizer.state[p] for p in self.trainable.values()]
 
 
 def leftovers(root: Path) -> list[str]:
@@ -244,39 +204,3 @@ def test_a_checkpoints_files_are_on_disk_before_it_gets_its_name(tmp_path, monke
 
 
 # The final model.
-
-
-@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
-def test_the_final_folder_loads_like_any_model(tiny_model, records_file, examples, tmp_path, runtime, method):
-    run = Training.on(tiny_model(), records_file(examples), tmp_path / "run", model={"method": method})
-    run.fit(runtime, 2)
-    save_final(tmp_path / "final", run.policy.model, tiny_tokenizer())
-    kind = AutoModelForCausalLM if method == "full" else AutoPeftModelForCausalLM
-    loaded = kind.from_pretrained(tmp_path / "final")
-    assert AutoTokenizer.from_pretrained(tmp_path / "final").chat_template == tiny_tokenizer().chat_template
-    parameters = dict(loaded.named_parameters())
-    for name, weight in run.weights().items():
-        assert torch.equal(parameters[name], weight), name
-
-
-def test_the_final_folder_replaces_an_older_one_completely(tiny_model, records_file, examples, tmp_path):
-    run = Training.on(tiny_model(), records_file(examples), tmp_path / "run")
-    for name in ("final", ".final.0a1b2c3d.tmp"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "old.txt").write_text("old")
-    save_final(tmp_path / "final", run.policy.model, tiny_tokenizer())
-    assert not (tmp_path / "final" / "old.txt").exists()
-    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
-
-
-def test_written_files_have_the_permissions_that_the_umask_gives(tiny_model, records_file, examples, tmp_path):
-    """safetensors writes files as 0600, so nobody else in the group could read a model in a shared folder."""
-    run = Training.on(tiny_model(), records_file(examples), tmp_path / "run")
-    old = os.umask(0o022)
-    try:
-        save_final(tmp_path / "final", run.policy.model, tiny_tokenizer())
-        folder = State().train(1).save(tmp_path / "checkpoints", 1)
-    finally:
-        os.umask(old)
-    for file in [*(tmp_path / "final").iterdir(), *folder.iterdir()]:
-        assert stat.S_IMODE(file.stat().st_mode) == 0o644, file.name

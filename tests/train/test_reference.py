@@ -13,14 +13,12 @@ import torch
 from tiny import save_tiny_model, tiny_tokenizer
 
 from saro.checks import noise as noise_module
-from saro.checks.noise import layout_noise
 from saro.config import DataConfig, ModelConfig
 from saro.data.dataset import PairSet, encode_pair_files
 from saro.data.packs import lay_out
-from saro.data.tree import build_tree
 from saro.errors import SaroError
 from saro.model.load import load_policy
-from saro.model.score import score_packs, score_pairs, split_pairs
+from saro.model.score import score_pairs
 from saro.model.source import find_model
 from saro.train import reference as module
 from saro.train.reference import (
@@ -33,20 +31,6 @@ from saro.train.reference import (
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.usefixtures("cache", "one_thread")
-
-
-@pytest.fixture
-def world(tiny_model, records_file, pairs):
-    """Return a function that makes source, policy and pairs of a tiny model."""
-
-    def make(records=pairs, **options):
-        options = ModelConfig(**{"name": tiny_model(), "method": "lora"} | options)
-        source = find_model(options)
-        chat = source.chat_format(DataConfig(), date(2024, 7, 26))
-        data = encode_pair_files([records_file(records, "pairs.jsonl")], chat, max_tokens=512)
-        return source, load_policy(source, options, CPU, seed=0), data
-
-    return make
 
 
 @pytest.fixture
@@ -276,31 +260,6 @@ def test_a_model_of_another_vocabulary_is_refused(runtime, world, tmp_path):
 def test_a_missing_model_is_refused(runtime, world):
     with pytest.raises(SaroError, match=r"\./gone: no such folder"):
         other(runtime, world, "./gone", [])
-
-
-# The noise of layouts.
-
-
-def test_the_noise_is_at_least_one_rounding(world):
-    _, policy, data = world()
-    logps, noise = layout_noise(policy, [build_tree(data.sequences(0))], 256)
-    assert len(logps) == sum(len(s.row_kinds) for s in data.sequences(0))
-    assert noise.mean == pytest.approx(torch.finfo(torch.float32).eps * np.abs(logps).mean(), rel=1e-5)
-    assert noise.most >= noise.mean
-
-
-def test_the_noise_is_measured_on_trees_that_fit_into_one_pack(world, scored):
-    _, policy, data = world()
-    trees = [build_tree(data.sequences(i)) for i in range(4)]
-    logps, _ = layout_noise(policy, trees, trees[0].tokens + trees[1].tokens)
-    assert len(logps) == sum(len(s.row_kinds) for i in (0, 1) for s in data.sequences(i))
-    assert len(layout_noise(policy, trees, 1)[0]) == sum(len(s.row_kinds) for s in data.sequences(0))
-
-
-def test_an_empty_pack_scores_nothing(world):
-    _, policy, _ = world()
-    ((pack, entries),) = score_packs(policy, [lay_out([])])
-    assert list(split_pairs(pack, entries)) == []
 
 
 def test_several_sets_are_scored_in_turn(runtime, world):
