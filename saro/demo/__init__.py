@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from saro.config import DEMO, TrainConfig
-from saro.demo.demo_model import demo_model
+from saro.demo.fetch_model import demo_model
 from saro.manifest import read_manifest
 
 # Output folders of stage 1 on the demo model: the default, and that of `make demo`.

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from saro.checks.check_packs import check_packs
 from saro.demo import demo_file
-from saro.demo.demo_model import demo_model
+from saro.demo.fetch_model import demo_model
 from saro.distributed.runtime import Runtime
 from saro.runs.finish import save_final
 

@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from saro.demo import demo_model as demo
-from saro.demo.demo_model import demo_model
+from saro.demo import fetch_model as demo
+from saro.demo.fetch_model import demo_model
 from saro.errors import SaroError
 
 # Runs in a process of its own. Making the model must leave the state of the process unchanged.
 CHILD = """
 import json, sys, torch
 from transformers.utils import logging
-from saro.demo.demo_model import demo_model
+from saro.demo.fetch_model import demo_model
 state = lambda: [torch.get_rng_state().tolist(), str(torch.get_default_dtype()), logging.get_verbosity(),
                  logging.is_progress_bar_enabled(), torch.is_grad_enabled(), sys.stderr is sys.__stderr__]
 before = state()
