@@ -208,7 +208,9 @@ def _encode(
     seen: dict[str, str] = {}
     for record in progress_bar(records, "encoding", "records", shown=progress):
         if record.id in seen:
-            raise SaroError(f"{record.where}: id {shown(record.id)} is already used at {seen[record.id]}; give each record its own id")
+            raise SaroError(
+                f"{record.where}: id {shown(record.id)} is already used at {seen[record.id]}; give each record its own id"
+            )
         seen[record.id] = record.where
         sequences = encode(record)
         tokens = sum(len(node.tokens) for node in build_tree(sequences).nodes)

@@ -200,7 +200,10 @@ def test_the_id_of_a_dropped_record_cannot_be_used_again(records_file):
 
 def test_an_id_that_looks_like_text_is_not_printed(records_file):
     one, two = (records_file([record(SECRET)], name) for name in ("one.jsonl", "two.jsonl"))
-    assert refusal([one, two]) == f"{two}:1: id (15 characters of text) is already used at {one}:1; give each record its own id"
+    assert (
+        refusal([one, two])
+        == f"{two}:1: id (15 characters of text) is already used at {one}:1; give each record its own id"
+    )
 
 
 def test_records_without_ids_are_named_by_file_and_line(records_file):
