@@ -1,8 +1,8 @@
-"""Stage 1, RW: supervised fine-tuning on long-chain reasoning, from files to `final/`. Read it from top to bottom.
+"""Stage 1, RW: supervised fine-tuning on long chains of reasoning, from data files to `final/`.
 
     accelerate launch recipes/rw.py [--config FILE.yaml] [--group.option VALUE ...] [--resume | --overwrite]
 
-Without options it trains the demo model on the demo data.
+Without options it trains the demo model on the demo data. The file is meant to be read from top to bottom.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from saro.train.objective import RWObjective
 
 
 def main() -> int:
-    """Train. Returns the exit code: 0 when done, 128 + signal number when stopped with a checkpoint."""
+    """Run stage 1. Returns the exit code: 0 when done, 128 + signal number if a signal stopped it with a checkpoint."""
     config, flags = parse_recipe(RWConfig, "rw.py", __doc__)
     data_options, train_options = config.data, config.train
     pack_tokens = data_options.pack_tokens
@@ -74,23 +74,26 @@ def main() -> int:
     run.check_unchanged(runtime, manifest)
     check_masks(train, chat, islice(read_examples(train_files[0]), SAMPLED_PROMPTS), source.config.vocab_size)
 
-    # 3. Token ids -> steps of packs. A step is known from its number alone.
+    # 3. Token ids -> steps of packs. A step can be made from its number, without the steps before it.
     schedule = Schedule.of(train, data_options, train_options)
     steps = Steps(train, schedule, pack_tokens, runtime.share)
 
     # 4. The policy, checked against the unmodified model.
     policy = load_policy(source, model_options, runtime.device, train_options.seed)
     runtime.say(
-        f"{config.model.name}: {config.model.method}, {policy.summary()}; checking that packs equal its own forward"
+        f"{config.model.name}: {config.model.method}, {policy.summary()}; checking packs against the model's own forward"
     )
     check = check_packs(policy, train)
-    runtime.say(f"packed log-probs differ from its own by {check.logps:.1e}, rounding by {check.logps_floor:.1e}")
+    runtime.say(
+        f"packed log-probs differ from the model's own by {check.logps:.1e} nats; "
+        f"rounding changes them by {check.logps_floor:.1e}"
+    )
 
     # 5. From here on files are written.
     run.begin(runtime, manifest)
     runtime.start_trackers("saro-rw", run.config)
 
-    # 6. Held-out metrics and answers before training, the training, and the same after it.
+    # 6. Measure held-out metrics and answers, train, and measure again.
     def heldout_metrics(step: int) -> dict[str, float]:
         if heldout is None:
             return {}
@@ -120,7 +123,7 @@ def main() -> int:
         return end_stopped(runtime, outcome)
     after = measures.measure("after.json", outcome.step)
 
-    # 7. The model that other programs load, and the tables.
+    # 7. Write the model that other programs load, and show the tables.
     labels = label_prompts(sampled, show_texts=data_options.heldout == [DEMO])
     tables = before_after_tables(before, after, labels)
     return end_finished(runtime, run, policy, source, outcome, console, tables)

@@ -1,8 +1,9 @@
-"""Stage 2, SRPO: preference optimization of reasoning chains, from pairs to `final/`. Read it from top to bottom.
+"""Stage 2, SRPO: preference optimization of chains of reasoning, from files of pairs to `final/`.
 
     accelerate launch recipes/srpo.py [--config FILE.yaml] [--group.option VALUE ...] [--resume | --overwrite]
 
-Without options it continues with the demo model that recipes/rw.py has trained, on the demo pairs.
+Without options it continues with the demo model that recipes/rw.py has trained, on the demo pairs. The file is meant to
+be read from top to bottom.
 """
 
 from __future__ import annotations
@@ -36,14 +37,15 @@ from saro.train.start_check import check_start
 
 
 def main() -> int:
-    """Train. Returns the exit code: 0 when done, 128 + signal number when stopped with a checkpoint."""
+    """Run stage 2. Returns the exit code: 0 when done, 128 + signal number if a signal stopped it with a checkpoint."""
     config, flags = parse_recipe(SRPOConfig, "srpo.py", __doc__)
     data_options, preference, train_options = config.data, config.preference, config.train
     pack_tokens = data_options.pack_tokens
     runtime = Runtime.start(train_options.trackers, train_options.output)
     console = Console(stderr=True, quiet=not runtime.is_main)
 
-    # 1. The run's folder, and the models that training starts from and that it is compared with. Nothing is written yet.
+    # 1. The run's folder, the model that training starts from, and the reference model if it is another one. Nothing is
+    # written yet.
     run = RunFolder.open(
         config,
         train_options.output,
@@ -60,7 +62,7 @@ def main() -> int:
         reference_source = find_model(reference_options)
     chat = source.chat_format(data_options, run.template_date)
 
-    # 2. Pairs -> token ids. Both sides have one prompt, nothing is cut, and a wrong pair is an error.
+    # 2. Pairs -> token ids. Both sides have the same prompt, nothing is cut, and a wrong pair is an error.
     train_files = data_files(data_options.train, "srpo_train")
     heldout_files = data_files(data_options.heldout, "srpo_heldout")
     train = encode_pair_files(
@@ -84,31 +86,37 @@ def main() -> int:
         heldout = None if heldout is None else heldout.divergent()
     sets = [train] if heldout is None else [train, heldout]
 
-    # 3. Token ids -> steps of packs. A step is known from its number alone.
+    # 3. Token ids -> steps of packs. A step can be made from its number, without the steps before it.
     schedule = Schedule.of(train, data_options, train_options)
     steps = Steps(train, schedule, pack_tokens, runtime.share)
 
     # 4. The policy, checked against the unmodified model, and the reference log-probs: from the cache, or scored now.
     references = None
     if reference_source is not None:
-        # Loaded and freed before the policy is, so that two models need not fit into memory.
+        # Load, score and free this model before the policy is loaded, so that two models need not fit into memory.
         references = load_other_references(runtime, reference_source, reference_options, chat, sets, pack_tokens)
     policy = load_policy(source, model_options, runtime.device, train_options.seed)
-    runtime.say(f"{start}: {config.model.method}, {policy.summary()}; checking trees against its own forward")
+    runtime.say(f"{start}: {config.model.method}, {policy.summary()}; checking packs against the model's own forward")
     check = check_packs(policy, train)
-    runtime.say(f"packed log-probs differ from its own by {check.logps:.1e}, rounding by {check.logps_floor:.1e}")
+    runtime.say(
+        f"packed log-probs differ from the model's own by {check.logps:.1e} nats; "
+        f"rounding changes them by {check.logps_floor:.1e}"
+    )
     if references is None:
         references = load_references(runtime, policy, source, sets, pack_tokens)
     objective = SRPOObjective(train.kinds, references[0], preference)
     if reference_source is None:
-        zero = check_start(runtime, policy, objective, steps[0], train, pack_tokens)
-        runtime.say(f"loss {zero.loss:.4f} at the start; margins up to {zero.margin:.1e}, rounding {zero.allowed:.1e}")
+        at_start = check_start(runtime, policy, objective, steps[0], train, pack_tokens)
+        runtime.say(
+            f"loss {at_start.loss:.4f} at the start; "
+            f"margin nearest its limit: {at_start.margin:.1e} of {at_start.allowed:.1e} nats"
+        )
 
     # 5. From here on files are written.
     run.begin(runtime, manifest)
     runtime.start_trackers("saro-srpo", run.config)
 
-    # 6. Held-out metrics and answers before training, the training, and the same after it.
+    # 6. Measure held-out metrics and answers, train, and measure again.
     train_log = PairLog(runtime, train, "train", preference.warn_chosen_fell)
     if heldout is not None:
         heldout_objective = SRPOObjective(heldout.kinds, references[1], preference)
@@ -143,7 +151,7 @@ def main() -> int:
         return end_stopped(runtime, outcome)
     after = measures.measure("after.json", outcome.step)
 
-    # 7. The model that other programs load, and the tables.
+    # 7. Write the model that other programs load, and show the tables.
     labels = label_prompts(sampled, show_texts=data_options.heldout == [DEMO])
     tables = before_after_tables(before, after, labels)
     return end_finished(runtime, run, policy, source, outcome, console, tables)

@@ -10,7 +10,7 @@ def _import_bitsandbytes() -> None:
     """Import bitsandbytes without its download and without its log line about the package ``kernels``.
 
     If the PyPI package ``kernels`` is installed, importing bitsandbytes on a CPU fetches a binary from a hub; if not,
-    bitsandbytes logs a line. None in sys.modules makes `import kernels` fail at once, which bitsandbytes takes as absence.
+    bitsandbytes logs a line. With None in sys.modules, `import kernels` fails at once, and bitsandbytes does without it.
     """
     if "bitsandbytes" in sys.modules:
         return
@@ -27,5 +27,5 @@ def _import_bitsandbytes() -> None:
             sys.modules["kernels"] = kernels  # type: ignore[assignment]
 
 
-# Now, before anything imports transformers: transformers imports bitsandbytes.
+# Call it before anything imports transformers, which imports bitsandbytes.
 _import_bitsandbytes()

@@ -1,4 +1,4 @@
-"""The command `saro`: a table of tools, and one way from the command line to each of them."""
+"""The command `saro`: finds the tool that the command line names, and runs it with its options."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ class Command(NamedTuple):
     """A tool.
 
     Attributes:
-        module: has ``Options``, a dataclass, and ``run(options, console)``, which returns the exit code.
-        help: its line in `saro --help`.
+        module: name of a module with ``Options``, a dataclass, and ``run(options, console)``, which returns the exit
+            code.
+        help: the tool's line in `saro --help`.
     """
 
     module: str
@@ -39,10 +40,11 @@ def main() -> NoReturn:
 
 
 def _main() -> int:
+    """Run the tool that the command line names, and return its exit code."""
     name = sys.argv[1] if len(sys.argv) > 1 else ""
     if name not in COMMANDS:
         _show_commands()
-    # Import only the chosen tool: most import transformers, which `saro --help` need not wait for.
+    # Import only this tool: most tools import transformers, and `saro --help` should not wait for that.
     tool = import_module(COMMANDS[name].module)
     options = parse_tool(tool.Options, f"saro {name}", tool.run.__doc__, sys.argv[2:])
     quiet_libraries()
@@ -50,7 +52,7 @@ def _main() -> int:
 
 
 def _show_commands() -> NoReturn:
-    """Print the commands and exit if the first argument is --help, or else raise SaroError."""
+    """Print the commands and exit if --help was given. Raises SaroError for a missing or unknown command."""
     parser = Parser(prog="saro", description="Tools around the SaRO recipes, recipes/rw.py and recipes/srpo.py.")
     commands = parser.add_subcommands(required=True)
     for name, command in COMMANDS.items():

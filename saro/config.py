@@ -12,19 +12,20 @@ from saro.errors import SaroError, nearest
 
 # Stands for the demo model in model.name, and for the demo data in data.train and data.heldout.
 DEMO = "demo"
-# As preference.reference: the policy itself, as it is at step 0.
+# Value of preference.reference for the policy itself, as it is before the first step.
 START = "start"
 KINDS = ("general", "safety")
 PAIR_KINDS = ("op-cot", "pp-cot")
 
 
 def _check_numbers(
-    owner: object, group: str, names: tuple[str, ...], valid: Callable[[float], bool], must: str
+    owner: object, group: str, names: tuple[str, ...], valid: Callable[[float], bool], requirement: str
 ) -> None:
+    """Raise SaroError for the first of some options of a group that is not a valid number. ``None`` is valid."""
     for name in names:
         value = getattr(owner, name)
         if value is not None and not (math.isfinite(value) and valid(value)):
-            raise SaroError(f"{group}.{name} is {value}; it must be {must}")
+            raise SaroError(f"{group}.{name} is {value}; it must be {requirement}")
 
 
 def _check_at_least(owner: object, group: str, minimum: int, *names: str) -> None:
@@ -97,8 +98,8 @@ class DataConfig:
         pack_tokens: Maximum number of tokens in one forward pass; no sequence may be longer.
         too_long: error stops at a record of more than pack_tokens tokens, drop leaves it out; nothing is ever cut.
         weights: How often an epoch draws each record, by kind, such as {general: 1, safety: 2}; default 1.
-        group_by_prompt: Draw pairs with the same prompt next to each other. Those in one step then form one tree, whose
-            prompt is computed once; for SRPO.
+        group_by_prompt: For SRPO: draw pairs on the same prompt next to each other. Those in one step then form one
+            tree, whose prompt is computed once.
         think_tags: Opening and closing tag of the reasoning.
         chat_template: File with a Jinja chat template that replaces the model's own.
         template_date: Date that templates see as today, YYYY-MM-DD; default the day on which the run starts.
@@ -122,7 +123,7 @@ class DataConfig:
             if isinstance(getattr(self, name), str):
                 object.__setattr__(self, name, [getattr(self, name)])
         if not self.train:
-            raise SaroError("data.train names no file")
+            raise SaroError("data.train names no file; give one or more")
         for kind, weight in self.weights.items():
             if weight < 0:
                 raise SaroError(f"data.weights: {kind} is {weight}; it must be at least 0")
@@ -138,11 +139,11 @@ class TrainConfig:
         output: Folder of the run: config, metrics, checkpoints and the final model.
         epochs: Passes over the training records.
         max_steps: Stop after this many optimizer steps, even if epochs asks for more.
-        records_per_step: Records in one optimizer step, over all processes.
+        records_per_step: Records in one optimizer step, over all ranks.
         optimizer: adamw is torch's fused AdamW; adamw8bit and paged_adamw8bit are from bitsandbytes.
         lr: Peak learning rate.
         schedule: Shape of the learning rate after the warm-up.
-        warmup: Share of the steps over which the learning rate rises from 0.
+        warmup: Share of the steps over which the learning rate rises to lr.
         weight_decay: Weight decay of AdamW, on matrices only.
         betas: Betas of AdamW.
         max_grad_norm: Clip the gradient to this norm; 0 turns clipping off.
@@ -151,7 +152,7 @@ class TrainConfig:
         save_every: Steps between checkpoints; 0 saves only at the end.
         keep_checkpoints: Number of newest checkpoints to keep.
         log_every: Steps between log lines.
-        samples: Held-out prompts to answer before and after training, for the table at the end.
+        samples: Number of held-out prompts to answer before and after training, for the table at the end.
         sample_tokens: Maximum length of these answers, in tokens.
         trackers: Also report to these trackers, such as tensorboard or wandb.
     """

@@ -91,18 +91,21 @@ def atomic_folder(path: str | os.PathLike, *, replace: bool = False) -> Iterator
 
 
 def remove_temps(path: str | os.PathLike) -> None:
-    """Delete the temporary files and folders of the two functions above that killed processes left beside ``path``.
+    """Delete the temporary files and folders that killed processes left beside ``path``.
 
     Call this only if nobody can be writing ``path`` now, because the caller holds a lock or owns the folder.
     """
     path = Path(path)
     name = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{8}}\.tmp")
-    for item in list(path.parent.iterdir()) if path.parent.is_dir() else []:
-        if name.fullmatch(item.name):
-            if item.is_dir() and not item.is_symlink():
-                shutil.rmtree(item)
-            else:
-                item.unlink()
+    if not path.parent.is_dir():
+        return
+    for item in list(path.parent.iterdir()):
+        if not name.fullmatch(item.name):
+            continue
+        if item.is_dir() and not item.is_symlink():
+            shutil.rmtree(item)
+        else:
+            item.unlink()
 
 
 def follow_umask(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""The only reader of manifest.json: what a run was made from."""
+"""Reads manifest.json, which says what a run was made from."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-# Every manifest of a run has these; other programs write a manifest.json too.
+# Every run's manifest has these keys. Other programs write files of this name without them.
 _KEYS = frozenset({"saro", "config", "template_date"})
 
 
@@ -16,5 +16,5 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    is_runs = isinstance(manifest, dict) and manifest.keys() >= _KEYS
-    return manifest if is_runs else None
+    is_run = isinstance(manifest, dict) and manifest.keys() >= _KEYS
+    return manifest if is_run else None

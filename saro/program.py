@@ -21,12 +21,12 @@ from saro.errors import SaroError, nearest
 
 Config = TypeVar("Config")
 
-# Libraries that log lines about which a user can do nothing.
+# These libraries log lines that a user can do nothing about.
 _LIBRARIES = ("bitsandbytes", "transformers", "accelerate", "peft", "torch.distributed")
 
 
 class RunFlags(NamedTuple):
-    """What a recipe may do with a run that is in its output folder already."""
+    """The flags that say what a recipe does with a run that is already in its output folder."""
 
     resume: bool
     overwrite: bool
@@ -36,7 +36,7 @@ class Parser(ArgumentParser):
     """jsonargparse's parser; each mistake is one line that names the nearest valid option.
 
     Attributes:
-        group_options: first option of a group, by the group's name; suggested if someone types the group only.
+        group_options: name of a group -> its first option, which is suggested to someone who types only the group.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -60,6 +60,7 @@ class Parser(ArgumentParser):
         return [name for action in self._actions for name in action.option_strings]
 
     def _one_line(self, message: str) -> str:
+        """Return an error message of jsonargparse as one line of ours."""
         names = self._option_names()
         if match := re.match(r"unrecognized arguments: (\S+)", message):
             given = match[1].partition("=")[0]
@@ -85,11 +86,11 @@ class Parser(ArgumentParser):
         return re.sub(optional, r"Expected a \1. Got value: ", message)
 
     def _suggestion(self, given: str) -> str:
-        """Return the end of the error about an unknown option on the command line."""
+        """Return the end of the message about an unknown option: its right spelling, or near names. Empty for a value."""
         if not given.startswith("-"):
             return ""
-        # Hyphens for underscores and a missing group are certain if they match one option: --pack-tokens is
-        # --data.pack_tokens. So is the name of a shared group for its first option: --model is --model.name.
+        # If hyphens are underscores and a group is missing, only one option can be meant: --pack-tokens is
+        # --data.pack_tokens. The name of one of the recipes' groups stands for its first option: --model is --model.name.
         spelled = given.lstrip("-").replace("-", "_")
         names = self._option_names()
         exact = [name for name in names if name == f"--{spelled}" or name.endswith(f".{spelled}")]
@@ -112,7 +113,7 @@ def parse_recipe(
     parser = Parser(prog=prog, description=description.split("\n")[0])
     parser.add_argument("--config", action="config", help="YAML file with options; the command line overrides it.")
     parser.add_argument("--resume", action="store_true", help="Continue the run in the output folder, if there is one.")
-    parser.add_argument("--overwrite", action="store_true", help="Delete the run in the output folder and start again.")
+    parser.add_argument("--overwrite", action="store_true", help="Delete the run in the output folder and start over.")
     parser.add_class_arguments(config)
     parsed = parser.parse(_files_first(sys.argv[1:] if args is None else args))
     _check_parsed(config, parsed)
@@ -124,7 +125,7 @@ def parse_recipe(
 def _check_parsed(config: type, parsed: Namespace) -> None:
     """Raise SaroError for values that jsonargparse accepts from a file but should not.
 
-    They are any value of a flag or a group, and null for any option.
+    It accepts any value for a flag or a group, and null for any option.
     """
     for flag in ("resume", "overwrite"):
         if not isinstance(parsed[flag], bool):
@@ -152,15 +153,15 @@ def _files_first(args: Sequence[str]) -> list[str]:
 
 
 def shown(*names: str) -> dict[str, Any]:
-    """Return the metadata of a field that is a group of the recipes' options: the tool shows these options of it.
+    """Return the metadata of a field that holds a group of the recipes' options, of which the tool has only ``names``.
 
-    The others keep their defaults.
+    The other options keep their defaults.
     """
     return {"shown": names}
 
 
 def positional(choices: Collection[str] = ()) -> dict[str, Any]:
-    """Return the metadata of a field that is given by its place on the command line."""
+    """Return the metadata of a field that is a positional argument: one of ``choices``, or any value if there are none."""
     return {"positional": True, "choices": sorted(choices)}
 
 
@@ -194,6 +195,7 @@ def _read_docs(config: type) -> dict[str, str]:
 
 
 def _add_option(parser: Parser, field: Field, hint: Any, doc: str) -> None:
+    """Add one field of a tool's options to its command line."""
     if field.metadata.get("positional"):
         # jsonargparse does not take choices=None.
         choices = {"choices": field.metadata["choices"]} if field.metadata["choices"] else {}
@@ -220,7 +222,7 @@ def _add_group(parser: Parser, field: Field, config: type, doc: str) -> None:
     for name in names_shown:
         option = f"--{field.name}.{name}"
         group.add_argument(option, type=hints[name], default=getattr(defaults, name), help=docs[name])
-    # A tool's own group has no old spelling: `saro compare --model` most likely means --models.
+    # Only for the recipes' groups: for a group of the tool's own, `saro compare --model` most likely means --models.
     if "shown" in field.metadata and names[0] in names_shown:
         parser.group_options[field.name] = f"{field.name}.{names[0]}"
 
@@ -235,7 +237,7 @@ def _make_group(name: str, config: type, values: Namespace) -> Any:
 
 
 def as_list(value: list[str] | str) -> list[str]:
-    """Return a list of names, of which the command line may give only one."""
+    """Return names as a list; the command line may give one name as a string."""
     return [value] if isinstance(value, str) else value
 
 
@@ -279,11 +281,11 @@ def progress_bar(
     """Return a progress bar over ``items``, which appears after two seconds and only on a terminal.
 
     Args:
-        items: the items to iterate over; None for a bar that its user updates.
+        items: the items to iterate over; None for a bar that the caller updates.
         unit: plural noun, such as "packs".
         shown: False hides the bar, as on all ranks but the first.
         total: number of items; default len(items).
     """
-    # tqdm takes None as: only if stderr is a terminal.
+    # With disable=None, tqdm shows the bar only if stderr is a terminal.
     disable = None if shown else True
     return tqdm(items, desc=description, unit=f" {unit}", total=total, delay=2, leave=False, disable=disable)

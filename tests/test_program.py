@@ -219,7 +219,7 @@ def test_a_value_of_the_wrong_type_is_refused_with_the_option_and_its_type(yaml_
         ("model.lora_dropout", "1", "model.lora_dropout is 1.0; it must be at least 0 and below 1"),
         ("model.lora_rank", "0", "model.lora_rank is 0; it must be at least 1"),
         ("data.pack_tokens", "1", "data.pack_tokens is 1; it must be at least 2"),
-        ("data.train", "[]", "data.train names no file"),
+        ("data.train", "[]", "data.train names no file; give one or more"),
         ("data.weights", "{safty: 2}", "data.weights: unknown kind 'safty'; did you mean safety?"),
         ("data.weights", "{safety: -1}", "data.weights: safety is -1.0; it must be at least 0"),
         ("data.think_tags", "[<a>, <a>]", "data.think_tags must be two different tags"),

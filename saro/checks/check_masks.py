@@ -1,4 +1,4 @@
-"""The check of every scored mask, before the model loads."""
+"""Checks every scored mask before the model is loaded."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from saro.data.dataset import ExampleSet, PairSet
 from saro.data.records import Example, Pair
 from saro.errors import SaroError
 
-# The prompts of this many records are compared with those at inference: rendering them takes time.
+# Compare the prompts of only this many records with those at inference, because rendering takes time.
 SAMPLED_PROMPTS = 64
 
 
@@ -21,7 +21,7 @@ def check_masks(
     """Check encoded records: every sequence scores something and ends with its only stop token.
 
     Args:
-        records: for these records the prompt is also compared with the one that ``apply_chat_template`` gives at inference.
+        records: records whose prompts are also compared with those that ``apply_chat_template`` gives at inference.
         vocabulary: number of tokens that the model embeds; all token ids must lie below it.
 
     Raises:
@@ -37,12 +37,12 @@ def check_masks(
             f"the tokenizer gives id {data.tokens.max()} and the model embeds {vocabulary} tokens; they do not belong together"
         )
     stops = np.fromiter(chat.stop_ids, np.int32)
-    for i, record in enumerate(data.ids):
+    for i, record_id in enumerate(data.ids):
         sequence = data.sequence(i)
         is_stop = np.isin(sequence.tokens[sequence.scored_from :], stops)
         if not is_stop[-1] or is_stop[:-1].any():
-            raise SaroError(f"record {record}: the scored tokens do not end with their only stop token")
-    position = {record: i for i, record in enumerate(data.ids)}
+            raise SaroError(f"record {record_id}: the scored tokens do not end with their only stop token")
+    position = {record_id: i for i, record_id in enumerate(data.ids)}
     for record in records:
         if isinstance(record.prompt, str) or record.id not in position:
             continue

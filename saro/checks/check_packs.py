@@ -22,8 +22,8 @@ from saro.model.liger import uses_liger
 from saro.model.policy import Policy
 from saro.model.unmodified import unmodified
 
-# Compare at most this many rows of the shortest and of the longest sequence. A native run holds whole logits: for a
-# thousand rows of the largest vocabularies they take 8 GiB.
+# Compare at most this many rows of the shortest and of the longest sequence. A native run holds the logits of all
+# compared rows: for a thousand rows of the largest vocabularies they take 8 GiB.
 _ROWS = 64
 # Scale of the entries of lora_B in the check. A layer's output then changes by a few per cent, far more than rounding.
 _LORA_B_SCALE = 0.005
@@ -38,11 +38,12 @@ class PackCheck:
 
     Attributes:
         logps: difference of packed log-probs, nats per row.
-        logps_floor: the same of unmodified runs: of a padded batch, or with perturbed layers if that differs by more.
+        logps_floor: difference of an unmodified run's log-probs: that of a padded batch or that of perturbed layers,
+            whichever is larger.
         gradients: difference of the packed run's gradients at the input embeddings.
-        gradients_floor: the same of unmodified runs.
-        control: difference of packed log-probs without isolation, in the rows that another tree can reach. It must be
-            large.
+        gradients_floor: difference of an unmodified run's gradients, as in ``logps_floor``.
+        control: difference of packed log-probs without isolation, nats per row, in the rows that another tree can
+            reach. It must be large.
     """
 
     logps: float
@@ -55,13 +56,13 @@ class PackCheck:
 def check_packs(policy: Policy, data: ExampleSet | PairSet) -> PackCheck:
     """Check that packed log-probs and gradients are those of the unmodified model on one sequence at a time.
 
-    Pairs are checked as whole trees: the shared part is read once and gets the gradients of both sides. Rows of long
-    sequences are sampled. Gradients are compared at the input embeddings: those of every layer pass through them, and no
-    parameter's gradient is allocated.
+    Pairs are checked as trees: the shared part is read once and gets the gradients of both sides. Rows of long sequences
+    are sampled. Gradients are compared at the input embeddings: those of every layer arrive there, and no parameter's
+    gradient is allocated.
 
     Raises:
-        SaroError: they differ by more than ``NOISE_FACTOR`` times what two unmodified runs differ by, or the check would
-            not notice a leak between sequences.
+        SaroError: they differ by more than ``NOISE_FACTOR`` times the difference of two unmodified runs, or the check
+            would not notice a leak between sequences.
     """
     window = sliding_window(policy.causal_lm.config)
     trees = _choose_trees(data, window)
@@ -71,8 +72,8 @@ def check_packs(policy: Policy, data: ExampleSet | PairSet) -> PackCheck:
     try:
         with policy.evaluating(), nonzero_adapter(policy), _checkpointing(policy):
             with unmodified(policy):
-                # The truth is taken in float64 from the logits on. The noise is that of a plain padded batch, whose
-                # float32 log-softmax over a large vocabulary errs more than everything else.
+                # The true runs use float64 from the logits on. The padded run keeps float32, whose log-softmax over a
+                # large vocabulary errs more than everything else: it belongs to the noise.
                 true_runs = [_run_natively(policy, [s], rows, torch.float64) for s in sequences]
                 padded_dtype = torch.promote_types(policy.causal_lm.dtype, torch.float32)
                 padded_run = _run_natively(policy, sequences, rows, padded_dtype)
@@ -96,7 +97,7 @@ def check_packs(policy: Policy, data: ExampleSet | PairSet) -> PackCheck:
         gradients_floor=max(_mean_difference(padded[1], truth[1]), _mean_difference(rounded[1], truth[1])),
         control=_mean_difference(leaky_logps[reached], truth[0][reached]),
     )
-    _raise_if_different(policy, "logps", result.logps, result.logps_floor)
+    _raise_if_different(policy, "log-probs", result.logps, result.logps_floor)
     _raise_if_different(policy, "gradients", result.gradients, result.gradients_floor)
     if not result.control > NOISE_FACTOR * result.logps_floor:
         raise SaroError(
@@ -107,7 +108,8 @@ def check_packs(policy: Policy, data: ExampleSet | PairSet) -> PackCheck:
 
 
 def _raise_if_different(policy: Policy, quantity: str, difference: float, floor: float) -> None:
-    # Not "difference > ...": NaN must fail.
+    """Raise SaroError if packed runs differ from the model's own by more than the noise explains."""
+    # Not "difference > ...", because NaN must fail too.
     if not difference <= NOISE_FACTOR * floor:
         raise SaroError(
             f"packed {quantity} differ from the model's own by {difference:.3g} on average, and two runs of its own by "
@@ -119,7 +121,7 @@ def _raise_if_different(policy: Policy, quantity: str, difference: float, floor:
 
 
 def _map_to_pack(runs: Sequence[_Run], trees: Sequence[SequenceTree], packed: _Run) -> _Run:
-    """Join native runs of all sequences into the layout of the pack.
+    """Join the native runs of all sequences in the layout of the pack.
 
     A token that several sequences share gets the sum of their gradients.
     """
@@ -131,7 +133,7 @@ def _map_to_pack(runs: Sequence[_Run], trees: Sequence[SequenceTree], packed: _R
 
 
 def _reached_by_leak(compared: torch.Tensor, trees: Sequence[SequenceTree], window: int | None) -> torch.Tensor:
-    """Return which of the compared entries a leak reaches: those of the second tree whose window holds some of the first."""
+    """Return (R,) bool, True for the compared entries of the second tree whose window reaches into the first."""
     leak_begins = sum(len(sequence.row_kinds) for sequence in trees[0].sequences)
     reached = compared >= leak_begins
     return reached if window is None else reached & (compared < leak_begins + window)
@@ -139,7 +141,7 @@ def _reached_by_leak(compared: torch.Tensor, trees: Sequence[SequenceTree], wind
 
 @contextmanager
 def nonzero_adapter(policy: Policy) -> Iterator[None]:
-    """Give a new adapter small non-zero weights: errors in it would not show at zero."""
+    """Give a new adapter small non-zero weights: at zero, its errors would not show. Restores the zeros at the end."""
     zero_parameters = [p for name, p in policy.trainable().items() if "lora_B" in name and not p.any()]
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -156,14 +158,14 @@ def nonzero_adapter(policy: Policy) -> Iterator[None]:
 def choose_sequences(data: ExampleSet, window: int | None) -> list[ScoredSequence]:
     """Choose two sequences of different lengths: the shortest, and one well beyond the model's window if it has one.
 
-    Each carries the number of its record. All their tokens but the first are scored, so that the check can compare any row
-    that another sequence could reach.
+    Each carries the index of its record. All of its tokens but the first are scored, so that the check can compare any
+    row that another sequence could reach.
     """
     by_length = np.argsort(data.lengths, kind="stable")
     lengths = data.lengths[by_length]
     longer = int(np.searchsorted(lengths, lengths[0], side="right"))
-    # Half as long again as the window, so that many rows have lost many keys. With W + 1 tokens, of which W are read, no
-    # row has lost a key.
+    # At least 1.5 times the window, so that many rows have lost many keys. In a sequence of W + 1 tokens, of which W are
+    # read, no row has lost a key to a window of W.
     beyond = min(int(np.searchsorted(lengths, max(1.5 * (window or 0), lengths[0]), side="right")), len(data) - 1)
     shortest = int(by_length[0])
     first = data.sequence(shortest).tokens
@@ -175,11 +177,12 @@ def choose_sequences(data: ExampleSet, window: int | None) -> list[ScoredSequenc
 
 
 def _all_scored(tokens: np.ndarray, record: int) -> ScoredSequence:
+    """Return a sequence in which all tokens but the first are scored."""
     return ScoredSequence(tokens, 1, np.zeros(len(tokens) - 1, np.uint8), record)
 
 
 def _choose_trees(data: ExampleSet | PairSet, window: int | None) -> list[SequenceTree]:
-    """Return the sequences of ``choose_sequences`` in the trees of training: a chosen one shares a tree with its rejected."""
+    """Return the sequences of ``choose_sequences`` as trees. Both sides of a pair share a tree, as in training."""
     if isinstance(data, ExampleSet):
         return [build_tree([s]) for s in choose_sequences(data, window)]
     chosen = choose_sequences(data.chosen, window)
@@ -187,9 +190,9 @@ def _choose_trees(data: ExampleSet | PairSet, window: int | None) -> list[Sequen
 
 
 def _choose_rows(trees: Sequence[SequenceTree]) -> torch.Tensor:
-    """Return ascending positions (K,). The log-prob of the next token is compared there in every sequence that has them.
+    """Return ascending positions (K,), at which the log-prob of the next token is compared in every long enough sequence.
 
-    They include both sides of every fork and the ends of each sequence; the others are spread evenly.
+    They include both sides of every fork and the end of each sequence; the others are spread evenly.
     """
     lengths = [len(s.tokens) - 1 for tree in trees for s in tree.sequences]
     starts = [node.start for tree in trees for node in tree.nodes]
@@ -219,9 +222,9 @@ def _run_natively(
         ids[i, :n] = torch.from_numpy(s.tokens[:-1].astype(np.int64))
         mask[i, :n] = 1
     rows = rows[rows < longest]
-    # A batch of one needs no mask, and transformers has a fast path without.
+    # A batch of one needs no mask, and without one transformers takes a fast path.
     arguments = {} if len(sequences) == 1 else {"attention_mask": mask.to(lm.device)}
-    # A model with code of its own may lack this option, or take only a number.
+    # A model with code of its own may not have logits_to_keep, or may take only a number of last positions.
     is_transformers = type(lm).__module__.startswith("transformers.models.")
     can_choose = is_transformers and "logits_to_keep" in signature(lm.forward).parameters
     if can_choose:
@@ -232,16 +235,16 @@ def _run_natively(
             logits = logits[:, rows.to(lm.device)]
     logps = []
     for i, s in enumerate(sequences):
-        here = rows[rows < len(s.tokens) - 1]
-        targets = torch.from_numpy(s.tokens.astype(np.int64))[here + 1].to(lm.device)
-        logps.append(logits[i, : len(here)].to(softmax).log_softmax(-1).gather(1, targets[:, None])[:, 0])
+        own_rows = rows[rows < len(s.tokens) - 1]
+        targets = torch.from_numpy(s.tokens.astype(np.int64))[own_rows + 1].to(lm.device)
+        logps.append(logits[i, : len(own_rows)].to(softmax).log_softmax(-1).gather(1, targets[:, None])[:, 0])
     result = torch.cat(logps)
     (gradient,) = torch.autograd.grad(result.sum(), captured)
     return result.detach(), torch.cat([gradient[i, : len(s.tokens) - 1] for i, s in enumerate(sequences)])
 
 
 def _run_packed(policy: Policy, pack: Pack, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Run the policy; returns the log-probs (R,) of these rows of the pack, and gradients (T, D) at its embeddings."""
+    """Run the policy on a pack. Returns log-probs (R,) of ``rows``, and gradients (T, D) at the embeddings."""
     with _captured_embeddings(policy) as captured:
         logps = policy(pack)[rows]
     (gradient,) = torch.autograd.grad(logps.sum(), captured)
@@ -252,14 +255,14 @@ def _run_packed(policy: Policy, pack: Pack, rows: torch.Tensor) -> tuple[torch.T
 def _checkpointing(policy: Policy) -> Iterator[None]:
     """Keep gradient checkpointing on although the policy is in eval mode, so that what fits in training fits here.
 
-    Checkpointing stays off if the model has dropout, which a layer in training mode applies.
+    Checkpointing stays off if the model has dropout, because a layer in training mode would apply it.
     """
     lm = policy.causal_lm
     layers = []
     if not any(dropout_options(lm.config).values()):
         layers = [m for m in lm.modules() if isinstance(m, GradientCheckpointingLayer) and m.gradient_checkpointing]
     for layer in layers:
-        # Only the layer itself: train() would also switch the modules in it.
+        # Set only the layer itself: train() would also switch the modules inside it.
         layer.training = True
     try:
         yield
@@ -270,7 +273,7 @@ def _checkpointing(policy: Policy) -> Iterator[None]:
 
 @contextmanager
 def _captured_embeddings(policy: Policy) -> Iterator[list[torch.Tensor]]:
-    """Make the output of the input embeddings a leaf of the graph, and append it to the list."""
+    """Make the output (1, T, D) of the input embeddings a leaf of the graph, and append it to the yielded list."""
     captured: list[torch.Tensor] = []
 
     def make_leaf(_: nn.Module, __: object, output: torch.Tensor) -> torch.Tensor:
@@ -285,14 +288,14 @@ def _captured_embeddings(policy: Policy) -> Iterator[list[torch.Tensor]]:
 
 
 def _choose_entries(sequences: Sequence[ScoredSequence], rows: torch.Tensor) -> torch.Tensor:
-    """Return the entries (R,) of ``rows`` among all entries of the sequences, which are scored from their second token on."""
+    """Return the indices (R,) of the rows' entries among all entries of sequences that are scored from their second token."""
     lengths = [len(s.row_kinds) for s in sequences]
     starts = np.cumsum([0, *lengths[:-1]]).tolist()
     return torch.cat([start + rows[rows < n] for start, n in zip(starts, lengths, strict=True)])
 
 
 def _read_positions(trees: Sequence[SequenceTree]) -> torch.Tensor:
-    """Return where in the pack of ``trees`` the tokens of each sequence, except its last, are: sequence after sequence."""
+    """Return the positions (T,) of all sequences' tokens in the pack of ``trees``, without the last token of each."""
     positions, start = [], 0
     for tree in trees:
         ends = start + np.cumsum([node.fed_tokens for node in tree.nodes])

@@ -1,4 +1,4 @@
-"""How far an export is from the model that was trained."""
+"""Measures how far an export is from the model that was trained."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class Deviation:
     Attributes:
         shift: mean of |log-prob of the export - log-prob as trained|.
         change: mean of |log-prob as trained - log-prob of the base model|, which is what training did.
-        noise: what another layout, or a rounding to the run's compute dtype, changes in the log-probs as trained; 0 if
-            the export is scored exactly as the trained model was.
+        noise: mean change of the log-probs as trained by another layout, or by rounding to the run's compute dtype; 0
+            if the export is scored exactly as the trained model was.
         tokens: number of scored tokens.
         records: number of records that they come from.
     """
@@ -37,20 +37,21 @@ class Deviation:
     def of(
         cls, exported: torch.Tensor, trained: torch.Tensor, base: torch.Tensor, noise: float, records: int
     ) -> Deviation:
-        """Compare the log-probs of the same tokens, (R,) each."""
+        """Compare the log-probs of the same scored tokens, (E,) each, nats."""
         shift = (exported - trained).abs().mean().item()
         change = (trained - base).abs().mean().item()
         return cls(shift=shift, change=change, noise=noise, tokens=len(exported), records=records)
 
     @property
     def is_allowed(self) -> bool:
+        """True if the shift is within a share of the change, and what noise explains."""
         return self.shift <= EXPORT_SHARE * self.change + EXPORT_FACTOR * self.noise
 
     def __str__(self) -> str:
         share = f"{self.shift / self.change:.2%}" if self.change else "more than all"
         return (
             f"{self.shift:.2g} nats per token from the trained model, {share} of the {self.change:.2g} that training "
-            f"changed; rounding alone makes {self.noise:.2g} ({self.tokens:,} tokens of {self.records} records)"
+            f"changed; rounding explains {self.noise:.2g} ({self.tokens:,} tokens of {self.records} records)"
         )
 
 
@@ -66,7 +67,7 @@ def choose_records(files: Sequence[str], chat: ChatFormat, pack_tokens: int, num
     for file in files:
         records += read_pairs(file) if holds_pairs(file) else read_examples(file)
     evenly = [i * len(records) // number for i in range(number)]
-    # The others follow, in case some of these are too long.
+    # The other records follow, in case some of these are too long.
     order = dict.fromkeys([*evenly, *range(len(records))])
     trees: list[SequenceTree] = []
     sequences = 0

@@ -1,4 +1,4 @@
-"""What rounding alone changes, and by how much more two runs may differ: THE tolerances of all checks."""
+"""Measures how much rounding changes, and defines the tolerances of all checks."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from saro.model.policy import Policy
 from saro.model.score import score_packs
 
 # Two runs of the same numbers, such as packed and unpacked, or cached and scored again, may differ by this many times
-# the noise: by what another layout or another rounding changes. Noise is measured on a few sequences, so it is itself
-# uncertain; three times leaves room for that, and a wrong mask or position is off by a hundred times.
+# the noise, which is the change that another layout or another rounding makes. The noise is measured on a few sequences
+# and so is uncertain. A factor of three leaves room for that; a wrong mask or position is off by a factor of a hundred.
 NOISE_FACTOR = 3.0
 # A kernel's error against float64 may be this many times the plain path's error. Both errors are measured on the same
 # numbers, so less room is needed.
 KERNEL_FACTOR = 2.0
-# An export may be off by this many times the noise, besides the share below. Noise adds to what is missing in quadrature,
-# so that an export that lost everything is noticed from 1.3 times the noise on.
+# An export may be off by this many times the noise, plus the share below. The noise and a lost update add in quadrature,
+# so an export that lost the update is noticed if training changed log-probs by at least 1.3 times the noise.
 EXPORT_FACTOR = 1.5
 # An export may move log-probs by this share of what training moved them by.
 EXPORT_SHARE = 0.1
@@ -31,7 +31,7 @@ EXPORT_SHARE = 0.1
 
 @dataclass(frozen=True)
 class Noise:
-    """How much log-probs change with the layout alone, nats per token: on average, and at most."""
+    """The change of log-probs with the layout, in nats per token: its mean and its maximum."""
 
     mean: float
     most: float
@@ -40,8 +40,8 @@ class Noise:
 def layout_noise(policy: Policy, trees: Sequence[SequenceTree], pack_tokens: int) -> tuple[np.ndarray, Noise]:
     """Score trees in one pack, and again one sequence at a time.
 
-    Only the first trees that fit into a pack together are scored, at least one. The noise is never less than a rounding
-    of the log-probs to the compute dtype.
+    Only the first trees that fit into a pack together are scored, at least one. The noise is never less than one
+    rounding of the log-probs to the compute dtype.
 
     Returns:
         Log-probs (E,) of the entries of the pack, and how much they differ from those of single sequences.
@@ -66,18 +66,18 @@ def fitting_trees(trees: Sequence[SequenceTree], pack_tokens: int) -> Sequence[S
 
 @contextmanager
 def perturbed(policy: Policy) -> Iterator[None]:
-    """Perturb every entry of every layer's output by up to half an ulp, and with it the gradients.
+    """Perturb every element of every layer's output by up to half an ulp, and with it the gradients.
 
     A padded batch can agree with single sequences to the bit, if one kernel computes both. Another kernel, just as near
-    to the truth, rounds otherwise. This shows how much the layers above amplify such a rounding.
+    to the truth, rounds differently. The perturbation shows how much the later layers amplify such a rounding.
     """
     eps = torch.finfo(policy.compute_dtype).eps
 
-    def perturb(layer: int, output: torch.Tensor | tuple) -> torch.Tensor | tuple:
+    def perturb(seed: int, output: torch.Tensor | tuple) -> torch.Tensor | tuple:
         if isinstance(output, tuple):
-            return perturb(layer, output[0]), *output[1:]
-        # Its own generator, so that the check finds the same twice and does not advance torch's.
-        generator = torch.Generator().manual_seed(layer)
+            return perturb(seed, output[0]), *output[1:]
+        # A generator of its own, so that the check can be repeated and does not advance torch's generator.
+        generator = torch.Generator().manual_seed(seed)
         offset = torch.rand(output.shape, generator=generator).sub_(0.5).mul_(eps)
         return (output * (1 + offset.to(output.device))).to(output.dtype)
 
@@ -93,6 +93,7 @@ def perturbed(policy: Policy) -> Iterator[None]:
 
 
 def _decoder_layers(policy: Policy) -> list[nn.Module]:
+    """Return the decoder's layers: the members of every module list that is as long as the decoder is deep."""
     num_layers = policy.causal_lm.config.num_hidden_layers
     lists = [m for m in policy.causal_lm.modules() if isinstance(m, nn.ModuleList) and len(m) == num_layers]
     return [layer for layers in lists for layer in layers]

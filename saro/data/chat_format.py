@@ -53,7 +53,7 @@ class ChatFormat:
         return self._apply_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
 
     def inference_prompt_ids(self, messages: Sequence[Message]) -> list[int]:
-        """Return the prompt's ids as transformers makes them for generation. The encoding is checked against them."""
+        """Return the prompt's ids as transformers makes them for generation. ``check_masks`` compares them with ours."""
         return self._apply_template(messages, tokenize=True, add_generation_prompt=True, return_dict=False)
 
     def _apply_template(self, messages: Sequence[Message], **options: Any) -> Any:
@@ -70,12 +70,12 @@ class ChatFormat:
                 **variables,
             )
         except TemplateError as error:
-            # A syntax error gives its place on a second line; an error is one line here.
+            # jinja2 gives the place of a syntax error on a second line, and our errors have one line.
             message = " ".join(str(error).split())
             raise SaroError(f"the model's chat template refuses this conversation: {message}") from error
 
     def prompt_ids(self, prompt: Sequence[Message] | str) -> list[int]:
-        """Return the ids that the model reads before it answers, with at most one BOS. A string skips the template."""
+        """Return the ids that the model reads before it answers. A string prompt does not go through the template."""
         if isinstance(prompt, str):
             return self._raw_prompt_ids(prompt)
         return self._token_ids(self.render_prompt(prompt))
@@ -109,12 +109,12 @@ class ChatFormat:
     def encode(self, example: Example, record: int = 0) -> ScoredSequence:
         """Encode one example. The tokens of the completion are scored, including the stop token.
 
-        Raises SaroError with the example's file and line if its tokens cannot be right.
+        Raises SaroError with the example's file and line if it cannot be encoded correctly.
         """
         return self._encode(example.prompt, example.response, example.where, record)
 
     def encode_pair(self, pair: Pair, record: int = 0) -> tuple[ScoredSequence, ScoredSequence]:
-        """Encode a pair as two sequences, chosen and rejected, with the same prompt ids. Raises like ``encode``."""
+        """Encode a pair as two sequences, chosen and rejected, with the same prompt ids. Raises what ``encode`` raises."""
         chosen = self._encode(pair.prompt, pair.chosen, pair.where, record)
         rejected = self._encode(pair.prompt, pair.rejected, pair.where, record)
         if np.array_equal(chosen.tokens, rejected.tokens):
@@ -164,8 +164,8 @@ class ChatFormat:
     def _dated_template(self) -> str:
         """Return the chat template, in which ``strftime_now`` gives ``template_date`` instead of the current time.
 
-        transformers takes plain data as template variables, but no functions. So a macro of the same name shadows its
-        ``strftime_now`` and replaces each directive with its value on that day.
+        transformers takes plain data as template variables, but no functions. So a macro of the same name shadows
+        transformers' ``strftime_now``, and replaces each directive in the format with its value on that day.
         """
         template = self.tokenizer.chat_template
         if isinstance(template, dict):
@@ -204,12 +204,14 @@ class ChatFormat:
 
     @cached_property
     def _raw_turn_end(self) -> str:
+        """Return the end token that follows a response if there is no chat template."""
         eos = self.tokenizer.eos_token_id
         token = eos if eos in self.stop_ids else min(self.stop_ids)
         return self.tokenizer.convert_ids_to_tokens(token)
 
     @cached_property
     def _control_ids(self) -> frozenset[int]:
+        """Return the ids of the control tokens, which no response may contain as text."""
         tags = {self.tokenizer.convert_tokens_to_ids(tag) for tag in self.think_tags}
         unknown = {self.tokenizer.unk_token_id}
         named = frozenset(self.tokenizer.all_special_ids)
@@ -220,6 +222,7 @@ class ChatFormat:
         return (named | special) - tags - unknown | self.stop_ids
 
     def _raw_prompt_ids(self, text: str) -> list[int]:
+        """Return the ids of a string prompt, after the special tokens with which the tokenizer begins every text."""
         with_special = self.tokenizer(text).input_ids
         plain = self._token_ids(text)
         # Keep the tokens that the tokenizer puts before the text, and drop those after it: some tokenizers append an

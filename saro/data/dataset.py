@@ -1,4 +1,4 @@
-"""JSONL files -> token ids in memory, compact: a few flat arrays, whatever the number of records."""
+"""JSONL files -> token ids in memory, in a few flat arrays for any number of records."""
 
 from __future__ import annotations
 
@@ -23,10 +23,11 @@ class ExampleSet:
     """n encoded examples.
 
     Attributes:
-        tokens: int32, all sequences one after the other.
+        tokens: (T,) int32, all sequences one after the other.
         offsets: (n + 1,) int64, sequence i is ``tokens[offsets[i]:offsets[i + 1]]``.
-        prompt_tokens: (n,) int32.
-        think_tokens: (n,) int32, scored tokens of the reasoning, including its tags.
+        prompt_tokens: (n,) int32, number of tokens before the first scored one. These are the prompt; in a set made by
+            ``PairSet.divergent``, they include the shared part of the responses.
+        think_tokens: (n,) int32, number of scored tokens of the reasoning, including its tags.
         kinds: (n,) uint8, index into ``KINDS``.
         ids: the records' ids.
         dropped: ids of the records that were left out because they are too long.
@@ -65,7 +66,8 @@ class ExampleSet:
     def trees(self, records: Iterable[int], budget: int) -> list[SequenceTree]:
         """Return one tree for each of the records, in their order.
 
-        Examples share nothing, so the ``budget`` of ``PairSet.trees`` changes nothing here.
+        ``budget`` has no effect, because examples share nothing; it is here so that ``PairSet.trees`` has the same
+        arguments.
         """
         return [build_tree([self.sequence(record)]) for record in records]
 
@@ -88,11 +90,12 @@ class PairSet:
 
     @property
     def ids(self) -> tuple[str, ...]:
+        """The pairs' ids."""
         return self.chosen.ids
 
     @property
     def kinds(self) -> np.ndarray:
-        """(n,) uint8."""
+        """(n,) uint8, index into ``PAIR_KINDS``."""
         return self.chosen.kinds
 
     @property
@@ -110,7 +113,7 @@ class PairSet:
 
     @cached_property
     def shared_tokens(self) -> np.ndarray:
-        """(n,) int32, number of tokens that both sides begin with, including the prompt."""
+        """(n,) int32, number of tokens with which both sides of a pair begin, including the prompt."""
         return np.array([common_prefix([s.tokens for s in self.sequences(i)]) for i in range(len(self))], np.int32)
 
     def sequences(self, record: int) -> tuple[ScoredSequence, ScoredSequence]:
@@ -120,7 +123,7 @@ class PairSet:
     def trees(self, records: Iterable[int], budget: int) -> list[SequenceTree]:
         """Return some of the pairs as trees of at most ``budget`` tokens. Pairs on one prompt share a tree.
 
-        If they do not fit into one tree, they are divided between two or more, each of which begins with the prompt.
+        Pairs that do not fit into one tree are divided between two or more, each of which begins with the prompt.
         """
         by_prompt: dict[int, list[int]] = {}
         for record in records:
@@ -167,8 +170,8 @@ def encode_files(
         SaroError: names file and line of the first record that is wrong.
     """
     examples = (example for path in paths for example in read_examples(path))
-    (columns,) = _encode(examples, lambda e: (chat.encode(e),), KINDS, max_tokens, too_long, progress)
-    return columns
+    (encoded,) = _encode(examples, lambda e: (chat.encode(e),), KINDS, max_tokens, too_long, progress)
+    return encoded
 
 
 def encode_pair_files(
@@ -176,7 +179,7 @@ def encode_pair_files(
 ) -> PairSet:
     """Read and encode JSONL files of pairs, as ``encode_files`` does examples.
 
-    A pair whose tree is longer than ``max_tokens`` is too long, as a whole: its sides are never separated.
+    A pair is as long as its tree. If that is longer than ``max_tokens``, both sides are dropped, never only one.
     """
     pairs = (pair for path in paths for pair in read_pairs(path))
     chosen, rejected = _encode(pairs, chat.encode_pair, PAIR_KINDS, max_tokens, too_long, progress)
@@ -197,7 +200,7 @@ def _encode(
     too_long: str,
     progress: bool,
 ) -> list[ExampleSet]:
-    """Encode the records; returns one set for each sequence that a record has."""
+    """Encode the records. Returns a set of their first sequences, then one of their second sequences if they have two."""
     sides: list[_Columns] = []
     kinds = array("B")
     ids: list[str] = []
@@ -205,7 +208,9 @@ def _encode(
     seen: dict[str, str] = {}
     for record in progress_bar(records, "encoding", "records", shown=progress):
         if record.id in seen:
-            raise SaroError(f"{record.where}: id {shown(record.id)} stands at {seen[record.id]} too; ids must differ")
+            raise SaroError(
+                f"{record.where}: id {shown(record.id)} is already used at {seen[record.id]}; give each record its own id"
+            )
         seen[record.id] = record.where
         sequences = encode(record)
         tokens = sum(len(node.tokens) for node in build_tree(sequences).nodes)
@@ -228,7 +233,7 @@ def _encode(
 
 
 class _Columns:
-    """Flat arrays of the sequences that were added."""
+    """Collects sequences in flat arrays."""
 
     def __init__(self) -> None:
         self._tokens = array("i")
@@ -243,7 +248,7 @@ class _Columns:
         self._think_tokens.append(int((sequence.row_kinds == RowKind.THINK).sum()))
 
     def as_set(self, kinds: np.ndarray, ids: tuple[str, ...], dropped: tuple[str, ...]) -> ExampleSet:
-        """Return the sequences as a set. Its arrays share the memory of these."""
+        """Return the sequences as a set, which shares the memory of these arrays."""
         return ExampleSet(
             tokens=np.frombuffer(self._tokens, np.int32),
             offsets=np.frombuffer(self._offsets, np.int64),

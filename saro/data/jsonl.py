@@ -18,7 +18,7 @@ from saro.errors import SaroError, nearest
 def read_objects(path: str | os.PathLike) -> Iterator[tuple[int, str, dict[str, Any]]]:
     """Yield (line number from 1, "file:line", object) for each line of a JSONL file. Blank lines are skipped.
 
-    Raises SaroError for a file that cannot be read, is not UTF-8 or has no records, and for a line without an object.
+    Raises SaroError for a file that cannot be read, is not UTF-8 or has no records, and for a line that holds no object.
     """
     name = os.fsdecode(path)
     has_records = False
@@ -92,9 +92,9 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def fault(where: str, wrong: str, mend: str) -> NoReturn:
-    """Raise SaroError "where: wrong; mend". ``mend`` says what to do, and may be the result of ``nearest``."""
-    raise SaroError(f"{where}: {wrong}; {mend.removeprefix('; ')}") from None
+def fault(where: str, wrong: str, fix: str) -> NoReturn:
+    """Raise SaroError "where: wrong; fix". ``fix`` says what to do, and may be the result of ``nearest``."""
+    raise SaroError(f"{where}: {wrong}; {fix.removeprefix('; ')}") from None
 
 
 def shown(name: str) -> str:
@@ -114,7 +114,7 @@ def parse_text(
     """Return ``value`` if it is a string that can be tokenized.
 
     Args:
-        name: what the string is, for the error message.
+        name: name of the string, for the error message.
         where: file and line, for the error message.
         fix: what to do if the string is empty.
         may_be_empty: accept a string without text.

@@ -1,4 +1,4 @@
-"""How long the records of a set are, and how much of them is shared."""
+"""Measures the lengths of a set's records, and how many tokens they share."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ class Lengths:
 
     @classmethod
     def of(cls, tokens: np.ndarray) -> Lengths:
+        """Return the distribution of (n,) lengths."""
         least, median, p95, most = np.percentile(tokens, [0, 50, 95, 100], method="nearest").astype(int).tolist()
         return cls(least, median, p95, most, int(tokens.sum()))
 
@@ -36,7 +37,7 @@ class Sharing:
     Attributes:
         apart: both sequences of each pair in full.
         by_pair: one tree for each pair, so that the part its two sides share counts once.
-        by_prompt: one tree for each prompt, so that the part its pairs share counts once. Steps cannot need fewer.
+        by_prompt: one tree for each prompt, so that the part its pairs share counts once. No schedule needs fewer.
     """
 
     apart: int
@@ -45,6 +46,7 @@ class Sharing:
 
     @classmethod
     def of(cls, data: PairSet) -> Sharing:
+        """Count the tokens of a set of pairs."""
         order = np.argsort(data.prompts, kind="stable")
         groups = np.split(order, np.flatnonzero(np.diff(data.prompts[order])) + 1)
         trees = (build_tree([side for pair in group for side in data.sequences(pair)]) for group in groups)

@@ -1,6 +1,6 @@
 """A step's trees -> packs: trees laid out one after the other under a token budget, without padding.
 
-What holds for pairs is here too: the order of their sequences, and the log-probs of their tokens in that order.
+This file also defines the order of a pair's two sequences, and holds the log-probs of pairs in that order.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ class Pack:
         input_ids: (T,) int64.
         position_ids: (T,) int64; a child segment continues its parent's positions.
         segments: (start, stop, parent segment or -1) for each segment. A segment attends to all of its ancestors, and
-            causally to itself. It may be empty: a child of one token is predicted but not read.
+            causally to itself. It may be empty: a leaf of one token is predicted but not read.
         row_hidden: (R,) int64, the position whose hidden state predicts this row. Two rows may read one position.
         row_target: (R,) int64, the token id that is scored.
         row_kind: (R,) int64, a ``RowKind``.
-        entry_row: (E,) int64 and
-        entry_sequence: (E,) int64: row ``entry_row[i]`` belongs to sequence ``entry_sequence[i]``. A row in a shared
-            prefix of two responses is computed once and belongs to both.
-        records: (S,) the record of each sequence, on the host.
+        entry_row: (E,) int64, the row of each entry.
+        entry_sequence: (E,) int64, the sequence of each entry. A row in a shared prefix of two responses is computed
+            once and has an entry for each of them.
+        records: (S,) index of each sequence's record, on the host.
     """
 
     input_ids: torch.Tensor
@@ -50,15 +50,17 @@ class Pack:
 
     @property
     def tokens(self) -> int:
+        """T, the number of tokens that the model reads."""
         return len(self.input_ids)
 
     @property
     def rows(self) -> int:
+        """R, the number of scored rows."""
         return len(self.row_target)
 
     @property
     def pairs(self) -> tuple[int, ...]:
-        """(P,) the record of each pair, for packs of pairs: a record's two sequences are neighbours."""
+        """(P,) index of each pair's record, for packs of pairs: a record's two sequences are neighbours."""
         return self.records[CHOSEN::2]
 
     @property
@@ -83,7 +85,7 @@ class PairLogps:
     """Log-probs of all scored tokens of n pairs under one model.
 
     Attributes:
-        logps: (R,) nats; all sequences one after the other, by ``sequence_number``.
+        logps: (E,) nats; all sequences one after the other, by ``sequence_number``.
         offsets: (2n + 1,) int64; sequence i is ``logps[offsets[i]:offsets[i + 1]]``.
     """
 
@@ -91,7 +93,7 @@ class PairLogps:
     offsets: np.ndarray
 
     def side_logps(self, pair: int, side: int) -> np.ndarray:
-        """Return the log-probs, (rows,), of one side (``CHOSEN`` or ``REJECTED``) of one pair."""
+        """Return the log-probs of one side (``CHOSEN`` or ``REJECTED``) of one pair, (scored tokens,)."""
         number = sequence_number(pair, side)
         return self.logps[self.offsets[number] : self.offsets[number + 1]]
 
@@ -110,7 +112,7 @@ class PairLogps:
 
 @dataclass(frozen=True)
 class Share:
-    """The part of the work that rank ``rank`` of ``processes`` does."""
+    """The part of the work that rank ``rank`` of ``processes`` ranks does."""
 
     rank: int = 0
     processes: int = 1
@@ -120,7 +122,7 @@ ALL_WORK = Share()
 
 
 def pack_trees(trees: Sequence[SequenceTree], pack_tokens: int, share: Share = ALL_WORK) -> Iterator[Pack]:
-    """Yield one rank's packs of some trees. Each is laid out when it is asked for."""
+    """Yield the packs of one rank's share of some trees. Each pack is laid out when it is asked for."""
     plan = plan_step([tree.tokens for tree in trees], pack_tokens, share.processes)
     for items in plan[share.rank]:
         yield lay_out([trees[i] for i in items])
@@ -137,8 +139,8 @@ def lay_out(trees: Sequence[SequenceTree]) -> Pack:
     num_tokens = num_rows = 0
     for tree in trees:
         first_segment = len(segments)
-        node_row: list[int] = []  # the row of each node's first scored position
-        node_scored_from: list[int] = []  # that position
+        node_scored_from: list[int] = []  # position of each node's first scored token
+        node_row: list[int] = []  # row of that token in the pack
         for index, node in enumerate(tree.nodes):
             stop = node.start + len(node.tokens)
             parent = node.parent + first_segment if node.parent >= 0 else -1
@@ -146,10 +148,10 @@ def lay_out(trees: Sequence[SequenceTree]) -> Pack:
             input_ids.append(node.tokens[: node.fed_tokens])
             position_ids.append(np.arange(node.start, node.start + node.fed_tokens))
 
-            through = [s for s, path in zip(tree.sequences, tree.paths, strict=True) if index in path]
-            scored_from = min(max(min(s.scored_from for s in through), node.start), stop)
-            earliest = min(through, key=lambda s: s.scored_from)
-            # The token at position p is predicted by the one before it: its neighbour, or its parent's last token.
+            members = [s for s, path in zip(tree.sequences, tree.paths, strict=True) if index in path]
+            earliest = min(members, key=lambda s: s.scored_from)
+            scored_from = min(max(earliest.scored_from, node.start), stop)
+            # A token is predicted by the one before it: its neighbour in the node, or the last token of the parent.
             hidden = np.arange(scored_from, stop) - 1 - node.start + num_tokens
             if scored_from == node.start and len(hidden):
                 hidden[0] = segments[parent][1] - 1
@@ -157,7 +159,7 @@ def lay_out(trees: Sequence[SequenceTree]) -> Pack:
             node_scored_from.append(scored_from)
             row_hidden.append(hidden)
             row_target.append(node.tokens[scored_from - node.start :])
-            # Empty if nothing in the node is scored: the slice must not begin at a negative index then.
+            # At least 0: in a node without scored tokens the slice must be empty, not count from the end.
             kinds_from = max(scored_from - earliest.scored_from, 0)
             kinds_to = max(stop - earliest.scored_from, 0)
             row_kind.append(earliest.row_kinds[kinds_from:kinds_to])
@@ -188,14 +190,14 @@ def lay_out(trees: Sequence[SequenceTree]) -> Pack:
 
 
 def _int64(parts: Sequence[np.ndarray]) -> torch.Tensor:
-    """Concatenate arrays into one tensor; it is empty if there are none."""
+    """Concatenate arrays into one int64 tensor, which is empty if there are none."""
     return torch.from_numpy(np.concatenate([np.empty(0, np.int64), *parts]).astype(np.int64))
 
 
 def balance(tokens: Sequence[int], ranks: int) -> list[list[int]]:
-    """Deal items of the given sizes to ``ranks``, largest first, each to the rank with the fewest tokens so far.
+    """Deal items of the given sizes to ``ranks`` ranks, largest first, each to the rank with the fewest tokens so far.
 
-    Returns the indices for each rank. (Graham 1969, longest processing time first.)
+    Returns the item indices of each rank. (Graham 1969, longest processing time first.)
     """
     loads = [(0, rank) for rank in range(ranks)]
     dealt: list[list[int]] = [[] for _ in range(ranks)]

@@ -1,7 +1,7 @@
-"""Which records make which step, and the packs of a step.
+"""Chooses the records of each step, and makes the step's packs.
 
-The records of a step are a pure function of the seed, the epoch and the records' kinds and groups. Pack size, number of
-ranks and resuming do not enter, so none of them changes what a step learns from.
+The records of a step depend only on the step's number, the options of ``Schedule`` and the records' kinds and groups.
+They do not depend on pack size, number of ranks or resuming, so none of these changes what a step learns from.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Steps:
 
     Attributes:
         data: the records; records that share tokens come in one tree (``data.trees``).
-        schedule: which records make which step.
+        schedule: chooses the records of each step.
         pack_tokens: budget of a pack.
         share: the rank whose packs are laid out.
     """
@@ -65,15 +65,15 @@ class Steps:
 class Schedule:
     """The records of each step, drawn from one shuffled epoch after another.
 
-    An epoch of n records has ceil(n / records_per_step) steps, whose sizes differ by at most one. So no step at the
-    end of an epoch gives a handful of records the weight of a full step.
+    An epoch of n records has ceil(n / records_per_step) steps, whose sizes differ by at most one. So an epoch does not
+    end with a step that gives a handful of records the weight of a full step.
 
     Args:
         kinds: (n,) the kind of each record, as small integers.
         records_per_step: upper bound of the records in a step.
         seed: seed of the shuffle.
-        weights: for each kind, how often its records are drawn in an epoch on average; 1 if absent. 2 draws every
-            record twice, 0.5 draws half of them, another half in each epoch.
+        weights: kind -> how often an epoch draws each record of this kind, on average; default 1. 2 draws every record
+            twice, 0.5 draws half of the records, and a new random half in each epoch.
         groups: (n,) integers. Records with the same number, such as those on one prompt, are drawn next to each other.
             Each record is drawn as often as without groups, and steps keep their sizes: the end of a step may split a
             group, and a group larger than a step fills consecutive steps. Two copies of a record never stand in the
@@ -81,6 +81,7 @@ class Schedule:
 
     Raises:
         SaroError: no record is left to draw.
+        ValueError: there is not one group for each record.
     """
 
     def __init__(
@@ -133,6 +134,7 @@ class Schedule:
         return self._order[start:stop].copy()
 
     def _draw(self, epoch: int) -> np.ndarray:
+        """Return the indices of an epoch's records, (records_per_epoch,), in the order in which steps take them."""
         rng = np.random.default_rng([self.seed, epoch])
         drawn = []
         for kind in np.unique(self.kinds):
@@ -146,24 +148,24 @@ class Schedule:
 def _gather_groups(order: np.ndarray, groups: np.ndarray) -> np.ndarray:
     """Move the first draws of each group's records together, likewise their second draws, and so on.
 
-    Such a run goes to the place where the lowest of its records was drawn, which is as random as any. (The place of its
-    earliest draw would bring large groups forward, with all their runs at once.)
+    Such a run goes to the place where its lowest-numbered record was drawn, which is as random as any other. (The place
+    of its earliest draw would bring large groups forward, with all their runs at once.)
 
     Example: records 0 and 1 are group 5, record 2 is group 7, and each is drawn twice.
 
         order            1  2  0  0  2  1    the draws
         copy             0  0  0  1  1  1    how often the record was drawn before
         run             5a 7a 5a 5b 7b 5b    one for each (group, copy)
-        place of run     2  1  2  3  4  3    where its lowest record stands: record 0 for 5a and 5b, record 2 for 7a, 7b
+        place of run     2  1  2  3  4  3    where its lowest record was drawn: record 0 for 5a, 5b, record 2 for 7a, 7b
         result           2  1  0  0  1  2    sorted by place; draws of one run keep their order
     """
-    # The draws sorted by record. Draws of one record keep their order, so that a draw's distance from the record's first
-    # one counts its copies.
+    # Sort the draws by record. Draws of one record keep their order, so a draw's distance from the record's first one
+    # says how often the record was drawn before.
     by_record = np.argsort(order, kind="stable")
     records = order[by_record]
     copy = np.arange(len(order)) - np.searchsorted(records, records)
     group = np.unique(groups[records], return_inverse=True)[1]
-    # The first draw of a run in this sorting is that of its lowest record.
+    # In this order, the first draw of a run is that of its lowest record.
     _, run_first, run = np.unique(group * (copy.max() + 1) + copy, return_index=True, return_inverse=True)
     place = np.empty(len(order), np.int64)
     place[by_record] = by_record[run_first][run]

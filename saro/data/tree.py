@@ -78,7 +78,7 @@ class SequenceTree:
 
     @property
     def tokens(self) -> int:
-        """Return the number of tokens that the model reads for this tree."""
+        """Number of tokens that the model reads for this tree."""
         return sum(node.fed_tokens for node in self.nodes)
 
 
@@ -105,6 +105,7 @@ def build_tree(sequences: Sequence[ScoredSequence]) -> SequenceTree:
 
 
 def _group_by_token(sequences: Sequence[ScoredSequence], members: Sequence[int], position: int) -> list[list[int]]:
+    """Group the members, indices of sequences, by their token at ``position``. First members keep their order."""
     groups: dict[int, list[int]] = {}
     for member in members:
         groups.setdefault(int(sequences[member].tokens[position]), []).append(member)
@@ -112,7 +113,7 @@ def _group_by_token(sequences: Sequence[ScoredSequence], members: Sequence[int],
 
 
 def common_prefix(tokens: Sequence[np.ndarray], start: int = 0) -> int:
-    """Return the length of the longest prefix that all share. They must already agree up to ``start``."""
+    """Return the length of the longest prefix that all sequences share. They must agree up to ``start``."""
     first = tokens[0]
     stop = min(len(t) for t in tokens)
     for other in tokens[1:]:

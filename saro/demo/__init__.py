@@ -22,9 +22,10 @@ def data_files(names: Sequence[str], demo: str) -> list[str]:
 
 
 def find_start(model: str, say: Callable[[str], None]) -> str:
-    """Return the model that stage 2 starts from, and say so for the demo.
+    """Return the name of the model that stage 2 starts from: ``model``, unless that is the demo.
 
-    This is ``model``. For the demo it is the model that stage 1 trained, if a finished run is there.
+    The demo starts from the model that stage 1 trained, or from the base model if there is no finished run. A line says
+    which of the two it is.
     """
     if model != DEMO:
         return model
@@ -39,5 +40,5 @@ def find_start(model: str, say: Callable[[str], None]) -> str:
 
 
 def find_demo(name: str) -> str:
-    """Return a model's name, with "demo" replaced by the folder of the demo model, which is fetched if it is not there."""
+    """Return a model's name, with "demo" replaced by the folder of the demo model, which is made if it does not exist."""
     return str(demo_model()) if name == DEMO else name

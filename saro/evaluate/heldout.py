@@ -1,4 +1,4 @@
-"""Held-out records under a model, without a reference: loss of examples, preference of pairs."""
+"""Measures a model on held-out records, without a reference: its loss on examples, its preference on pairs."""
 
 from __future__ import annotations
 

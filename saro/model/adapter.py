@@ -156,6 +156,7 @@ def linear_layers(model: PreTrainedModel) -> list[str]:
 
 
 def _decoder_linears(model: PreTrainedModel) -> Iterator[tuple[str, nn.Linear]]:
+    """Yield (name, layer) for each linear layer of the decoder."""
     for name, layer in model.get_decoder().named_modules():
         if isinstance(layer, nn.Linear):
             yield name, layer
@@ -174,14 +175,14 @@ def new_adapter(model: PreTrainedModel, options: ModelConfig, seed: int) -> Peft
     if not targets:
         raise SaroError("model.lora_targets is empty; name linear layers, or leave the option out for all of them")
     layers = [f".{name}" for name, _ in _decoder_linears(model)]
-    embeddings = {id(model.get_output_embeddings()), id(model.get_input_embeddings())}
-    heads = {name.rpartition(".")[2] for name, layer in model.named_modules() if id(layer) in embeddings}
+    excluded = {id(model.get_output_embeddings()), id(model.get_input_embeddings())}
+    excluded_names = {name.rpartition(".")[2] for name, layer in model.named_modules() if id(layer) in excluded}
     for target in targets:
         last = target.rpartition(".")[2]
-        if last in heads:
+        if last in excluded_names:
             raise SaroError(
-                f"model.lora_targets: {target} is the embedding or the LM head; tied to each other, a merge would "
-                "change both, and the fused head reads the plain weight; leave it out"
+                f"model.lora_targets: {target} is the embedding or the LM head; the fused head cannot read an adapter, "
+                "and if the two are tied, a merge would change both; leave it out"
             )
         if last not in valid:
             raise SaroError(f"model.lora_targets: the model has no linear layer {target!r}{nearest(last, valid)}")

@@ -1,4 +1,4 @@
-"""What is known of model families: which ones packed training supports, and what each computes in a way of its own."""
+"""Facts about model families: which ones packed training supports, and how each makes logits and attention scores."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _SCALES = {
     "hyperclovax": ("logits_scaling", 1),
     "minicpm3": ("logits_scaling", -1),
 }
-# Options that change logits or attention in a way that is not computed here, and the values with which they do not.
+# Options that change logits or attention in a way that is not computed here, with the values that change nothing.
 _NEUTRAL = {
     "logit_scale": (None, 1),
     "logits_scaling": (None, 1),
@@ -35,12 +35,12 @@ _NEUTRAL = {
     "use_bidirectional_attention": (None, False),
     "attention_chunk_size": (None,),
 }
-# Beginnings of the names of the configs that only a multimodal model has.
+# A sub-config whose name begins like this belongs to a multimodal model.
 _OTHER_MODALITIES = ("vision", "audio", "vq")
 
 
 class LogitOptions(NamedTuple):
-    """How a model makes logits of the LM head's products, as ``token_logps`` takes it.
+    """The arguments of ``token_logps`` by which a model turns the LM head's products into logits.
 
     Logits are ``softcap * tanh(scale * products / softcap)``, or ``scale * products`` without a softcap.
     """
@@ -50,7 +50,7 @@ class LogitOptions(NamedTuple):
 
 
 def logit_options(config: PretrainedConfig) -> LogitOptions:
-    """Return the scale and the softcap of a model's logits. ``check_supported`` refuses what other options change."""
+    """Return the scale and the softcap of a model's logits. ``check_supported`` refuses other options that change them."""
     scale = 1.0
     if config.model_type in _SCALES:
         name, power = _SCALES[config.model_type]
@@ -59,7 +59,7 @@ def logit_options(config: PretrainedConfig) -> LogitOptions:
 
 
 def attention_softcap(config: PretrainedConfig) -> float | None:
-    """Return the bound of the attention scores (Gemma 2), None if they have none."""
+    """Return the bound of the attention scores (Gemma 2), or None if they are not bounded."""
     return getattr(config, "attn_logit_softcapping", None)
 
 
@@ -90,44 +90,46 @@ def check_supported(config: PretrainedConfig) -> None:
     """Raise SaroError with the reason if packed training does not support a model of this type."""
     name = config.model_type
 
-    def refuse(reason: str) -> SaroError:
+    def refusal(reason: str) -> SaroError:
         return SaroError(f"model type {name!r} is not supported: {reason}")
 
     if config.is_encoder_decoder:
-        raise refuse("it is an encoder-decoder; use a decoder-only causal language model")
+        raise refusal("it is an encoder-decoder; use a decoder-only causal language model")
     options = config.to_dict()
     scale_option, _ = _SCALES.get(config.model_type, (None, 1))
-    wraps = config.get_text_config(decoder=True) is not config
-    if wraps or any(key.endswith("_config") and key.startswith(_OTHER_MODALITIES) for key in options):
-        raise refuse("it is multimodal; extract the text model and save it as a folder of its own")
+    wraps_text_model = config.get_text_config(decoder=True) is not config
+    if wraps_text_model or any(key.endswith("_config") and key.startswith(_OTHER_MODALITIES) for key in options):
+        raise refusal("it is multimodal; extract the text model and save it as a folder of its own")
     for key, value in _flat(options):
         if "expert" in key and isinstance(value, int) and not isinstance(value, bool) and value > 1:
-            raise refuse(f"it is a mixture of experts ({key}={value})")
+            raise refusal(f"it is a mixture of experts ({key}={value})")
         if key in _NEUTRAL and value not in _NEUTRAL[key] and key != scale_option:
-            raise refuse(f"{key}={value} changes its scores in a way that is not computed here yet")
+            raise refusal(f"{key}={value} changes its scores in a way that is not computed here yet")
     for layer_type in sorted(set(getattr(config, "layer_types", None) or ())):
         if layer_type not in LAYER_TYPES:
-            raise refuse(f"layers of type {layer_type}; only {' and '.join(sorted(LAYER_TYPES))} can be packed")
+            raise refusal(f"layers of type {layer_type}; only {' and '.join(sorted(LAYER_TYPES))} can be packed")
     if options.get("quantization_config"):
-        raise refuse("its weights are quantized already; give the original model, which --model.method qlora quantizes")
+        raise refusal(
+            "its weights are quantized already; give the original model, which --model.method qlora quantizes"
+        )
     for rope in _rope_types(getattr(config, "rope_parameters", None) or {}):
         if rope in REFUSED_ROPE:
-            raise refuse(f"its rotary embedding ({rope}) depends on the length of the input")
+            raise refusal(f"its rotary embedding ({rope}) depends on the length of the input")
     model = _model_class(config)
     if model is not None and model._is_stateful:
-        raise refuse("its layers carry a state from token to token, which a pack would carry between sequences")
+        raise refusal("its layers carry a state from token to token, which a pack would carry between sequences")
     if model is not None and not model._supports_attention_backend:
-        raise refuse("its attention cannot be replaced through transformers' attention interface")
+        raise refusal("its attention cannot be replaced through transformers' attention interface")
 
 
 def _model_class(config: PretrainedConfig) -> type[PreTrainedModel] | None:
     """Return the class that transformers loads for this config; None for a model that brings its own code."""
-    found = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-    return found[0] if isinstance(found, (tuple, list)) else found
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    return model_class[0] if isinstance(model_class, (tuple, list)) else model_class
 
 
 def _flat(options: dict) -> Iterator[tuple[str, object]]:
-    """Yield all options by name, including those of nested configs."""
+    """Yield (name, value) of all options, including those of nested configs."""
     for key, value in options.items():
         yield str(key), value
         if isinstance(value, dict):

@@ -54,7 +54,8 @@ class AttentionPlan:
     def of(cls, pack: Pack, backend: str, isolated: bool = True) -> AttentionPlan:
         """Make the plan of a pack. Segments without tokens are skipped; no other segment descends from them.
 
-        ``isolated=False`` makes one causal sequence of the whole pack. A check uses it as the control that must fail.
+        ``isolated=False`` makes one causal sequence of the whole pack. ``check_packs`` uses it as the control that must
+        fail.
         """
         index: dict[int, int] = {}  # segment of the pack -> segment of the plan
         lengths: list[int] = []
@@ -89,8 +90,8 @@ class AttentionPlan:
     def varlen(self) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor, int, int]:
         """Return (gather, bounds_q, bounds_k, max_q, max_k) for ``varlen_attn``.
 
-        ``gather`` indexes the keys of all N paths, one after the other; it is None if every path is a single segment.
-        The bounds of queries and keys are (N+1,) int32; max_q and max_k are the lengths of the longest.
+        ``gather`` holds the positions of the keys of all N paths, one path after the other; it is None if every path is
+        a single segment. The bounds of queries and keys are (N + 1,) int32; max_q and max_k are the greatest lengths.
         """
         if self._varlen is None:
             device = self.device
@@ -131,7 +132,8 @@ def packed_attention(
     """Compute attention over one pack, with the signature that transformers expects.
 
     Args:
-        query: (1, H, T, D); key, value: (1, G, T, D), where H is a multiple of G.
+        query: (1, H, T, D), H query heads of size D over T tokens.
+        key, value: (1, G, T, D), G key heads; H is a multiple of G.
         plan: from ``AttentionPlan.of``.
         sliding_window: number of tokens that a token sees, itself included.
         softcap: bound of the scores.
@@ -168,13 +170,14 @@ def _cast_for_autocast(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _sdpa(query, key, value, plan, scale, dropout, window, softcap=None):
+    """Compute attention with one call per segment; arguments and result as in ``packed_attention``."""
     if softcap is None:
         attend = partial(_attend, dropout_p=dropout, scale=scale)
     elif dropout:
         raise ValueError("softcapped attention has no dropout; set --model.dropout false")
     else:
         attend = partial(softcap_attention, scale=scale, softcap=softcap)
-    # Split, do not slice: the backward of a split is one concatenation, that of n slices is n sums over the whole pack.
+    # Split, do not slice: the backward of a split is one concatenation, but that of n slices is n sums over the pack.
     queries, keys, values = (x.split(plan.lengths, dim=2) for x in (query, key, value))
     outputs = []
     for segment, path in enumerate(plan.paths):
@@ -186,6 +189,7 @@ def _sdpa(query, key, value, plan, scale, dropout, window, softcap=None):
 
 
 def _attend(query, key, value, *, attn_mask, **options):
+    """Call torch's attention on one segment. Key heads are repeated if the kernel cannot share them."""
     groups = query.shape[1] // key.shape[1]
     if groups > 1 and not _shares_keys(query, attn_mask):
         key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
@@ -196,13 +200,14 @@ def _attend(query, key, value, *, attn_mask, **options):
 def _shares_keys(query: torch.Tensor, mask: torch.Tensor | None) -> bool:
     """Return True if a kernel that never materialises queries x keys supports fewer key heads than query heads here.
 
-    On CUDA only flash attention does, and it has neither float32 nor masks. Otherwise the keys are repeated, so that
-    memory-efficient attention can run.
+    On CUDA only flash attention does, and it supports neither float32 nor masks. In all other cases the keys are
+    repeated, so that memory-efficient attention can run.
     """
     return query.device.type != "cuda" or (query.dtype != torch.float32 and mask is None)
 
 
 def _varlen(query, key, value, plan, scale, dropout, window):
+    """Compute attention with one call for the pack; arguments and result as in ``packed_attention``."""
     if dropout:
         raise ValueError("varlen attention has no dropout; set --model.attention sdpa or --model.dropout false")
     gather, bounds_q, bounds_k, max_q, max_k = plan.varlen()
@@ -227,7 +232,7 @@ def _varlen(query, key, value, plan, scale, dropout, window):
 
 
 def _no_mask(*args: object, **kwargs: object) -> None:
-    """Make no mask: AttentionPlan replaces it, so that nothing of size T x T is allocated for a pack."""
+    """Return no mask: AttentionPlan replaces it, so that nothing of size T x T is allocated for a pack."""
 
 
 def use_packed_attention(model: PreTrainedModel) -> None:
@@ -241,8 +246,8 @@ def use_packed_attention(model: PreTrainedModel) -> None:
 def native_attention(model: PreTrainedModel) -> Iterator[None]:
     """Use transformers' own attention in this context, for generation and comparison; then packed attention again.
 
-    Never run the backward of an earlier forward in it: gradient checkpointing would recompute that forward with the
-    wrong attention.
+    Never run the backward of an earlier forward in this context: gradient checkpointing would recompute that forward
+    with the wrong attention.
     """
     model.set_attn_implementation("sdpa" if attention_softcap(model.config) is None else "eager")
     try:
@@ -268,7 +273,7 @@ def choose_backend(name: str, device: torch.device, dtype: torch.dtype, config: 
 def _why_not_varlen(device: torch.device, dtype: torch.dtype, config: PretrainedConfig) -> str | None:
     """Return the reason why varlen attention cannot run, or None if it can.
 
-    It supports the head sizes of FlashAttention 2.
+    varlen attention supports the head sizes of FlashAttention 2.
     """
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return "needs CUDA and bfloat16"

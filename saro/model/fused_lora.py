@@ -19,8 +19,8 @@ from saro.model.architectures import GATED_MLPS
 from saro_kernels import FrozenLinear, LoraLinear, lora_gated_mlp, lora_linear
 
 _ACTIVATIONS: dict[type, str] = {nn.SiLU: "silu", SiLUActivation: "silu", GELUTanh: "gelu_tanh"}
-# A call without gradient on fewer rows is a generation step. PEFT's forward runs it, because bitsandbytes has its own
-# kernels for it.
+# A call without gradient on fewer tokens than this is a generation step. PEFT's forward computes it, because
+# bitsandbytes has kernels for few tokens.
 _FEW_ROWS = 8
 
 
@@ -36,13 +36,14 @@ def fuse_lora(model: PeftModel) -> int:
     for module in model.modules():
         if type(module).__name__ in GATED_MLPS and type(module.act_fn) in _ACTIVATIONS:
             parts = (module.gate_proj, module.up_proj, module.down_proj)
-            # With dropout, no training step could use the fused MLP, and liger-kernel's forward may be in its place.
+            # With dropout, no training step could use the fused MLP, and liger-kernel's may be in its place already.
             if all(id(part) in fused and not _has_dropout(part) for part in parts):
                 module.forward = MethodType(_mlp_forward, module)
     return len(layers)
 
 
 def _can_fuse(layer: LoraLayer) -> bool:
+    """Return True for plain LoRA, without a bias of its own, on a dense or 4-bit linear layer."""
     base = layer.get_base_layer()
     plain = isinstance(layer, nn.Module) and not layer.lora_variant and not getattr(layer, "fan_in_fan_out", False)
     biased = any(getattr(matrix, "bias", None) is not None for matrix in layer.lora_B.values())
@@ -60,11 +61,14 @@ def _can_run_fused(layer: LoraLayer, x: torch.Tensor) -> bool:
     if not torch.is_grad_enabled() and x.numel() < _FEW_ROWS * x.shape[-1]:
         return False
     (name,) = layer.active_adapters
-    dropout = layer.lora_dropout[name] if name in layer.lora_A else None
-    return isinstance(dropout, nn.Identity) or (dropout is not None and not (layer.training and dropout.p > 0))
+    if name not in layer.lora_A:
+        return False
+    dropout = layer.lora_dropout[name]
+    return isinstance(dropout, nn.Identity) or not (layer.training and dropout.p > 0)
 
 
 def _parts(layer: LoraLayer) -> LoraLinear:
+    """Return a layer's weights and its active adapter as ``saro_kernels`` takes them."""
     base = layer.get_base_layer()
     (name,) = layer.active_adapters
     frozen = FrozenLinear(base.weight, getattr(base.weight, "quant_state", None), base.bias)

@@ -31,7 +31,7 @@ def generate(
         stop_ids: generation of a prompt ends at the first of these.
         max_tokens: longest continuation.
         temperature: 0 takes the likeliest token each time; above 0 tokens are drawn from the whole distribution.
-        streamer: sees the tokens as they come, the prompt first; for one prompt only.
+        streamer: gets the prompt's tokens, then each new token at once; for a single prompt only.
 
     Returns:
         The new token ids of each prompt. The last one is a stop id unless the answer was cut at ``max_tokens``.
@@ -39,7 +39,7 @@ def generate(
     lm = policy.causal_lm
     longest = max(map(len, prompts))
     pad = min(stop_ids)
-    # Padded on the left, so that all prompts end where generation begins.
+    # Pad on the left, so that all prompts end where generation begins.
     ids = torch.tensor([[pad] * (longest - len(p)) + list(p) for p in prompts], device=lm.device)
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=lm.device)
     options = GenerationConfig(
@@ -66,7 +66,7 @@ def answer_prompts(
 
 
 def _cut_padding(tokens: list[int], stop_ids: Collection[int]) -> list[int]:
-    """Return the tokens up to the first stop id: after it the batch is padded."""
+    """Return the tokens up to and including the first stop id: all after it is padding."""
     for i, token in enumerate(tokens):
         if token in stop_ids:
             return tokens[: i + 1]

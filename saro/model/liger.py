@@ -1,6 +1,6 @@
 """Use the Triton layers of liger-kernel (Hsu et al. 2024, arXiv 2410.10989): RMSNorm, rotary embedding, gated MLP.
 
-They are optional: the user installs liger-kernel and turns them on with --model.liger. They run on CUDA only.
+They are optional: the user installs liger-kernel and turns the layers on with --model.liger. They run on CUDA only.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def uses_liger(model: nn.Module) -> bool:
 
 @contextmanager
 def own_rotary(model: PreTrainedModel) -> Iterator[None]:
-    """Give the models of this type transformers' own rotary embedding back."""
+    """Restore transformers' own rotary embedding for all models of this type."""
     file = sys.modules[type(model).__module__]
     if file.__name__ not in _own_rotary or not uses_liger(model):
         yield

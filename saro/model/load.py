@@ -33,7 +33,7 @@ def load_policy(source: ModelSource, options: ModelConfig, device: torch.device,
         seed: seed of a new adapter's initial values.
 
     Raises:
-        SaroError: the model cannot be loaded, or not be trained as ``options`` say.
+        SaroError: the model cannot be loaded, or cannot be trained as ``options`` say.
     """
     if source.adapter is not None and options.method == "full":
         raise SaroError(
@@ -80,6 +80,7 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def _load_base(source: ModelSource, options: ModelConfig, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    """Load the base model in ``dtype``, or in NF4 with products in ``dtype`` for qlora, and check that it is complete."""
     config = deepcopy(source.config)
     if not options.dropout:
         for name in dropout_options(config):
@@ -102,7 +103,7 @@ def _load_base(source: ModelSource, options: ModelConfig, device: torch.device, 
             trust_remote_code=options.trust_remote_code,
             dtype=dtype,
             use_safetensors=True,
-            attn_implementation="eager",  # every model has it; the policy replaces it by packed attention
+            attn_implementation="eager",  # every model has it; Policy replaces it with packed attention
             device_map={"": device},
             output_loading_info=True,
             ignore_mismatched_sizes=True,
@@ -110,7 +111,7 @@ def _load_base(source: ModelSource, options: ModelConfig, device: torch.device, 
         )
     except (OSError, ValueError, SafetensorError) as error:
         raise SaroError(f"{options.name}: {first_line(error)}") from error
-    # transformers fills these with random numbers and only logs it.
+    # transformers fills these weights with random numbers, and only logs that it did.
     wrong = sorted(loading["missing_keys"]) + sorted(key for key, *_ in loading["mismatched_keys"])
     if wrong:
         others = f" and {len(wrong) - 1} others" if len(wrong) > 1 else ""
@@ -127,6 +128,7 @@ def _load_base(source: ModelSource, options: ModelConfig, device: torch.device, 
 
 
 def _check_head(model: PreTrainedModel) -> None:
+    """Raise SaroError if the LM head is not a plain linear layer."""
     head = model.get_output_embeddings()
     if type(head) is not nn.Linear:
         raise SaroError(f"the LM head is a {type(head).__name__}, not a linear layer; it is not supported")

@@ -26,7 +26,7 @@ def merge(policy: Policy, config: PretrainedConfig, dtype: torch.dtype) -> PreTr
     summed in fp32 and rounded once. PEFT's own merge would quantize the sum again.
 
     Args:
-        config: the base model's config from before it was quantized.
+        config: the base model's config before quantization.
 
     Raises:
         SaroError: an adapter is not a plain sum of two weights; DoRA, for example, is not.

@@ -24,7 +24,7 @@ class Policy(nn.Module):
         model: a transformers causal LM, or a PEFT model around one.
         attention: "sdpa" or "varlen".
         head: implementation of ``token_logps``, by name.
-        autocast: dtype of the products if the parameters are fp32 masters of a lower-precision model; else None.
+        autocast: dtype of the products if the parameters are fp32 master weights; else None.
 
     Raises:
         ValueError: the adapter puts virtual tokens before each sequence (prompt learning); a pack has no place for them.
@@ -68,11 +68,11 @@ class Policy(nn.Module):
 
     @torch.no_grad()
     def statistics(self, pack: Pack) -> TokenStatistics:
-        """Return the same log-probs, with each row's entropy and top-1 accuracy; see ``TokenStatistics``."""
+        """Return the log-probs of ``forward`` with each row's entropy and top-1 accuracy; see ``TokenStatistics``."""
         return token_statistics(**self._head_inputs(pack, isolated=True))
 
     def _head_inputs(self, pack: Pack, isolated: bool) -> dict[str, Any]:
-        """Run the decoder; returns the arguments of ``token_logps``: hidden states of the rows, targets and head."""
+        """Run the decoder and return the arguments of ``token_logps``: hidden states of the rows, targets and head."""
         plan = AttentionPlan.of(pack, self.attention, isolated)
         lm = self.causal_lm
         with self.precision():
@@ -99,7 +99,7 @@ class Policy(nn.Module):
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Put the model into eval mode, and back into its mode at the end."""
+        """Put the model into eval mode, and restore its mode at the end."""
         was_training = self.training
         self.eval()
         try:
@@ -117,11 +117,11 @@ class Policy(nn.Module):
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     def summary(self) -> str:
-        """Say in a line how many parameters are trained, of how many, and which attention and head run."""
+        """Return a line with the numbers of trainable and of all parameters, and the attention and head that run."""
         total = trainable = 0
         for parameter in self.model.parameters():
             quant_state = getattr(parameter, "quant_state", None)
-            # A 4-bit weight is packed: it stands for more numbers than it has.
+            # A 4-bit weight is packed: it holds more numbers than it has elements.
             size = parameter.numel() if quant_state is None else quant_state.shape.numel()
             total += size
             trainable += size if parameter.requires_grad else 0

@@ -14,7 +14,7 @@ from saro.data.tree import SequenceTree
 from saro.model.policy import Policy
 from saro.program import progress_bar
 
-# Rows whose log-probs over the whole vocabulary are in memory at once in ``score_natively``.
+# ``score_natively`` computes fp32 log-probs over the vocabulary for this many rows at a time, to bound their memory.
 _ROWS = 256
 
 
@@ -42,7 +42,7 @@ def split_pairs(pack: Pack, entries: np.ndarray) -> Iterator[tuple[int, np.ndarr
 
 
 def score_pairs(policy: Policy, pairs: PairSet, trees: Sequence[SequenceTree], pack_tokens: int) -> PairLogps:
-    """Score all pairs without a cache. ``trees`` hold each pair once."""
+    """Return the log-probs of all pairs, without a cache. ``trees`` hold each pair once."""
     offsets = np.concatenate([[0], np.cumsum(pairs.scored_tokens)])
     logps: np.ndarray | None = None
     for pack, entries in score_packs(policy, pack_trees(trees, pack_tokens)):
@@ -54,10 +54,10 @@ def score_pairs(policy: Policy, pairs: PairSet, trees: Sequence[SequenceTree], p
 
 
 def score_trees(policy: Policy, trees: Sequence[SequenceTree], pack_tokens: int) -> torch.Tensor:
-    """Score trees as in training. The ``record`` of each sequence must be its number.
+    """Score trees as in training. The ``record`` of a sequence must be its number among all sequences.
 
     Returns:
-        Log-probs of the scored tokens, (R,) float64, sequence after sequence.
+        Log-probs of the scored tokens, (E,) float64, nats, sequence after sequence.
     """
     by_sequence: dict[int, np.ndarray] = {}
     packs = progress_bar(list(pack_trees(trees, pack_tokens)), "scoring", "packs")
@@ -68,7 +68,7 @@ def score_trees(policy: Policy, trees: Sequence[SequenceTree], pack_tokens: int)
 
 @torch.inference_mode()
 def score_natively(lm: PreTrainedModel, trees: Sequence[SequenceTree]) -> torch.Tensor:
-    """Score the same tokens by a model's own forward, one sequence at a time. Returns as ``score_trees`` does."""
+    """Score trees by a model's own forward, one sequence at a time. Returns what ``score_trees`` returns."""
     scored = []
     sequences = [sequence for tree in trees for sequence in tree.sequences]
     for sequence in progress_bar(sequences, "scoring", "sequences"):

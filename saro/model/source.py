@@ -37,7 +37,7 @@ class ModelSource:
     adapter: str | None = None
 
     def identity(self) -> dict[str, Any]:
-        """Return what distinguishes these weights from all others, as a run's manifest holds it.
+        """Return what distinguishes these weights from all others, in the form that a run's manifest has.
 
         ``files`` has the sha256 of every weight file of a folder, ``name`` and ``commit`` identify a hub model, and
         ``adapter`` has the sha256 of the adapter's weights and its config, or is None.
@@ -52,7 +52,10 @@ class ModelSource:
         }
 
     def chat_format(self, data: DataConfig, template_date: date) -> ChatFormat:
-        """Return the format by which conversations become this model's token ids."""
+        """Return the format by which conversations become this model's token ids.
+
+        If ``data`` names a chat template, it becomes the tokenizer's. Raises SaroError if it cannot be read.
+        """
         if data.chat_template is not None:
             try:
                 self.tokenizer.chat_template = Path(data.chat_template).read_text(encoding="utf-8")
@@ -68,8 +71,8 @@ def find_model(options: ModelConfig) -> ModelSource:
     tokenizer is the one that was saved with the adapter.
 
     Raises:
-        SaroError: there is no such model, its weights are not safetensors, its type is not supported, or the base is
-            not the one that the adapter was trained on.
+        SaroError: there is no such model, its weights are not safetensors, its type is not supported, or the adapter
+            was trained on another base or with another method.
     """
     adapter = find_adapter(options.name)
     if adapter is not None and {adapter.method, options.method} == {"lora", "qlora"}:
@@ -87,8 +90,8 @@ def find_model(options: ModelConfig) -> ModelSource:
     except (OSError, ValueError, StrictDataclassError) as error:
         raise SaroError(f"{options.name}: {first_line(error)}") from error
     try:
-        own = adapter is not None and (Path(adapter.folder) / "tokenizer_config.json").is_file()
-        tokenizer = AutoTokenizer.from_pretrained(adapter.folder if own else path, **hub)
+        has_tokenizer = adapter is not None and (Path(adapter.folder) / "tokenizer_config.json").is_file()
+        tokenizer = AutoTokenizer.from_pretrained(adapter.folder if has_tokenizer else path, **hub)
     except (OSError, ValueError) as error:
         raise SaroError(
             f"{options.name}: no tokenizer of this model loads; save it beside the weights (tokenizer.json, "
@@ -106,6 +109,7 @@ def find_model(options: ModelConfig) -> ModelSource:
 def _stop_ids(
     path: str, revision: str | None, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase
 ) -> frozenset[int]:
+    """Return the end ids of the generation config, or else of the tokenizer; empty if neither has any."""
     try:
         generation = GenerationConfig.from_pretrained(path, revision=revision)
     except OSError:
@@ -128,8 +132,8 @@ def _find_weights(name: str) -> str:
             raise SaroError(f"{name}: the folder holds no model (no config.json); give a folder saved by transformers")
         if not list(folder.glob("*.safetensors")):
             pickled = sorted(p.name for p in [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")])
-            found = f"only pickled weights ({pickled[0]}), which can run code" if pickled else "no weights"
-            raise SaroError(f"{name}: {found}; save the model with transformers as safetensors")
+            weights = f"only pickled weights ({pickled[0]}), which can run code" if pickled else "no weights"
+            raise SaroError(f"{name}: {weights}; save the model with transformers as safetensors")
         return str(folder)
     if folder.is_file() or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise SaroError(f"{name}: no such folder; give a model's folder or its hub name, such as org/model")

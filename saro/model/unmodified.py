@@ -1,4 +1,4 @@
-"""The unmodified model: what transformers and PEFT compute without us. It is the truth that packs are held against."""
+"""The unmodified model: what transformers and PEFT compute without us. Packs are checked against it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from saro.model.policy import Policy
 def unmodified(policy: Policy) -> Iterator[None]:
     """Let transformers and PEFT compute everything: attention, LoRA, norms, rotary embedding and MLPs.
 
-    No backward of a forward outside the block may run inside it, see ``native_attention``.
+    Never run the backward of an earlier forward in this context; see ``native_attention``.
     """
     with native_attention(policy.causal_lm), own_layers(policy.causal_lm):
         yield
@@ -26,7 +26,7 @@ def unmodified(policy: Policy) -> Iterator[None]:
 
 @contextmanager
 def own_layers(lm: PreTrainedModel) -> Iterator[None]:
-    """Let every layer of a model compute by its class's forward again, where this project or liger-kernel replaced it.
+    """Restore the forward of each layer's class, where this project or liger-kernel has replaced it.
 
     Attention stays as it is.
     """

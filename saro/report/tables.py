@@ -1,4 +1,4 @@
-"""Every table that people read, from plain data: what JSON files of runs and tools hold."""
+"""Makes every table that people read, from plain data such as the JSON files of runs hold."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ _PAIR_METRICS = {
     "mean_token_accuracy/chosen": "top-1 accuracy in the chosen response",
     "chosen_fell": "share of pairs whose chosen log-prob fell",
 }
-# Below this reward margin a model is at its own reference: the signs of its margins are rounding.
+# If the mean reward margin is nearer to zero than this, the model is still its own reference: the signs of the pairs'
+# margins are rounding, so the accuracy means nothing.
 _AT_REFERENCE = 1e-3
 
 
@@ -34,7 +35,7 @@ def print_lengths(console: Console, title: str, report: Mapping[str, Any]) -> No
     """Print the lengths of a set of records.
 
     Args:
-        report: as ``LengthReport.as_dict`` gives it and a run's manifest.json holds it under ``records``.
+        report: the result of ``LengthReport.as_dict``, which a run's manifest.json also has under ``records``.
     """
     kinds = ", ".join(f"{n:,} {name}" for name, n in report["records"].items())
     dropped = f"; {len(report['dropped']):,} dropped as too long" if report["dropped"] else ""
@@ -53,7 +54,7 @@ def print_lengths(console: Console, title: str, report: Mapping[str, Any]) -> No
 
 
 def describe_sharing(apart: int, by_pair: int, by_prompt: int) -> str:
-    """Say how many tokens trees save, from the counts of ``Sharing``."""
+    """Return a sentence about how many tokens trees save, from the counts of ``Sharing``."""
     text = f"Sharing saves {100 * (1 - by_pair / apart):.1f} % of {apart:,} tokens"
     if by_prompt < by_pair:
         saved = f"{100 * (1 - by_prompt / apart):.1f} %"
@@ -67,8 +68,8 @@ def before_after_tables(
     """Return the tables at the end of a run: answers, if there are prompts, and held-out metrics, if there are any.
 
     Args:
-        before, after: a run's before.json and after.json: ``answers`` and ``metrics``.
-        prompts: id and text of each prompt that was answered; None instead of a text that is not to be shown.
+        before, after: contents of a run's before.json and after.json: ``answers`` and ``metrics``.
+        prompts: (id, text) of each prompt that was answered; the text is None if it is not to be shown.
     """
     tables = []
     if prompts:
@@ -81,7 +82,7 @@ def before_after_tables(
 
 
 def token_table(before: Mapping[str, float], after: Mapping[str, float]) -> Table:
-    """Return the means over held-out tokens before and after training, a row for each kind of record and of token."""
+    """Return the table of means over held-out tokens before and after training, by kind of record and of token."""
     table = Table(title="Held-out tokens, before → after", title_justify="left")
     table.add_column("tokens")
     for heading, _ in _TOKEN_METRICS.values():
@@ -99,7 +100,7 @@ def token_table(before: Mapping[str, float], after: Mapping[str, float]) -> Tabl
 
 
 def pair_table(before: Mapping[str, float], after: Mapping[str, float]) -> Table:
-    """Return the held-out preference metrics before and after training."""
+    """Return the table of held-out preference metrics before and after training."""
     table = Table(title="Held-out pairs", title_justify="left")
     table.add_column("metric")
     table.add_column("before", justify="right")
@@ -114,17 +115,17 @@ def pair_table(before: Mapping[str, float], after: Mapping[str, float]) -> Table
 
 
 def answer_table(before: Sequence[str], after: Sequence[str], prompts: Sequence[tuple[str, str | None]]) -> Table:
-    """Return the answers to held-out prompts before and after training. A prompt has its id, and its text unless None."""
+    """Return the table of answers before and after training. A prompt is shown by its id, and its text unless None."""
     table = Table(title="Answers to held-out prompts", title_justify="left", show_lines=True)
     for column, ratio in (("prompt", 1), ("before", 2), ("after", 2)):
         table.add_column(column, ratio=ratio)
-    # A resumed run may ask for another number of samples; the first ones are the same.
+    # A resumed run may ask for another number of samples than its first part; those that both have are the same.
     for prompt, old, new in zip(prompts, before, after, strict=False):
         table.add_row(_label(*prompt), escape(old.strip()), escape(new.strip()))
     return table
 
 
-# Rows of the table of `saro compare`: attribute -> (label, format).
+# Rows of the table of `saro compare`: figure -> (label, format).
 _COMPARE_ROWS = {
     "loss": ("loss, nats per token", ".3f"),
     "likelier": ("pairs whose chosen response is likelier", ".0%"),
@@ -143,7 +144,7 @@ def compare_table(
 
     Args:
         figures: for each model ``loss``, ``likelier``, ``margin``, ``reasoning_tokens``, and ``answers`` to the prompts.
-        prompts: id and text of the first prompts, whose answers are shown.
+        prompts: (id, text) of the first prompts, whose answers are shown.
         num_prompts: number of all prompts that were answered.
     """
     table = Table(title="Held-out records", title_justify="left", show_lines=True)
@@ -176,4 +177,5 @@ def doctor_table(findings: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def _label(name: str, text: str | None) -> str:
+    """Return the cell of a prompt: its id, and below it the text if there is one."""
     return f"[bold]{escape(name)}[/bold]" + (f"\n{escape(text)}" if text is not None else "")

@@ -1,4 +1,4 @@
-"""What every run does around its training: measure before and after, write final/, and say how it ended."""
+"""Measures a run before and after its training, writes final/, and says how the run ended."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class BeforeAfter:
     """Measures a model before its training and after it: held-out metrics, and answers to held-out prompts.
 
     Attributes:
-        runtime, run, policy, chat: the run.
-        prompts: prompts to answer, on rank 0.
-        max_tokens: longest answer.
+        runtime, run, policy, chat: the run, its model and the model's chat format.
+        prompts: prompts that rank 0 answers.
+        max_tokens: longest answer, in tokens.
         heldout_metrics: returns the held-out metrics, given the number of finished steps.
     """
 
@@ -43,7 +43,10 @@ class BeforeAfter:
     heldout_metrics: Callable[[int], dict[str, float]]
 
     def measure(self, file: str, step: int) -> dict[str, Any]:
-        """Measure after ``step`` steps, into a JSON file of the run. A resumed run that has the file reads it."""
+        """Return metrics and answers after ``step`` steps, and write them to a JSON file in the run's folder.
+
+        A resumed run that already has the file reads it instead.
+        """
         return self.run.once(self.runtime, file, lambda: self._measure(step))
 
     def _measure(self, step: int) -> dict[str, Any]:
@@ -55,7 +58,7 @@ class BeforeAfter:
 
 
 def end_stopped(runtime: Runtime, outcome: Outcome) -> int:
-    """Say that a signal has stopped the run, and end it. Returns the exit code: 128 + signal number."""
+    """Say that a signal stopped the run, and end it. Returns the exit code, 128 + signal number."""
     runtime.say(f"stopped after step {outcome.step} of {outcome.total_steps}; continue with --resume")
     runtime.end()
     return 128 + outcome.stopped_by
@@ -70,7 +73,7 @@ def end_finished(
     console: Console,
     tables: Iterable[RenderableType],
 ) -> int:
-    """Write ``final/``, print the tables and a line about the run, and end it. Returns the exit code 0."""
+    """Write ``final/``, print the tables and a line about the run, and end it. Returns the exit code, 0."""
     if runtime.is_main:
         save_final(run.folder / "final", policy.model, source.tokenizer, dropout_options(source.config))
         for table in tables:
@@ -89,16 +92,17 @@ def save_final(
     tokenizer: PreTrainedTokenizerBase,
     original_options: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write what other programs load: a PEFT adapter or a full model, with the tokenizer; complete or absent.
+    """Write the model that other programs load: a PEFT adapter or a full model, with its tokenizer.
 
-    ``original_options`` holds options of the model's config that were changed only for training, such as its dropout.
+    The folder is complete or absent. ``original_options`` are written into the config of a full model: options that were
+    changed only for training, such as its dropout.
     """
     if not isinstance(model, PeftModel):
         for name, value in (original_options or {}).items():
             setattr(model.config, name, value)
     remove_temps(folder)
     with atomic_folder(folder, replace=True) as temp:
-        # The default "auto" would ask the hub whether the vocabulary was changed; it never is here.
+        # By default, "auto", peft would ask the hub whether the vocabulary was changed. It never is here.
         options = {"save_embedding_layers": False} if isinstance(model, PeftModel) else {}
         model.save_pretrained(temp, **options)
         tokenizer.save_pretrained(temp)

@@ -1,4 +1,4 @@
-"""A finished run: load the model that it trained, for everything that people do after training."""
+"""Loads the model that a finished run trained, for the tools that people use after training."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class FinishedRun:
     Attributes:
         folder: the run's folder.
         manifest: what the run was made from.
-        options: how ``final/`` is loaded: with the method and the precision of the training.
+        options: options that load ``final/`` with the method and the precision of the training.
         source: the model of ``final/``: an adapter and its base, or a full model.
     """
 
@@ -53,7 +53,7 @@ class FinishedRun:
             dtype = "bfloat16" if manifest["machine"]["device"].startswith("cuda") else "float32"
         options = ModelConfig(
             name=str(path / "final"),
-            # The run's own base, even if the hub has a newer one.
+            # The base that the run used, even if the hub has a newer one.
             revision=manifest["model"]["commit"] or trained["revision"],
             method=trained["method"],
             dtype=dtype,
@@ -78,10 +78,10 @@ class FinishedRun:
         return load_policy(self.source, self.options, device, seed=0).eval()
 
     def base(self) -> tuple[ModelSource, ModelConfig]:
-        """Return the model before training, and how to load it. For an adapter run it is the same model as ``source``.
+        """Return the model before training and the options that load it. For an adapter run, both are those of the run.
 
         Raises:
-            SaroError: the model that full fine-tuning began with is not there any more, or its weights have changed.
+            SaroError: the model that full fine-tuning began with no longer exists, or its weights have changed.
         """
         if not self.is_full:
             return self.source, self.options
@@ -92,7 +92,7 @@ class FinishedRun:
         return source, options
 
     def load_base(self, device: torch.device) -> Policy:
-        """Load the model with which full fine-tuning began in eval mode."""
+        """Load, in eval mode, the model that full fine-tuning began with."""
         return load_policy(*self.base(), device, seed=0).eval()
 
 
@@ -102,7 +102,7 @@ def this_device() -> torch.device:
 
 
 def _no_run(path: Path) -> str:
-    """Say what is wrong with a folder without a manifest, and what to do."""
+    """Return what is wrong with a folder without a manifest, and what to do."""
     if read_manifest(path.parent) is not None:
         return f"is a part of a run; give the run's folder, {path.parent}"
     if path.is_dir():

@@ -26,7 +26,7 @@ from saro.manifest import read_manifest
 from saro.model.source import ModelSource
 
 _PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "tokenizers", "safetensors", "numpy")
-# These change what is written, or when, but not what is learned: a resumed run may change them.
+# These options change what is written, or when, but not what is learned: a resumed run may change them.
 _FREE_ON_RESUME = frozenset(
     {
         "train.output",
@@ -51,8 +51,9 @@ class RunFolder:
         folder: holds config.yaml, manifest.json, metrics.jsonl, checkpoints/ and final/.
         config: the options, as nested dicts.
         template_date: the day that templates see as today; a resumed run keeps it.
-        resumed: the folder held a run, and this run continues it.
-        lock: held from ``begin`` to the end of the process, so that two runs never write one folder.
+        resumed: True if the folder held a run, which this run continues.
+        lock: held to the end of the process, so that two runs never write to one folder. A new run takes it in ``begin``,
+            a resumed run in ``check_unchanged``.
     """
 
     folder: Path
@@ -63,40 +64,41 @@ class RunFolder:
 
     @classmethod
     def open(cls, config: Any, folder: str, *, resume: bool, overwrite: bool, template_date: str | None) -> RunFolder:
-        """Look at the folder. Nothing is written or removed yet.
+        """Look at the folder without writing to it or deleting anything.
 
         Raises:
-            SaroError: the folder holds a run and neither flag is given, or it is resumed with other options.
+            SaroError: the folder holds a run and neither flag is given, the run is resumed with other options, the
+                folder holds other files, or both flags are given.
         """
         path, options = Path(folder), as_dict(config)
         if resume and overwrite:
             raise SaroError("--resume continues a run and --overwrite removes it; give one of them")
         if path.is_file():
             raise SaroError(f"{folder}: is a file; give a folder with --train.output")
-        began = read_manifest(path)
-        if began is None and path.is_dir() and any(not p.name.startswith(".") for p in path.iterdir()):
+        existing = read_manifest(path)
+        if existing is None and path.is_dir() and any(not p.name.startswith(".") for p in path.iterdir()):
             raise SaroError(f"{folder}: holds files that are not a run's; give an empty folder with --train.output")
-        if began is not None and not resume and not overwrite:
+        if existing is not None and not resume and not overwrite:
             raise SaroError(f"{folder}: holds a run already; add --resume to continue it, or --overwrite to start over")
-        today = _parse_date(template_date) if template_date else date.today()
-        if began is not None and resume:
-            _check_same_options(folder, began["config"], options)
-            today = date.fromisoformat(began["template_date"])
+        day = _parse_date(template_date) if template_date else date.today()
+        if existing is not None and resume:
+            _check_same_options(folder, existing["config"], options)
+            day = date.fromisoformat(existing["template_date"])
         return cls(
             folder=path,
             config=options,
-            template_date=today,
-            resumed=began is not None and resume,
+            template_date=day,
+            resumed=existing is not None and resume,
             lock=FileLock(path / ".lock"),
         )
 
     def start(self) -> str | None:
-        """Return the model that a resumed run began with: its adapter's folder, or the model itself; None for a new run."""
+        """Return the name of the model that a resumed run began with, or the folder of its adapter; None for a new run."""
         manifest = read_manifest(self.folder) if self.resumed else None
         return None if manifest is None else manifest.get("start")
 
     def check_unchanged(self, runtime: Runtime, manifest: dict[str, Any]) -> None:
-        """Check that a resumed run continues from what it began with, and take its lock. A new run passes.
+        """Take the lock of a resumed run, and check that it continues from what it began with. A new run passes.
 
         Raises:
             SaroError: another process trains in the folder, or the data, template, weights or reference differ from
@@ -121,7 +123,7 @@ class RunFolder:
         Raises:
             SaroError: see ``check_unchanged``.
         """
-        # Every process has looked at the folder before the first one writes to it.
+        # Wait until every rank has looked at the folder, before rank 0 writes to it.
         runtime.barrier()
         if runtime.is_main:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -141,6 +143,7 @@ class RunFolder:
         runtime.barrier()
 
     def _remove_old_files(self) -> None:
+        """Delete the files of the run that --overwrite replaces, except its manifest."""
         for item in self.folder.iterdir():
             # Hidden files are the user's, such as .gitignore; hidden .tmp files were left by a killed process.
             is_users = item.name.startswith(".") and not item.name.endswith(".tmp")
@@ -161,11 +164,15 @@ class RunFolder:
             ) from error
 
     def once(self, runtime: Runtime, name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Return the result of ``measure``, or the one in the file ``name`` if a resumed run has it already."""
+        """Return the result of ``measure`` and write it to the file ``name``.
+
+        A resumed run that already has the file reads it instead.
+        """
         path = self.folder / name
-        known = self.resumed and path.is_file()
+        is_measured = self.resumed and path.is_file()
+        # Wait until every rank has looked for the file, before rank 0 writes it.
         runtime.barrier()
-        if known:
+        if is_measured:
             return json.loads(path.read_text(encoding="utf-8"))
         measured = measure()
         if runtime.is_main:
@@ -181,7 +188,7 @@ class RunFolder:
         files: list[str],
         reports: dict[str, LengthReport],
     ) -> dict[str, Any]:
-        """Return what the run is made from, with the sha256 of every file.
+        """Return what the run is made from, with the sha256 of data files, weights, template and code.
 
         Args:
             reference: stage 2's reference model, if it is not the model that training starts from; else None.
@@ -209,6 +216,7 @@ class RunFolder:
 
 
 def _code_hash() -> str:
+    """Return the sha256 of all Python files of this package."""
     digest = hashlib.sha256()
     for path in sorted(Path(saro.__file__).parent.rglob("*.py")):
         digest.update(path.read_bytes())
@@ -223,11 +231,12 @@ def _parse_date(text: str) -> date:
 
 
 def _check_same_options(folder: str, began: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raise SaroError for the first option that is not as the run began, unless a resumed run may change it."""
     for group, options in now.items():
         for name, value in options.items():
-            option = f"{group}.{name}"
-            if option not in _FREE_ON_RESUME and began.get(group, {}).get(name) != value:
+            option, old_value = f"{group}.{name}", began.get(group, {}).get(name)
+            if option not in _FREE_ON_RESUME and old_value != value:
                 raise SaroError(
-                    f"{folder}: the run began with {option} {began.get(group, {}).get(name)}, not {value}; "
+                    f"{folder}: the run began with {option} {old_value}, not {value}; "
                     "resume with the same, or start over with --overwrite"
                 )

@@ -22,7 +22,7 @@ class Converted:
 
     Attributes:
         records: number of records written.
-        left_out: places ("file:line") of the records that were left out, as their format demands.
+        left_out: places ("file:line") of the records that were left out, as ``convert`` describes.
     """
 
     records: int
@@ -66,7 +66,7 @@ def convert(
             if record is None:
                 left_out.append(where)
                 continue
-            # Our own reader must accept what we write: without its markers, a text may be empty or equal the other one.
+            # Our reader must accept the record: without its markers, a text may be empty, or the two sides may be equal.
             parse = parse_pair if "chosen" in record else parse_example
             parse(record, where, default_id=record["id"])
             if (other := first.setdefault(record["id"], where)) != where:
@@ -95,14 +95,14 @@ def _convert_gsm8k_pair(source: Record, number: int, where: str) -> Record | Non
     question = _parse_field(source, "question", where)
     if any(_BARE_NUMBER.fullmatch(_parse_field(source, name, where)) for name in ("correct", "incorrect")):
         return None
-    chosen, right = _split_solution(source, "correct", "A:", where)
-    rejected, wrong = _split_solution(source, "incorrect", "A:", where)
+    chosen_steps, chosen_answer = _split_solution(source, "correct", "A:", where)
+    rejected_steps, rejected_answer = _split_solution(source, "incorrect", "A:", where)
     return {
         "id": f"gsm8k-pairs-{number:06d}",
-        "kind": "pp-cot" if chosen[:1] == rejected[:1] else "op-cot",
+        "kind": "pp-cot" if chosen_steps[:1] == rejected_steps[:1] else "op-cot",
         "prompt": question,
-        "chosen": {"reasoning": chosen, "answer": right},
-        "rejected": {"reasoning": rejected, "answer": wrong},
+        "chosen": {"reasoning": chosen_steps, "answer": chosen_answer},
+        "rejected": {"reasoning": rejected_steps, "answer": rejected_answer},
     }
 
 
@@ -123,7 +123,7 @@ def _split_solution(source: Record, name: str, mark: str, where: str) -> tuple[l
 _STAIR_STEP = ["<|Reasoning_step|>", "<|/Reasoning_step|>"]
 _STAIR_OUTPUT = ["<|Output|>", "<|/Output|>"]
 _STAIR_MARK = re.compile("|".join(re.escape(mark) for mark in _STAIR_STEP + _STAIR_OUTPUT))
-# Kind by the source of the prompt, as the data set's README names the sources.
+# Source of the prompt, as the data set's README names it -> kind.
 _STAIR_KINDS = {"SafeRLHF": "safety", "JailbreakV": "safety", "UltraFeedback": "general"}
 
 
@@ -141,6 +141,7 @@ def _convert_stair_sft(source: Record, number: int, where: str) -> Record:
 
 
 def _parse_stair_kind(name: str, where: str) -> str:
+    """Return the kind of a STAIR-SFT record from the name of its source."""
     # Search for each name: hub names of these sets vary in case, owner and suffix ("JailbreakV-28K/JailBreakV-28k").
     kinds = [kind for known, kind in _STAIR_KINDS.items() if known.lower() in name.lower()]
     if not kinds:
@@ -161,6 +162,7 @@ def _make_record(id: str, kind: str, prompt: str, reasoning: str | list[str] | N
 
 
 def _parse_field(source: Record, name: str, where: str) -> str:
+    """Return a field of a published record, which must be text."""
     if name not in source:
         fault(where, f"field {shown(name)} is missing", "check that this is the format of the file")
     return parse_text(source[name], f"field {shown(name)}", where, "fix or drop the record")

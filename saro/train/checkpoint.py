@@ -24,6 +24,7 @@ _WEIGHTS, _OPTIMIZER, _STATE = "trainable.safetensors", "optimizer.pt", "state.j
 
 
 def checkpoint_folder(root: Path, step: int) -> Path:
+    """Return the folder of the checkpoint after ``step`` finished steps."""
     return root / f"step_{step:06d}"
 
 
@@ -42,7 +43,7 @@ def save_checkpoint(
     scheduler: LRScheduler,
     keep: int,
 ) -> None:
-    """Write a checkpoint after ``step`` finished steps, then remove all but the newest ``keep``."""
+    """Write a checkpoint after ``step`` finished steps, then remove all but the newest ``keep`` checkpoints."""
     root.mkdir(parents=True, exist_ok=True)
     folder = checkpoint_folder(root, step)
     # Remove the leftovers of killed runs for every step: the step of a half-removed checkpoint is never saved again.

@@ -1,4 +1,4 @@
-"""fit(): the training loop. It knows steps, packs and sums, but no algorithm."""
+"""fit(): the training loop. It knows steps, packs and sums, but no loss."""
 
 from __future__ import annotations
 
@@ -49,9 +49,9 @@ class Outcome:
     Attributes:
         step: number of finished steps.
         total_steps: number of steps of the whole run.
-        stopped_by: the signal that ended it before all steps were done, else None.
-        tokens_per_second: tokens that the model read, over all ranks, without start-up, evaluation and saving.
-        peak_memory_gib: most memory that this process held.
+        stopped_by: the signal that stopped it before all steps were done, else None.
+        tokens_per_second: rate at which the model read tokens, over all ranks, without start-up, evaluation and saving.
+        peak_memory_gib: peak memory of this rank, GiB.
     """
 
     step: int
@@ -74,7 +74,7 @@ def fit(
     log: PackLog | None = None,
     resume: bool = False,
 ) -> Outcome:
-    """Train ``policy`` for ``total_steps`` steps, or for those that are left after a checkpoint.
+    """Train ``policy`` for ``total_steps`` steps, or for those that are left after the newest checkpoint.
 
     Each step draws its records by number, runs this rank's packs, divides each loss sum by its count over the whole
     step, and makes one optimizer step. SIGTERM and Ctrl-C finish the step, write a checkpoint and return.
@@ -86,7 +86,7 @@ def fit(
         resume: continue from the newest checkpoint in the output folder, if there is one.
 
     Raises:
-        SaroError: the loss or the gradient is not finite; the weights were not changed by this step.
+        SaroError: the loss or the gradient is not finite. The step has not changed the weights.
     """
     output = Path(options.output)
     trainable = policy.trainable()
@@ -112,14 +112,15 @@ def fit(
     with _stop_signals() as received:
         while step < total_steps and stop is None:
             batch = steps[step]
-            # Seeded for each step, so that a resumed run draws the same dropout without storing any state.
+            # Seed each step, so that a resumed run draws the same dropout although no random state is stored.
             torch.manual_seed(int(np.random.SeedSequence([options.seed, step, runtime.rank]).generate_state(1)[0]))
             with clock:
                 loss = _backward(module, objective, batch, meter, log, device, runtime.processes)
                 norm = _clip(parameters, options.max_grad_norm)
-                # The only host read of the step, summed over the ranks: a signal to any rank stops all of them.
-                agreed = runtime.sum_(torch.stack([loss, torch.full_like(loss, len(received))]))
-                loss_value, signals, norm_value = torch.cat([agreed, norm.reshape(1).to(agreed)]).tolist()
+                # Between log lines, this is the only time that the host waits for the device. Loss and signals are
+                # summed over ranks, so that a signal to any rank stops all of them.
+                sums = runtime.sum_(torch.stack([loss, torch.full_like(loss, len(received))]))
+                loss_value, signals, norm_value = torch.cat([sums, norm.reshape(1).to(sums)]).tolist()
                 if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
                     progress.close()
                     records = ", ".join(ids[record] for record in batch.records)
@@ -132,7 +133,7 @@ def fit(
                 optimizer.step()
                 scheduler.step()
                 optimizer.zero_grad(set_to_none=True)
-                # Read inside the clock's block, so that its rate includes the optimizer's work on the device.
+                # Read within the clock's block, so that the rate includes the optimizer's work on the device.
                 changed = _changed(parameters, before) if before is not None else None
             step += 1
             clock.tokens += batch.tokens
@@ -187,13 +188,13 @@ def _backward(
     device: torch.device,
     processes: int,
 ) -> torch.Tensor:
-    """Add up the gradients of one step; returns this rank's share of its loss, a scalar without gradient."""
+    """Add up the gradients of one step. Returns this rank's share of the loss: a float64 scalar without gradient."""
     module.train()
     counts = objective.counts(batch.trees)
     total = torch.zeros((), dtype=torch.float64, device=device)
     for index, pack in enumerate(batch.packs):
         pack = pack.to(device)
-        # Ranks exchange gradients once a step, in the backward of the last pack.
+        # Ranks exchange gradients once per step, in the backward of the last pack.
         is_last = index == len(batch.packs) - 1
         with nullcontext() if is_last or processes == 1 else module.no_sync():
             sums = objective(module(pack), pack)
@@ -233,25 +234,27 @@ def evaluate(
 
 
 def _clip(parameters: list[nn.Parameter], max_norm: float) -> torch.Tensor:
-    """Clip the gradient to ``max_norm``, or not if that is 0; returns its norm before."""
+    """Clip the gradient to ``max_norm``, or not at all if that is 0. Returns the norm before clipping."""
     return nn.utils.clip_grad_norm_(parameters, max_norm or float("inf"))
 
 
-# Compare the first entries of each parameter: enough to notice updates lost to bf16, too few to cost memory.
+# Compare this many elements of each parameter: enough to notice updates lost to bf16, too few to cost memory.
 _PROBE = 1024
 
 
 def _probe(parameters: list[nn.Parameter]) -> list[torch.Tensor]:
+    """Return copies of the first elements of each parameter."""
     return [p.detach().flatten()[:_PROBE].clone() for p in parameters]
 
 
 def _changed(parameters: list[nn.Parameter], before: list[torch.Tensor]) -> float:
+    """Return the share of these elements that have changed since ``_probe``."""
     changed = [(p.detach().flatten()[:_PROBE] != b).sum() for p, b in zip(parameters, before, strict=True)]
     return torch.stack(changed).sum().item() / sum(len(b) for b in before)
 
 
 class _Clock:
-    """Measures tokens per second inside its blocks."""
+    """Measures tokens per second within its ``with`` blocks. The caller adds to ``tokens``."""
 
     def __init__(self) -> None:
         self.tokens = 0
@@ -267,17 +270,17 @@ class _Clock:
         return self.tokens / self._seconds if self._seconds else 0.0
 
 
-# torchrun sends its children a SIGINT of its own, right after the terminal's has reached them.
+# SIGINTs within this time are one Ctrl-C: torchrun sends its children a SIGINT right after the terminal's.
 _SAME_CTRL_C_SECONDS = 2.0
 
 
 @contextmanager
 def _stop_signals() -> Iterator[list[int]]:
-    """Append SIGTERM and the first Ctrl-C to the list instead of obeying at once. A later Ctrl-C interrupts."""
+    """Append SIGTERM and the first Ctrl-C to the yielded list instead of obeying at once. A later Ctrl-C interrupts."""
     received: list[int] = []
     first = 0.0
 
-    def note(number: int, _: FrameType | None) -> None:
+    def on_signal(number: int, _: FrameType | None) -> None:
         nonlocal first
         if not received:
             first = time.monotonic()
@@ -285,7 +288,7 @@ def _stop_signals() -> Iterator[list[int]]:
             raise KeyboardInterrupt
         received.append(number)
 
-    old = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    old = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield received
     finally:

@@ -1,4 +1,4 @@
-"""Collect metrics as tensors until a log line is due, write metrics.jsonl, and show progress on the terminal."""
+"""Write metrics.jsonl, and show progress on the terminal."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def format_metrics(values: Mapping[str, float]) -> str:
 
 
 class MetricsFile:
-    """Write metrics.jsonl: one JSON object per line, each with its ``step``.
+    """Writes metrics.jsonl: one JSON object per line, each with its ``step``.
 
     Args:
         path: the file.
@@ -41,7 +41,7 @@ class MetricsFile:
 
 
 class Progress:
-    """Show a progress bar over the steps, or one line per log interval if there is no terminal."""
+    """Shows a progress bar over the steps, or one line per log interval if there is no terminal."""
 
     def __init__(self, total: int, start: int, shown: bool) -> None:
         self._shown = shown
@@ -51,6 +51,7 @@ class Progress:
             self._bar = tqdm(total=total, initial=start, unit="step", dynamic_ncols=True, smoothing=0.1)
 
     def step(self) -> None:
+        """Advance the bar by one step."""
         if self._bar is not None:
             self._bar.update()
 
@@ -63,5 +64,6 @@ class Progress:
             print(f"step {step}/{self._total}  {text}", file=sys.stderr, flush=True)
 
     def close(self) -> None:
+        """Close the bar."""
         if self._bar is not None:
             self._bar.close()

@@ -25,8 +25,8 @@ class Sums:
     """The contribution of one pack to a step.
 
     Attributes:
-        losses: count's name -> scalar sum that is divided by this count of the step.
-        metrics: sums and counts, including ``loss``; every pack has the same names.
+        losses: name of a count -> scalar sum, which the engine divides by this count of the step.
+        metrics: name -> (sum, count), including ``loss``; every pack has the same names.
         pairs: name -> (P,) values, one for each pair of the pack; empty for packs of examples.
     """
 
@@ -39,28 +39,28 @@ class Objective(Protocol):
     """A loss over packs that training minimises."""
 
     def counts(self, trees: Sequence[SequenceTree]) -> dict[str, int]:
-        """Return the counts that divide the losses, over all trees of a step."""
+        """Return the counts by which the losses are divided, over all trees of a step."""
 
     def __call__(self, logps: torch.Tensor, pack: Pack) -> Sums:
         """Return the sums over one pack, from the log-probs (R,) of its rows."""
 
     def describe(self, statistics: TokenStatistics, pack: Pack) -> Metrics:
-        """Return further metrics for evaluations, from the distributions of a pack's rows: (R,) each.
+        """Return further metrics for evaluations, from statistics of a pack's rows, (R,) each.
 
         ``entropy`` is in nats, ``mean_token_accuracy`` is the share of scored tokens that are the likeliest.
         """
 
     def combine(self, means: dict[str, float]) -> dict[str, float]:
-        """Return the means of the metrics, with ``loss`` as the quantity that is minimised."""
+        """Return the means of the metrics, in which ``loss`` is the quantity that is minimised."""
 
 
 class Meter:
-    """Average metrics over packs, steps and ranks, from sums and counts by name: never an average of averages."""
+    """Averages metrics over packs, steps and ranks, from sums and counts by name: never an average of averages."""
 
     def __init__(self) -> None:
         self._sums: dict[str, torch.Tensor] = {}
 
-    def add(self, metrics: dict[str, tuple[torch.Tensor, torch.Tensor | int]]) -> None:
+    def add(self, metrics: Metrics) -> None:
         """Add the (sum, count) of each metric of one pack, without synchronising with the device."""
         for name, (total, count) in metrics.items():
             if isinstance(count, torch.Tensor):
@@ -84,8 +84,8 @@ class Meter:
 class RWObjective:
     """Reasoning-style Warmup: the mean negative log-likelihood of the scored tokens.
 
-    Metrics: the loss, also by kind of record and by kind of token (reasoning, answer, stop). In evaluations entropy and
-    accuracy likewise.
+    Metrics: the loss, over all tokens, by kind of record and by kind of token (reasoning, answer, stop). Evaluations add
+    entropy and accuracy in the same way.
 
     Args:
         kinds: (n,) the kind of each record, as an index into ``KINDS``.
@@ -109,7 +109,7 @@ class RWObjective:
         return means
 
     def _means(self, name: str, values: torch.Tensor, pack: Pack) -> Metrics:
-        """Sum (R,) values of rows as ``NAME``, and as ``NAME/KIND`` by kind of record and of token."""
+        """Sum (R,) values of rows over entries as ``NAME``, and as ``NAME/KIND`` by kind of record and of token."""
         entries = values.index_select(0, pack.entry_row)  # (E,)
         record_kind = _record_kinds(self._kinds, pack)
         token_kind = pack.row_kind.index_select(0, pack.entry_row)
@@ -120,24 +120,24 @@ class RWObjective:
         }
 
 
-# A chosen response has fallen if it lost more than this, nats per token. Rounding alone moves it by less.
+# A chosen response has fallen if its log-prob fell by more than this, nats per token. Rounding changes it by less.
 FELL = 1e-3
 
 
 class SRPOObjective:
     """Preference optimization of pairs: a function of the margin between chosen and rejected, against a reference.
 
-    Differences to the reference are taken token by token, before they are summed: at the reference they are zero, not a
-    rounded sum.
+    The reference is subtracted token by token, before the sum: where policy and reference agree, the result is zero, not
+    the difference of two rounded sums.
 
     Metrics: rewards (``beta`` times the change of a log-prob), their margin and accuracy, the log-probs, and the
     displacement: how far the log-probs moved, split into reasoning and the rest, and the share of pairs whose chosen
-    response has fallen. All of them also by kind of pair. Each pair has its margin and its changes, in nats. Evaluations
-    add the entropy and the accuracy of the scored tokens of each side.
+    response has fallen. All are averaged over all pairs and by kind of pair. ``Sums.pairs`` has the margin and the
+    changes of each pair, in nats. Evaluations add the entropy and the accuracy of the scored tokens of each side.
 
     Args:
         kinds: (n,) the kind of each pair, as an index into ``PAIR_KINDS``.
-        reference: log-probs of the pairs' scored tokens under the reference.
+        reference: log-probs of the pairs' scored tokens under the reference model.
         options: the loss and its parameters. If ``scored`` is divergent, the pairs are those of ``PairSet.divergent``,
             and metrics that need whole responses are left out.
     """
@@ -169,10 +169,10 @@ class SRPOObjective:
         losses = self._loss(margins, self.options.beta, self.options.label_smoothing)
         terms = {"pairs": losses.sum()}
         if self.options.nll:
-            # RPO (Pang et al. 2024, arXiv 2404.19733). Divided by the chosen rows of the whole step, not of this pack.
+            # RPO (Pang et al. 2024, arXiv 2404.19733). The engine divides by the chosen rows of the step, not of this pack.
             terms["chosen_rows"] = self.options.nll * nll_sum(policy[:, CHOSEN])
         with torch.no_grad():
-            # Add a metric of pairs here: name -> (P,) values. It is averaged over all pairs, and over those of each kind.
+            # Add a metric of pairs to ``values``: name -> (P,). It is averaged over all pairs and over those of each kind.
             beta = self.options.beta
             values = {"loss": losses, "rewards/margins": beta * margins, "rewards/accuracies": margins > 0}
             pairs = {"margin": margins}
@@ -208,8 +208,8 @@ class SRPOObjective:
     def combine(self, means: dict[str, float]) -> dict[str, float]:
         if "loss/nll" not in means:
             return means
-        whole = means["loss"] + self.options.nll * means["loss/nll"]
-        return means | {"loss": whole, "loss/preference": means["loss"]}
+        minimised = means["loss"] + self.options.nll * means["loss/nll"]
+        return means | {"loss": minimised, "loss/preference": means["loss"]}
 
 
 def _record_kinds(kinds: torch.Tensor, pack: Pack) -> torch.Tensor:
@@ -226,8 +226,8 @@ def _sum_sides(entries: torch.Tensor, pack: Pack) -> torch.Tensor:
 
 def _sum_overall_and_by_kind(values: dict[str, torch.Tensor], kinds: torch.Tensor) -> Metrics:
     """Sum (P,) values over all pairs as ``NAME``, and over the pairs of each kind as ``KIND/NAME``."""
-    # One table (number of names, P), so that all sums are one kernel.
-    table = torch.stack(list(values.values()))
+    # Stack the values, so that one kernel makes all sums.
+    table = torch.stack(list(values.values()))  # (names, P)
     metrics: Metrics = {}
     for name, total in zip(values, table.sum(1), strict=True):
         metrics[name] = (total, table.shape[1])
@@ -240,7 +240,7 @@ def _sum_overall_and_by_kind(values: dict[str, torch.Tensor], kinds: torch.Tenso
 
 
 def _binned(values: torch.Tensor, bins: torch.Tensor, names: Sequence[str]) -> Metrics:
-    """Sum the values of each bin; ``names`` are the names of the bins."""
+    """Sum (E,) values by bin, (E,) indices into ``names``."""
     zeros = torch.zeros(len(names), dtype=torch.float64, device=values.device)
     sums = zeros.index_add(0, bins, values.double())
     counts = zeros.index_add(0, bins, torch.ones_like(values, dtype=torch.float64))

@@ -31,7 +31,7 @@ def make_scheduler(optimizer: torch.optim.Optimizer, options: TrainConfig, total
     """Make a schedule that warms up linearly over a share ``warmup`` of the steps, then follows ``schedule``.
 
     No step has a rate of zero: the first of w warm-up steps runs at 1 / (w + 1) of the peak, and a decay would reach
-    zero one step after the last.
+    zero one step after the last one.
     """
     warmup_steps = min(round(options.warmup * total_steps), total_steps - 1)
     decay_steps = total_steps - warmup_steps

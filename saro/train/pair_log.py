@@ -1,4 +1,4 @@
-"""The margin of each pair at every evaluation, and a warning when chosen responses lose probability."""
+"""Writes the margin of each pair at every evaluation, and warns when chosen responses lose probability."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ from saro.model.policy import Policy
 from saro.train.engine import evaluate
 from saro.train.objective import SRPOObjective, Sums
 
+# One line of margins.jsonl, see ``PairLog.take``.
 Row = dict[str, float | int | str]
-# The warning names at most this many pairs: it should stay one readable line.
+# The warning names at most this many pairs, so that it stays one readable line.
 _NAMED = 10
 
 
 class PairLog:
-    """Collects the values of pairs pack by pack, and reads them only when they are asked for.
+    """Collects the values of pairs pack by pack, and reads them from the device only when they are asked for.
 
     Args:
         pairs: the pairs that the packs' records index.
@@ -63,13 +64,14 @@ class PairLog:
         return rows
 
     def watch(self, step: int) -> None:
-        """Check for the warning only; discard the rows."""
+        """Warn if chosen responses have fallen, and discard the values."""
         if self._warned or not any("chosen_fell" in values for _, values in self._seen):
             self._seen.clear()
         else:
             self.take(step)
 
     def _warn(self, step: int, rows: Sequence[Row]) -> None:
+        """Warn once if the chosen log-prob has fallen in more than ``warn_share`` of the rows' pairs."""
         fallen = [str(row["id"]) for row in rows if row.get("chosen_fell")]
         if self._warned or len(fallen) <= self._warn_share * len(rows):
             return
@@ -93,7 +95,7 @@ def evaluate_pairs(
     step: int,
     file: Path,
 ) -> dict[str, float]:
-    """Return the metrics of pairs under the policy after ``step`` steps, and write the row of each pair to ``file``."""
+    """Return the metrics of pairs under the policy after ``step`` steps, and write a line for each pair to ``file``."""
     packs = pack_trees(pairs.trees(range(len(pairs)), pack_tokens), pack_tokens, runtime.share)
     metrics = evaluate(runtime, policy, objective, packs, log=log)
     rows = log.take(step)
@@ -103,7 +105,7 @@ def evaluate_pairs(
 
 
 def write_margins(path: Path, step: int, rows: Sequence[Row]) -> None:
-    """Append the rows of an evaluation. Rows that a killed run wrote for this step or later ones are dropped."""
+    """Append the rows of an evaluation to margins.jsonl, without those that a killed run wrote for this or later steps."""
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
     with atomic_write(path) as file:
         file.writelines(line for line in lines if json.loads(line)["step"] < step)

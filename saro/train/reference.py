@@ -1,4 +1,4 @@
-"""Reference log-probs: read from the cache, after scoring the pairs that the cache lacks. A few are verified."""
+"""Reads reference log-probs from the cache, after scoring the pairs that are not in it. A few cached ones are verified."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def load_references(
 
 
 def other_reference_options(model: ModelConfig, name: str) -> ModelConfig:
-    """Return how the reference model ``name`` is loaded: in the same way as the policy."""
+    """Return the options that load the reference model ``name`` in the same way as the policy."""
     return replace(model, name=name, revision=None, lora_rank=None, lora_alpha=None, lora_targets=None)
 
 
@@ -62,10 +62,10 @@ def load_other_references(
 
     Args:
         options: how the model is loaded, see ``other_reference_options``.
-        chat: format of the policy, whose tokens the model must read.
+        chat: chat format of the policy; the model must read the same tokens.
 
     Raises:
-        SaroError: the model has another vocabulary.
+        SaroError: the model has another vocabulary, or packed training does not support it.
     """
     if source.tokenizer.get_vocab() != chat.tokenizer.get_vocab():
         raise SaroError(
@@ -85,9 +85,9 @@ def load_other_references(
 def load_reference(
     runtime: Runtime, policy: Policy, source: ModelSource, pairs: PairSet, pack_tokens: int
 ) -> PairLogps:
-    """Return the log-probs of ``pairs`` under ``policy`` from the cache. Pairs that it lacks are scored and added first.
+    """Return the log-probs of ``pairs`` under ``policy`` from the cache. Missing pairs are scored and added first.
 
-    No lock is held while scoring: two processes may score the same rows twice, but never wrongly.
+    No lock is held while scoring: two processes may score the same pairs, which costs time but does no harm.
 
     Args:
         policy: the reference, as it was loaded from ``source`` and not yet trained.
@@ -100,12 +100,12 @@ def load_reference(
     keys = [sequence_key(sequence) for i in range(len(pairs)) for sequence in pairs.sequences(i)]
     missing = _find_missing(cache, keys)
     cached = np.setdiff1d(np.arange(len(pairs)), missing)
-    if _on_any_rank(runtime, missing):
+    if _any_rank_misses(runtime, missing):
         runtime.say(f"reference: scoring {len(missing):,} of {len(pairs):,} pairs, kept in {cache.folder}")
     share = runtime.share
-    while _on_any_rank(runtime, missing):
+    while _any_rank_misses(runtime, missing):
         _score_into_cache(cache, policy, pairs, missing, keys, pack_tokens, share=share, shown=runtime.is_main)
-        # Ranks without a shared file system still miss rows that other ranks wrote. Each then scores all of its own.
+        # Without a shared file system, a rank still misses what other ranks wrote. It then scores all of that itself.
         share = ALL_WORK
         runtime.barrier()
         missing = _find_missing(cache, keys)
@@ -123,6 +123,7 @@ def cache_key(policy: Policy, source: ModelSource, device: torch.device) -> dict
     if identity["files"]:
         del identity["name"]
     config = {k: v for k, v in source.config.to_dict().items() if not k.startswith("_")}
+    is_quantized = bool(getattr(policy.causal_lm, "quantization_method", None))
     packages = ["torch", "transformers", "bitsandbytes"]
     if policy.head == "tiled-triton":
         packages.append("triton")
@@ -132,7 +133,7 @@ def cache_key(policy: Policy, source: ModelSource, device: torch.device) -> dict
         "scorer": SCORER_VERSION,
         "weights": identity,
         "config": config,
-        "quantization": getattr(policy.causal_lm, "quantization_method", None) and "nf4, double",
+        "quantization": "nf4, double" if is_quantized else None,
         "dtype": f"{policy.causal_lm.dtype}, products in {policy.compute_dtype}",
         "attention": policy.attention,
         "head": policy.head,
@@ -141,13 +142,13 @@ def cache_key(policy: Policy, source: ModelSource, device: torch.device) -> dict
     }
 
 
-def _on_any_rank(runtime: Runtime, missing: np.ndarray) -> bool:
-    """Return True if any rank misses pairs."""
+def _any_rank_misses(runtime: Runtime, missing: np.ndarray) -> bool:
+    """Return True if pairs are missing on any rank."""
     return bool(runtime.sum_(torch.tensor(len(missing), device=runtime.device)).item())
 
 
 def _find_missing(cache: ReferenceCache, keys: Sequence[bytes]) -> np.ndarray:
-    """Return the indices of the pairs of which the cache lacks a side."""
+    """Return the indices of the pairs that have a side that is not in the cache."""
     is_cached = np.array(cache.find(keys), bool).reshape(-1, len(SIDES))
     return np.flatnonzero(~is_cached.all(1))
 
@@ -163,7 +164,7 @@ def _score_into_cache(
     share: Share,
     shown: bool,
 ) -> None:
-    """Score a share of the missing pairs, and add them to the cache from time to time, so that a kill costs little."""
+    """Score a rank's share of the missing pairs, and add them to the cache every ``_FLUSH_SECONDS`` and at the end."""
     unsaved: dict[bytes, np.ndarray] = {}
     saved_at = time.monotonic()
     # Pairs on one prompt share a tree, wherever they are in the files.
@@ -186,7 +187,7 @@ def _score_into_cache(
 def _check_spots(
     policy: Policy, pairs: PairSet, reference: PairLogps, spots: list[int], cache: ReferenceCache, pack_tokens: int
 ) -> None:
-    """Score a few pairs again, and compare them with the cache within the noise of layouts."""
+    """Score a few pairs again. Raises SaroError if they differ from the cache by more than the noise of layouts."""
     trees = fitting_trees([build_tree(pairs.sequences(pair)) for pair in spots], pack_tokens)
     spots = spots[: len(trees)]
     cached = np.concatenate([reference.side_logps(pair, side) for pair in spots for side in (CHOSEN, REJECTED)])

@@ -1,4 +1,4 @@
-"""Keep reference log-probs on disk, in immutable shards with an index that can be rebuilt from them.
+"""Keeps reference log-probs on disk, in immutable shards with an index that can be rebuilt from them.
 
     $SARO_CACHE/reference/KEY/key.json              what the log-probs were scored with
                              /shards/*.safetensors  keys (m, 16) uint8, offsets (m + 1,) int64, logps (r,)
@@ -28,7 +28,7 @@ from saro.errors import SaroError
 from saro.files import atomic_write, cache_dir
 
 _KEY_BYTES = 16
-# Rows per shard. Reading holds one shard in memory beside the result.
+# Rows per shard, 16 MiB in fp32: reading holds one shard in memory beside the result.
 SHARD_ROWS = 2**22
 
 
@@ -48,7 +48,7 @@ class _Place(NamedTuple):
 
 
 class ReferenceCache:
-    """Log-probs of sequences under one reference.
+    """The log-probs of sequences under one reference, in a folder.
 
     Args:
         folder: folder of the cache; it need not exist yet.
@@ -122,6 +122,7 @@ class ReferenceCache:
         return np.empty(0, np.float32) if result is None else result, offsets
 
     def _write(self, entries: Sequence[tuple[bytes, np.ndarray]]) -> None:
+        """Write (key, log-probs) entries as one shard."""
         logps = np.concatenate([values for _, values in entries])
         tensors = {
             "keys": np.frombuffer(b"".join(key for key, _ in entries), np.uint8).reshape(-1, _KEY_BYTES),
@@ -160,7 +161,10 @@ class ReferenceCache:
 
 
 def _make_places(names: Sequence[str], tensors: Mapping[str, np.ndarray]) -> dict[bytes, _Place]:
-    """Return the place of each key of an index. Its ``shard`` counts in ``names``, oldest first."""
+    """Return the place of each key of an index. If several shards hold a key, the oldest one counts.
+
+    The index has an entry for each key of each shard: ``shard`` is an index into ``names``, which are in order of time.
+    """
     raw = tensors["keys"].tobytes()
     shard, bounds = tensors["shard"].tolist(), tensors["bounds"].tolist()
     places: dict[bytes, _Place] = {}
@@ -171,6 +175,7 @@ def _make_places(names: Sequence[str], tensors: Mapping[str, np.ndarray]) -> dic
 
 
 def _checksum(tensors: Mapping[str, np.ndarray]) -> int:
+    """Return the CRC-32 of a shard's tensors."""
     checksum = 0
     for name in ("keys", "offsets", "logps"):
         checksum = zlib.crc32(np.ascontiguousarray(tensors[name]), checksum)

@@ -1,4 +1,4 @@
-"""The check before the first step: the policy is its own reference, so margins are zero and the loss is known."""
+"""Checks SRPO before the first step: the policy is its own reference, so margins are zero and the loss is known."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from saro.errors import SaroError
 from saro.model.policy import Policy
 from saro.train.objective import SRPOObjective
 
-# Number of trees on which the noise is measured: one could be unusually quiet.
+# Number of trees on which the noise is measured: on only one it could be unusually low.
 _NOISE_TREES = 2
 
 
@@ -25,7 +25,7 @@ class StartCheck:
 
     Attributes:
         margin: absolute margin of the pair that comes closest to its limit, nats.
-        allowed: the limit for that pair: what rounding explains.
+        allowed: the limit of that pair, nats: the largest margin that rounding explains.
         loss: mean loss of the pairs.
     """
 
@@ -87,6 +87,7 @@ def _allowed_margin(noise: Noise, pairs: PairSet, record: int, length_normalize:
 
 
 def _check_loss(objective: SRPOObjective, loss: float, allowed_margin: float) -> None:
+    """Raise SaroError if the mean loss is not its value at margins of zero, give or take ``allowed_margin`` nats."""
     expected = objective.loss_of(0)
     above, below = objective.loss_of(allowed_margin), objective.loss_of(-allowed_margin)
     tolerance = max(abs(above - expected), abs(below - expected)) + 1e-6 * abs(expected)

@@ -350,7 +350,7 @@ def siblings_that_see_each_other(patch):
 def test_fails_on_wrong_trees(tiny_model, monkeypatch, sabotage):
     policy = load(tiny_model())
     sabotage(monkeypatch)
-    with pytest.raises(SaroError, match="packed logps differ from the model's own"):
+    with pytest.raises(SaroError, match="packed log-probs differ from the model's own"):
         check_packs(policy, PAIRS)
 
 
@@ -369,7 +369,7 @@ def test_fails_even_if_only_the_fork_of_a_long_tree_is_wrong(tiny_model, monkeyp
         return replace(pack, row_hidden=pack.row_hidden - at_fork.long())
 
     monkeypatch.setattr(checks, "lay_out", lay_out)
-    with pytest.raises(SaroError, match="packed logps differ from the model's own"):
+    with pytest.raises(SaroError, match="packed log-probs differ from the model's own"):
         check_packs(load(tiny_model()), pairs_of(150, 400, shared=shared))
 
 
@@ -382,7 +382,7 @@ def test_fails_on_wrong_adapter_outputs(tiny_model, monkeypatch, method):
     policy = load(tiny_model(), method)
     original = fused_lora._parts
     monkeypatch.setattr(fused_lora, "_parts", lambda layer: replace(original(layer), scaling=0.0))
-    with pytest.raises(SaroError, match="packed logps differ from the model's own"):
+    with pytest.raises(SaroError, match="packed log-probs differ from the model's own"):
         check_packs(policy, DATA)
 
 
@@ -404,13 +404,13 @@ WINDOWS = {
 @pytest.mark.parametrize("kind", ["mistral", "gemma3"])
 def test_fails_on_a_wrong_window(tiny_model, monkeypatch, kind, change):
     changed_attention(window=change)(monkeypatch)
-    with pytest.raises(SaroError, match=r"^packed logps differ"):
+    with pytest.raises(SaroError, match=r"^packed log-probs differ"):
         check_packs(load(tiny_model(kind)), DATA)
 
 
 def test_fails_on_a_window_in_layers_that_have_none(tiny_model, monkeypatch):
     changed_attention(window=lambda w: w or 8)(monkeypatch)
-    with pytest.raises(SaroError, match=r"^packed logps differ"):
+    with pytest.raises(SaroError, match=r"^packed log-probs differ"):
         check_packs(load(tiny_model("gemma3")), DATA)
 
 
@@ -419,7 +419,7 @@ def test_fails_on_a_window_in_layers_that_have_none(tiny_model, monkeypatch):
 def test_fails_in_bfloat16_too(tiny_model, monkeypatch, kind, sabotage):
     policy = load(tiny_model(kind), dtype="bfloat16")
     sabotage(monkeypatch)
-    with pytest.raises(SaroError, match=r"^packed logps differ"):
+    with pytest.raises(SaroError, match=r"^packed log-probs differ"):
         check_packs(policy, DATA)
 
 
@@ -437,7 +437,7 @@ def test_fails_on_weights_that_are_not_finite(tiny_model):
     policy = load(tiny_model("llama"))
     with torch.no_grad():
         policy.causal_lm.get_input_embeddings().weight[100:].fill_(torch.nan)
-    with pytest.raises(SaroError, match=r"^packed logps differ from the model's own by nan"):
+    with pytest.raises(SaroError, match=r"^packed log-probs differ from the model's own by nan"):
         check_packs(policy, DATA)
 
 
@@ -453,8 +453,8 @@ _SHAPE = {
 }
 _DECODER = _SHAPE | {"intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
 UNFIT = {
-    "alibi": (lambda: BloomConfig(**_SHAPE, n_head=4), "packed logps differ"),
-    "attention of its own": (lambda: FalconConfig(**_SHAPE, num_attention_heads=4), "packed logps differ"),
+    "alibi": (lambda: BloomConfig(**_SHAPE, n_head=4), "packed log-probs differ"),
+    "attention of its own": (lambda: FalconConfig(**_SHAPE, num_attention_heads=4), "packed log-probs differ"),
     "arguments that are dropped": (
         lambda: StableLmConfig(**_DECODER),
         "does not fit this model: StableLmAttention got no plan",
@@ -463,13 +463,13 @@ UNFIT = {
         lambda: BertConfig(**_SHAPE, num_attention_heads=4, intermediate_size=64),
         "does not fit this model: BertSelfAttention is not causal",
     ),
-    "state space": (lambda: MambaConfig(**_SHAPE), "does not fit this model|packed logps differ"),
-    "recurrence": (lambda: RwkvConfig(**_SHAPE), "does not fit this model|packed logps differ"),
+    "state space": (lambda: MambaConfig(**_SHAPE), "does not fit this model|packed log-probs differ"),
+    "recurrence": (lambda: RwkvConfig(**_SHAPE), "does not fit this model|packed log-probs differ"),
     "another decoder": (
         lambda: ModernBertDecoderConfig(
             **_SHAPE, num_attention_heads=4, intermediate_size=64, cls_token_id=1, sep_token_id=1
         ),
-        "does not fit this model|packed logps differ",
+        "does not fit this model|packed log-probs differ",
     ),
 }
 

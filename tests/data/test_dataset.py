@@ -185,22 +185,25 @@ def test_a_faulty_record_is_an_error_even_if_long_ones_are_dropped(records_file)
 
 def test_an_id_in_two_files_is_an_error_with_both_places(records_file):
     one, two = records_file([record("a"), record("b")], "one.jsonl"), records_file([record("b")], "two.jsonl")
-    assert refusal([one, two]) == f'{two}:1: id "b" stands at {one}:2 too; ids must differ'
+    assert refusal([one, two]) == f'{two}:1: id "b" is already used at {one}:2; give each record its own id'
 
 
 def test_the_same_file_twice_is_an_error(records_file):
     path = records_file([record("a")])
-    assert refusal([path, path]).startswith(f'{path}:1: id "a" stands at {path}:1 too')
+    assert refusal([path, path]).startswith(f'{path}:1: id "a" is already used at {path}:1')
 
 
 def test_the_id_of_a_dropped_record_cannot_be_used_again(records_file):
     one, two = records_file([record("a", "x" * 99)], "one.jsonl"), records_file([record("a")], "two.jsonl")
-    assert f"stands at {one}:1 too" in refusal([one, two], max_tokens=100, too_long="drop")
+    assert f"is already used at {one}:1" in refusal([one, two], max_tokens=100, too_long="drop")
 
 
 def test_an_id_that_looks_like_text_is_not_printed(records_file):
     one, two = (records_file([record(SECRET)], name) for name in ("one.jsonl", "two.jsonl"))
-    assert refusal([one, two]) == f"{two}:1: id (15 characters of text) stands at {one}:1 too; ids must differ"
+    assert (
+        refusal([one, two])
+        == f"{two}:1: id (15 characters of text) is already used at {one}:1; give each record its own id"
+    )
 
 
 def test_records_without_ids_are_named_by_file_and_line(records_file):

@@ -259,7 +259,7 @@ def test_packs_equal_the_unmodified_model(tiny_model, kind, method, head):
 def test_without_scale_and_softcap_the_check_fails(tiny_model, kind):
     policy = load(tiny_model(kind))
     policy.logits = LogitOptions()
-    with pytest.raises(SaroError, match=r"^packed logps differ"):
+    with pytest.raises(SaroError, match=r"^packed log-probs differ"):
         check_packs(policy, DATA)
 
 
@@ -267,5 +267,5 @@ def test_without_scale_and_softcap_the_check_fails(tiny_model, kind):
 def test_multiplying_by_a_factor_that_should_divide_fails_the_check(tiny_model, kind):
     policy = load(tiny_model(kind))
     policy.logits = LogitOptions(scale=1 / policy.logits.scale)
-    with pytest.raises(SaroError, match=r"^packed logps differ"):
+    with pytest.raises(SaroError, match=r"^packed log-probs differ"):
         check_packs(policy, DATA)

@@ -57,7 +57,7 @@ def test_a_run_from_the_base_model_writes_all_files(srpo, srpo_arguments, tmp_pa
     after = json.loads((run / "after.json").read_text())["metrics"]
     assert sum(row["margin"] for row in rows[-5:]) / 5 == pytest.approx(after["eval/rewards/margins"] / 0.1, rel=1e-4)
 
-    assert "loss 0.6931 at the start; margins up to" in done.err
+    assert "loss 0.6931 at the start; margin nearest its limit" in done.err
     assert "Held-out pairs" in done.err
     last = [line for line in done.err.splitlines() if line.strip()][-1]
     assert last.startswith("6 steps, ")
@@ -205,7 +205,7 @@ def test_the_logged_loss_is_the_minimised_one(srpo, srpo_arguments, tmp_path):
 def test_another_model_may_be_the_reference(srpo, srpo_arguments, rw_final, tiny_model, tmp_path):
     done = srpo(*srpo_arguments(model_name=rw_final, preference_reference=tiny_model()))
     assert done.code == 0, done.err
-    assert "at the start; margins" not in done.err  # the policy is not its reference, so the check does not apply
+    assert "at the start; margin" not in done.err  # the policy is not its reference, so the check does not apply
     before = json.loads((tmp_path / "run" / "before.json").read_text())["metrics"]
     assert abs(before["eval/delta_logps/chosen"]) > 1
 
