@@ -10,6 +10,7 @@ import numpy as np
 import psutil
 from torch import nn
 
+from saro.config import DataConfig
 from saro.data.chat_format import ChatFormat
 from saro.data.dataset import ExampleSet, PairSet, encode_files, encode_pair_files
 from saro.data.tree import ScoredSequence, SequenceTree, build_tree
@@ -188,7 +189,7 @@ def load_records(request: Request, chat: ChatFormat, vocabulary: int) -> Data:
         pairs = generate_pairs(request.records, vocabulary, min(chat.stop_ids), request.seed)
         return pairs if request.task == "srpo" else pairs.chosen
     encode = encode_pair_files if request.task == "srpo" else encode_files
-    data = encode([request.data], chat, max_tokens=request.pack_tokens, too_long="drop")
+    data = encode([request.data], chat, DataConfig(pack_tokens=request.pack_tokens, too_long="drop"))
     if len(data) < request.records:
         raise SaroError(
             f"{request.data}: only {len(data)} records have at most {request.pack_tokens} tokens, but --pairs is "

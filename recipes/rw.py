@@ -23,11 +23,12 @@ from saro.data.steps import Schedule, Steps
 from saro.demo import data_files, find_demo
 from saro.distributed.runtime import Runtime
 from saro.evaluate.answers import choose_prompts, label_prompts
+from saro.model.architectures import dropout_options
 from saro.model.load import load_policy
 from saro.model.source import find_model
 from saro.program import parse_recipe, run_program
 from saro.report.tables import before_after_tables, print_lengths
-from saro.runs.finish import BeforeAfter, end_finished, end_stopped
+from saro.runs.finish import BeforeAfter, end_run, save_final
 from saro.runs.folder import RunFolder
 from saro.train.engine import evaluate, fit
 from saro.train.metrics import format_metrics
@@ -43,13 +44,7 @@ def main() -> int:
     console = Console(stderr=True, quiet=not runtime.is_main)
 
     # 1. The run's folder, and the model's tokenizer and config. Nothing is written yet.
-    run = RunFolder.open(
-        config,
-        train_options.output,
-        template_date=data_options.template_date,
-        resume=flags.resume,
-        overwrite=flags.overwrite,
-    )
+    run = RunFolder.open(config, train_options.output, flags, data_options.template_date)
     model_options = replace(config.model, name=find_demo(config.model.name))
     source = find_model(model_options)
     chat = source.chat_format(data_options, run.template_date)
@@ -57,17 +52,10 @@ def main() -> int:
     # 2. Records -> token ids. Prompts are exactly those of inference, nothing is cut, and a wrong record is an error.
     train_files = data_files(data_options.train, "rw_train")
     heldout_files = data_files(data_options.heldout, "rw_heldout")
-    train = encode_files(
-        train_files, chat, max_tokens=pack_tokens, too_long=data_options.too_long, progress=runtime.is_main
-    )
-    heldout = None
-    if heldout_files:
-        heldout = encode_files(
-            heldout_files, chat, max_tokens=pack_tokens, too_long=data_options.too_long, progress=runtime.is_main
-        )
-    reports = {"train": LengthReport.of(train)}
-    if heldout is not None:
-        reports["heldout"] = LengthReport.of(heldout)
+    train = encode_files(train_files, chat, data_options, progress=runtime.is_main)
+    heldout = encode_files(heldout_files, chat, data_options, progress=runtime.is_main) if heldout_files else None
+    sets = {"train": train} if heldout is None else {"train": train, "heldout": heldout}
+    reports = {name: LengthReport.of(data) for name, data in sets.items()}
     for name, report in reports.items():
         print_lengths(console, name, report.as_dict())
     manifest = run.manifest(runtime, source, None, train_files + heldout_files, reports)
@@ -81,7 +69,8 @@ def main() -> int:
     # 4. The policy, checked against the unmodified model.
     policy = load_policy(source, model_options, runtime.device, train_options.seed)
     runtime.say(
-        f"{config.model.name}: {config.model.method}, {policy.summary()}; checking packs against the model's own forward"
+        f"{config.model.name}: {config.model.method}, {policy.summary()}; "
+        "checking packs against the model's own forward"
     )
     check = check_packs(policy, train)
     runtime.say(
@@ -102,8 +91,15 @@ def main() -> int:
 
     records = [record for file in heldout_files for record in read_examples(file)]
     sampled = choose_prompts(records, train_options.samples)
-    prompts = [record.prompt for record in sampled]
-    measures = BeforeAfter(runtime, run, policy, chat, prompts, train_options.sample_tokens, heldout_metrics)
+    measures = BeforeAfter(
+        runtime=runtime,
+        run=run,
+        policy=policy,
+        chat=chat,
+        prompts=[record.prompt for record in sampled],
+        max_tokens=train_options.sample_tokens,
+        heldout_metrics=heldout_metrics,
+    )
     before = measures.measure("before.json", step=0)
     if heldout is not None:
         losses = {name: value for name, value in before["metrics"].items() if name.startswith("eval/loss")}
@@ -120,13 +116,16 @@ def main() -> int:
         resume=run.resumed,
     )
     if outcome.stopped_by:
-        return end_stopped(runtime, outcome)
+        return end_run(runtime, run, outcome)
     after = measures.measure("after.json", outcome.step)
 
     # 7. Write the model that other programs load, and show the tables.
+    if runtime.is_main:
+        save_final(run.folder / "final", policy.model, source.tokenizer, dropout_options(source.config))
     labels = label_prompts(sampled, show_texts=data_options.heldout == [DEMO])
-    tables = before_after_tables(before, after, labels)
-    return end_finished(runtime, run, policy, source, outcome, console, tables)
+    for table in before_after_tables(before, after, labels):
+        console.print(table)
+    return end_run(runtime, run, outcome)
 
 
 if __name__ == "__main__":

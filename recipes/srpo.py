@@ -23,17 +23,18 @@ from saro.data.steps import Schedule, Steps
 from saro.demo import data_files, find_demo, find_start
 from saro.distributed.runtime import Runtime
 from saro.evaluate.answers import choose_prompts, label_prompts
+from saro.model.architectures import dropout_options
 from saro.model.load import load_policy
 from saro.model.source import find_model
 from saro.program import parse_recipe, run_program
 from saro.report.tables import before_after_tables, print_lengths
-from saro.runs.finish import BeforeAfter, end_finished, end_stopped
+from saro.runs.finish import BeforeAfter, end_run, save_final
 from saro.runs.folder import RunFolder
+from saro.train.check_start import check_start
 from saro.train.engine import fit
 from saro.train.objective import SRPOObjective
 from saro.train.pair_log import PairLog, evaluate_pairs
 from saro.train.reference import load_other_references, load_references, other_reference_options
-from saro.train.start_check import check_start
 
 
 def main() -> int:
@@ -46,14 +47,8 @@ def main() -> int:
 
     # 1. The run's folder, the model that training starts from, and the reference model if it is another one. Nothing is
     # written yet.
-    run = RunFolder.open(
-        config,
-        train_options.output,
-        template_date=data_options.template_date,
-        resume=flags.resume,
-        overwrite=flags.overwrite,
-    )
-    start = run.start() or find_start(config.model.name, runtime.say)
+    run = RunFolder.open(config, train_options.output, flags, data_options.template_date)
+    start = run.start_model() or find_start(config.model.name, runtime.say)
     model_options = replace(config.model, name=find_demo(start))
     source = find_model(model_options)
     reference_source = None
@@ -65,26 +60,19 @@ def main() -> int:
     # 2. Pairs -> token ids. Both sides have the same prompt, nothing is cut, and a wrong pair is an error.
     train_files = data_files(data_options.train, "srpo_train")
     heldout_files = data_files(data_options.heldout, "srpo_heldout")
-    train = encode_pair_files(
-        train_files, chat, max_tokens=pack_tokens, too_long=data_options.too_long, progress=runtime.is_main
-    )
-    heldout = None
-    if heldout_files:
-        heldout = encode_pair_files(
-            heldout_files, chat, max_tokens=pack_tokens, too_long=data_options.too_long, progress=runtime.is_main
-        )
-    reports = {"train": LengthReport.of(train)}
-    if heldout is not None:
-        reports["heldout"] = LengthReport.of(heldout)
+    train = encode_pair_files(train_files, chat, data_options, progress=runtime.is_main)
+    heldout = encode_pair_files(heldout_files, chat, data_options, progress=runtime.is_main) if heldout_files else None
+    sets = {"train": train} if heldout is None else {"train": train, "heldout": heldout}
+    reports = {name: LengthReport.of(data) for name, data in sets.items()}
     for name, report in reports.items():
         print_lengths(console, name, report.as_dict())
     manifest = run.manifest(runtime, source, reference_source, train_files + heldout_files, reports)
     run.check_unchanged(runtime, manifest)
     check_masks(train, chat, islice(read_pairs(train_files[0]), SAMPLED_PROMPTS), source.config.vocab_size)
     if preference.scored == "divergent":
-        train = train.divergent()
-        heldout = None if heldout is None else heldout.divergent()
-    sets = [train] if heldout is None else [train, heldout]
+        # Only after the checks: it changes what is scored, not what is read.
+        sets = {name: pairs.divergent() for name, pairs in sets.items()}
+    train, heldout = sets["train"], sets.get("heldout")
 
     # 3. Token ids -> steps of packs. A step can be made from its number, without the steps before it.
     schedule = Schedule.of(train, data_options, train_options)
@@ -104,7 +92,7 @@ def main() -> int:
     )
     if references is None:
         references = load_references(runtime, policy, source, sets, pack_tokens)
-    objective = SRPOObjective(train.kinds, references[0], preference)
+    objective = SRPOObjective(train.kinds, references["train"], preference)
     if reference_source is None:
         at_start = check_start(runtime, policy, objective, steps[0], train, pack_tokens)
         runtime.say(
@@ -119,7 +107,7 @@ def main() -> int:
     # 6. Measure held-out metrics and answers, train, and measure again.
     train_log = PairLog(runtime, train, "train", preference.warn_chosen_fell)
     if heldout is not None:
-        heldout_objective = SRPOObjective(heldout.kinds, references[1], preference)
+        heldout_objective = SRPOObjective(heldout.kinds, references["heldout"], preference)
         heldout_log = PairLog(runtime, heldout, "heldout", preference.warn_chosen_fell)
 
     def heldout_metrics(step: int) -> dict[str, float]:
@@ -132,8 +120,15 @@ def main() -> int:
 
     records = [record for file in heldout_files for record in read_pairs(file)]
     sampled = choose_prompts(records, train_options.samples)
-    prompts = [record.prompt for record in sampled]
-    measures = BeforeAfter(runtime, run, policy, chat, prompts, train_options.sample_tokens, heldout_metrics)
+    measures = BeforeAfter(
+        runtime=runtime,
+        run=run,
+        policy=policy,
+        chat=chat,
+        prompts=[record.prompt for record in sampled],
+        max_tokens=train_options.sample_tokens,
+        heldout_metrics=heldout_metrics,
+    )
     before = measures.measure("before.json", step=0)
     outcome = fit(
         runtime,
@@ -148,13 +143,16 @@ def main() -> int:
         resume=run.resumed,
     )
     if outcome.stopped_by:
-        return end_stopped(runtime, outcome)
+        return end_run(runtime, run, outcome)
     after = measures.measure("after.json", outcome.step)
 
     # 7. Write the model that other programs load, and show the tables.
+    if runtime.is_main:
+        save_final(run.folder / "final", policy.model, source.tokenizer, dropout_options(source.config))
     labels = label_prompts(sampled, show_texts=data_options.heldout == [DEMO])
-    tables = before_after_tables(before, after, labels)
-    return end_finished(runtime, run, policy, source, outcome, console, tables)
+    for table in before_after_tables(before, after, labels):
+        console.print(table)
+    return end_run(runtime, run, outcome)
 
 
 if __name__ == "__main__":

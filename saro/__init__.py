@@ -2,19 +2,21 @@
 
 import logging
 import sys
+from importlib.util import find_spec
 
 __version__ = "0.1.0"
 
 
-def _import_bitsandbytes() -> None:
-    """Import bitsandbytes without its download and without its log line about the package ``kernels``.
+def _keep_bitsandbytes_offline() -> None:
+    """Keep bitsandbytes from fetching a binary from a hub, and from logging a line if it cannot.
 
-    If the PyPI package ``kernels`` is installed, importing bitsandbytes on a CPU fetches a binary from a hub; if not,
-    bitsandbytes logs a line. With None in sys.modules, `import kernels` fails at once, and bitsandbytes does without it.
+    On a CPU it does the first if the PyPI package ``kernels`` is installed, and the second if not. If it is installed,
+    bitsandbytes is imported here with None in sys.modules, so that `import kernels` fails at once and bitsandbytes does
+    without it. If not, the import waits until somebody needs it: it takes seconds.
     """
-    if "bitsandbytes" in sys.modules:
-        return
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    if "bitsandbytes" in sys.modules or not _is_kernels_installed():
+        return
     absent = object()
     kernels = sys.modules.get("kernels", absent)
     sys.modules["kernels"] = None  # type: ignore[assignment]
@@ -27,5 +29,13 @@ def _import_bitsandbytes() -> None:
             sys.modules["kernels"] = kernels  # type: ignore[assignment]
 
 
+def _is_kernels_installed() -> bool:
+    if "kernels" in sys.modules:
+        return True
+    spec = find_spec("kernels")
+    # A folder named kernels on the path, as in this repository, is found too; it has no origin.
+    return spec is not None and spec.origin is not None
+
+
 # Call it before anything imports transformers, which imports bitsandbytes.
-_import_bitsandbytes()
+_keep_bitsandbytes_offline()

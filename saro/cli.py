@@ -47,7 +47,9 @@ def _main() -> int:
     # Import only this tool: most tools import transformers, and `saro --help` should not wait for that.
     tool = import_module(COMMANDS[name].module)
     options = parse_tool(tool.Options, f"saro {name}", tool.run.__doc__, sys.argv[2:])
-    quiet_libraries()
+    # Not every tool needs transformers, whose import takes seconds.
+    if "transformers" in sys.modules:
+        quiet_libraries()
     return tool.run(options, Console())
 
 

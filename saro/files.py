@@ -109,7 +109,7 @@ def remove_temps(path: str | os.PathLike) -> None:
 
 
 def follow_umask(folder: Path) -> None:
-    """Give all files of a folder the permissions of a new file. safetensors makes its files readable only to their owner."""
+    """Give all files of a folder the permissions of a new file: safetensors files are readable only by their owner."""
     probe = folder / ".mode"
     probe.touch()
     mode = probe.stat().st_mode & 0o777

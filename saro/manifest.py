@@ -16,5 +16,13 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    is_run = isinstance(manifest, dict) and manifest.keys() >= _KEYS
-    return manifest if is_run else None
+    return manifest if _is_of_a_run(manifest) else None
+
+
+def _is_of_a_run(manifest: Any) -> bool:
+    if not isinstance(manifest, dict) or not manifest.keys() >= _KEYS:
+        return False
+    config = manifest["config"]
+    groups = config.values() if isinstance(config, dict) else [None]
+    # Readers look into these: a file that somebody has edited must not surprise them.
+    return all(isinstance(part, dict) for part in (manifest.get("model", {}), *groups))

@@ -12,7 +12,6 @@ from dataclasses import MISSING, Field, fields, is_dataclass
 from itertools import islice
 from typing import Any, NamedTuple, NoReturn, TypeVar, get_args, get_type_hints
 
-import torch
 from docstring_parser import parse as parse_docstring
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from tqdm import tqdm
@@ -86,11 +85,11 @@ class Parser(ArgumentParser):
         return re.sub(optional, r"Expected a \1. Got value: ", message)
 
     def _suggestion(self, given: str) -> str:
-        """Return the end of the message about an unknown option: its right spelling, or near names. Empty for a value."""
+        """Return the end of a message about an unknown option: its spelling, or near names; empty for a stray value."""
         if not given.startswith("-"):
             return ""
-        # If hyphens are underscores and a group is missing, only one option can be meant: --pack-tokens is
-        # --data.pack_tokens. The name of one of the recipes' groups stands for its first option: --model is --model.name.
+        # Be certain if one option fits with underscores for hyphens and its group added: --pack-tokens is
+        # --data.pack_tokens. The name of a recipes' group stands for its first option: --model is --model.name.
         spelled = given.lstrip("-").replace("-", "_")
         names = self._option_names()
         exact = [name for name in names if name == f"--{spelled}" or name.endswith(f".{spelled}")]
@@ -161,7 +160,7 @@ def shown(*names: str) -> dict[str, Any]:
 
 
 def positional(choices: Collection[str] = ()) -> dict[str, Any]:
-    """Return the metadata of a field that is a positional argument: one of ``choices``, or any value if there are none."""
+    """Return the metadata of a field that is a positional argument; without ``choices``, any value is valid."""
     return {"positional": True, "choices": sorted(choices)}
 
 
@@ -250,7 +249,10 @@ def run_program(main: Callable[[], int]) -> NoReturn:
     except SaroError as error:
         print(f"{where}error: {error}", file=sys.stderr)
         code = 2
-    except (torch.OutOfMemoryError, MemoryError) as error:
+    except (RuntimeError, MemoryError) as error:
+        # By its name: torch.OutOfMemoryError would make every `--help` wait for torch.
+        if isinstance(error, RuntimeError) and type(error).__name__ != "OutOfMemoryError":
+            raise
         print(
             f"{where}error: out of memory ({str(error).splitlines()[0] if str(error) else 'host'}); lower "
             "--data.pack_tokens, or set --model.gradient_checkpointing true or --model.method qlora",

@@ -378,7 +378,7 @@ def world(tiny_model, records_file, pairs):
         options = ModelConfig(**{"name": tiny_model(), "method": "lora"} | options)
         source = find_model(options)
         chat = source.chat_format(DataConfig(), date(2024, 7, 26))
-        data = encode_pair_files([records_file(records, "pairs.jsonl")], chat, max_tokens=512)
+        data = encode_pair_files([records_file(records, "pairs.jsonl")], chat, DataConfig(pack_tokens=512))
         return source, load_policy(source, options, torch.device("cpu"), seed=0), data
 
     return make

@@ -17,7 +17,7 @@ from tiny import CHATML, IM_END, PAD, save_tiny_model, tiny_tokenizer
 import saro.checks.noise
 import saro.train.reference
 from saro.checks.check_masks import check_masks
-from saro.config import ModelConfig, PreferenceConfig, TrainConfig
+from saro.config import DataConfig, ModelConfig, PreferenceConfig, TrainConfig
 from saro.data.chat_format import ChatFormat
 from saro.data.dataset import ExampleSet, PairSet, encode_files, encode_pair_files
 from saro.data.packs import Pack, PairLogps, lay_out
@@ -32,10 +32,10 @@ from saro.model.policy import Policy
 from saro.model.score import score_pairs
 from saro.model.source import find_model
 from saro.runs.finish import save_final
+from saro.train.check_start import check_start
 from saro.train.objective import RWObjective, SRPOObjective
 from saro.train.optim import make_optimizer
 from saro.train.reference import load_reference
-from saro.train.start_check import check_start
 
 DAY = date(2024, 7, 26)
 
@@ -52,7 +52,7 @@ def policy(tiny_model) -> Policy:
 
 @pytest.fixture
 def data(chat, records_file, examples) -> ExampleSet:
-    return encode_files([records_file(examples)], chat, max_tokens=2048)
+    return encode_files([records_file(examples)], chat, DataConfig(pack_tokens=2048))
 
 
 def _policy(folder: str, method: str) -> Policy:
@@ -113,7 +113,7 @@ def test_a_long_prompt_is_an_error_and_never_cuts_the_completion(chat, records_f
     """huggingface/trl#3927 and #6668: truncation to a maximal length removed the completion, and training continued."""
     file = records_file([{"prompt": "long " * 200, "answer": "the only words that are trained on"}])
     with pytest.raises(SaroError, match=r"records\.jsonl:1: \d+ tokens, more than the 512 allowed; nothing is cut"):
-        encode_files([file], chat, max_tokens=512)
+        encode_files([file], chat, DataConfig(pack_tokens=512))
 
 
 def test_packed_records_do_not_see_each_other(policy, data):
@@ -220,7 +220,7 @@ def test_every_trainable_parameter_is_in_the_optimizer_once(policy):
 
 @pytest.fixture
 def preferences(chat, records_file, pairs) -> PairSet:
-    return encode_pair_files([records_file(pairs, "pairs.jsonl")], chat, max_tokens=2048)
+    return encode_pair_files([records_file(pairs, "pairs.jsonl")], chat, DataConfig(pack_tokens=2048))
 
 
 @pytest.fixture
@@ -342,7 +342,7 @@ def test_dropout_is_off_while_the_reference_is_scored(runtime, after_stage_1, pr
 def test_the_prompt_comes_from_the_record_and_not_from_the_common_start_of_the_answers(chat, records_file):
     """huggingface/trl#6472: the prompt was guessed from the common text of the two answers."""
     record = {"prompt": "Hi", "chosen": {"answer": "Well, yes."}, "rejected": {"answer": "Well, no."}}
-    found = encode_pair_files([records_file([record])], chat, max_tokens=512)
+    found = encode_pair_files([records_file([record])], chat, DataConfig(pack_tokens=512))
     prompt = chat.prompt_ids([Message("user", "Hi")])
     for side in found.sequences(0):
         assert side.scored_from == len(prompt)

@@ -34,7 +34,8 @@ def check_masks(
         return
     if data.tokens.max() >= vocabulary:
         raise SaroError(
-            f"the tokenizer gives id {data.tokens.max()} and the model embeds {vocabulary} tokens; they do not belong together"
+            f"the tokenizer gives id {data.tokens.max()} and the model embeds {vocabulary} tokens; "
+            "they do not belong together"
         )
     stops = np.fromiter(chat.stop_ids, np.int32)
     for i, record_id in enumerate(data.ids):

@@ -1,4 +1,4 @@
-"""The start-up check of packs, on the user's own model, backend and data: packed equals unmodified, or training aborts."""
+"""Checks on the user's model, backend and data that packed runs equal those of the unmodified model, or aborts."""
 
 from __future__ import annotations
 
@@ -56,9 +56,9 @@ class PackCheck:
 def check_packs(policy: Policy, data: ExampleSet | PairSet) -> PackCheck:
     """Check that packed log-probs and gradients are those of the unmodified model on one sequence at a time.
 
-    Pairs are checked as trees: the shared part is read once and gets the gradients of both sides. Rows of long sequences
-    are sampled. Gradients are compared at the input embeddings: those of every layer arrive there, and no parameter's
-    gradient is allocated.
+    Pairs are checked as trees: the shared part is read once and gets the gradients of both sides. Rows of long
+    sequences are sampled. Gradients are compared at the input embeddings: those of every layer arrive there, and no
+    parameter's gradient is allocated.
 
     Raises:
         SaroError: they differ by more than ``NOISE_FACTOR`` times the difference of two unmodified runs, or the check
@@ -101,8 +101,8 @@ def check_packs(policy: Policy, data: ExampleSet | PairSet) -> PackCheck:
     _raise_if_different(policy, "gradients", result.gradients, result.gradients_floor)
     if not result.control > NOISE_FACTOR * result.logps_floor:
         raise SaroError(
-            f"the check of packs has no power here: without isolation the log-probs differ by only {result.control:.3g}, "
-            f"at a noise of {result.logps_floor:.3g}"
+            "the check of packs has no power here: without isolation the log-probs differ by only "
+            f"{result.control:.3g}, at a noise of {result.logps_floor:.3g}"
         )
     return result
 
@@ -136,7 +136,7 @@ def _reached_by_leak(compared: torch.Tensor, trees: Sequence[SequenceTree], wind
     """Return (R,) bool, True for the compared entries of the second tree whose window reaches into the first."""
     leak_begins = sum(len(sequence.row_kinds) for sequence in trees[0].sequences)
     reached = compared >= leak_begins
-    return reached if window is None else reached & (compared < leak_begins + window)
+    return reached & (compared < leak_begins + window) if window else reached
 
 
 @contextmanager
@@ -164,8 +164,8 @@ def choose_sequences(data: ExampleSet, window: int | None) -> list[ScoredSequenc
     by_length = np.argsort(data.lengths, kind="stable")
     lengths = data.lengths[by_length]
     longer = int(np.searchsorted(lengths, lengths[0], side="right"))
-    # At least 1.5 times the window, so that many rows have lost many keys. In a sequence of W + 1 tokens, of which W are
-    # read, no row has lost a key to a window of W.
+    # At least 1.5 times the window, so that many rows have lost many keys. In a sequence of W + 1 tokens, of which W
+    # are read, no row has lost a key to a window of W.
     beyond = min(int(np.searchsorted(lengths, max(1.5 * (window or 0), lengths[0]), side="right")), len(data) - 1)
     shortest = int(by_length[0])
     first = data.sequence(shortest).tokens
@@ -190,7 +190,7 @@ def _choose_trees(data: ExampleSet | PairSet, window: int | None) -> list[Sequen
 
 
 def _choose_rows(trees: Sequence[SequenceTree]) -> torch.Tensor:
-    """Return ascending positions (K,), at which the log-prob of the next token is compared in every long enough sequence.
+    """Return ascending positions (K,). Every sequence that has them is compared there, in the next token's log-prob.
 
     They include both sides of every fork and the end of each sequence; the others are spread evenly.
     """
@@ -288,7 +288,7 @@ def _captured_embeddings(policy: Policy) -> Iterator[list[torch.Tensor]]:
 
 
 def _choose_entries(sequences: Sequence[ScoredSequence], rows: torch.Tensor) -> torch.Tensor:
-    """Return the indices (R,) of the rows' entries among all entries of sequences that are scored from their second token."""
+    """Return the indices (R,) of ``rows`` among the entries of all sequences, which are scored from token 1 on."""
     lengths = [len(s.row_kinds) for s in sequences]
     starts = np.cumsum([0, *lengths[:-1]]).tolist()
     return torch.cat([start + rows[rows < n] for start, n in zip(starts, lengths, strict=True)])

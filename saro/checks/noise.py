@@ -22,8 +22,8 @@ NOISE_FACTOR = 3.0
 # A kernel's error against float64 may be this many times the plain path's error. Both errors are measured on the same
 # numbers, so less room is needed.
 KERNEL_FACTOR = 2.0
-# An export may be off by this many times the noise, plus the share below. The noise and a lost update add in quadrature,
-# so an export that lost the update is noticed if training changed log-probs by at least 1.3 times the noise.
+# An export may be off by this many times the noise, plus the share below. Noise and a lost update add in quadrature, so
+# an export that lost the update is noticed if training changed log-probs by at least 1.3 times the noise.
 EXPORT_FACTOR = 1.5
 # An export may move log-probs by this share of what training moved them by.
 EXPORT_SHARE = 0.1

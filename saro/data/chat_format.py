@@ -53,7 +53,7 @@ class ChatFormat:
         return self._apply_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
 
     def inference_prompt_ids(self, messages: Sequence[Message]) -> list[int]:
-        """Return the prompt's ids as transformers makes them for generation. ``check_masks`` compares them with ours."""
+        """Return a prompt's ids as transformers makes them for generation; ``check_masks`` compares ours with them."""
         return self._apply_template(messages, tokenize=True, add_generation_prompt=True, return_dict=False)
 
     def _apply_template(self, messages: Sequence[Message], **options: Any) -> Any:
@@ -114,7 +114,7 @@ class ChatFormat:
         return self._encode(example.prompt, example.response, example.where, record)
 
     def encode_pair(self, pair: Pair, record: int = 0) -> tuple[ScoredSequence, ScoredSequence]:
-        """Encode a pair as two sequences, chosen and rejected, with the same prompt ids. Raises what ``encode`` raises."""
+        """Encode a pair as its chosen and its rejected sequence, on the same prompt ids. Raises as ``encode`` does."""
         chosen = self._encode(pair.prompt, pair.chosen, pair.where, record)
         rejected = self._encode(pair.prompt, pair.rejected, pair.where, record)
         if np.array_equal(chosen.tokens, rejected.tokens):

@@ -9,6 +9,7 @@ from functools import cached_property
 
 import numpy as np
 
+from saro.config import DataConfig
 from saro.data.chat_format import ChatFormat
 from saro.data.jsonl import shown
 from saro.data.packs import CHOSEN, REJECTED
@@ -130,14 +131,15 @@ class PairSet:
             by_prompt.setdefault(int(self.prompts[record]), []).append(record)
         trees: list[SequenceTree] = []
         for group in by_prompt.values():
-            tree = None
-            for record in group:
+            tree = build_tree(self.sequences(group[0]))
+            for record in group[1:]:
                 pair = self.sequences(record)
-                larger = build_tree([*(tree.sequences if tree else ()), *pair])
-                if tree is not None and larger.tokens > budget:
+                larger = build_tree([*tree.sequences, *pair])
+                if larger.tokens <= budget:
+                    tree = larger
+                else:
                     trees.append(tree)
-                    larger = build_tree(pair)
-                tree = larger
+                    tree = build_tree(pair)
             trees.append(tree)
         return trees
 
@@ -156,33 +158,33 @@ def _score_from(data: ExampleSet, starts: np.ndarray) -> ExampleSet:
     return replace(data, prompt_tokens=starts, think_tokens=think)
 
 
-def encode_files(
-    paths: Sequence[str], chat: ChatFormat, *, max_tokens: int, too_long: str = "error", progress: bool = False
-) -> ExampleSet:
+def encode_files(paths: Sequence[str], chat: ChatFormat, options: DataConfig, *, progress: bool = False) -> ExampleSet:
     """Read and encode JSONL files of examples.
 
+    Nothing is ever cut. A sequence of more than ``options.pack_tokens`` tokens is an error, or is dropped if
+    ``options.too_long`` says so.
+
     Args:
-        max_tokens: longest sequence allowed; nothing is ever cut.
-        too_long: "error", or "drop" to leave the record out and remember its id.
         progress: show a progress bar on a terminal.
 
     Raises:
         SaroError: names file and line of the first record that is wrong.
     """
     examples = (example for path in paths for example in read_examples(path))
-    (encoded,) = _encode(examples, lambda e: (chat.encode(e),), KINDS, max_tokens, too_long, progress)
+    # An example is a record with one sequence, a pair one with two.
+    (encoded,) = _encode(examples, lambda example: (chat.encode(example),), KINDS, options, progress)
     return encoded
 
 
 def encode_pair_files(
-    paths: Sequence[str], chat: ChatFormat, *, max_tokens: int, too_long: str = "error", progress: bool = False
+    paths: Sequence[str], chat: ChatFormat, options: DataConfig, *, progress: bool = False
 ) -> PairSet:
     """Read and encode JSONL files of pairs, as ``encode_files`` does examples.
 
-    A pair is as long as its tree. If that is longer than ``max_tokens``, both sides are dropped, never only one.
+    A pair is as long as its tree. If that is longer than a pack, both sides are dropped, never only one.
     """
     pairs = (pair for path in paths for pair in read_pairs(path))
-    chosen, rejected = _encode(pairs, chat.encode_pair, PAIR_KINDS, max_tokens, too_long, progress)
+    chosen, rejected = _encode(pairs, chat.encode_pair, PAIR_KINDS, options, progress)
     number_of_prompt: dict[bytes, int] = {}
     prompts = np.empty(len(chosen), np.int32)
     for i in range(len(chosen)):
@@ -196,8 +198,7 @@ def _encode(
     records: Iterable[Record],
     encode: Callable[[Record], tuple[ScoredSequence, ...]],
     kind_names: Sequence[str],
-    max_tokens: int,
-    too_long: str,
+    options: DataConfig,
     progress: bool,
 ) -> list[ExampleSet]:
     """Encode the records. Returns a set of their first sequences, then one of their second sequences if they have two."""
@@ -213,11 +214,12 @@ def _encode(
             )
         seen[record.id] = record.where
         sequences = encode(record)
+        # With the last token of each sequence, which the model does not read.
         tokens = sum(len(node.tokens) for node in build_tree(sequences).nodes)
-        if tokens > max_tokens:
-            if too_long == "error":
+        if tokens > options.pack_tokens:
+            if options.too_long == "error":
                 raise SaroError(
-                    f"{record.where}: {tokens} tokens, more than the {max_tokens} allowed; nothing is cut: "
+                    f"{record.where}: {tokens} tokens, more than the {options.pack_tokens} allowed; nothing is cut: "
                     "raise --data.pack_tokens, shorten the record, or leave it out with --data.too_long drop"
                 )
             dropped.append(record.id)
@@ -228,7 +230,9 @@ def _encode(
         kinds.append(kind_names.index(record.kind))
         ids.append(record.id)
     if not ids:
-        raise SaroError(f"all {len(dropped)} records are longer than {max_tokens} tokens; raise --data.pack_tokens")
+        raise SaroError(
+            f"all {len(dropped)} records are longer than {options.pack_tokens} tokens; raise --data.pack_tokens"
+        )
     return [side.as_set(np.frombuffer(kinds, np.uint8), tuple(ids), tuple(dropped)) for side in sides]
 
 

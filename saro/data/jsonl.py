@@ -18,7 +18,7 @@ from saro.errors import SaroError, nearest
 def read_objects(path: str | os.PathLike) -> Iterator[tuple[int, str, dict[str, Any]]]:
     """Yield (line number from 1, "file:line", object) for each line of a JSONL file. Blank lines are skipped.
 
-    Raises SaroError for a file that cannot be read, is not UTF-8 or has no records, and for a line that holds no object.
+    Raises SaroError for a file that cannot be read, is not UTF-8 or has no records, and for a line without an object.
     """
     name = os.fsdecode(path)
     has_records = False

@@ -99,10 +99,10 @@ class Schedule:
         self.records_per_step = records_per_step
         self.seed = seed
         self.weights = dict(weights or {})
-        self.records_per_epoch = sum(
-            round(self.weights.get(int(kind), 1.0) * int(count))
-            for kind, count in zip(*np.unique(self.kinds, return_counts=True), strict=True)
-        )
+        kinds_present, counts = np.unique(self.kinds, return_counts=True)
+        self.records_per_epoch = 0
+        for kind, count in zip(kinds_present.tolist(), counts.tolist(), strict=True):
+            self.records_per_epoch += round(self.weights.get(kind, 1.0) * count)
         if self.records_per_epoch < 1:
             raise SaroError("the weights leave no record to draw; raise --data.weights of a kind that the data holds")
         self.steps_per_epoch = math.ceil(self.records_per_epoch / records_per_step)
@@ -140,7 +140,8 @@ class Schedule:
         for kind in np.unique(self.kinds):
             members = np.flatnonzero(self.kinds == kind)
             copies, rest = divmod(round(self.weights.get(int(kind), 1.0) * len(members)), len(members))
-            drawn += [members] * copies + [rng.permutation(members)[:rest]]
+            drawn.extend([members] * copies)
+            drawn.append(rng.permutation(members)[:rest])  # another part in each epoch
         order = rng.permutation(np.concatenate(drawn))
         return order if self.groups is None else _gather_groups(order, self.groups)
 

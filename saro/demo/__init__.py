@@ -40,5 +40,5 @@ def find_start(model: str, say: Callable[[str], None]) -> str:
 
 
 def find_demo(name: str) -> str:
-    """Return a model's name, with "demo" replaced by the folder of the demo model, which is made if it does not exist."""
+    """Return a model's name, with "demo" replaced by the demo model's folder, which is made if it does not exist."""
     return str(demo_model()) if name == DEMO else name

@@ -18,6 +18,7 @@ from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, gather_object
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from saro.data.packs import Share
 from saro.errors import SaroError, nearest
@@ -94,8 +95,20 @@ class Runtime:
         return Share(self.rank, self.processes)
 
     def wrap(self, module: nn.Module) -> nn.Module:
-        """Return the module to train: wrapped in DistributedDataParallel if there are several ranks."""
-        return self.accelerator.prepare_model(module) if self.processes > 1 else module
+        """Return the module to train: wrapped in DistributedDataParallel if there are several ranks.
+
+        Raises:
+            SaroError: the launcher asks for another kind of parallelism.
+        """
+        if self.processes == 1:
+            return module
+        wrapped = self.accelerator.prepare_model(module)
+        if not isinstance(wrapped, DistributedDataParallel):
+            raise SaroError(
+                f"the launcher asks for {type(wrapped).__name__}, and only data parallelism is supported; "
+                "leave options such as --use_fsdp or --use_deepspeed out of accelerate's config and command"
+            )
+        return wrapped
 
     def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum a tensor over all ranks in place, and return it."""

@@ -50,7 +50,7 @@ class LogitOptions(NamedTuple):
 
 
 def logit_options(config: PretrainedConfig) -> LogitOptions:
-    """Return the scale and the softcap of a model's logits. ``check_supported`` refuses other options that change them."""
+    """Return the scale and the softcap of a model's logits. ``check_supported`` refuses other changes to them."""
     scale = 1.0
     if config.model_type in _SCALES:
         name, power = _SCALES[config.model_type]

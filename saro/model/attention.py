@@ -63,7 +63,8 @@ class AttentionPlan:
         for i, (start, stop, parent) in enumerate(pack.segments):
             if stop > start:
                 index[i] = len(lengths)
-                paths.append((*(paths[index[parent]] if parent >= 0 else ()), len(lengths)))
+                ancestors = paths[index[parent]] if parent >= 0 else ()
+                paths.append((*ancestors, len(lengths)))
                 lengths.append(stop - start)
         if not isolated:
             lengths, paths = [sum(lengths)], [(0,)]

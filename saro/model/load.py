@@ -80,7 +80,7 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def _load_base(source: ModelSource, options: ModelConfig, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-    """Load the base model in ``dtype``, or in NF4 with products in ``dtype`` for qlora, and check that it is complete."""
+    """Load the base model in ``dtype``, or in NF4 with products in ``dtype``, and check that no weight is missing."""
     config = deepcopy(source.config)
     if not options.dropout:
         for name in dropout_options(config):

@@ -27,7 +27,7 @@ class Policy(nn.Module):
         autocast: dtype of the products if the parameters are fp32 master weights; else None.
 
     Raises:
-        ValueError: the adapter puts virtual tokens before each sequence (prompt learning); a pack has no place for them.
+        ValueError: the adapter puts virtual tokens before each sequence (prompt learning), where packs have no room.
     """
 
     def __init__(

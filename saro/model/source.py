@@ -10,7 +10,7 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
-from saro.config import DataConfig, ModelConfig
+from saro.config import DEMO, DataConfig, ModelConfig
 from saro.data.chat_format import ChatFormat
 from saro.errors import SaroError
 from saro.files import file_hash
@@ -124,6 +124,10 @@ def _stop_ids(
 
 def _find_weights(name: str) -> str:
     """Return the folder with a model's safetensors, or the name if it can be a hub name."""
+    if name == DEMO:
+        raise SaroError(
+            f"{DEMO}: is a name for recipes and tools only; give the demo model's folder (saro.demo.find_demo)"
+        )
     folder = Path(name).expanduser()
     if folder.is_dir():
         if (folder / "adapter_config.json").is_file():

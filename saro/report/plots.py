@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
+
+from saro.errors import SaroError
+from saro.program import run_program
 
 
 def read_margins(path: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -28,8 +30,11 @@ def read_margins(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def draw(steps: np.ndarray, margins: np.ndarray, title: str, output: Path) -> None:
-    """Write the plot to a PNG file."""
-    import matplotlib
+    """Write the plot to a PNG file. Raises SaroError if matplotlib is not installed."""
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise SaroError("the plot needs matplotlib; run: pip install 'saro[bench]'") from error
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
@@ -52,7 +57,7 @@ def draw(steps: np.ndarray, margins: np.ndarray, title: str, output: Path) -> No
     figure.savefig(output, dpi=110)
 
 
-def main() -> None:
+def main() -> int:
     """Plot the run that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("run", type=Path, help="folder of an SRPO run")
@@ -61,11 +66,12 @@ def main() -> None:
     options = parser.parse_args()
     file = options.run / "margins.jsonl"
     if not file.is_file():
-        sys.exit(f"error: {file}: there is no such file; give the folder of an SRPO run with held-out pairs")
+        raise SaroError(f"{file}: there is no such file; give the folder of an SRPO run with held-out pairs")
     steps, margins = read_margins(file)
     draw(steps, margins, options.title, options.output)
     print(f"{options.output}: {len(steps)} evaluations of {margins.shape[1]} pairs")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

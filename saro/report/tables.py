@@ -143,7 +143,7 @@ def compare_table(
     """Return the table of several models: a row for each figure that all of them have, then answers.
 
     Args:
-        figures: for each model ``loss``, ``likelier``, ``margin``, ``reasoning_tokens``, and ``answers`` to the prompts.
+        figures: for each model ``loss``, ``likelier``, ``margin``, ``reasoning_tokens`` and ``answers``.
         prompts: (id, text) of the first prompts, whose answers are shown.
         num_prompts: number of all prompts that were answered.
     """

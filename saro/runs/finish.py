@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
-from rich.console import Console, RenderableType
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from saro.data.chat_format import ChatFormat
 from saro.data.records import Message
 from saro.distributed.runtime import Runtime
 from saro.files import atomic_folder, follow_umask, remove_temps
-from saro.model.architectures import dropout_options
 from saro.model.generate import answer_prompts
 from saro.model.policy import Policy
-from saro.model.source import ModelSource
 from saro.runs.folder import RunFolder
 from saro.train.engine import Outcome
 
@@ -57,35 +54,6 @@ class BeforeAfter:
         return {"metrics": metrics, "answers": answers}
 
 
-def end_stopped(runtime: Runtime, outcome: Outcome) -> int:
-    """Say that a signal stopped the run, and end it. Returns the exit code, 128 + signal number."""
-    runtime.say(f"stopped after step {outcome.step} of {outcome.total_steps}; continue with --resume")
-    runtime.end()
-    return 128 + outcome.stopped_by
-
-
-def end_finished(
-    runtime: Runtime,
-    run: RunFolder,
-    policy: Policy,
-    source: ModelSource,
-    outcome: Outcome,
-    console: Console,
-    tables: Iterable[RenderableType],
-) -> int:
-    """Write ``final/``, print the tables and a line about the run, and end it. Returns the exit code, 0."""
-    if runtime.is_main:
-        save_final(run.folder / "final", policy.model, source.tokenizer, dropout_options(source.config))
-        for table in tables:
-            console.print(table)
-    runtime.say(
-        f"{outcome.total_steps} steps, {outcome.tokens_per_second:.0f} tokens/s, "
-        f"peak memory {outcome.peak_memory_gib:.2f} GiB; model in {run.folder / 'final'}"
-    )
-    runtime.end()
-    return 0
-
-
 def save_final(
     folder: Path,
     model: PreTrainedModel | PeftModel,
@@ -94,8 +62,8 @@ def save_final(
 ) -> None:
     """Write the model that other programs load: a PEFT adapter or a full model, with its tokenizer.
 
-    The folder is complete or absent. ``original_options`` are written into the config of a full model: options that were
-    changed only for training, such as its dropout.
+    The folder is complete or absent. ``original_options`` are written into the config of a full model: they are options
+    that were changed only for training, such as its dropout.
     """
     if not isinstance(model, PeftModel):
         for name, value in (original_options or {}).items():
@@ -107,3 +75,18 @@ def save_final(
         model.save_pretrained(temp, **options)
         tokenizer.save_pretrained(temp)
         follow_umask(temp)
+
+
+def end_run(runtime: Runtime, run: RunFolder, outcome: Outcome) -> int:
+    """Say how the run ended, and leave the process group. Returns the exit code: 0, or 128 + the signal that stopped it."""
+    if outcome.stopped_by is None:
+        code = 0
+        runtime.say(
+            f"{outcome.total_steps} steps, {outcome.tokens_per_second:.0f} tokens/s, "
+            f"peak memory {outcome.peak_memory_gib:.2f} GiB; model in {run.folder / 'final'}"
+        )
+    else:
+        code = 128 + outcome.stopped_by
+        runtime.say(f"stopped after step {outcome.step} of {outcome.total_steps}; continue with --resume")
+    runtime.end()
+    return code

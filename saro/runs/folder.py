@@ -24,6 +24,7 @@ from saro.errors import SaroError
 from saro.files import atomic_write, file_hash
 from saro.manifest import read_manifest
 from saro.model.source import ModelSource
+from saro.program import RunFlags
 
 _PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "tokenizers", "safetensors", "numpy")
 # These options change what is written, or when, but not what is learned: a resumed run may change them.
@@ -63,7 +64,7 @@ class RunFolder:
     lock: FileLock
 
     @classmethod
-    def open(cls, config: Any, folder: str, *, resume: bool, overwrite: bool, template_date: str | None) -> RunFolder:
+    def open(cls, config: Any, folder: str, flags: RunFlags, template_date: str | None) -> RunFolder:
         """Look at the folder without writing to it or deleting anything.
 
         Raises:
@@ -71,28 +72,28 @@ class RunFolder:
                 folder holds other files, or both flags are given.
         """
         path, options = Path(folder), as_dict(config)
-        if resume and overwrite:
+        if flags.resume and flags.overwrite:
             raise SaroError("--resume continues a run and --overwrite removes it; give one of them")
         if path.is_file():
             raise SaroError(f"{folder}: is a file; give a folder with --train.output")
         existing = read_manifest(path)
         if existing is None and path.is_dir() and any(not p.name.startswith(".") for p in path.iterdir()):
             raise SaroError(f"{folder}: holds files that are not a run's; give an empty folder with --train.output")
-        if existing is not None and not resume and not overwrite:
+        if existing is not None and not flags.resume and not flags.overwrite:
             raise SaroError(f"{folder}: holds a run already; add --resume to continue it, or --overwrite to start over")
         day = _parse_date(template_date) if template_date else date.today()
-        if existing is not None and resume:
+        if existing is not None and flags.resume:
             _check_same_options(folder, existing["config"], options)
             day = date.fromisoformat(existing["template_date"])
         return cls(
             folder=path,
             config=options,
             template_date=day,
-            resumed=existing is not None and resume,
+            resumed=existing is not None and flags.resume,
             lock=FileLock(path / ".lock"),
         )
 
-    def start(self) -> str | None:
+    def start_model(self) -> str | None:
         """Return the name of the model that a resumed run began with, or the folder of its adapter; None for a new run."""
         manifest = read_manifest(self.folder) if self.resumed else None
         return None if manifest is None else manifest.get("start")

@@ -66,7 +66,7 @@ def convert(
             if record is None:
                 left_out.append(where)
                 continue
-            # Our reader must accept the record: without its markers, a text may be empty, or the two sides may be equal.
+            # Our reader must accept the record: without markers, a text may be empty, or the two sides may be equal.
             parse = parse_pair if "chosen" in record else parse_example
             parse(record, where, default_id=record["id"])
             if (other := first.setdefault(record["id"], where)) != where:

@@ -180,12 +180,11 @@ def _measure(
     source = find_model(model)
     chat = source.chat_format(setting.data, setting.day)
     policy = load_policy(source, model, this_device(), seed=0).eval()
-    pack_tokens = setting.data.pack_tokens
     loss = likelier = margin = None
     if examples:
-        loss = heldout_loss(policy, chat, examples, pack_tokens)
+        loss = heldout_loss(policy, chat, examples, setting.data)
     if pairs:
-        likelier, margin = heldout_preference(policy, chat, pairs, pack_tokens)
+        likelier, margin = heldout_preference(policy, chat, pairs, setting.data)
     answers = answer_prompts(policy, chat, [record.prompt for record in prompts], max_tokens)
     reasoning = [count_reasoning_tokens(text, chat) for text in answers]
     return Figures(

@@ -94,10 +94,10 @@ def run(options: Options, console: Console) -> int:
 def _encode(files: Sequence[str], chat: ChatFormat, vocabulary: int) -> ExampleSet | PairSet:
     """Encode and check all records, however long they are."""
     if holds_pairs(files[0]):
-        pairs = encode_pair_files(files, chat, max_tokens=sys.maxsize, progress=True)
+        pairs = encode_pair_files(files, chat, DataConfig(pack_tokens=sys.maxsize), progress=True)
         check_masks(pairs, chat, (p for file in files for p in read_pairs(file)), vocabulary)
         return pairs
-    examples = encode_files(files, chat, max_tokens=sys.maxsize, progress=True)
+    examples = encode_files(files, chat, DataConfig(pack_tokens=sys.maxsize), progress=True)
     check_masks(examples, chat, (e for file in files for e in read_examples(file)), vocabulary)
     return examples
 

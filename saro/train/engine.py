@@ -81,7 +81,7 @@ def fit(
 
     Args:
         ids: id of each record, to name the records of a step in an error.
-        evaluate: returns held-out metrics, given the number of finished steps; called every ``options.eval_every`` steps.
+        evaluate: returns held-out metrics, given the number of finished steps; called every ``eval_every`` steps.
         log: sees every pack.
         resume: continue from the newest checkpoint in the output folder, if there is one.
 
@@ -113,7 +113,7 @@ def fit(
         while step < total_steps and stop is None:
             batch = steps[step]
             # Seed each step, so that a resumed run draws the same dropout although no random state is stored.
-            torch.manual_seed(int(np.random.SeedSequence([options.seed, step, runtime.rank]).generate_state(1)[0]))
+            torch.manual_seed(_step_seed(options.seed, step, runtime.rank))
             with clock:
                 loss = _backward(module, objective, batch, meter, log, device, runtime.processes)
                 norm = _clip(parameters, options.max_grad_norm)
@@ -125,8 +125,9 @@ def fit(
                     progress.close()
                     records = ", ".join(ids[record] for record in batch.records)
                     raise SaroError(
-                        f"step {step + 1}: loss {loss_value}, gradient norm {norm_value}; the weights were not changed. "
-                        f"Records of the step: {records}. Lower --train.lr, or look at them"
+                        f"step {step + 1}: loss {loss_value}, gradient norm {norm_value}; "
+                        f"the weights were not changed. Records of the step: {records}. "
+                        "Lower --train.lr, or look at them"
                     )
                 before = _probe(parameters) if (step + 1) % options.log_every == 0 else None
                 lr = scheduler.get_last_lr()[0]
@@ -179,6 +180,11 @@ def fit(
     )
 
 
+def _step_seed(seed: int, step: int, rank: int) -> int:
+    """Mix the numbers into a seed: neighbouring steps and ranks get unrelated ones."""
+    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0])
+
+
 def _backward(
     module: nn.Module,
     objective: Objective,
@@ -196,7 +202,8 @@ def _backward(
         pack = pack.to(device)
         # Ranks exchange gradients once per step, in the backward of the last pack.
         is_last = index == len(batch.packs) - 1
-        with nullcontext() if is_last or processes == 1 else module.no_sync():
+        exchange = nullcontext() if is_last or processes == 1 else module.no_sync()
+        with exchange:
             sums = objective(module(pack), pack)
             loss = torch.stack([value / counts[name] for name, value in sums.losses.items()]).sum()
             # DDP averages gradients over ranks; we want the sum.

@@ -27,12 +27,12 @@ class Sums:
     Attributes:
         losses: name of a count -> scalar sum, which the engine divides by this count of the step.
         metrics: name -> (sum, count), including ``loss``; every pack has the same names.
-        pairs: name -> (P,) values, one for each pair of the pack; empty for packs of examples.
+        pair_values: name -> (P,) values, one for each pair of the pack; empty for packs of examples.
     """
 
     losses: dict[str, torch.Tensor]
     metrics: Metrics
-    pairs: dict[str, torch.Tensor] = field(default_factory=dict)
+    pair_values: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 class Objective(Protocol):
@@ -175,7 +175,7 @@ class SRPOObjective:
             # Add a metric of pairs to ``values``: name -> (P,). It is averaged over all pairs and over those of each kind.
             beta = self.options.beta
             values = {"loss": losses, "rewards/margins": beta * margins, "rewards/accuracies": margins > 0}
-            pairs = {"margin": margins}
+            pair_values = {"margin": margins}
             if self.options.scored == "all":
                 entry_thinks = pack.row_kind.index_select(0, pack.entry_row) == RowKind.THINK
                 moved_think = _sum_sides(entry_moved * entry_thinks, pack)
@@ -185,24 +185,26 @@ class SRPOObjective:
                     values[f"delta_logps/{name}"] = moved[:, side]
                     values[f"delta_logps/{name}/think"] = moved_think[:, side]
                     values[f"delta_logps/{name}/answer"] = moved[:, side] - moved_think[:, side]
-                    pairs[f"delta_logps/{name}"] = moved[:, side]
+                    pair_values[f"delta_logps/{name}"] = moved[:, side]
                 fell = moved[:, CHOSEN] < -FELL * rows[:, CHOSEN]
-                values["chosen_fell"] = pairs["chosen_fell"] = fell
+                values["chosen_fell"] = pair_values["chosen_fell"] = fell
             kinds = self._kinds[list(pack.pairs)].to(logps.device, non_blocking=True)
             metrics = _sum_overall_and_by_kind({name: v.detach().double() for name, v in values.items()}, kinds)
             if self.options.nll:
                 metrics["loss/nll"] = (nll_sum(policy[:, CHOSEN]), rows[:, CHOSEN].sum())
-        return Sums(terms, metrics, {name: v.detach() for name, v in pairs.items()})
+        return Sums(terms, metrics, {name: v.detach() for name, v in pair_values.items()})
 
     def describe(self, statistics: TokenStatistics, pack: Pack) -> Metrics:
         metrics = {}
-        entry_kind, entry_side = _record_kinds(self._kinds, pack), pack.entry_side
+        entry_side = pack.entry_side
+        # All sides of the first kind, then all of the next: the order of ``kind_names`` below.
+        entry_kind_and_side = len(SIDES) * _record_kinds(self._kinds, pack) + entry_side
         for name, row_values in (("entropy", statistics.entropy), ("mean_token_accuracy", statistics.top1)):
             entries = row_values.index_select(0, pack.entry_row)
-            names = [f"{name}/{side}" for side in SIDES]
-            metrics |= _binned(entries, entry_side, names)
-            by_kind = [f"{kind}/{side_name}" for kind in PAIR_KINDS for side_name in names]
-            metrics |= _binned(entries, len(SIDES) * entry_kind + entry_side, by_kind)
+            side_names = [f"{name}/{side}" for side in SIDES]
+            kind_names = [f"{kind}/{side_name}" for kind in PAIR_KINDS for side_name in side_names]
+            metrics |= _binned(entries, entry_side, side_names)
+            metrics |= _binned(entries, entry_kind_and_side, kind_names)
         return metrics
 
     def combine(self, means: dict[str, float]) -> dict[str, float]:

@@ -42,7 +42,7 @@ class PairLog:
 
     def observe(self, pack: Pack, sums: Sums) -> None:
         """Keep a pack's values as tensors, without reading them."""
-        self._seen.append((pack.pairs, sums.pairs))
+        self._seen.append((pack.pairs, sums.pair_values))
 
     def take(self, step: int) -> list[Row]:
         """Return a row for each pair that any rank has seen since the last call, in the order of the files.
@@ -79,8 +79,8 @@ class PairLog:
         others = f" and {len(fallen) - _NAMED} others" if len(fallen) > _NAMED else ""
         self._runtime.say(
             f"warning: after step {step} the chosen response has lost probability in {len(fallen)} of {len(rows)} "
-            f"{self._name} pairs ({', '.join(fallen[:_NAMED])}{others}); a higher --preference.beta, or --preference.nll, "
-            "keeps it up"
+            f"{self._name} pairs ({', '.join(fallen[:_NAMED])}{others}); "
+            "a higher --preference.beta, or --preference.nll, keeps it up"
         )
 
 
@@ -105,7 +105,7 @@ def evaluate_pairs(
 
 
 def write_margins(path: Path, step: int, rows: Sequence[Row]) -> None:
-    """Append the rows of an evaluation to margins.jsonl, without those that a killed run wrote for this or later steps."""
+    """Append an evaluation's rows to margins.jsonl. Rows of this or later steps, from a killed run, are dropped."""
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
     with atomic_write(path) as file:
         file.writelines(line for line in lines if json.loads(line)["step"] < step)

@@ -1,10 +1,10 @@
-"""Reads reference log-probs from the cache, after scoring the pairs that are not in it. A few cached ones are verified."""
+"""Reads reference log-probs from the cache, after scoring the pairs that are not in it. A few are verified."""
 
 from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 
@@ -39,10 +39,10 @@ _SPOT_PAIRS = 2
 
 
 def load_references(
-    runtime: Runtime, policy: Policy, source: ModelSource, sets: Sequence[PairSet], pack_tokens: int
-) -> list[PairLogps]:
-    """Return the reference log-probs of several sets of pairs, see ``load_reference``."""
-    return [load_reference(runtime, policy, source, pairs, pack_tokens) for pairs in sets]
+    runtime: Runtime, policy: Policy, source: ModelSource, sets: Mapping[str, PairSet], pack_tokens: int
+) -> dict[str, PairLogps]:
+    """Return the reference log-probs of each set of pairs, see ``load_reference``."""
+    return {name: load_reference(runtime, policy, source, pairs, pack_tokens) for name, pairs in sets.items()}
 
 
 def other_reference_options(model: ModelConfig, name: str) -> ModelConfig:
@@ -55,9 +55,9 @@ def load_other_references(
     source: ModelSource,
     options: ModelConfig,
     chat: ChatFormat,
-    sets: Sequence[PairSet],
+    sets: Mapping[str, PairSet],
     pack_tokens: int,
-) -> list[PairLogps]:
+) -> dict[str, PairLogps]:
     """Return the log-probs of several sets of pairs under a model that is loaded for this and then freed.
 
     Args:
@@ -74,7 +74,7 @@ def load_other_references(
     if source.adapter is not None and options.method == "full":
         options = replace(options, method="lora")
     policy = load_policy(source, options, runtime.device, seed=0)
-    check_packs(policy, sets[0])
+    check_packs(policy, next(iter(sets.values())))
     references = load_references(runtime, policy, source, sets, pack_tokens)
     del policy
     # Modules and the forwards bound to them refer to each other: only the collector frees them.
@@ -195,6 +195,7 @@ def _check_spots(
     difference = float(np.abs(again.astype(np.float64) - cached).mean())
     if not difference <= NOISE_FACTOR * noise.mean:
         raise SaroError(
-            f"{cache.folder}: the cached reference of {', '.join(pairs.ids[i] for i in spots)} differs from what the model "
-            f"gives by {difference:.3g} nats per token, and two layouts by {noise.mean:.3g}; remove the folder and start again"
+            f"{cache.folder}: the cached reference of {', '.join(pairs.ids[i] for i in spots)} differs from what the "
+            f"model gives by {difference:.3g} nats per token, and two layouts by {noise.mean:.3g}; "
+            "remove the folder and start again"
         )

@@ -11,6 +11,7 @@ from sets import PAIR_RECORDS
 from tiny import IM_END, tiny_tokenizer
 
 from saro.checks.check_masks import check_masks
+from saro.config import DataConfig
 from saro.data.chat_format import ChatFormat
 from saro.data.dataset import ExampleSet, encode_files, encode_pair_files
 from saro.data.records import read_examples, read_pairs
@@ -26,7 +27,7 @@ def path(records_file, examples) -> str:
 
 @pytest.fixture
 def data(path) -> ExampleSet:
-    return encode_files([path], CHAT, max_tokens=512)
+    return encode_files([path], CHAT, DataConfig(pack_tokens=512))
 
 
 def tampered(data: ExampleSet, record: int, position: int, token: int) -> ExampleSet:
@@ -78,7 +79,7 @@ def test_another_token_in_the_prompt_is_refused(data, path):
 def test_a_prompt_made_on_another_day_is_refused(path):
     dated = "{{ strftime_now('%Y') }}" + tiny_tokenizer().chat_template
     one, two = (ChatFormat(tiny_tokenizer(dated), CHAT.stop_ids, date(year, 1, 1)) for year in (1999, 2000))
-    data = encode_files([path], one, max_tokens=512)
+    data = encode_files([path], one, DataConfig(pack_tokens=512))
     with pytest.raises(SaroError, match="differ from those that the model reads at inference"):
         check_masks(data, two, read_examples(path), 1000)
 
@@ -89,14 +90,14 @@ def test_only_the_examples_given_have_their_prompts_compared(data, path):
 
 
 def test_dropped_records_are_not_compared(path):
-    data = encode_files([path], CHAT, max_tokens=80, too_long="drop")
+    data = encode_files([path], CHAT, DataConfig(pack_tokens=80, too_long="drop"))
     assert data.dropped
     check_masks(data, CHAT, read_examples(path), 1000)
 
 
 def test_raw_text_has_no_template_to_compare_with(records_file):
     path = records_file([{"prompt": "Q: Why?\nA:", "completion": " So."}])
-    check_masks(encode_files([path], CHAT, max_tokens=512), CHAT, read_examples(path), 1000)
+    check_masks(encode_files([path], CHAT, DataConfig(pack_tokens=512)), CHAT, read_examples(path), 1000)
 
 
 def test_any_of_several_stop_tokens_is_accepted(data):
@@ -105,7 +106,7 @@ def test_any_of_several_stop_tokens_is_accepted(data):
 
 
 def test_a_tokenizer_with_more_tokens_than_the_model_embeds_is_refused(records_file, examples):
-    data = encode_files([records_file(examples)], CHAT, max_tokens=512)
+    data = encode_files([records_file(examples)], CHAT, DataConfig(pack_tokens=512))
     most = int(data.tokens.max())
     check_masks(data, CHAT, [], most + 1)
     with pytest.raises(SaroError, match=f"the tokenizer gives id {most} and the model embeds {most} tokens"):
@@ -119,12 +120,12 @@ def pairs_path(records_file) -> str:
 
 @pytest.mark.parametrize("side", ["chosen", "rejected"])
 def test_good_pairs_pass_on_both_sides(pairs_path, side):
-    data = encode_pair_files([pairs_path], CHAT, max_tokens=512)
+    data = encode_pair_files([pairs_path], CHAT, DataConfig(pack_tokens=512))
     check_masks(getattr(data, side), CHAT, read_pairs(pairs_path), 1000)
 
 
 @pytest.mark.parametrize("side", ["chosen", "rejected"])
 def test_a_shifted_mask_of_a_pair_is_refused_with_its_place(pairs_path, side):
-    data = getattr(encode_pair_files([pairs_path], CHAT, max_tokens=512), side)
+    data = getattr(encode_pair_files([pairs_path], CHAT, DataConfig(pack_tokens=512)), side)
     shifted = replace(data, prompt_tokens=data.prompt_tokens + np.array([0, 1], np.int32))
     assert refusal(shifted, read_pairs(pairs_path)).startswith(f"{pairs_path}:2: the prompt's tokens differ from those")

@@ -175,25 +175,25 @@ def changed_logps(change):
 
 
 SABOTAGES = {
-    "sequences see each other": (without_isolation, "logps"),
-    "tokens see later tokens": (without_causality, "logps"),
-    "scale off by one percent": (changed_attention(scaling=lambda s: s * 1.01), "logps"),
-    "positions that are all zero": (changed_pack(position_ids=torch.zeros_like), "logps"),
-    "positions that run backwards": (changed_pack(position_ids=torch.neg), "logps"),
-    "positions in steps of two": (changed_pack(position_ids=lambda p: 2 * p), "logps"),
-    "rows that read the token before": (changed_pack(row_hidden=lambda r: (r - 1).clamp_min(0)), "logps"),
-    "rows that read their own token": (changed_pack(row_hidden=lambda r: (r + 1).clamp_max(r.max())), "logps"),
-    "targets of the row before": (changed_pack(row_target=lambda t: t.roll(1)), "logps"),
-    "one wrong target": (changed_pack(row_target=lambda t: torch.cat([t[:1] - 1, t[1:]])), "logps"),
-    "one wrong input token": (changed_pack(input_ids=lambda t: torch.cat([t[:-1], t[-1:] - 1])), "logps"),
-    "log-probs in bits": (changed_logps(lambda logps: logps / np.log(2)), "logps"),
-    "log-probs off by 0.01 percent": (changed_logps(lambda logps: logps * 1.0001), "logps"),
+    "sequences see each other": (without_isolation, "log-probs"),
+    "tokens see later tokens": (without_causality, "log-probs"),
+    "scale off by one percent": (changed_attention(scaling=lambda s: s * 1.01), "log-probs"),
+    "positions that are all zero": (changed_pack(position_ids=torch.zeros_like), "log-probs"),
+    "positions that run backwards": (changed_pack(position_ids=torch.neg), "log-probs"),
+    "positions in steps of two": (changed_pack(position_ids=lambda p: 2 * p), "log-probs"),
+    "rows that read the token before": (changed_pack(row_hidden=lambda r: (r - 1).clamp_min(0)), "log-probs"),
+    "rows that read their own token": (changed_pack(row_hidden=lambda r: (r + 1).clamp_max(r.max())), "log-probs"),
+    "targets of the row before": (changed_pack(row_target=lambda t: t.roll(1)), "log-probs"),
+    "one wrong target": (changed_pack(row_target=lambda t: torch.cat([t[:1] - 1, t[1:]])), "log-probs"),
+    "one wrong input token": (changed_pack(input_ids=lambda t: torch.cat([t[:-1], t[-1:] - 1])), "log-probs"),
+    "log-probs in bits": (changed_logps(lambda logps: logps / np.log(2)), "log-probs"),
+    "log-probs off by 0.01 percent": (changed_logps(lambda logps: logps * 1.0001), "log-probs"),
     "a missing gradient": (
         changed_logps(lambda logps: torch.cat([logps[:1].detach(), logps[1:]])),
         "gradients",
     ),
     "gradients off by 0.1 percent": (changed_logps(lambda x: x + 0.001 * (x - x.detach())), "gradients"),
-    "NaN": (changed_logps(lambda logps: logps * torch.nan), "logps"),
+    "NaN": (changed_logps(lambda logps: logps * torch.nan), "log-probs"),
 }
 
 

@@ -25,6 +25,6 @@ def test_a_deviation_is_allowed_up_to_a_tenth_of_the_change_and_one_and_a_half_t
 def test_a_deviation_says_what_it_is_measured_against():
     trained, base = torch.tensor([-1.0, -1.0]), torch.tensor([-2.0, -4.0])
     assert str(Deviation.of(trained + 0.201, trained, base, 1e-6, 1)) == (
-        "0.2 nats per token from the trained model, 10.05% of the 2 that training changed; rounding alone makes 1e-06 "
+        "0.2 nats per token from the trained model, 10.05% of the 2 that training changed; rounding explains 1e-06 "
         "(2 tokens of 1 records)"
     )

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import IM_END, tiny_tokenizer
 
-from saro.config import KINDS
+from saro.config import KINDS, DataConfig
 from saro.data.chat_format import ChatFormat
 from saro.data.dataset import ExampleSet, encode_files
 from saro.data.records import read_examples
@@ -25,12 +25,12 @@ def record(name: str, answer: str = "So.", **fields) -> dict:
 
 
 def tokens_of(*records: dict, records_file) -> list[int]:
-    return encode_files([records_file(list(records))], CHAT, max_tokens=512).lengths.tolist()
+    return encode_files([records_file(list(records))], CHAT, DataConfig(pack_tokens=512)).lengths.tolist()
 
 
 def refusal(paths, **options) -> str:
     with pytest.raises(SaroError) as caught:
-        encode_files(paths, CHAT, **{"max_tokens": 512} | options)
+        encode_files(paths, CHAT, DataConfig(**{"pack_tokens": 512} | options))
     message = str(caught.value)
     assert "\n" not in message
     assert SECRET not in message
@@ -42,7 +42,7 @@ def refusal(paths, **options) -> str:
 
 def test_a_set_is_its_records_encoded_one_by_one(records_file, examples):
     path = records_file(examples)
-    data = encode_files([path], CHAT, max_tokens=512)
+    data = encode_files([path], CHAT, DataConfig(pack_tokens=512))
     for i, example in enumerate(read_examples(path)):
         expected, got = CHAT.encode(example, i), data.sequence(i)
         assert got.tokens.tolist() == expected.tokens.tolist()
@@ -64,7 +64,7 @@ def test_a_set_is_its_records_encoded_one_by_one(records_file, examples):
 )
 def test_a_record_of_any_format_is_kept_as_it_was_encoded(records_file, fields):
     path = records_file([record("first"), fields])
-    (_, example), data = read_examples(path), encode_files([path], CHAT, max_tokens=512)
+    (_, example), data = read_examples(path), encode_files([path], CHAT, DataConfig(pack_tokens=512))
     expected, got = CHAT.encode(example), data.sequence(1)
     assert got.tokens.tolist() == expected.tokens.tolist()
     assert got.scored_from == expected.scored_from
@@ -72,7 +72,7 @@ def test_a_record_of_any_format_is_kept_as_it_was_encoded(records_file, fields):
 
 
 def test_the_arrays_are_compact(records_file, examples):
-    data = encode_files([records_file(examples)], CHAT, max_tokens=512)
+    data = encode_files([records_file(examples)], CHAT, DataConfig(pack_tokens=512))
     names = ("tokens", "offsets", "prompt_tokens", "think_tokens", "kinds")
     assert [getattr(data, name).dtype for name in names] == [np.int32, np.int64, np.int32, np.int32, np.uint8]
     assert [getattr(data, name).ndim for name in names] == [1] * 5
@@ -81,13 +81,13 @@ def test_the_arrays_are_compact(records_file, examples):
 
 
 def test_ids_and_kinds_are_the_records(records_file, examples):
-    data = encode_files([records_file(examples)], CHAT, max_tokens=512)
+    data = encode_files([records_file(examples)], CHAT, DataConfig(pack_tokens=512))
     assert data.ids == tuple(example["id"] for example in examples)
     assert [KINDS[kind] for kind in data.kinds] == [example["kind"] for example in examples]
 
 
 def test_lengths_are_prompt_and_scored_tokens(records_file):
-    data = encode_files([records_file([record("a")])], CHAT, max_tokens=512)
+    data = encode_files([records_file([record("a")])], CHAT, DataConfig(pack_tokens=512))
     # One token a byte: <|im_start|> "user\nWhy?" <|im_end|> "\n" <|im_start|> "assistant\n"
     assert data.prompt_tokens.tolist() == [1 + 9 + 1 + 1 + 1 + 10]
     assert data.think_tokens.tolist() == [len("<think>\nBecause.\n</think>")]
@@ -97,12 +97,14 @@ def test_lengths_are_prompt_and_scored_tokens(records_file):
 
 def test_files_follow_each_other(records_file):
     one, two = records_file([record("a"), record("b")], "one.jsonl"), records_file([record("c")], "two.jsonl")
-    assert encode_files([two, one], CHAT, max_tokens=512).ids == ("c", "a", "b")
+    assert encode_files([two, one], CHAT, DataConfig(pack_tokens=512)).ids == ("c", "a", "b")
 
 
 def test_a_file_with_a_progress_bar_gives_the_same(records_file, examples):
     path = records_file(examples)
-    plain, shown = (encode_files([path], CHAT, max_tokens=512, progress=progress) for progress in (False, True))
+    plain, shown = (
+        encode_files([path], CHAT, DataConfig(pack_tokens=512), progress=progress) for progress in (False, True)
+    )
     assert plain.tokens.tolist() == shown.tokens.tolist()
 
 
@@ -128,14 +130,14 @@ def test_a_sequence_is_cut_from_the_arrays(parts):
 def test_a_record_of_exactly_the_maximum_length_is_accepted(records_file):
     (length,) = tokens_of(record("a"), records_file=records_file)
     path = records_file([record("a")])
-    assert len(encode_files([path], CHAT, max_tokens=length)) == 1
-    assert f"{length} tokens, more than the {length - 1} allowed" in refusal([path], max_tokens=length - 1)
+    assert len(encode_files([path], CHAT, DataConfig(pack_tokens=length))) == 1
+    assert f"{length} tokens, more than the {length - 1} allowed" in refusal([path], pack_tokens=length - 1)
 
 
 def test_a_long_record_is_an_error_with_its_place_its_length_and_what_to_do(records_file):
     path = records_file([record("a"), record("b", SECRET * 9)])
     (_, length) = tokens_of(record("a"), record("b", SECRET * 9), records_file=records_file)
-    assert refusal([path], max_tokens=100) == (
+    assert refusal([path], pack_tokens=100) == (
         f"{path}:2: {length} tokens, more than the 100 allowed; nothing is cut: "
         "raise --data.pack_tokens, shorten the record, or leave it out with --data.too_long drop"
     )
@@ -143,7 +145,7 @@ def test_a_long_record_is_an_error_with_its_place_its_length_and_what_to_do(reco
 
 def test_long_records_may_be_dropped_and_their_ids_are_kept(records_file):
     path = records_file([record("a", "x" * 99), record("b"), record("c", "x" * 99), record("d", kind="safety")])
-    data = encode_files([path], CHAT, max_tokens=100, too_long="drop")
+    data = encode_files([path], CHAT, DataConfig(pack_tokens=100, too_long="drop"))
     assert (data.ids, data.dropped) == (("b", "d"), ("a", "c"))
     assert data.kinds.tolist() == [KINDS.index("general"), KINDS.index("safety")]
     assert len(data.tokens) == data.lengths.sum() == sum(tokens_of(record("b"), record("d"), records_file=records_file))
@@ -151,16 +153,16 @@ def test_long_records_may_be_dropped_and_their_ids_are_kept(records_file):
 
 def test_nothing_is_dropped_if_everything_fits(records_file, examples):
     path = records_file(examples)
-    dropping = encode_files([path], CHAT, max_tokens=512, too_long="drop")
+    dropping = encode_files([path], CHAT, DataConfig(pack_tokens=512, too_long="drop"))
     assert dropping.dropped == ()
-    assert dropping.tokens.tolist() == encode_files([path], CHAT, max_tokens=512).tokens.tolist()
+    assert dropping.tokens.tolist() == encode_files([path], CHAT, DataConfig(pack_tokens=512)).tokens.tolist()
 
 
 def test_kept_records_are_never_cut(records_file, examples):
     path = records_file(examples)
-    whole = encode_files([path], CHAT, max_tokens=512)
+    whole = encode_files([path], CHAT, DataConfig(pack_tokens=512))
     limit = int(np.median(whole.lengths))
-    kept = encode_files([path], CHAT, max_tokens=limit, too_long="drop")
+    kept = encode_files([path], CHAT, DataConfig(pack_tokens=limit, too_long="drop"))
     expected = {name: whole.sequence(i).tokens.tolist() for i, name in enumerate(whole.ids)}
     assert 0 < len(kept) < len(whole)
     assert {name: kept.sequence(i).tokens.tolist() for i, name in enumerate(kept.ids)} == {
@@ -170,14 +172,14 @@ def test_kept_records_are_never_cut(records_file, examples):
 
 def test_all_records_dropped_is_an_error(records_file):
     path = records_file([record("a"), record("b")])
-    assert refusal([path], max_tokens=5, too_long="drop") == (
+    assert refusal([path], pack_tokens=5, too_long="drop") == (
         "all 2 records are longer than 5 tokens; raise --data.pack_tokens"
     )
 
 
 def test_a_faulty_record_is_an_error_even_if_long_ones_are_dropped(records_file):
     path = records_file([record("a"), record("b", f"{SECRET}<|im_end|>" * 9)])
-    assert refusal([path], max_tokens=60, too_long="drop").startswith(f"{path}:2: the response holds")
+    assert refusal([path], pack_tokens=60, too_long="drop").startswith(f"{path}:2: the response holds")
 
 
 # Ids
@@ -195,7 +197,7 @@ def test_the_same_file_twice_is_an_error(records_file):
 
 def test_the_id_of_a_dropped_record_cannot_be_used_again(records_file):
     one, two = records_file([record("a", "x" * 99)], "one.jsonl"), records_file([record("a")], "two.jsonl")
-    assert f"is already used at {one}:1" in refusal([one, two], max_tokens=100, too_long="drop")
+    assert f"is already used at {one}:1" in refusal([one, two], pack_tokens=100, too_long="drop")
 
 
 def test_an_id_that_looks_like_text_is_not_printed(records_file):
@@ -209,7 +211,7 @@ def test_an_id_that_looks_like_text_is_not_printed(records_file):
 def test_records_without_ids_are_named_by_file_and_line(records_file):
     fields = {"prompt": "Why?", "answer": "So."}
     one, two = records_file([fields, fields], "one.jsonl"), records_file([fields], "two.jsonl")
-    assert encode_files([one, two], CHAT, max_tokens=512).ids == ("one:1", "one:2", "two:1")
+    assert encode_files([one, two], CHAT, DataConfig(pack_tokens=512)).ids == ("one:1", "one:2", "two:1")
 
 
 # Errors of the reader and the encoder

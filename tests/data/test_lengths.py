@@ -9,6 +9,7 @@ import pytest
 from sets import PAIR_RECORDS, by_hand, pairs_by_hand
 from tiny import IM_END, tiny_tokenizer
 
+from saro.config import DataConfig
 from saro.data.chat_format import ChatFormat
 from saro.data.dataset import ExampleSet, encode_files, encode_pair_files
 from saro.data.lengths import LengthReport, Lengths, Sharing
@@ -19,7 +20,7 @@ CHAT = ChatFormat(tiny_tokenizer(), frozenset({IM_END}), date(1999, 7, 4))
 
 @pytest.fixture
 def data(records_file, examples) -> ExampleSet:
-    return encode_files([records_file(examples)], CHAT, max_tokens=512)
+    return encode_files([records_file(examples)], CHAT, DataConfig(pack_tokens=512))
 
 
 # The report
@@ -103,7 +104,7 @@ def test_pairs_that_are_apart_in_the_file_are_grouped_by_prompt():
 
 
 def test_the_length_of_a_pair_is_the_number_of_tokens_in_its_tree(records_file):
-    data = encode_pair_files([records_file(PAIR_RECORDS)], CHAT, max_tokens=512)
+    data = encode_pair_files([records_file(PAIR_RECORDS)], CHAT, DataConfig(pack_tokens=512))
     trees = [build_tree(data.sequences(i)) for i in range(len(data))]
     assert data.lengths.tolist() == [sum(len(node.tokens) for node in tree.nodes) for tree in trees]
 

@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny import IM_END, tiny_tokenizer
 
+from saro.config import DataConfig
 from saro.data.chat_format import ChatFormat
 from saro.data.dataset import PairSet, encode_pair_files
 from saro.data.tree import build_tree
@@ -25,7 +26,7 @@ def pair(prompt: str, shared: list[str], chosen: str, rejected: str) -> dict:
 @pytest.fixture
 def encoded(records_file):
     def encode(records: list[dict], max_tokens: int = 10_000) -> PairSet:
-        return encode_pair_files([records_file(records)], CHAT, max_tokens=max_tokens)
+        return encode_pair_files([records_file(records)], CHAT, DataConfig(pack_tokens=max_tokens))
 
     return encode
 

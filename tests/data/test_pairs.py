@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from tiny import IM_END, tiny_tokenizer
 
+from saro.config import DataConfig
 from saro.data.chat_format import ChatFormat
 from saro.data.dataset import encode_pair_files
 from saro.data.records import Message, Response, read_pairs
@@ -89,7 +90,7 @@ def test_a_pair_without_a_prompt_is_refused_and_the_prompt_is_not_guessed(record
 
 
 def test_both_sides_are_encoded_on_the_same_prompt(records_file):
-    pairs = encode_pair_files([records_file([NATIVE])], CHAT, max_tokens=512)
+    pairs = encode_pair_files([records_file([NATIVE])], CHAT, DataConfig(pack_tokens=512))
     chosen, rejected = pairs.sequences(0)
     assert chosen.scored_from == rejected.scored_from
     assert np.array_equal(chosen.tokens[: chosen.scored_from], rejected.tokens[: rejected.scored_from])
@@ -103,15 +104,15 @@ def test_both_sides_are_encoded_on_the_same_prompt(records_file):
 def test_a_pair_with_one_side_too_long_is_an_error_or_dropped_with_both_sides(records_file, long_side):
     file = records_file([NATIVE, NATIVE | {"id": "long", long_side: {"answer": "x" * 300}}])
     with pytest.raises(SaroError, match=r":2: \d+ tokens, more than the 200 allowed; nothing is cut"):
-        encode_pair_files([file], CHAT, max_tokens=200)
-    pairs = encode_pair_files([file], CHAT, max_tokens=200, too_long="drop")
+        encode_pair_files([file], CHAT, DataConfig(pack_tokens=200))
+    pairs = encode_pair_files([file], CHAT, DataConfig(pack_tokens=200, too_long="drop"))
     assert (pairs.ids, pairs.chosen.dropped) == (("p",), ("long",))
 
 
 def test_sides_that_are_the_same_tokens_are_refused(records_file):
     same = {"chosen": {"reasoning": "a", "answer": "b"}, "rejected": {"answer": "<think>\na\n</think>\n\nb"}}
     with pytest.raises(SaroError, match="chosen and rejected are the same tokens; drop this pair"):
-        encode_pair_files([records_file([NATIVE | same])], CHAT, max_tokens=200)
+        encode_pair_files([records_file([NATIVE | same])], CHAT, DataConfig(pack_tokens=200))
 
 
 def _demo(name: str) -> list[dict]:

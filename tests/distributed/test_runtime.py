@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -133,3 +135,10 @@ def test_only_runtime_imports_accelerate_or_torch_distributed():
         text = file.read_text()
         found = "import accelerate" in text or "from accelerate" in text or "torch.distributed as" in text
         assert found == (file.name == "runtime.py"), file
+
+
+def test_only_data_parallelism_is_accepted(runtime):
+    """FSDP or DeepSpeed in a user's accelerate config would wrap the model in another class."""
+    other = replace(runtime, processes=2, accelerator=SimpleNamespace(prepare_model=lambda module: module))
+    with pytest.raises(SaroError, match=r"^the launcher asks for Linear, .* leave options such as --use_fsdp"):
+        other.wrap(torch.nn.Linear(1, 1))

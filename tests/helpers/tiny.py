@@ -184,7 +184,7 @@ class Training:
         model_options = ModelConfig(**{"name": folder, "method": "lora"} | (model or {}))
         source = find_model(model_options)
         chat = source.chat_format(DataConfig(), date(2024, 7, 26))
-        data = encode_files([records], chat, max_tokens=pack_tokens)
+        data = encode_files([records], chat, DataConfig(pack_tokens=pack_tokens))
         defaults = {"output": str(output), "records_per_step": 4, "lr": 1e-2, "save_every": 0, "epochs": 100}
         options = TrainConfig(**defaults | train)
         if policy is None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import re
 import signal
@@ -20,6 +19,7 @@ from peft import AutoPeftModelForCausalLM
 from run_files import ROOT, TIMING, assert_same_run, metrics_of, steps_logged, wait_for, weights_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from saro.config import DataConfig
 from saro.data.chat_format import ChatFormat
 from saro.data.dataset import encode_files
 
@@ -170,7 +170,7 @@ def test_the_final_model_loads_elsewhere_and_gives_the_log_probs_of_the_run(fini
             layer.support_avx512bf16_for_cpu = False
     tokenizer = AutoTokenizer.from_pretrained(run / "final")
     chat = ChatFormat(tokenizer, frozenset([tokenizer.eos_token_id]), __import__("datetime").date(2024, 1, 1))
-    data = encode_files([str(run.parent / "heldout.jsonl")], chat, max_tokens=256)
+    data = encode_files([str(run.parent / "heldout.jsonl")], chat, DataConfig(pack_tokens=256))
     total = scored = 0.0
     with torch.no_grad():
         for i in range(len(data)):
@@ -425,17 +425,3 @@ def test_both_of_two_processes_print_an_error_and_write_nothing(recipes, rw_argu
     assert ranks[0].err == f"error: {bad}:1: answer is empty; write it or drop the record\n"
     assert ranks[1].err == f"[rank 1] {ranks[0].err}"
     assert not (tmp_path / "run").exists()
-
-
-def test_the_recipe_reads_from_top_to_bottom():
-    text = (ROOT / "recipes" / "rw.py").read_text()
-    assert len(text.splitlines()) < 150
-    done = subprocess.run(
-        [sys.executable, "-c", "import sys; sys.path.insert(0, 'recipes'); import rw"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-        env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"},
-    )
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -17,7 +17,7 @@ from saro.config import DataConfig, RWConfig, TrainConfig, as_dict
 from saro.errors import SaroError
 from saro.files import file_hash
 from saro.model.source import ModelSource
-from saro.program import parse_recipe
+from saro.program import RunFlags, parse_recipe
 from saro.runs.folder import RunFolder
 
 
@@ -58,7 +58,8 @@ def source(tmp_path) -> ModelSource:
 
 def open_run(folder: Path, config: RWConfig | None = None, **options) -> RunFolder:
     given = {"resume": False, "overwrite": False, "template_date": None} | options
-    return RunFolder.open(config or RWConfig(), str(folder), **given)
+    flags = RunFlags(resume=given["resume"], overwrite=given["overwrite"])
+    return RunFolder.open(config or RWConfig(), str(folder), flags, given["template_date"])
 
 
 def begin(folder: Path, source: ModelSource, data_file: Path, config: RWConfig | None = None, **options) -> RunFolder:

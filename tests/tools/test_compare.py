@@ -51,10 +51,10 @@ def test_figures_are_the_models_own(options):
     results = compare(options, Console(quiet=True))
     for folder, figures in zip(options.models, results, strict=True):
         chat = find_model(ModelConfig(name=folder)).chat_format(DataConfig(), date.today())
-        data = encode_files([options.examples], chat, max_tokens=2048)
+        data = encode_files([options.examples], chat, DataConfig(pack_tokens=2048))
         total = sum(native(folder, data.sequence(i)) for i in range(len(data)))
         assert figures.loss == pytest.approx(-total / data.scored_tokens.sum(), rel=1e-5)
-        pairs = encode_pair_files(options.pairs, chat, max_tokens=2048)
+        pairs = encode_pair_files(options.pairs, chat, DataConfig(pack_tokens=2048))
         margins = [np.subtract(*(native(folder, side) for side in pairs.sequences(i))) for i in range(len(pairs))]
         assert figures.margin == pytest.approx(np.mean(margins), rel=1e-4)
         assert figures.likelier == np.mean(np.array(margins) > 0)

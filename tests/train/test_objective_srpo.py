@@ -251,7 +251,11 @@ def _metrics(kinds, moved_of, options=None, pairs=PAIRS[:2]):
     entries = logps[pack.entry_row]
     offsets = np.cumsum([0, *np.bincount(pack.entry_sequence)])
     sums = SRPOObjective(np.array(kinds), PairLogps((entries - moved).numpy(), offsets), options)(logps, pack)
-    return {name: (total / count).item() for name, (total, count) in sums.metrics.items() if count}, sums.pairs, pack
+    return (
+        {name: (total / count).item() for name, (total, count) in sums.metrics.items() if count},
+        sums.pair_values,
+        pack,
+    )
 
 
 def test_metrics_match_values_by_hand():

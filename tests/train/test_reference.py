@@ -125,7 +125,7 @@ def test_pairs_on_one_prompt_are_spot_checked_within_their_noise(runtime, tmp_pa
     policy = load_policy(source, options, CPU, seed=0)
     records = [pairs[i] | {"prompt": "One prompt for all of them."} for i in range(8)]
     chat = source.chat_format(DataConfig(), date(2024, 7, 26))
-    data = encode_pair_files([records_file(records)], chat, max_tokens=2048)
+    data = encode_pair_files([records_file(records)], chat, DataConfig(pack_tokens=2048))
     assert len(data.trees(range(8), 2048)) == 1
     for _ in range(12):
         load_reference(runtime, policy, source, data, 2048)
@@ -227,7 +227,7 @@ def test_all_pairs_are_scored_chunk_by_chunk(runtime, world, monkeypatch):
 # Another model as the reference.
 
 
-def other(runtime, world, name, sets: list[PairSet], **options):
+def other(runtime, world, name, sets: dict[str, PairSet], **options):
     source, _, _ = world()
     options = ModelConfig(**{"name": "the policy's, which must not be read", "method": "lora"} | options)
     options = other_reference_options(options, name)
@@ -237,7 +237,7 @@ def other(runtime, world, name, sets: list[PairSet], **options):
 
 def test_another_model_gives_its_own_log_probs(runtime, world, tiny_model):
     _, policy, data = world(name=tiny_model("qwen3"))
-    (reference,) = other(runtime, world, tiny_model("qwen3"), [data], lora_rank=3)
+    reference = other(runtime, world, tiny_model("qwen3"), {"train": data}, lora_rank=3)["train"]
     np.testing.assert_allclose(reference.side_logps(3, 1), native_logps(policy, data.sequences(3)[1]), atol=2e-5)
 
 
@@ -245,7 +245,7 @@ def test_the_other_model_is_freed_afterwards(runtime, world, tiny_model):
     _, _, data = world()
     gc.collect()
     models = sum(isinstance(o, torch.nn.Embedding) for o in gc.get_objects())
-    other(runtime, world, tiny_model("qwen3"), [data])
+    other(runtime, world, tiny_model("qwen3"), {"train": data})
     assert sum(isinstance(o, torch.nn.Embedding) for o in gc.get_objects()) == models
 
 
@@ -254,15 +254,18 @@ def test_a_model_of_another_vocabulary_is_refused(runtime, world, tmp_path):
     folder = save_tiny_model(tmp_path / "other", vocab_size=300)
     tiny_tokenizer(extra=("<|more|>",)).save_pretrained(folder)
     with pytest.raises(SaroError, match="has another vocabulary than the policy; give a model of its family"):
-        other(runtime, world, str(folder), [data])
+        other(runtime, world, str(folder), {"train": data})
 
 
 def test_a_missing_model_is_refused(runtime, world):
     with pytest.raises(SaroError, match=r"\./gone: no such folder"):
-        other(runtime, world, "./gone", [])
+        other(runtime, world, "./gone", {})
 
 
 def test_several_sets_are_scored_in_turn(runtime, world):
     source, policy, data = world()
-    first, second = load_references(runtime, policy, source, [data, replace(data)], 256)
+    sets = {"train": data, "heldout": replace(data)}
+    references = load_references(runtime, policy, source, sets, 256)
+    assert references.keys() == sets.keys()
+    first, second = references.values()
     np.testing.assert_array_equal(first.logps, second.logps)

@@ -68,7 +68,7 @@ class Setting:
         self._options = ModelConfig(name=model, method="lora", lora_rank=4)
         self.source: ModelSource = find_model(self._options)
         chat = self.source.chat_format(DataConfig(), date(2024, 7, 26))
-        self.pairs: PairSet = encode_pair_files([records], chat, max_tokens=PACK_TOKENS)
+        self.pairs: PairSet = encode_pair_files([records], chat, DataConfig(pack_tokens=PACK_TOKENS))
         self.schedule = Schedule(self.pairs.kinds, PER_STEP, seed=0)
         self.order = np.concatenate([self.schedule.records(step) for step in range(STEPS)]).tolist()
 

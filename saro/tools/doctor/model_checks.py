@@ -17,9 +17,9 @@ from saro.model.generate import generate
 from saro.model.score import score_pairs
 from saro.tools.doctor.finding import Check, Finding, within
 from saro.tools.doctor.subject import Subject
+from saro.train.check_start import check_start
 from saro.train.engine import evaluate
 from saro.train.objective import RWObjective, SRPOObjective
-from saro.train.start_check import check_start
 
 # Tokens to generate: enough to run the model's decoding path.
 _GENERATED = 4

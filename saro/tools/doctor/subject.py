@@ -83,8 +83,8 @@ def _records(source: ModelSource) -> tuple[ExampleSet, PairSet, str]:
     lengths = [_AFTER + _MORE * i for i in range(_RECORDS)]
     try:
         chat = source.chat_format(DataConfig(), date.today())
-        examples = encode_files([demo_file("rw_heldout")], chat, max_tokens=2**31)
-        pairs = encode_pair_files([demo_file("srpo_heldout")], chat, max_tokens=2**31)
+        examples = encode_files([demo_file("rw_heldout")], chat, DataConfig(pack_tokens=2**31))
+        pairs = encode_pair_files([demo_file("srpo_heldout")], chat, DataConfig(pack_tokens=2**31))
     except SaroError:
         return *_generated_records(source.config.get_text_config().vocab_size, lengths), "generated tokens"
     parts = _cut(examples, examples.prompt_tokens, lengths)

@@ -55,16 +55,16 @@ def check_start(
         for pack in step.packs:
             pack = pack.to(runtime.device)
             sums = objective(policy(pack), pack)
-            margins += zip(pack.pairs, sums.pairs["margin"].tolist(), strict=True)
+            margins += zip(pack.pairs, sums.pair_values["margin"].tolist(), strict=True)
             loss_sum, count = sums.metrics["loss"]
             losses.append((float(loss_sum), int(count)))
     margins, losses = runtime.gather(margins), runtime.gather(losses)
+    limits = [_allowed_margin(noise, pairs, pair, objective.options.length_normalize) for pair, _ in margins]
     worst = None
-    most_allowed = 0.0
-    for record, margin in margins:
-        allowed = _allowed_margin(noise, pairs, record, objective.options.length_normalize)
-        most_allowed = max(most_allowed, allowed)
-        excess = abs(margin) / allowed if math.isfinite(margin) else math.inf
+    for (record, margin), allowed in zip(margins, limits, strict=True):
+        excess = abs(margin) / allowed
+        if math.isnan(excess):  # of the margin or of the noise; it must not pass as small
+            excess = math.inf
         if worst is None or excess > worst[0]:
             worst = excess, record, margin, allowed
     excess, record, margin, allowed = worst
@@ -75,7 +75,7 @@ def check_start(
             "references ($SARO_CACHE/reference) and report it"
         )
     loss = sum(loss_sum for loss_sum, _ in losses) / sum(count for _, count in losses)
-    _check_loss(objective, loss, most_allowed)
+    _check_loss(objective, loss, max(limits))
     return StartCheck(margin=abs(margin), allowed=allowed, loss=loss)
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from saro.checks.noise import Noise
 from saro.config import DataConfig, ModelConfig, PreferenceConfig
 from saro.data.dataset import encode_pair_files
 from saro.data.packs import PairLogps
@@ -16,9 +17,10 @@ from saro.errors import SaroError
 from saro.model.load import load_policy
 from saro.model.score import score_pairs
 from saro.model.source import find_model
+from saro.train import check_start as check_start_module
+from saro.train.check_start import check_start
 from saro.train.objective import SRPOObjective
 from saro.train.reference import load_reference
-from saro.train.start_check import check_start
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.usefixtures("cache", "one_thread")
@@ -32,7 +34,7 @@ def world(tiny_model, records_file, pairs, runtime):
         options = ModelConfig(**{"name": tiny_model(), "method": "lora"} | options)
         source = find_model(options)
         chat = source.chat_format(DataConfig(), date(2024, 7, 26))
-        data = encode_pair_files([records_file(pairs, "pairs.jsonl")], chat, max_tokens=512)
+        data = encode_pair_files([records_file(pairs, "pairs.jsonl")], chat, DataConfig(pack_tokens=512))
         data = data.divergent() if divergent else data
         policy = load_policy(source, options, CPU, seed=0)
         reference = load_reference(runtime, policy, source, data, 256)
@@ -137,3 +139,11 @@ def test_a_loss_that_differs_from_its_value_at_margin_zero_fails(world, monkeypa
     monkeypatch.setattr(SRPOObjective, "loss_of", lambda self, margin: original(self, margin) + 0.01)
     with pytest.raises(SaroError, match=r"the loss is 0\.693\d+, and 0\.703\d+ at margins of zero"):
         check()
+
+
+def test_noise_that_is_not_a_number_allows_nothing(world, monkeypatch):
+    """NaN compares as neither larger nor smaller: it must not let every margin pass."""
+    nan = float("nan")
+    monkeypatch.setattr(check_start_module, "layout_noise", lambda *_: (None, Noise(nan, nan)))
+    with pytest.raises(SaroError, match=r"^before the first step the margin of p\d+ is .* rounding explains nan"):
+        world()[3]()
