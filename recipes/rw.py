@@ -43,7 +43,7 @@ def main() -> int:
     runtime = Runtime.start(train_options.trackers, train_options.output)
     console = Console(stderr=True, quiet=not runtime.is_main)
 
-    # 1. The run's folder, and the model's tokenizer and config. Nothing is written yet.
+    # 1. The run's folder, and the model's tokenizer and config. The folder is not written yet.
     run = RunFolder.open(config, train_options.output, flags, data_options.template_date)
     model_options = replace(config.model, name=find_demo(config.model.name))
     source = find_model(model_options)
@@ -59,6 +59,7 @@ def main() -> int:
     for name, report in reports.items():
         print_lengths(console, name, report.as_dict())
     manifest = run.manifest(runtime, source, None, train_files + heldout_files, reports)
+    # Refuse to resume on other data or another model here, before the model is loaded.
     run.check_unchanged(runtime, manifest)
     check_masks(train, chat, islice(read_examples(train_files[0]), SAMPLED_PROMPTS), source.config.vocab_size)
 
@@ -78,7 +79,7 @@ def main() -> int:
         f"rounding changes them by {check.logps_floor:.1e}"
     )
 
-    # 5. From here on files are written.
+    # 5. From here on the run's folder is written.
     run.begin(runtime, manifest)
     runtime.start_trackers("saro-rw", run.config)
 

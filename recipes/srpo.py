@@ -45,8 +45,8 @@ def main() -> int:
     runtime = Runtime.start(train_options.trackers, train_options.output)
     console = Console(stderr=True, quiet=not runtime.is_main)
 
-    # 1. The run's folder, the model that training starts from, and the reference model if it is another one. Nothing is
-    # written yet.
+    # 1. The run's folder, the model that training starts from, and the reference model if it is another one. The folder
+    # is not written yet.
     run = RunFolder.open(config, train_options.output, flags, data_options.template_date)
     start = run.start_model() or find_start(config.model.name, runtime.say)
     model_options = replace(config.model, name=find_demo(start))
@@ -67,6 +67,7 @@ def main() -> int:
     for name, report in reports.items():
         print_lengths(console, name, report.as_dict())
     manifest = run.manifest(runtime, source, reference_source, train_files + heldout_files, reports)
+    # Refuse to resume on other data or another model here, before the model is loaded.
     run.check_unchanged(runtime, manifest)
     check_masks(train, chat, islice(read_pairs(train_files[0]), SAMPLED_PROMPTS), source.config.vocab_size)
     if preference.scored == "divergent":
@@ -100,7 +101,7 @@ def main() -> int:
             f"margin nearest its limit: {at_start.margin:.1e} of {at_start.allowed:.1e} nats"
         )
 
-    # 5. From here on files are written.
+    # 5. From here on the run's folder is written.
     run.begin(runtime, manifest)
     runtime.start_trackers("saro-srpo", run.config)
 

@@ -97,7 +97,8 @@ class DataConfig:
         heldout: JSONL file or files to evaluate on, never trained on; [] for none.
         pack_tokens: Maximum number of tokens in one forward pass; no sequence may be longer.
         too_long: error stops at a record of more than pack_tokens tokens, drop leaves it out; nothing is ever cut.
-        weights: How often an epoch draws each record, by kind, such as {general: 1, safety: 2}; default 1.
+        weights: How often an epoch draws each record, by kind; default 1. For example {general: 1, safety: 2} for RW or
+            {op-cot: 1, pp-cot: 2} for SRPO.
         group_by_prompt: For SRPO: draw pairs on the same prompt next to each other. Those in one step then form one
             tree, whose prompt is computed once.
         think_tags: Opening and closing tag of the reasoning.

@@ -190,16 +190,16 @@ def new_adapter(model: PreTrainedModel, options: ModelConfig, seed: int) -> Peft
             raise SaroError(
                 f"model.lora_targets: no linear layer's name ends with {target!r}; {last!r} matches all of that name"
             )
-    torch.manual_seed(seed)
-    return get_peft_model(
-        model,
-        LoraConfig(
-            r=RANK if options.lora_rank is None else options.lora_rank,
-            lora_alpha=ALPHA if options.lora_alpha is None else options.lora_alpha,
-            lora_dropout=DROPOUT if options.lora_dropout is None else options.lora_dropout,
-            target_modules=list(targets),
-            bias="none",
-            task_type="CAUSAL_LM",
-        ),
-        autocast_adapter_dtype=True,
+    rank = RANK if options.lora_rank is None else options.lora_rank
+    alpha = ALPHA if options.lora_alpha is None else options.lora_alpha
+    dropout = DROPOUT if options.lora_dropout is None else options.lora_dropout
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=list(targets),
+        bias="none",
+        task_type="CAUSAL_LM",
     )
+    torch.manual_seed(seed)
+    return get_peft_model(model, config, autocast_adapter_dtype=True)

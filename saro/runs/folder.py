@@ -119,7 +119,7 @@ class RunFolder:
                 )
 
     def begin(self, runtime: Runtime, manifest: dict[str, Any]) -> None:
-        """Make the folder with its manifest and config. From here on files are written.
+        """Make the folder with its manifest and config. From here on it is written.
 
         Raises:
             SaroError: see ``check_unchanged``.
@@ -130,6 +130,7 @@ class RunFolder:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._take_lock()
         if self.resumed:
+            # Recipes call it before their long work too; here nobody can forget it.
             self.check_unchanged(runtime, manifest)
         elif runtime.is_main:
             # The old manifest stays until the new one replaces it: a folder that is not empty is always known as a run.

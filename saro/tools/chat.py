@@ -42,10 +42,9 @@ class Options:
 
     Attributes:
         run: Folder of a finished run.
-        compare: base also shows the answer of the model before training, before the trained one's; each keeps its own
-            history.
-        max_tokens: Longest answer, reasoning included.
-        temperature: 0 takes the likeliest token each time; above 0 tokens are drawn.
+        compare: With base, the model before training answers first; each model keeps its own history.
+        max_tokens: Longest answer in tokens, including its reasoning.
+        temperature: 0 takes the likeliest token each time; above 0 tokens are drawn at random.
         data: How the conversation becomes tokens.
     """
 

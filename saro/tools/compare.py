@@ -53,8 +53,8 @@ class Options:
         examples: JSONL file or files of examples (RW) for the loss; "demo" is the held-out demo data.
         pairs: JSONL file or files of pairs (SRPO) for the preferences; "demo" is the held-out demo data.
         show: Ids of records whose prompts and answers are shown.
-        prompts: How many prompts are answered in one batch, those of --show among them.
-        max_tokens: Longest answer.
+        prompts: How many prompts to answer, in one batch, including those of --show.
+        max_tokens: Longest answer, in tokens.
         data: How the records become tokens. The default day, tags and template variables are those of the first run
             among the models.
     """

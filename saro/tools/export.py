@@ -45,8 +45,8 @@ class Options:
     Attributes:
         run: Folder of a finished run.
         merge: Merge the adapter into its base: a plain model for programs that do not load adapters.
-        into: Weights that a QLoRA adapter is merged into: dequantized (default), those it was trained on, or original,
-            those of the base model before it was quantized. Other runs trained on the original ones.
+        into: For QLoRA runs: weights that the adapter is merged into. Default dequantized, the weights it was trained on;
+            original are those of the base model before it was quantized.
         allow_shift: Write a merge --into original however far it is from the trained model.
         dtype: Dtype of the weights of a merged or full model; auto is the base model's.
         output: Folder to write; default RUN/export.
@@ -237,13 +237,10 @@ def _loader(run: FinishedRun, options: Options, target: Path) -> str:
     """Return the Python call that loads the export."""
     if run.is_full or options.merge:
         return f"AutoModelForCausalLM.from_pretrained({str(target)!r})"
-    quantized = (
-        ", quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4', "
-        "bnb_4bit_use_double_quant=True)"
-        if run.options.method == "qlora"
-        else ""
-    )
-    return f"AutoPeftModelForCausalLM.from_pretrained({str(target)!r}{quantized})"
+    if run.options.method != "qlora":
+        return f"AutoPeftModelForCausalLM.from_pretrained({str(target)!r})"
+    nf4 = "BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_use_double_quant=True)"
+    return f"AutoPeftModelForCausalLM.from_pretrained({str(target)!r}, quantization_config={nf4})"
 
 
 def _find_generation_config(model: str, revision: str | None) -> str | None:
