@@ -2,41 +2,31 @@
 
 from __future__ import annotations
 
-from datetime import date
-
 import numpy as np
 import pytest
 import torch
 
 from saro.checks.noise import Noise
-from saro.config import DataConfig, ModelConfig, PreferenceConfig
-from saro.data.dataset import encode_pair_files
+from saro.config import PreferenceConfig
 from saro.data.packs import PairLogps
 from saro.data.steps import Schedule, Steps
 from saro.errors import SaroError
-from saro.model.load import load_policy
 from saro.model.score import score_pairs
-from saro.model.source import find_model
 from saro.train import check_start as check_start_module
 from saro.train.check_start import check_start
 from saro.train.objective import SRPOObjective
 from saro.train.reference import load_reference
 
-CPU = torch.device("cpu")
 pytestmark = pytest.mark.usefixtures("cache", "one_thread")
 
 
 @pytest.fixture
-def world(tiny_model, records_file, pairs, runtime):
+def world_with_check(world, runtime):
     """Return a function that makes policy, pairs, their reference, and a function that checks the first step."""
 
     def make(divergent=False, **options):
-        options = ModelConfig(**{"name": tiny_model(), "method": "lora"} | options)
-        source = find_model(options)
-        chat = source.chat_format(DataConfig(), date(2024, 7, 26))
-        data = encode_pair_files([records_file(pairs, "pairs.jsonl")], chat, DataConfig(pack_tokens=512))
+        source, policy, data = world(**options)
         data = data.divergent() if divergent else data
-        policy = load_policy(source, options, CPU, seed=0)
         reference = load_reference(runtime, policy, source, data, 256)
         steps = Steps(data, Schedule(data.kinds, 4, 0), 256)
 
@@ -51,8 +41,8 @@ def world(tiny_model, records_file, pairs, runtime):
 
 @pytest.mark.parametrize("method", ["full", "lora", "qlora"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_policy_is_its_own_reference(world, method, dtype):
-    found = world(method=method, dtype=dtype)[3]()
+def test_the_policy_is_its_own_reference(world_with_check, method, dtype):
+    found = world_with_check(method=method, dtype=dtype)[3]()
     assert found.margin <= found.allowed
     assert found.loss == pytest.approx(np.log(2), abs=1e-3 if dtype == "float32" else 0.2)
 
@@ -67,12 +57,12 @@ def test_the_policy_is_its_own_reference(world, method, dtype):
     ],
     ids=lambda p: "-".join(p),
 )
-def test_it_passes_with_every_loss(world, preference):
-    world()[3](**preference)
+def test_it_passes_with_every_loss(world_with_check, preference):
+    world_with_check()[3](**preference)
 
 
-def test_it_passes_if_only_divergent_tokens_are_scored(world):
-    world(divergent=True)[3](scored="divergent")
+def test_it_passes_if_only_divergent_tokens_are_scored(world_with_check):
+    world_with_check(divergent=True)[3](scored="divergent")
 
 
 def move(policy) -> None:
@@ -82,16 +72,16 @@ def move(policy) -> None:
             parameter.normal_(std=0.2)
 
 
-def test_dropout_does_not_affect_it_and_stays_on(world):
-    policy, data, _, check = world(lora_dropout=0.5)
+def test_dropout_does_not_affect_it_and_stays_on(world_with_check):
+    policy, data, _, check = world_with_check(lora_dropout=0.5)
     move(policy)
     policy.train()
     check(score_pairs(policy, data, data.trees(range(len(data)), 256), 256))
     assert policy.training
 
 
-def test_a_policy_that_has_changed_since_fails(world):
-    policy, _, _, check = world()
+def test_a_policy_that_has_changed_since_fails(world_with_check):
+    policy, _, _, check = world_with_check()
     move(policy)
     with pytest.raises(SaroError, match="the reference is not the model that training starts from"):
         check()
@@ -113,15 +103,15 @@ def wrong_reference(reference: PairLogps, change) -> PairLogps:
     ],
     ids=["noise", "scale", "shifted by a token", "NaN"],
 )
-def test_a_wrong_reference_stops_before_the_first_step(world, change):
-    _, _, reference, check = world()
+def test_a_wrong_reference_stops_before_the_first_step(world_with_check, change):
+    _, _, reference, check = world_with_check()
     with pytest.raises(SaroError, match=r"before the first step the margin of p\d+ is .* nats, and rounding explains"):
         check(wrong_reference(reference, change))
 
 
-def test_a_reference_without_the_adapter_of_stage_1_fails(world):
+def test_a_reference_without_the_adapter_of_stage_1_fails(world_with_check):
     """hiyouga/LLaMA-Factory#8459 and #8974: the reference was the base model, without the SFT adapter."""
-    policy, data, _, check = world()
+    policy, data, _, check = world_with_check()
     with torch.no_grad():
         for name, parameter in policy.trainable().items():
             if "lora_B" in name:
@@ -133,17 +123,17 @@ def test_a_reference_without_the_adapter_of_stage_1_fails(world):
     check(score_pairs(policy, data, data.trees(range(len(data)), 256), 256))
 
 
-def test_a_loss_that_differs_from_its_value_at_margin_zero_fails(world, monkeypatch):
-    check = world()[3]
+def test_a_loss_that_differs_from_its_value_at_margin_zero_fails(world_with_check, monkeypatch):
+    check = world_with_check()[3]
     original = SRPOObjective.loss_of
     monkeypatch.setattr(SRPOObjective, "loss_of", lambda self, margin: original(self, margin) + 0.01)
     with pytest.raises(SaroError, match=r"the loss is 0\.693\d+, and 0\.703\d+ at margins of zero"):
         check()
 
 
-def test_noise_that_is_not_a_number_allows_nothing(world, monkeypatch):
+def test_noise_that_is_not_a_number_allows_nothing(world_with_check, monkeypatch):
     """NaN compares as neither larger nor smaller: it must not let every margin pass."""
     nan = float("nan")
     monkeypatch.setattr(check_start_module, "layout_noise", lambda *_: (None, Noise(nan, nan)))
     with pytest.raises(SaroError, match=r"^before the first step the margin of p\d+ is .* rounding explains nan"):
-        world()[3]()
+        world_with_check()[3]()
