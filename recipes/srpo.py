@@ -97,8 +97,9 @@ def main() -> int:
     if reference_source is None:
         at_start = check_start(runtime, policy, objective, steps[0], train, pack_tokens)
         runtime.say(
-            f"loss {at_start.loss:.4f} at the start; "
-            f"margin nearest its limit: {at_start.margin:.1e} of {at_start.allowed:.1e} nats"
+            f"loss {at_start.loss:.4f} at the start; log-probs differ from the reference by {at_start.logps:.1e} of "
+            f"{at_start.allowed_logps:.1e} nats per token, margins by {at_start.margin:.1e} of "
+            f"{at_start.allowed_margin:.1e} nats"
         )
 
     # 5. From here on the run's folder is written.

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from saro.data.packs import lay_out
-from saro.data.tree import SequenceTree, build_tree
+from saro.data.packs import SIDES, Pack, lay_out
+from saro.data.tree import ScoredSequence, SequenceTree, build_tree, common_prefix
 from saro.model.policy import Policy
 from saro.model.score import score_packs
 
@@ -29,39 +29,105 @@ EXPORT_FACTOR = 1.5
 EXPORT_SHARE = 0.1
 
 
-@dataclass(frozen=True)
-class Noise:
-    """The change of log-probs with the layout, in nats per token: its mean and its maximum."""
+@dataclass(frozen=True, eq=False)
+class LayoutNoise:
+    """Log-probs of some sequences, and how much they change when they are scored in two other ways that are as right.
 
-    mean: float
-    most: float
-
-
-def layout_noise(policy: Policy, trees: Sequence[SequenceTree], pack_tokens: int) -> tuple[np.ndarray, Noise]:
-    """Score trees in one pack, and again one sequence at a time.
-
-    Only the first trees that fit into a pack together are scored, at least one. The noise is never less than one
-    rounding of the log-probs to the compute dtype.
-
-    Returns:
-        Log-probs (E,) of the entries of the pack, and how much they differ from those of single sequences.
+    Attributes:
+        logps: (E,) float64, nats: the log-probs of the scored tokens, sequence after sequence.
+        changes: (2, E) float64, nats: their changes when each sequence is scored alone, and when every layer's output is
+            perturbed by a rounding.
+        sequences: the sequences, in this order.
     """
-    trees = fitting_trees(trees, pack_tokens)
-    ((_, together),) = score_packs(policy, [lay_out(trees)])
-    singles = [lay_out([build_tree([sequence])]) for tree in trees for sequence in tree.sequences]
-    single = np.concatenate([entries for _, entries in score_packs(policy, singles)])
-    rounding = torch.finfo(policy.compute_dtype).eps * np.abs(together)
-    change = np.abs(together - single)
-    return together, Noise(
-        mean=max(change.mean(), rounding.mean()).item(),
-        most=max(change.max(), rounding.max()).item(),
-    )
+
+    logps: np.ndarray
+    changes: np.ndarray
+    sequences: tuple[ScoredSequence, ...]
+
+    @property
+    def mean(self) -> float:
+        """Mean change of a log-prob, nats per token: the larger of the two, and at least one rounding to float32."""
+        return max(np.abs(self.changes).mean(1).max(), np.abs(self._rounding).mean()).item()
+
+    @property
+    def most(self) -> float:
+        """Largest change of a log-prob, nats, and at least one rounding to float32."""
+        return max(np.abs(self.changes).max(), np.abs(self._rounding).max()).item()
+
+    @property
+    def margin(self) -> float:
+        """Change of a pair's margin, nats per square root of the rows that its sides do not share. For pairs only.
+
+        The errors of single rows add up like a random walk if they are independent. Those of one sequence need not be,
+        so this is measured on sums: it is their root mean square over the pairs, for the larger of the two changes.
+        """
+        splits = np.cumsum([len(s.row_kinds) for s in self.sequences])[:-1]
+        noises = [_rms(self._rounding)]
+        for change in self.changes:
+            # What independent rows would give: on a few pairs, the sums could be unusually small.
+            noises.append(_rms(change))
+            parts = np.split(change, splits)
+            sums = []
+            for i in range(0, len(parts), len(SIDES)):
+                sides = self.sequences[i : i + len(SIDES)]
+                shared = shared_rows(sides)
+                chosen, rejected = (part[shared:] for part in parts[i : i + len(SIDES)])
+                sums.append((chosen.sum() - rejected.sum()) / max(1, len(chosen) + len(rejected)) ** 0.5)
+            noises.append(_rms(np.array(sums)))
+        return float(np.max(noises))  # not max(), which can pass over a NaN
+
+    @property
+    def _rounding(self) -> np.ndarray:
+        return np.finfo(np.float32).eps * self.logps
+
+
+def shared_rows(sides: Sequence[ScoredSequence]) -> int:
+    """Return the number of scored tokens that the two sequences of a pair share: their errors cancel in the margin."""
+    shared = common_prefix([s.tokens for s in sides]) - sides[0].scored_from
+    return max(0, min(shared, *(len(s.row_kinds) for s in sides)))
+
+
+def _rms(values: np.ndarray) -> float:
+    return float(np.sqrt(np.square(values).mean()))
+
+
+def layout_noise(policy: Policy, trees: Sequence[SequenceTree], pack_tokens: int) -> LayoutNoise:
+    """Score trees as in training, then one sequence at a time, then as in training with perturbed layers.
+
+    Args:
+        trees: each fits into a pack.
+        pack_tokens: budget of a pack.
+    """
+    sequences = tuple(sequence for tree in trees for sequence in tree.sequences)
+    packs = [lay_out(group) for group in _neighbours(trees, pack_tokens)]
+    together = _score(policy, packs)
+    alone = _score(policy, [lay_out([build_tree([sequence])]) for sequence in sequences])
+    with perturbed(policy):
+        rounded = _score(policy, packs)
+    return LayoutNoise(together, np.stack([alone - together, rounded - together]), sequences)
+
+
+def _score(policy: Policy, packs: Sequence[Pack]) -> np.ndarray:
+    """Return the log-probs (E,) of the packs' entries, pack after pack."""
+    return np.concatenate([entries for _, entries in score_packs(policy, packs)]).astype(np.float64)
+
+
+def _neighbours(trees: Sequence[SequenceTree], pack_tokens: int) -> list[list[SequenceTree]]:
+    """Divide trees into groups of neighbours that fit into a pack together."""
+    groups: list[list[SequenceTree]] = []
+    room = 0
+    for tree in trees:
+        if tree.tokens > room:
+            groups.append([])
+            room = pack_tokens
+        groups[-1].append(tree)
+        room -= tree.tokens
+    return groups
 
 
 def fitting_trees(trees: Sequence[SequenceTree], pack_tokens: int) -> Sequence[SequenceTree]:
     """Return the first trees that fit into a pack together, at least one."""
-    fits = np.cumsum([tree.tokens for tree in trees]) <= pack_tokens
-    return trees[: max(1, int(fits.sum()))]
+    return _neighbours(trees, pack_tokens)[0]
 
 
 @contextmanager

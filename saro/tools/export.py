@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM, GenerationConfig
@@ -19,7 +20,7 @@ from transformers.utils import cached_file
 
 import saro
 from saro.checks.deviation import Deviation, choose_records
-from saro.checks.noise import layout_noise
+from saro.checks.noise import fitting_trees, layout_noise
 from saro.config import DEMO
 from saro.data.tree import SequenceTree
 from saro.demo import data_files
@@ -217,8 +218,10 @@ class _Export:
             policy = run.load(self.device)
             with policy.model.disable_adapter():
                 base = self._score(policy)
-        _, noise = layout_noise(policy, self.trees, self.pack_tokens)
-        return policy, self._score(policy), base, noise.mean
+        noise = layout_noise(policy, fitting_trees(self.trees, self.pack_tokens), self.pack_tokens)
+        # Other programs may round each logit to the dtype of the products.
+        rounding = torch.finfo(policy.compute_dtype).eps * np.abs(noise.logps).mean()
+        return policy, self._score(policy), base, max(noise.mean, rounding)
 
     def _score(self, policy: Policy) -> torch.Tensor:
         return score_trees(policy, self.trees, self.pack_tokens)

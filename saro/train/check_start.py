@@ -1,89 +1,176 @@
-"""Checks SRPO before the first step: the policy is its own reference, so margins are zero and the loss is known."""
+"""Checks SRPO before the first step: the policy is its own reference, so log-probs are equal and margins are zero."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
-from saro.checks.noise import NOISE_FACTOR, Noise, layout_noise
+from saro.checks.noise import NOISE_FACTOR, LayoutNoise, layout_noise, shared_rows
 from saro.data.dataset import PairSet
+from saro.data.packs import Pack, pack_trees
 from saro.data.steps import Step
+from saro.data.tree import SequenceTree
 from saro.distributed.runtime import Runtime
 from saro.errors import SaroError
 from saro.model.policy import Policy
 from saro.train.objective import SRPOObjective
 
-# Number of trees on which the noise is measured: on only one it could be unusually low.
-_NOISE_TREES = 2
+# Check at least this many pairs, and measure the noise on the trees of this many: on only one it could be unusually low.
+_PAIRS = 2
+# Of a step's many margins, the largest may be this many times a typical one.
+_LARGEST = 2.0
 
 
 @dataclass(frozen=True)
 class StartCheck:
-    """The result of the check.
+    """The result of the check. Each pair's values are compared with what rounding explains for a pair of its length.
 
     Attributes:
+        logps: mean |log-prob - reference| in the pair that comes closest to its limit, nats per token.
+        allowed_logps: the limit of that pair, nats per token.
         margin: absolute margin of the pair that comes closest to its limit, nats.
-        allowed: the limit of that pair, nats: the largest margin that rounding explains.
+        allowed_margin: the limit of that pair, nats.
         loss: mean loss of the pairs.
     """
 
+    logps: float
+    allowed_logps: float
     margin: float
-    allowed: float
+    allowed_margin: float
     loss: float
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """What one pair differs by, and what rounding explains.
+
+    Attributes:
+        record: index of the pair.
+        logps, allowed_logps: mean |log-prob - reference| of its entries, nats per token, and the limit.
+        margin, allowed_margin: its absolute margin, nats, and the limit.
+    """
+
+    record: int
+    logps: float
+    allowed_logps: float
+    margin: float
+    allowed_margin: float
 
 
 @torch.no_grad()
 def check_start(
     runtime: Runtime, policy: Policy, objective: SRPOObjective, step: Step, pairs: PairSet, pack_tokens: int
 ) -> StartCheck:
-    """Score the pairs of the first step in eval mode and compare them with the reference.
+    """Score the pairs of the first step in eval mode, at least two pairs, and compare them with the reference.
+
+    What rounding explains is measured on the first trees. Log-probs are compared token by token, where a reference of
+    another model shows most, and summed to margins, where small errors of one direction add up.
 
     Args:
         objective: its reference is the policy as it is now.
         step: the first step.
-        pack_tokens: budget of a pack, within which the noise is measured.
+        pack_tokens: budget of a pack.
 
     Raises:
-        SaroError: a margin is not zero, or the loss is not its value at margins of zero, by more than the noise explains.
+        SaroError: log-probs differ from the reference, a margin is not zero, or the loss is not its value at margins of
+            zero, by more than rounding explains.
     """
-    _, noise = layout_noise(policy, step.trees[:_NOISE_TREES], pack_tokens)
-    margins: list[tuple[int, float]] = []  # record, nats
+    trees = _choose_trees(step, pairs, pack_tokens)
+    noise = layout_noise(policy, _first_pairs(trees), pack_tokens)
+    found: list[_Pair] = []
     losses: list[tuple[float, int]] = []  # sum, count
     with policy.evaluating():
-        for pack in step.packs:
+        for pack in pack_trees(trees, pack_tokens, runtime.share):
             pack = pack.to(runtime.device)
-            sums = objective(policy(pack), pack)
-            margins += zip(pack.pairs, sums.pair_values["margin"].tolist(), strict=True)
+            logps = policy(pack)
+            sums = objective(logps, pack)
             loss_sum, count = sums.metrics["loss"]
             losses.append((float(loss_sum), int(count)))
-    margins, losses = runtime.gather(margins), runtime.gather(losses)
-    limits = [_allowed_margin(noise, pairs, pair, objective.options.length_normalize) for pair, _ in margins]
-    worst = None
-    for (record, margin), allowed in zip(margins, limits, strict=True):
-        excess = abs(margin) / allowed
-        if math.isnan(excess):  # of the margin or of the noise; it must not pass as small
-            excess = math.inf
-        if worst is None or excess > worst[0]:
-            worst = excess, record, margin, allowed
-    excess, record, margin, allowed = worst
-    if excess > 1:
+            entries = logps.index_select(0, pack.entry_row).cpu().numpy()
+            found += _compare(entries, sums.pair_values["margin"].tolist(), pack, objective, pairs, noise)
+    # All ranks judge what all ranks found, so that all of them stop or none.
+    found, losses = runtime.gather(found), runtime.gather(losses)
+    off = max(found, key=lambda pair: _share(pair.logps, pair.allowed_logps))
+    wide = max(found, key=lambda pair: _share(pair.margin, pair.allowed_margin))
+    advice = (
+        "the reference is not the model that training starts from; remove the cache of references "
+        "($SARO_CACHE/reference) and report it"
+    )
+    if _share(off.logps, off.allowed_logps) > 1:
         raise SaroError(
-            f"before the first step the margin of {pairs.ids[record]} is {margin:.3g} nats, and rounding explains "
-            f"{allowed:.3g}: the reference is not the model that training starts from; remove the cache of "
-            "references ($SARO_CACHE/reference) and report it"
+            f"before the first step the log-probs of {pairs.ids[off.record]} differ from the reference by "
+            f"{off.logps:.3g} nats per token, and rounding explains {off.allowed_logps:.3g}: {advice}"
+        )
+    if _share(wide.margin, wide.allowed_margin) > 1:
+        raise SaroError(
+            f"before the first step the margin of {pairs.ids[wide.record]} is {wide.margin:.3g} nats, and rounding "
+            f"explains {wide.allowed_margin:.3g}: {advice}"
         )
     loss = sum(loss_sum for loss_sum, _ in losses) / sum(count for _, count in losses)
-    _check_loss(objective, loss, max(limits))
-    return StartCheck(margin=abs(margin), allowed=allowed, loss=loss)
+    _check_loss(objective, loss, max(pair.allowed_margin for pair in found))
+    return StartCheck(off.logps, off.allowed_logps, wide.margin, wide.allowed_margin, loss)
 
 
-def _allowed_margin(noise: Noise, pairs: PairSet, record: int, length_normalize: bool) -> float:
-    """Return the largest margin of a pair, in nats, that rounding explains."""
-    # A length-normalized margin is a difference of two means.
-    num_rows = 2 if length_normalize else sum(len(sequence.row_kinds) for sequence in pairs.sequences(record))
-    return NOISE_FACTOR * (noise.mean * num_rows + noise.most)
+def _choose_trees(step: Step, pairs: PairSet, pack_tokens: int) -> Sequence[SequenceTree]:
+    """Return the trees of the step, with those of further pairs if it has too few."""
+    missing = _PAIRS - len(set(step.records))
+    if missing <= 0:
+        return step.trees
+    others = [record for record in range(min(len(pairs), _PAIRS + 1)) if record not in step.records]
+    return pairs.trees([*step.records, *others[:missing]], pack_tokens)
+
+
+def _first_pairs(trees: Sequence[SequenceTree]) -> Sequence[SequenceTree]:
+    """Return the first trees that hold enough pairs together."""
+    pairs = np.cumsum([len(tree.sequences) // 2 for tree in trees])
+    return trees[: int(np.searchsorted(pairs, _PAIRS)) + 1]
+
+
+def _compare(
+    entries: np.ndarray,
+    margins: Sequence[float],
+    pack: Pack,
+    objective: SRPOObjective,
+    pairs: PairSet,
+    noise: LayoutNoise,
+) -> list[_Pair]:
+    """Compare the pairs of a pack with the reference.
+
+    Args:
+        entries: (E,) log-probs of the pack's entries.
+        margins: (P,) margins against the reference, nats.
+    """
+    differences = np.abs(entries.astype(np.float64) - objective.reference.pack_logps(pack))
+    found, start = [], 0
+    for record, margin in zip(pack.pairs, margins, strict=True):
+        sides = pairs.sequences(record)
+        rows = sum(len(side.row_kinds) for side in sides)
+        # One unusual token weighs much in a short response.
+        allowed_logps = NOISE_FACTOR * (noise.mean + noise.most / rows)
+        own = np.array([max(1, len(side.row_kinds) - shared_rows(sides)) for side in sides])
+        # A margin sums the rows of both sides; a length-normalized one is a difference of two means.
+        scale = (1 / own).sum() ** 0.5 if objective.options.length_normalize else own.sum() ** 0.5
+        found.append(
+            _Pair(
+                record=record,
+                logps=float(differences[start : start + rows].mean()),
+                allowed_logps=allowed_logps,
+                margin=abs(margin),
+                allowed_margin=_LARGEST * NOISE_FACTOR * noise.margin * float(scale),
+            )
+        )
+        start += rows
+    return found
+
+
+def _share(value: float, allowed: float) -> float:
+    """Return value / allowed; infinity if either is not a number, so that it cannot pass as small."""
+    share = value / allowed
+    return math.inf if math.isnan(share) else share
 
 
 def _check_loss(objective: SRPOObjective, loss: float, allowed_margin: float) -> None:

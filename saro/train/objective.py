@@ -145,7 +145,7 @@ class SRPOObjective:
     def __init__(self, kinds: np.ndarray, reference: PairLogps, options: PreferenceConfig) -> None:
         self.options = options
         self._kinds = torch.from_numpy(kinds.astype(np.int64))
-        self._reference = reference
+        self.reference = reference
         self._loss = PAIR_LOSSES[options.loss]
 
     def counts(self, trees: Sequence[SequenceTree]) -> dict[str, int]:
@@ -159,7 +159,7 @@ class SRPOObjective:
 
     def __call__(self, logps: torch.Tensor, pack: Pack) -> Sums:
         entry_logps = logps.index_select(0, pack.entry_row)  # (E,)
-        reference = torch.from_numpy(self._reference.pack_logps(pack)).to(entry_logps, non_blocking=True)
+        reference = torch.from_numpy(self.reference.pack_logps(pack)).to(entry_logps, non_blocking=True)
         entry_moved = entry_logps - reference
         policy = _sum_sides(entry_logps, pack)  # (P, 2) chosen, rejected; as are moved and rows
         moved = _sum_sides(entry_moved, pack)

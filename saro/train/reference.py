@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from saro.checks.check_packs import check_packs
-from saro.checks.noise import NOISE_FACTOR, fitting_trees, layout_noise
+from saro.checks.noise import NOISE_FACTOR, layout_noise
 from saro.config import ModelConfig
 from saro.data.chat_format import ChatFormat
 from saro.data.dataset import PairSet
@@ -188,11 +188,9 @@ def _check_spots(
     policy: Policy, pairs: PairSet, reference: PairLogps, spots: list[int], cache: ReferenceCache, pack_tokens: int
 ) -> None:
     """Score a few pairs again. Raises SaroError if they differ from the cache by more than the noise of layouts."""
-    trees = fitting_trees([build_tree(pairs.sequences(pair)) for pair in spots], pack_tokens)
-    spots = spots[: len(trees)]
+    noise = layout_noise(policy, [build_tree(pairs.sequences(pair)) for pair in spots], pack_tokens)
     cached = np.concatenate([reference.side_logps(pair, side) for pair in spots for side in (CHOSEN, REJECTED)])
-    again, noise = layout_noise(policy, trees, pack_tokens)
-    difference = float(np.abs(again.astype(np.float64) - cached).mean())
+    difference = float(np.abs(noise.logps - cached).mean())
     if not difference <= NOISE_FACTOR * noise.mean:
         raise SaroError(
             f"{cache.folder}: the cached reference of {', '.join(pairs.ids[i] for i in spots)} differs from what the "

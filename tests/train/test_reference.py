@@ -32,6 +32,9 @@ from saro.train.reference import (
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.usefixtures("cache", "one_thread")
 
+# Sequences that a start scores to verify the cache: two pairs with two sides, in a pack, alone, and with noise.
+SPOTS = 2 * 2 * 3
+
 
 @pytest.fixture
 def scored(monkeypatch) -> list[int]:
@@ -114,7 +117,7 @@ def test_only_a_spot_check_is_scored_again(runtime, world, scored):
     assert sum(scored) == 2 * len(data)
     scored.clear()
     load_reference(runtime, policy, source, data, 256)
-    assert sum(scored) == 2 * 2 * 2  # two pairs with two sides, once packed and once alone
+    assert sum(scored) == SPOTS
 
 
 def test_pairs_on_one_prompt_are_spot_checked_within_their_noise(runtime, tmp_path, records_file, pairs):
@@ -137,7 +140,7 @@ def test_only_new_rows_are_scored(runtime, world, scored, pairs):
     scored.clear()
     _, _, more = world(pairs)
     load_reference(runtime, policy, source, more, 256)
-    assert sum(scored) == 2 * 4 + 8
+    assert sum(scored) == 2 * 4 + SPOTS
 
 
 def test_another_seed_or_rank_of_a_new_adapter_needs_no_new_scores(runtime, world, scored):
@@ -146,7 +149,7 @@ def test_another_seed_or_rank_of_a_new_adapter_needs_no_new_scores(runtime, worl
     scored.clear()
     source, other, _ = world(lora_rank=4, gradient_checkpointing=True)
     load_reference(runtime, other, source, data, 512)
-    assert sum(scored) == 8
+    assert sum(scored) == SPOTS
 
 
 @pytest.mark.parametrize(
@@ -214,7 +217,7 @@ def test_a_kill_loses_only_what_was_scored_since_the_last_flush(runtime, world, 
     monkeypatch.setattr(module.ReferenceCache, "add", original)
     scored.clear()
     load_reference(runtime, policy, source, data, 256)
-    assert sum(scored) == 2 * len(data) - sum(added) + 8
+    assert sum(scored) == 2 * len(data) - sum(added) + SPOTS
 
 
 def test_all_pairs_are_scored_chunk_by_chunk(runtime, world, monkeypatch):

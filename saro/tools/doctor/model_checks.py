@@ -63,8 +63,8 @@ def _attention(subject: Subject) -> Finding:
     try:
         for backend in BACKENDS:
             policy.attention = backend
-            packed, noise = layout_noise(policy, trees, subject.pack_tokens)
-            logps.append(packed.astype(np.float64))
+            noise = layout_noise(policy, trees, subject.pack_tokens)
+            logps.append(noise.logps)
             noises.append(noise.mean)
     finally:
         policy.attention = before
@@ -118,4 +118,4 @@ def _start(subject: Subject) -> Finding:
     objective = SRPOObjective(pairs.kinds, reference, PreferenceConfig())
     start = check_start(subject.runtime, policy, objective, subject.pair_steps()[0], pairs, budget)
     figure = f"{start.margin:.2g} nats, loss {start.loss:.6g}"
-    return Finding("margins at the start", True, figure, f"at most {start.allowed:.2g} nats, ln 2")
+    return Finding("margins at the start", True, figure, f"at most {start.allowed_margin:.2g} nats, ln 2")
