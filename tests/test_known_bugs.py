@@ -280,7 +280,7 @@ def test_a_reference_is_never_used_for_other_tokens(runtime, tiny_model, prefere
     other.chosen.tokens[other.chosen.offsets[3] + 5] += 1
     scorings.clear()
     policy, reference = _reference(runtime, tiny_model(), other)
-    assert sum(scorings) == 2 + 8  # that pair, and the spot check of two pairs in two layouts
+    assert sum(scorings) == 2 + 12  # that pair, and the spot check of two pairs in three ways
     pack = lay_out(other.trees([3], 256))
     now = policy(pack).detach().index_select(0, pack.entry_row)
     torch.testing.assert_close(torch.from_numpy(reference.pack_logps(pack)), now, rtol=0, atol=1e-5)
@@ -299,7 +299,7 @@ def test_another_beta_needs_no_new_reference(runtime, tiny_model, preferences, c
     first = _reference(runtime, tiny_model(), preferences)[1]
     scorings.clear()
     again = _reference(runtime, tiny_model(), preferences)[1]
-    assert sum(scorings) == 8
+    assert sum(scorings) == 12
     np.testing.assert_array_equal(first.logps, again.logps)
     pack = lay_out(preferences.trees(range(4), 256))
     logps = torch.zeros(pack.rows)
