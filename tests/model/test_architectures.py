@@ -252,7 +252,7 @@ def test_packs_equal_the_unmodified_model(tiny_model, kind, method, head):
     policy.head = head
     result = check_packs(policy, DATA)
     assert result.logps < 1e-6
-    assert result.control > 1e-2
+    assert result.layout.control > 1e-2
 
 
 @pytest.mark.parametrize("kind", KINDS_OF_LOGITS)

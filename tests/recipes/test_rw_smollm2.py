@@ -57,7 +57,7 @@ def test_three_steps_lower_the_loss_and_the_final_model_loads(short_records, tmp
             return first
 
     run.steps = Same()
-    assert check_packs(run.policy, run.data).control > 0.01
+    assert check_packs(run.policy, run.data).layout.control > 0.01
     outcome = run.fit(runtime, 3)
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines]

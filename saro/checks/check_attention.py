@@ -1,0 +1,163 @@
+"""Checks packed attention in the run's precision and with the model's head shapes: its error against float64, per row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from saro.checks.noise import KERNEL_FACTOR
+from saro.data.packs import lay_out
+from saro.data.tree import SequenceTree
+from saro.errors import SaroError
+from saro.model.architectures import attention_softcap, sliding_window
+from saro.model.attention import AttentionPlan, packed_attention
+from saro.model.policy import Policy
+
+# Compare about this many rows of each pack: float64 scores of all rows would take memory quadratic in its tokens.
+_ROWS = 64
+# The plain path's error counts as at least this many roundings to float32.
+_FLOAT32_ROUNDINGS = 8
+
+
+@dataclass(frozen=True)
+class HeadShape:
+    """The shape of one kind of attention layer.
+
+    Attributes:
+        heads, key_heads: number of heads of queries, and of keys and values.
+        size, value_size: size of a head of queries and keys, and of values.
+        window: number of tokens that a token sees, itself included; None for all.
+        softcap: bound of the scores, or None.
+    """
+
+    heads: int
+    key_heads: int
+    size: int
+    value_size: int
+    window: int | None
+    softcap: float | None
+
+
+def check_attention(policy: Policy, trees: Sequence[SequenceTree]) -> float:
+    """Run random queries, keys and values of a pack of trees through the policy's attention backend.
+
+    Values and gradients of about 64 rows are compared with float64, those at the ends of segments among them. The error
+    of each may be twice the largest error of plain attention in the same precision: attention over one row's keys,
+    gathered by hand.
+
+    Returns:
+        The largest error, in units of the largest error of plain attention.
+
+    Raises:
+        SaroError: an error is too large.
+    """
+    plan = AttentionPlan.of(lay_out(trees).to(policy.causal_lm.device), policy.attention)
+    worst = 0.0
+    for shape in head_shapes(policy.causal_lm.config):
+        if shape.softcap is not None and plan.backend == "varlen":
+            continue
+        for name, ratio in _errors(plan, shape, policy.compute_dtype).items():
+            # Not "ratio > ...", because NaN must fail too.
+            if not ratio <= KERNEL_FACTOR:
+                raise SaroError(
+                    f"the {plan.backend} attention of packs is wrong on this machine: its {name} over {shape.heads} "
+                    f"heads of size {shape.size} in {policy.compute_dtype} err by {ratio:.3g} times as much as plain "
+                    "attention; set --model.attention sdpa, and report it"
+                )
+            worst = max(worst, ratio)
+    return worst
+
+
+def head_shapes(config: PretrainedConfig) -> list[HeadShape]:
+    """Return the kinds of attention layers that a model has, each once."""
+    shapes = []
+    window = sliding_window(config)
+    types = getattr(config, "layer_types", None) or [None] * config.num_hidden_layers
+    for layer, kind in zip(config.per_layer_config, types, strict=False):
+        size = getattr(layer, "qk_head_dim", None) or getattr(layer, "head_dim", None)
+        size = size or layer.hidden_size // layer.num_attention_heads
+        shapes.append(
+            HeadShape(
+                heads=layer.num_attention_heads,
+                key_heads=getattr(layer, "num_key_value_heads", None) or layer.num_attention_heads,
+                size=size,
+                value_size=getattr(layer, "v_head_dim", None) or size,
+                window=None if kind == "full_attention" else window,
+                softcap=attention_softcap(config),
+            )
+        )
+    return list(dict.fromkeys(shapes))
+
+
+def _errors(plan: AttentionPlan, shape: HeadShape, dtype: torch.dtype) -> dict[str, float]:
+    """Return the largest errors of outputs and gradients, in units of those of plain attention."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = sum(plan.lengths)
+
+    def draw(heads: int, size: int) -> Tensor:
+        return torch.randn(1, heads, tokens, size, generator=generator).to(plan.device, dtype)
+
+    query, key = draw(shape.heads, shape.size), draw(shape.key_heads, shape.size)
+    value, upstream = draw(shape.key_heads, shape.value_size), draw(shape.heads, shape.value_size)
+    keys_of = _choose_rows(plan, shape.window)
+    rows = torch.tensor(list(keys_of), device=plan.device)
+
+    def packed() -> list[Tensor]:
+        leaves = [x.clone().requires_grad_() for x in (query, key, value)]
+        layer = SimpleNamespace(is_causal=True)
+        out, _ = packed_attention(layer, *leaves, None, plan=plan, sliding_window=shape.window, softcap=shape.softcap)
+        chosen = out[0].index_select(0, rows)  # (rows, H, D)
+        gradients = torch.autograd.grad((chosen * upstream[0].transpose(0, 1)[rows]).sum(), leaves)
+        return [chosen.detach(), *(gradient[0].transpose(0, 1) for gradient in gradients)]
+
+    def plain(dtype: torch.dtype) -> list[Tensor]:
+        leaves = [x.to(dtype).clone().requires_grad_() for x in (query, key, value)]
+        outputs = []
+        for row, keys in keys_of.items():
+            out = _attend(*leaves, row, keys.to(plan.device), shape)
+            # Row by row, so that the graph of only one row is alive.
+            (out * upstream[0, :, row].to(dtype)).sum().backward()
+            outputs.append(out.detach())
+        return [torch.stack(outputs), *(leaf.grad[0].transpose(0, 1) for leaf in leaves)]
+
+    exact, rounded, ours = plain(torch.float64), plain(dtype), packed()
+    names = ("outputs", "gradients of queries", "gradients of keys", "gradients of values")
+    return {name: _ratio(*results) for name, *results in zip(names, ours, rounded, exact, strict=True)}
+
+
+def _choose_rows(plan: AttentionPlan, window: int | None) -> dict[int, Tensor]:
+    """Return token -> the tokens that it attends to, for the first and last token of each segment and some others."""
+    starts = np.cumsum([0, *plan.lengths[:-1]])
+    spread = max(1, sum(plan.lengths) // _ROWS)
+    chosen = {}
+    for start, length, path in zip(starts, plan.lengths, plan.paths, strict=True):
+        ancestors = [np.arange(starts[s], starts[s] + plan.lengths[s]) for s in path[:-1]]
+        for row in sorted({0, length - 1, *range(0, length, spread)}):
+            keys = np.concatenate([*ancestors, np.arange(start, start + row + 1)])
+            chosen[int(start + row)] = torch.from_numpy(keys if window is None else keys[-window:])
+    return chosen
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, row: int, keys: Tensor, shape: HeadShape) -> Tensor:
+    """Return the attention output (H, D) of one row over its keys, by the definition, with the softmax in float32 or wider."""
+    q = query[0, :, row].view(shape.key_heads, -1, shape.size)  # (G, H / G, D)
+    k, v = key[0, :, keys], value[0, :, keys]  # (G, K, D)
+    scores = q @ k.transpose(1, 2) * shape.size**-0.5  # (G, H / G, K)
+    if shape.softcap is not None:
+        scores = (scores / shape.softcap).tanh() * shape.softcap
+    weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(scores.dtype)
+    return (weights @ v).view(shape.heads, shape.value_size)
+
+
+def _ratio(ours: Tensor, rounded: Tensor, exact: Tensor) -> float:
+    """Return the largest error of a token, in units of the plain path's largest. Arguments: (tokens, heads, size)."""
+    error, plain_error = ((x.double() - exact).flatten(1).norm(dim=1).max() for x in (ours, rounded))
+    # In float32 both errors are a few roundings, of which one may have fewer by chance.
+    floor = _FLOAT32_ROUNDINGS * torch.finfo(torch.float32).eps * exact.flatten(1).norm(dim=1).max()
+    return (error / torch.maximum(plain_error, floor)).item()

@@ -1,0 +1,211 @@
+"""Checks the fused head and LoRA layers on two layers of the user's own model: their errors against float64."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from saro.checks.noise import KERNEL_FACTOR, decoder_layers
+from saro.errors import SaroError
+from saro.model.fused_lora import FUSED_FORWARDS
+from saro.model.liger import replaced_forward
+from saro.model.policy import Policy
+from saro_kernels import FrozenLinear, LoraLinear, token_logps
+from saro_kernels.definition import reference_token_logps
+
+# Number of rows: enough for a tile and a part of one.
+_ROWS = 40
+# Most entries of a weight that is computed in float64: 1 GiB.
+_NUMBERS = 2**27
+# Scale of the entries of lora_B in the check. A layer's output then changes by a few per cent, far more than rounding.
+_LORA_B_SCALE = 0.005
+
+
+def check_kernels(policy: Policy) -> float:
+    """Check the head's log-probs, and the LoRA layers of the first and the last decoder layer that are fused.
+
+    The policy is in eval mode, and its adapter is not zero.
+
+    Each runs on random inputs in the policy's precision. Values and gradients, those of A, B and of a trainable head
+    included, may err by twice as much as plain PyTorch does in the same precision, both against float64.
+
+    Returns:
+        The largest error, in units of the error of plain PyTorch.
+
+    Raises:
+        SaroError: an error is too large.
+    """
+    worst = 0.0
+    layers = decoder_layers(policy)
+    for check, name, advice in _checks(policy, [layers[0], layers[-1]]):
+        ratio = check()
+        if math.isnan(ratio):
+            raise SaroError(
+                f"{name} gives values that are not numbers in {policy.compute_dtype}: the model's weights are damaged, "
+                "or too large for this precision; fetch or save the model again, or set --model.dtype float32"
+            )
+        if ratio > KERNEL_FACTOR:
+            raise SaroError(
+                f"{name} errs by {ratio:.3g} times as much as plain PyTorch in {policy.compute_dtype}: training "
+                f"would be wrong on this machine; {advice}, and report it"
+            )
+        worst = max(worst, ratio)
+    return worst
+
+
+def _checks(policy: Policy, layers: Sequence[nn.Module]) -> Iterator[tuple[Callable[[], float], str, str]]:
+    """Yield each check with the name of what it checks, and with the option that leaves it out."""
+    if policy.head != "reference":
+        trainable = policy.causal_lm.get_output_embeddings().weight.requires_grad
+        yield partial(_head_error, policy, trainable), f"the head {policy.head}", "set --model.head reference"
+    names = {module: name for name, module in policy.model.named_modules()}
+    for layer in layers:
+        for module in layer.modules():
+            if replaced_forward(module) in FUSED_FORWARDS:
+                yield partial(_lora_error, module, policy), f"the fused {names[module]}", "set --model.fused_lora false"
+
+
+def head_inputs(policy: Policy) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return random hidden states (N, D), the head's own weight (V, D), targets (N,) and upstream gradients (N,).
+
+    Of a very large head, only as many columns are taken as float64 has memory for.
+    """
+    device, dtype = policy.causal_lm.device, policy.compute_dtype
+    head = policy.causal_lm.get_output_embeddings().weight.detach()
+    weight = head[:, : max(1, _NUMBERS // len(head))].contiguous()
+    generator = torch.Generator().manual_seed(0)
+    # Scale the logits to a few nats apart, as a model has them.
+    spread = weight.double().norm(dim=1).mean().item() * policy.logits.scale
+    hidden = _normal(generator, _ROWS, weight.shape[1]) * (4 / spread)
+    targets = torch.randint(len(weight), (_ROWS,), generator=generator)
+    upstream = _normal(generator, _ROWS)
+    return hidden.to(device, dtype), weight, targets.to(device), upstream.to(device)
+
+
+def head_error(policy: Policy, kernel: Callable[..., Tensor], trainable: bool) -> float:
+    """Return the error of an implementation of ``token_logps`` on the policy's head, in units of the plain path's.
+
+    ``trainable``: the gradient of the head is compared too.
+    """
+    hidden, weight, targets, upstream = head_inputs(policy)
+    dtype = policy.compute_dtype
+    bias = policy.causal_lm.get_output_embeddings().bias
+
+    def run(kernel: Callable[..., Tensor], dtype: torch.dtype, weight: Tensor) -> list[Tensor]:
+        """Return the log-probs, and the gradients of the hidden states and of a trainable head."""
+        leaves = [hidden.to(dtype).detach().requires_grad_(), weight.detach().requires_grad_(trainable)]
+        offset = None if bias is None else bias.detach().to(weight.dtype)
+        logps = kernel(*leaves, targets, bias=offset, **policy.logits._asdict())
+        inputs = [leaf for leaf in leaves if leaf.requires_grad]
+        return [logps.detach(), *torch.autograd.grad((logps * upstream.to(logps.dtype)).sum(), inputs)]
+
+    # The products are computed from the weight in the precision of the products.
+    rounded = weight.to(dtype)
+    return worst_ratio(
+        ours=run(kernel, dtype, weight),
+        plain=run(reference_token_logps, dtype, rounded),
+        exact=run(reference_token_logps, torch.float64, rounded.double()),
+    )
+
+
+def _head_error(policy: Policy, trainable: bool) -> float:
+    return head_error(policy, partial(token_logps, impl=policy.head), trainable)
+
+
+def _lora_error(module: nn.Module, policy: Policy) -> float:
+    """Return the error of a fused linear layer or gated MLP of the model, in units of the plain path's."""
+    dtype = policy.compute_dtype
+    if isinstance(module, LoraLayer):
+        layers, plain = [module], plain_linear
+    else:
+        layers = [module.gate_proj, module.up_proj, module.down_proj]
+        plain = partial(plain_mlp, module.act_fn)
+    parts = [_parts(layer) for layer in layers]
+    generator = torch.Generator().manual_seed(0)
+    rows = _normal(generator, _ROWS, layers[0].in_features).to(policy.causal_lm.device, dtype)
+    upstream = _normal(generator, _ROWS, layers[-1].out_features).to(rows)
+
+    def run(kernel: Callable[..., Tensor], dtype: torch.dtype, parts: Sequence[LoraLinear]) -> list[Tensor]:
+        """Return the output, and the gradients of the input and of each layer's A and B."""
+        x = rows.to(dtype).detach().requires_grad_()
+        out = kernel(x)
+        inputs = [x] + [matrix for part in parts for matrix in (part.a, part.b)]
+        return [out.detach(), *torch.autograd.grad((out * upstream.to(dtype)).sum(), inputs)]
+
+    in_float64 = [in_float64_of(part, dtype) for part in parts]
+    return worst_ratio(
+        ours=run(module, dtype, parts),
+        plain=run(lambda x: plain(x, *parts), dtype, parts),
+        exact=run(lambda x: plain(x, *in_float64), torch.float64, in_float64),
+    )
+
+
+def _parts(layer: LoraLayer) -> LoraLinear:
+    """Return the weights of a layer, read from PEFT and not as ``fuse_lora`` reads them: that is what is checked."""
+    base = layer.get_base_layer()
+    (name,) = layer.active_adapters
+    frozen = FrozenLinear(base.weight, getattr(base.weight, "quant_state", None), base.bias)
+    return LoraLinear(frozen, layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name])
+
+
+def in_float64_of(layer: LoraLinear, dtype: torch.dtype) -> LoraLinear:
+    """Return the layer in float64, with the weight that it has in ``dtype``."""
+    bias = None if layer.base.bias is None else layer.base.bias.detach().to(dtype).double()
+    base = FrozenLinear(layer.base.dense(dtype).double(), bias=bias)
+    a, b = layer.a.detach().double(), layer.b.detach().double()
+    return LoraLinear(base, a.requires_grad_(), b.requires_grad_(), layer.scaling)
+
+
+def plain_linear(x: Tensor, layer: LoraLinear) -> Tensor:
+    """Compute a linear layer with LoRA by its definition."""
+    low = F.linear(F.linear(x, layer.a.to(x.dtype)), layer.b.to(x.dtype))
+    bias = None if layer.base.bias is None else layer.base.bias.to(x.dtype)
+    return F.linear(x, layer.base.dense(x.dtype), bias) + low * layer.scaling
+
+
+def plain_mlp(
+    activation: Callable[[Tensor], Tensor], x: Tensor, gate: LoraLinear, up: LoraLinear, down: LoraLinear
+) -> Tensor:
+    """Compute a gated MLP with LoRA by its definition."""
+    return plain_linear(activation(plain_linear(x, gate)) * plain_linear(x, up), down)
+
+
+def worst_ratio(*, ours: Sequence[Tensor], plain: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
+    """Return the worst error of values and gradients, as a multiple of the plain path's error. At least one ulp counts."""
+    ratios = []
+    for our_tensor, plain_tensor, exact_tensor in zip(ours, plain, exact, strict=True):
+        our_error = (our_tensor.double() - exact_tensor).norm()
+        plain_error = (plain_tensor.double() - exact_tensor).norm()
+        ulp = torch.finfo(our_tensor.dtype).eps * exact_tensor.norm()
+        # Without any error, as of a zero weight, the ratio is 0.
+        allowed = torch.maximum(plain_error, ulp / KERNEL_FACTOR).clamp_min(torch.finfo(torch.float64).tiny)
+        ratios.append((our_error / allowed).item())
+    # Not max(ratios), which can pass over a NaN.
+    return torch.tensor(ratios).max().item()
+
+
+def _normal(generator: torch.Generator, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+@contextmanager
+def nonzero_adapter(policy: Policy) -> Iterator[None]:
+    """Give a new adapter small non-zero weights: at zero, its errors would not show. Restores the zeros at the end."""
+    zero_parameters = [p for name, p in policy.trainable().items() if "lora_B" in name and not p.any()]
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in zero_parameters:
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * _LORA_B_SCALE)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter in zero_parameters:
+                parameter.zero_()

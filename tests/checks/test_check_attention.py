@@ -1,0 +1,107 @@
+"""check_attention measures the backend in the run's precision, and refuses one that errs in a single row."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from loaded import DATA, load
+from sets import pairs_by_hand
+from tiny import tiny_config
+
+from saro.checks.check_attention import HeadShape, check_attention, head_shapes
+from saro.data.tree import build_tree
+from saro.errors import SaroError
+from saro.model import attention
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+TREES = [build_tree([DATA.sequence(i)]) for i in range(3)]
+PAIRS = [build_tree(pairs_by_hand().sequences(i)) for i in range(3)]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", ["llama", "mistral", "gemma3", "gemma2", "minicpm3"])
+@pytest.mark.parametrize("trees", [TREES, PAIRS], ids=["examples", "pairs"])
+def test_packed_attention_is_as_exact_as_plain_attention(tiny_model, kind, dtype, trees):
+    assert 0 < check_attention(load(tiny_model(kind), dtype=dtype), trees) < 2
+
+
+def test_the_shapes_are_those_of_the_models_layers():
+    assert head_shapes(tiny_config("llama")) == [HeadShape(4, 2, 8, 8, None, None)]
+    assert head_shapes(tiny_config("mistral")) == [HeadShape(4, 2, 8, 8, 8, None)]
+    assert head_shapes(tiny_config("gemma3")) == [HeadShape(4, 2, 8, 8, 8, None), HeadShape(4, 2, 8, 8, None, None)]
+    assert head_shapes(tiny_config("gemma2"))[0].softcap == 1.5
+    latent = tiny_config("minicpm3")
+    (shape,) = head_shapes(latent)
+    assert (shape.size, shape.value_size) == (latent.qk_nope_head_dim + latent.qk_rope_head_dim, latent.v_head_dim)
+
+
+def in_bfloat16_only(change):
+    """Return a function that sabotages the attention of single segments, but not in float32, where the layout is checked."""
+
+    def sabotage(patch):
+        original = attention._attend
+
+        def attend(query, key, value, **options):
+            if query.dtype != torch.bfloat16:
+                return original(query, key, value, **options)
+            return change(original, query, key, value, options)
+
+        patch.setattr(attention, "_attend", attend)
+
+    return sabotage
+
+
+def wrong_last_row(attend, query, key, value, options):
+    out = attend(query, key, value, **options)
+    return torch.cat([out[:, :, :-1], 1.1 * out[:, :, -1:]], dim=2)
+
+
+def scale_off_by_five_percent(attend, query, key, value, options):
+    return attend(query, key, value, **options | {"scale": options["scale"] * 1.05})
+
+
+def mask_without_the_first_key(attend, query, key, value, options):
+    keys, queries = key.shape[2], query.shape[2]
+    mask = torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)
+    mask[1:, 0] = False
+    return attend(query, key, value, **options | {"attn_mask": mask, "is_causal": False})
+
+
+def no_gradient_of_keys(attend, query, key, value, options):
+    return attend(query, key.detach() + 0 * key, value, **options)
+
+
+def gradient_of_values_lacks_a_row(attend, query, key, value, options):
+    return attend(query, key, torch.cat([value[:, :, :1].detach(), value[:, :, 1:]], dim=2), **options)
+
+
+def values_that_are_not_numbers(attend, query, key, value, options):
+    return attend(query, key, value, **options) * torch.nan
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (wrong_last_row, "outputs"),
+        (scale_off_by_five_percent, "outputs"),
+        (mask_without_the_first_key, "outputs"),
+        (no_gradient_of_keys, "gradients of keys"),
+        (gradient_of_values_lacks_a_row, "gradients of values"),
+        (values_that_are_not_numbers, "outputs"),
+    ],
+    ids=lambda x: x.__name__.replace("_", " ") if callable(x) else "",
+)
+def test_a_backend_that_errs_in_bfloat16_only_is_refused(tiny_model, monkeypatch, change, what):
+    policy = load(tiny_model(), dtype="bfloat16")
+    in_bfloat16_only(change)(monkeypatch)
+    message = rf"^the sdpa attention of packs is wrong on this machine: its {what} over 4 heads of size 8 in torch.bfloat16 err"
+    with pytest.raises(SaroError, match=message):
+        check_attention(policy, TREES)
+
+
+def test_it_leaves_the_random_numbers_alone(tiny_model):
+    policy = load(tiny_model())
+    state = torch.get_rng_state()
+    check_attention(policy, TREES)
+    assert torch.equal(torch.get_rng_state(), state)
