@@ -102,6 +102,14 @@ def lora_gated_mlp(x: Tensor, gate: LoraLinear, up: LoraLinear, down: LoraLinear
     return _LoraGatedMlp.apply(x, *(matrix for layer in layers for matrix in (layer.a, layer.b)), layers, activation)
 
 
+def _reshape_output(out: Tensor, x: Tensor) -> Tensor:
+    """Return rows (N, out) in x's shape (..., out), as the operator that ``F.linear`` ends with.
+
+    autograd lets nobody change a view in place that a Function returns, and some models clamp their queries in place.
+    """
+    return torch.ops.aten._unsafe_view(out, (*x.shape[:-1], out.shape[-1]))
+
+
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, a, b, layer):
@@ -109,7 +117,7 @@ class _LoraLinear(torch.autograd.Function):
         rows = x.reshape(-1, x.shape[-1])
         out, product = _forward(rows, a, b, layer)
         ctx.save_for_backward(rows, product, a, b)
-        return out.view(*x.shape[:-1], out.shape[-1])
+        return _reshape_output(out, x)
 
     @staticmethod
     @once_differentiable
@@ -132,7 +140,7 @@ class _LoraGatedMlp(torch.autograd.Function):
         lifted, p_up = _forward(rows, a_up, b_up, up)
         out, p_down = _forward(_FORWARD[activation](gated).mul_(lifted), a_down, b_down, down)
         ctx.save_for_backward(rows, gated, lifted, p_gate, p_up, p_down, a_gate, b_gate, a_up, b_up, a_down, b_down)
-        return out.view(*x.shape[:-1], out.shape[-1])
+        return _reshape_output(out, x)
 
     @staticmethod
     @once_differentiable

@@ -178,7 +178,7 @@ def _captured_embeddings(policy: Policy) -> Iterator[list[torch.Tensor]]:
 
     def make_leaf(_: nn.Module, __: object, output: torch.Tensor) -> torch.Tensor:
         captured.append(output.detach().requires_grad_())
-        return captured[-1]
+        return captured[-1].clone()  # a model may scale it in place (CTRL), which a leaf does not allow
 
     handle = policy.causal_lm.get_input_embeddings().register_forward_hook(make_leaf)
     try:

@@ -150,9 +150,16 @@ def continued_adapter(model: PreTrainedModel, folder: str, options: ModelConfig)
 def linear_layers(model: PreTrainedModel) -> list[str]:
     """Return the names of the decoder's linear layers as PEFT matches them: the last part only, such as q_proj.
 
-    The LM head is not among them.
+    The LM head is not among them. If the last part is a number, which PEFT would find in other lists too, the name has
+    two parts, such as ffn.0.
     """
-    return sorted({name.rpartition(".")[2] for name, layer in _decoder_linears(model)})
+    return sorted({_last_part(name) for name, _ in _decoder_linears(model)})
+
+
+def _last_part(name: str) -> str:
+    """Return the last part of a module's name, with the part before it if it is a number."""
+    parts = name.split(".")
+    return ".".join(parts[-2:]) if parts[-1].isdigit() else parts[-1]
 
 
 def _decoder_linears(model: PreTrainedModel) -> Iterator[tuple[str, nn.Linear]]:
@@ -176,9 +183,9 @@ def new_adapter(model: PreTrainedModel, options: ModelConfig, seed: int) -> Peft
         raise SaroError("model.lora_targets is empty; name linear layers, or leave the option out for all of them")
     layers = [f".{name}" for name, _ in _decoder_linears(model)]
     excluded = {id(model.get_output_embeddings()), id(model.get_input_embeddings())}
-    excluded_names = {name.rpartition(".")[2] for name, layer in model.named_modules() if id(layer) in excluded}
+    excluded_names = {_last_part(name) for name, layer in model.named_modules() if id(layer) in excluded}
     for target in targets:
-        last = target.rpartition(".")[2]
+        last = _last_part(target)
         if last in excluded_names:
             raise SaroError(
                 f"model.lora_targets: {target} is the embedding or the LM head; the fused head cannot read an adapter, "

@@ -5,7 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from saro.errors import SaroError
 
@@ -23,6 +28,7 @@ _SCALES = {
     "cohere": ("logit_scale", 1),
     "cohere2": ("logit_scale", 1),
     "granite": ("logits_scaling", -1),
+    "granitemoehybrid": ("logits_scaling", -1),
     "hyperclovax": ("logits_scaling", 1),
     "minicpm3": ("logits_scaling", -1),
 }
@@ -34,6 +40,13 @@ _NEUTRAL = {
     "logits_mup_width_multiplier": (None, 1),
     "use_bidirectional_attention": (None, False),
     "attention_chunk_size": (None,),
+}
+# Model types that none of the rules below finds, with the reason. benchmarks/model_sweep.py found them.
+_UNFIT = {
+    "bert-generation": "it is an encoder, or the decoder of an encoder-decoder",
+    "gemma3n_text": "in train mode its AltUp layers read their weights past the adapter, and clamp them in place",
+    "modernbert-decoder": "it has more layers between its decoder and its LM head",
+    "nemotron": "its layers do not pass the layout of a pack on to their attention",
 }
 # A sub-config whose name begins like this belongs to a multimodal model.
 _OTHER_MODALITIES = ("vision", "audio", "vq")
@@ -95,6 +108,10 @@ def check_supported(config: PretrainedConfig) -> None:
 
     if config.is_encoder_decoder:
         raise refusal("it is an encoder-decoder; use a decoder-only causal language model")
+    if type(config) in MODEL_FOR_MASKED_LM_MAPPING:
+        raise refusal("it is an encoder, trained on masked tokens; use a decoder-only causal language model")
+    if name in _UNFIT:
+        raise refusal(_UNFIT[name])
     options = config.to_dict()
     scale_option, _ = _SCALES.get(config.model_type, (None, 1))
     wraps_text_model = config.get_text_config(decoder=True) is not config
@@ -105,9 +122,13 @@ def check_supported(config: PretrainedConfig) -> None:
             raise refusal(f"it is a mixture of experts ({key}={value})")
         if key in _NEUTRAL and value not in _NEUTRAL[key] and key != scale_option:
             raise refusal(f"{key}={value} changes its scores in a way that is not computed here yet")
-    for layer_type in sorted(set(getattr(config, "layer_types", None) or ())):
+    layer_types = set(getattr(config, "layer_types", None) or ())
+    for layer_type in sorted(layer_types):
         if layer_type not in LAYER_TYPES:
             raise refusal(f"layers of type {layer_type}; only {' and '.join(sorted(LAYER_TYPES))} can be packed")
+    # transformers then makes the mask with the window of a layer's type, and tells attention that there is none.
+    if "sliding_attention" in layer_types and getattr(config, "use_sliding_window", None) is False:
+        raise refusal("its layer_types have sliding_attention, but use_sliding_window is false; correct its config")
     if options.get("quantization_config"):
         raise refusal(
             "its weights are quantized already; give the original model, which --model.method qlora quantizes"
@@ -116,10 +137,12 @@ def check_supported(config: PretrainedConfig) -> None:
         if rope in REFUSED_ROPE:
             raise refusal(f"its rotary embedding ({rope}) depends on the length of the input")
     model = _model_class(config)
-    if model is not None and model._is_stateful:
+    if model is not None and model._is_stateful and not layer_types:
         raise refusal("its layers carry a state from token to token, which a pack would carry between sequences")
     if model is not None and not model._supports_attention_backend:
         raise refusal("its attention cannot be replaced through transformers' attention interface")
+    if model is not None and not model._supports_sdpa and not hasattr(config, "attn_logit_softcapping"):
+        raise refusal("its attention is more than scaled_dot_product_attention computes, such as attention with sinks")
 
 
 def _model_class(config: PretrainedConfig) -> type[PreTrainedModel] | None:

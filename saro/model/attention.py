@@ -250,7 +250,8 @@ def native_attention(model: PreTrainedModel) -> Iterator[None]:
     Never run the backward of an earlier forward in this context: gradient checkpointing would recompute that forward
     with the wrong attention.
     """
-    model.set_attn_implementation("sdpa" if attention_softcap(model.config) is None else "eager")
+    has_sdpa = model._supports_sdpa and attention_softcap(model.config) is None
+    model.set_attn_implementation("sdpa" if has_sdpa else "eager")
     try:
         yield
     finally:

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 from loaded import DATA, examples_of, load
-from tiny import BOS, IM_END, KINDS_OF_LOGITS, KINDS_OF_MODEL, PAD, random_model, save_tiny_model
+from tiny import BOS, IM_END, KINDS_OF_LOGITS, KINDS_OF_MODEL, PAD, random_model, save_tiny_model, tiny_config
 from transformers import (
     BertConfig,
     BloomConfig,
+    CTRLConfig,
     FalconConfig,
     MambaConfig,
     ModernBertDecoderConfig,
@@ -330,6 +331,17 @@ def test_a_models_own_dropout_stays_off_in_recomputed_layers():
     shape = {"hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     model = random_model(OPTConfig(vocab_size=264, word_embed_proj_dim=32, dropout=0.5, **shape))
     model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    assert check_packs(Policy(model), DATA).logps_floor < 1e-5
+
+
+def test_passes_on_a_model_that_scales_its_embeddings_in_place():
+    shape = {"vocab_size": 264, "n_positions": 64, "n_embd": 32, "dff": 64, "n_layer": 2, "n_head": 4}
+    assert check_packs(Policy(random_model(CTRLConfig(**shape))), DATA).logps_floor < 1e-5
+
+
+def test_passes_on_a_model_without_sdpa_whose_softcap_is_off():
+    """transformers then has only eager attention to compare with."""
+    model = random_model(tiny_config("gemma2", attn_logit_softcapping=None))
     assert check_packs(Policy(model), DATA).logps_floor < 1e-5
 
 

@@ -7,18 +7,24 @@ from loaded import DATA, load
 from tiny import KINDS_OF_LOGITS, KINDS_OF_MODEL, tiny_config
 from transformers import (
     BambaConfig,
+    BertConfig,
+    BertGenerationConfig,
     BloomConfig,
     CohereConfig,
+    CTRLConfig,
     DbrxConfig,
     DeepseekV3Config,
     FalconConfig,
     FalconMambaConfig,
     Gemma2Config,
     Gemma3Config,
+    Gemma3nTextConfig,
     GPT2Config,
     GPTNeoXConfig,
     GptOssConfig,
     GraniteConfig,
+    GraniteMoeHybridConfig,
+    GraniteSWAConfig,
     JambaConfig,
     Lfm2Config,
     Llama4Config,
@@ -27,13 +33,16 @@ from transformers import (
     MambaConfig,
     MistralConfig,
     MixtralConfig,
+    ModernBertDecoderConfig,
     MptConfig,
+    NemotronConfig,
     Olmo3Config,
     Phi3Config,
     Qwen2Config,
     Qwen2VLConfig,
     Qwen3MoeConfig,
     Qwen3NextConfig,
+    RobertaConfig,
     RwkvConfig,
     SmolLM3Config,
     T5Config,
@@ -54,6 +63,20 @@ def changed(config, **changes):
 
 REFUSED = {
     "encoder-decoder": (lambda: T5Config(), "'t5' is not supported: it is an encoder-decoder"),
+    "an encoder": (lambda: RobertaConfig(), "'roberta' is not supported: it is an encoder, trained on masked tokens"),
+    "an encoder as a decoder": (lambda: BertConfig(is_decoder=True), "'bert' .* it is an encoder"),
+    "an encoder for generation": (lambda: BertGenerationConfig(is_decoder=True), "'bert-generation' .* an encoder"),
+    "layers before the head": (
+        lambda: ModernBertDecoderConfig(),
+        "'modernbert-decoder' .* its decoder and its LM head",
+    ),
+    "layers that drop arguments": (lambda: NemotronConfig(), "'nemotron' .* do not pass the layout of a pack on"),
+    "weights read past their adapters": (lambda: Gemma3nTextConfig(), "'gemma3n_text' .* past the adapter"),
+    "attention with sinks": (lambda: GraniteSWAConfig(), "'granite_swa' .* attention with sinks"),
+    "windows on and off": (
+        lambda: SmolLM3Config(num_hidden_layers=2, layer_types=["sliding_attention", "full_attention"]),
+        "'smollm3' .* layer_types have sliding_attention, but use_sliding_window is false",
+    ),
     "experts of mixtral": (lambda: MixtralConfig(), "'mixtral' .* mixture of experts"),
     "experts of qwen3": (lambda: Qwen3MoeConfig(), "'qwen3_moe' .* mixture of experts"),
     "experts of deepseek": (lambda: DeepseekV3Config(), "'deepseek_v3' .* mixture of experts"),
@@ -125,6 +148,7 @@ REFUSED = {
         lambda: Lfm2Config(num_hidden_layers=2, layer_types=["conv", "full_attention"]),
         "layers of type conv",
     ),
+    "state layers of a hybrid": (lambda: _hybrid(["mamba", "attention"]), "layers of type linear_attention"),
     "mamba": (lambda: MambaConfig(), "'mamba' is not supported"),
     "falcon mamba": (lambda: FalconMambaConfig(), "'falcon_mamba' is not supported"),
     "mamba and attention": (lambda: BambaConfig(), "'bamba' is not supported"),
@@ -142,6 +166,17 @@ REFUSED = {
         "its weights are quantized already; give the original model",
     ),
 }
+
+
+def _hybrid(layer_types: list[str]) -> GraniteMoeHybridConfig:
+    """Make the config of a Granite 4 without experts."""
+    return GraniteMoeHybridConfig(
+        num_hidden_layers=2,
+        layer_types=layer_types,
+        num_local_experts=0,
+        num_experts_per_tok=0,
+        logits_scaling=4.0,
+    )
 
 
 @pytest.mark.parametrize(("config", "message"), REFUSED.values(), ids=REFUSED)
@@ -189,6 +224,9 @@ ACCEPTED = {
     "smollm3": SmolLM3Config,
     "olmo3": Olmo3Config,
     "gpt2": GPT2Config,
+    "ctrl": CTRLConfig,
+    "windows in the last layers": lambda: SmolLM3Config(use_sliding_window=True, sliding_window=8),
+    "attention layers of a hybrid": lambda: _hybrid(["attention"] * 2),
     "gpt_neox": GPTNeoXConfig,
 }
 
@@ -232,6 +270,7 @@ def test_the_sliding_window_is_the_one_that_layers_use(config, window):
     [
         (CohereConfig(), LogitOptions(scale=0.0625)),
         (GraniteConfig(logits_scaling=8.0), LogitOptions(scale=0.125)),
+        (_hybrid(["attention"] * 2), LogitOptions(scale=0.25)),
         (Gemma2Config(), LogitOptions(softcap=30.0)),
         (tiny_config("hyperclovax", logits_scaling=0.125), LogitOptions(scale=0.125)),
         (tiny_config("minicpm3", dim_model_base=4), LogitOptions(scale=0.125)),

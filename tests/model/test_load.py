@@ -15,9 +15,9 @@ import torch
 from loaded import CPU, a_pack, load, refused
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from tiny import BOS, IM_END, KINDS_OF_MODEL, PAD, save_tiny_model
+from tiny import BOS, IM_END, KINDS_OF_MODEL, PAD, random_model, save_tiny_model, tiny_tokenizer
 from torch import nn
-from transformers import AutoModelForCausalLM, GPT2Config
+from transformers import AutoModelForCausalLM, CTRLConfig, GPT2Config
 
 from saro.config import DataConfig, ModelConfig
 from saro.errors import SaroError
@@ -89,6 +89,17 @@ def test_only_adapters_train_and_every_linear_layer_but_the_head_has_one(tiny_mo
 def test_linear_layers_lists_last_name_parts_without_the_head(tiny_model):
     model = AutoModelForCausalLM.from_pretrained(tiny_model("qwen3"))
     assert linear_layers(model) == LINEARS
+
+
+def test_a_linear_layer_whose_name_is_a_number_has_an_adapter_too(tmp_path):
+    """CTRL's MLP is a Sequential. PEFT would find "0" as the first decoder layer too."""
+    shape = {"vocab_size": 264, "n_positions": 64, "n_embd": 32, "dff": 64, "n_layer": 2, "n_head": 4}
+    random_model(CTRLConfig(**shape)).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    policy = load(tmp_path)
+    adapted = {name.split(".lora_")[0].split(".h.")[1] for name in policy.trainable()}
+    attention = {f"multi_head_attention.{name}" for name in ("Wq", "Wk", "Wv", "dense")}
+    assert adapted == {f"{layer}.{name}" for layer in range(2) for name in attention | {"ffn.0", "ffn.2"}}
 
 
 def test_adapters_have_the_requested_rank_and_alpha(tiny_model):

@@ -225,3 +225,18 @@ def test_mlp_keeps_two_intermediate_tensors_and_separate_layers_keep_four():
         return lora_linear(F.silu(lora_linear(x, gate)) * lora_linear(x, up), down)
 
     assert saved_numbers(separate, x, *layers) >= 4 * 50 * 160
+
+
+@pytest.mark.parametrize("function", ["linear", "mlp"])
+def test_an_output_may_be_changed_in_place(function):
+    """OLMo clamps its queries in place. autograd refuses that for a view that a Function returns."""
+    gate, up, down = make_layer(5, 7, seed=1), make_layer(5, 7, seed=2), make_layer(7, 5, seed=3)
+    x = random_rows(2, 3, 5)
+    if function == "linear":
+        ours = output_and_gradients(lambda x, layer: lora_linear(x, layer).clamp_(-0.5, 0.5), x, gate)
+        theirs = output_and_gradients(lambda x, layer: plain(x, layer).clamp(-0.5, 0.5), x, gate)
+    else:
+        layers = (gate, up, down)
+        ours = output_and_gradients(lambda x, *ls: lora_gated_mlp(x, *ls, "silu").clamp_(-0.5, 0.5), x, *layers)
+        theirs = output_and_gradients(lambda x, *ls: plain_mlp(x, *ls, "silu").clamp(-0.5, 0.5), x, *layers)
+    assert all(torch.allclose(a, b, rtol=1e-12, atol=1e-12) for a, b in zip(ours, theirs, strict=True))
