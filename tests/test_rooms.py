@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "data": (),
     "distributed": ("data",),
     "model": ("kernels", "data", "distributed"),
-    "checks": ("data", "model"),
+    "checks": ("kernels", "data", "model"),
     "train": ("kernels", "data", "distributed", "model", "checks"),
     "runs": ("data", "distributed", "model", "train"),
     "synth": ("data",),

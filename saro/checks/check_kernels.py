@@ -9,7 +9,6 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from saro.checks.noise import KERNEL_FACTOR, decoder_layers
@@ -122,11 +121,11 @@ def _head_error(policy: Policy, trainable: bool) -> float:
 def _lora_error(module: nn.Module, policy: Policy) -> float:
     """Return the error of a fused linear layer or gated MLP of the model, in units of the plain path's."""
     dtype = policy.compute_dtype
-    if isinstance(module, LoraLayer):
-        layers, plain = [module], plain_linear
-    else:
+    if hasattr(module, "gate_proj"):
         layers = [module.gate_proj, module.up_proj, module.down_proj]
         plain = partial(plain_mlp, module.act_fn)
+    else:
+        layers, plain = [module], plain_linear
     parts = [_parts(layer) for layer in layers]
     generator = torch.Generator().manual_seed(0)
     rows = _normal(generator, _ROWS, layers[0].in_features).to(policy.causal_lm.device, dtype)
@@ -147,8 +146,8 @@ def _lora_error(module: nn.Module, policy: Policy) -> float:
     )
 
 
-def _parts(layer: LoraLayer) -> LoraLinear:
-    """Return the weights of a layer, read from PEFT and not as ``fuse_lora`` reads them: that is what is checked."""
+def _parts(layer: nn.Module) -> LoraLinear:
+    """Return the weights of PEFT's layer, read from its attributes and not as ``fuse_lora`` reads them: that is what is checked."""
     base = layer.get_base_layer()
     (name,) = layer.active_adapters
     frozen = FrozenLinear(base.weight, getattr(base.weight, "quant_state", None), base.bias)
