@@ -8,11 +8,12 @@ Without options it trains the demo model on the demo data. The file is meant to 
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import islice
+from itertools import chain
 
 from rich.console import Console
 
-from saro.checks.check_masks import SAMPLED_PROMPTS, check_masks
+from saro.checks.check_masks import check_masks
+from saro.checks.check_overlap import check_overlap
 from saro.checks.check_packs import check_packs
 from saro.config import DEMO, RWConfig
 from saro.data.dataset import encode_files
@@ -55,13 +56,20 @@ def main() -> int:
     train = encode_files(train_files, chat, data_options, progress=runtime.is_main)
     heldout = encode_files(heldout_files, chat, data_options, progress=runtime.is_main) if heldout_files else None
     sets = {"train": train} if heldout is None else {"train": train, "heldout": heldout}
-    reports = {name: LengthReport.of(data) for name, data in sets.items()}
+    reports = {name: LengthReport.of(data, train) for name, data in sets.items()}
     for name, report in reports.items():
         print_lengths(console, name, report.as_dict())
     manifest = run.manifest(runtime, source, None, train_files + heldout_files, reports)
     # Refuse to resume on other data or another model here, before the model is loaded.
     run.check_unchanged(runtime, manifest)
-    check_masks(train, chat, islice(read_examples(train_files[0]), SAMPLED_PROMPTS), source.config.vocab_size)
+    heldout_records = [record for file in heldout_files for record in read_examples(file)]
+    check_masks(train, chat, chain.from_iterable(map(read_examples, train_files)), source.config.vocab_size)
+    if heldout is None:
+        runtime.say("no records are held out, so nothing is measured before and after; name a file with --data.heldout")
+    else:
+        check_masks(heldout, chat, heldout_records, source.config.vocab_size)
+        if not data_options.allow_overlap:
+            check_overlap(heldout, train)
 
     # 3. Token ids -> steps of packs. A step can be made from its number, without the steps before it.
     schedule = Schedule.of(train, data_options, train_options)
@@ -90,8 +98,7 @@ def main() -> int:
         packs = pack_trees(heldout.trees(range(len(heldout)), pack_tokens), pack_tokens, runtime.share)
         return evaluate(runtime, policy, RWObjective(heldout.kinds), packs)
 
-    records = [record for file in heldout_files for record in read_examples(file)]
-    sampled = choose_prompts(records, train_options.samples)
+    sampled = choose_prompts(heldout_records, train_options.samples)
     measures = BeforeAfter(
         runtime=runtime,
         run=run,
@@ -124,7 +131,7 @@ def main() -> int:
     if runtime.is_main:
         save_final(run.folder / "final", policy.model, source.tokenizer, dropout_options(source.config))
     labels = label_prompts(sampled, show_texts=data_options.heldout == [DEMO])
-    for table in before_after_tables(before, after, labels):
+    for table in before_after_tables(before, after, labels, data_options.heldout):
         console.print(table)
     return end_run(runtime, run, outcome)
 

@@ -9,11 +9,12 @@ be read from top to bottom.
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import islice
+from itertools import chain
 
 from rich.console import Console
 
-from saro.checks.check_masks import SAMPLED_PROMPTS, check_masks
+from saro.checks.check_masks import check_masks
+from saro.checks.check_overlap import check_overlap
 from saro.checks.check_packs import check_packs
 from saro.config import DEMO, START, SRPOConfig
 from saro.data.dataset import encode_pair_files
@@ -63,13 +64,20 @@ def main() -> int:
     train = encode_pair_files(train_files, chat, data_options, progress=runtime.is_main)
     heldout = encode_pair_files(heldout_files, chat, data_options, progress=runtime.is_main) if heldout_files else None
     sets = {"train": train} if heldout is None else {"train": train, "heldout": heldout}
-    reports = {name: LengthReport.of(data) for name, data in sets.items()}
+    reports = {name: LengthReport.of(data, train) for name, data in sets.items()}
     for name, report in reports.items():
         print_lengths(console, name, report.as_dict())
     manifest = run.manifest(runtime, source, reference_source, train_files + heldout_files, reports)
     # Refuse to resume on other data or another model here, before the model is loaded.
     run.check_unchanged(runtime, manifest)
-    check_masks(train, chat, islice(read_pairs(train_files[0]), SAMPLED_PROMPTS), source.config.vocab_size)
+    heldout_records = [record for file in heldout_files for record in read_pairs(file)]
+    check_masks(train, chat, chain.from_iterable(map(read_pairs, train_files)), source.config.vocab_size)
+    if heldout is None:
+        runtime.say("no records are held out, so nothing is measured before and after; name a file with --data.heldout")
+    else:
+        check_masks(heldout, chat, heldout_records, source.config.vocab_size)
+        if not data_options.allow_overlap:
+            check_overlap(heldout, train)
     if preference.scored == "divergent":
         # Only after the checks: it changes what is scored, not what is read.
         sets = {name: pairs.divergent() for name, pairs in sets.items()}
@@ -120,8 +128,7 @@ def main() -> int:
             runtime, policy, heldout_objective, heldout, pack_tokens, log=heldout_log, step=step, file=file
         )
 
-    records = [record for file in heldout_files for record in read_pairs(file)]
-    sampled = choose_prompts(records, train_options.samples)
+    sampled = choose_prompts(heldout_records, train_options.samples)
     measures = BeforeAfter(
         runtime=runtime,
         run=run,
@@ -152,7 +159,7 @@ def main() -> int:
     if runtime.is_main:
         save_final(run.folder / "final", policy.model, source.tokenizer, dropout_options(source.config))
     labels = label_prompts(sampled, show_texts=data_options.heldout == [DEMO])
-    for table in before_after_tables(before, after, labels):
+    for table in before_after_tables(before, after, labels, data_options.heldout):
         console.print(table)
     return end_run(runtime, run, outcome)
 

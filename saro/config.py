@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from saro.errors import SaroError, nearest
@@ -94,7 +94,9 @@ class DataConfig:
 
     Attributes:
         train: JSONL file or files to train on; "demo" is the data that comes with the project.
-        heldout: JSONL file or files to evaluate on, never trained on; [] for none.
+        heldout: JSONL file or files to evaluate on, never trained on; [] for none. The default is "demo" if train is
+            "demo", and none for files of your own.
+        allow_overlap: Allow held-out records whose prompts are also in the training records.
         pack_tokens: Maximum number of tokens in one forward pass; no sequence may be longer.
         too_long: error stops at a record of more than pack_tokens tokens, drop leaves it out; nothing is ever cut.
         weights: How often an epoch draws each record, by kind; default 1. For example {general: 1, safety: 2} for RW or
@@ -108,7 +110,8 @@ class DataConfig:
     """
 
     train: list[str] | str = field(default_factory=lambda: [DEMO])
-    heldout: list[str] | str = field(default_factory=lambda: [DEMO])
+    heldout: list[str] | str | None = None
+    allow_overlap: bool = False
     pack_tokens: int = 2048
     too_long: Literal["error", "drop"] = "error"
     weights: dict[str, float] = field(default_factory=dict)
@@ -130,6 +133,17 @@ class DataConfig:
                 raise SaroError(f"data.weights: {kind} is {weight}; it must be at least 0")
         if not all(self.think_tags) or self.think_tags[0] == self.think_tags[1]:
             raise SaroError("data.think_tags must be two different tags")
+
+
+def _with_heldout(data: DataConfig) -> DataConfig:
+    """Return the options of a run, in which ``heldout`` has its default if none was given.
+
+    ``DataConfig`` itself cannot do this: its own default would be that of the command line, whatever ``train`` is.
+    """
+    if data.heldout is not None:
+        return data
+    # The demo's records would say nothing about a run on other data.
+    return replace(data, heldout=[DEMO] if data.train == [DEMO] else [])
 
 
 @dataclass(frozen=True)
@@ -207,6 +221,7 @@ class RWConfig:
 
     def __post_init__(self) -> None:
         _check_kinds(self.data.weights, KINDS)
+        object.__setattr__(self, "data", _with_heldout(self.data))
 
 
 @dataclass(frozen=True)
@@ -272,6 +287,7 @@ class SRPOConfig:
 
     def __post_init__(self) -> None:
         _check_kinds(self.data.weights, PAIR_KINDS)
+        object.__setattr__(self, "data", _with_heldout(self.data))
 
 
 def as_dict(config: object) -> dict[str, Any]:

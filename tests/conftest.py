@@ -18,6 +18,7 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 import pytest
 import torch
 from accelerate import Accelerator
+from sets import with_other_prompts
 from tiny import save_tiny_model
 
 from saro.config import DataConfig, ModelConfig
@@ -252,7 +253,7 @@ def finished_run(tmp_path_factory, tiny_model, recipes, examples) -> Callable[..
     def get(method: str = "lora", kind: str = "llama") -> Path:
         if (method, kind) not in made:
             folder = tmp_path_factory.mktemp(f"{method}_{kind}")
-            for name, records in (("train", examples), ("heldout", examples[:6])):
+            for name, records in (("train", examples), ("heldout", with_other_prompts(examples[:6]))):
                 (folder / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
             options = {
                 "model.name": tiny_model(kind),
@@ -276,7 +277,10 @@ def finished_run(tmp_path_factory, tiny_model, recipes, examples) -> Callable[..
 
 
 def _short_run(model: str, file: str, heldout: str, output: Path) -> Callable[..., list[str]]:
-    """Return a function that makes the command line of a short run: flags, and options that keywords change."""
+    """Return a function that makes the command line of a short run: flags, and options that keywords change.
+
+    None leaves an option out.
+    """
 
     def get(*flags: str, **changes: object) -> list[str]:
         options: dict[str, object] = {
@@ -293,7 +297,7 @@ def _short_run(model: str, file: str, heldout: str, output: Path) -> Callable[..
             "train_lr": 1e-2,
         }
         named = {k.replace("_", ".", 1): v for k, v in (options | changes).items()}
-        return [*flags, *(part for k, v in named.items() for part in (f"--{k}", str(v)))]
+        return [*flags, *(part for k, v in named.items() if v is not None for part in (f"--{k}", str(v)))]
 
     return get
 
@@ -305,7 +309,7 @@ def rw_arguments(tiny_model, records_file, examples, tmp_path) -> Callable[..., 
     Keyword arguments change options: ``rw_arguments("--resume", model_method="full", train_max_steps=2)``.
     """
     file = records_file(examples, "train.jsonl")
-    heldout = records_file(examples[:5], "heldout.jsonl")
+    heldout = records_file(with_other_prompts(examples[:5]), "heldout.jsonl")
     return _short_run(tiny_model(), file, heldout, tmp_path / "run")
 
 
@@ -338,7 +342,7 @@ def srpo_arguments(tiny_model, records_file, pairs, tmp_path) -> Callable[..., l
     Keyword arguments change options: ``srpo_arguments("--resume", preference_beta=0.5, train_max_steps=2)``.
     """
     file = records_file(pairs, "pairs.jsonl")
-    heldout = records_file(pairs[:5], "heldout-pairs.jsonl")
+    heldout = records_file(with_other_prompts(pairs[:5]), "heldout-pairs.jsonl")
     return _short_run(tiny_model(), file, heldout, tmp_path / "run")
 
 

@@ -324,7 +324,7 @@ def test_the_reference_of_a_resumed_run_is_its_start(srpo, srpo_arguments, rw_fi
         shard.unlink()
     done = srpo(*srpo_arguments("--resume", **options))
     assert done.code == 0, done.err
-    assert scored_lines(done.err) == ["reference: scoring 24 of 24 pairs"]
+    assert scored_lines(done.err) == ["reference: scoring 24 of 24 pairs", "reference: scoring 5 of 5 pairs"]
     assert "loss 0.6931 at the start" in done.err
     assert metrics_of(tmp_path / "run")[2]["rewards/margins"] > 0
 

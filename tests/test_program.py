@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 
-from saro.config import RWConfig, as_dict
+from saro.config import RWConfig, SRPOConfig, as_dict
 from saro.errors import SaroError
 from saro.program import RunFlags, as_list, parse_recipe, progress_bar, run_program
 
@@ -57,9 +57,10 @@ def test_without_arguments_all_options_have_their_defaults():
         (["--train.betas", "[0.8, 0.9]"], "train", "betas", (0.8, 0.9)),
         (["--model.method", "full"], "model", "method", "full"),
         (["--model.dropout", "true"], "model", "dropout", True),
-        (["--data.train", "[a.jsonl, b.jsonl]"], "data", "train", ["a.jsonl", "b.jsonl"]),
-        (["--data.train", "a.jsonl"], "data", "train", ["a.jsonl"]),
+        (["--data.heldout", "[a.jsonl, b.jsonl]"], "data", "heldout", ["a.jsonl", "b.jsonl"]),
+        (["--data.heldout", "a.jsonl"], "data", "heldout", ["a.jsonl"]),
         (["--data.heldout", "[]"], "data", "heldout", []),
+        (["--data.allow_overlap", "true"], "data", "allow_overlap", True),
         (["--data.weights", "{general: 1, safety: 2}"], "data", "weights", {"general": 1, "safety": 2}),
         (["--data.weights.safety", "0.5"], "data", "weights", {"safety": 0.5}),
         (["--data.think_tags", "[<a>, </a>]"], "data", "think_tags", ("<a>", "</a>")),
@@ -80,6 +81,31 @@ def test_an_option_on_the_command_line_arrives(args, group, name, value):
     expected = as_dict(RWConfig())
     expected[group][name] = list(value) if isinstance(value, tuple) else value
     assert as_dict(config) == expected
+
+
+@pytest.mark.parametrize("config", [RWConfig, SRPOConfig])
+@pytest.mark.parametrize(
+    ("args", "train", "heldout"),
+    [
+        ((), ["demo"], ["demo"]),
+        (("--data.train", "demo"), ["demo"], ["demo"]),
+        (("--data.train", "a.jsonl"), ["a.jsonl"], []),
+        (("--data.train", "[a.jsonl, b.jsonl]"), ["a.jsonl", "b.jsonl"], []),
+        (("--data.train", "[demo, a.jsonl]"), ["demo", "a.jsonl"], []),
+        (("--data.train", "a.jsonl", "--data.heldout", "demo"), ["a.jsonl"], ["demo"]),
+        (("--data.train", "demo", "--data.heldout", "a.jsonl"), ["demo"], ["a.jsonl"]),
+        (("--data.train", "demo", "--data.heldout", "[]"), ["demo"], []),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
+)
+def test_the_demo_is_held_out_only_from_the_demo_unless_it_is_asked_for(config, args, train, heldout):
+    data = parse_recipe(config, "rw.py", "Train.", args)[0].data
+    assert (data.train, data.heldout) == (train, heldout)
+
+
+def test_files_of_ones_own_in_a_yaml_file_hold_nothing_out(yaml_file):
+    config, _ = parse("--config", yaml_file("data: {train: [a.jsonl]}"))
+    assert config.data.heldout == []
 
 
 def test_an_option_in_a_file_arrives(yaml_file):

@@ -1,11 +1,13 @@
 """Encodes examples and pairs as token ids, through the model's chat template.
 
 The prompt's ids are exactly those that the model reads at inference. The completion's ids follow, up to and including
-the stop token. The template never renders the completion, so it cannot drop the reasoning from it.
+the stop token, as they would if prompt and completion were tokenized together. The template never renders the completion,
+so it cannot drop the reasoning from it.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, datetime, time
@@ -22,6 +24,9 @@ from saro.errors import SaroError
 
 # Placeholder answer, used to find out what the template writes after one. No template has a reason to change it.
 _PROBE = "saro-probe-answer"
+# Texts that a response is tokenized after if its first characters merge with the end of the prompt. Three, because a
+# vocabulary may merge some of them too.
+_ANCHORS = ("\n", ".", "a")
 
 
 @dataclass(frozen=True)
@@ -83,16 +88,27 @@ class ChatFormat:
     def completion_text(self, rendered_prompt: str, response: Response) -> str:
         """Return the text that follows a rendered prompt, without the stop token.
 
-        If the template has already opened the reasoning, the text starts after the opening tag.
+        If the template has already opened the reasoning, the text starts after the opening tag. A response may hold its
+        reasoning, as one pair of tags at its beginning, if the record gives none. Raises SaroError for any other tag.
         """
         opening, closing = self.think_tags
         opened = rendered_prompt.rstrip().endswith(opening)
         text = response.answer
+        tags = self._find_tags(text)
         if response.reasoning is not None:
-            if opening in response.reasoning or closing in response.reasoning:
-                raise SaroError(f"the reasoning holds a {opening} or {closing} tag of its own; remove it")
+            for part, found in (("reasoning", self._find_tags(response.reasoning)), ("answer", tags)):
+                if found:
+                    raise SaroError(f"the {part} holds a {opening} or {closing} tag of its own; remove it")
             text = f"{opening}\n{response.reasoning}\n{closing}\n\n{text}"
-        elif opened and not text.lstrip().startswith(opening):
+        elif opened and tags == [closing]:
+            # The text of a model that continued this prompt, in which the tag is open already.
+            return text
+        elif tags and (tags != [opening, closing] or not text.lstrip().startswith(opening)):
+            raise SaroError(
+                f"the response's {opening} and {closing} tags are not one pair at its beginning; "
+                "write the reasoning once, before the answer, and remove other tags"
+            )
+        elif opened and not tags:
             # The template opened the think tag, and there is no reasoning: close the tag at once.
             text = f"{opening}\n\n{closing}\n\n{text}"
         if rendered_prompt.rstrip().endswith(closing) and text.lstrip().startswith(opening):
@@ -105,6 +121,12 @@ class ChatFormat:
             if rendered_prompt.endswith("\n"):
                 text = text.removeprefix("\n")
         return text
+
+    def _find_tags(self, text: str) -> list[str]:
+        """Return the think tags in a text, in their order."""
+        # The longer one first: it may hold the other.
+        longer_first = sorted(self.think_tags, key=len, reverse=True)
+        return re.findall("|".join(map(re.escape, longer_first)), text)
 
     def encode(self, example: Example, record: int = 0) -> ScoredSequence:
         """Encode one example. The tokens of the completion are scored, including the stop token.
@@ -125,11 +147,12 @@ class ChatFormat:
         try:
             if isinstance(prompt, str):
                 prompt_ids = self._raw_prompt_ids(prompt)
-                completion, kinds = self._encode_completion(response.answer, self._raw_turn_end)
+                completion, kinds = self._encode_completion(prompt, response.answer, self._raw_turn_end)
             else:
                 rendered = self.render_prompt(prompt)
                 prompt_ids = self._token_ids(rendered)
-                completion, kinds = self._encode_completion(self.completion_text(rendered, response), self._turn_end)
+                text = self._turn_start + self.completion_text(rendered, response)
+                completion, kinds = self._encode_completion(rendered, text, self._turn_end)
         except SaroError as error:
             raise SaroError(f"{where}: {error}") from error
         bos = self.tokenizer.bos_token_id
@@ -138,27 +161,63 @@ class ChatFormat:
         tokens = np.array(prompt_ids + completion, np.int32)
         return ScoredSequence(tokens, len(prompt_ids), np.array(kinds, np.uint8), record)
 
-    def _encode_completion(self, text: str, turn_end: str) -> tuple[list[int], list[int]]:
-        """Return the ids of ``text + turn_end`` and the ``RowKind`` of each, both of length n."""
-        encoded = self.tokenizer(text + turn_end, add_special_tokens=False, return_offsets_mapping=True)
-        ids = encoded.input_ids
+    def _encode_completion(self, prompt: str, text: str, turn_end: str) -> tuple[list[int], list[int]]:
+        """Return the ids of ``text + turn_end``, which follow ``prompt``, and the ``RowKind`` of each, both of length n."""
+        ids, starts = self._continue_prompt(prompt, text, turn_end)
         if ids[-1] not in self.stop_ids:
             raise SaroError("the stop token merges with the end of the answer; end the answer with another character")
         # Check only the response: the template itself may write a control token before its end token.
-        response_ids = [i for i, (start, _) in zip(ids, encoded.offset_mapping, strict=True) if start < len(text)]
+        response_ids = [i for i, start in zip(ids, starts, strict=True) if start < len(text)]
         control = self._control_ids.intersection(response_ids)
         if control:
             names = ", ".join(repr(self.tokenizer.convert_ids_to_tokens(i)) for i in sorted(control))
             raise SaroError(f"the response holds the model's control token {names} as text; remove or rewrite it")
         closing = self.think_tags[1]
         think_end = text.find(closing) + len(closing) if closing in text else 0
-        kinds = [RowKind.THINK if start < think_end else RowKind.ANSWER for start, _ in encoded.offset_mapping]
+        kinds = [RowKind.THINK if start < think_end else RowKind.ANSWER for start in starts]
         kinds[-1] = RowKind.STOP
         if closing in text and closing not in self.tokenizer.decode(ids):
             raise SaroError(
                 f"the tokenizer does not keep the tag {closing}; set --data.think_tags to tags that it keeps"
             )
         return ids, kinds
+
+    def _continue_prompt(self, prompt: str, text: str, turn_end: str) -> tuple[list[int], list[int]]:
+        """Return the ids that ``text + turn_end`` has after ``prompt``, and the position in it where each begins.
+
+        Most tokenizers give a text the same ids wherever it stands. Those that put a space in front of every text, as
+        Llama 2's does, would put it between prompt and response too. So the text is tokenized after the prompt, or after
+        an anchor if its beginning merges with the end of the prompt, whose ids must stay those of inference.
+
+        Raises SaroError if the text reads otherwise after the prompt with each of these ids.
+        """
+        if not self._puts_space_in_front:
+            ids, spans = self._tokenize(text + turn_end)
+            return ids, [start for start, _ in spans]
+        prompt_ids = self._token_ids(prompt)
+        for before in (prompt, "", *_ANCHORS):
+            before_ids = self._token_ids(before)
+            n = len(before_ids)
+            ids, spans = self._tokenize(before + text + turn_end)
+            # A token before the text may also take characters from it: Phi-3's <|assistant|> takes the line ends after it.
+            if ids[:n] != before_ids or any(stop > len(before) for _, stop in spans[:n]):
+                continue
+            if before == prompt or self._decode(prompt_ids + ids[n:]).startswith(self._decode(prompt_ids) + text):
+                return ids[n:], [start - len(before) for start, _ in spans[n:]]
+        raise SaroError(
+            "the tokenizer merges the beginning of the response with the end of the prompt; "
+            "end the prompt or begin the response with another character"
+        )
+
+    @cached_property
+    def _puts_space_in_front(self) -> bool:
+        """Return True unless the tokenizer gives a letter the same id in front of a text and inside it."""
+        letter = self._token_ids("a")
+        return all(self._token_ids(anchor + "a") != self._token_ids(anchor) + letter for anchor in _ANCHORS)
+
+    def _decode(self, ids: list[int]) -> str:
+        # The backend's text: transformers' may leave out spaces before punctuation.
+        return self.tokenizer.backend_tokenizer.decode(ids, skip_special_tokens=False)
 
     @cached_property
     def _dated_template(self) -> str:
@@ -186,14 +245,27 @@ class ChatFormat:
         return f"{{%- macro strftime_now(format) -%}}{{{{ format{replaced} }}}}{{%- endmacro +%}}{template}"
 
     @cached_property
-    def _turn_end(self) -> str:
-        """Return what the template writes after an answer, up to and including the first token that ends generation."""
+    def _rendered_probe(self) -> tuple[str, str]:
+        """Return what the template writes before and after an assistant's answer."""
         probe = (Message("user", "Hello"), Message("assistant", _PROBE))
-        _, probe_found, suffix = self.render_prompt(probe, add_generation_prompt=False).rpartition(_PROBE)
+        before, probe_found, after = self.render_prompt(probe, add_generation_prompt=False).rpartition(_PROBE)
         if not probe_found:
             raise SaroError("the chat template does not write the assistant's answer; give one that does")
-        encoded = self.tokenizer(suffix, add_special_tokens=False, return_offsets_mapping=True)
-        for token, (_, stop) in zip(encoded.input_ids, encoded.offset_mapping, strict=True):
+        return before, after
+
+    @cached_property
+    def _turn_start(self) -> str:
+        """Return the white space that the template writes between a prompt and its answer, such as Llama 2's space."""
+        before, _ = self._rendered_probe
+        prompt = self.render_prompt((Message("user", "Hello"),))
+        space = before.removeprefix(prompt)
+        return space if before.startswith(prompt) and not space.strip() else ""
+
+    @cached_property
+    def _turn_end(self) -> str:
+        """Return what the template writes after an answer, up to and including the first token that ends generation."""
+        _, suffix = self._rendered_probe
+        for token, (_, stop) in zip(*self._tokenize(suffix), strict=True):
             if token in self.stop_ids:
                 return suffix[:stop]
         names = ", ".join(repr(self.tokenizer.convert_ids_to_tokens(i)) for i in sorted(self.stop_ids))
@@ -236,3 +308,8 @@ class ChatFormat:
     def _token_ids(self, text: str) -> list[int]:
         # The template writes its own BOS, so the tokenizer must not add another.
         return self.tokenizer(text, add_special_tokens=False).input_ids
+
+    def _tokenize(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Return the ids of a text and the span of characters, (start, stop), of each."""
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        return encoded.input_ids, encoded.offset_mapping

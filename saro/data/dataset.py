@@ -31,6 +31,7 @@ class ExampleSet:
         think_tokens: (n,) int32, number of scored tokens of the reasoning, including its tags.
         kinds: (n,) uint8, index into ``KINDS``.
         ids: the records' ids.
+        where: "file.jsonl:17" of each record, as in ``Example``; empty for a set that was not read from files.
         dropped: ids of the records that were left out because they are too long.
     """
 
@@ -40,6 +41,7 @@ class ExampleSet:
     think_tokens: np.ndarray
     kinds: np.ndarray
     ids: tuple[str, ...]
+    where: tuple[str, ...] = ()
     dropped: tuple[str, ...] = ()
 
     def __len__(self) -> int:
@@ -205,6 +207,7 @@ def _encode(
     sides: list[_Columns] = []
     kinds = array("B")
     ids: list[str] = []
+    where: list[str] = []
     dropped: list[str] = []
     seen: dict[str, str] = {}
     for record in progress_bar(records, "encoding", "records", shown=progress):
@@ -229,11 +232,12 @@ def _encode(
             side.add(sequence)
         kinds.append(kind_names.index(record.kind))
         ids.append(record.id)
+        where.append(record.where)
     if not ids:
         raise SaroError(
             f"all {len(dropped)} records are longer than {options.pack_tokens} tokens; raise --data.pack_tokens"
         )
-    return [side.as_set(np.frombuffer(kinds, np.uint8), tuple(ids), tuple(dropped)) for side in sides]
+    return [side.as_set(np.frombuffer(kinds, np.uint8), tuple(ids), tuple(where), tuple(dropped)) for side in sides]
 
 
 class _Columns:
@@ -251,7 +255,9 @@ class _Columns:
         self._prompt_tokens.append(sequence.scored_from)
         self._think_tokens.append(int((sequence.row_kinds == RowKind.THINK).sum()))
 
-    def as_set(self, kinds: np.ndarray, ids: tuple[str, ...], dropped: tuple[str, ...]) -> ExampleSet:
+    def as_set(
+        self, kinds: np.ndarray, ids: tuple[str, ...], where: tuple[str, ...], dropped: tuple[str, ...]
+    ) -> ExampleSet:
         """Return the sequences as a set, which shares the memory of these arrays."""
         return ExampleSet(
             tokens=np.frombuffer(self._tokens, np.int32),
@@ -260,5 +266,6 @@ class _Columns:
             think_tokens=np.frombuffer(self._think_tokens, np.int32),
             kinds=kinds,
             ids=ids,
+            where=where,
             dropped=dropped,
         )

@@ -10,6 +10,7 @@ import numpy as np
 
 from saro.config import KINDS, PAIR_KINDS
 from saro.data.dataset import ExampleSet, PairSet
+from saro.data.repeats import count_duplicates, find_overlap
 from saro.data.tree import build_tree
 
 
@@ -65,33 +66,46 @@ class LengthReport:
             "scored", which includes the reasoning. Pairs have "chosen" and "rejected" (each with the prompt), "prompt",
             "shared reasoning" (the beginning of both responses) and "pair, shared part once".
         dropped: ids of the records that were too long.
+        duplicates: number of records that repeat an earlier one, token by token; both sides of a pair must.
+        trained_prompts: number of records with the prompt of a training record; 0 for the training records themselves.
         sharing: what trees save; None for examples.
     """
 
     records: dict[str, int]
     lengths: dict[str, Lengths]
     dropped: tuple[str, ...]
-    sharing: Sharing | None = None
+    duplicates: int
+    trained_prompts: int
+    sharing: Sharing | None
 
     @classmethod
-    def of(cls, data: ExampleSet | PairSet) -> LengthReport:
-        """Measure an encoded set."""
+    def of(cls, data: ExampleSet | PairSet, train: ExampleSet | PairSet | None = None) -> LengthReport:
+        """Measure an encoded set. ``train`` has the training records of the same run, and may be ``data`` itself."""
         if isinstance(data, ExampleSet):
+            kind_names, dropped, sharing = KINDS, data.dropped, None
             lengths = {
                 "whole record": data.lengths,
                 "prompt": data.prompt_tokens,
                 "reasoning": data.think_tokens,
                 "scored": data.scored_tokens,
             }
-            return cls(_count_kinds(data.kinds, KINDS), _measure(lengths), data.dropped)
-        lengths = {
-            "chosen": data.chosen.lengths,
-            "rejected": data.rejected.lengths,
-            "prompt": data.chosen.prompt_tokens,
-            "shared reasoning": data.shared_tokens - data.chosen.prompt_tokens,
-            "pair, shared part once": data.lengths,
-        }
-        return cls(_count_kinds(data.kinds, PAIR_KINDS), _measure(lengths), data.chosen.dropped, Sharing.of(data))
+        else:
+            kind_names, dropped, sharing = PAIR_KINDS, data.chosen.dropped, Sharing.of(data)
+            lengths = {
+                "chosen": data.chosen.lengths,
+                "rejected": data.rejected.lengths,
+                "prompt": data.chosen.prompt_tokens,
+                "shared reasoning": data.shared_tokens - data.chosen.prompt_tokens,
+                "pair, shared part once": data.lengths,
+            }
+        return cls(
+            records=_count_kinds(data.kinds, kind_names),
+            lengths={label: Lengths.of(tokens) for label, tokens in lengths.items()},
+            dropped=dropped,
+            duplicates=count_duplicates(data),
+            trained_prompts=0 if train is None or train is data else len(find_overlap(data, train)),
+            sharing=sharing,
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """Return the report as plain data that JSON can hold."""
@@ -101,7 +115,3 @@ class LengthReport:
 def _count_kinds(kinds: np.ndarray, names: Sequence[str]) -> dict[str, int]:
     counts = {name: int((kinds == i).sum()) for i, name in enumerate(names)}
     return {name: n for name, n in counts.items() if n}
-
-
-def _measure(lengths: dict[str, np.ndarray]) -> dict[str, Lengths]:
-    return {label: Lengths.of(tokens) for label, tokens in lengths.items()}

@@ -38,9 +38,14 @@ def print_lengths(console: Console, title: str, report: Mapping[str, Any]) -> No
         report: the result of ``LengthReport.as_dict``, which a run's manifest.json also has under ``records``.
     """
     kinds = ", ".join(f"{n:,} {name}" for name, n in report["records"].items())
-    dropped = f"; {len(report['dropped']):,} dropped as too long" if report["dropped"] else ""
     noun = "pairs" if report["sharing"] else "records"
-    line = f"{title}: {sum(report['records'].values()):,} {noun} ({kinds}){dropped}"
+    line = f"{title}: {sum(report['records'].values()):,} {noun} ({kinds})"
+    if report["dropped"]:
+        line += f"; {len(report['dropped']):,} dropped as too long"
+    if report["duplicates"]:
+        line += f"; {report['duplicates']:,} exact duplicates of another one"
+    if report["trained_prompts"]:
+        line += f"; {report['trained_prompts']:,} with the prompt of a training record"
     console.print(line, markup=False, highlight=False, soft_wrap=True)
     table = Table()
     table.add_column("tokens")
@@ -63,27 +68,31 @@ def describe_sharing(apart: int, by_pair: int, by_prompt: int) -> str:
 
 
 def before_after_tables(
-    before: Mapping[str, Any], after: Mapping[str, Any], prompts: Sequence[tuple[str, str | None]]
+    before: Mapping[str, Any],
+    after: Mapping[str, Any],
+    prompts: Sequence[tuple[str, str | None]],
+    files: Sequence[str],
 ) -> list[Table]:
     """Return the tables at the end of a run: answers, if there are prompts, and held-out metrics, if there are any.
 
     Args:
         before, after: contents of a run's before.json and after.json: ``answers`` and ``metrics``.
         prompts: (id, text) of each prompt that was answered; the text is None if it is not to be shown.
+        files: the held-out files, as the user named them.
     """
     tables = []
     if prompts:
-        tables.append(answer_table(before["answers"], after["answers"], prompts))
+        tables.append(answer_table(before["answers"], after["answers"], prompts, files))
     if "eval/rewards/margins" in before["metrics"]:
-        tables.append(pair_table(before["metrics"], after["metrics"]))
+        tables.append(pair_table(before["metrics"], after["metrics"], files))
     elif before["metrics"]:
-        tables.append(token_table(before["metrics"], after["metrics"]))
+        tables.append(token_table(before["metrics"], after["metrics"], files))
     return tables
 
 
-def token_table(before: Mapping[str, float], after: Mapping[str, float]) -> Table:
+def token_table(before: Mapping[str, float], after: Mapping[str, float], files: Sequence[str]) -> Table:
     """Return the table of means over held-out tokens before and after training, by kind of record and of token."""
-    table = Table(title="Held-out tokens, before → after", title_justify="left")
+    table = Table(title=f"Held-out tokens{_of(files)}, before → after", title_justify="left")
     table.add_column("tokens")
     for heading, _ in _TOKEN_METRICS.values():
         table.add_column(heading, justify="right")
@@ -99,9 +108,9 @@ def token_table(before: Mapping[str, float], after: Mapping[str, float]) -> Tabl
     return table
 
 
-def pair_table(before: Mapping[str, float], after: Mapping[str, float]) -> Table:
+def pair_table(before: Mapping[str, float], after: Mapping[str, float], files: Sequence[str]) -> Table:
     """Return the table of held-out preference metrics before and after training."""
-    table = Table(title="Held-out pairs", title_justify="left")
+    table = Table(title=f"Held-out pairs{_of(files)}", title_justify="left")
     table.add_column("metric")
     table.add_column("before", justify="right")
     table.add_column("after", justify="right")
@@ -114,9 +123,11 @@ def pair_table(before: Mapping[str, float], after: Mapping[str, float]) -> Table
     return table
 
 
-def answer_table(before: Sequence[str], after: Sequence[str], prompts: Sequence[tuple[str, str | None]]) -> Table:
+def answer_table(
+    before: Sequence[str], after: Sequence[str], prompts: Sequence[tuple[str, str | None]], files: Sequence[str]
+) -> Table:
     """Return the table of answers before and after training. A prompt is shown by its id, and its text unless None."""
-    table = Table(title="Answers to held-out prompts", title_justify="left", show_lines=True)
+    table = Table(title=f"Answers to held-out prompts{_of(files)}", title_justify="left", show_lines=True)
     for column, ratio in (("prompt", 1), ("before", 2), ("after", 2)):
         table.add_column(column, ratio=ratio)
     # A resumed run may ask for another number of samples than its first part; those that both have are the same.
@@ -139,6 +150,7 @@ def compare_table(
     figures: Sequence[Mapping[str, Any]],
     prompts: Sequence[tuple[str, str | None]],
     num_prompts: int,
+    files: Sequence[str],
 ) -> Table:
     """Return the table of several models: a row for each figure that all of them have, then answers.
 
@@ -146,8 +158,9 @@ def compare_table(
         figures: for each model ``loss``, ``likelier``, ``margin``, ``reasoning_tokens`` and ``answers``.
         prompts: (id, text) of the first prompts, whose answers are shown.
         num_prompts: number of all prompts that were answered.
+        files: the held-out files, as the user named them.
     """
-    table = Table(title="Held-out records", title_justify="left", show_lines=True)
+    table = Table(title=f"Held-out records{_of(files)}", title_justify="left", show_lines=True)
     table.add_column("", ratio=2)
     for name in names:
         table.add_column(escape(name), ratio=3)
@@ -174,6 +187,11 @@ def doctor_table(findings: Sequence[Mapping[str, Any]]) -> Table:
         result = _RESULTS[finding["ok"]]
         table.add_row(escape(finding["name"]), result, escape(finding["figure"]), escape(finding["limit"]))
     return table
+
+
+def _of(files: Sequence[str]) -> str:
+    """Return the end of a title that names the files which the figures come from."""
+    return f" of {escape(', '.join(files))}"
 
 
 def _label(name: str, text: str | None) -> str:

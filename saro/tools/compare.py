@@ -127,7 +127,8 @@ def compare(options: Options, console: Console) -> list[Figures]:
         # A module and the forward that is bound to it refer to each other: collect them before the next model loads.
         gc.collect()
     labels = label_prompts(prompts[: len(options.show)], show_texts=True)
-    console.print(compare_table(names, [asdict(f) for f in figures], labels, num_prompts=len(prompts)))
+    files = list(dict.fromkeys([*as_list(options.examples), *as_list(options.pairs)]))
+    console.print(compare_table(names, [asdict(f) for f in figures], labels, num_prompts=len(prompts), files=files))
     return figures
 
 

@@ -12,7 +12,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from saro.data.chat_format import ChatFormat
-from saro.data.records import Example, Message, Response, parse_example
+from saro.data.records import Example, Message, Response, parse_example, parse_pair
 from saro.data.tree import RowKind
 from saro.errors import SaroError
 
@@ -51,6 +51,8 @@ QWEN3 = DROPS_THINK.replace(
 
 TOKENS = ("<|head|>", "<|eot_id|>", "[INST]", "[/INST]", "</s>")
 STOP = {LLAMA3: "<|eot_id|>", MISTRAL: "</s>"}
+# What the template writes between the prompt and the assistant's answer.
+START = {MISTRAL: " "}
 TEMPLATES = {
     "chatml": CHATML,
     "llama3": LLAMA3,
@@ -186,7 +188,8 @@ def test_several_templates_without_a_default_are_refused():
 def test_reasoning_and_answer_are_trained_on_to_the_letter(name, reasoning, answer):
     prompt, completion = texts(CHATS[name], ask("Why?", reasoning, answer))
     opened = "" if prompt.endswith("<think>\n") else "<think>\n"
-    assert completion == f"{opened}{reasoning}\n</think>\n\n{answer}{STOP.get(TEMPLATES[name], '<|im_end|>')}"
+    start, stop = START.get(TEMPLATES[name], ""), STOP.get(TEMPLATES[name], "<|im_end|>")
+    assert completion == f"{start}{opened}{reasoning}\n</think>\n\n{answer}{stop}"
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -211,6 +214,22 @@ def test_everything_from_the_first_token_of_the_response_is_scored(template):
     sequence = chat.encode(example)
     assert sequence.scored_from == len(chat.prompt_ids(example.prompt))
     assert len(sequence.row_kinds) == len(sequence.tokens) - sequence.scored_from
+
+
+@pytest.mark.parametrize("space", [" ", "\n", ""])
+def test_white_space_that_the_template_writes_before_an_answer_is_trained_on(space):
+    template = CHATML.replace("m['role'] + '\n'", f"m['role'] + ':{space}'").replace("assistant\n", "assistant:")
+    prompt, completion = texts(chat_of(template), ask())
+    assert prompt.endswith("<|im_start|>assistant:")
+    assert completion == f"{space}<think>\nBecause.\n</think>\n\nSo.<|im_end|>"
+
+
+def test_other_text_that_the_template_writes_before_an_answer_is_not_trained_on():
+    # Qwen3 writes empty reasoning before an answer that has none.
+    template = CHATML.replace(
+        "m['content']", "('<think>\n\n</think>\n\n' if m['role'] == 'assistant' else '') + m['content']"
+    )
+    assert texts(chat_of(template), ask())[1] == "<think>\nBecause.\n</think>\n\nSo.<|im_end|>"
 
 
 def test_an_answer_without_reasoning_is_trained_on_unchanged():
@@ -287,7 +306,7 @@ def test_reasoning_is_allowed_with_a_template_that_leaves_thinking_on(variables)
 def test_rows_are_thought_answer_and_stop(template):
     opened = "" if template == OPENS_THINK else "<think>\n"
     assert by_kind(chat_of(template), ask()) == {
-        RowKind.THINK: f"{opened}Because.\n</think>",
+        RowKind.THINK: f"{START.get(template, '')}{opened}Because.\n</think>",
         RowKind.ANSWER: "\n\nSo.",
         RowKind.STOP: STOP.get(template, "<|im_end|>"),
     }
@@ -341,6 +360,92 @@ def test_a_tokenizer_that_loses_the_tag_is_refused():
 def test_reasoning_with_a_tag_of_its_own_is_refused(tag):
     message = refusal(chat_of(), ask(reasoning=f"{SECRET} {tag}"))
     assert message == "the reasoning holds a <think> or </think> tag of its own; remove it"
+
+
+@pytest.mark.parametrize("tag", ["<think>", "</think>", "<think>Hm.</think>"])
+def test_an_answer_with_a_tag_after_reasoning_is_refused(tag):
+    message = refusal(chat_of(), ask(answer=f"So. {tag} {SECRET}"))
+    assert message == "the answer holds a <think> or </think> tag of its own; remove it"
+
+
+@pytest.mark.parametrize("template", [OPENS_THINK, QWEN3], ids=["opens think", "qwen3"])
+def test_an_answer_with_a_tag_after_reasoning_is_refused_with_any_template(template):
+    assert refusal(chat_of(template), ask(answer="</think> So.")).startswith(
+        "the answer holds a <think> or </think> tag"
+    )
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "Hm.\n</think>\n\nSo.",
+        "<think>\nHm.",
+        "So. <think>Hm.</think>",
+        "<think>Hm.</think>So.<think>Hm.</think>So.",
+        "<think>Hm.</think>So.</think>",
+        "<think><think>Hm.</think>So.",
+        "</think>Hm.<think>So.",
+    ],
+)
+def test_tags_in_a_response_that_are_not_one_pair_at_its_beginning_are_refused(answer):
+    message = refusal(chat_of(), ask(reasoning=None, answer=answer + SECRET))
+    assert message == (
+        "the response's <think> and </think> tags are not one pair at its beginning; "
+        "write the reasoning once, before the answer, and remove other tags"
+    )
+
+
+@pytest.mark.parametrize("field", ["messages", "completion"])
+def test_a_second_tag_in_a_message_is_refused(field):
+    reply = {"role": "assistant", "content": "<think>Hm.</think>So. </think>"}
+    turns = [{"role": "user", "content": "Why?"}]
+    record = {"messages": [*turns, reply]} if field == "messages" else {"prompt": turns, "completion": [reply]}
+    assert "are not one pair at its beginning" in refusal(chat_of(), parse_example(record, "data.jsonl:7", "a"))
+
+
+@pytest.mark.parametrize("side", ["chosen", "rejected"])
+def test_an_answer_with_a_tag_is_refused_on_both_sides_of_a_pair(side):
+    record = {
+        "prompt": "Why?",
+        "chosen": {"reasoning": "a", "answer": "b"},
+        "rejected": {"reasoning": "a", "answer": "c"},
+    }
+    record[side]["answer"] += "</think>"
+    with pytest.raises(SaroError, match=r"^pairs.jsonl:3: the answer holds a <think> or </think> tag of its own"):
+        chat_of().encode_pair(parse_pair(record, "pairs.jsonl:3", "p"))
+
+
+def test_a_response_may_continue_reasoning_that_the_template_opened():
+    # As a model with such a template writes it.
+    prompt, completion = texts(chat_of(OPENS_THINK), ask(reasoning=None, answer="Hm.\n</think>\n\nSo."))
+    assert prompt.endswith("<think>\n")
+    assert completion == "Hm.\n</think>\n\nSo.<|im_end|>"
+
+
+def test_tags_in_the_prompt_are_as_at_inference():
+    turns = [
+        ("user", "What does </think> mean?"),
+        ("assistant", "<think>Hm.</think>It ends <think>."),
+        ("user", "Why?"),
+    ]
+    chat, example = chat_of(), ask(turns)
+    assert chat.prompt_ids(example.prompt) == chat.inference_prompt_ids(example.prompt)
+    assert "<think>Hm.</think>It ends <think>." in texts(chat, example)[0]
+
+
+def test_a_tag_of_another_name_is_text():
+    assert texts(chat_of(think_tags=("[[", "]]")), ask(answer="So </think>."))[1].endswith("So </think>.<|im_end|>")
+
+
+def test_one_tag_may_be_a_part_of_the_other():
+    chat = chat_of(think_tags=("THINK", "UNTHINK"))
+    native, whole = ask(), ask(reasoning=None, answer="THINK\nBecause.\nUNTHINK\n\nSo.")
+    assert chat.encode(native).tokens.tolist() == chat.encode(whole).tokens.tolist()
+
+
+def test_tags_in_raw_text_are_trained_on_to_the_letter():
+    example = raw("Q: Why?\nA: <think>", "Hm.</think>So.<think>")
+    assert texts(chat_of(), example) == ("Q: Why?\nA: <think>", "Hm.</think>So.<think><|im_end|>")
 
 
 # BOS

@@ -1,5 +1,6 @@
 """Tests that encoding JSONL files into compact arrays equals encoding each record by itself."""
 
+import json
 from datetime import date
 from itertools import pairwise
 
@@ -84,6 +85,12 @@ def test_ids_and_kinds_are_the_records(records_file, examples):
     data = encode_files([records_file(examples)], CHAT, DataConfig(pack_tokens=512))
     assert data.ids == tuple(example["id"] for example in examples)
     assert [KINDS[kind] for kind in data.kinds] == [example["kind"] for example in examples]
+
+
+def test_every_record_keeps_its_file_and_line(records_file, examples):
+    first, second = records_file(examples[:2], "a.jsonl"), records_file(["", json.dumps(examples[2])], "b.jsonl")
+    data = encode_files([first, second], CHAT, DataConfig(pack_tokens=512))
+    assert data.where == (f"{first}:1", f"{first}:2", f"{second}:2")
 
 
 def test_lengths_are_prompt_and_scored_tokens(records_file):

@@ -62,6 +62,19 @@ def test_the_report_names_dropped_records():
     assert LengthReport.of(by_hand(dropped=("x", "y"))).dropped == ("x", "y")
 
 
+def test_the_report_counts_duplicates():
+    twins = by_hand(offsets=np.array([0, 5, 10, 15, 20, 38]), prompt_tokens=np.array([1, 1, 2, 1, 2], np.int32))
+    assert LengthReport.of(twins).duplicates == 2
+    assert LengthReport.of(pairs_by_hand()).duplicates == 0
+
+
+def test_the_report_counts_prompts_that_are_trained_on_but_not_in_the_training_set_itself():
+    data = by_hand()
+    assert LengthReport.of(data, train=data).trained_prompts == 0
+    assert LengthReport.of(data, train=by_hand()).trained_prompts == 5
+    assert LengthReport.of(data).trained_prompts == 0
+
+
 def test_the_report_is_plain_data_for_the_manifest():
     as_dict = json.loads(json.dumps(LengthReport.of(by_hand(dropped=("x",))).as_dict()))
     assert as_dict["records"] == {"general": 4, "safety": 1}
@@ -114,9 +127,3 @@ def test_the_report_on_pairs_is_plain_data_for_the_manifest():
     assert as_dict["sharing"] == {"apart": 27, "by_pair": 20, "by_prompt": 16}
     assert as_dict["lengths"]["shared reasoning"]["total"] == 2
     assert as_dict["dropped"] == ["x"]
-
-
-# The check of the masks
-
-
-# The check of the masks of pairs

@@ -18,6 +18,11 @@ PAIR_RECORDS = [
 ]
 
 
+def with_other_prompts(records: list[dict[str, object]]) -> list[dict[str, object]]:
+    """Return the records with prompts of their own, so that they may be held out from training on ``records``."""
+    return [record | {"prompt": f"Again: {record['prompt']}"} for record in records]
+
+
 def by_hand(**changes) -> ExampleSet:
     """Make five records of 5, 6, 7, 12 and 8 tokens."""
     parts = {

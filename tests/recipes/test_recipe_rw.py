@@ -17,6 +17,7 @@ import torch
 import yaml
 from peft import AutoPeftModelForCausalLM
 from run_files import ROOT, TIMING, assert_same_run, metrics_of, steps_logged, wait_for, weights_of
+from sets import with_other_prompts
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from saro.config import DataConfig
@@ -37,7 +38,7 @@ def finished(tmp_path_factory, tiny_model, recipes, examples):
     def get(method: str) -> tuple[Path, object]:
         if method not in made:
             folder = tmp_path_factory.mktemp(method)
-            for name, records in (("train", examples), ("heldout", examples[:5])):
+            for name, records in (("train", examples), ("heldout", with_other_prompts(examples[:5]))):
                 (folder / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
             options = {
                 "model.name": tiny_model(),
@@ -139,7 +140,7 @@ def test_the_terminal_shows_only_our_own_lines(finished, tiny_model):
         run, done = finished(method)
         assert done.out == ""
         assert "step 6/6" in done.err
-        assert "Held-out tokens, before → after" in done.err
+        assert "Held-out tokens of" in done.err
         own = done.err.replace(str(run), "").replace(tiny_model(), "").replace("head tiled-torch", "")
         assert "attention sdpa, head tiled-torch; checking" in done.err
         for word in ("warn", "Warning", "deprecat", "torch", "transformers", "accelerate", "peft", "bitsandbytes"):

@@ -32,6 +32,19 @@ def test_the_printed_report_does_not_mention_dropped_records_if_there_are_none()
     assert "dropped" not in printed(LengthReport.of(by_hand()))
 
 
+def test_the_printed_report_counts_records_that_repeat_others():
+    same = by_hand(offsets=np.array([0, 5, 10, 15, 20, 38]), prompt_tokens=np.array([1, 1, 1, 2, 2], np.int32))
+    text = printed(LengthReport.of(same, train=by_hand(prompt_tokens=np.array([2] * 5, np.int32))), "heldout")
+    assert "; 2 exact duplicates of another one; 2 with the prompt of a training record" in " ".join(text.split())
+
+
+def test_the_printed_report_does_not_mention_repeated_records_if_there_are_none():
+    data = by_hand()
+    text = printed(LengthReport.of(data, train=data))
+    assert "duplicates" not in text
+    assert "prompt of a training record" not in text
+
+
 def test_a_file_name_that_looks_like_markup_is_printed_unchanged():
     assert "[bold]a.jsonl: 5 records" in printed(LengthReport.of(by_hand()), "[bold]a.jsonl")
 
@@ -70,7 +83,7 @@ def pair_metrics(margin: float) -> dict[str, float]:
 
 def test_a_run_of_stage_1_ends_with_a_row_for_each_kind_of_token():
     before, after = ({"answers": [], "metrics": token_metrics(loss)} for loss in (0.5, 0.25))
-    text = text_of(before_after_tables(before, after, []))
+    text = text_of(before_after_tables(before, after, [], ["held.jsonl"]))
     assert "0.500 → 0.250" in text
     assert "50.0% → 25.0%" in text
     assert [line.strip("│ ").split()[0] for line in text.splitlines() if "→ 25.0%" in line] == ["all", "stop"]
@@ -78,7 +91,7 @@ def test_a_run_of_stage_1_ends_with_a_row_for_each_kind_of_token():
 
 def test_a_run_of_stage_2_ends_with_its_preferences():
     before, after = ({"answers": [], "metrics": pair_metrics(margin)} for margin in (0.5, 1.5))
-    text = text_of(before_after_tables(before, after, []))
+    text = text_of(before_after_tables(before, after, [], ["held.jsonl"]))
     assert "Held-out pairs" in text
     assert "1.500" in text
     assert "entropy" not in text  # a metric that was not measured has no row
@@ -87,15 +100,28 @@ def test_a_run_of_stage_2_ends_with_its_preferences():
 @pytest.mark.parametrize(("margin", "accuracy"), [(0.0, "-"), (0.9e-3, "-"), (1.1e-3, "0.250")])
 def test_an_accuracy_at_the_reference_is_not_shown(margin, accuracy):
     before, after = ({"answers": [], "metrics": pair_metrics(m)} for m in (margin, 1.5))
-    row = next(line for line in text_of(before_after_tables(before, after, [])).splitlines() if "accuracy" in line)
+    row = next(
+        line
+        for line in text_of(before_after_tables(before, after, [], ["held.jsonl"])).splitlines()
+        if "accuracy" in line
+    )
     assert [cell.strip() for cell in row.strip("│").split("│")][1:] == [accuracy, "0.250"]
 
 
+@pytest.mark.parametrize("metrics", [token_metrics(0.5), pair_metrics(0.5)], ids=["tokens", "pairs"])
+def test_every_table_names_the_files_of_its_figures(metrics):
+    measured = {"answers": ["a"], "metrics": metrics}
+    text = text_of(before_after_tables(measured, measured, [("id", None)], ["a.jsonl", "[b].jsonl"]))
+    assert " ".join(text.split()).count(" of a.jsonl, [b].jsonl") == 2
+
+
 def test_without_held_out_records_there_are_no_tables():
-    assert before_after_tables({"answers": [], "metrics": {}}, {"answers": [], "metrics": {}}, []) == []
+    assert before_after_tables({"answers": [], "metrics": {}}, {"answers": [], "metrics": {}}, [], []) == []
 
 
 def test_answers_have_the_id_of_their_prompt_and_its_text_only_if_given():
     before, after = ({"answers": [f"{word} [b]"] * 2, "metrics": {}} for word in ("old", "new"))
-    text = text_of(before_after_tables(before, after, [("first", None), ("second", "Why [b]?")]))
+    text = text_of(
+        before_after_tables(before, after, [("first", None), ("second", "Why [b]?")], ["a.jsonl", "[b].jsonl"])
+    )
     assert all(word in text for word in ("first", "second", "Why [b]?", "old [b]", "new [b]"))

@@ -60,6 +60,15 @@ def test_inspect_prints_the_length_report(saro, records_file, examples, tiny_mod
     assert "r0" not in out
 
 
+@pytest.mark.parametrize("pairs", [False, True], ids=["examples", "pairs"])
+def test_the_report_counts_duplicates(records_file, examples, tiny_model, pairs):
+    records = PAIRS[:2] if pairs else examples[:3]
+    again = records[0] | {"id": "again"}
+    text = _inspect([records_file(records), records_file([again], "more.jsonl")], tiny_model(), show=0, color=False)
+    assert "; 1 exact duplicates of another one" in text
+    assert "duplicates" not in _inspect([records_file(records)], tiny_model(), show=0, color=False)
+
+
 def test_scored_tokens_are_coloured_by_their_kind():
     chat = ChatFormat(tiny_tokenizer(), frozenset([IM_END]), date(2024, 7, 26))
     example = Example("a", "general", (Message("user", "Hi"),), Response("why", "yes ☂"), "f:1")
