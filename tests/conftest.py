@@ -211,12 +211,17 @@ class Recipes:
         """Start it and wait until it ends."""
         return self.start(*arguments, **options).wait()
 
-    def start_ranks(self, ranks: int, *arguments: object, **options: object) -> list[Process]:
-        """Start ``ranks`` processes of one process group with the environment that torchrun sets, one thread each."""
+    def start_ranks(
+        self, ranks: int, *arguments: object, variables: dict[str, str] | None = None, **options: object
+    ) -> list[Process]:
+        """Start ``ranks`` processes of one process group with the environment that torchrun sets, one thread each.
+
+        There is no agent that ends the others when one fails. ``variables`` are added to the environment.
+        """
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
-        group = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"}
+        group = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"} | (variables or {})
         return [
             self.start(
                 *arguments,

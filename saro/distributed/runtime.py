@@ -21,6 +21,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from saro.data.packs import Share
+from saro.distributed.check_launcher import check_launcher
 from saro.errors import SaroError, nearest
 from saro.program import quiet_libraries
 
@@ -48,8 +49,10 @@ class Runtime:
         """Join the process group that the launcher describes.
 
         Raises:
-            SaroError: the number of processes is not the one that the launcher promised, or a tracker is missing.
+            SaroError: the number of processes is not the one that the launcher promised, it asks for what a run would
+                not do (see ``check_launcher``), or a tracker is missing.
         """
+        check_launcher(os.environ)
         quiet_libraries()
         keep_freed_memory()
         _stop_with_launcher()
