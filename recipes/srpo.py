@@ -21,12 +21,13 @@ from saro.data.lengths import LengthReport
 from saro.data.records import read_pairs
 from saro.data.steps import Schedule, Steps
 from saro.demo import data_files, find_demo, find_start
+from saro.distributed.run_ranks import run_ranks
 from saro.distributed.runtime import Runtime
 from saro.evaluate.answers import choose_prompts, label_prompts
 from saro.model.architectures import dropout_options
 from saro.model.load import load_policy
 from saro.model.source import find_model
-from saro.program import parse_recipe, run_program
+from saro.program import parse_recipe
 from saro.report.tables import before_after_tables, print_lengths
 from saro.runs.finish import BeforeAfter, end_run, save_final
 from saro.runs.folder import RunFolder
@@ -157,4 +158,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    run_program(main)
+    run_ranks(main)

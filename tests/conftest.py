@@ -92,7 +92,7 @@ for name in ("rw", "srpo"):
     spec = importlib.util.spec_from_file_location(name, f"recipes/{name}.py")
     recipes[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(recipes[name])
-from saro.program import run_program
+from saro.distributed.run_ranks import run_ranks
 print("ready", flush=True)
 while line := sys.stdin.readline():
     request = json.loads(line)
@@ -124,7 +124,7 @@ while line := sys.stdin.readline():
             module = sys.modules["called"] = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(module)
             sys.exit(getattr(module, function)(*request["arguments"]))
-        run_program(recipes[request["recipe"]].main)
+        run_ranks(recipes[request["recipe"]].main)
     except SystemExit as end:
         code = end.code
     except BaseException:

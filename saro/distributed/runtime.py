@@ -1,4 +1,4 @@
-"""Sets up ranks, device and threads. This is the only file that imports accelerate or torch.distributed."""
+"""Sets up ranks, device and threads. This is the only file that imports accelerate."""
 
 from __future__ import annotations
 
