@@ -29,6 +29,7 @@ from saro.model.load import load_policy
 from saro.model.source import find_model
 from saro.program import parse_recipe
 from saro.report.tables import before_after_tables, print_lengths
+from saro.runs.check_ranks import check_same_inputs
 from saro.runs.finish import BeforeAfter, end_run, save_final
 from saro.runs.folder import RunFolder
 from saro.train.engine import evaluate, fit
@@ -45,7 +46,7 @@ def main() -> int:
     console = Console(stderr=True, quiet=not runtime.is_main)
 
     # 1. The run's folder, and the model's tokenizer and config. The folder is not written yet.
-    run = RunFolder.open(config, train_options.output, flags, data_options.template_date)
+    run = RunFolder.open(config, train_options.output, flags, data_options.template_date, runtime)
     model_options = replace(config.model, name=find_demo(config.model.name))
     source = find_model(model_options)
     chat = source.chat_format(data_options, run.template_date)
@@ -62,6 +63,7 @@ def main() -> int:
     manifest = run.manifest(runtime, source, None, train_files + heldout_files, reports)
     # Refuse to resume on other data or another model here, before the model is loaded.
     run.check_unchanged(runtime, manifest)
+    check_same_inputs(runtime, manifest, sets)
     check_masks(train, chat, islice(read_examples(train_files[0]), SAMPLED_PROMPTS), source.config.vocab_size)
 
     # 3. Token ids -> steps of packs. A step can be made from its number, without the steps before it.

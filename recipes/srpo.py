@@ -29,6 +29,7 @@ from saro.model.load import load_policy
 from saro.model.source import find_model
 from saro.program import parse_recipe
 from saro.report.tables import before_after_tables, print_lengths
+from saro.runs.check_ranks import check_same_inputs
 from saro.runs.finish import BeforeAfter, end_run, save_final
 from saro.runs.folder import RunFolder
 from saro.train.check_start import check_start
@@ -48,8 +49,8 @@ def main() -> int:
 
     # 1. The run's folder, the model that training starts from, and the reference model if it is another one. The folder
     # is not written yet.
-    run = RunFolder.open(config, train_options.output, flags, data_options.template_date)
-    start = run.start_model() or find_start(config.model.name, runtime.say)
+    run = RunFolder.open(config, train_options.output, flags, data_options.template_date, runtime)
+    start = runtime.broadcast(run.start or find_start(config.model.name, runtime.say))
     model_options = replace(config.model, name=find_demo(start))
     source = find_model(model_options)
     reference_source = None
@@ -70,6 +71,7 @@ def main() -> int:
     manifest = run.manifest(runtime, source, reference_source, train_files + heldout_files, reports)
     # Refuse to resume on other data or another model here, before the model is loaded.
     run.check_unchanged(runtime, manifest)
+    check_same_inputs(runtime, manifest, sets)
     check_masks(train, chat, islice(read_pairs(train_files[0]), SAMPLED_PROMPTS), source.config.vocab_size)
     if preference.scored == "divergent":
         # Only after the checks: it changes what is scored, not what is read.
