@@ -22,13 +22,15 @@ from saro.data.packs import pack_trees
 from saro.data.records import read_examples
 from saro.data.steps import Schedule, Steps
 from saro.demo import data_files, find_demo
+from saro.distributed.run_ranks import run_ranks
 from saro.distributed.runtime import Runtime
 from saro.evaluate.answers import choose_prompts, label_prompts
 from saro.model.architectures import dropout_options
 from saro.model.load import load_policy
 from saro.model.source import find_model
-from saro.program import parse_recipe, run_program
+from saro.program import parse_recipe
 from saro.report.tables import before_after_tables, print_lengths
+from saro.runs.check_ranks import check_same_inputs
 from saro.runs.finish import BeforeAfter, end_run, save_final
 from saro.runs.folder import RunFolder
 from saro.train.engine import evaluate, fit
@@ -45,7 +47,7 @@ def main() -> int:
     console = Console(stderr=True, quiet=not runtime.is_main)
 
     # 1. The run's folder, and the model's tokenizer and config. The folder is not written yet.
-    run = RunFolder.open(config, train_options.output, flags, data_options.template_date)
+    run = RunFolder.open(config, train_options.output, flags, data_options.template_date, runtime)
     model_options = replace(config.model, name=find_demo(config.model.name))
     source = find_model(model_options)
     chat = source.chat_format(data_options, run.template_date)
@@ -62,6 +64,7 @@ def main() -> int:
     manifest = run.manifest(runtime, source, None, train_files + heldout_files, reports)
     # Refuse to resume on other data or another model here, before the model is loaded.
     run.check_unchanged(runtime, manifest)
+    check_same_inputs(runtime, manifest, sets)
     heldout_records = [record for file in heldout_files for record in read_examples(file)]
     check_masks(train, chat, chain.from_iterable(map(read_examples, train_files)), source.config.vocab_size)
     if heldout is None:
@@ -137,4 +140,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    run_program(main)
+    run_ranks(main)

@@ -22,13 +22,15 @@ from saro.data.lengths import LengthReport
 from saro.data.records import read_pairs
 from saro.data.steps import Schedule, Steps
 from saro.demo import data_files, find_demo, find_start
+from saro.distributed.run_ranks import run_ranks
 from saro.distributed.runtime import Runtime
 from saro.evaluate.answers import choose_prompts, label_prompts
 from saro.model.architectures import dropout_options
 from saro.model.load import load_policy
 from saro.model.source import find_model
-from saro.program import parse_recipe, run_program
+from saro.program import parse_recipe
 from saro.report.tables import before_after_tables, print_lengths
+from saro.runs.check_ranks import check_same_inputs
 from saro.runs.finish import BeforeAfter, end_run, save_final
 from saro.runs.folder import RunFolder
 from saro.train.check_start import check_start
@@ -48,8 +50,8 @@ def main() -> int:
 
     # 1. The run's folder, the model that training starts from, and the reference model if it is another one. The folder
     # is not written yet.
-    run = RunFolder.open(config, train_options.output, flags, data_options.template_date)
-    start = run.start_model() or find_start(config.model.name, runtime.say)
+    run = RunFolder.open(config, train_options.output, flags, data_options.template_date, runtime)
+    start = runtime.broadcast(run.start or find_start(config.model.name, runtime.say))
     model_options = replace(config.model, name=find_demo(start))
     source = find_model(model_options)
     reference_source = None
@@ -70,6 +72,7 @@ def main() -> int:
     manifest = run.manifest(runtime, source, reference_source, train_files + heldout_files, reports)
     # Refuse to resume on other data or another model here, before the model is loaded.
     run.check_unchanged(runtime, manifest)
+    check_same_inputs(runtime, manifest, sets)
     heldout_records = [record for file in heldout_files for record in read_pairs(file)]
     check_masks(train, chat, chain.from_iterable(map(read_pairs, train_files)), source.config.vocab_size)
     if heldout is None:
@@ -165,4 +168,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    run_program(main)
+    run_ranks(main)

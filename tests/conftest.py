@@ -93,7 +93,7 @@ for name in ("rw", "srpo"):
     spec = importlib.util.spec_from_file_location(name, f"recipes/{name}.py")
     recipes[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(recipes[name])
-from saro.program import run_program
+from saro.distributed.run_ranks import run_ranks
 print("ready", flush=True)
 while line := sys.stdin.readline():
     request = json.loads(line)
@@ -125,7 +125,7 @@ while line := sys.stdin.readline():
             module = sys.modules["called"] = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(module)
             sys.exit(getattr(module, function)(*request["arguments"]))
-        run_program(recipes[request["recipe"]].main)
+        run_ranks(recipes[request["recipe"]].main)
     except SystemExit as end:
         code = end.code
     except BaseException:
@@ -212,12 +212,17 @@ class Recipes:
         """Start it and wait until it ends."""
         return self.start(*arguments, **options).wait()
 
-    def start_ranks(self, ranks: int, *arguments: object, **options: object) -> list[Process]:
-        """Start ``ranks`` processes of one process group with the environment that torchrun sets, one thread each."""
+    def start_ranks(
+        self, ranks: int, *arguments: object, variables: dict[str, str] | None = None, **options: object
+    ) -> list[Process]:
+        """Start ``ranks`` processes of one process group with the environment that torchrun sets, one thread each.
+
+        There is no agent that ends the others when one fails. ``variables`` are added to the environment.
+        """
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
-        group = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"}
+        group = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"} | (variables or {})
         return [
             self.start(
                 *arguments,

@@ -1,4 +1,4 @@
-"""Sets up ranks, device and threads. This is the only file that imports accelerate or torch.distributed."""
+"""Sets up ranks, device and threads. This is the only file that imports accelerate."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import ctypes
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 import torch
@@ -21,8 +21,11 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from saro.data.packs import Share
+from saro.distributed.check_launcher import check_launcher
 from saro.errors import SaroError, nearest
 from saro.program import quiet_libraries
+
+Value = TypeVar("Value")
 
 _LAUNCH = "on a CPU use accelerate launch --multi_gpu --num_processes N --num_machines 1, or torchrun"
 
@@ -48,8 +51,10 @@ class Runtime:
         """Join the process group that the launcher describes.
 
         Raises:
-            SaroError: the number of processes is not the one that the launcher promised, or a tracker is missing.
+            SaroError: the number of processes is not the one that the launcher promised, it asks for what a run would
+                not do (see ``check_launcher``), or a tracker is missing.
         """
+        check_launcher(os.environ)
         quiet_libraries()
         keep_freed_memory()
         _stop_with_launcher()
@@ -120,6 +125,78 @@ class Runtime:
         """Return the lists of all ranks as one list, in the order of ranks, on every rank."""
         return gather_object(items) if self.processes > 1 else items
 
+    def broadcast(self, value: Value) -> Value:
+        """Return rank 0's value, which can be pickled, on every rank."""
+        if self.processes == 1:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values)
+        return values[0]
+
+    def on_main(self, decide: Callable[[], Value]) -> Value:
+        """Call ``decide`` on rank 0 only, and return its result on every rank.
+
+        Use it for all that is read from a disk or a clock, which other ranks may see differently.
+
+        Raises:
+            SaroError: ``decide`` raised it on rank 0. Every rank raises it.
+        """
+        result, error = None, None
+        if self.is_main:
+            try:
+                result = decide()
+            except SaroError as raised:
+                error = raised
+        result, message = self.broadcast((result, None if error is None else str(error)))
+        if message is not None:
+            raise SaroError(message) from error
+        return result
+
+    def broadcast_tensors(self, tree: Any) -> Any:
+        """Return rank 0's tree of dicts, lists, tensors and other values on every rank.
+
+        One tensor at a time is in transit, so the other ranks need memory for the tree and for its largest tensor. They
+        get tensors on the CPU; rank 0 gets its own tree back.
+        """
+        if self.processes == 1:
+            return tree
+        outline = self.broadcast(_map_tensors(tree, lambda tensor: _Outline(tensor.shape, tensor.dtype)))
+        if self.is_main:
+            _map_tensors(tree, self.broadcast_tensor_)
+            return tree
+        return _map_tensors(outline, lambda item: self.broadcast_tensor_(torch.empty(item.shape, dtype=item.dtype)))
+
+    @torch.no_grad()
+    def broadcast_tensor_(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Overwrite a tensor with that of rank 0, and return it. A CPU tensor goes through this rank's GPU if it has one."""
+        if self.processes > 1:
+            sent = tensor.detach().to(self.device).contiguous()
+            dist.broadcast(sent, src=0)
+            if not self.is_main and sent.data_ptr() != tensor.data_ptr():
+                tensor.copy_(sent)
+        return tensor
+
+    def compare(self, values: Mapping[str, str], fix: str) -> None:
+        """Check that all ranks have the same values.
+
+        Args:
+            values: what each value is -> the value or its hash; for example "the token ids of train" -> a sha256.
+            fix: end of the error: what to do.
+
+        Raises:
+            SaroError: on every rank; it names the first value that differs, and the ranks that have another than rank 0.
+        """
+        if self.processes == 1:
+            return
+        by_rank = self.gather([dict(values)])
+        for name in dict.fromkeys(name for theirs in by_rank for name in theirs):
+            others = [rank for rank, theirs in enumerate(by_rank) if theirs.get(name) != by_rank[0].get(name)]
+            if others:
+                ranks = (
+                    f"rank {others[0]} differs" if len(others) == 1 else f"ranks {', '.join(map(str, others))} differ"
+                )
+                raise SaroError(f"{ranks} from rank 0 in {name}; {fix}")
+
     def barrier(self) -> None:
         """Wait for all ranks."""
         if self.processes > 1:
@@ -155,6 +232,25 @@ class Runtime:
         # ru_maxrss is in bytes on macOS and in KiB elsewhere.
         unit = 1 if sys.platform == "darwin" else 2**10
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+@dataclass(frozen=True)
+class _Outline:
+    """Stands for a tensor that is sent on its own."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+
+
+def _map_tensors(tree: Any, change: Callable[[Any], Any]) -> Any:
+    """Return a copy of a tree of dicts and lists in which each tensor, or outline of one, is changed."""
+    if isinstance(tree, torch.Tensor | _Outline):
+        return change(tree)
+    if isinstance(tree, dict):
+        return {key: _map_tensors(value, change) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [_map_tensors(value, change) for value in tree]
+    return tree
 
 
 def _count_allowed_cpus() -> int:

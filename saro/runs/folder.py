@@ -53,6 +53,7 @@ class RunFolder:
         config: the options, as nested dicts.
         template_date: the day that templates see as today; a resumed run keeps it.
         resumed: True if the folder held a run, which this run continues.
+        start: the model that a resumed run began with, or the folder of its adapter; None for a new run.
         lock: held to the end of the process, so that two runs never write to one folder. A new run takes it in ``begin``,
             a resumed run in ``check_unchanged``.
     """
@@ -61,42 +62,28 @@ class RunFolder:
     config: dict[str, Any]
     template_date: date
     resumed: bool
+    start: str | None
     lock: FileLock
 
     @classmethod
-    def open(cls, config: Any, folder: str, flags: RunFlags, template_date: str | None) -> RunFolder:
+    def open(cls, config: Any, folder: str, flags: RunFlags, template_date: str | None, runtime: Runtime) -> RunFolder:
         """Look at the folder without writing to it or deleting anything.
+
+        Only rank 0 looks, at its folder and at its calendar: what the other ranks see there may be older, or missing.
 
         Raises:
             SaroError: the folder holds a run and neither flag is given, the run is resumed with other options, the
-                folder holds other files, or both flags are given.
+                folder holds other files, both flags are given, or a rank was started with other options than rank 0.
         """
-        path, options = Path(folder), as_dict(config)
-        if flags.resume and flags.overwrite:
-            raise SaroError("--resume continues a run and --overwrite removes it; give one of them")
-        if path.is_file():
-            raise SaroError(f"{folder}: is a file; give a folder with --train.output")
-        existing = read_manifest(path)
-        if existing is None and path.is_dir() and any(not p.name.startswith(".") for p in path.iterdir()):
-            raise SaroError(f"{folder}: holds files that are not a run's; give an empty folder with --train.output")
-        if existing is not None and not flags.resume and not flags.overwrite:
-            raise SaroError(f"{folder}: holds a run already; add --resume to continue it, or --overwrite to start over")
-        day = _parse_date(template_date) if template_date else date.today()
-        if existing is not None and flags.resume:
-            _check_same_options(folder, existing["config"], options)
-            day = date.fromisoformat(existing["template_date"])
+        options = as_dict(config)
+        given = {f"--{group}.{name}": repr(value) for group, part in options.items() for name, value in part.items()}
+        given |= {f"--{name}": repr(value) for name, value in flags._asdict().items()}
+        runtime.compare(given, "start every rank with the same options")
+        day, resumed, start = runtime.on_main(lambda: _look(folder, options, flags, template_date))
+        path = Path(folder)
         return cls(
-            folder=path,
-            config=options,
-            template_date=day,
-            resumed=existing is not None and flags.resume,
-            lock=FileLock(path / ".lock"),
+            folder=path, config=options, template_date=day, resumed=resumed, start=start, lock=FileLock(path / ".lock")
         )
-
-    def start_model(self) -> str | None:
-        """Return the name of the model that a resumed run began with, or the folder of its adapter; None for a new run."""
-        manifest = read_manifest(self.folder) if self.resumed else None
-        return None if manifest is None else manifest.get("start")
 
     def check_unchanged(self, runtime: Runtime, manifest: dict[str, Any]) -> None:
         """Take the lock of a resumed run, and check that it continues from what it began with. A new run passes.
@@ -105,10 +92,9 @@ class RunFolder:
             SaroError: another process trains in the folder, or the data, template, weights or reference differ from
                 those that the run began with.
         """
-        if not self.resumed:
+        if not self.resumed or not runtime.is_main:
             return
-        if runtime.is_main:
-            self._take_lock()
+        self._take_lock()
         began = read_manifest(self.folder) or {}
         for part in ("data", "template", "model", "reference"):
             if began.get(part) != manifest[part]:
@@ -172,10 +158,9 @@ class RunFolder:
         """
         path = self.folder / name
         is_measured = self.resumed and path.is_file()
-        # Wait until every rank has looked for the file, before rank 0 writes it.
-        runtime.barrier()
-        if is_measured:
-            return json.loads(path.read_text(encoding="utf-8"))
+        known = runtime.on_main(lambda: json.loads(path.read_text(encoding="utf-8")) if is_measured else None)
+        if known is not None:
+            return known
         measured = measure()
         if runtime.is_main:
             with atomic_write(path) as file:
@@ -215,6 +200,27 @@ class RunFolder:
             "records": {name: report.as_dict() for name, report in reports.items()},
             "config": self.config,
         }
+
+
+def _look(
+    folder: str, options: dict[str, Any], flags: RunFlags, template_date: str | None
+) -> tuple[date, bool, str | None]:
+    """Return the template date, True if a run is resumed, and the model that it began with; see ``RunFolder.open``."""
+    path = Path(folder)
+    if flags.resume and flags.overwrite:
+        raise SaroError("--resume continues a run and --overwrite removes it; give one of them")
+    if path.is_file():
+        raise SaroError(f"{folder}: is a file; give a folder with --train.output")
+    existing = read_manifest(path)
+    if existing is None and path.is_dir() and any(not p.name.startswith(".") for p in path.iterdir()):
+        raise SaroError(f"{folder}: holds files that are not a run's; give an empty folder with --train.output")
+    if existing is not None and not flags.resume and not flags.overwrite:
+        raise SaroError(f"{folder}: holds a run already; add --resume to continue it, or --overwrite to start over")
+    day = _parse_date(template_date) if template_date else date.today()
+    if existing is None or not flags.resume:
+        return day, False, None
+    _check_same_options(folder, existing["config"], options)
+    return date.fromisoformat(existing["template_date"]), True, existing.get("start")
 
 
 def _code_hash() -> str:

@@ -81,12 +81,17 @@ def load_checkpoint(
         for name, parameter in trainable.items():
             parameter.copy_(weights[name])
     state: dict[str, Any] = torch.load(folder / _OPTIMIZER, map_location="cpu", weights_only=True)
-    if getattr(optimizer, "is_paged", False):
-        _load_paged(optimizer, state["optimizer"])
-    else:
-        optimizer.load_state_dict(state["optimizer"])
+    load_optimizer(optimizer, state["optimizer"])
     scheduler.load_state_dict(state["scheduler"])
     return int(json.loads((folder / _STATE).read_text())["step"])
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Load the state of an optimizer, that of a paged one into pages."""
+    if getattr(optimizer, "is_paged", False):
+        _load_paged(optimizer, state)
+    else:
+        optimizer.load_state_dict(state)
 
 
 def _load_paged(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:

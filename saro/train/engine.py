@@ -23,10 +23,11 @@ from saro.distributed.runtime import Runtime
 from saro.errors import SaroError
 from saro.model.policy import Policy
 from saro.program import progress_bar
-from saro.train.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
+from saro.train.checkpoint import save_checkpoint
 from saro.train.metrics import MetricsFile, Progress, format_metrics
 from saro.train.objective import Meter, Objective, Sums
 from saro.train.optim import make_optimizer, make_scheduler
+from saro.train.restore import check_same_start, check_same_weights, restore_newest
 
 # Metrics printed on the terminal; metrics.jsonl has all of them.
 _SHOWN = ("loss", "rewards/margins", "rewards/accuracies", "grad_norm", "lr", "tokens_per_second")
@@ -86,17 +87,18 @@ def fit(
         resume: continue from the newest checkpoint in the output folder, if there is one.
 
     Raises:
-        SaroError: the loss or the gradient is not finite. The step has not changed the weights.
+        SaroError: the loss or the gradient is not finite (the step has not changed the weights), or a rank has another
+            model, schedule or start than rank 0, or other weights at a checkpoint.
     """
     output = Path(options.output)
     trainable = policy.trainable()
     parameters = list(trainable.values())
     optimizer = make_optimizer(parameters, options)
     scheduler = make_scheduler(optimizer, options, total_steps)
-    checkpoints = list_checkpoints(output / "checkpoints") if resume else []
-    start = load_checkpoint(checkpoints[-1][1], trainable, optimizer, scheduler) if checkpoints else 0
-    if checkpoints:
+    start = restore_newest(runtime, output / "checkpoints", trainable, optimizer, scheduler) if resume else 0
+    if start:
         runtime.say(f"resuming after step {start} of {total_steps}")
+    check_same_start(runtime, policy, steps.schedule, total_steps, start)
     file = MetricsFile(output / "metrics.jsonl", start) if runtime.is_main else None
     module, device = runtime.wrap(policy), runtime.device
     meter = Meter()
@@ -165,6 +167,7 @@ def fit(
             if signals and step < total_steps:
                 stop = signal.Signals(received[0]) if received else signal.SIGTERM
             if stop is not None or (options.save_every and step % options.save_every == 0) or step == total_steps:
+                check_same_weights(runtime, step, trainable)
                 if runtime.is_main:
                     save_checkpoint(
                         output / "checkpoints", step, trainable, optimizer, scheduler, keep=options.keep_checkpoints

@@ -100,15 +100,16 @@ def load_reference(
     keys = [sequence_key(sequence) for i in range(len(pairs)) for sequence in pairs.sequences(i)]
     missing = _find_missing(cache, keys)
     cached = np.setdiff1d(np.arange(len(pairs)), missing)
+    # The ranks share out what rank 0 misses: shares of different lists would leave out some pairs and repeat others.
+    to_score, share = runtime.broadcast(missing), runtime.share
     if _any_rank_misses(runtime, missing):
         runtime.say(f"reference: scoring {len(missing):,} of {len(pairs):,} pairs, kept in {cache.folder}")
-    share = runtime.share
     while _any_rank_misses(runtime, missing):
-        _score_into_cache(cache, policy, pairs, missing, keys, pack_tokens, share=share, shown=runtime.is_main)
-        # Without a shared file system, a rank still misses what other ranks wrote. It then scores all of that itself.
-        share = ALL_WORK
+        _score_into_cache(cache, policy, pairs, to_score, keys, pack_tokens, share=share, shown=runtime.is_main)
         runtime.barrier()
         missing = _find_missing(cache, keys)
+        # Without a shared file system, a rank still misses what other ranks wrote. It then scores all of that itself.
+        to_score, share = missing, ALL_WORK
     logps, offsets = cache.load(keys, pairs.scored_tokens.tolist())
     reference = PairLogps(logps, offsets)
     if len(cached):

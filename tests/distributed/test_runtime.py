@@ -130,10 +130,88 @@ def test_collectives_of_one_process_do_nothing(runtime):
     runtime.barrier()
 
 
-def test_only_runtime_imports_accelerate_or_torch_distributed():
+# What ranks tell each other.
+
+
+def broadcast() -> None:
+    """Print what this rank gets from rank 0. Each rank has values of its own."""
+    runtime = Runtime.start()
+    rank = runtime.rank
+    value = runtime.broadcast({"rank": rank})
+    decided = runtime.on_main(lambda: f"decided by {rank}")
+    tree = {"state": {0: {"step": torch.tensor(7.0 + rank), "codes": torch.full((3,), rank, dtype=torch.uint8)}}}
+    tree |= {"groups": [{"lr": 0.5 + rank, "betas": (0.9, 0.99)}], "strided": torch.arange(6).view(2, 3).T + rank}
+    # Only rank 0 has the state of an optimizer that it has loaded.
+    received = runtime.broadcast_tensors(tree if rank == 0 else {})
+    parameter = torch.full((4,), 1.0 + rank, requires_grad=True)
+    runtime.broadcast_tensor_(parameter)
+    print(repr((value, decided, received, parameter.tolist())))
+    runtime.end()
+
+
+def test_all_ranks_get_what_rank_0_has(recipes):
+    first, second = recipes.run_ranks(2, call=f"{__file__}:broadcast")
+    assert (first.code, second.code) == (0, 0), first.err + second.err
+    assert first.out == second.out
+    assert "{'rank': 0}, 'decided by 0'" in first.out
+    assert "'step': tensor(7.), 'codes': tensor([0, 0, 0], dtype=torch.uint8)" in first.out
+    assert "'betas': (0.9, 0.99)" in first.out
+    assert first.out.endswith("[1.0, 1.0, 1.0, 1.0])\n")
+
+
+def decide_badly() -> None:
+    def decide() -> None:
+        raise SaroError("wrong; fix it")
+
+    try:
+        Runtime.start().on_main(decide)
+    except SaroError as error:
+        print(error)
+
+
+def test_an_error_of_rank_0s_decision_is_raised_on_every_rank(recipes):
+    assert [p.out for p in recipes.run_ranks(2, call=f"{__file__}:decide_badly")] == ["wrong; fix it\n"] * 2
+
+
+def compare(*values: str) -> None:
+    """Compare two values, of which each rank has its own: "a,b a,c" are those of rank 0 and rank 1."""
+    runtime = Runtime.start()
+    mine = dict(zip(("the first", "the second"), values[runtime.rank].split(","), strict=False))
+    try:
+        runtime.compare(mine, "give all the same")
+        print("same")
+    except SaroError as error:
+        print(error)
+    runtime.end()
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        (("a,b", "a,b", "a,b"), "same"),
+        (("a,b", "a,b", "a,c"), "rank 2 differs from rank 0 in the second; give all the same"),
+        (("a,b", "x,y", "x,b"), "ranks 1, 2 differ from rank 0 in the first; give all the same"),
+        (("a", "a,b", "a"), "rank 1 differs from rank 0 in the second; give all the same"),
+    ],
+    ids=["same", "one rank", "two ranks", "only on one rank"],
+)
+def test_a_comparison_names_what_differs_and_on_which_ranks(recipes, values, said):
+    ranks = recipes.run_ranks(3, *values, call=f"{__file__}:compare")
+    assert [p.out for p in ranks] == [f"{said}\n"] * 3, [p.err for p in ranks]
+
+
+def test_a_single_process_decides_for_itself(runtime):
+    tree = {"a": [torch.ones(1)]}
+    assert runtime.broadcast(3) == 3
+    assert runtime.on_main(lambda: 4) == 4
+    assert runtime.broadcast_tensors(tree) is tree
+    runtime.compare({"a": "b"}, "nothing to do")
+
+
+def test_only_runtime_imports_accelerate():
     for file in [*(ROOT / "saro").rglob("*.py"), *(ROOT / "recipes").glob("*.py")]:
         text = file.read_text()
-        found = "import accelerate" in text or "from accelerate" in text or "torch.distributed as" in text
+        found = "import accelerate" in text or "from accelerate" in text
         assert found == (file.name == "runtime.py"), file
 
 

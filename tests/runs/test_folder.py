@@ -30,6 +30,12 @@ class OneProcess(SimpleNamespace):
     def barrier(self) -> None:
         self.barriers += 1
 
+    def compare(self, values: dict[str, str], fix: str) -> None:
+        """Nobody else has other values."""
+
+    def on_main(self, decide):
+        return decide()
+
 
 pytestmark = pytest.mark.usefixtures("cache")
 
@@ -59,7 +65,7 @@ def source(tmp_path) -> ModelSource:
 def open_run(folder: Path, config: RWConfig | None = None, **options) -> RunFolder:
     given = {"resume": False, "overwrite": False, "template_date": None} | options
     flags = RunFlags(resume=given["resume"], overwrite=given["overwrite"])
-    return RunFolder.open(config or RWConfig(), str(folder), flags, given["template_date"])
+    return RunFolder.open(config or RWConfig(), str(folder), flags, given["template_date"], OneProcess())
 
 
 def begin(folder: Path, source: ModelSource, data_file: Path, config: RWConfig | None = None, **options) -> RunFolder:

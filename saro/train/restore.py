@@ -1,0 +1,125 @@
+"""Give every rank the checkpoint that rank 0 has, and check that the ranks train the same model."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
+
+from saro.data.steps import Schedule
+from saro.distributed.runtime import Runtime
+from saro.model.policy import Policy
+from saro.train.checkpoint import list_checkpoints, load_checkpoint, load_optimizer
+
+# Integers of as many bytes as an element, to add up the bits of any dtype.
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+# Add up this many elements at a time: torch first copies them to 64-bit integers.
+_CHUNK = 2**24
+
+
+def restore_newest(
+    runtime: Runtime,
+    root: Path,
+    trainable: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    scheduler: LRScheduler,
+) -> int:
+    """Restore the newest checkpoint that rank 0 sees, on every rank. Returns its step, or 0 if there is none.
+
+    Only rank 0 reads the folder. The others receive what it read, so they need no common folder and cannot read an older
+    checkpoint than rank 0.
+
+    Raises:
+        SaroError: its weights do not belong to this model.
+    """
+
+    def load() -> int:
+        checkpoints = list_checkpoints(root)
+        return load_checkpoint(checkpoints[-1][1], trainable, optimizer, scheduler) if checkpoints else 0
+
+    step = runtime.on_main(load)
+    if step == 0 or runtime.processes == 1:
+        return step
+    for parameter in trainable.values():
+        runtime.broadcast_tensor_(parameter.detach())
+    state = runtime.broadcast_tensors({"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()})
+    if not runtime.is_main:
+        load_optimizer(optimizer, state["optimizer"])
+        scheduler.load_state_dict(state["scheduler"])
+    return step
+
+
+def check_same_start(runtime: Runtime, policy: Policy, schedule: Schedule, total_steps: int, start: int) -> None:
+    """Compare what the ranks train, before the first step.
+
+    Args:
+        start: number of finished steps.
+
+    Raises:
+        SaroError: on every rank, if one of them differs from rank 0.
+    """
+    if runtime.processes == 1:
+        return
+    trainable = policy.trainable()
+    frozen = {name: p for name, p in policy.named_parameters() if not p.requires_grad} | dict(policy.named_buffers())
+    values = {
+        "the schedule of records": _hash_schedule(schedule, total_steps),
+        "the step it starts at": str(start),
+        "the weights of the base model": _hash_bits(frozen),
+        "the trainable weights": _hash_bits(trainable),
+    }
+    runtime.compare(values, "give every rank the same model and options")
+
+
+def check_same_weights(runtime: Runtime, step: int, trainable: Mapping[str, nn.Parameter]) -> None:
+    """Compare the trainable weights of all ranks after ``step`` steps, before they become a checkpoint.
+
+    Raises:
+        SaroError: on every rank, if one of them differs from rank 0.
+    """
+    if runtime.processes == 1:
+        return
+    runtime.compare(
+        {f"the trainable weights after step {step}": _hash_bits(trainable)},
+        "no checkpoint was written; give all ranks the same kind of device, check their memory for faults, "
+        "and continue with --resume",
+    )
+
+
+def _hash_schedule(schedule: Schedule, total_steps: int) -> str:
+    digest = hashlib.sha256(schedule.kinds.tobytes())
+    if schedule.groups is not None:
+        digest.update(schedule.groups.tobytes())
+    options = (schedule.records_per_step, schedule.seed, sorted(schedule.weights.items()), total_steps)
+    digest.update(repr(options).encode())
+    return digest.hexdigest()
+
+
+@torch.no_grad()
+def _hash_bits(tensors: Mapping[str, torch.Tensor]) -> str:
+    """Return a hash of named tensors: for each, the sum of its bit patterns, computed on its device."""
+    sums = []
+    for tensor in tensors.values():
+        sums += [_sum_bits(part) for part in (tensor, *_quantization(tensor))]
+    # One read of the device.
+    totals = torch.stack(sums).tolist() if sums else []
+    return hashlib.sha256(repr((list(tensors), totals)).encode()).hexdigest()
+
+
+def _quantization(tensor: torch.Tensor) -> Iterable[torch.Tensor]:
+    """Return the scales and code books of a 4-bit weight; nothing for another tensor."""
+    quant_state = getattr(tensor, "quant_state", None)
+    return () if quant_state is None else quant_state.as_dict(packed=True).values()
+
+
+def _sum_bits(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the sum of a tensor's elements, read as integers: a scalar, modulo 2**64."""
+    flat = tensor.detach().contiguous().flatten().view(_INTEGERS[tensor.element_size()])
+    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
+    for chunk in flat.split(_CHUNK):
+        total += chunk.sum(dtype=torch.int64)
+    return total
