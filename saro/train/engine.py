@@ -23,8 +23,13 @@ from saro.distributed.runtime import Runtime
 from saro.errors import SaroError
 from saro.model.policy import Policy
 from saro.program import progress_bar
-from saro.train.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
-from saro.train.metrics import MetricsFile, Progress, format_metrics
+from saro.train.checkpoint import (
+    find_intact_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+    set_aside_later_checkpoints,
+)
+from saro.train.metrics import MetricsFile, Progress, drop_later_results, format_metrics
 from saro.train.objective import Meter, Objective, Sums
 from saro.train.optim import make_optimizer, make_scheduler
 
@@ -77,26 +82,34 @@ def fit(
     """Train ``policy`` for ``total_steps`` steps, or for those that are left after the newest checkpoint.
 
     Each step draws its records by number, runs this rank's packs, divides each loss sum by its count over the whole
-    step, and makes one optimizer step. SIGTERM and Ctrl-C finish the step, write a checkpoint and return.
+    step, and makes one optimizer step. SIGTERM and Ctrl-C finish the step, write a checkpoint and return. An evaluation
+    that was due then is made when the run is resumed.
 
     Args:
         ids: id of each record, to name the records of a step in an error.
         evaluate: returns held-out metrics, given the number of finished steps; called every ``eval_every`` steps.
         log: sees every pack.
-        resume: continue from the newest checkpoint in the output folder, if there is one.
+        resume: continue from the newest intact checkpoint in the output folder, if there are checkpoints.
 
     Raises:
-        SaroError: the loss or the gradient is not finite. The step has not changed the weights.
+        SaroError: the loss or the gradient is not finite; the step has not changed the weights. Or all checkpoints are
+            damaged.
     """
     output = Path(options.output)
     trainable = policy.trainable()
     parameters = list(trainable.values())
     optimizer = make_optimizer(parameters, options)
     scheduler = make_scheduler(optimizer, options, total_steps)
-    checkpoints = list_checkpoints(output / "checkpoints") if resume else []
-    start = load_checkpoint(checkpoints[-1][1], trainable, optimizer, scheduler) if checkpoints else 0
-    if checkpoints:
+    checkpoint = find_intact_checkpoint(output / "checkpoints", runtime.say) if resume else None
+    start = load_checkpoint(checkpoint, trainable, optimizer, scheduler) if checkpoint else 0
+    if checkpoint:
         runtime.say(f"resuming after step {start} of {total_steps}")
+    # Wait until every rank has found its checkpoint, before rank 0 renames any.
+    runtime.barrier()
+    if runtime.is_main and resume:
+        set_aside_later_checkpoints(output / "checkpoints", start)
+        if start < total_steps:
+            drop_later_results(output, start)
     file = MetricsFile(output / "metrics.jsonl", start) if runtime.is_main else None
     module, device = runtime.wrap(policy), runtime.device
     meter = Meter()
@@ -109,7 +122,21 @@ def fit(
             file.write({"step": step, **values})
             runtime.log(values, step)
 
+    def is_evaluation_due() -> bool:
+        return bool(evaluate and options.eval_every and step % options.eval_every == 0 and step < total_steps)
+
+    def report_evaluation() -> None:
+        values = evaluate(step)
+        report(values)
+        shown = {k: v for k, v in values.items() if k.startswith("eval/loss") or k.removeprefix("eval/") in _SHOWN}
+        runtime.say(f"step {step}/{total_steps}  {format_metrics(shown)}")
+
     with _stop_signals() as received:
+        if start and is_evaluation_due():
+            # The run was stopped before this evaluation. Only rank 0 has the file.
+            has_evaluation = file is not None and file.has_evaluation(start)
+            if not runtime.sum_(torch.tensor(float(has_evaluation), device=device)).item():
+                report_evaluation()
         while step < total_steps and stop is None:
             batch = steps[step]
             # Seed each step, so that a resumed run draws the same dropout although no random state is stored.
@@ -155,21 +182,17 @@ def fit(
                 progress.line(step, {k: values[k] for k in _SHOWN if k in values})
                 if log is not None:
                     log.watch(step)
-            if evaluate is not None and options.eval_every and step % options.eval_every == 0 and step < total_steps:
-                values = evaluate(step)
-                report(values)
-                shown = {
-                    k: v for k, v in values.items() if k.startswith("eval/loss") or k.removeprefix("eval/") in _SHOWN
-                }
-                runtime.say(f"step {step}/{total_steps}  {format_metrics(shown)}")
             if signals and step < total_steps:
                 stop = signal.Signals(received[0]) if received else signal.SIGTERM
+            # The checkpoint comes before a due evaluation, which may take longer than a cluster waits after SIGTERM.
             if stop is not None or (options.save_every and step % options.save_every == 0) or step == total_steps:
                 if runtime.is_main:
                     save_checkpoint(
                         output / "checkpoints", step, trainable, optimizer, scheduler, keep=options.keep_checkpoints
                     )
                 runtime.barrier()
+            if stop is None and is_evaluation_due():
+                report_evaluation()
     progress.close()
     return Outcome(
         step=step,
