@@ -255,7 +255,7 @@ def run_program(main: Callable[[], int]) -> NoReturn:
             raise
         print(
             f"{where}error: out of memory ({str(error).splitlines()[0] if str(error) else 'host'}); lower "
-            "--data.pack_tokens, or set --model.gradient_checkpointing true or --model.method qlora",
+            "--data.pack_tokens, or set --model.gradient_checkpointing true; a run that is resumed may change both",
             file=sys.stderr,
         )
         code = 2

@@ -341,7 +341,8 @@ def test_out_of_memory_is_one_line_that_names_the_pack_size(error, shown, capsys
     assert code == 2
     assert text.startswith("error: out of memory (")
     assert shown in text
-    assert "--data.pack_tokens" in text
+    assert "lower --data.pack_tokens, or set --model.gradient_checkpointing true" in text
+    assert "--model.method" not in text, "a resumed run may not change it"
     assert text.count("\n") == 1
 
 

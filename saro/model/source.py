@@ -13,9 +13,9 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, Pretrained
 from saro.config import DEMO, DataConfig, ModelConfig
 from saro.data.chat_format import ChatFormat
 from saro.errors import SaroError
-from saro.files import file_hash
 from saro.model.adapter import adapter_identity, find_adapter
 from saro.model.architectures import check_supported
+from saro.model.identity import defining_hashes, weight_hashes
 
 
 @dataclass(frozen=True)
@@ -37,17 +37,19 @@ class ModelSource:
     adapter: str | None = None
 
     def identity(self) -> dict[str, Any]:
-        """Return what distinguishes these weights from all others, in the form that a run's manifest has.
+        """Return what distinguishes this model from all others, in the form that a run's manifest has.
 
-        ``files`` has the sha256 of every weight file of a folder, ``name`` and ``commit`` identify a hub model, and
-        ``adapter`` has the sha256 of the adapter's weights and its config, or is None.
+        ``name`` and ``commit`` say where it was found. The rest is compared by ``is_same_model``: ``files`` has the
+        sha256 of every weight file, ``definition`` that of config, tokenizer and the model's own code, and ``adapter``
+        that of the adapter's weights and its config, or is None.
         """
-        folder = Path(self.path)
-        weights = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
+        commit = getattr(self.config, "_commit_hash", None)
+        has_code = bool(getattr(self.config, "auto_map", None))
         return {
             "name": self.path,
-            "commit": getattr(self.config, "_commit_hash", None),
-            "files": {p.name: file_hash(p) for p in weights},
+            "commit": commit,
+            "files": weight_hashes(self.path, commit),
+            "definition": defining_hashes(self.path, commit, has_code),
             "adapter": adapter_identity(self.adapter) if self.adapter else None,
         }
 

@@ -17,20 +17,33 @@ import yaml
 from filelock import FileLock, Timeout
 
 import saro
-from saro.config import as_dict
+from saro.config import DataConfig, ModelConfig, PreferenceConfig, TrainConfig, as_dict
 from saro.data.lengths import LengthReport
 from saro.distributed.runtime import Runtime
 from saro.errors import SaroError
 from saro.files import atomic_write, file_hash
 from saro.manifest import read_manifest
+from saro.model.identity import is_same_model
 from saro.model.source import ModelSource
 from saro.program import RunFlags
 
 _PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "tokenizers", "safetensors", "numpy")
-# These options change what is written, or when, but not what is learned: a resumed run may change them.
+# A resumed run may change these options. They change what is written, or how a result is computed but not, up to
+# rounding, the result, or for how long the run trains.
 _FREE_ON_RESUME = frozenset(
     {
+        "model.attention",
+        "model.head",
+        "model.fused_lora",
+        "model.liger",
+        "model.gradient_checkpointing",
+        "data.pack_tokens",
+        "data.too_long",
+        "data.template_date",
+        "preference.warn_chosen_fell",
         "train.output",
+        "train.epochs",
+        "train.max_steps",
         "train.eval_every",
         "train.save_every",
         "train.keep_checkpoints",
@@ -38,10 +51,22 @@ _FREE_ON_RESUME = frozenset(
         "train.samples",
         "train.sample_tokens",
         "train.trackers",
-        "data.template_date",
-        "preference.warn_chosen_fell",
     }
 )
+# These options say where something is. ``check_unchanged`` compares what is there.
+_COMPARED_BY_CONTENT = frozenset(
+    {
+        "model.name",
+        "model.revision",
+        "data.train",
+        "data.heldout",
+        "data.chat_template",
+        "preference.reference",
+    }
+)
+_GROUPS = {"model": ModelConfig, "data": DataConfig, "preference": PreferenceConfig, "train": TrainConfig}
+# Values of options that a run did not know, because it began with an older version.
+_DEFAULTS = {group: as_dict(options()) for group, options in _GROUPS.items()}
 
 
 @dataclass(frozen=True)
@@ -94,29 +119,35 @@ class RunFolder:
         )
 
     def start_model(self) -> str | None:
-        """Return the name of the model that a resumed run began with, or the folder of its adapter; None for a new run."""
+        """Return the name of the model that a resumed run began with, or the folder of its adapter.
+
+        None for a new run, and if --model.name is another than at the beginning: the model may have moved.
+        """
         manifest = read_manifest(self.folder) if self.resumed else None
-        return None if manifest is None else manifest.get("start")
+        if manifest is None or manifest["config"].get("model", {}).get("name") != self.config["model"]["name"]:
+            return None
+        return manifest.get("start")
 
     def check_unchanged(self, runtime: Runtime, manifest: dict[str, Any]) -> None:
         """Take the lock of a resumed run, and check that it continues from what it began with. A new run passes.
 
+        Contents are compared, not places: files may have moved or have other names.
+
         Raises:
             SaroError: another process trains in the folder, or the data, template, weights or reference differ from
-                those that the run began with.
+                those that the run began with, or other records are left out.
         """
         if not self.resumed:
             return
         if runtime.is_main:
             self._take_lock()
         began = read_manifest(self.folder) or {}
-        for part in ("data", "template", "model", "reference"):
-            if began.get(part) != manifest[part]:
-                self.lock.release(force=True)
-                raise SaroError(
-                    f"{self.folder}: the {part} is not what the run began with; restore it, "
-                    "or start over with --overwrite"
-                )
+        try:
+            _check_same_contents(self.folder, began, manifest)
+            _check_same_records(self.folder, began, manifest)
+        except SaroError:
+            self.lock.release(force=True)
+            raise
 
     def begin(self, runtime: Runtime, manifest: dict[str, Any]) -> None:
         """Make the folder with its manifest and config. From here on it is written.
@@ -132,17 +163,41 @@ class RunFolder:
         if self.resumed:
             # Recipes call it before their long work too; here nobody can forget it.
             self.check_unchanged(runtime, manifest)
+            self._record_changes(runtime, manifest)
         elif runtime.is_main:
             # The old manifest stays until the new one replaces it: a folder that is not empty is always known as a run.
             if read_manifest(self.folder) is not None:
                 self._remove_old_files()
-            with atomic_write(self.folder / "manifest.json") as file:
-                json.dump(manifest, file, indent=2, ensure_ascii=False)
-                file.write("\n")
+            self._write_manifest(manifest)
         if runtime.is_main and not (self.folder / "config.yaml").is_file():
-            with atomic_write(self.folder / "config.yaml") as file:
-                yaml.safe_dump(self.config, file, sort_keys=False, allow_unicode=True)
+            self._write_config()
         runtime.barrier()
+
+    def _record_changes(self, runtime: Runtime, manifest: dict[str, Any]) -> None:
+        """Say which options a resumed run has changed, and make config.yaml and manifest.json those of the run as it is now.
+
+        ``resumed`` in the manifest keeps the old value and the new one of each option, one entry for each such resume.
+        """
+        began = read_manifest(self.folder)
+        if began is None or not runtime.is_main:
+            return
+        changed = _changed_options(began["config"], manifest["config"])
+        if not changed:
+            return
+        now = {part: manifest[part] for part in ("start", "model", "reference", "data", "records", "config")}
+        self._write_manifest(began | now | {"resumed": [*began.get("resumed", []), changed]})
+        self._write_config()
+        listed = ", ".join(f"{option} {old} -> {new}" for option, (old, new) in changed.items())
+        runtime.say(f"resumed with other options: {listed}; config.yaml has the new ones, manifest.json also the old")
+
+    def _write_manifest(self, manifest: dict[str, Any]) -> None:
+        with atomic_write(self.folder / "manifest.json") as file:
+            json.dump(manifest, file, indent=2, ensure_ascii=False)
+            file.write("\n")
+
+    def _write_config(self) -> None:
+        with atomic_write(self.folder / "config.yaml") as file:
+            yaml.safe_dump(self.config, file, sort_keys=False, allow_unicode=True)
 
     def _remove_old_files(self) -> None:
         """Delete the files of the run that --overwrite replaces, except its manifest."""
@@ -234,11 +289,54 @@ def _parse_date(text: str) -> date:
 
 def _check_same_options(folder: str, began: dict[str, Any], now: dict[str, Any]) -> None:
     """Raise SaroError for the first option that is not as the run began, unless a resumed run may change it."""
+    for option, (old, new) in _changed_options(began, now).items():
+        if option not in _FREE_ON_RESUME | _COMPARED_BY_CONTENT:
+            raise SaroError(
+                f"{folder}: the run began with {option} {old}, not {new}; "
+                "resume with the same, or start over with --overwrite"
+            )
+
+
+def _changed_options(began: dict[str, Any], now: dict[str, Any]) -> dict[str, list[Any]]:
+    """Return the old and the new value of each option that has changed. Options that the run did not know had defaults."""
+    changed = {}
     for group, options in now.items():
         for name, value in options.items():
-            option, old_value = f"{group}.{name}", began.get(group, {}).get(name)
-            if option not in _FREE_ON_RESUME and old_value != value:
-                raise SaroError(
-                    f"{folder}: the run began with {option} {old_value}, not {value}; "
-                    "resume with the same, or start over with --overwrite"
-                )
+            old = began.get(group, {}).get(name, _DEFAULTS[group].get(name))
+            if old != value:
+                changed[f"{group}.{name}"] = [old, value]
+    return changed
+
+
+def _check_same_contents(folder: Path, began: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raise SaroError if a part of the run's inputs is not what it began with."""
+    same = {
+        "data": _data_contents(began) == _data_contents(now),
+        "template": began.get("template") == now["template"],
+        "model": is_same_model(began.get("model"), now["model"]),
+        "reference": is_same_model(began.get("reference"), now["reference"]),
+    }
+    for part, is_same in same.items():
+        if not is_same:
+            raise SaroError(
+                f"{folder}: the {part} is not what the run began with; restore it, or start over with --overwrite"
+            )
+
+
+def _data_contents(manifest: dict[str, Any]) -> tuple[list[str], int, list[str]]:
+    """Return the hashes of the data files in order, how many of them are training files, and the names of the sets."""
+    hashes = list(manifest.get("data", {}).values())
+    return hashes, len(manifest["config"]["data"]["train"]), sorted(manifest.get("records", {}))
+
+
+def _check_same_records(folder: Path, began: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raise SaroError if another limit on lengths leaves out other records. The files are known to be the same."""
+    for name, report in now["records"].items():
+        # Those above the limit are left out, so two limits leave out the same records if they leave out as many.
+        old, new = len(began["records"][name]["dropped"]), len(report["dropped"])
+        if old != new:
+            limit = began["config"]["data"]["pack_tokens"]
+            raise SaroError(
+                f"{folder}: --data.pack_tokens and --data.too_long now leave out {new} {name} records, and {old} when the "
+                f"run began (data.pack_tokens {limit}); resume with a limit that leaves out the same"
+            )

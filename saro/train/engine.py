@@ -93,7 +93,7 @@ def fit(
 
     Raises:
         SaroError: the loss or the gradient is not finite; the step has not changed the weights. Or all checkpoints are
-            damaged.
+            damaged, or the run has made more steps than ``total_steps``.
     """
     output = Path(options.output)
     trainable = policy.trainable()
@@ -103,7 +103,13 @@ def fit(
     checkpoint = find_intact_checkpoint(output / "checkpoints", runtime.say) if resume else None
     start = load_checkpoint(checkpoint, trainable, optimizer, scheduler) if checkpoint else 0
     if checkpoint:
-        runtime.say(f"resuming after step {start} of {total_steps}")
+        schedule = f"learning rate {scheduler.get_last_lr()[0]:.3g}, {options.schedule} over {total_steps} steps"
+        runtime.say(f"resuming after step {start} of {total_steps}" + (f"; {schedule}" if start < total_steps else ""))
+    if start > total_steps:
+        raise SaroError(
+            f"the run has made {start} steps, and --train.max_steps and --train.epochs now ask for {total_steps}; "
+            f"ask for {start} or more"
+        )
     # Wait until every rank has found its checkpoint, before rank 0 renames any.
     runtime.barrier()
     if runtime.is_main and resume:

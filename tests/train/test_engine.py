@@ -542,6 +542,23 @@ def test_a_stop_writes_its_checkpoint_before_a_due_evaluation_which_the_resumed_
     assert a == b
 
 
+def test_a_finished_run_is_extended_on_the_schedule_of_the_new_number_of_steps(training, runtime, capsys):
+    options = {"schedule": "linear", "warmup": 0}
+    training(**options).fit(runtime, 2)
+    run = training(**options)
+    assert run.fit(runtime, 4, resume=True).step == 4
+    assert "resuming after step 2 of 4; learning rate 0.005, linear over 4 steps" in capsys.readouterr().err
+    assert [line["lr"] for line in lines_of(run)] == pytest.approx([0.01, 0.005, 0.005, 0.0025])
+
+
+def test_a_run_that_has_made_more_steps_than_it_is_now_asked_for_is_refused(training, runtime):
+    run = training()
+    run.fit(runtime, 3)
+    with pytest.raises(SaroError, match=r"the run has made 3 steps, and .* now ask for 2; ask for 3 or more"):
+        training().fit(runtime, 2, resume=True)
+    assert [line["step"] for line in lines_of(run)] == [1, 2, 3]
+
+
 def test_resume_without_a_checkpoint_starts_at_the_first_step(training, runtime):
     run = training()
     (Path(run.options.output) / "metrics.jsonl").write_text('{"step": 1, "loss": 99}\n')
