@@ -47,7 +47,7 @@ def main() -> int:
     run = RunFolder.open(config, train_options.output, flags, data_options.template_date)
     model_options = replace(config.model, name=find_demo(config.model.name))
     source = find_model(model_options)
-    chat = source.chat_format(data_options, run.template_date)
+    chat = run.chat_format(source, data_options)
 
     # 2. Records -> token ids. Prompts are exactly those of inference, nothing is cut, and a wrong record is an error.
     train_files = data_files(data_options.train, "rw_train")
@@ -58,7 +58,7 @@ def main() -> int:
     reports = {name: LengthReport.of(data) for name, data in sets.items()}
     for name, report in reports.items():
         print_lengths(console, name, report.as_dict())
-    manifest = run.manifest(runtime, source, None, train_files + heldout_files, reports)
+    manifest = run.manifest(runtime, source, chat, None, train_files + heldout_files, reports)
     # Refuse to resume on other data or another model here, before the model is loaded.
     run.check_unchanged(runtime, manifest)
     check_masks(train, chat, islice(read_examples(train_files[0]), SAMPLED_PROMPTS), source.config.vocab_size)

@@ -55,7 +55,7 @@ def main() -> int:
     if preference.reference != START:
         reference_options = other_reference_options(model_options, find_demo(preference.reference))
         reference_source = find_model(reference_options)
-    chat = source.chat_format(data_options, run.template_date)
+    chat = run.chat_format(source, data_options)
 
     # 2. Pairs -> token ids. Both sides have the same prompt, nothing is cut, and a wrong pair is an error.
     train_files = data_files(data_options.train, "srpo_train")
@@ -66,7 +66,7 @@ def main() -> int:
     reports = {name: LengthReport.of(data) for name, data in sets.items()}
     for name, report in reports.items():
         print_lengths(console, name, report.as_dict())
-    manifest = run.manifest(runtime, source, reference_source, train_files + heldout_files, reports)
+    manifest = run.manifest(runtime, source, chat, reference_source, train_files + heldout_files, reports)
     # Refuse to resume on other data or another model here, before the model is loaded.
     run.check_unchanged(runtime, manifest)
     check_masks(train, chat, islice(read_pairs(train_files[0]), SAMPLED_PROMPTS), source.config.vocab_size)

@@ -267,7 +267,7 @@ def test_a_group_that_holds_no_options_is_refused(yaml_file, value):
     assert re.fullmatch(r"train is (5|None|\[1\]); it must hold options, such as \{option: value\}", message)
 
 
-@pytest.mark.parametrize("option", ["train.lr", "train.seed", "data.pack_tokens", "data.train", "data.think_tags"])
+@pytest.mark.parametrize("option", ["train.lr", "train.seed", "data.pack_tokens", "data.train", "data.weights"])
 def test_an_option_whose_value_was_left_out_is_refused(yaml_file, option):
     group, name = option.split(".")
     expected = f"--{option} has no value; give one or leave the option out"

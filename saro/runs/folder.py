@@ -7,7 +7,7 @@ import json
 import platform
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -18,13 +18,14 @@ from filelock import FileLock, Timeout
 
 import saro
 from saro.config import DataConfig, ModelConfig, PreferenceConfig, TrainConfig, as_dict
+from saro.data.chat_format import ChatFormat
 from saro.data.lengths import LengthReport
 from saro.distributed.runtime import Runtime
 from saro.errors import SaroError
 from saro.files import atomic_write, file_hash
 from saro.manifest import read_manifest
 from saro.model.identity import is_same_model
-from saro.model.source import ModelSource
+from saro.model.source import ModelSource, template_hash
 from saro.program import RunFlags
 
 _PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "tokenizers", "safetensors", "numpy")
@@ -65,6 +66,8 @@ _COMPARED_BY_CONTENT = frozenset(
     }
 )
 _GROUPS = {"model": ModelConfig, "data": DataConfig, "preference": PreferenceConfig, "train": TrainConfig}
+# If these options are not given, a resumed run keeps those with which it began.
+_KEPT_ON_RESUME = frozenset({"data.think_tags", "data.template_variables"})
 # Values of options that a run did not know, because it began with an older version.
 _DEFAULTS = {group: as_dict(options()) for group, options in _GROUPS.items()}
 
@@ -76,7 +79,8 @@ class RunFolder:
     Attributes:
         folder: holds config.yaml, manifest.json, metrics.jsonl, checkpoints/ and final/.
         config: the options, as nested dicts.
-        template_date: the day that templates see as today; a resumed run keeps it.
+        template_date: the day that templates see as today, unless the run that trained the model had another one
+            (``chat_format``); a resumed run keeps it.
         resumed: True if the folder held a run, which this run continues.
         lock: held to the end of the process, so that two runs never write to one folder. A new run takes it in ``begin``,
             a resumed run in ``check_unchanged``.
@@ -127,6 +131,29 @@ class RunFolder:
         if manifest is None or manifest["config"].get("model", {}).get("name") != self.config["model"]["name"]:
             return None
         return manifest.get("start")
+
+    def chat_format(self, source: ModelSource, data: DataConfig) -> ChatFormat:
+        """Return the format of the run's conversations.
+
+        A resumed run keeps the one with which it began. A new run has that of the run that trained its model, if that is
+        known: the options say the rest.
+
+        Raises:
+            SaroError: an option is given and is not what the run that trained the model had.
+        """
+        manifest = read_manifest(self.folder) if self.resumed else None
+        if manifest is None:
+            data = source.continue_chat(data)
+        else:
+            began = manifest["config"]["data"]
+            data = replace(
+                data,
+                think_tags=tuple(began["think_tags"]),
+                template_variables=began["template_variables"],
+                template_date=manifest["template_date"],
+            )
+        day = self.template_date if data.template_date is None else date.fromisoformat(data.template_date)
+        return source.chat_format(data, day)
 
     def check_unchanged(self, runtime: Runtime, manifest: dict[str, Any]) -> None:
         """Take the lock of a resumed run, and check that it continues from what it began with. A new run passes.
@@ -241,6 +268,7 @@ class RunFolder:
         self,
         runtime: Runtime,
         source: ModelSource,
+        chat: ChatFormat,
         reference: ModelSource | None,
         files: list[str],
         reports: dict[str, LengthReport],
@@ -248,10 +276,13 @@ class RunFolder:
         """Return what the run is made from, with the sha256 of data files, weights, template and code.
 
         Args:
+            chat: format of the run's conversations. What options left open, the manifest has as it was decided.
             reference: stage 2's reference model, if it is not the model that training starts from; else None.
             files: data files.
             reports: the lengths of each set of records.
         """
+        tags, variables = list(chat.think_tags), dict(chat.template_variables or {})
+        data_options = self.config["data"] | {"think_tags": tags, "template_variables": variables}
         return {
             "saro": saro.__version__,
             "code": _code_hash(),
@@ -261,14 +292,14 @@ class RunFolder:
                 "threads_per_process": runtime.threads,
                 "device": str(runtime.device),
             },
-            "template_date": self.template_date.isoformat(),
-            "template": hashlib.sha256(str(source.tokenizer.chat_template or "").encode()).hexdigest(),
+            "template_date": chat.template_date.isoformat(),
+            "template": template_hash(chat.tokenizer.chat_template),
             "start": source.adapter or source.path,
             "model": source.identity(),
             "reference": None if reference is None else reference.identity(),
             "data": {name: file_hash(Path(name)) for name in files},
             "records": {name: report.as_dict() for name, report in reports.items()},
-            "config": self.config,
+            "config": self.config | {"data": data_options},
         }
 
 
@@ -290,7 +321,8 @@ def _parse_date(text: str) -> date:
 def _check_same_options(folder: str, began: dict[str, Any], now: dict[str, Any]) -> None:
     """Raise SaroError for the first option that is not as the run began, unless a resumed run may change it."""
     for option, (old, new) in _changed_options(began, now).items():
-        if option not in _FREE_ON_RESUME | _COMPARED_BY_CONTENT:
+        is_kept = option in _KEPT_ON_RESUME and new is None
+        if not is_kept and option not in _FREE_ON_RESUME | _COMPARED_BY_CONTENT:
             raise SaroError(
                 f"{folder}: the run began with {option} {old}, not {new}; "
                 "resume with the same, or start over with --overwrite"

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
@@ -15,6 +16,7 @@ import yaml
 from tiny import IM_END, tiny_config, tiny_tokenizer
 
 from saro.config import DataConfig, ModelConfig, RWConfig, TrainConfig, as_dict
+from saro.data.chat_format import ChatFormat
 from saro.errors import SaroError
 from saro.files import file_hash
 from saro.model.source import ModelSource
@@ -66,11 +68,16 @@ def open_run(folder: Path, config: RWConfig | None = None, **options) -> RunFold
     return RunFolder.open(config or RWConfig(), str(folder), flags, given["template_date"])
 
 
+def manifest_of(run: RunFolder, source: ModelSource, files: list[object], reports=None) -> dict[str, object]:
+    chat = run.chat_format(source, DataConfig(**run.config["data"]))
+    return run.manifest(OneProcess(), source, chat, None, [str(file) for file in files], reports or {})
+
+
 def begin(folder: Path, source: ModelSource, data_file: Path, config: RWConfig | None = None, **options) -> RunFolder:
     """Open and begin a run on one data file."""
     run = open_run(folder, config, **options)
     runtime = OneProcess()
-    run.begin(runtime, run.manifest(runtime, source, None, [str(data_file)], {}))
+    run.begin(runtime, manifest_of(run, source, [data_file]))
     return run
 
 
@@ -141,7 +148,7 @@ def test_the_written_config_can_be_used_again(folder, source, data_file):
 def test_only_the_main_process_writes(folder, source, data_file):
     runtime = OneProcess(is_main=False)
     run = open_run(folder)
-    run.begin(runtime, run.manifest(runtime, source, None, [str(data_file)], {}))
+    run.begin(runtime, manifest_of(run, source, [data_file]))
     assert not folder.exists()
     assert runtime.barriers == 2
 
@@ -161,7 +168,8 @@ def test_the_manifest_names_the_inputs_of_the_run(folder, source, data_file):
     assert manifest["model"]["name"] == source.path
     assert manifest["model"]["files"] == {"model.safetensors": sha256(b"weights")}
     assert manifest["data"] == {str(data_file): sha256(data_file.read_bytes())}
-    assert manifest["config"] == as_dict(RWConfig())
+    decided = {"think_tags": ["<think>", "</think>"], "template_variables": {}}
+    assert manifest["config"] == as_dict(RWConfig()) | {"data": as_dict(DataConfig()) | decided}
     assert manifest["machine"] == {"processes": 1, "threads_per_process": 2, "device": "cpu"}
     assert manifest["versions"]["torch"] == torch.__version__
     assert len(manifest["code"]) == 64
@@ -169,14 +177,14 @@ def test_the_manifest_names_the_inputs_of_the_run(folder, source, data_file):
 
 def test_the_manifest_holds_the_reports(folder, source, data_file):
     report = SimpleNamespace(as_dict=lambda: {"records": {"general": 3}})
-    manifest = open_run(folder).manifest(OneProcess(), source, None, [str(data_file)], {"train": report})
+    manifest = manifest_of(open_run(folder), source, [data_file], {"train": report})
     assert manifest["records"] == {"train": {"records": {"general": 3}}}
 
 
 @pytest.mark.parametrize("template", [None, {"default": "a", "rag": "b"}], ids=["none", "several"])
 def test_a_model_with_no_or_several_templates_also_has_a_manifest(folder, source, data_file, template):
     source.tokenizer.chat_template = template
-    assert len(open_run(folder).manifest(OneProcess(), source, None, [str(data_file)], {})["template"]) == 64
+    assert len(manifest_of(open_run(folder), source, [data_file])["template"]) == 64
 
 
 @pytest.fixture
@@ -212,7 +220,7 @@ OLD, NEW = "a" * 40, "b" * 40
 def test_a_hub_model_is_recorded_by_the_hashes_of_its_files(folder, source, data_file, hub):
     """The cache names large files by their sha256, so they are not read: here they are empty."""
     hub_source = of_hub(hub, source, OLD)
-    model = open_run(folder).manifest(OneProcess(), hub_source, None, [str(data_file)], {})["model"]
+    model = manifest_of(open_run(folder), hub_source, [data_file])["model"]
     assert model == {
         "name": "owner/name",
         "commit": OLD,
@@ -330,7 +338,6 @@ def test_resume_with_another_option_is_refused_with_both_values(folder, source, 
         ("model.method", RWConfig(model=ModelConfig(method="full"))),
         ("model.dropout", RWConfig(model=ModelConfig(dropout=True))),
         ("data.weights", RWConfig(data=DataConfig(weights={"safety": 2.0}))),
-        ("data.think_tags", RWConfig(data=DataConfig(think_tags=("<a>", "</a>")))),
     ],
 )
 def test_options_that_affect_training_may_not_change(folder, source, data_file, option, config):
@@ -394,7 +401,7 @@ def test_a_resume_with_changed_options_says_so_and_keeps_a_record(folder, source
     begin(folder, source, data_file, with_train(max_steps=5)).lock.release(force=True)
     longer = RWConfig(train=TrainConfig(max_steps=9), data=DataConfig(pack_tokens=512))
     run, runtime = open_run(folder, longer, resume=True), OneProcess()
-    run.begin(runtime, run.manifest(runtime, source, None, [str(data_file)], {}))
+    run.begin(runtime, manifest_of(run, source, [data_file]))
     run.lock.release(force=True)
     assert runtime.said == [
         "resumed with other options: data.pack_tokens 2048 -> 512, train.max_steps 5 -> 9; "
@@ -403,7 +410,8 @@ def test_a_resume_with_changed_options_says_so_and_keeps_a_record(folder, source
     manifest = json.loads((folder / "manifest.json").read_text())
     changed = {"data.pack_tokens": [2048, 512], "train.max_steps": [5, 9]}
     assert manifest["resumed"] == [changed]
-    assert manifest["config"] == as_dict(longer) == yaml.safe_load((folder / "config.yaml").read_text())
+    assert yaml.safe_load((folder / "config.yaml").read_text()) == as_dict(longer)
+    assert (manifest["config"]["train"], manifest["config"]["data"]["pack_tokens"]) == (as_dict(longer.train), 512)
     begin(folder, source, data_file, with_train(max_steps=9), resume=True)
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["resumed"] == [changed, {"data.pack_tokens": [512, 2048]}]
@@ -424,7 +432,7 @@ def test_files_that_appear_after_opening_are_kept(folder, source, data_file):
     run, runtime = open_run(folder), OneProcess()
     folder.mkdir()
     (folder / "cat.png").write_bytes(b"cat")
-    run.begin(runtime, run.manifest(runtime, source, None, [str(data_file)], {}))
+    run.begin(runtime, manifest_of(run, source, [data_file]))
     assert (folder / "cat.png").read_bytes() == b"cat"
 
 
@@ -504,7 +512,7 @@ def test_files_in_another_order_are_other_data(folder, source, data_file, tmp_pa
     runtime = OneProcess()
     for files, is_same in ([data_file, other], True), ([other, data_file], False):
         run = open_run(folder, resume=True)
-        manifest = run.manifest(runtime, source, None, [str(file) for file in files], {})
+        manifest = manifest_of(run, source, files)
         if is_same:
             run.begin(runtime, manifest)
             run.lock.release(force=True)
@@ -520,11 +528,11 @@ def test_a_training_file_that_becomes_a_held_out_one_is_other_data(folder, sourc
         files.append(str(tmp_path / f"{name}.jsonl"))
     runtime = OneProcess()
     run = open_run(folder, RWConfig(data=DataConfig(train=files, heldout=[])))
-    run.begin(runtime, run.manifest(runtime, source, None, files, {}))
+    run.begin(runtime, manifest_of(run, source, files))
     run.lock.release(force=True)
     run = open_run(folder, RWConfig(data=DataConfig(train=files[:1], heldout=files[1:])), resume=True)
     with pytest.raises(SaroError, match="the data is not what the run began with"):
-        run.begin(runtime, run.manifest(runtime, source, None, files, {}))
+        run.begin(runtime, manifest_of(run, source, files))
 
 
 def test_a_model_that_has_moved_is_the_same_model(folder, source, data_file, tmp_path):
@@ -532,7 +540,7 @@ def test_a_model_that_has_moved_is_the_same_model(folder, source, data_file, tmp
     moved = replace(source, path=str(Path(source.path).rename(tmp_path / "moved")))
     run = open_run(folder, RWConfig(model=ModelConfig(name=moved.path)), resume=True)
     assert run.start_model() is None, "the old place holds nothing any more"
-    run.check_unchanged(OneProcess(is_main=False), run.manifest(OneProcess(), moved, None, [str(data_file)], {}))
+    run.check_unchanged(OneProcess(is_main=False), manifest_of(run, moved, [data_file]))
 
 
 def test_a_commit_that_changes_only_the_readme_is_the_same_model(folder, source, data_file, hub):
@@ -579,17 +587,17 @@ def dropping(*ids: str) -> dict[str, SimpleNamespace]:
 def test_a_limit_that_leaves_out_other_records_is_refused(folder, source, data_file):
     runtime = OneProcess()
     run = open_run(folder)
-    run.begin(runtime, run.manifest(runtime, source, None, [str(data_file)], dropping("a")))
+    run.begin(runtime, manifest_of(run, source, [data_file], dropping("a")))
     run.lock.release(force=True)
     smaller = RWConfig(data=DataConfig(pack_tokens=512, too_long="drop"))
     run = open_run(folder, smaller, resume=True)
     with pytest.raises(SaroError) as caught:
-        run.check_unchanged(runtime, run.manifest(runtime, source, None, [str(data_file)], dropping("a", "b")))
+        run.check_unchanged(runtime, manifest_of(run, source, [data_file], dropping("a", "b")))
     assert str(caught.value) == (
         f"{folder}: --data.pack_tokens and --data.too_long now leave out 2 train records, and 1 when the run began "
         "(data.pack_tokens 2048); resume with a limit that leaves out the same"
     )
-    run.check_unchanged(runtime, run.manifest(runtime, source, None, [str(data_file)], dropping("a")))
+    run.check_unchanged(runtime, manifest_of(run, source, [data_file], dropping("a")))
 
 
 # The day
@@ -618,6 +626,95 @@ def test_a_resumed_run_keeps_the_day_on_which_it_began(folder, source, data_file
 def test_an_overwritten_run_has_a_new_day(folder, source, data_file):
     begin(folder, source, data_file, template_date="1999-07-04")
     assert open_run(folder, overwrite=True).template_date > date(1999, 7, 4)
+
+
+# The format of conversations
+
+
+def test_a_run_has_the_default_format_of_conversations_if_nothing_is_known(folder, source, data_file):
+    chat = open_run(folder).chat_format(source, DataConfig())
+    assert (chat.think_tags, chat.template_variables) == (("<think>", "</think>"), {})
+    assert chat.template_date == open_run(folder).template_date
+
+
+@pytest.fixture
+def trained(tmp_path, source, data_file) -> ModelSource:
+    """Make ``final/`` of a run that had its own tags, variables and date."""
+    given = DataConfig(think_tags=("<a>", "</a>"), template_variables={"x": 1}, template_date="1999-07-04")
+    folder = tmp_path / "earlier"
+    begin(folder, source, data_file, RWConfig(data=given), template_date="1999-07-04").lock.release()
+    shutil.copytree(source.path, folder / "final")
+    return replace(source, path=str(folder / "final"))
+
+
+FORMAT = (("<a>", "</a>"), {"x": 1}, date(1999, 7, 4))
+
+
+def format_of(chat: ChatFormat) -> tuple[object, object, object]:
+    return chat.think_tags, chat.template_variables, chat.template_date
+
+
+def test_a_run_takes_tags_variables_and_date_from_the_run_that_trained_its_model(folder, trained, data_file):
+    """Otherwise stage 2 would train the model on prompts that it has never seen, and on other ones every day."""
+    assert format_of(open_run(folder).chat_format(trained, DataConfig())) == FORMAT
+    begin(folder, trained, data_file)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    recorded = manifest["config"]["data"]
+    assert (recorded["think_tags"], recorded["template_variables"]) == (["<a>", "</a>"], {"x": 1})
+    assert manifest["template_date"] == "1999-07-04"
+
+
+def test_the_format_of_conversations_passes_through_several_runs(folder, trained, data_file, tmp_path):
+    begin(tmp_path / "second", trained, data_file)
+    third = replace(trained, path=str(shutil.copytree(trained.path, tmp_path / "second" / "final")))
+    assert format_of(open_run(folder).chat_format(third, DataConfig())) == FORMAT
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"think_tags": ("<b>", "</b>")}, {"template_variables": {}}, {"template_date": "1999-07-05"}],
+    ids=lambda given: next(iter(given)),
+)
+def test_an_option_that_contradicts_the_run_that_trained_the_model_is_an_error(folder, trained, given):
+    (name,) = given
+    with pytest.raises(
+        SaroError, match=rf"data\.{name} is .*, and the run that trained .*final had .*; leave the option"
+    ) as e:
+        open_run(folder).chat_format(trained, DataConfig(**given))
+    assert "\n" not in str(e.value)
+
+
+def test_options_that_agree_with_the_run_that_trained_the_model_may_be_given(folder, trained):
+    given = DataConfig(think_tags=("<a>", "</a>"), template_variables={"x": 1}, template_date="1999-07-04")
+    assert format_of(open_run(folder).chat_format(trained, given)) == FORMAT
+
+
+def test_another_template_than_that_of_the_run_that_trained_the_model_is_an_error(folder, trained, tmp_path):
+    file = tmp_path / "template.jinja"
+    file.write_text(trained.tokenizer.chat_template)
+    assert format_of(open_run(folder).chat_format(trained, DataConfig(chat_template=str(file)))) == FORMAT
+    file.write_text(trained.tokenizer.chat_template + " ")
+    with pytest.raises(SaroError, match=r"is not the template of the run that trained .*final; leave the option out"):
+        open_run(folder).chat_format(trained, DataConfig(chat_template=str(file)))
+
+
+def test_a_copy_of_a_model_without_its_run_tells_nothing(folder, trained, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    copy = replace(trained, path=str(shutil.copytree(trained.path, tmp_path / "elsewhere" / "final")))
+    run = open_run(folder)
+    assert format_of(run.chat_format(copy, DataConfig())) == (("<think>", "</think>"), {}, run.template_date)
+
+
+def test_a_resumed_run_keeps_its_format_of_conversations_although_its_start_is_gone(folder, trained, data_file):
+    begin(folder, trained, data_file)
+    (Path(trained.path).parent / "manifest.json").unlink()
+    assert format_of(open_run(folder, resume=True).chat_format(trained, DataConfig())) == FORMAT
+    other = RWConfig(data=DataConfig(think_tags=("<b>", "</b>")))
+    assert "the run began with data.think_tags ['<a>', '</a>'], not ['<b>', '</b>']" in refusal(
+        folder, other, resume=True
+    )
+    other = RWConfig(data=DataConfig(template_variables={}))
+    assert "the run began with data.template_variables {'x': 1}, not {}" in refusal(folder, other, resume=True)
 
 
 # Measurements that are made once
