@@ -31,6 +31,7 @@ from saro.report.tables import before_after_tables, print_lengths
 from saro.runs.finish import BeforeAfter, end_run, save_final
 from saro.runs.folder import RunFolder
 from saro.train.engine import evaluate, fit
+from saro.train.largest_pack import try_largest_pack
 from saro.train.metrics import format_metrics
 from saro.train.objective import RWObjective
 
@@ -78,6 +79,8 @@ def main() -> int:
         f"packed log-probs differ from the model's own by {check.logps:.1e} nats; "
         f"rounding changes them by {check.logps_floor:.1e}"
     )
+    total_steps = schedule.num_steps(train_options)
+    try_largest_pack(runtime, policy, RWObjective(train.kinds), steps, total_steps, train_options.optimizer)
 
     # 5. From here on the run's folder is written.
     run.begin(runtime, manifest)
@@ -110,7 +113,7 @@ def main() -> int:
         policy,
         RWObjective(train.kinds),
         steps,
-        schedule.num_steps(train_options),
+        total_steps,
         train_options,
         ids=train.ids,
         evaluate=None if heldout is None else heldout_metrics,

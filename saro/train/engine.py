@@ -148,7 +148,7 @@ def fit(
             # Seed each step, so that a resumed run draws the same dropout although no random state is stored.
             torch.manual_seed(_step_seed(options.seed, step, runtime.rank))
             with clock:
-                loss = _backward(module, objective, batch, meter, log, device, runtime.processes)
+                loss = add_gradients(module, objective, batch, meter, log, device, runtime.processes)
                 norm = _clip(parameters, options.max_grad_norm)
                 # Between log lines, this is the only time that the host waits for the device. Loss and signals are
                 # summed over ranks, so that a signal to any rank stops all of them.
@@ -181,6 +181,7 @@ def fit(
                     "epoch": step / steps.schedule.steps_per_epoch,
                     "tokens_per_second": clock.rate(),
                     "peak_memory_gib": runtime.memory(),
+                    **_reserved_memory(device),
                     "changed_parameters": changed,
                     **means,
                 }
@@ -209,12 +210,22 @@ def fit(
     )
 
 
+def _reserved_memory(device: torch.device) -> dict[str, float]:
+    """Return the peak of the memory that the allocator has taken from a GPU, as a metric in GiB; empty on other devices.
+
+    It is what other programs see, and exceeds ``peak_memory_gib``, that of all tensors, by what is fragmented.
+    """
+    if device.type != "cuda":
+        return {}
+    return {"peak_reserved_gib": torch.cuda.max_memory_reserved(device) / 2**30}
+
+
 def _step_seed(seed: int, step: int, rank: int) -> int:
     """Mix the numbers into a seed: neighbouring steps and ranks get unrelated ones."""
     return int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0])
 
 
-def _backward(
+def add_gradients(
     module: nn.Module,
     objective: Objective,
     batch: Step,

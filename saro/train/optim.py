@@ -12,6 +12,9 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from saro.config import TrainConfig
 
+# bitsandbytes keeps smaller tensors in fp32, and one fp32 scale for each block of the others.
+_LEAST_8_BIT, _BLOCK_8_BIT = 4096, 256
+
 
 def make_optimizer(parameters: Iterable[nn.Parameter], options: TrainConfig) -> torch.optim.Optimizer:
     """Make an AdamW optimizer (Loshchilov & Hutter 2019) for fp32 parameters, with weight decay on matrices only."""
@@ -27,6 +30,19 @@ def make_optimizer(parameters: Iterable[nn.Parameter], options: TrainConfig) -> 
 
     kind = {"adamw8bit": bnb.AdamW8bit, "paged_adamw8bit": bnb.PagedAdamW8bit}[options.optimizer]
     return kind(groups, lr=options.lr, betas=options.betas)
+
+
+def optimizer_state_bytes(parameter: nn.Parameter, optimizer: str) -> int:
+    """Return the bytes of device memory that an optimizer's state of a parameter takes: two moments of each entry.
+
+    A paged optimizer's state is not counted, because it makes room when memory is short.
+    """
+    n = parameter.numel()
+    if optimizer == "paged_adamw8bit":
+        return 0
+    if optimizer == "adamw" or n < _LEAST_8_BIT:
+        return 2 * n * torch.float32.itemsize
+    return 2 * (n + math.ceil(n / _BLOCK_8_BIT) * torch.float32.itemsize)
 
 
 def make_scheduler(optimizer: torch.optim.Optimizer, options: TrainConfig, total_steps: int) -> LRScheduler:

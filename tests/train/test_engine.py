@@ -24,6 +24,7 @@ from saro.data.steps import Step, Steps
 from saro.distributed.runtime import Runtime
 from saro.errors import SaroError
 from saro.model.policy import Policy
+from saro.train import engine
 from saro.train.checkpoint import find_intact_checkpoint, list_checkpoints
 from saro.train.engine import evaluate
 from saro_kernels import TokenStatistics
@@ -382,8 +383,6 @@ def test_a_second_ctrl_c_interrupts_at_once(training, runtime, monkeypatch):
             os.kill(os.getpid(), signal.SIGINT)
             raise AssertionError("not reached")
 
-    from saro.train import engine
-
     run.steps = Impatient(run.steps, at=0, number=signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         run.fit(runtime, 4)
@@ -709,6 +708,15 @@ def test_tokens_per_second_counts_the_tokens_that_the_model_reads(training, runt
     assert lines_of(run)[-1]["tokens_per_second"] == pytest.approx(outcome.tokens_per_second)
     assert outcome.tokens_per_second > 0
     assert run.steps[0].tokens == sum(int(run.data.lengths[r]) - 1 for r in run.steps[0].records)
+
+
+def test_only_a_gpu_has_a_metric_of_reserved_memory(training, runtime, monkeypatch):
+    run = training()
+    run.fit(runtime, 1)
+    assert "peak_memory_gib" in lines_of(run)[0]
+    assert "peak_reserved_gib" not in lines_of(run)[0]
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: 3 * 2**30)
+    assert engine._reserved_memory(torch.device("cuda", 0)) == {"peak_reserved_gib": 3.0}
 
 
 def test_the_next_epoch_has_another_order(training, runtime):

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from saro.config import TrainConfig
-from saro.train.optim import make_optimizer, make_scheduler
+from saro.train.optim import make_optimizer, make_scheduler, optimizer_state_bytes
 
 OPTIMIZERS = ("adamw", "adamw8bit", "paged_adamw8bit")
 
@@ -132,6 +132,23 @@ def test_every_parameter_is_in_one_group(name, shapes):
     optimizer = make_optimizer(iter(parameters), TrainConfig(optimizer=name))
     held = [id(p) for group in optimizer.param_groups for p in group["params"]]
     assert sorted(held) == sorted(map(id, parameters))
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS[:2])
+@pytest.mark.parametrize("shape", [(3, 5), (4095,), (80, 60), (64, 64), (100, 300)])
+def test_the_memory_of_an_optimizers_state_is_known_before_it_is_allocated(name, shape):
+    parameter = nn.Parameter(torch.zeros(shape))
+    optimizer = make_optimizer([parameter], TrainConfig(optimizer=name))
+    parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    state = optimizer.state[parameter]
+    shared = ("step", "qmap1", "qmap2")  # these are small, and the same for all parameters
+    held = sum(v.nbytes for k, v in state.items() if isinstance(v, torch.Tensor) and k not in shared)
+    assert optimizer_state_bytes(parameter, name) == held
+
+
+def test_a_paged_state_does_not_count_because_it_makes_room():
+    assert optimizer_state_bytes(nn.Parameter(torch.zeros(80, 60)), "paged_adamw8bit") == 0
 
 
 # AdamW.
