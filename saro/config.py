@@ -144,7 +144,8 @@ class TrainConfig:
     Attributes:
         output: Folder of the run: config, metrics, checkpoints and the final model.
         epochs: Passes over the training records.
-        max_steps: Stop after this many optimizer steps, even if epochs asks for more.
+        max_steps: Stop after this many optimizer steps, even if epochs asks for more. A resumed run may change both; the
+            learning rate then follows the schedule over the new number of steps.
         records_per_step: Records in one optimizer step, over all ranks.
         optimizer: adamw is torch's fused AdamW; adamw8bit and paged_adamw8bit are from bitsandbytes.
         lr: Peak learning rate.
