@@ -34,6 +34,7 @@ from saro.runs.check_ranks import check_same_inputs
 from saro.runs.finish import BeforeAfter, end_run, save_final
 from saro.runs.folder import RunFolder
 from saro.train.engine import evaluate, fit
+from saro.train.largest_pack import try_largest_pack
 from saro.train.metrics import format_metrics
 from saro.train.objective import RWObjective
 
@@ -50,7 +51,7 @@ def main() -> int:
     run = RunFolder.open(config, train_options.output, flags, data_options.template_date, runtime)
     model_options = replace(config.model, name=find_demo(config.model.name))
     source = find_model(model_options)
-    chat = source.chat_format(data_options, run.template_date)
+    chat = run.chat_format(source, data_options)
 
     # 2. Records -> token ids. Prompts are exactly those of inference, nothing is cut, and a wrong record is an error.
     train_files = data_files(data_options.train, "rw_train")
@@ -61,7 +62,7 @@ def main() -> int:
     reports = {name: LengthReport.of(data, train) for name, data in sets.items()}
     for name, report in reports.items():
         print_lengths(console, name, report.as_dict())
-    manifest = run.manifest(runtime, source, None, train_files + heldout_files, reports)
+    manifest = run.manifest(runtime, source, chat, None, train_files + heldout_files, reports)
     # Refuse to resume on other data or another model here, before the model is loaded.
     run.check_unchanged(runtime, manifest)
     check_same_inputs(runtime, manifest, sets)
@@ -89,6 +90,8 @@ def main() -> int:
         f"packed log-probs differ from the model's own by {check.logps:.1e} nats; "
         f"rounding changes them by {check.logps_floor:.1e}"
     )
+    total_steps = schedule.num_steps(train_options)
+    try_largest_pack(runtime, policy, RWObjective(train.kinds), steps, total_steps, train_options.optimizer)
 
     # 5. From here on the run's folder is written.
     run.begin(runtime, manifest)
@@ -120,7 +123,7 @@ def main() -> int:
         policy,
         RWObjective(train.kinds),
         steps,
-        schedule.num_steps(train_options),
+        total_steps,
         train_options,
         ids=train.ids,
         evaluate=None if heldout is None else heldout_metrics,

@@ -19,6 +19,7 @@ from saro.checks.check_packs import check_packs
 from saro.config import DEMO, START, SRPOConfig
 from saro.data.dataset import encode_pair_files
 from saro.data.lengths import LengthReport
+from saro.data.packs import PairLogps
 from saro.data.records import read_pairs
 from saro.data.steps import Schedule, Steps
 from saro.demo import data_files, find_demo, find_start
@@ -35,6 +36,7 @@ from saro.runs.finish import BeforeAfter, end_run, save_final
 from saro.runs.folder import RunFolder
 from saro.train.check_start import check_start
 from saro.train.engine import fit
+from saro.train.largest_pack import try_largest_pack
 from saro.train.objective import SRPOObjective
 from saro.train.pair_log import PairLog, evaluate_pairs
 from saro.train.reference import load_other_references, load_references, other_reference_options
@@ -58,7 +60,7 @@ def main() -> int:
     if preference.reference != START:
         reference_options = other_reference_options(model_options, find_demo(preference.reference))
         reference_source = find_model(reference_options)
-    chat = source.chat_format(data_options, run.template_date)
+    chat = run.chat_format(source, data_options)
 
     # 2. Pairs -> token ids. Both sides have the same prompt, nothing is cut, and a wrong pair is an error.
     train_files = data_files(data_options.train, "srpo_train")
@@ -69,7 +71,7 @@ def main() -> int:
     reports = {name: LengthReport.of(data, train) for name, data in sets.items()}
     for name, report in reports.items():
         print_lengths(console, name, report.as_dict())
-    manifest = run.manifest(runtime, source, reference_source, train_files + heldout_files, reports)
+    manifest = run.manifest(runtime, source, chat, reference_source, train_files + heldout_files, reports)
     # Refuse to resume on other data or another model here, before the model is loaded.
     run.check_unchanged(runtime, manifest)
     check_same_inputs(runtime, manifest, sets)
@@ -102,6 +104,9 @@ def main() -> int:
         f"packed log-probs differ from the model's own by {check.logps:.1e} nats; "
         f"rounding changes them by {check.logps_floor:.1e}"
     )
+    total_steps = schedule.num_steps(train_options)
+    unscored = SRPOObjective(train.kinds, PairLogps.zeros(train.scored_tokens), preference)
+    try_largest_pack(runtime, policy, unscored, steps, total_steps, train_options.optimizer)
     if references is None:
         references = load_references(runtime, policy, source, sets, pack_tokens)
     objective = SRPOObjective(train.kinds, references["train"], preference)
@@ -147,7 +152,7 @@ def main() -> int:
         policy,
         objective,
         steps,
-        schedule.num_steps(train_options),
+        total_steps,
         train_options,
         ids=train.ids,
         evaluate=None if heldout is None else heldout_metrics,

@@ -1,6 +1,7 @@
 """SaRO: Safety-oriented Reasoning Optimization for causal language models."""
 
 import logging
+import os
 import sys
 from importlib.util import find_spec
 
@@ -37,5 +38,18 @@ def _is_kernels_installed() -> bool:
     return spec is not None and spec.origin is not None
 
 
+def _use_expandable_segments() -> None:
+    """Let torch's CUDA allocator grow its segments, unless the user has configured it.
+
+    Packs differ in size from step to step. Segments of fixed sizes then fragment: memory is reserved that no tensor fits
+    into. Only Linux has the driver calls for it, and where a GPU lacks them torch goes on without.
+    """
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+    if sys.platform == "linux" and not any(name in os.environ for name in names):
+        os.environ[names[0]] = "expandable_segments:True"
+
+
+# Call it before anything imports torch: some builds read the variable when they are loaded.
+_use_expandable_segments()
 # Call it before anything imports transformers, which imports bitsandbytes.
 _keep_bitsandbytes_offline()

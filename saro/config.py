@@ -14,6 +14,8 @@ from saro.errors import SaroError, nearest
 DEMO = "demo"
 # Value of preference.reference for the policy itself, as it is before the first step.
 START = "start"
+# Tags of the reasoning if neither an option nor the run that trained the model names others.
+THINK_TAGS = ("<think>", "</think>")
 KINDS = ("general", "safety")
 PAIR_KINDS = ("op-cot", "pp-cot")
 
@@ -103,10 +105,13 @@ class DataConfig:
             {op-cot: 1, pp-cot: 2} for SRPO.
         group_by_prompt: For SRPO: draw pairs on the same prompt next to each other. Those in one step then form one
             tree, whose prompt is computed once.
-        think_tags: Opening and closing tag of the reasoning.
+        think_tags: Opening and closing tag of the reasoning; default those of the run that trained the model, else
+            <think> and </think>.
         chat_template: File with a Jinja chat template that replaces the model's own.
-        template_date: Date that templates see as today, YYYY-MM-DD; default the day on which the run starts.
-        template_variables: More variables for the template, such as {enable_thinking: true}.
+        template_date: Date that templates see as today, YYYY-MM-DD; default that of the run that trained the model, else
+            the day on which the run starts.
+        template_variables: More variables for the template, such as {enable_thinking: true}; default those of the run
+            that trained the model, else none.
     """
 
     train: list[str] | str = field(default_factory=lambda: [DEMO])
@@ -116,10 +121,10 @@ class DataConfig:
     too_long: Literal["error", "drop"] = "error"
     weights: dict[str, float] = field(default_factory=dict)
     group_by_prompt: bool = True
-    think_tags: tuple[str, str] = ("<think>", "</think>")
+    think_tags: tuple[str, str] | None = None
     chat_template: str | None = None
     template_date: str | None = None
-    template_variables: dict[str, Any] = field(default_factory=dict)
+    template_variables: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         _check_at_least(self, "data", 2, "pack_tokens")
@@ -131,7 +136,7 @@ class DataConfig:
         for kind, weight in self.weights.items():
             if weight < 0:
                 raise SaroError(f"data.weights: {kind} is {weight}; it must be at least 0")
-        if not all(self.think_tags) or self.think_tags[0] == self.think_tags[1]:
+        if self.think_tags is not None and (not all(self.think_tags) or self.think_tags[0] == self.think_tags[1]):
             raise SaroError("data.think_tags must be two different tags")
 
 
@@ -153,7 +158,8 @@ class TrainConfig:
     Attributes:
         output: Folder of the run: config, metrics, checkpoints and the final model.
         epochs: Passes over the training records.
-        max_steps: Stop after this many optimizer steps, even if epochs asks for more.
+        max_steps: Stop after this many optimizer steps, even if epochs asks for more. A resumed run may change both; the
+            learning rate then follows the schedule over the new number of steps.
         records_per_step: Records in one optimizer step, over all ranks.
         optimizer: adamw is torch's fused AdamW; adamw8bit and paged_adamw8bit are from bitsandbytes.
         lr: Peak learning rate.

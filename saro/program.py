@@ -111,7 +111,12 @@ def parse_recipe(
     """
     parser = Parser(prog=prog, description=description.split("\n")[0])
     parser.add_argument("--config", action="config", help="YAML file with options; the command line overrides it.")
-    parser.add_argument("--resume", action="store_true", help="Continue the run in the output folder, if there is one.")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="Continue the run in the output folder, if there is one, on the same data and model. Options of memory, speed, "
+        "output and length may be others; the same bits need the same options.",
+    )
     parser.add_argument("--overwrite", action="store_true", help="Delete the run in the output folder and start over.")
     parser.add_class_arguments(config)
     parsed = parser.parse(_files_first(sys.argv[1:] if args is None else args))
@@ -255,7 +260,7 @@ def run_program(main: Callable[[], int]) -> NoReturn:
             raise
         print(
             f"{where}error: out of memory ({str(error).splitlines()[0] if str(error) else 'host'}); lower "
-            "--data.pack_tokens, or set --model.gradient_checkpointing true or --model.method qlora",
+            "--data.pack_tokens, or set --model.gradient_checkpointing true; a run that is resumed may change both",
             file=sys.stderr,
         )
         code = 2

@@ -293,7 +293,7 @@ def test_a_group_that_holds_no_options_is_refused(yaml_file, value):
     assert re.fullmatch(r"train is (5|None|\[1\]); it must hold options, such as \{option: value\}", message)
 
 
-@pytest.mark.parametrize("option", ["train.lr", "train.seed", "data.pack_tokens", "data.train", "data.think_tags"])
+@pytest.mark.parametrize("option", ["train.lr", "train.seed", "data.pack_tokens", "data.train", "data.weights"])
 def test_an_option_whose_value_was_left_out_is_refused(yaml_file, option):
     group, name = option.split(".")
     expected = f"--{option} has no value; give one or leave the option out"
@@ -367,7 +367,8 @@ def test_out_of_memory_is_one_line_that_names_the_pack_size(error, shown, capsys
     assert code == 2
     assert text.startswith("error: out of memory (")
     assert shown in text
-    assert "--data.pack_tokens" in text
+    assert "lower --data.pack_tokens, or set --model.gradient_checkpointing true" in text
+    assert "--model.method" not in text, "a resumed run may not change it"
     assert text.count("\n") == 1
 
 

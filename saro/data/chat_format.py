@@ -18,6 +18,7 @@ import numpy as np
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from saro.config import THINK_TAGS
 from saro.data.records import Example, Message, Pair, Response
 from saro.data.tree import RowKind, ScoredSequence
 from saro.errors import SaroError
@@ -44,7 +45,7 @@ class ChatFormat:
     tokenizer: PreTrainedTokenizerBase
     stop_ids: frozenset[int]
     template_date: date
-    think_tags: tuple[str, str] = ("<think>", "</think>")
+    think_tags: tuple[str, str] = THINK_TAGS
     template_variables: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:

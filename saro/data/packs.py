@@ -92,6 +92,12 @@ class PairLogps:
     logps: np.ndarray
     offsets: np.ndarray
 
+    @classmethod
+    def zeros(cls, scored_tokens: np.ndarray) -> PairLogps:
+        """Return log-probs of zero for 2n sequences of (2n,) scored tokens. They take no memory until they are read."""
+        offsets = np.concatenate([[0], np.cumsum(scored_tokens, dtype=np.int64)])
+        return cls(np.zeros(offsets[-1], np.float32), offsets)
+
     def side_logps(self, pair: int, side: int) -> np.ndarray:
         """Return the log-probs of one side (``CHOSEN`` or ``REJECTED``) of one pair, (scored tokens,)."""
         number = sequence_number(pair, side)

@@ -19,6 +19,7 @@ from saro.config import ModelConfig
 from saro.errors import SaroError, nearest
 from saro.files import file_hash
 from saro.manifest import read_manifest
+from saro.model.identity import weight_hashes
 
 # Defaults for a new adapter.
 RANK, ALPHA, DROPOUT = 16, 32, 0.0
@@ -43,25 +44,29 @@ class AdapterSource:
     def check_base(self, path: str, commit: str | None) -> None:
         """Raise SaroError if the adapter was trained on a base with other weights than those in ``path``.
 
-        For a hub model the ``commit`` is compared. Only adapters of our own runs can be checked, because a run's
-        manifest lies beside its ``final/``. An adapter from elsewhere only names its base, so it passes.
+        Only adapters of our own runs can be checked, because a run's manifest lies beside its ``final/``. An adapter
+        from elsewhere only names its base, so it passes.
+
+        Args:
+            path: folder of the base model, or its hub name.
+            commit: commit of a hub model.
         """
         manifest = read_manifest(Path(self.folder).resolve().parent)
-        if manifest is None:
-            return
-        model = manifest.get("model", {})
+        model = {} if manifest is None else manifest.get("model", {})
         hashes: dict[str, str] = model.get("files", {})
         trained_on = model.get("commit")
-        if not hashes and trained_on is not None and commit != trained_on:
+        if commit is not None and commit == trained_on:
+            return
+        found = weight_hashes(path, commit) if hashes else {}
+        wrong = [name for name, expected in hashes.items() if found.get(name) != expected]
+        if trained_on is not None and (wrong or not hashes):
             raise SaroError(
                 f"{self.folder}: was trained on commit {trained_on} of {path}; set --model.revision {trained_on}"
             )
-        for name, expected in hashes.items():
-            file = Path(path) / name
-            if not file.is_file() or file_hash(file) != expected:
-                raise SaroError(
-                    f"{self.folder}: was trained on another {name} than that of {path}; restore the base model"
-                )
+        if wrong:
+            raise SaroError(
+                f"{self.folder}: was trained on another {wrong[0]} than that of {path}; restore the base model"
+            )
 
 
 def find_adapter(name: str) -> AdapterSource | None:

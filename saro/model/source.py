@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import hashlib
+from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,13 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
-from saro.config import DEMO, DataConfig, ModelConfig
+from saro.config import DEMO, THINK_TAGS, DataConfig, ModelConfig
 from saro.data.chat_format import ChatFormat
 from saro.errors import SaroError
-from saro.files import file_hash
+from saro.manifest import read_manifest
 from saro.model.adapter import adapter_identity, find_adapter
 from saro.model.architectures import check_supported
+from saro.model.identity import defining_hashes, weight_hashes
 
 
 @dataclass(frozen=True)
@@ -37,17 +39,19 @@ class ModelSource:
     adapter: str | None = None
 
     def identity(self) -> dict[str, Any]:
-        """Return what distinguishes these weights from all others, in the form that a run's manifest has.
+        """Return what distinguishes this model from all others, in the form that a run's manifest has.
 
-        ``files`` has the sha256 of every weight file of a folder, ``name`` and ``commit`` identify a hub model, and
-        ``adapter`` has the sha256 of the adapter's weights and its config, or is None.
+        ``name`` and ``commit`` say where it was found. The rest is compared by ``is_same_model``: ``files`` has the
+        sha256 of every weight file, ``definition`` that of config, tokenizer and the model's own code, and ``adapter``
+        that of the adapter's weights and its config, or is None.
         """
-        folder = Path(self.path)
-        weights = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
+        commit = getattr(self.config, "_commit_hash", None)
+        has_code = bool(getattr(self.config, "auto_map", None))
         return {
             "name": self.path,
-            "commit": getattr(self.config, "_commit_hash", None),
-            "files": {p.name: file_hash(p) for p in weights},
+            "commit": commit,
+            "files": weight_hashes(self.path, commit),
+            "definition": defining_hashes(self.path, commit, has_code),
             "adapter": adapter_identity(self.adapter) if self.adapter else None,
         }
 
@@ -57,11 +61,57 @@ class ModelSource:
         If ``data`` names a chat template, it becomes the tokenizer's. Raises SaroError if it cannot be read.
         """
         if data.chat_template is not None:
-            try:
-                self.tokenizer.chat_template = Path(data.chat_template).read_text(encoding="utf-8")
-            except OSError as error:
-                raise SaroError(f"{data.chat_template}: {error.strerror}; give the file of a Jinja template") from error
-        return ChatFormat(self.tokenizer, self.stop_ids, template_date, data.think_tags, data.template_variables)
+            self.tokenizer.chat_template = _read_template(data.chat_template)
+        tags = THINK_TAGS if data.think_tags is None else data.think_tags
+        return ChatFormat(self.tokenizer, self.stop_ids, template_date, tags, data.template_variables or {})
+
+    def continue_chat(self, data: DataConfig) -> DataConfig:
+        """Return the options with the think tags, template variables and template date of the run that trained this model.
+
+        The run is known by its manifest, beside the model's folder ``final/``. A copy of ``final/`` without its run, a
+        base model and a hub model tell nothing: the options are then returned as they are. The chat template itself is
+        in the folder, with the tokenizer.
+
+        Raises:
+            SaroError: an option is given and is not what the run had.
+        """
+        folder = Path(self.adapter or self.path)
+        manifest = read_manifest(folder.resolve().parent) if folder.is_dir() else None
+        if manifest is None:
+            return data
+        trained = manifest["config"].get("data", {})
+        tags = trained.get("think_tags")
+        known = {
+            "think_tags": None if tags is None else tuple(tags),
+            "template_variables": trained.get("template_variables"),
+            "template_date": manifest["template_date"],
+        }
+        for name, value in known.items():
+            asked = getattr(data, name)
+            if None not in (asked, value) and asked != value:
+                raise SaroError(
+                    f"data.{name} is {asked}, and the run that trained {folder} had {value}; leave the option out"
+                )
+        if data.chat_template is not None and template_hash(_read_template(data.chat_template)) != manifest.get(
+            "template"
+        ):
+            raise SaroError(
+                f"data.chat_template {data.chat_template} is not the template of the run that trained {folder}; "
+                "leave the option out: the template is saved with the model"
+            )
+        return replace(data, **{name: value for name, value in known.items() if value is not None})
+
+
+def template_hash(template: str | dict[str, str] | None) -> str:
+    """Return the sha256 of a chat template, as a run's manifest has it."""
+    return hashlib.sha256(str(template or "").encode()).hexdigest()
+
+
+def _read_template(file: str) -> str:
+    try:
+        return Path(file).read_text(encoding="utf-8")
+    except OSError as error:
+        raise SaroError(f"{file}: {error.strerror}; give the file of a Jinja template") from error
 
 
 def find_model(options: ModelConfig) -> ModelSource:

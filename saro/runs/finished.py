@@ -13,6 +13,7 @@ from saro.config import DataConfig, ModelConfig
 from saro.data.chat_format import ChatFormat
 from saro.errors import SaroError, nearest
 from saro.manifest import read_manifest
+from saro.model.identity import is_same_model
 from saro.model.load import load_policy
 from saro.model.policy import Policy
 from saro.model.source import ModelSource, find_model
@@ -87,7 +88,7 @@ class FinishedRun:
             return self.source, self.options
         options = replace(self.options, name=self.manifest["model"]["name"])
         source = find_model(options)
-        if source.identity()["files"] != self.manifest["model"]["files"]:
+        if not is_same_model(self.manifest["model"], source.identity()):
             raise SaroError(f"{options.name}: the weights are not those that the run began with; restore them")
         return source, options
 

@@ -7,7 +7,7 @@ import json
 import platform
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -17,20 +17,34 @@ import yaml
 from filelock import FileLock, Timeout
 
 import saro
-from saro.config import as_dict
+from saro.config import DataConfig, ModelConfig, PreferenceConfig, TrainConfig, as_dict
+from saro.data.chat_format import ChatFormat
 from saro.data.lengths import LengthReport
 from saro.distributed.runtime import Runtime
 from saro.errors import SaroError
 from saro.files import atomic_write, file_hash
 from saro.manifest import read_manifest
-from saro.model.source import ModelSource
+from saro.model.identity import is_same_model
+from saro.model.source import ModelSource, template_hash
 from saro.program import RunFlags
 
 _PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "tokenizers", "safetensors", "numpy")
-# These options change what is written, or when, but not what is learned: a resumed run may change them.
+# A resumed run may change these options. They change what is written, or how a result is computed but not, up to
+# rounding, the result, or for how long the run trains.
 _FREE_ON_RESUME = frozenset(
     {
+        "model.attention",
+        "model.head",
+        "model.fused_lora",
+        "model.liger",
+        "model.gradient_checkpointing",
+        "data.pack_tokens",
+        "data.too_long",
+        "data.template_date",
+        "preference.warn_chosen_fell",
         "train.output",
+        "train.epochs",
+        "train.max_steps",
         "train.eval_every",
         "train.save_every",
         "train.keep_checkpoints",
@@ -38,10 +52,24 @@ _FREE_ON_RESUME = frozenset(
         "train.samples",
         "train.sample_tokens",
         "train.trackers",
-        "data.template_date",
-        "preference.warn_chosen_fell",
     }
 )
+# These options say where something is. ``check_unchanged`` compares what is there.
+_COMPARED_BY_CONTENT = frozenset(
+    {
+        "model.name",
+        "model.revision",
+        "data.train",
+        "data.heldout",
+        "data.chat_template",
+        "preference.reference",
+    }
+)
+_GROUPS = {"model": ModelConfig, "data": DataConfig, "preference": PreferenceConfig, "train": TrainConfig}
+# If these options are not given, a resumed run keeps those with which it began.
+_KEPT_ON_RESUME = frozenset({"data.think_tags", "data.template_variables"})
+# Values of options that a run did not know, because it began with an older version.
+_DEFAULTS = {group: as_dict(options()) for group, options in _GROUPS.items()}
 
 
 @dataclass(frozen=True)
@@ -51,9 +79,9 @@ class RunFolder:
     Attributes:
         folder: holds config.yaml, manifest.json, metrics.jsonl, checkpoints/ and final/.
         config: the options, as nested dicts.
-        template_date: the day that templates see as today; a resumed run keeps it.
-        resumed: True if the folder held a run, which this run continues.
-        start: the model that a resumed run began with, or the folder of its adapter; None for a new run.
+        template_date: the day that templates see as today, unless the run that trained the model had another one
+            (``chat_format``); a resumed run keeps it.
+        began: the manifest of the run in the folder, which this run continues; None for a new run.
         lock: held to the end of the process, so that two runs never write to one folder. A new run takes it in ``begin``,
             a resumed run in ``check_unchanged``.
     """
@@ -61,8 +89,7 @@ class RunFolder:
     folder: Path
     config: dict[str, Any]
     template_date: date
-    resumed: bool
-    start: str | None
+    began: dict[str, Any] | None
     lock: FileLock
 
     @classmethod
@@ -79,30 +106,65 @@ class RunFolder:
         given = {f"--{group}.{name}": repr(value) for group, part in options.items() for name, value in part.items()}
         given |= {f"--{name}": repr(value) for name, value in flags._asdict().items()}
         runtime.compare(given, "start every rank with the same options")
-        day, resumed, start = runtime.on_main(lambda: _look(folder, options, flags, template_date))
+        day, began = runtime.on_main(lambda: _look(folder, options, flags, template_date))
         path = Path(folder)
-        return cls(
-            folder=path, config=options, template_date=day, resumed=resumed, start=start, lock=FileLock(path / ".lock")
-        )
+        return cls(folder=path, config=options, template_date=day, began=began, lock=FileLock(path / ".lock"))
+
+    @property
+    def resumed(self) -> bool:
+        """True if the folder held a run, which this run continues."""
+        return self.began is not None
+
+    @property
+    def start(self) -> str | None:
+        """Name of the model that a resumed run began with, or the folder of its adapter.
+
+        None for a new run, and if --model.name is another than at the beginning: the model may have moved.
+        """
+        if self.began is None or self.began["config"].get("model", {}).get("name") != self.config["model"]["name"]:
+            return None
+        return self.began.get("start")
+
+    def chat_format(self, source: ModelSource, data: DataConfig) -> ChatFormat:
+        """Return the format of the run's conversations.
+
+        A resumed run keeps the one with which it began. A new run has that of the run that trained its model, if that is
+        known: the options say the rest.
+
+        Raises:
+            SaroError: an option is given and is not what the run that trained the model had.
+        """
+        if self.began is None:
+            data = source.continue_chat(data)
+        else:
+            options = self.began["config"]["data"]
+            data = replace(
+                data,
+                think_tags=tuple(options["think_tags"]),
+                template_variables=options["template_variables"],
+                template_date=self.began["template_date"],
+            )
+        day = self.template_date if data.template_date is None else date.fromisoformat(data.template_date)
+        return source.chat_format(data, day)
 
     def check_unchanged(self, runtime: Runtime, manifest: dict[str, Any]) -> None:
         """Take the lock of a resumed run, and check that it continues from what it began with. A new run passes.
 
+        Contents are compared, not places: files may have moved or have other names.
+
         Raises:
             SaroError: another process trains in the folder, or the data, template, weights or reference differ from
-                those that the run began with.
+                those that the run began with, or other records are left out.
         """
         if not self.resumed or not runtime.is_main:
             return
         self._take_lock()
-        began = read_manifest(self.folder) or {}
-        for part in ("data", "template", "model", "reference"):
-            if began.get(part) != manifest[part]:
-                self.lock.release(force=True)
-                raise SaroError(
-                    f"{self.folder}: the {part} is not what the run began with; restore it, "
-                    "or start over with --overwrite"
-                )
+        try:
+            _check_same_contents(self.folder, self.began, manifest)
+            _check_same_records(self.folder, self.began, manifest)
+        except SaroError:
+            self.lock.release(force=True)
+            raise
 
     def begin(self, runtime: Runtime, manifest: dict[str, Any]) -> None:
         """Make the folder with its manifest and config. From here on it is written.
@@ -118,17 +180,38 @@ class RunFolder:
         if self.resumed:
             # Recipes call it before their long work too; here nobody can forget it.
             self.check_unchanged(runtime, manifest)
+            self._record_changes(runtime, manifest)
         elif runtime.is_main:
             # The old manifest stays until the new one replaces it: a folder that is not empty is always known as a run.
             if read_manifest(self.folder) is not None:
                 self._remove_old_files()
-            with atomic_write(self.folder / "manifest.json") as file:
-                json.dump(manifest, file, indent=2, ensure_ascii=False)
-                file.write("\n")
+            self._write_manifest(manifest)
         if runtime.is_main and not (self.folder / "config.yaml").is_file():
-            with atomic_write(self.folder / "config.yaml") as file:
-                yaml.safe_dump(self.config, file, sort_keys=False, allow_unicode=True)
+            self._write_config()
         runtime.barrier()
+
+    def _record_changes(self, runtime: Runtime, manifest: dict[str, Any]) -> None:
+        """Say which options a resumed run has changed, and make config.yaml and manifest.json those of the run as it is now.
+
+        ``resumed`` in the manifest keeps the old value and the new one of each option, one entry for each such resume.
+        """
+        changed = _changed_options(self.began["config"], manifest["config"])
+        if not changed or not runtime.is_main:
+            return
+        now = {part: manifest[part] for part in ("start", "model", "reference", "data", "records", "config")}
+        self._write_manifest(self.began | now | {"resumed": [*self.began.get("resumed", []), changed]})
+        self._write_config()
+        listed = ", ".join(f"{option} {old} -> {new}" for option, (old, new) in changed.items())
+        runtime.say(f"resumed with other options: {listed}; config.yaml has the new ones, manifest.json also the old")
+
+    def _write_manifest(self, manifest: dict[str, Any]) -> None:
+        with atomic_write(self.folder / "manifest.json") as file:
+            json.dump(manifest, file, indent=2, ensure_ascii=False)
+            file.write("\n")
+
+    def _write_config(self) -> None:
+        with atomic_write(self.folder / "config.yaml") as file:
+            yaml.safe_dump(self.config, file, sort_keys=False, allow_unicode=True)
 
     def _remove_old_files(self) -> None:
         """Delete the files of the run that --overwrite replaces, except its manifest."""
@@ -171,6 +254,7 @@ class RunFolder:
         self,
         runtime: Runtime,
         source: ModelSource,
+        chat: ChatFormat,
         reference: ModelSource | None,
         files: list[str],
         reports: dict[str, LengthReport],
@@ -178,10 +262,13 @@ class RunFolder:
         """Return what the run is made from, with the sha256 of data files, weights, template and code.
 
         Args:
+            chat: format of the run's conversations. What options left open, the manifest has as it was decided.
             reference: stage 2's reference model, if it is not the model that training starts from; else None.
             files: data files.
             reports: the lengths of each set of records.
         """
+        tags, variables = list(chat.think_tags), dict(chat.template_variables or {})
+        data_options = self.config["data"] | {"think_tags": tags, "template_variables": variables}
         return {
             "saro": saro.__version__,
             "code": _code_hash(),
@@ -191,21 +278,21 @@ class RunFolder:
                 "threads_per_process": runtime.threads,
                 "device": str(runtime.device),
             },
-            "template_date": self.template_date.isoformat(),
-            "template": hashlib.sha256(str(source.tokenizer.chat_template or "").encode()).hexdigest(),
+            "template_date": chat.template_date.isoformat(),
+            "template": template_hash(chat.tokenizer.chat_template),
             "start": source.adapter or source.path,
             "model": source.identity(),
             "reference": None if reference is None else reference.identity(),
             "data": {name: file_hash(Path(name)) for name in files},
             "records": {name: report.as_dict() for name, report in reports.items()},
-            "config": self.config,
+            "config": self.config | {"data": data_options},
         }
 
 
 def _look(
     folder: str, options: dict[str, Any], flags: RunFlags, template_date: str | None
-) -> tuple[date, bool, str | None]:
-    """Return the template date, True if a run is resumed, and the model that it began with; see ``RunFolder.open``."""
+) -> tuple[date, dict[str, Any] | None]:
+    """Return the template date, and the manifest of the run that is resumed, if one is; see ``RunFolder.open``."""
     path = Path(folder)
     if flags.resume and flags.overwrite:
         raise SaroError("--resume continues a run and --overwrite removes it; give one of them")
@@ -218,9 +305,9 @@ def _look(
         raise SaroError(f"{folder}: holds a run already; add --resume to continue it, or --overwrite to start over")
     day = _parse_date(template_date) if template_date else date.today()
     if existing is None or not flags.resume:
-        return day, False, None
+        return day, None
     _check_same_options(folder, existing["config"], options)
-    return date.fromisoformat(existing["template_date"]), True, existing.get("start")
+    return date.fromisoformat(existing["template_date"]), existing
 
 
 def _code_hash() -> str:
@@ -240,11 +327,55 @@ def _parse_date(text: str) -> date:
 
 def _check_same_options(folder: str, began: dict[str, Any], now: dict[str, Any]) -> None:
     """Raise SaroError for the first option that is not as the run began, unless a resumed run may change it."""
+    for option, (old, new) in _changed_options(began, now).items():
+        is_kept = option in _KEPT_ON_RESUME and new is None
+        if not is_kept and option not in _FREE_ON_RESUME | _COMPARED_BY_CONTENT:
+            raise SaroError(
+                f"{folder}: the run began with {option} {old}, not {new}; "
+                "resume with the same, or start over with --overwrite"
+            )
+
+
+def _changed_options(began: dict[str, Any], now: dict[str, Any]) -> dict[str, list[Any]]:
+    """Return the old and the new value of each option that has changed. Options that the run did not know had defaults."""
+    changed = {}
     for group, options in now.items():
         for name, value in options.items():
-            option, old_value = f"{group}.{name}", began.get(group, {}).get(name)
-            if option not in _FREE_ON_RESUME and old_value != value:
-                raise SaroError(
-                    f"{folder}: the run began with {option} {old_value}, not {value}; "
-                    "resume with the same, or start over with --overwrite"
-                )
+            old = began.get(group, {}).get(name, _DEFAULTS[group].get(name))
+            if old != value:
+                changed[f"{group}.{name}"] = [old, value]
+    return changed
+
+
+def _check_same_contents(folder: Path, began: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raise SaroError if a part of the run's inputs is not what it began with."""
+    same = {
+        "data": _data_contents(began) == _data_contents(now),
+        "template": began.get("template") == now["template"],
+        "model": is_same_model(began.get("model"), now["model"]),
+        "reference": is_same_model(began.get("reference"), now["reference"]),
+    }
+    for part, is_same in same.items():
+        if not is_same:
+            raise SaroError(
+                f"{folder}: the {part} is not what the run began with; restore it, or start over with --overwrite"
+            )
+
+
+def _data_contents(manifest: dict[str, Any]) -> tuple[list[str], int, list[str]]:
+    """Return the hashes of the data files in order, how many of them are training files, and the names of the sets."""
+    hashes = list(manifest.get("data", {}).values())
+    return hashes, len(manifest["config"]["data"]["train"]), sorted(manifest.get("records", {}))
+
+
+def _check_same_records(folder: Path, began: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raise SaroError if another limit on lengths leaves out other records. The files are known to be the same."""
+    for name, report in now["records"].items():
+        # Those above the limit are left out, so two limits leave out the same records if they leave out as many.
+        old, new = len(began["records"][name]["dropped"]), len(report["dropped"])
+        if old != new:
+            limit = began["config"]["data"]["pack_tokens"]
+            raise SaroError(
+                f"{folder}: --data.pack_tokens and --data.too_long now leave out {new} {name} records, and {old} when the "
+                f"run began (data.pack_tokens {limit}); resume with a limit that leaves out the same"
+            )

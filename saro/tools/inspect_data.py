@@ -72,6 +72,7 @@ def run(options: Options, console: Console) -> int:
     data, ids = options.data, as_list(options.ids)
     files = data_files(data.train, "srpo_train" if options.pairs else "rw_train")
     source = find_model(replace(options.model, name=find_demo(options.model.name)))
+    data = source.continue_chat(data)
     chat = source.chat_format(data, date.fromisoformat(data.template_date) if data.template_date else date.today())
     encoded = _encode(files, chat, source.config.vocab_size)
     print_lengths(console, ", ".join(files), LengthReport.of(encoded).as_dict())

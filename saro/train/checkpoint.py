@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+import zipfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
@@ -33,6 +35,64 @@ def list_checkpoints(root: Path) -> list[tuple[int, Path]]:
     # Only digits may follow step_, so that a user's copy such as step_000100.good is neither loaded nor removed.
     numbered = [(int(p.name.removeprefix("step_")), p) for p in root.glob("step_*") if p.name[5:].isdecimal()]
     return sorted((step, p) for step, p in numbered if p.is_dir())
+
+
+def find_intact_checkpoint(root: Path, say: Callable[[str], None]) -> Path | None:
+    """Return the folder of the newest checkpoint that is not damaged; None if there are no checkpoints.
+
+    A checkpoint is damaged if a file is missing, cut short or overwritten with zeros, or if it is of another step than
+    its name says. The optimizer's file has check sums, which are compared; the weights' file has none, so single wrong
+    bytes in it pass. ``say`` gets a line for each damaged checkpoint.
+
+    Raises:
+        SaroError: there are checkpoints, and all are damaged.
+    """
+    checkpoints = list_checkpoints(root)
+    reasons = []
+    for step, folder in reversed(checkpoints):
+        damage = _find_damage(folder, step)
+        if damage is None:
+            for reason in reasons:
+                say(f"{reason}; resuming from {folder.name} instead")
+            return folder
+        reasons.append(f"{folder}: the checkpoint is damaged ({damage})")
+    if reasons:
+        raise SaroError(
+            f"{reasons[0]}, and there is no intact one; restore it from a copy, or start over with --overwrite"
+        )
+    return None
+
+
+def set_aside_later_checkpoints(root: Path, step: int) -> None:
+    """Rename the checkpoints after ``step`` to NAME.damaged: training makes those steps again, and saves them again."""
+    for later, folder in list_checkpoints(root):
+        if later > step:
+            target = folder.with_name(f"{folder.name}.damaged")
+            if target.exists():
+                shutil.rmtree(target)
+            folder.rename(target)
+
+
+def _find_damage(folder: Path, step: int) -> str | None:
+    """Return what is wrong with the files of the checkpoint after ``step`` steps, or None."""
+    try:
+        state = json.loads((folder / _STATE).read_text(encoding="utf-8"))
+        if not isinstance(state, dict) or state.get("step") != step:
+            return f"{_STATE} is not that of step {step}"
+    except (OSError, ValueError):
+        return f"{_STATE} cannot be read"
+    try:
+        # Opening compares the file's size with its header.
+        with safe_open(folder / _WEIGHTS, "pt"):
+            pass
+    except (OSError, SafetensorError):
+        return f"{_WEIGHTS} cannot be read"
+    try:
+        with zipfile.ZipFile(folder / _OPTIMIZER) as archive:
+            is_whole = archive.testzip() is None
+    except (OSError, zipfile.BadZipFile):
+        is_whole = False
+    return None if is_whole else f"{_OPTIMIZER} cannot be read"
 
 
 def save_checkpoint(

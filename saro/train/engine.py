@@ -23,8 +23,8 @@ from saro.distributed.runtime import Runtime
 from saro.errors import SaroError
 from saro.model.policy import Policy
 from saro.program import progress_bar
-from saro.train.checkpoint import save_checkpoint
-from saro.train.metrics import MetricsFile, Progress, format_metrics
+from saro.train.checkpoint import save_checkpoint, set_aside_later_checkpoints
+from saro.train.metrics import MetricsFile, Progress, drop_later_results, format_metrics
 from saro.train.objective import Meter, Objective, Sums
 from saro.train.optim import make_optimizer, make_scheduler
 from saro.train.restore import check_same_start, check_same_weights, restore_newest
@@ -78,17 +78,19 @@ def fit(
     """Train ``policy`` for ``total_steps`` steps, or for those that are left after the newest checkpoint.
 
     Each step draws its records by number, runs this rank's packs, divides each loss sum by its count over the whole
-    step, and makes one optimizer step. SIGTERM and Ctrl-C finish the step, write a checkpoint and return.
+    step, and makes one optimizer step. SIGTERM and Ctrl-C finish the step, write a checkpoint and return. An evaluation
+    that was due then is made when the run is resumed.
 
     Args:
         ids: id of each record, to name the records of a step in an error.
         evaluate: returns held-out metrics, given the number of finished steps; called every ``eval_every`` steps.
         log: sees every pack.
-        resume: continue from the newest checkpoint in the output folder, if there is one.
+        resume: continue from the newest intact checkpoint in the output folder, if there are checkpoints.
 
     Raises:
-        SaroError: the loss or the gradient is not finite (the step has not changed the weights), or a rank has another
-            model, schedule or start than rank 0, or other weights at a checkpoint.
+        SaroError: the loss or the gradient is not finite; the step has not changed the weights. Or all checkpoints are
+            damaged, the run has made more steps than ``total_steps``, or a rank has another model, schedule or start
+            than rank 0, or other weights at a checkpoint.
     """
     output = Path(options.output)
     trainable = policy.trainable()
@@ -97,8 +99,18 @@ def fit(
     scheduler = make_scheduler(optimizer, options, total_steps)
     start = restore_newest(runtime, output / "checkpoints", trainable, optimizer, scheduler) if resume else 0
     if start:
-        runtime.say(f"resuming after step {start} of {total_steps}")
+        schedule = f"learning rate {scheduler.get_last_lr()[0]:.3g}, {options.schedule} over {total_steps} steps"
+        runtime.say(f"resuming after step {start} of {total_steps}" + (f"; {schedule}" if start < total_steps else ""))
+    if start > total_steps:
+        raise SaroError(
+            f"the run has made {start} steps, and --train.max_steps and --train.epochs now ask for {total_steps}; "
+            f"ask for {start} or more"
+        )
     check_same_start(runtime, policy, steps.schedule, total_steps, start)
+    if runtime.is_main and resume:
+        set_aside_later_checkpoints(output / "checkpoints", start)
+        if start < total_steps:
+            drop_later_results(output, start)
     file = MetricsFile(output / "metrics.jsonl", start) if runtime.is_main else None
     module, device = runtime.wrap(policy), runtime.device
     meter = Meter()
@@ -111,13 +123,27 @@ def fit(
             file.write({"step": step, **values})
             runtime.log(values, step)
 
+    def is_evaluation_due() -> bool:
+        return bool(evaluate and options.eval_every and step % options.eval_every == 0 and step < total_steps)
+
+    def report_evaluation() -> None:
+        values = evaluate(step)
+        report(values)
+        shown = {k: v for k, v in values.items() if k.startswith("eval/loss") or k.removeprefix("eval/") in _SHOWN}
+        runtime.say(f"step {step}/{total_steps}  {format_metrics(shown)}")
+
     with _stop_signals() as received:
+        if start and is_evaluation_due():
+            # The run was stopped before this evaluation. Only rank 0 has the file.
+            has_evaluation = file is not None and file.has_evaluation(start)
+            if not runtime.sum_(torch.tensor(float(has_evaluation), device=device)).item():
+                report_evaluation()
         while step < total_steps and stop is None:
             batch = steps[step]
             # Seed each step, so that a resumed run draws the same dropout although no random state is stored.
             torch.manual_seed(_step_seed(options.seed, step, runtime.rank))
             with clock:
-                loss = _backward(module, objective, batch, meter, log, device, runtime.processes)
+                loss = add_gradients(module, objective, batch, meter, log, device, runtime.processes)
                 norm = _clip(parameters, options.max_grad_norm)
                 # Between log lines, this is the only time that the host waits for the device. Loss and signals are
                 # summed over ranks, so that a signal to any rank stops all of them.
@@ -150,6 +176,7 @@ def fit(
                     "epoch": step / steps.schedule.steps_per_epoch,
                     "tokens_per_second": clock.rate(),
                     "peak_memory_gib": runtime.memory(),
+                    **_reserved_memory(device),
                     "changed_parameters": changed,
                     **means,
                 }
@@ -157,15 +184,9 @@ def fit(
                 progress.line(step, {k: values[k] for k in _SHOWN if k in values})
                 if log is not None:
                     log.watch(step)
-            if evaluate is not None and options.eval_every and step % options.eval_every == 0 and step < total_steps:
-                values = evaluate(step)
-                report(values)
-                shown = {
-                    k: v for k, v in values.items() if k.startswith("eval/loss") or k.removeprefix("eval/") in _SHOWN
-                }
-                runtime.say(f"step {step}/{total_steps}  {format_metrics(shown)}")
             if signals and step < total_steps:
                 stop = signal.Signals(received[0]) if received else signal.SIGTERM
+            # The checkpoint comes before a due evaluation, which may take longer than a cluster waits after SIGTERM.
             if stop is not None or (options.save_every and step % options.save_every == 0) or step == total_steps:
                 check_same_weights(runtime, step, trainable)
                 if runtime.is_main:
@@ -173,6 +194,8 @@ def fit(
                         output / "checkpoints", step, trainable, optimizer, scheduler, keep=options.keep_checkpoints
                     )
                 runtime.barrier()
+            if stop is None and is_evaluation_due():
+                report_evaluation()
     progress.close()
     return Outcome(
         step=step,
@@ -183,12 +206,22 @@ def fit(
     )
 
 
+def _reserved_memory(device: torch.device) -> dict[str, float]:
+    """Return the peak of the memory that the allocator has taken from a GPU, as a metric in GiB; empty on other devices.
+
+    It is what other programs see, and exceeds ``peak_memory_gib``, that of all tensors, by what is fragmented.
+    """
+    if device.type != "cuda":
+        return {}
+    return {"peak_reserved_gib": torch.cuda.max_memory_reserved(device) / 2**30}
+
+
 def _step_seed(seed: int, step: int, rank: int) -> int:
     """Mix the numbers into a seed: neighbouring steps and ranks get unrelated ones."""
     return int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0])
 
 
-def _backward(
+def add_gradients(
     module: nn.Module,
     objective: Objective,
     batch: Step,

@@ -28,16 +28,39 @@ class MetricsFile:
 
     def __init__(self, path: Path, resume_step: int) -> None:
         self._path = path
-        lines = path.read_text(encoding="utf-8").splitlines() if resume_step and path.exists() else []
+        kept = _lines_until(path, resume_step) if resume_step else []
         with atomic_write(path) as file:
-            # The last line may be incomplete, if the run was killed while writing it.
-            complete = (line for line in lines if line.endswith("}"))
-            file.writelines(line + "\n" for line in complete if json.loads(line)["step"] <= resume_step)
+            file.writelines(line + "\n" for line in kept)
+        self._evaluated = {line["step"] for line in map(json.loads, kept) if any(k.startswith("eval/") for k in line)}
+
+    def has_evaluation(self, step: int) -> bool:
+        """Return True if the file had an evaluation after ``step`` steps when it was opened."""
+        return step in self._evaluated
 
     def write(self, values: dict[str, float | int]) -> None:
         """Append one line and hand it to the operating system, so that a kill after the call cannot lose it."""
         with open(self._path, "a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
+
+
+def drop_later_results(output: Path, step: int) -> None:
+    """Delete what a run wrote after ``step`` from margins.jsonl, and after.json: these steps will run again.
+
+    ``MetricsFile`` does the same for metrics.jsonl.
+    """
+    (output / "after.json").unlink(missing_ok=True)
+    margins = output / "margins.jsonl"
+    if margins.exists():
+        kept = _lines_until(margins, step)
+        with atomic_write(margins) as file:
+            file.writelines(line + "\n" for line in kept)
+
+
+def _lines_until(path: Path, step: int) -> list[str]:
+    """Return the complete lines of a file, if it exists, that are not of a later step."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    # The last line may be incomplete, if the run was killed while writing it.
+    return [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
 
 
 class Progress:

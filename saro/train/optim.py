@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
+from torch.optim.lr_scheduler import LRScheduler
 
 from saro.config import TrainConfig
+
+# bitsandbytes keeps smaller tensors in fp32, and one fp32 scale for each block of the others.
+_LEAST_8_BIT, _BLOCK_8_BIT = 4096, 256
 
 
 def make_optimizer(parameters: Iterable[nn.Parameter], options: TrainConfig) -> torch.optim.Optimizer:
@@ -27,21 +32,60 @@ def make_optimizer(parameters: Iterable[nn.Parameter], options: TrainConfig) -> 
     return kind(groups, lr=options.lr, betas=options.betas)
 
 
+def optimizer_state_bytes(parameter: nn.Parameter, optimizer: str) -> int:
+    """Return the bytes of device memory that an optimizer's state of a parameter takes: two moments of each entry.
+
+    A paged optimizer's state is not counted, because it makes room when memory is short.
+    """
+    n = parameter.numel()
+    if optimizer == "paged_adamw8bit":
+        return 0
+    if optimizer == "adamw" or n < _LEAST_8_BIT:
+        return 2 * n * torch.float32.itemsize
+    return 2 * (n + math.ceil(n / _BLOCK_8_BIT) * torch.float32.itemsize)
+
+
 def make_scheduler(optimizer: torch.optim.Optimizer, options: TrainConfig, total_steps: int) -> LRScheduler:
     """Make a schedule that warms up linearly over a share ``warmup`` of the steps, then follows ``schedule``.
 
     No step has a rate of zero: the first of w warm-up steps runs at 1 / (w + 1) of the peak, and a decay would reach
     zero one step after the last one.
     """
-    warmup_steps = min(round(options.warmup * total_steps), total_steps - 1)
-    decay_steps = total_steps - warmup_steps
-    if options.schedule == "cosine":
-        decay = CosineAnnealingLR(optimizer, T_max=decay_steps)
-    elif options.schedule == "linear":
-        decay = LinearLR(optimizer, start_factor=1.0, end_factor=0.0, total_iters=decay_steps)
-    else:
-        decay = ConstantLR(optimizer, factor=1.0)
-    if not warmup_steps:
-        return decay
-    warmup = LinearLR(optimizer, start_factor=1 / (warmup_steps + 1), total_iters=warmup_steps)
-    return SequentialLR(optimizer, [warmup, decay], milestones=[warmup_steps])
+    return _Schedule(optimizer, options, total_steps)
+
+
+class _Schedule(LRScheduler):
+    """The learning rate as a function of the number of finished steps.
+
+    Its state is only that number. So a resumed run that has another number of steps in all continues on the schedule of
+    the new number.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, options: TrainConfig, total_steps: int) -> None:
+        self._shape = options.schedule
+        self._warmup_steps = min(round(options.warmup * total_steps), total_steps - 1)
+        self._decay_steps = total_steps - self._warmup_steps
+        super().__init__(optimizer)
+
+    def get_lr(self) -> list[float]:
+        factor = self._factor(self.last_epoch)
+        return [factor * base for base in self.base_lrs]
+
+    def _factor(self, step: int) -> float:
+        """Return the learning rate after ``step`` finished steps, in units of the peak."""
+        if step < self._warmup_steps:
+            return (step + 1) / (self._warmup_steps + 1)
+        if self._shape == "constant":
+            return 1.0
+        decayed = min((step - self._warmup_steps) / self._decay_steps, 1.0)
+        return 1.0 - decayed if self._shape == "linear" else (1 + math.cos(math.pi * decayed)) / 2
+
+    def state_dict(self) -> dict[str, int]:
+        return {"last_epoch": self.last_epoch}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        # Checkpoints of older versions have the states of torch's schedulers, which count the steps under this name too.
+        self.last_epoch = state_dict["last_epoch"]
+        self._last_lr = self.get_lr()
+        for group, lr in zip(self.optimizer.param_groups, self._last_lr, strict=True):
+            group["lr"] = lr

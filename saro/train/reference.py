@@ -121,8 +121,10 @@ def load_reference(
 def cache_key(policy: Policy, source: ModelSource, device: torch.device) -> dict[str, object]:
     """Return everything that reference log-probs depend on besides the tokens: not the loss, the steps or the data."""
     identity = source.identity()
+    # The config is in the key as it was read, and tokens are in the key of each sequence.
+    code = {name: value for name, value in identity.pop("definition").items() if name.endswith(".py")}
     if identity["files"]:
-        del identity["name"]
+        del identity["name"], identity["commit"]
     config = {k: v for k, v in source.config.to_dict().items() if not k.startswith("_")}
     is_quantized = bool(getattr(policy.causal_lm, "quantization_method", None))
     packages = ["torch", "transformers", "bitsandbytes"]
@@ -133,6 +135,7 @@ def cache_key(policy: Policy, source: ModelSource, device: torch.device) -> dict
     return {
         "scorer": SCORER_VERSION,
         "weights": identity,
+        "code": code,
         "config": config,
         "quantization": "nf4, double" if is_quantized else None,
         "dtype": f"{policy.causal_lm.dtype}, products in {policy.compute_dtype}",

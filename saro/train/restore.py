@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from saro.data.steps import Schedule
 from saro.distributed.runtime import Runtime
 from saro.model.policy import Policy
-from saro.train.checkpoint import list_checkpoints, load_checkpoint, load_optimizer
+from saro.train.checkpoint import find_intact_checkpoint, load_checkpoint, load_optimizer
 
 # Integers of as many bytes as an element, to add up the bits of any dtype.
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -28,18 +28,18 @@ def restore_newest(
     optimizer: torch.optim.Optimizer,
     scheduler: LRScheduler,
 ) -> int:
-    """Restore the newest checkpoint that rank 0 sees, on every rank. Returns its step, or 0 if there is none.
+    """Restore the newest intact checkpoint that rank 0 sees, on every rank. Returns its step, or 0 if there is none.
 
     Only rank 0 reads the folder. The others receive what it read, so they need no common folder and cannot read an older
     checkpoint than rank 0.
 
     Raises:
-        SaroError: its weights do not belong to this model.
+        SaroError: all checkpoints are damaged, or the weights do not belong to this model.
     """
 
     def load() -> int:
-        checkpoints = list_checkpoints(root)
-        return load_checkpoint(checkpoints[-1][1], trainable, optimizer, scheduler) if checkpoints else 0
+        folder = find_intact_checkpoint(root, runtime.say)
+        return 0 if folder is None else load_checkpoint(folder, trainable, optimizer, scheduler)
 
     step = runtime.on_main(load)
     if step == 0 or runtime.processes == 1:

@@ -264,6 +264,49 @@ def test_a_resume_with_other_options_is_refused(recipes, rw_arguments, tmp_path)
     )
 
 
+def test_a_run_continues_with_smaller_packs_from_files_that_have_moved_and_for_longer(
+    recipes, rw_arguments, records_file, examples, tmp_path
+):
+    """After an out-of-memory, --resume accepts what the message advises. Results differ by rounding."""
+    # On a constant schedule, the first steps are those of a longer run.
+    options = {"train_schedule": "constant", "train_warmup": 0}
+    unbroken = recipes.run(*rw_arguments(train_output=tmp_path / "unbroken", train_max_steps=6, **options))
+    assert unbroken.code == 0, unbroken.err
+    assert recipes.run(*rw_arguments(train_max_steps=3, **options)).code == 0
+    stale = json.loads((tmp_path / "run" / "after.json").read_text())
+    sets = {"train": examples, "heldout": examples[:5]}
+    files = {name: records_file(records, f"moved-{name}.jsonl") for name, records in sets.items()}
+    changed = {
+        "train_max_steps": 6,
+        "data_pack_tokens": 120,
+        "model_gradient_checkpointing": True,
+        "data_train": json.dumps([files["train"]]),
+        "data_heldout": json.dumps([files["heldout"]]),
+    }
+    done = recipes.run(*rw_arguments("--resume", **options | changed))
+    assert done.code == 0, done.err
+    assert "resuming after step 3 of 6; learning rate 0.01, constant over 6 steps" in done.err
+    assert "data.pack_tokens 256 -> 120" in done.err
+    for one, two in zip(metrics_of(tmp_path / "unbroken"), metrics_of(tmp_path / "run"), strict=True):
+        assert two["loss"] == pytest.approx(one["loss"], abs=1e-4)
+    after, expected = (json.loads((tmp_path / n / "after.json").read_text()) for n in ("run", "unbroken"))
+    assert after["metrics"] == pytest.approx(expected["metrics"], abs=1e-4)
+    assert after != stale
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    assert manifest["resumed"][0]["train.max_steps"] == [3, 6]
+    assert manifest["config"]["data"]["pack_tokens"] == 120
+
+
+def test_a_pack_smaller_than_the_longest_record_is_refused_on_resume_too(recipes, rw_arguments):
+    assert recipes.run(*rw_arguments(train_max_steps=1)).code == 0
+    done = recipes.run(*rw_arguments("--resume", train_max_steps=1, data_pack_tokens=100))
+    assert done.code == 2
+    assert "tokens, more than the 100 allowed; nothing is cut: raise --data.pack_tokens" in done.err
+    done = recipes.run(*rw_arguments("--resume", train_max_steps=1, data_pack_tokens=100, data_too_long="drop"))
+    assert done.code == 2
+    assert "--data.pack_tokens and --data.too_long now leave out" in done.err
+
+
 def test_a_resume_with_other_data_is_refused(recipes, rw_arguments, records_file, examples):
     assert recipes.run(*rw_arguments(train_max_steps=1)).code == 0
     arguments = rw_arguments("--resume", train_max_steps=1)

@@ -148,6 +148,36 @@ def test_a_warning_is_printed_when_chosen_responses_lose_probability(srpo, srpo_
     assert "the chosen response has lost probability in" in warnings[0]
 
 
+DATED = (
+    "{{ strftime_now('%d %b %Y') + '\\n' }}{% for m in messages %}"
+    "{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_prompts_are_those_of_stage_1_on_every_day(srpo, recipes, rw_arguments, srpo_arguments, tmp_path, method):
+    """Tags, date and template are those of the run that is continued, so a sweep on another day scores nothing again."""
+    (tmp_path / "dated.jinja").write_text(DATED)
+    rw = {"data_chat_template": tmp_path / "dated.jinja", "data_template_date": "2020-02-29"}
+    rw |= {"data_think_tags": "[<r>, </r>]", "model_method": method, "train_lr": 1e-4, "train_max_steps": 1}
+    assert recipes.run(*rw_arguments(train_output=tmp_path / "rw", **rw)).code == 0
+    options = {"model_name": tmp_path / "rw" / "final", "model_method": method, "train_max_steps": 1}
+    given = srpo(*srpo_arguments(train_output=tmp_path / "given", data_template_date="2020-02-29", **options))
+    assert given.code == 0, given.err
+    assert scored_lines(given.err) == ["reference: scoring 24 of 24 pairs"]
+    done = srpo(*srpo_arguments(**options))
+    assert done.code == 0, done.err
+    assert scored_lines(done.err) == []
+    first, second = (json.loads((tmp_path / name / "manifest.json").read_text()) for name in ("rw", "run"))
+    assert second["template_date"] == "2020-02-29"
+    assert second["template"] == first["template"]
+    assert second["config"]["data"]["think_tags"] == ["<r>", "</r>"]
+    other = srpo(*srpo_arguments("--overwrite", data_template_date="2020-03-01", **options))
+    assert (other.code, other.err.count("\n")) == (2, 1)
+    assert "data.template_date is 2020-03-01, and the run that trained" in other.err
+
+
 # The reference.
 
 

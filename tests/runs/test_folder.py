@@ -3,17 +3,20 @@
 import hashlib
 import json
 import os
+import shutil
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from types import SimpleNamespace
 
+import huggingface_hub
 import pytest
 import torch
 import yaml
 from tiny import IM_END, tiny_config, tiny_tokenizer
 
-from saro.config import DataConfig, RWConfig, TrainConfig, as_dict
+from saro.config import DataConfig, ModelConfig, RWConfig, TrainConfig, as_dict
+from saro.data.chat_format import ChatFormat
 from saro.errors import SaroError
 from saro.files import file_hash
 from saro.model.source import ModelSource
@@ -25,7 +28,7 @@ class OneProcess(SimpleNamespace):
     """Stands in for the parts of Runtime that a run's folder uses."""
 
     def __init__(self, is_main: bool = True) -> None:
-        super().__init__(is_main=is_main, processes=1, threads=2, device=torch.device("cpu"), barriers=0)
+        super().__init__(is_main=is_main, processes=1, threads=2, device=torch.device("cpu"), barriers=0, said=[])
 
     def barrier(self) -> None:
         self.barriers += 1
@@ -35,6 +38,9 @@ class OneProcess(SimpleNamespace):
 
     def on_main(self, decide):
         return decide()
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
 
 
 pytestmark = pytest.mark.usefixtures("cache")
@@ -68,11 +74,16 @@ def open_run(folder: Path, config: RWConfig | None = None, **options) -> RunFold
     return RunFolder.open(config or RWConfig(), str(folder), flags, given["template_date"], OneProcess())
 
 
+def manifest_of(run: RunFolder, source: ModelSource, files: list[object], reports=None) -> dict[str, object]:
+    chat = run.chat_format(source, DataConfig(**run.config["data"]))
+    return run.manifest(OneProcess(), source, chat, None, [str(file) for file in files], reports or {})
+
+
 def begin(folder: Path, source: ModelSource, data_file: Path, config: RWConfig | None = None, **options) -> RunFolder:
     """Open and begin a run on one data file."""
     run = open_run(folder, config, **options)
     runtime = OneProcess()
-    run.begin(runtime, run.manifest(runtime, source, None, [str(data_file)], {}))
+    run.begin(runtime, manifest_of(run, source, [data_file]))
     return run
 
 
@@ -143,7 +154,7 @@ def test_the_written_config_can_be_used_again(folder, source, data_file):
 def test_only_the_main_process_writes(folder, source, data_file):
     runtime = OneProcess(is_main=False)
     run = open_run(folder)
-    run.begin(runtime, run.manifest(runtime, source, None, [str(data_file)], {}))
+    run.begin(runtime, manifest_of(run, source, [data_file]))
     assert not folder.exists()
     assert runtime.barriers == 2
 
@@ -163,7 +174,8 @@ def test_the_manifest_names_the_inputs_of_the_run(folder, source, data_file):
     assert manifest["model"]["name"] == source.path
     assert manifest["model"]["files"] == {"model.safetensors": sha256(b"weights")}
     assert manifest["data"] == {str(data_file): sha256(data_file.read_bytes())}
-    assert manifest["config"] == as_dict(RWConfig())
+    decided = {"think_tags": ["<think>", "</think>"], "template_variables": {}}
+    assert manifest["config"] == as_dict(RWConfig()) | {"data": as_dict(RWConfig().data) | decided}
     assert manifest["machine"] == {"processes": 1, "threads_per_process": 2, "device": "cpu"}
     assert manifest["versions"]["torch"] == torch.__version__
     assert len(manifest["code"]) == 64
@@ -171,22 +183,77 @@ def test_the_manifest_names_the_inputs_of_the_run(folder, source, data_file):
 
 def test_the_manifest_holds_the_reports(folder, source, data_file):
     report = SimpleNamespace(as_dict=lambda: {"records": {"general": 3}})
-    manifest = open_run(folder).manifest(OneProcess(), source, None, [str(data_file)], {"train": report})
+    manifest = manifest_of(open_run(folder), source, [data_file], {"train": report})
     assert manifest["records"] == {"train": {"records": {"general": 3}}}
 
 
 @pytest.mark.parametrize("template", [None, {"default": "a", "rag": "b"}], ids=["none", "several"])
 def test_a_model_with_no_or_several_templates_also_has_a_manifest(folder, source, data_file, template):
     source.tokenizer.chat_template = template
-    assert len(open_run(folder).manifest(OneProcess(), source, None, [str(data_file)], {})["template"]) == 64
+    assert len(manifest_of(open_run(folder), source, [data_file])["template"]) == 64
 
 
-def test_a_hub_model_is_recorded_by_its_commit_and_not_by_files(folder, source, data_file):
+@pytest.fixture
+def hub(tmp_path, monkeypatch) -> Path:
+    """Give the test a cache of the hub of its own, and no network. Returns the folder of the model owner/name in it."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    return tmp_path / "hub" / "models--owner--name"
+
+
+def of_hub(hub: Path, source: ModelSource, commit: str, **contents: str) -> ModelSource:
+    """Put a commit of owner/name into the hub's cache, with files of these contents, and return it as a source.
+
+    ``model_safetensors="W"`` is a large file, which the cache names by its sha256. A small one has a name of another kind.
+    """
+    snapshot = hub / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    (hub / "blobs").mkdir(exist_ok=True)
+    for name, content in ({"config_json": "{}", "model_safetensors": "W"} | contents).items():
+        name = ".".join(name.rsplit("_", 1))
+        data = content.encode()
+        blob = sha256(data) if name.endswith(".safetensors") else hashlib.sha1(data).hexdigest()
+        (hub / "blobs" / blob).write_bytes(b"" if name.endswith(".safetensors") else data)
+        (snapshot / name).symlink_to(hub / "blobs" / blob)
     config = tiny_config()
-    config._commit_hash = "abc"
-    of_hub = replace(source, path="owner/name", config=config)
-    model = open_run(folder).manifest(OneProcess(), of_hub, None, [str(data_file)], {})["model"]
-    assert model == {"name": "owner/name", "commit": "abc", "files": {}, "adapter": None}
+    config._commit_hash = commit
+    return replace(source, path="owner/name", config=config)
+
+
+OLD, NEW = "a" * 40, "b" * 40
+
+
+def test_a_hub_model_is_recorded_by_the_hashes_of_its_files(folder, source, data_file, hub):
+    """The cache names large files by their sha256, so they are not read: here they are empty."""
+    hub_source = of_hub(hub, source, OLD)
+    model = manifest_of(open_run(folder), hub_source, [data_file])["model"]
+    assert model == {
+        "name": "owner/name",
+        "commit": OLD,
+        "files": {"model.safetensors": sha256(b"W")},
+        "definition": {"config.json": sha256(b"{}")},
+        "adapter": None,
+    }
+
+
+def test_a_sharded_hub_model_is_recorded_by_all_shards(source, hub):
+    index = json.dumps(
+        {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors", "c": "model-1.safetensors"}}
+    )
+    snapshot = hub / "snapshots" / OLD
+    files = {"model.safetensors.index_json": index, "model-1_safetensors": "1", "model-2_safetensors": "2"}
+    sharded = of_hub(hub, source, OLD, **files)
+    (snapshot / "model.safetensors").unlink()
+    (hub / ".no_exist" / OLD).mkdir(parents=True)
+    (hub / ".no_exist" / OLD / "model.safetensors").touch()
+    assert sharded.identity()["files"] == {"model-1.safetensors": sha256(b"1"), "model-2.safetensors": sha256(b"2")}
+
+
+def test_a_hub_model_out_of_reach_is_recorded_by_its_commit(source, hub):
+    config = tiny_config()
+    config._commit_hash = OLD
+    identity = replace(source, path="owner/name", config=config).identity()
+    assert (identity["commit"], identity["files"]) == (OLD, {})
 
 
 # A folder that holds a run
@@ -273,10 +340,10 @@ def test_resume_with_another_option_is_refused_with_both_values(folder, source, 
     [
         ("train.seed", with_train(seed=5)),
         ("train.records_per_step", with_train(records_per_step=5)),
-        ("train.epochs", with_train(epochs=5.0)),
-        ("data.pack_tokens", RWConfig(data=DataConfig(pack_tokens=5))),
+        ("train.optimizer", with_train(optimizer="adamw8bit")),
+        ("model.method", RWConfig(model=ModelConfig(method="full"))),
+        ("model.dropout", RWConfig(model=ModelConfig(dropout=True))),
         ("data.weights", RWConfig(data=DataConfig(weights={"safety": 2.0}))),
-        ("data.think_tags", RWConfig(data=DataConfig(think_tags=("<a>", "</a>")))),
     ],
 )
 def test_options_that_affect_training_may_not_change(folder, source, data_file, option, config):
@@ -299,20 +366,61 @@ def test_options_that_affect_training_may_not_change(folder, source, data_file, 
         {"samples": 0},
         {"sample_tokens": 5},
         {"trackers": ["tensorboard"]},
+        {"epochs": 5.0},
+        {"max_steps": 7},
     ],
     ids=lambda changes: next(iter(changes)),
 )
-def test_options_that_affect_only_output_may_change(folder, source, data_file, changes):
+def test_options_of_output_and_length_may_change(folder, source, data_file, changes):
     begin(folder, source, data_file)
     assert open_run(folder, with_train(**changes), resume=True).resumed
 
 
-def test_an_option_that_the_run_did_not_know_is_refused_by_name(folder, source, data_file):
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"attention": "sdpa"},
+        {"head": "reference"},
+        {"fused_lora": False},
+        {"liger": True},
+        {"gradient_checkpointing": True},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_options_that_change_results_only_by_rounding_may_change(folder, source, data_file, changes):
+    begin(folder, source, data_file)
+    assert open_run(folder, RWConfig(model=ModelConfig(**changes)), resume=True).resumed
+    assert open_run(folder, RWConfig(data=DataConfig(pack_tokens=4096)), resume=True).resumed
+
+
+def test_a_run_that_did_not_know_an_option_began_with_its_default(folder, source, data_file):
     begin(folder, source, data_file)
     manifest = json.loads((folder / "manifest.json").read_text())
-    del manifest["config"]["model"]
+    del manifest["config"]["model"]["dropout"]
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    assert "the run began with model.name None, not demo" in refusal(folder, resume=True)
+    assert open_run(folder, resume=True).resumed
+    dropout = RWConfig(model=ModelConfig(dropout=True))
+    assert "the run began with model.dropout False, not True" in refusal(folder, dropout, resume=True)
+
+
+def test_a_resume_with_changed_options_says_so_and_keeps_a_record(folder, source, data_file):
+    begin(folder, source, data_file, with_train(max_steps=5)).lock.release(force=True)
+    longer = RWConfig(train=TrainConfig(max_steps=9), data=DataConfig(pack_tokens=512))
+    run, runtime = open_run(folder, longer, resume=True), OneProcess()
+    run.begin(runtime, manifest_of(run, source, [data_file]))
+    run.lock.release(force=True)
+    assert runtime.said == [
+        "resumed with other options: data.pack_tokens 2048 -> 512, train.max_steps 5 -> 9; "
+        "config.yaml has the new ones, manifest.json also the old"
+    ]
+    manifest = json.loads((folder / "manifest.json").read_text())
+    changed = {"data.pack_tokens": [2048, 512], "train.max_steps": [5, 9]}
+    assert manifest["resumed"] == [changed]
+    assert yaml.safe_load((folder / "config.yaml").read_text()) == as_dict(longer)
+    assert (manifest["config"]["train"], manifest["config"]["data"]["pack_tokens"]) == (as_dict(longer.train), 512)
+    begin(folder, source, data_file, with_train(max_steps=9), resume=True)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["resumed"] == [changed, {"data.pack_tokens": [512, 2048]}]
 
 
 @pytest.mark.parametrize("flags", [{}, {"resume": True}, {"overwrite": True}], ids=["plain", "resume", "overwrite"])
@@ -330,7 +438,7 @@ def test_files_that_appear_after_opening_are_kept(folder, source, data_file):
     run, runtime = open_run(folder), OneProcess()
     folder.mkdir()
     (folder / "cat.png").write_bytes(b"cat")
-    run.begin(runtime, run.manifest(runtime, source, None, [str(data_file)], {}))
+    run.begin(runtime, manifest_of(run, source, [data_file]))
     assert (folder / "cat.png").read_bytes() == b"cat"
 
 
@@ -358,25 +466,144 @@ def changed_weights(source, data_file):
     return source
 
 
+def changed_model_config(source, data_file):
+    (Path(source.path) / "config.json").write_text('{"rope_theta": 1}')
+    return source
+
+
 def other_model(source, data_file):
     return replace(source, path="owner/name")
 
 
-@pytest.mark.parametrize(
-    ("change", "part"),
-    [(changed_data, "data"), (changed_template, "template"), (changed_weights, "model"), (other_model, "model")],
-)
-def test_a_run_does_not_resume_with_other_inputs(folder, source, data_file, change, part):
-    begin(folder, source, data_file)
+CHANGES = [
+    (changed_data, "data"),
+    (changed_template, "template"),
+    (changed_weights, "model"),
+    (changed_model_config, "model"),
+    (other_model, "model"),
+]
+
+
+def refused_resume(folder: Path, source: ModelSource, data_file: Path, part: str) -> None:
+    """Check that a resume is refused because of ``part``, and changes nothing."""
     before = contents(folder)
-    source = change(source, data_file)
     with pytest.raises(SaroError) as caught:
         begin(folder, source, data_file, resume=True)
     assert str(caught.value) == (
         f"{folder}: the {part} is not what the run began with; restore it, or start over with --overwrite"
     )
     assert contents(folder) == before
+
+
+@pytest.mark.parametrize(("change", "part"), CHANGES)
+def test_a_run_does_not_resume_with_other_inputs(folder, source, data_file, change, part):
+    begin(folder, source, data_file)
+    source = change(source, data_file)
+    refused_resume(folder, source, data_file, part)
     assert not begin(folder, source, data_file, overwrite=True).resumed
+
+
+def test_data_that_has_moved_is_the_same_data(folder, source, data_file, tmp_path):
+    begin(folder, source, data_file, RWConfig(data=DataConfig(train=[str(data_file)]))).lock.release(force=True)
+    moved = data_file.rename(tmp_path / "other-name.jsonl")
+    config = RWConfig(data=DataConfig(train=[str(moved)]))
+    assert begin(folder, source, moved, config, resume=True).resumed
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert list(manifest["data"]) == manifest["config"]["data"]["train"] == [str(moved)]
+
+
+def test_files_in_another_order_are_other_data(folder, source, data_file, tmp_path):
+    other = tmp_path / "other.jsonl"
+    other.write_text('{"prompt": "And?", "answer": "No."}\n')
+    runtime = OneProcess()
+    for files, is_same in ([data_file, other], True), ([other, data_file], False):
+        run = open_run(folder, resume=True)
+        manifest = manifest_of(run, source, files)
+        if is_same:
+            run.begin(runtime, manifest)
+            run.lock.release(force=True)
+        else:
+            with pytest.raises(SaroError, match="the data is not what the run began with"):
+                run.begin(runtime, manifest)
+
+
+def test_a_training_file_that_becomes_a_held_out_one_is_other_data(folder, source, tmp_path):
+    files = []
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.jsonl").write_text(f'{{"prompt": "{name}", "answer": "So."}}\n')
+        files.append(str(tmp_path / f"{name}.jsonl"))
+    runtime = OneProcess()
+    run = open_run(folder, RWConfig(data=DataConfig(train=files, heldout=[])))
+    run.begin(runtime, manifest_of(run, source, files))
+    run.lock.release(force=True)
+    run = open_run(folder, RWConfig(data=DataConfig(train=files[:1], heldout=files[1:])), resume=True)
+    with pytest.raises(SaroError, match="the data is not what the run began with"):
+        run.begin(runtime, manifest_of(run, source, files))
+
+
+def test_a_model_that_has_moved_is_the_same_model(folder, source, data_file, tmp_path):
+    begin(folder, source, data_file)
+    moved = replace(source, path=str(Path(source.path).rename(tmp_path / "moved")))
+    run = open_run(folder, RWConfig(model=ModelConfig(name=moved.path)), resume=True)
+    assert run.start is None, "the old place holds nothing any more"
+    run.check_unchanged(OneProcess(is_main=False), manifest_of(run, moved, [data_file]))
+
+
+def test_a_commit_that_changes_only_the_readme_is_the_same_model(folder, source, data_file, hub):
+    begin(folder, of_hub(hub, source, OLD, README_md="old"), data_file).lock.release(force=True)
+    assert begin(folder, of_hub(hub, source, NEW, README_md="new"), data_file, resume=True).resumed
+
+
+@pytest.mark.parametrize(
+    "change", [{"model_safetensors": "V"}, {"config_json": "[]"}, {"tokenizer_json": "{}"}], ids=str
+)
+def test_a_commit_that_changes_what_the_model_is_is_refused(folder, source, data_file, hub, change):
+    begin(folder, of_hub(hub, source, OLD, tokenizer_json="[]"), data_file).lock.release(force=True)
+    refused_resume(folder, of_hub(hub, source, NEW, **{"tokenizer_json": "[]"} | change), data_file, "model")
+
+
+def old_manifest(folder: Path) -> None:
+    """Make the manifest one of a version that recorded hub models only by their commit, and no definition."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["model"]["definition"]
+    if manifest["model"]["commit"]:
+        manifest["model"]["files"] = {}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_a_run_of_an_older_version_resumes_if_nothing_has_changed(folder, source, data_file):
+    begin(folder, source, data_file).lock.release(force=True)
+    old_manifest(folder)
+    begin(folder, source, data_file, resume=True).lock.release(force=True)
+    refused_resume(folder, changed_weights(source, data_file), data_file, "model")
+
+
+def test_a_run_of_an_older_version_on_a_hub_model_resumes_on_the_same_commit_only(folder, source, data_file, hub):
+    hub_source = of_hub(hub, source, OLD)
+    begin(folder, hub_source, data_file).lock.release(force=True)
+    old_manifest(folder)
+    begin(folder, hub_source, data_file, resume=True).lock.release(force=True)
+    refused_resume(folder, of_hub(hub, source, NEW), data_file, "model")
+
+
+def dropping(*ids: str) -> dict[str, SimpleNamespace]:
+    return {"train": SimpleNamespace(as_dict=lambda: {"dropped": list(ids)})}
+
+
+def test_a_limit_that_leaves_out_other_records_is_refused(folder, source, data_file):
+    runtime = OneProcess()
+    run = open_run(folder)
+    run.begin(runtime, manifest_of(run, source, [data_file], dropping("a")))
+    run.lock.release(force=True)
+    smaller = RWConfig(data=DataConfig(pack_tokens=512, too_long="drop"))
+    run = open_run(folder, smaller, resume=True)
+    with pytest.raises(SaroError) as caught:
+        run.check_unchanged(runtime, manifest_of(run, source, [data_file], dropping("a", "b")))
+    assert str(caught.value) == (
+        f"{folder}: --data.pack_tokens and --data.too_long now leave out 2 train records, and 1 when the run began "
+        "(data.pack_tokens 2048); resume with a limit that leaves out the same"
+    )
+    run.check_unchanged(runtime, manifest_of(run, source, [data_file], dropping("a")))
 
 
 # The day
@@ -405,6 +632,95 @@ def test_a_resumed_run_keeps_the_day_on_which_it_began(folder, source, data_file
 def test_an_overwritten_run_has_a_new_day(folder, source, data_file):
     begin(folder, source, data_file, template_date="1999-07-04")
     assert open_run(folder, overwrite=True).template_date > date(1999, 7, 4)
+
+
+# The format of conversations
+
+
+def test_a_run_has_the_default_format_of_conversations_if_nothing_is_known(folder, source, data_file):
+    chat = open_run(folder).chat_format(source, DataConfig())
+    assert (chat.think_tags, chat.template_variables) == (("<think>", "</think>"), {})
+    assert chat.template_date == open_run(folder).template_date
+
+
+@pytest.fixture
+def trained(tmp_path, source, data_file) -> ModelSource:
+    """Make ``final/`` of a run that had its own tags, variables and date."""
+    given = DataConfig(think_tags=("<a>", "</a>"), template_variables={"x": 1}, template_date="1999-07-04")
+    folder = tmp_path / "earlier"
+    begin(folder, source, data_file, RWConfig(data=given), template_date="1999-07-04").lock.release()
+    shutil.copytree(source.path, folder / "final")
+    return replace(source, path=str(folder / "final"))
+
+
+FORMAT = (("<a>", "</a>"), {"x": 1}, date(1999, 7, 4))
+
+
+def format_of(chat: ChatFormat) -> tuple[object, object, object]:
+    return chat.think_tags, chat.template_variables, chat.template_date
+
+
+def test_a_run_takes_tags_variables_and_date_from_the_run_that_trained_its_model(folder, trained, data_file):
+    """Otherwise stage 2 would train the model on prompts that it has never seen, and on other ones every day."""
+    assert format_of(open_run(folder).chat_format(trained, DataConfig())) == FORMAT
+    begin(folder, trained, data_file)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    recorded = manifest["config"]["data"]
+    assert (recorded["think_tags"], recorded["template_variables"]) == (["<a>", "</a>"], {"x": 1})
+    assert manifest["template_date"] == "1999-07-04"
+
+
+def test_the_format_of_conversations_passes_through_several_runs(folder, trained, data_file, tmp_path):
+    begin(tmp_path / "second", trained, data_file)
+    third = replace(trained, path=str(shutil.copytree(trained.path, tmp_path / "second" / "final")))
+    assert format_of(open_run(folder).chat_format(third, DataConfig())) == FORMAT
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"think_tags": ("<b>", "</b>")}, {"template_variables": {}}, {"template_date": "1999-07-05"}],
+    ids=lambda given: next(iter(given)),
+)
+def test_an_option_that_contradicts_the_run_that_trained_the_model_is_an_error(folder, trained, given):
+    (name,) = given
+    with pytest.raises(
+        SaroError, match=rf"data\.{name} is .*, and the run that trained .*final had .*; leave the option"
+    ) as e:
+        open_run(folder).chat_format(trained, DataConfig(**given))
+    assert "\n" not in str(e.value)
+
+
+def test_options_that_agree_with_the_run_that_trained_the_model_may_be_given(folder, trained):
+    given = DataConfig(think_tags=("<a>", "</a>"), template_variables={"x": 1}, template_date="1999-07-04")
+    assert format_of(open_run(folder).chat_format(trained, given)) == FORMAT
+
+
+def test_another_template_than_that_of_the_run_that_trained_the_model_is_an_error(folder, trained, tmp_path):
+    file = tmp_path / "template.jinja"
+    file.write_text(trained.tokenizer.chat_template)
+    assert format_of(open_run(folder).chat_format(trained, DataConfig(chat_template=str(file)))) == FORMAT
+    file.write_text(trained.tokenizer.chat_template + " ")
+    with pytest.raises(SaroError, match=r"is not the template of the run that trained .*final; leave the option out"):
+        open_run(folder).chat_format(trained, DataConfig(chat_template=str(file)))
+
+
+def test_a_copy_of_a_model_without_its_run_tells_nothing(folder, trained, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    copy = replace(trained, path=str(shutil.copytree(trained.path, tmp_path / "elsewhere" / "final")))
+    run = open_run(folder)
+    assert format_of(run.chat_format(copy, DataConfig())) == (("<think>", "</think>"), {}, run.template_date)
+
+
+def test_a_resumed_run_keeps_its_format_of_conversations_although_its_start_is_gone(folder, trained, data_file):
+    begin(folder, trained, data_file)
+    (Path(trained.path).parent / "manifest.json").unlink()
+    assert format_of(open_run(folder, resume=True).chat_format(trained, DataConfig())) == FORMAT
+    other = RWConfig(data=DataConfig(think_tags=("<b>", "</b>")))
+    assert "the run began with data.think_tags ['<a>', '</a>'], not ['<b>', '</b>']" in refusal(
+        folder, other, resume=True
+    )
+    other = RWConfig(data=DataConfig(template_variables={}))
+    assert "the run began with data.template_variables {'x': 1}, not {}" in refusal(folder, other, resume=True)
 
 
 # Measurements that are made once

@@ -69,6 +69,15 @@ def test_the_report_counts_duplicates(records_file, examples, tiny_model, pairs)
     assert "duplicates" not in _inspect([records_file(records)], tiny_model(), show=0, color=False)
 
 
+def test_records_are_encoded_as_in_the_run_that_trained_the_model(saro, records_file, examples, finished_run):
+    final = finished_run() / "final"
+    arguments = ("--data.train", records_file(examples), "--model.name", str(final), "--show", "0")
+    assert saro(*arguments)[0] == 0
+    code, _, err = saro(*arguments, "--data.template_date", "2020-01-01")
+    assert code == 2
+    assert "data.template_date is 2020-01-01, and the run that trained" in err
+
+
 def test_scored_tokens_are_coloured_by_their_kind():
     chat = ChatFormat(tiny_tokenizer(), frozenset([IM_END]), date(2024, 7, 26))
     example = Example("a", "general", (Message("user", "Hi"),), Response("why", "yes ☂"), "f:1")

@@ -16,7 +16,7 @@ from train_state import State
 
 from saro.errors import SaroError
 from saro.train import checkpoint
-from saro.train.checkpoint import list_checkpoints
+from saro.train.checkpoint import find_intact_checkpoint, list_checkpoints, set_aside_later_checkpoints
 
 OPTIMIZERS = ("adamw", "adamw8bit", "paged_adamw8bit")
 
@@ -203,4 +203,79 @@ def test_a_checkpoints_files_are_on_disk_before_it_gets_its_name(tmp_path, monke
     assert tmp_path.name in synced
 
 
-# The final model.
+# Damaged checkpoints.
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def zero(path: Path) -> None:
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+def zero_the_middle(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 512] = bytes(512)
+    path.write_bytes(content)
+
+
+DAMAGES = [
+    (name, damage)
+    for name in ("trainable.safetensors", "optimizer.pt", "state.json")
+    for damage in (cut, empty, zero, Path.unlink)
+]
+
+
+@pytest.mark.parametrize(("name", "damage"), [*DAMAGES, ("optimizer.pt", zero_the_middle)])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(tmp_path, name, damage):
+    state = State().train(1)
+    intact, newest = state.save(tmp_path, 1), state.save(tmp_path, 2)
+    assert find_intact_checkpoint(tmp_path, lambda line: pytest.fail(line)) == newest
+    damage(newest / name)
+    said: list[str] = []
+    assert find_intact_checkpoint(tmp_path, said.append) == intact
+    (line,) = said
+    assert line.startswith(f"{newest}: the checkpoint is damaged ({name} ")
+    assert line.endswith("resuming from step_000001 instead")
+    assert State(seed=1).load(intact) == 1
+
+
+def test_a_checkpoint_of_another_step_than_its_name_says_is_damaged(tmp_path):
+    state = State().train(1)
+    intact = state.save(tmp_path, 1)
+    intact.rename(tmp_path / "step_000007")
+    state.save(tmp_path, 1)
+    said: list[str] = []
+    assert find_intact_checkpoint(tmp_path, said.append) == intact
+    assert "step_000007: the checkpoint is damaged (state.json is not that of step 7)" in said[0]
+
+
+def test_without_an_intact_checkpoint_there_is_one_error_and_no_start_from_scratch(tmp_path):
+    state = State().train(1)
+    for step in (1, 2):
+        cut(state.save(tmp_path, step) / "optimizer.pt")
+    with pytest.raises(SaroError, match="and there is no intact one; restore it from a copy") as caught:
+        find_intact_checkpoint(tmp_path, lambda line: pytest.fail(line))
+    assert "\n" not in str(caught.value)
+    assert "step_000002: the checkpoint is damaged (optimizer.pt cannot be read)" in str(caught.value)
+
+
+def test_a_run_without_checkpoints_has_no_intact_one_and_no_error(tmp_path):
+    assert find_intact_checkpoint(tmp_path / "absent", lambda line: pytest.fail(line)) is None
+
+
+def test_later_checkpoints_are_set_aside_so_that_their_steps_are_saved_again(tmp_path):
+    state = State().train(1)
+    for step in (1, 2):
+        state.save(tmp_path, step)
+    (tmp_path / "step_000002.damaged").mkdir()
+    set_aside_later_checkpoints(tmp_path, 1)
+    assert [step for step, _ in list_checkpoints(tmp_path)] == [1]
+    assert (tmp_path / "step_000002.damaged" / "optimizer.pt").is_file()
+    assert state.save(tmp_path, 2).is_dir()

@@ -24,7 +24,8 @@ from saro.data.steps import Step, Steps
 from saro.distributed.runtime import Runtime
 from saro.errors import SaroError
 from saro.model.policy import Policy
-from saro.train.checkpoint import list_checkpoints
+from saro.train import engine
+from saro.train.checkpoint import find_intact_checkpoint, list_checkpoints
 from saro.train.engine import evaluate
 from saro_kernels import TokenStatistics
 
@@ -382,8 +383,6 @@ def test_a_second_ctrl_c_interrupts_at_once(training, runtime, monkeypatch):
             os.kill(os.getpid(), signal.SIGINT)
             raise AssertionError("not reached")
 
-    from saro.train import engine
-
     run.steps = Impatient(run.steps, at=0, number=signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         run.fit(runtime, 4)
@@ -470,6 +469,93 @@ def test_resume_uses_the_newest_checkpoint(training, runtime):
     resumed.steps = Noting(resumed.steps, at=-1, number=0)
     resumed.fit(runtime, 12, resume=True)
     assert asked == [11]
+
+
+def test_a_damaged_newest_checkpoint_costs_its_steps_and_nothing_else(training, runtime, capsys):
+    """The files that say what the run did then agree with the step that it continues from."""
+    unbroken = training("unbroken")
+    unbroken.fit(runtime, 4)
+    run = training("run", save_every=1, keep_checkpoints=3)
+    run.steps = Sending(run.steps, at=2, number=signal.SIGTERM)
+    run.fit(runtime, 4)
+    output = Path(run.options.output)
+    (output / "checkpoints" / "step_000003" / "trainable.safetensors").write_bytes(b"")
+    (output / "margins.jsonl").write_text('{"step": 2, "margin": 1}\n{"step": 3, "margin": 1}\n')
+    (output / "after.json").write_text("{}")
+    capsys.readouterr()
+
+    resumed = training("run", save_every=1, keep_checkpoints=3)
+    left: list[object] = []
+
+    class Looking(Sending):
+        def __getitem__(self, step: int) -> Step:
+            left.append([line["step"] for line in lines_of(run)])
+            left.append((output / "margins.jsonl").read_text())
+            left.append((output / "after.json").exists())
+            return super().__getitem__(step)
+
+    resumed.steps = Looking(resumed.steps, at=-1, number=0)
+    assert resumed.fit(runtime, 4, resume=True).step == 4
+    assert left[:3] == [[1, 2], '{"step": 2, "margin": 1}\n', False]
+    assert_same(resumed.weights(), unbroken.weights())
+    assert [line["step"] for line in lines_of(run)] == [1, 2, 3, 4]
+    assert [step for step, _ in list_checkpoints(output / "checkpoints")] == [2, 3, 4]
+    assert find_intact_checkpoint(output / "checkpoints", pytest.fail).name == "step_000004"
+    said = capsys.readouterr().err
+    assert said.count("step_000003: the checkpoint is damaged (trainable.safetensors cannot be read)") == 1
+    assert "resuming after step 2 of 4" in said
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_from_scratch(training, runtime):
+    run = training()
+    run.fit(runtime, 2)
+    (Path(run.options.output) / "checkpoints" / "step_000002" / "state.json").unlink()
+    with pytest.raises(SaroError, match="and there is no intact one"):
+        training().fit(runtime, 4, resume=True)
+    assert [line["step"] for line in lines_of(run)] == [1, 2]
+
+
+def test_a_stop_writes_its_checkpoint_before_a_due_evaluation_which_the_resumed_run_makes(training, runtime):
+    """A cluster sends SIGTERM and soon after SIGKILL, and an evaluation may take longer than that."""
+    evaluated: list[tuple[str, int, list[int]]] = []
+
+    def evaluating(run: Training, name: str) -> Callable[[int], dict[str, float]]:
+        def held_out(step: int) -> dict[str, float]:
+            checkpoints = list_checkpoints(Path(run.options.output) / "checkpoints")
+            evaluated.append((name, step, [step for step, _ in checkpoints]))
+            return evaluate(runtime, run.policy, run.objective, run.steps[7].packs)
+
+        return held_out
+
+    unbroken = training("unbroken", eval_every=2, save_every=2)
+    unbroken.fit(runtime, 4, evaluate=evaluating(unbroken, "unbroken"))
+    stopped = training("run", eval_every=2)
+    stopped.steps = Sending(stopped.steps, at=1, number=signal.SIGTERM)
+    assert stopped.fit(runtime, 4, evaluate=evaluating(stopped, "stopped")).step == 2
+    for _ in range(2):  # the second time there is nothing left to do
+        resumed = training("run", eval_every=2)
+        resumed.fit(runtime, 4, evaluate=evaluating(resumed, "resumed"), resume=True)
+    assert evaluated == [("unbroken", 2, [2]), ("resumed", 2, [2])]
+    timing = ("tokens_per_second", "peak_memory_gib")
+    a, b = ([{k: v for k, v in line.items() if k not in timing} for line in lines_of(r)] for r in (unbroken, stopped))
+    assert a == b
+
+
+def test_a_finished_run_is_extended_on_the_schedule_of_the_new_number_of_steps(training, runtime, capsys):
+    options = {"schedule": "linear", "warmup": 0}
+    training(**options).fit(runtime, 2)
+    run = training(**options)
+    assert run.fit(runtime, 4, resume=True).step == 4
+    assert "resuming after step 2 of 4; learning rate 0.005, linear over 4 steps" in capsys.readouterr().err
+    assert [line["lr"] for line in lines_of(run)] == pytest.approx([0.01, 0.005, 0.005, 0.0025])
+
+
+def test_a_run_that_has_made_more_steps_than_it_is_now_asked_for_is_refused(training, runtime):
+    run = training()
+    run.fit(runtime, 3)
+    with pytest.raises(SaroError, match=r"the run has made 3 steps, and .* now ask for 2; ask for 3 or more"):
+        training().fit(runtime, 2, resume=True)
+    assert [line["step"] for line in lines_of(run)] == [1, 2, 3]
 
 
 def test_resume_without_a_checkpoint_starts_at_the_first_step(training, runtime):
@@ -622,6 +708,15 @@ def test_tokens_per_second_counts_the_tokens_that_the_model_reads(training, runt
     assert lines_of(run)[-1]["tokens_per_second"] == pytest.approx(outcome.tokens_per_second)
     assert outcome.tokens_per_second > 0
     assert run.steps[0].tokens == sum(int(run.data.lengths[r]) - 1 for r in run.steps[0].records)
+
+
+def test_only_a_gpu_has_a_metric_of_reserved_memory(training, runtime, monkeypatch):
+    run = training()
+    run.fit(runtime, 1)
+    assert "peak_memory_gib" in lines_of(run)[0]
+    assert "peak_reserved_gib" not in lines_of(run)[0]
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: 3 * 2**30)
+    assert engine._reserved_memory(torch.device("cuda", 0)) == {"peak_reserved_gib": 3.0}
 
 
 def test_the_next_epoch_has_another_order(training, runtime):

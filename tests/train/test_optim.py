@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from saro.config import TrainConfig
-from saro.train.optim import make_optimizer, make_scheduler
+from saro.train.optim import make_optimizer, make_scheduler, optimizer_state_bytes
 
 OPTIMIZERS = ("adamw", "adamw8bit", "paged_adamw8bit")
 
@@ -61,6 +61,45 @@ def test_no_step_has_a_rate_of_zero_or_above_the_peak(schedule, total_steps, war
     assert max(seen) == pytest.approx(1)
 
 
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
+def test_a_schedule_that_is_continued_with_another_number_of_steps_is_that_of_the_new_number(schedule):
+    config = TrainConfig(lr=0.5, schedule=schedule, warmup=0.2)
+
+    def made(total_steps: int) -> tuple[torch.optim.Optimizer, object]:
+        optimizer = make_optimizer([nn.Parameter(torch.zeros(2, 2))], config)
+        return optimizer, make_scheduler(optimizer, config, total_steps)
+
+    short_optimizer, short = made(10)
+    long_optimizer, long = made(40)
+    for optimizer, scheduler in ((short_optimizer, short), (long_optimizer, long)):
+        for _ in range(10):
+            optimizer.step()
+            scheduler.step()
+    resumed_optimizer, resumed = made(40)
+    resumed.load_state_dict(short.state_dict())
+    for _ in range(30):
+        assert resumed_optimizer.param_groups[0]["lr"] == long_optimizer.param_groups[0]["lr"] > 0
+        assert resumed.get_last_lr() == long.get_last_lr()
+        for optimizer, scheduler in ((resumed_optimizer, resumed), (long_optimizer, long)):
+            optimizer.step()
+            scheduler.step()
+
+
+def test_the_states_of_torchs_schedulers_in_older_checkpoints_are_continued():
+    config = TrainConfig(lr=0.5, schedule="cosine", warmup=0.4)
+    optimizer = make_optimizer([nn.Parameter(torch.zeros(2, 2))], config)
+    warmup = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=1 / 3, total_iters=2)
+    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=3)
+    old = torch.optim.lr_scheduler.SequentialLR(optimizer, [warmup, decay], milestones=[2])
+    for _ in range(3):
+        optimizer.step()
+        old.step()
+    resumed = make_scheduler(make_optimizer([nn.Parameter(torch.zeros(2, 2))], config), config, 5)
+    resumed.load_state_dict(old.state_dict())
+    assert resumed.get_last_lr() == pytest.approx(old.get_last_lr(), rel=1e-12)
+    assert resumed.get_last_lr()[0] == pytest.approx(0.5 * (1 + math.cos(math.pi / 3)) / 2)
+
+
 def test_all_groups_follow_the_schedule():
     config = TrainConfig(lr=0.5, schedule="linear", warmup=0)
     optimizer = make_optimizer([nn.Parameter(torch.zeros(2, 2)), nn.Parameter(torch.zeros(2))], config)
@@ -93,6 +132,23 @@ def test_every_parameter_is_in_one_group(name, shapes):
     optimizer = make_optimizer(iter(parameters), TrainConfig(optimizer=name))
     held = [id(p) for group in optimizer.param_groups for p in group["params"]]
     assert sorted(held) == sorted(map(id, parameters))
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS[:2])
+@pytest.mark.parametrize("shape", [(3, 5), (4095,), (80, 60), (64, 64), (100, 300)])
+def test_the_memory_of_an_optimizers_state_is_known_before_it_is_allocated(name, shape):
+    parameter = nn.Parameter(torch.zeros(shape))
+    optimizer = make_optimizer([parameter], TrainConfig(optimizer=name))
+    parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    state = optimizer.state[parameter]
+    shared = ("step", "qmap1", "qmap2")  # these are small, and the same for all parameters
+    held = sum(v.nbytes for k, v in state.items() if isinstance(v, torch.Tensor) and k not in shared)
+    assert optimizer_state_bytes(parameter, name) == held
+
+
+def test_a_paged_state_does_not_count_because_it_makes_room():
+    assert optimizer_state_bytes(nn.Parameter(torch.zeros(80, 60)), "paged_adamw8bit") == 0
 
 
 # AdamW.

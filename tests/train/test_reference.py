@@ -176,6 +176,27 @@ def test_moving_a_model_keeps_its_reference(world, tiny_model, tmp_path):
     assert cache_key(policy, source, CPU) == cache_key(other, moved, CPU)
 
 
+def test_a_commit_that_changes_only_the_readme_keeps_the_reference(world, monkeypatch):
+    source, policy, _ = world()
+    monkeypatch.setattr("saro.model.source.weight_hashes", lambda path, commit: {"model.safetensors": "hash"})
+    source.config._commit_hash = "abc"
+    here = cache_key(policy, source, CPU)
+    source.config._commit_hash = "def"
+    assert cache_key(policy, source, CPU) == here
+    monkeypatch.setattr("saro.model.source.weight_hashes", lambda path, commit: {"model.safetensors": "other"})
+    assert cache_key(policy, source, CPU) != here
+
+
+def test_other_code_of_the_model_is_another_reference(world, tiny_model, tmp_path):
+    folder = shutil.copytree(tiny_model(), tmp_path / "coded")
+    source, policy, _ = world(name=str(folder))
+    source.config.auto_map = {"AutoModelForCausalLM": "modeling.Model"}
+    (folder / "modeling.py").write_text("1")
+    here = cache_key(policy, source, CPU)
+    (folder / "modeling.py").write_text("2")
+    assert cache_key(policy, source, CPU) != here
+
+
 def test_another_scored_span_is_scored_separately(runtime, world, scored):
     """A cached value belongs to a scored span, so it is not used if other tokens are scored."""
     source, policy, data = world()

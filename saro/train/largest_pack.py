@@ -1,0 +1,173 @@
+"""Tries the largest pack of a run before its first step, so that running out of memory takes a minute and not a night."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from saro.data.packs import Pack, lay_out, plan_step
+from saro.data.steps import Step, Steps
+from saro.distributed.runtime import Runtime
+from saro.errors import SaroError
+from saro.model.policy import Policy
+from saro.train.engine import add_gradients
+from saro.train.objective import Meter, Objective
+from saro.train.optim import optimizer_state_bytes
+
+# Lay out the packs of steps with this many records in all: about half a second, however many records the run has.
+_LAID_OUT_RECORDS = 1024
+# The error names at most this many records, so that it stays one readable line.
+_NAMED = 5
+
+
+@dataclass(frozen=True)
+class LargestPack:
+    """A pack of a run.
+
+    Attributes:
+        number: number of its step, from 0.
+        step: the records and trees of the pack, as a step whose only pack it is.
+        is_alone: its rank runs no other pack in the step.
+    """
+
+    number: int
+    step: Step
+    is_alone: bool
+
+    @property
+    def pack(self) -> Pack:
+        """The pack."""
+        return self.step.packs[0]
+
+
+def try_largest_pack(
+    runtime: Runtime, policy: Policy, objective: Objective, steps: Steps, total_steps: int, optimizer: str
+) -> None:
+    """Find the largest pack of a run, and try it (``try_pack``). Does nothing on a CPU.
+
+    A CPU that runs out of memory ends the process without an error that could be caught, and a pack takes it seconds.
+
+    Raises:
+        SaroError: see ``try_pack``.
+    """
+    if runtime.device.type != "cpu":
+        largest = find_largest_pack(steps, total_steps, runtime.processes)
+        try_pack(runtime, policy, objective, largest, steps, optimizer)
+
+
+def try_pack(
+    runtime: Runtime, policy: Policy, objective: Objective, largest: LargestPack, steps: Steps, optimizer: str
+) -> None:
+    """Run a pack forward and backward on every rank, with room for gradients and the optimizer's state.
+
+    Nothing is changed: weights, random state and mode are as before, and there are no gradients. The policy is the bare
+    model, so ranks do not exchange gradients.
+
+    A failure is one that training would meet, because the pack is one of the run's own. See ``find_largest_pack`` for
+    how close the pack is to the largest one. Evaluations and answers are not tried.
+
+    Args:
+        policy: the policy, not wrapped for several ranks, and without gradients.
+        objective: what training minimises; its values do not matter.
+        steps: the steps that the pack is from.
+        optimizer: ``--train.optimizer``.
+
+    Raises:
+        SaroError: the pack does not fit into the memory of this rank or of another one.
+    """
+    failure = _run_out_of_memory(policy, objective, largest, runtime, optimizer)
+    # All ranks must know, or some would wait for the others in the first exchange of gradients.
+    failed = runtime.sum_(torch.tensor(float(failure is not None), device=runtime.device)).item()
+    pack, ids = largest.pack, [steps.data.ids[record] for record in largest.step.records]
+    size = f"{pack.tokens:,} tokens, {pack.rows:,} of them scored, {len(ids)} records"
+    if failed:
+        others = f" and {len(ids) - _NAMED} others" if len(ids) > _NAMED else ""
+        raise SaroError(
+            f"out of memory ({failure or 'on another rank'}): the largest pack of the run does not fit ({size}, in step "
+            f"{largest.number + 1}: {', '.join(ids[:_NAMED])}{others}); lower --data.pack_tokens, now {steps.pack_tokens} "
+            f"and at least {steps.data.lengths.max()} for the longest record, or set --model.gradient_checkpointing true"
+        )
+    runtime.say(f"the largest pack fits ({size}): peak memory {runtime.memory():.2f} GiB")
+
+
+def find_largest_pack(steps: Steps, total_steps: int, processes: int) -> LargestPack:
+    """Return the largest pack of a run, by tokens plus scored rows.
+
+    The lengths of the records give an upper bound for each step. The packs of the steps with most tokens, and of those
+    with the longest records, are laid out. So the result is exact for a run of at most ``_LAID_OUT_RECORDS`` draws, and
+    for a run whose steps are one pack each, give or take what pairs on one prompt share. In other runs a step that was not
+    laid out may have a somewhat larger pack, because its records happen to fill it better.
+
+    Args:
+        processes: number of ranks that share a step.
+    """
+    candidates = (
+        largest for number in _likely_steps(steps, total_steps) for largest in _packs_of_step(steps, number, processes)
+    )
+    return max(candidates, key=lambda largest: largest.pack.tokens + largest.pack.rows)
+
+
+def _likely_steps(steps: Steps, total_steps: int) -> list[int]:
+    """Return the numbers of the steps that may have the largest pack, of ``_LAID_OUT_RECORDS`` records in all."""
+    lengths = steps.data.lengths
+    totals, longest = np.empty(total_steps, np.int64), np.empty(total_steps, np.int64)
+    for number in range(total_steps):
+        in_step = lengths[steps.schedule.records(number)]
+        totals[number], longest[number] = in_step.sum(), in_step.max()
+    by_total, by_longest = np.argsort(-totals, kind="stable"), np.argsort(-longest, kind="stable")
+    likely = list(dict.fromkeys(np.stack([by_total, by_longest], axis=1).flatten().tolist()))
+    return likely[: max(1, _LAID_OUT_RECORDS // steps.schedule.records_per_step)]
+
+
+def _packs_of_step(steps: Steps, number: int, processes: int) -> Iterator[LargestPack]:
+    """Yield the packs of all ranks in a step."""
+    trees = steps.data.trees(steps.schedule.records(number).tolist(), steps.pack_tokens)
+    for rank_packs in plan_step([tree.tokens for tree in trees], steps.pack_tokens, processes):
+        for items in rank_packs:
+            members = tuple(trees[item] for item in items)
+            pack = lay_out(members)
+            # A pair has two sequences and is one record.
+            step = Step(tuple(dict.fromkeys(pack.records)), members, (pack,))
+            yield LargestPack(number, step, is_alone=len(rank_packs) == 1)
+
+
+def _run_out_of_memory(
+    policy: Policy, objective: Objective, largest: LargestPack, runtime: Runtime, optimizer: str
+) -> str | None:
+    """Run the pack forward and backward. Returns the first line of the error if memory runs out, else None."""
+    device, parameters = runtime.device, list(policy.trainable().values())
+    was_training = policy.training
+    state: list[torch.Tensor] = []
+    failure = None
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            # The optimizer allocates its state in the first step. From then on it is there.
+            state += [
+                torch.empty(optimizer_state_bytes(p, optimizer), dtype=torch.uint8, device=device) for p in parameters
+            ]
+            if runtime.processes > 1 or not largest.is_alone:
+                # The gradients of the step's other packs, or the buckets in which ranks exchange them.
+                for parameter in parameters:
+                    parameter.grad = torch.zeros_like(parameter)
+            add_gradients(policy, objective, largest.step, Meter(), None, device, processes=1)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+    except (RuntimeError, MemoryError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        failure = str(error).partition("\n")[0] or "host"
+    finally:
+        policy.train(was_training)
+        for parameter in parameters:
+            parameter.grad = None
+    return failure
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    # The CPU's allocator, the CUDA driver and cuBLAS make torch raise a plain RuntimeError.
+    texts = ("DefaultCPUAllocator", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    is_named = any(text in str(error) for text in texts)
+    return is_named or isinstance(error, torch.OutOfMemoryError | MemoryError)

@@ -1,0 +1,35 @@
+"""Importing saro configures torch's allocator before torch is loaded."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+NAMES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+CODE = """
+import os
+import saro
+import torch
+given = [os.environ[name] for name in {names} if name in os.environ]
+print(given, torch._C._accelerator_getAllocatorSettings())
+"""
+
+
+def settings(**given: str) -> str:
+    """Return the allocator's variables that are set after an import, and what torch has read from them."""
+    environment = {name: value for name, value in os.environ.items() if name not in NAMES} | given
+    command = [sys.executable, "-c", CODE.format(names=NAMES)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.strip()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="torch has no expandable segments elsewhere")
+def test_torch_has_expandable_segments():
+    assert settings() == "['expandable_segments:True'] expandable_segments:True"
+
+
+@pytest.mark.parametrize("name", NAMES[:2])
+def test_what_the_user_has_configured_stays(name):
+    assert settings(**{name: "max_split_size_mb:64"}) == "['max_split_size_mb:64'] max_split_size_mb:64"
