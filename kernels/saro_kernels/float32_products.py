@@ -12,8 +12,9 @@ from torch import Tensor
 
 # Devices whose GEMMs take the argument `out_dtype`.
 OUT_DTYPE_DEVICES = ("cuda", "xpu")
-# Bytes of a block of factors that is cast to float32 elsewhere. Larger blocks are no faster, and leave the cache.
-BLOCK_BYTES = 4 * 2**20
+# Bytes of a block of factors that is cast to float32 elsewhere. Larger blocks are no faster; smaller ones make more GEMMs,
+# at whose end threads wait for each other.
+BLOCK_BYTES = 16 * 2**20
 
 
 def add_product(out: Tensor, a: Tensor, b: Tensor, *, beta: int) -> None:
