@@ -56,7 +56,7 @@ class Build:
         target: GPU generation, a key of TARGETS.
         kernel: name of the kernel function.
         variant: what the tile op computes, see `_variants`.
-        dtype: dtype of the products.
+        dtype: dtype of the hidden states, which the gradient has. Products are float32.
         vocab: columns of the tile.
         registers: 32-bit registers per thread.
         stack_bytes: stack per thread; registers that do not fit are spilled there.
@@ -64,6 +64,7 @@ class Build:
         shared_bytes: shared memory per program.
         access_bytes: width of the widest load from memory.
         wide_offsets: True if the address of a row is computed in 64 bits; a tile may have more than 2^31 logits.
+        waits: True if the threads of a program wait for each other between blocks.
     """
 
     target: str
@@ -77,6 +78,7 @@ class Build:
     shared_bytes: int
     access_bytes: int
     wide_offsets: bool
+    waits: bool
 
 
 @dataclass(frozen=True)
@@ -123,8 +125,10 @@ def build(name: str) -> list[Build]:
     """Compile all variants for one target, a key of TARGETS."""
     triton.runtime.driver.set_active(_Driver(TARGETS[name]))
     kernel, builds = triton_tile.tile_kernel, []
-    cases = [(VOCABULARY, dtype) for dtype in DTYPES] + [(1, torch.bfloat16)]
+    cases = list(product((VOCABULARY, 1), DTYPES))
     for (vocab, dtype), (variant, options, call) in product(cases, list(_variants())):
+        if dtype != torch.float32 and not options["gradient"]:
+            continue  # the same kernel as for float32
         compiled = _Compiled(kernel)
         triton_tile.tile_kernel = compiled
         try:
@@ -140,6 +144,7 @@ def build(name: str) -> list[Build]:
                 variant=variant,
                 dtype=str(dtype).removeprefix("torch."),
                 vocab=vocab,
+                waits="barrier" in result.asm["ttir"],
                 wide_offsets=re.search(r"arith\.muli .*: i64", result.asm["ttir"]) is not None,
                 **usage,
             )

@@ -5,10 +5,12 @@ from torch import Tensor
 
 
 def _log_softmax(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, scale: float) -> Tensor:
-    """Return log-probs (N, V) in nats, in float32 or wider."""
-    bias = None if bias is None else bias.to(hidden.dtype)
-    product = torch.nn.functional.linear(hidden, weight.to(hidden.dtype), bias)
-    logits = product.to(torch.promote_types(product.dtype, torch.float32)) * scale
+    """Return log-probs (N, V) in nats. Everything runs in float32 or wider."""
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    # Round a float32 weight to the dtype of the hidden states, as the GEMMs of the tiles and autocast do.
+    weight = weight.to(hidden.dtype).to(dtype)
+    bias = None if bias is None else bias.to(dtype)
+    logits = torch.nn.functional.linear(hidden.to(dtype), weight, bias) * scale
     if softcap is not None:
         logits = softcap * (logits / softcap).tanh()
     return logits.log_softmax(1)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from saro_kernels.tile_ops import statistics_dtype
+from saro_kernels.torch_tile import statistics_dtype
 
 
 def softcap_attention(

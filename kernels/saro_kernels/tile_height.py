@@ -2,7 +2,7 @@
 
 import torch
 
-# Upper limit of the bytes of one tile, as the tile op counts them.
+# Upper limit of the bytes of one tile's logits.
 CPU_TILE_BYTES = 256 * 2**20
 ACCELERATOR_TILE_BYTES = 512 * 2**20
 # Limits of the rows. A tile with fewer rows starves the GEMM, which reads (on a CPU: packs) the full weight for each
@@ -17,21 +17,27 @@ MAX_ACCELERATOR_ROWS = 2048
 MIN_L2_BYTES = 32 * 2**20
 L2_SHARE = 0.75
 MIN_L2_ROWS = 256
-# How often a tile in memory crosses the bus: the first GEMM writes it, the tile op reads it twice and writes it once,
-# the second GEMM reads it. Each of the two GEMMs reads the weight once, whether the tile is in memory or in the cache.
-TILE_PASSES, WEIGHT_PASSES = 5, 2
+# A logit is at least a float32.
+MIN_LOGIT_BYTES = 4
+# How often a tile in memory crosses the bus: the first GEMM writes the logits and the tile op reads them twice; it writes
+# their gradient and the second GEMM reads that. Each of the two GEMMs reads the weight once, whether the tile is in
+# memory or in the cache.
+LOGIT_PASSES, GRADIENT_PASSES, WEIGHT_PASSES = 3, 2, 2
 
 
-def tile_rows(rows: int, vocab: int, width: int, logit_bytes: int, l2_bytes: int | None) -> int:
+def tile_rows(rows: int, vocab: int, width: int, element_bytes: int, l2_bytes: int | None) -> int:
     """Return the rows of one tile: a multiple of 64, or `rows` if one tile holds them all; at least 1.
 
     Args:
         rows: rows of the batch.
         vocab: V of the head's weight.
         width: D of the head's weight.
-        logit_bytes: bytes that the tile takes for each logit.
+        element_bytes: size of a number of the hidden states, the weight and the gradient. The tile takes as much for
+            each logit, but at least MIN_LOGIT_BYTES: the gradient is written over the logits. The slope of a softcap,
+            which only the torch tile op keeps, is not counted.
         l2_bytes: size of an accelerator's L2 cache, 0 if unknown; None on a CPU.
     """
+    logit_bytes = max(element_bytes, MIN_LOGIT_BYTES)
     row_bytes = vocab * logit_bytes
     if l2_bytes is None:
         highest = min(CPU_TILE_BYTES // row_bytes, MAX_CPU_ROWS)
@@ -39,10 +45,10 @@ def tile_rows(rows: int, vocab: int, width: int, logit_bytes: int, l2_bytes: int
         highest = min(ACCELERATOR_TILE_BYTES // row_bytes, MAX_ACCELERATOR_ROWS)
         cached = int(l2_bytes * L2_SHARE) // row_bytes
         if l2_bytes >= MIN_L2_BYTES and MIN_L2_ROWS <= cached < highest:
-            # Bytes that cross the bus per row, as multiples of the bytes of a row of logits.
-            traffic_from_memory = WEIGHT_PASSES * width / highest + TILE_PASSES
-            traffic_from_cache = WEIGHT_PASSES * width / cached
-            if traffic_from_cache < traffic_from_memory:
+            # Bytes that cross the bus for each logit.
+            weight_bytes = WEIGHT_PASSES * width * element_bytes
+            tile_bytes = LOGIT_PASSES * logit_bytes + GRADIENT_PASSES * element_bytes
+            if weight_bytes / cached < weight_bytes / highest + tile_bytes:
                 highest = cached
     highest = max(MIN_ROWS, highest // 64 * 64)
     if rows <= highest:

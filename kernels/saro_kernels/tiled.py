@@ -7,15 +7,16 @@ caller.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from saro_kernels.float32_products import add_product, precise_products
 from saro_kernels.tile_height import l2_bytes, tile_rows
-from saro_kernels.tile_ops import TorchTile, find_tile_op, statistics_dtype
+from saro_kernels.tile_ops import find_tile_op
+from saro_kernels.torch_tile import TorchTile, statistics_dtype
 
 
 class _Head(NamedTuple):
@@ -33,10 +34,9 @@ class _Head(NamedTuple):
 def _make_head(
     hidden: Tensor, weight: Tensor, softcap: float | None, scale: float, rows: int | None, name: str
 ) -> _Head:
-    tile_op = find_tile_op(name)
     if rows is None:
-        rows = tile_rows(len(hidden), *weight.shape, tile_op.logit_bytes(hidden.dtype), l2_bytes(hidden.device))
-    return _Head(softcap, scale, rows, tile_op)
+        rows = tile_rows(len(hidden), *weight.shape, hidden.itemsize, l2_bytes(hidden.device))
+    return _Head(softcap, scale, rows, find_tile_op(name))
 
 
 def tiled_token_logps(
@@ -76,9 +76,9 @@ def tiled_token_statistics(
     logps, entropies = hidden.new_empty(2, len(hidden), dtype=statistics_dtype(hidden.dtype))
     top1 = torch.empty(len(hidden), dtype=torch.bool, device=hidden.device)
     tile = head.tile(hidden, weight, gradient=False)
-    matrix, offset = _prepare_for_gemm(weight, hidden.dtype), _prepare_for_gemm(bias, hidden.dtype)
-    with _float32_sums(hidden.device):
-        for part, _ in _tiles(hidden, matrix, offset, tile, head.rows):
+    matrix = _prepare_for_gemm(weight, hidden.dtype)
+    with precise_products(hidden.device, hidden.dtype):
+        for part in _tiles(hidden, matrix, bias, tile, head.rows):
             logps[part], entropies[part], top1[part] = tile.statistics(targets[part])
     return logps, entropies, top1
 
@@ -130,17 +130,18 @@ class _TrainableHead(torch.autograd.Function):
         )
         d_bias = torch.zeros_like(bias, dtype=dtype) if needs_bias else None
 
-        matrix, offset = _prepare_for_gemm(weight, hidden.dtype), _prepare_for_gemm(bias, hidden.dtype)
+        matrix = _prepare_for_gemm(weight, hidden.dtype)
         tile = ctx.head.tile(hidden, weight, gradient=True)
-        with _float32_sums(hidden.device):
-            for part, product in _tiles(hidden, matrix, offset, tile, ctx.head.rows):
+        with precise_products(hidden.device, hidden.dtype):
+            for part in _tiles(hidden, matrix, bias, tile, ctx.head.rows):
                 tile.run(targets[part], upstream[part])
+                gradient = tile.gradient[: len(hidden[part])]  # (n, V)
                 if needs_hidden:
-                    torch.mm(product, matrix, out=d_hidden[part])
+                    add_product(d_hidden[part], gradient, matrix, beta=0)
                 if needs_weight:
-                    _add_outer(d_weight, tile, hidden[part])
+                    add_product(d_weight, gradient.t(), hidden[part], beta=1)
                 if needs_bias:
-                    d_bias += tile.work[: len(product)].sum(0, dtype=dtype)
+                    d_bias += gradient.sum(0, dtype=dtype)
         return (
             d_hidden,
             d_weight.to(weight.dtype) if needs_weight else None,
@@ -153,70 +154,28 @@ class _TrainableHead(torch.autograd.Function):
 def _logps(hidden, weight, bias, targets, head, unit_gradient=None) -> Tensor:
     """Return log-probs (N,) from one pass over the tiles. If given, `unit_gradient` (N, D) takes d logps / d hidden."""
     logps = hidden.new_empty(len(hidden), dtype=statistics_dtype(hidden.dtype))
-    matrix, offset = _prepare_for_gemm(weight, hidden.dtype), _prepare_for_gemm(bias, hidden.dtype)
+    matrix = _prepare_for_gemm(weight, hidden.dtype)
     tile = head.tile(hidden, weight, gradient=unit_gradient is not None)
-    with _float32_sums(hidden.device):
-        for part, product in _tiles(hidden, matrix, offset, tile, head.rows):
+    with precise_products(hidden.device, hidden.dtype):
+        for part in _tiles(hidden, matrix, bias, tile, head.rows):
             logps[part] = tile.run(targets[part])
             if unit_gradient is not None:
-                torch.mm(product, matrix, out=unit_gradient[part])
+                add_product(unit_gradient[part], tile.gradient[: len(hidden[part])], matrix, beta=0)
     return logps
 
 
-def _prepare_for_gemm(parameter: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """Cast a parameter to the GEMM's dtype, with strides that a GEMM call takes without a copy."""
-    if parameter is None:
-        return None
-    parameter = parameter.to(dtype)
-    return parameter if 1 in parameter.stride() else parameter.contiguous()
+def _prepare_for_gemm(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Cast a weight to the dtype of the hidden states, with strides that a GEMM call takes without a copy."""
+    weight = weight.to(dtype)
+    return weight if 1 in weight.stride() else weight.contiguous()
 
 
-def _tiles(
-    hidden: Tensor, matrix: Tensor, offset: Tensor | None, tile: TorchTile, rows: int
-) -> Iterator[tuple[slice, Tensor]]:
-    """Yield, for each tile, its rows of `hidden` and the part of `tile.product` filled with hidden @ matrix^T + offset."""
+def _tiles(hidden: Tensor, matrix: Tensor, bias: Tensor | None, tile: TorchTile, rows: int) -> Iterator[slice]:
+    """Yield the slice of each tile's rows, with hidden @ matrix^T + bias of these rows in `tile.product`."""
     for start in range(0, len(hidden), rows):
         part = slice(start, start + rows)
         product = tile.product[: len(hidden[part])]
-        if offset is None:
-            torch.mm(hidden[part], matrix.t(), out=product)
-        else:
-            torch.addmm(offset, hidden[part], matrix.t(), out=product)
-        yield part, product
-
-
-def _add_outer(d_weight: Tensor, tile: TorchTile, hidden: Tensor) -> None:
-    """Add (gradient of the products)^T @ hidden to d_weight, (V, D), summing in d_weight's dtype."""
-    product = tile.product[: len(hidden)].t()
-    if d_weight.dtype == hidden.dtype:
-        d_weight.addmm_(product, hidden)
-    elif hidden.device.type in ("cuda", "xpu"):
-        torch.addmm(d_weight, product, hidden, out_dtype=d_weight.dtype, out=d_weight)
-    else:
-        # Only accelerators can sum bfloat16 products into a float32 matrix. Here a bfloat16 product would be rounded for
-        # each tile and would need another (V, D) buffer.
-        d_weight.addmm_(tile.work[: len(hidden)].t().to(d_weight.dtype), hidden.to(d_weight.dtype))
-
-
-@contextmanager
-def _float32_sums(device: torch.device) -> Iterator[None]:
-    """Make cuBLAS accumulate bfloat16 and float16 products in float32, whatever the program has set.
-
-    The sums of d hidden run over the full vocabulary. cuBLAS splits them and by default rounds the parts before adding.
-    """
-    if device.type != "cuda":
-        yield
-        return
-    matmul = torch.backends.cuda.matmul
-    names = ("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction")
-    before = {name: (getattr(matmul, name), getattr(matmul, f"{name}_split_k")) for name in names}
-    accumulation = matmul.allow_fp16_accumulation
-    for name, (_, split) in before.items():
-        setattr(matmul, name, (False, split))
-    matmul.allow_fp16_accumulation = False
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(matmul, name, value)
-        matmul.allow_fp16_accumulation = accumulation
+        if bias is not None:
+            product.copy_(bias)
+        add_product(product, hidden[part], matrix.t(), beta=0 if bias is None else 1)
+        yield part

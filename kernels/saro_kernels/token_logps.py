@@ -32,13 +32,14 @@ def token_logps(
     """Return log p(target) of each row under an LM head, without ever holding the (N, V) logits.
 
     The result is ``logits[target] - logsumexp(logits)`` with ``logits = softcap * tanh(scale * (hidden @ weight.T + bias)
-    / softcap)``, or ``scale * (hidden @ weight.T + bias)`` without a softcap. The product runs in hidden's dtype, the
-    rest in float32 (float64 if hidden is float64). Under `torch.autocast`, a float32 `hidden` is cast as for a linear
-    layer.
+    / softcap)``, or ``scale * (hidden @ weight.T + bias)`` without a softcap. `hidden` and `weight` enter the product
+    in hidden's dtype. The logits and all that follows are float32 (float64 if hidden is float64). Under
+    `torch.autocast`, a float32 `hidden` is cast as for a linear layer.
 
     It is once differentiable in `hidden`, `weight` and `bias`. If the head needs no gradient, the forward also computes
     d hidden in the same pass and keeps it (N x D numbers in hidden's dtype). Otherwise the backward recomputes the
-    logits tile by tile and sums d weight and d bias in float32.
+    logits tile by tile and sums d weight and d bias in float32. Tiles round the gradient of the logits to hidden's
+    dtype before these products.
 
     Args:
         hidden: (N, D), float32, bfloat16, float16 or float64; N may be 0.

@@ -1,4 +1,4 @@
-"""The tile op as one Triton kernel: one program per row computes float32 statistics online, then the gradient in place.
+"""The tile op as one Triton kernel: one program per row computes the statistics online, then the gradient in place.
 
 Online softmax: Milakov and Gimelshein 2018, arXiv 1805.02867. Importing this module needs triton, so only `find_tile_op`
 imports it. If TRITON_INTERPRET=1 is in the environment when triton is first imported, the kernel runs on the CPU, as in
@@ -11,6 +11,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from saro_kernels.torch_tile import overlay
 
 # Limits of the logits that a program holds at a time. A block needs at least one element per thread: if two threads
 # shared an element, one could write the gradient where the other still reads the logit. 16 warps are 512 threads on
@@ -40,7 +42,7 @@ def _tanh_and_slope(x):
 @triton.jit
 def _logits(product, product_scale, softcap):
     """Return the logits of products and the slope of the softcap (1 without a softcap)."""
-    logit = product.to(tl.float32) * product_scale
+    logit = product * product_scale
     slope = 1.0
     if softcap is not None:
         logit, slope = _tanh_and_slope(logit)
@@ -66,7 +68,8 @@ def _one_minus_exp(x):
 
 @triton.jit
 def tile_kernel(
-    product,  # (rows, width) with products in the first `vocab` columns; overwritten by the gradient if GRADIENT
+    product,  # (rows, width) float32, with products in the first `vocab` columns
+    gradient,  # (rows, width), output, in the memory of `product`, see `TritonTile`; or None
     targets,  # (rows,) int64
     logps,  # (rows,) float32, output
     upstream,  # (rows,) float32, or None for ones
@@ -74,16 +77,17 @@ def tile_kernel(
     tops,  # (rows,) bool, output: True where no token is likelier than the target; or None
     vocab,
     width,
+    product_stride,
+    gradient_stride,
     targets_stride,
     upstream_stride,
     product_scale,  # factor of the products: scale, or scale / softcap if there is a softcap
     softcap,  # or None
     scale,
-    GRADIENT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    product += row * width
+    product += row * product_stride
     lanes = tl.arange(0, BLOCK)
     # Read the target's logit first: the reductions below synchronise, so no thread has written a gradient there yet.
     target = tl.load(targets + row * targets_stride)
@@ -116,7 +120,8 @@ def tile_kernel(
         tl.store(entropies + row, tl.log(total) - tl.sum(weighted, 0) / total)
         tl.store(tops + row, at_target >= maximum)
 
-    if GRADIENT:
+    if gradient is not None:
+        gradient += row * gradient_stride
         factor = scale
         if upstream is not None:
             factor *= tl.load(upstream + row * upstream_stride)
@@ -124,33 +129,36 @@ def tile_kernel(
         factor_of_others = -factor / total
         gradient_at_target = factor * _one_minus_exp(logp)
         for start in range(0, vocab, BLOCK):
+            if gradient.dtype != product.dtype:
+                # This block's gradient goes over logits of earlier blocks. A thread comes here when it has written the
+                # gradients of those, so it has read their logits. Wait until all threads have.
+                tl.debug_barrier()
             columns = start + lanes
             logit, slope = _load(product, columns, vocab, width, product_scale, softcap)
             gradient_of_others = tl.exp(logit - maximum) * factor_of_others
-            gradient = tl.where(columns == target, gradient_at_target, gradient_of_others) * slope
-            tl.store(product + columns, gradient.to(product.dtype.element_ty), mask=columns < width)
+            values = tl.where(columns == target, gradient_at_target, gradient_of_others) * slope
+            tl.store(gradient + columns, values.to(gradient.dtype.element_ty), mask=columns < width)
 
 
 class TritonTile:
-    """The tile op in Triton, for CUDA, ROCm and XPU, with products in float32, bfloat16 or float16.
+    """The tile op in Triton, for CUDA, ROCm and XPU, with hidden states in float32, bfloat16 or float16.
 
-    It needs only one buffer: `work` is `product`. The gradient is rounded to the product's dtype.
+    It has the attributes of `TorchTile`, and needs only one buffer. A gradient of half the size begins half a block
+    before the logits, so that the gradient of each block ends where its logits begin, or before.
     """
 
     def __init__(self, rows: int, like: Tensor, vocab: int, *, softcap: float | None, scale: float, gradient: bool):
-        self.softcap, self.scale, self.gradient = softcap, scale, gradient
-        self.product = like.new_empty(rows, -(-vocab // ALIGNMENT) * ALIGNMENT)[:, :vocab]
-        self.work = self.product
-
-    @staticmethod
-    def logit_bytes(dtype: torch.dtype) -> int:
-        """Return the bytes that a tile takes for each logit: those of `dtype`."""
-        return dtype.itemsize
+        self.softcap, self.scale = softcap, scale
+        lead = block_size(vocab) // 2 if gradient and like.itemsize == 2 else 0
+        self.width = -(-vocab // ALIGNMENT) * ALIGNMENT
+        buffer = like.new_empty(rows, lead + self.width, dtype=torch.float32)
+        self.product = buffer[:, lead : lead + vocab]
+        self.gradient = overlay(buffer, like.dtype)[:, :vocab] if gradient else None
 
     def run(self, targets: Tensor, upstream: Tensor | None = None) -> Tensor:
         """See `TorchTile.run`. For a target outside the vocabulary, the row's log-prob and gradient are NaN."""
         logps = self.product.new_empty(len(targets), dtype=torch.float32)
-        self._launch(targets, logps, upstream=upstream, gradient=self.gradient)
+        self._launch(targets, logps, gradient=self.gradient, upstream=upstream)
         return logps
 
     def statistics(self, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -165,29 +173,31 @@ class TritonTile:
         targets: Tensor,
         logps: Tensor,
         *,
+        gradient: Tensor | None = None,
         upstream: Tensor | None = None,
         entropies: Tensor | None = None,
         tops: Tensor | None = None,
-        gradient: bool = False,
     ) -> None:
         if len(targets) == 0:
             return
         with _on(self.product.device):
             tile_kernel[(len(targets),)](
                 product=self.product,
+                gradient=gradient,
                 targets=targets,
                 logps=logps,
                 upstream=upstream,
                 entropies=entropies,
                 tops=tops,
                 vocab=self.product.shape[1],
-                width=self.product.stride(0),
+                width=self.width,
+                product_stride=self.product.stride(0),
+                gradient_stride=0 if gradient is None else gradient.stride(0),
                 targets_stride=targets.stride(0),
                 upstream_stride=0 if upstream is None else upstream.stride(0),
                 product_scale=self.scale if self.softcap is None else self.scale / self.softcap,
                 softcap=self.softcap,
                 scale=self.scale,
-                GRADIENT=gradient,
                 BLOCK=block_size(self.product.shape[1]),
                 num_warps=WARPS,
                 # With fused multiply-adds, a logit could have other bits in the loop that finds the maximum than in the

@@ -29,7 +29,7 @@ from saro.program import progress_bar
 from saro.train.reference_cache import ReferenceCache, sequence_key
 
 # Increase when scoring changes its results: old caches are then ignored.
-SCORER_VERSION = 1
+SCORER_VERSION = 2
 # Write to the cache this often: a killed run loses at most this many seconds of scoring.
 _FLUSH_SECONDS = 30.0
 # Build the trees of this many pairs at a time, so that memory does not grow with the data.

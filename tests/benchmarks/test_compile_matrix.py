@@ -69,6 +69,12 @@ def test_rows_beyond_2_to_the_31_logits_have_64_bit_offsets(builds):
     assert [describe(b) for b in builds if not b["wide_offsets"]] == []
 
 
+def test_threads_wait_before_a_gradient_goes_over_logits_of_other_threads(builds):
+    for build in builds:
+        writes_over_others = build["variant"].startswith("gradient") and build["dtype"] != "float32"
+        assert build["waits"] == writes_over_others, describe(build)
+
+
 def test_the_readme_has_the_table_of_these_kernels(builds):
     """Checks only the rows: --write updates the table by hand, and registers differ a little between compilers."""
     text = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")

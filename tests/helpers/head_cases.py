@@ -57,7 +57,8 @@ def values_and_gradients(function, hidden, weight, targets, bias, upstream, need
     leaves = {k: None if x is None else x.detach().clone().requires_grad_(k in needs) for k, x in leaves.items()}
     logps = function(leaves["hidden"], leaves["weight"], targets, bias=leaves["bias"], **options)
     loss = (logps * upstream.to(logps.dtype)).sum()
-    return [logps.detach(), *torch.autograd.grad(loss, [leaves[k] for k in needs])]
+    gradients = torch.autograd.grad(loss, [leaves[k] for k in needs]) if needs else []
+    return [logps.detach(), *gradients]
 
 
 def exact(hidden, weight, targets, bias, upstream, needs, **options):

@@ -8,7 +8,8 @@ import torch
 
 from saro_kernels import choose_impl, token_logps, token_statistics
 from saro_kernels import tile_ops as module
-from saro_kernels.tile_ops import TorchTile, choose_tile_op, find_tile_op
+from saro_kernels.tile_ops import choose_tile_op, find_tile_op
+from saro_kernels.torch_tile import TorchTile
 
 CPU, CUDA, XPU = (torch.device(name) for name in ("cpu", "cuda", "xpu"))
 FAMILY = ["auto", "tiled"]

@@ -23,21 +23,21 @@ CACHES = [0, 6 * MIB, 40 * MIB, 50 * MIB, 72 * MIB, 96 * MIB, 126 * MIB]
 MANY = 64 * 10**12
 
 
-@pytest.mark.parametrize("logit_bytes", [2, 4, 8])
+@pytest.mark.parametrize(("element_bytes", "logit_bytes"), [(2, 4), (4, 4), (8, 8)])
 @pytest.mark.parametrize("vocab", VOCABULARIES)
-def test_on_a_cpu_a_tile_fills_its_bytes_or_has_the_most_rows(vocab, logit_bytes):
-    height = tile_rows(MANY, vocab, 512, logit_bytes, None)
+def test_on_a_cpu_a_tile_fills_its_bytes_or_has_the_most_rows(vocab, element_bytes, logit_bytes):
+    height = tile_rows(MANY, vocab, 512, element_bytes, None)
     assert height % 64 == 0
     assert height == MIN_ROWS or height * vocab * logit_bytes <= CPU_TILE_BYTES
     assert height == MAX_CPU_ROWS or (height + 64) * vocab * logit_bytes > CPU_TILE_BYTES
 
 
 @pytest.mark.parametrize("l2", CACHES)
-@pytest.mark.parametrize("logit_bytes", [2, 4, 8])
+@pytest.mark.parametrize(("element_bytes", "logit_bytes"), [(2, 4), (4, 4), (8, 8)])
 @pytest.mark.parametrize("width", [64, 576, 4096])
 @pytest.mark.parametrize("vocab", VOCABULARIES)
-def test_on_an_accelerator_a_tile_is_within_its_limits(vocab, width, logit_bytes, l2):
-    height = tile_rows(MANY, vocab, width, logit_bytes, l2)
+def test_on_an_accelerator_a_tile_is_within_its_limits(vocab, width, element_bytes, logit_bytes, l2):
+    height = tile_rows(MANY, vocab, width, element_bytes, l2)
     assert height % 64 == 0
     assert MIN_ROWS <= height <= MAX_ACCELERATOR_ROWS
     assert height == MIN_ROWS or height * vocab * logit_bytes <= ACCELERATOR_TILE_BYTES
@@ -67,8 +67,9 @@ def test_heights_of_common_heads():
     """SmolLM2-135M and Llama-3-8B, on a CPU in float32 and on GPUs with Triton in bfloat16."""
     assert tile_rows(2048, 49152, 576, 4, None) == 512
     assert tile_rows(512, 128256, 4096, 4, None) == 512
-    assert tile_rows(8192, 128256, 4096, 2, 50 * MIB) == 2048  # H100: too few rows would fit in its cache
-    assert tile_rows(8192, 49152, 576, 2, 50 * MIB) == 384  # reading a narrow weight again costs little
+    assert tile_rows(8192, 128256, 4096, 2, 50 * MIB) == 1024  # H100: too few rows would fit in its cache
+    assert tile_rows(8192, 49152, 576, 2, 50 * MIB) == 2048
+    assert tile_rows(8192, 49152, 576, 2, 72 * MIB) == 256  # RTX 4090: reading a narrow weight again costs little
     assert tile_rows(8192, 49152, 576, 2, 6 * MIB) == 2048  # RTX 3090
 
 
@@ -86,7 +87,7 @@ def test_a_tile_lowered_for_the_cache_fits_in_it_and_feeds_the_gemm(vocab, width
     height_without_cache = tile_rows(MANY, vocab, width, 2, 0)
     assert height <= height_without_cache
     if height < height_without_cache:
-        assert height * vocab * 2 <= L2_SHARE * l2
+        assert height * vocab * 4 <= L2_SHARE * l2
         assert height >= MIN_L2_ROWS
 
 

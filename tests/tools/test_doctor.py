@@ -244,6 +244,12 @@ def test_a_head_is_checked_with_the_softcap_of_the_model(examine, tiny_model, mo
     assert {f"token_logps, torch tiles, {head} head" for head in ("frozen", "trainable")} <= failed(findings)
 
 
+def test_log_probs_with_the_error_of_rounded_logits_fail_in_bfloat16(examine, monkeypatch):
+    changed_torch_tiles(monkeypatch, lambda logps: logps + (logps.bfloat16() - logps).detach())
+    _, findings, _, _ = examine(dtype="bfloat16")
+    assert failed(findings) == TILES
+
+
 def test_an_error_is_shown_by_its_first_line(examine, monkeypatch):
     tiles_that_do_not_compile(monkeypatch)
     _, findings, _, screen = examine()

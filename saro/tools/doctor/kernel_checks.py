@@ -77,6 +77,8 @@ def _token_logps(name: str, op: str, trainable: bool, policy: Policy) -> Finding
         ours=run(tiled, dtype),
         plain=run(reference_token_logps, dtype),
         exact=run(reference_token_logps, torch.float64),
+        # Tensor cores truncate their float32 sum after every 16 products. The plain path rounds it to nearest.
+        value_ulps=max(1, weight.shape[1] // 16) if dtype.itemsize == 2 else 1,
     )
 
 
@@ -146,15 +148,20 @@ def _normal(generator: torch.Generator, *shape: int) -> Tensor:
     return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
 
-def _compare_errors(name: str, *, ours: list[Tensor], plain: list[Tensor], exact: list[Tensor]) -> Finding:
-    """Return the worst error of value and gradients, as a multiple of the plain path's error."""
+def _compare_errors(
+    name: str, *, ours: list[Tensor], plain: list[Tensor], exact: list[Tensor], value_ulps: int = 1
+) -> Finding:
+    """Return the worst error of value and gradients, as a multiple of the plain path's error.
+
+    An error of ``value_ulps`` ulps of the value and one of each gradient is always allowed.
+    """
     ratios = []
-    for our_tensor, plain_tensor, exact_tensor in zip(ours, plain, exact, strict=True):
+    allowed_ulps = [value_ulps] + [1] * (len(exact) - 1)
+    for our_tensor, plain_tensor, exact_tensor, ulps in zip(ours, plain, exact, allowed_ulps, strict=True):
         our_error = (our_tensor.double() - exact_tensor).norm()
         plain_error = (plain_tensor.double() - exact_tensor).norm()
-        # Allow at least one ulp.
-        ulp = torch.finfo(our_tensor.dtype).eps * exact_tensor.norm()
-        ratios.append((our_error / torch.maximum(plain_error, ulp / KERNEL_FACTOR)).item())
+        allowed = ulps * torch.finfo(our_tensor.dtype).eps * exact_tensor.norm()
+        ratios.append((our_error / torch.maximum(plain_error, allowed / KERNEL_FACTOR)).item())
     # Not max(ratios), which can pass over a NaN.
     worst = torch.tensor(ratios).max().item()
     return Finding(
