@@ -71,36 +71,26 @@ def _checks(policy: Policy, layers: Sequence[nn.Module]) -> Iterator[tuple[Calla
                 yield partial(_lora_error, module, policy), f"the fused {names[module]}", "set --model.fused_lora false"
 
 
-def head_inputs(policy: Policy) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return random hidden states (N, D), the head's own weight (V, D), targets (N,) and upstream gradients (N,).
-
-    Of a very large head, only as many columns are taken as float64 has memory for.
-    """
-    device, dtype = policy.causal_lm.device, policy.compute_dtype
-    head = policy.causal_lm.get_output_embeddings().weight.detach()
-    weight = head[:, : max(1, _NUMBERS // len(head))].contiguous()
-    generator = torch.Generator().manual_seed(0)
-    # Scale the logits to a few nats apart, as a model has them.
-    spread = weight.double().norm(dim=1).mean().item() * policy.logits.scale
-    hidden = _normal(generator, _ROWS, weight.shape[1]) * (4 / spread)
-    targets = torch.randint(len(weight), (_ROWS,), generator=generator)
-    upstream = _normal(generator, _ROWS)
-    return hidden.to(device, dtype), weight, targets.to(device), upstream.to(device)
-
-
 def head_error(policy: Policy, kernel: Callable[..., Tensor], trainable: bool) -> float:
     """Return the error of an implementation of ``token_logps`` on the policy's head, in units of the plain path's.
 
     ``trainable``: the gradient of the head is compared too.
     """
-    hidden, weight, targets, upstream = head_inputs(policy)
-    dtype = policy.compute_dtype
-    bias = policy.causal_lm.get_output_embeddings().bias
+    device, dtype = policy.causal_lm.device, policy.compute_dtype
+    head = policy.causal_lm.get_output_embeddings()
+    # Of a very large head, only as many columns as float64 has memory for.
+    weight = head.weight.detach()[:, : max(1, _NUMBERS // len(head.weight))].contiguous()
+    generator = torch.Generator().manual_seed(0)
+    # Scale the logits to a few nats apart, as a model has them.
+    spread = weight.double().norm(dim=1).mean().item() * policy.logits.scale
+    hidden = (_normal(generator, _ROWS, weight.shape[1]) * (4 / spread)).to(device, dtype)
+    targets = torch.randint(len(weight), (_ROWS,), generator=generator).to(device)
+    upstream = _normal(generator, _ROWS).to(device)
 
     def run(kernel: Callable[..., Tensor], dtype: torch.dtype, weight: Tensor) -> list[Tensor]:
         """Return the log-probs, and the gradients of the hidden states and of a trainable head."""
         leaves = [hidden.to(dtype).detach().requires_grad_(), weight.detach().requires_grad_(trainable)]
-        offset = None if bias is None else bias.detach().to(weight.dtype)
+        offset = None if head.bias is None else head.bias.detach().to(weight.dtype)
         logps = kernel(*leaves, targets, bias=offset, **policy.logits._asdict())
         inputs = [leaf for leaf in leaves if leaf.requires_grad]
         return [logps.detach(), *torch.autograd.grad((logps * upstream.to(logps.dtype)).sum(), inputs)]
@@ -111,6 +101,8 @@ def head_error(policy: Policy, kernel: Callable[..., Tensor], trainable: bool) -
         ours=run(kernel, dtype, weight),
         plain=run(reference_token_logps, dtype, rounded),
         exact=run(reference_token_logps, torch.float64, rounded.double()),
+        # Tensor cores truncate their float32 sum after every 16 products. The plain path rounds it to nearest.
+        value_ulps=max(1, weight.shape[1] // 16) if dtype.itemsize == 2 else 1,
     )
 
 
@@ -176,15 +168,21 @@ def plain_mlp(
     return plain_linear(activation(plain_linear(x, gate)) * plain_linear(x, up), down)
 
 
-def worst_ratio(*, ours: Sequence[Tensor], plain: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
-    """Return the worst error of values and gradients, as a multiple of the plain path's error. At least one ulp counts."""
+def worst_ratio(
+    *, ours: Sequence[Tensor], plain: Sequence[Tensor], exact: Sequence[Tensor], value_ulps: int = 1
+) -> float:
+    """Return the worst error of a value and its gradients, as a multiple of the plain path's error.
+
+    An error of ``value_ulps`` ulps of the value, and of one ulp of each gradient, counts as allowed.
+    """
     ratios = []
-    for our_tensor, plain_tensor, exact_tensor in zip(ours, plain, exact, strict=True):
+    allowed_ulps = [value_ulps] + [1] * (len(exact) - 1)
+    for our_tensor, plain_tensor, exact_tensor, ulps in zip(ours, plain, exact, allowed_ulps, strict=True):
         our_error = (our_tensor.double() - exact_tensor).norm()
         plain_error = (plain_tensor.double() - exact_tensor).norm()
-        ulp = torch.finfo(our_tensor.dtype).eps * exact_tensor.norm()
+        rounding = ulps * torch.finfo(our_tensor.dtype).eps * exact_tensor.norm()
         # Without any error, as of a zero weight, the ratio is 0.
-        allowed = torch.maximum(plain_error, ulp / KERNEL_FACTOR).clamp_min(torch.finfo(torch.float64).tiny)
+        allowed = torch.maximum(plain_error, rounding / KERNEL_FACTOR).clamp_min(torch.finfo(torch.float64).tiny)
         ratios.append((our_error / allowed).item())
     # Not max(ratios), which can pass over a NaN.
     return torch.tensor(ratios).max().item()

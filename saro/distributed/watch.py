@@ -32,7 +32,6 @@ from saro.errors import SaroError
 _JOIN_SECONDS = 600.0
 # All ranks often find the same error. This long, each may end with its own line, or finish a file, before it is ended.
 _GRACE_SECONDS = 5.0
-_STORE_KEY = "saro/watch"
 
 
 @dataclass(frozen=True)
@@ -60,14 +59,16 @@ class Watch:
         address: host name of rank 0.
         port: port of the launcher's store on that host.
         hosts_store: True if this process must open the store, as rank 0 does unless torchrun's agent has.
+        attempt: how often the launcher has started the ranks before; it may keep its store.
     """
 
-    def __init__(self, rank: int, ranks: int, address: str, port: int, hosts_store: bool) -> None:
+    def __init__(self, rank: int, ranks: int, address: str, port: int, *, hosts_store: bool, attempt: str) -> None:
         self.rank = rank
         self._ranks = ranks
         self._address = address
         self._port = port
         self._hosts_store = hosts_store
+        self._key = f"saro/watch/{attempt}"  # of the store: where rank 0 listens
         self._failure: Failure | None = None
         self._failed_at = 0.0
         self._connections: dict[int, _Connection] = {}  # by rank; ranks other than 0 hold only the one to rank 0
@@ -84,8 +85,14 @@ class Watch:
         if ranks == 1 or not environment.keys() >= {"RANK", "MASTER_ADDR", "MASTER_PORT"}:
             return None
         rank = int(environment["RANK"])
-        hosts_store = rank == 0 and environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-        return cls(rank, ranks, environment["MASTER_ADDR"], int(environment["MASTER_PORT"]), hosts_store)
+        return cls(
+            rank,
+            ranks,
+            environment["MASTER_ADDR"],
+            int(environment["MASTER_PORT"]),
+            hosts_store=rank == 0 and environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
+            attempt=environment.get("TORCHELASTIC_RESTART_COUNT", "0"),
+        )
 
     def join(self) -> None:
         """Wait until all ranks have come.
@@ -200,7 +207,7 @@ class Watch:
             selectors.DefaultSelector() as selector,
         ):
             selector.register(listener, selectors.EVENT_READ)
-            store.set(_STORE_KEY, json.dumps({"port": listener.getsockname()[1], "token": token}))
+            store.set(self._key, json.dumps({"port": listener.getsockname()[1], "token": token}))
 
             def serve(seconds: float | None) -> bool:
                 events = selector.select(seconds)
@@ -250,7 +257,7 @@ class Watch:
 
     def _follow(self, store: TCPStore) -> None:
         """Connect to rank 0 and read what it sends, until a rank fails or rank 0 is done."""
-        meeting = json.loads(store.get(_STORE_KEY))
+        meeting = json.loads(store.get(self._key))
         connection = _Connection(socket.create_connection((self._address, meeting["port"])))
         with self._lock:
             self._connections[0] = connection

@@ -9,14 +9,16 @@ import ctypes
 import os
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import psutil
 import pytest
 import torch
-from run_files import wait_for
+from run_files import ROOT, wait_for
 
 from saro.distributed import watch
 from saro.distributed.run_ranks import run_ranks
@@ -268,3 +270,41 @@ def alone() -> None:
 def test_a_single_process_is_not_watched(recipes, variables):
     done = recipes.run(call=f"{__file__}:alone", environment=variables)
     assert (done.code, done.out) == (0, "['MainThread']\n")
+
+
+# Under the launchers, whose agent ends the other ranks too.
+
+_SCRIPT = """
+from saro.distributed.run_ranks import run_ranks
+from saro.distributed.runtime import Runtime
+from saro.errors import SaroError
+
+def main():
+    runtime = Runtime.start()
+    runtime.barrier()
+    if runtime.rank == 1:
+        raise SaroError("train.jsonl:3: wrong; fix it")
+    runtime.barrier()
+
+run_ranks(main)
+"""
+_TORCHRUN = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+_ACCELERATE = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+_ACCELERATE += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+
+
+def launch(options: list[str], folder: Path, environment: dict[str, str]) -> subprocess.CompletedProcess:
+    (folder / "script.py").write_text(_SCRIPT)
+    command = [sys.executable, *options, str(folder / "script.py")]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
+
+
+@pytest.mark.parametrize("launcher", [_TORCHRUN, _ACCELERATE], ids=["torchrun", "accelerate launch"])
+def test_under_a_launcher_a_failure_is_one_line_and_no_traceback_of_a_rank(launcher, tmp_path, environment):
+    done = launch(launcher, tmp_path, environment)
+    assert done.returncode != 0
+    assert done.stderr.count("[rank 1] error: train.jsonl:3: wrong; fix it\n") == 1
+    assert "exitcode  : 2 " in done.stderr
+    # The launcher's own, which names the rank that failed first.
+    assert done.stderr.count("Traceback") == 1
+    assert "script.py FAILED" in done.stderr

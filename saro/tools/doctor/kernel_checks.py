@@ -10,18 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from saro.checks.check_kernels import head_error, in_float64_of, plain_linear, plain_mlp, worst_ratio
 from saro.checks.noise import KERNEL_FACTOR
 from saro.model.policy import Policy
 from saro.tools.doctor.finding import Check, Finding
 from saro_kernels import FrozenLinear, LoraLinear, lora_gated_mlp, lora_linear
-from saro_kernels.definition import reference_token_logps
 from saro_kernels.tile_ops import TILE_OPS, choose_tile_op
 from saro_kernels.tiled import tiled_token_logps
 
 _ROWS, _TILE_ROWS = 40, 16  # the last tile is not full
 _RANK = 8
-# Most entries of a weight that is computed in float64: 1 GiB.
-_NUMBERS = 2**27
 # Largest hidden and intermediate size of the layers with adapters: bounds the time and memory of the check.
 _WIDTH, _INNER = 2048, 4096
 
@@ -47,39 +45,12 @@ def kernel_checks(policy: Policy) -> list[Check]:
 
 def _token_logps(name: str, op: str, trainable: bool, policy: Policy) -> Finding:
     """Check a tile op on the model's head: all rows, as many columns as float64 has memory for, its scale and softcap."""
-    device, dtype = policy.causal_lm.device, policy.compute_dtype
     try:
-        choose_tile_op(op, device, dtype)
+        choose_tile_op(op, policy.causal_lm.device, policy.compute_dtype)
     except ValueError as error:
         return Finding(name, None, str(error))
-    head = policy.causal_lm.get_output_embeddings().weight.detach()
-    weight = head[:, : max(1, _NUMBERS // len(head))].to(dtype).contiguous()
-    generator = torch.Generator().manual_seed(0)
-    # Scale the logits to a few nats apart, as a model has them.
-    spread = weight.double().norm(dim=1).mean().item() * policy.logits.scale
-    hidden = _normal(generator, _ROWS, weight.shape[1]) * (4 / spread)
-    hidden = hidden.to(device, dtype)
-    targets = torch.randint(len(weight), (_ROWS,), generator=generator).to(device)
-    upstream = _normal(generator, _ROWS).to(device)
-
-    def run(kernel: _Run, dtype: torch.dtype) -> list[Tensor]:
-        """Return the log-probs, and the gradients of the hidden states and of a trainable head."""
-        leaves = [hidden.to(dtype).detach().requires_grad_(), weight.to(dtype).detach().requires_grad_(trainable)]
-        logps = kernel(*leaves, targets, bias=None, **policy.logits._asdict())
-        inputs = [leaf for leaf in leaves if leaf.requires_grad]
-        return [logps.detach(), *torch.autograd.grad((logps * upstream.to(logps.dtype)).sum(), inputs)]
-
-    def tiled(*args: Tensor, **options: object) -> Tensor:
-        return tiled_token_logps(*args, **options, rows=_TILE_ROWS, tile_op=op)
-
-    return _compare_errors(
-        name,
-        ours=run(tiled, dtype),
-        plain=run(reference_token_logps, dtype),
-        exact=run(reference_token_logps, torch.float64),
-        # Tensor cores truncate their float32 sum after every 16 products. The plain path rounds it to nearest.
-        value_ulps=max(1, weight.shape[1] // 16) if dtype.itemsize == 2 else 1,
-    )
+    kernel = partial(tiled_token_logps, rows=_TILE_ROWS, tile_op=op)
+    return _judge(name, head_error(policy, kernel, trainable))
 
 
 def _lora(name: str, shapes: Sequence[tuple[int, int]], nf4: bool, policy: Policy) -> Finding:
@@ -99,13 +70,13 @@ def _lora(name: str, shapes: Sequence[tuple[int, int]], nf4: bool, policy: Polic
             inputs += [layer.a, layer.b]
         return [out.detach(), *torch.autograd.grad((out * upstream.to(dtype)).sum(), inputs)]
 
-    ours, plain = (lora_linear, _plain_linear) if len(layers) == 1 else (_gated_mlp, _plain_mlp)
-    return _compare_errors(
-        name,
+    ours, plain = (lora_linear, plain_linear) if len(layers) == 1 else (_gated_mlp, partial(plain_mlp, F.silu))
+    ratio = worst_ratio(
         ours=run(ours, dtype, layers),
         plain=run(plain, dtype, layers),
-        exact=run(plain, torch.float64, [_in_float64(layer, dtype) for layer in layers]),
+        exact=run(plain, torch.float64, [in_float64_of(layer, dtype) for layer in layers]),
     )
+    return _judge(name, ratio)
 
 
 def _layer(
@@ -124,46 +95,14 @@ def _layer(
     return LoraLinear(base, a.to(device).requires_grad_(), b.to(device).requires_grad_(), 1.5)
 
 
-def _in_float64(layer: LoraLinear, dtype: torch.dtype) -> LoraLinear:
-    """Return the layer in float64, with the weight that it has in ``dtype``."""
-    base = FrozenLinear(layer.base.dense(dtype).double())
-    a, b = layer.a.detach().double(), layer.b.detach().double()
-    return LoraLinear(base, a.requires_grad_(), b.requires_grad_(), layer.scaling)
-
-
 def _gated_mlp(x: Tensor, gate: LoraLinear, up: LoraLinear, down: LoraLinear) -> Tensor:
     return lora_gated_mlp(x, gate, up, down, "silu")
-
-
-def _plain_linear(x: Tensor, layer: LoraLinear) -> Tensor:
-    low = F.linear(F.linear(x, layer.a.to(x.dtype)), layer.b.to(x.dtype))
-    return F.linear(x, layer.base.dense(x.dtype)) + low * layer.scaling
-
-
-def _plain_mlp(x: Tensor, gate: LoraLinear, up: LoraLinear, down: LoraLinear) -> Tensor:
-    return _plain_linear(F.silu(_plain_linear(x, gate)) * _plain_linear(x, up), down)
 
 
 def _normal(generator: torch.Generator, *shape: int) -> Tensor:
     return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
 
-def _compare_errors(
-    name: str, *, ours: list[Tensor], plain: list[Tensor], exact: list[Tensor], value_ulps: int = 1
-) -> Finding:
-    """Return the worst error of value and gradients, as a multiple of the plain path's error.
-
-    An error of ``value_ulps`` ulps of the value and one of each gradient is always allowed.
-    """
-    ratios = []
-    allowed_ulps = [value_ulps] + [1] * (len(exact) - 1)
-    for our_tensor, plain_tensor, exact_tensor, ulps in zip(ours, plain, exact, allowed_ulps, strict=True):
-        our_error = (our_tensor.double() - exact_tensor).norm()
-        plain_error = (plain_tensor.double() - exact_tensor).norm()
-        allowed = ulps * torch.finfo(our_tensor.dtype).eps * exact_tensor.norm()
-        ratios.append((our_error / torch.maximum(plain_error, allowed / KERNEL_FACTOR)).item())
-    # Not max(ratios), which can pass over a NaN.
-    worst = torch.tensor(ratios).max().item()
-    return Finding(
-        name, worst <= KERNEL_FACTOR, f"{worst:.2f} times the plain path's error", f"at most {KERNEL_FACTOR:.0f}"
-    )
+def _judge(name: str, ratio: float) -> Finding:
+    figure = f"{ratio:.2f} times the plain path's error"
+    return Finding(name, ratio <= KERNEL_FACTOR, figure, f"at most {KERNEL_FACTOR:.0f}")
