@@ -46,16 +46,16 @@ class LargestPack:
 def try_largest_pack(
     runtime: Runtime, policy: Policy, objective: Objective, steps: Steps, total_steps: int, optimizer: str
 ) -> None:
-    """Find the largest pack of a run, and try it (``try_pack``). Does nothing on a CPU.
+    """Find the largest pack of a run, and try it.
 
-    A CPU that runs out of memory ends the process without an error that could be caught, and a pack takes it seconds.
+    It takes as long as that pack takes in training, also on a CPU: there the system may end a process that runs out of
+    memory without an error that could be caught, but then it does so in the first minute.
 
     Raises:
         SaroError: see ``try_pack``.
     """
-    if runtime.device.type != "cpu":
-        largest = find_largest_pack(steps, total_steps, runtime.processes)
-        try_pack(runtime, policy, objective, largest, steps, optimizer)
+    largest = find_largest_pack(steps, total_steps, runtime.processes)
+    try_pack(runtime, policy, objective, largest, steps, optimizer)
 
 
 def try_pack(

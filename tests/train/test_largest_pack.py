@@ -212,10 +212,14 @@ def test_any_other_error_is_not_hidden(training, runtime):
     assert all(p.grad is None for p in run.policy.parameters())
 
 
-def test_nothing_is_tried_on_a_cpu(training, runtime):
+def test_the_largest_pack_is_found_and_tried_on_a_cpu_too(training, runtime, capsys):
     run = training()
-    run.policy.register_forward_pre_hook(lambda *_: pytest.fail("the model ran"))
+    largest = find_largest_pack(run.steps, 3, 1)
+    packs = []
+    run.policy.register_forward_pre_hook(lambda _, arguments: packs.append(arguments[0].tokens))
     try_largest_pack(runtime, run.policy, run.objective, run.steps, 3, "adamw")
+    assert packs == [largest.pack.tokens]
+    assert f"the largest pack fits ({largest.pack.tokens} tokens" in capsys.readouterr().err
 
 
 def two_ranks(records: str, folder: str, output: str) -> int:
