@@ -38,6 +38,7 @@ _FREE_ON_RESUME = frozenset(
         "model.fused_lora",
         "model.liger",
         "model.gradient_checkpointing",
+        "data.allow_overlap",
         "data.pack_tokens",
         "data.too_long",
         "data.template_date",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -11,10 +12,11 @@ from datetime import date
 from pathlib import Path
 
 import pytest
-from run_files import assert_same_run, metrics_of
+from run_files import ROOT, assert_same_run, metrics_of
 from safetensors.torch import load_file, save_file
 
 import saro.runs.folder
+from saro.distributed.run_ranks import run_ranks
 
 SAME_FILES = "give every rank the same files"
 
@@ -245,9 +247,9 @@ class OnItsDay(date):
 
 
 def run_at_midnight(*_: str) -> None:
-    from recipes import rw
-    from saro.distributed.run_ranks import run_ranks
-
+    spec = importlib.util.spec_from_file_location("rw", ROOT / "recipes" / "rw.py")
+    rw = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(rw)
     saro.runs.folder.date = OnItsDay
     run_ranks(rw.main)
 

@@ -274,7 +274,7 @@ def test_a_run_continues_with_smaller_packs_from_files_that_have_moved_and_for_l
     assert unbroken.code == 0, unbroken.err
     assert recipes.run(*rw_arguments(train_max_steps=3, **options)).code == 0
     stale = json.loads((tmp_path / "run" / "after.json").read_text())
-    sets = {"train": examples, "heldout": examples[:5]}
+    sets = {"train": examples, "heldout": with_other_prompts(examples[:5])}
     files = {name: records_file(records, f"moved-{name}.jsonl") for name, records in sets.items()}
     changed = {
         "train_max_steps": 6,

@@ -56,7 +56,7 @@ def test_a_run_from_the_base_model_writes_all_files(srpo, srpo_arguments, tmp_pa
     after = json.loads((run / "after.json").read_text())["metrics"]
     assert sum(row["margin"] for row in rows[-5:]) / 5 == pytest.approx(after["eval/rewards/margins"] / 0.1, rel=1e-4)
 
-    assert "loss 0.6931 at the start; margin nearest its limit" in done.err
+    assert "loss 0.6931 at the start; log-probs differ from the reference by" in done.err
     assert "Held-out pairs" in done.err
     last = [line for line in done.err.splitlines() if line.strip()][-1]
     assert last.startswith("6 steps, ")
@@ -165,7 +165,7 @@ def test_prompts_are_those_of_stage_1_on_every_day(srpo, recipes, rw_arguments, 
     options = {"model_name": tmp_path / "rw" / "final", "model_method": method, "train_max_steps": 1}
     given = srpo(*srpo_arguments(train_output=tmp_path / "given", data_template_date="2020-02-29", **options))
     assert given.code == 0, given.err
-    assert scored_lines(given.err) == ["reference: scoring 24 of 24 pairs"]
+    assert scored_lines(given.err) == ["reference: scoring 24 of 24 pairs", "reference: scoring 5 of 5 pairs"]
     done = srpo(*srpo_arguments(**options))
     assert done.code == 0, done.err
     assert scored_lines(done.err) == []

@@ -27,7 +27,7 @@ from saro.tools.doctor.doctor import Options, doctor
 from saro.tools.doctor.finding import Check, Finding, guarded, within
 from saro.tools.doctor.memory_check import Memory
 from saro.tools.doctor.subject import Subject
-from saro.train import checkpoint, engine
+from saro.train import checkpoint, engine, restore
 from saro.train.optim import make_optimizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -161,14 +161,14 @@ def wrong_fused_adapters(patch):
 
 
 def checkpoint_without_the_optimizer(patch):
-    original = engine.load_checkpoint
+    original = restore.load_checkpoint
 
     def load(folder, trainable, optimizer, scheduler):
         step = original(folder, trainable, optimizer, scheduler)
         optimizer.state.clear()
         return step
 
-    patch.setattr(engine, "load_checkpoint", load)
+    patch.setattr(restore, "load_checkpoint", load)
 
 
 def checkpoint_of_half_precision(patch):
