@@ -1,4 +1,4 @@
-"""Checks the fused head and LoRA layers on two layers of the user's own model: their errors against float64."""
+"""Checks the fused head and LoRA layers with the weights of the user's own model: their errors against float64."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from saro.checks.noise import KERNEL_FACTOR, decoder_layers
+from saro.checks.noise import KERNEL_FACTOR
 from saro.errors import SaroError
 from saro.model.fused_lora import FUSED_FORWARDS
 from saro.model.liger import replaced_forward
@@ -28,7 +28,7 @@ _LORA_B_SCALE = 0.005
 
 
 def check_kernels(policy: Policy) -> float:
-    """Check the head's log-probs, and the LoRA layers of the first and the last decoder layer that are fused.
+    """Check the head's log-probs, and the first and the last fused LoRA layer of each name, such as q_proj.
 
     The policy is in eval mode, and its adapter is not zero.
 
@@ -42,8 +42,7 @@ def check_kernels(policy: Policy) -> float:
         SaroError: an error is too large.
     """
     worst = 0.0
-    layers = decoder_layers(policy)
-    for check, name, advice in _checks(policy, [layers[0], layers[-1]]):
+    for check, name, advice in _checks(policy):
         ratio = check()
         if math.isnan(ratio):
             raise SaroError(
@@ -59,16 +58,18 @@ def check_kernels(policy: Policy) -> float:
     return worst
 
 
-def _checks(policy: Policy, layers: Sequence[nn.Module]) -> Iterator[tuple[Callable[[], float], str, str]]:
+def _checks(policy: Policy) -> Iterator[tuple[Callable[[], float], str, str]]:
     """Yield each check with the name of what it checks, and with the option that leaves it out."""
     if policy.head != "reference":
         trainable = policy.causal_lm.get_output_embeddings().weight.requires_grad
         yield partial(_head_error, policy, trainable), f"the head {policy.head}", "set --model.head reference"
-    names = {module: name for name, module in policy.model.named_modules()}
-    for layer in layers:
-        for module in layer.modules():
-            if replaced_forward(module) in FUSED_FORWARDS:
-                yield partial(_lora_error, module, policy), f"the fused {names[module]}", "set --model.fused_lora false"
+    by_name: dict[str, list[str]] = {}
+    fused = {name: m for name, m in policy.model.named_modules() if replaced_forward(m) in FUSED_FORWARDS}
+    for name in fused:
+        by_name.setdefault(name.rpartition(".")[2], []).append(name)
+    for names in by_name.values():
+        for name in dict.fromkeys([names[0], names[-1]]):
+            yield partial(_lora_error, fused[name], policy), f"the fused {name}", "set --model.fused_lora false"
 
 
 def head_error(policy: Policy, kernel: Callable[..., Tensor], trainable: bool) -> float:

@@ -119,6 +119,9 @@ def _small_config(config: PretrainedConfig) -> PretrainedConfig:
     for name, value in config.to_dict().items():
         if isinstance(value, list) and len(value) == depth:
             value = [value[i] for i in layers]
+        elif name.endswith("per_layer_config") and value:
+            by_index = {int(key): options for key, options in value.items()}
+            value = {new: by_index[old] for new, old in enumerate(layers) if old in by_index}
         elif isinstance(value, int) and ("vocab_size" in name or name in sizes):
             value = min(value, sizes.get(name, _VOCABULARY))
         elif name.endswith("_token_id"):

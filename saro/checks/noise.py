@@ -149,7 +149,7 @@ def perturbed(policy: Policy) -> Iterator[None]:
 
     handles = [
         layer.register_forward_hook(lambda _, __, output, index=index: perturb(index, output))
-        for index, layer in enumerate(decoder_layers(policy))
+        for index, layer in enumerate(_decoder_layers(policy))
     ]
     try:
         yield
@@ -158,7 +158,7 @@ def perturbed(policy: Policy) -> Iterator[None]:
             handle.remove()
 
 
-def decoder_layers(policy: Policy) -> list[nn.Module]:
+def _decoder_layers(policy: Policy) -> list[nn.Module]:
     """Return the decoder's layers: the members of every module list that is as long as the decoder is deep."""
     num_layers = policy.causal_lm.config.num_hidden_layers
     lists = [m for m in policy.causal_lm.modules() if isinstance(m, nn.ModuleList) and len(m) == num_layers]
