@@ -12,8 +12,7 @@ from itertools import chain
 
 from rich.console import Console
 
-from saro.checks.check_masks import check_masks
-from saro.checks.check_overlap import check_overlap
+from saro.checks.check_data import check_data
 from saro.checks.check_packs import check_packs
 from saro.config import DEMO, RWConfig
 from saro.data.dataset import encode_files
@@ -67,13 +66,10 @@ def main() -> int:
     run.check_unchanged(runtime, manifest)
     check_same_inputs(runtime, manifest, sets)
     heldout_records = [record for file in heldout_files for record in read_examples(file)]
-    check_masks(train, chat, chain.from_iterable(map(read_examples, train_files)), source.config.vocab_size)
+    records = {"train": chain.from_iterable(map(read_examples, train_files)), "heldout": heldout_records}
+    check_data(sets, records, chat, source.config.vocab_size, data_options.allow_overlap)
     if heldout is None:
         runtime.say("no records are held out, so nothing is measured before and after; name a file with --data.heldout")
-    else:
-        check_masks(heldout, chat, heldout_records, source.config.vocab_size)
-        if not data_options.allow_overlap:
-            check_overlap(heldout, train)
 
     # 3. Token ids -> steps of packs. A step can be made from its number, without the steps before it.
     schedule = Schedule.of(train, data_options, train_options)

@@ -13,8 +13,7 @@ from itertools import chain
 
 from rich.console import Console
 
-from saro.checks.check_masks import check_masks
-from saro.checks.check_overlap import check_overlap
+from saro.checks.check_data import check_data
 from saro.checks.check_packs import check_packs
 from saro.config import DEMO, START, SRPOConfig
 from saro.data.dataset import encode_pair_files
@@ -76,13 +75,10 @@ def main() -> int:
     run.check_unchanged(runtime, manifest)
     check_same_inputs(runtime, manifest, sets)
     heldout_records = [record for file in heldout_files for record in read_pairs(file)]
-    check_masks(train, chat, chain.from_iterable(map(read_pairs, train_files)), source.config.vocab_size)
+    records = {"train": chain.from_iterable(map(read_pairs, train_files)), "heldout": heldout_records}
+    check_data(sets, records, chat, source.config.vocab_size, data_options.allow_overlap)
     if heldout is None:
         runtime.say("no records are held out, so nothing is measured before and after; name a file with --data.heldout")
-    else:
-        check_masks(heldout, chat, heldout_records, source.config.vocab_size)
-        if not data_options.allow_overlap:
-            check_overlap(heldout, train)
     if preference.scored == "divergent":
         # Only after the checks: it changes what is scored, not what is read.
         sets = {name: pairs.divergent() for name, pairs in sets.items()}
