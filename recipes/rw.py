@@ -74,6 +74,8 @@ def main() -> int:
     # 3. Token ids -> steps of packs. A step can be made from its number, without the steps before it.
     schedule = Schedule.of(train, data_options, train_options)
     steps = Steps(train, schedule, pack_tokens, runtime.share)
+    total_steps = schedule.num_steps(train_options)
+    run.check_steps(runtime, total_steps)
 
     # 4. The policy, checked against the unmodified model.
     policy = load_policy(source, model_options, runtime.device, train_options.seed)
@@ -86,7 +88,6 @@ def main() -> int:
         f"packed log-probs differ from the model's own by {check.logps:.1e} nats; "
         f"rounding changes them by {check.logps_floor:.1e}"
     )
-    total_steps = schedule.num_steps(train_options)
     try_largest_pack(runtime, policy, RWObjective(train.kinds), steps, total_steps, train_options.optimizer)
 
     # 5. From here on the run's folder is written.

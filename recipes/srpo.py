@@ -87,6 +87,8 @@ def main() -> int:
     # 3. Token ids -> steps of packs. A step can be made from its number, without the steps before it.
     schedule = Schedule.of(train, data_options, train_options)
     steps = Steps(train, schedule, pack_tokens, runtime.share)
+    total_steps = schedule.num_steps(train_options)
+    run.check_steps(runtime, total_steps)
 
     # 4. The policy, checked against the unmodified model, and the reference log-probs: from the cache, or scored now.
     references = None
@@ -100,7 +102,6 @@ def main() -> int:
         f"packed log-probs differ from the model's own by {check.logps:.1e} nats; "
         f"rounding changes them by {check.logps_floor:.1e}"
     )
-    total_steps = schedule.num_steps(train_options)
     unscored = SRPOObjective(train.kinds, PairLogps.zeros(train.scored_tokens), preference)
     try_largest_pack(runtime, policy, unscored, steps, total_steps, train_options.optimizer)
     if references is None:

@@ -21,8 +21,8 @@ from saro.model.policy import Policy
 
 # Compare about this many rows of each pack: float64 scores of all rows would take memory quadratic in its tokens.
 _ROWS = 64
-# The plain path's error counts as at least this many roundings to float32.
-_FLOAT32_ROUNDINGS = 8
+# The plain path's error counts as at least one rounding to the precision, and this many to float32.
+_FLOAT32_ROUNDINGS = 64
 
 
 @dataclass(frozen=True)
@@ -47,12 +47,12 @@ class HeadShape:
 def check_attention(policy: Policy, trees: Sequence[SequenceTree]) -> float:
     """Run random queries, keys and values of a pack of trees through the policy's attention backend.
 
-    Values and gradients of about 64 rows are compared with float64, those at the ends of segments among them. The error
-    of each may be twice the largest error of plain attention in the same precision: attention over one row's keys,
-    gathered by hand.
+    About 64 rows are compared with float64, those at the ends of segments among them. The error of each row's output may
+    be twice the error that plain attention makes there in the same precision: attention over one row's keys, gathered by
+    hand. So may the largest error of the gradients.
 
     Returns:
-        The largest error, in units of the largest error of plain attention.
+        The largest error, in units of the error of plain attention.
 
     Raises:
         SaroError: an error is too large.
@@ -127,8 +127,20 @@ def _errors(plan: AttentionPlan, shape: HeadShape, dtype: torch.dtype) -> dict[s
         return [torch.stack(outputs), *(leaf.grad[0].transpose(0, 1) for leaf in leaves)]
 
     exact, rounded, ours = plain(torch.float64), plain(dtype), packed()
+    # Either error may be small by chance: a few roundings always count.
+    eps = max(torch.finfo(dtype).eps, _FLOAT32_ROUNDINGS * torch.finfo(torch.float32).eps)
     names = ("outputs", "gradients of queries", "gradients of keys", "gradients of values")
-    return {name: _ratio(*results) for name, *results in zip(names, ours, rounded, exact, strict=True)}
+    # An output is a mean of values: each row has an error of its own, which falls with the number of its keys. Gradients
+    # are sums, in which parts may cancel: the largest errors are compared.
+    ratios = {}
+    for name, *results in zip(names, ours, rounded, exact, strict=True):
+        error, plain_error, size = _token_norms(*results)
+        if name != "outputs":
+            error, plain_error, size = error.max(), plain_error.max(), size.max()
+        # A token that attends only to itself has a gradient of zero.
+        allowed = torch.maximum(plain_error, eps * size).clamp_min(torch.finfo(torch.float64).tiny)
+        ratios[name] = (error / allowed).max().item()
+    return ratios
 
 
 def _choose_rows(plan: AttentionPlan, window: int | None) -> dict[int, Tensor]:
@@ -155,9 +167,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, row: int, keys: Tensor, s
     return (weights @ v).view(shape.heads, shape.value_size)
 
 
-def _ratio(ours: Tensor, rounded: Tensor, exact: Tensor) -> float:
-    """Return the largest error of a token, in units of the plain path's largest. Arguments: (tokens, heads, size)."""
-    error, plain_error = ((x.double() - exact).flatten(1).norm(dim=1).max() for x in (ours, rounded))
-    # In float32 both errors are a few roundings, of which one may have fewer by chance.
-    floor = _FLOAT32_ROUNDINGS * torch.finfo(torch.float32).eps * exact.flatten(1).norm(dim=1).max()
-    return (error / torch.maximum(plain_error, floor)).item()
+def _token_norms(ours: Tensor, rounded: Tensor, exact: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the norms of our error, of the plain path's and of the exact values: (tokens,) each, of (tokens, H, D)."""
+    ours, rounded = ours.double() - exact, rounded.double() - exact
+    return tuple(x.flatten(1).norm(dim=1) for x in (ours, rounded, exact))

@@ -6,6 +6,7 @@ attention backend and the kernels are checked apart; the model as a whole is run
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +16,7 @@ from saro.checks.check_attention import check_attention
 from saro.checks.check_kernels import check_kernels, nonzero_adapter
 from saro.checks.check_layout import LayoutCheck, check_layout
 from saro.checks.forwards import Probe, all_scored, checkpointing
-from saro.checks.noise import NOISE_FACTOR, perturbed
+from saro.checks.noise import LARGEST_FACTOR, NOISE_FACTOR, perturbed
 from saro.data.dataset import ExampleSet, PairSet
 from saro.data.tree import ScoredSequence, SequenceTree, build_tree, common_prefix
 from saro.errors import SaroError
@@ -112,7 +113,7 @@ def _check_whole(
         gradients_floor=max(floor.mean().item() for _, floor in floors),
     )
     _raise_if_different(policy, "log-probs", "on average", result.logps, result.logps_floor)
-    _raise_if_different(policy, "log-probs", "in one row", result.most, result.most_floor)
+    _raise_if_different(policy, "log-probs", "in one row", result.most, LARGEST_FACTOR * result.most_floor)
     _raise_if_different(policy, "gradients", "on average", result.gradients, result.gradients_floor)
     return result
 
@@ -154,7 +155,7 @@ def choose_sequences(data: ExampleSet, window: int | None) -> list[ScoredSequenc
 def _choose_trees(data: ExampleSet | PairSet, window: int | None) -> list[SequenceTree]:
     """Return the sequences of ``choose_sequences`` as trees. Both sides of a pair share a tree, as in training.
 
-    Of pairs, a third tree holds several pairs of one prompt, if there are such.
+    Of pairs, a third tree holds several pairs of one prompt, if there are such, cut some tokens after their forks.
     """
     if isinstance(data, ExampleSet):
         return [build_tree([s]) for s in choose_sequences(data, window)]
@@ -162,8 +163,14 @@ def _choose_trees(data: ExampleSet | PairSet, window: int | None) -> list[Sequen
     trees = [build_tree([s, all_scored(data.rejected.sequence(s.record).tokens, s.record)]) for s in chosen]
     group = np.flatnonzero(data.prompts == np.bincount(data.prompts).argmax())[:_GROUP].tolist()
     if len(group) > 1:
-        trees.append(build_tree([all_scored(s.tokens, s.record) for pair in group for s in data.sequences(pair)]))
+        trees.append(build_tree([sequence for pair in group for sequence in _cut(data.sequences(pair))]))
     return trees
+
+
+def _cut(sequences: Sequence[ScoredSequence]) -> list[ScoredSequence]:
+    """Return sequences cut some tokens after they diverge; a single one, after its beginning."""
+    fork = common_prefix([s.tokens for s in sequences]) if len(sequences) > 1 else _TAIL
+    return [all_scored(s.tokens[: fork + _TAIL], s.record) for s in sequences]
 
 
 def _longest_tree(data: ExampleSet | PairSet) -> SequenceTree:
@@ -175,8 +182,4 @@ def _longest_tree(data: ExampleSet | PairSet) -> SequenceTree:
 
 def _short_trees(data: ExampleSet | PairSet) -> list[SequenceTree]:
     """Return the trees of ``_choose_trees`` without those of several pairs, cut some tokens after their fork."""
-    trees = []
-    for tree in _choose_trees(data, None)[:2]:
-        fork = common_prefix([s.tokens for s in tree.sequences]) if len(tree.sequences) > 1 else _TAIL
-        trees.append(build_tree([all_scored(s.tokens[: fork + _TAIL], s.record) for s in tree.sequences]))
-    return trees
+    return [build_tree(_cut(tree.sequences)) for tree in _choose_trees(data, None)[:2]]

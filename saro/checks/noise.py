@@ -19,6 +19,8 @@ from saro.model.score import score_packs
 # the noise, which is the change that another layout or another rounding makes. The noise is measured on a few sequences
 # and so is uncertain. A factor of three leaves room for that; a wrong mask or position is off by a factor of a hundred.
 NOISE_FACTOR = 3.0
+# Of many values, such as the margins of a step or the rows of a pack, the largest may exceed that limit by this factor.
+LARGEST_FACTOR = 2.0
 # A kernel's error against float64 may be this many times the plain path's error. Both errors are measured on the same
 # numbers, so less room is needed.
 KERNEL_FACTOR = 2.0

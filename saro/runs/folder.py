@@ -27,6 +27,7 @@ from saro.manifest import read_manifest
 from saro.model.identity import is_same_model
 from saro.model.source import ModelSource, template_hash
 from saro.program import RunFlags
+from saro.train.checkpoint import check_not_past
 
 _PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "tokenizers", "safetensors", "numpy")
 # A resumed run may change these options. They change what is written, or how a result is computed but not, up to
@@ -83,6 +84,7 @@ class RunFolder:
         template_date: the day that templates see as today, unless the run that trained the model had another one
             (``chat_format``); a resumed run keeps it.
         began: the manifest of the run in the folder, which this run continues; None for a new run.
+        replaces: True if a run in the folder may be deleted (--overwrite).
         lock: held to the end of the process, so that two runs never write to one folder. A new run takes it in ``begin``,
             a resumed run in ``check_unchanged``.
     """
@@ -91,6 +93,7 @@ class RunFolder:
     config: dict[str, Any]
     template_date: date
     began: dict[str, Any] | None
+    replaces: bool
     lock: FileLock
 
     @classmethod
@@ -109,7 +112,14 @@ class RunFolder:
         runtime.compare(given, "start every rank with the same options")
         day, began = runtime.on_main(lambda: _look(folder, options, flags, template_date))
         path = Path(folder)
-        return cls(folder=path, config=options, template_date=day, began=began, lock=FileLock(path / ".lock"))
+        return cls(
+            folder=path,
+            config=options,
+            template_date=day,
+            began=began,
+            replaces=flags.overwrite,
+            lock=FileLock(path / ".lock"),
+        )
 
     @property
     def resumed(self) -> bool:
@@ -161,11 +171,24 @@ class RunFolder:
             return
         self._take_lock()
         try:
+            if read_manifest(self.folder) != self.began:
+                raise SaroError(
+                    f"{self.folder}: another process has changed the run meanwhile; start again with --resume"
+                )
             _check_same_contents(self.folder, self.began, manifest)
             _check_same_records(self.folder, self.began, manifest)
         except SaroError:
             self.lock.release(force=True)
             raise
+
+    def check_steps(self, runtime: Runtime, total_steps: int) -> None:
+        """Check, before the model is loaded, that a resumed run has not made more than ``total_steps`` steps already.
+
+        Raises:
+            SaroError: it has.
+        """
+        if self.resumed:
+            runtime.on_main(lambda: check_not_past(self.folder / "checkpoints", total_steps))
 
     def begin(self, runtime: Runtime, manifest: dict[str, Any]) -> None:
         """Make the folder with its manifest and config. From here on it is written.
@@ -185,6 +208,10 @@ class RunFolder:
         elif runtime.is_main:
             # The old manifest stays until the new one replaces it: a folder that is not empty is always known as a run.
             if read_manifest(self.folder) is not None:
+                if not self.replaces:
+                    # It began, and ended, while this one was checking its inputs.
+                    self.lock.release(force=True)
+                    raise SaroError(_holds_run(self.folder))
                 self._remove_old_files()
             self._write_manifest(manifest)
         if runtime.is_main and not (self.folder / "config.yaml").is_file():
@@ -303,12 +330,16 @@ def _look(
     if existing is None and path.is_dir() and any(not p.name.startswith(".") for p in path.iterdir()):
         raise SaroError(f"{folder}: holds files that are not a run's; give an empty folder with --train.output")
     if existing is not None and not flags.resume and not flags.overwrite:
-        raise SaroError(f"{folder}: holds a run already; add --resume to continue it, or --overwrite to start over")
+        raise SaroError(_holds_run(folder))
     day = _parse_date(template_date) if template_date else date.today()
     if existing is None or not flags.resume:
         return day, None
     _check_same_options(folder, existing["config"], options)
     return date.fromisoformat(existing["template_date"]), existing
+
+
+def _holds_run(folder: str | Path) -> str:
+    return f"{folder}: holds a run already; add --resume to continue it, or --overwrite to start over"
 
 
 def _code_hash() -> str:

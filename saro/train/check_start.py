@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from saro.checks.noise import NOISE_FACTOR, LayoutNoise, layout_noise, shared_rows
+from saro.checks.noise import LARGEST_FACTOR, NOISE_FACTOR, LayoutNoise, layout_noise, shared_rows
 from saro.data.dataset import PairSet
 from saro.data.packs import Pack, pack_trees
 from saro.data.steps import Step
@@ -19,10 +19,9 @@ from saro.errors import SaroError
 from saro.model.policy import Policy
 from saro.train.objective import SRPOObjective
 
-# Check at least this many pairs, and measure the noise on the trees of this many: on only one it could be unusually low.
-_PAIRS = 2
-# Of a step's many margins, the largest may be this many times a typical one.
-_LARGEST = 2.0
+# Check at least this many pairs, and measure the noise on trees of at least as many pairs and this many scored tokens: on
+# fewer it could be unusually low.
+_PAIRS, _TOKENS = 2, 256
 
 
 @dataclass(frozen=True)
@@ -125,9 +124,11 @@ def _choose_trees(step: Step, pairs: PairSet, pack_tokens: int) -> Sequence[Sequ
 
 
 def _first_pairs(trees: Sequence[SequenceTree]) -> Sequence[SequenceTree]:
-    """Return the first trees that hold enough pairs together."""
+    """Return the first trees that hold enough pairs and scored tokens together, or all."""
     pairs = np.cumsum([len(tree.sequences) // 2 for tree in trees])
-    return trees[: int(np.searchsorted(pairs, _PAIRS)) + 1]
+    tokens = np.cumsum([sum(len(s.row_kinds) for s in tree.sequences) for tree in trees])
+    enough = (pairs >= _PAIRS) & (tokens >= _TOKENS)
+    return trees[: int(enough.argmax()) + 1] if enough.any() else trees
 
 
 def _compare(
@@ -160,7 +161,7 @@ def _compare(
                 logps=float(differences[start : start + rows].mean()),
                 allowed_logps=allowed_logps,
                 margin=abs(margin),
-                allowed_margin=_LARGEST * NOISE_FACTOR * noise.margin * float(scale),
+                allowed_margin=LARGEST_FACTOR * NOISE_FACTOR * noise.margin * float(scale),
             )
         )
         start += rows

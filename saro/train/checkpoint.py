@@ -6,6 +6,7 @@ because random numbers are seeded by (seed, step, rank).
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import zipfile
@@ -40,9 +41,9 @@ def list_checkpoints(root: Path) -> list[tuple[int, Path]]:
 def find_intact_checkpoint(root: Path, say: Callable[[str], None]) -> Path | None:
     """Return the folder of the newest checkpoint that is not damaged; None if there are no checkpoints.
 
-    A checkpoint is damaged if a file is missing, cut short or overwritten with zeros, or if it is of another step than
-    its name says. The optimizer's file has check sums, which are compared; the weights' file has none, so single wrong
-    bytes in it pass. ``say`` gets a line for each damaged checkpoint.
+    A checkpoint is damaged if a file is missing or has other contents than were written, or if it is of another step than
+    its name says. Of a checkpoint from before weights had a hash, only the size of the weights is known. ``say`` gets a
+    line for each damaged checkpoint.
 
     Raises:
         SaroError: there are checkpoints, and all are damaged.
@@ -61,6 +62,17 @@ def find_intact_checkpoint(root: Path, say: Callable[[str], None]) -> Path | Non
             f"{reasons[0]}, and there is no intact one; restore it from a copy, or start over with --overwrite"
         )
     return None
+
+
+def check_not_past(root: Path, total_steps: int) -> None:
+    """Raise SaroError if the newest checkpoint is of a later step than the last one of the run as it is now."""
+    checkpoints = list_checkpoints(root)
+    if checkpoints and checkpoints[-1][0] > total_steps:
+        made = checkpoints[-1][0]
+        raise SaroError(
+            f"the run has made {made} steps, and --train.max_steps and --train.epochs now ask for {total_steps}; "
+            f"ask for {made} or more"
+        )
 
 
 def set_aside_later_checkpoints(root: Path, step: int) -> None:
@@ -85,6 +97,8 @@ def _find_damage(folder: Path, step: int) -> str | None:
         # Opening compares the file's size with its header.
         with safe_open(folder / _WEIGHTS, "pt"):
             pass
+        if "weights" in state and _content_hash(folder / _WEIGHTS) != state["weights"]:
+            return f"{_WEIGHTS} is not what was written"
     except (OSError, SafetensorError):
         return f"{_WEIGHTS} cannot be read"
     try:
@@ -93,6 +107,12 @@ def _find_damage(folder: Path, step: int) -> str | None:
     except (OSError, zipfile.BadZipFile):
         is_whole = False
     return None if is_whole else f"{_OPTIMIZER} cannot be read"
+
+
+def _content_hash(file: Path) -> str:
+    """Return the sha256 of a file as it is on the disk now; ``saro.files.file_hash`` would trust its times."""
+    with open(file, "rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def save_checkpoint(
@@ -114,7 +134,9 @@ def save_checkpoint(
             weights = {name: p.detach().cpu().contiguous() for name, p in trainable.items()}
             save_file(weights, temp / _WEIGHTS)
             torch.save({"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}, temp / _OPTIMIZER)
-            (temp / _STATE).write_text(json.dumps({"step": step}) + "\n")
+            # The optimizer's file has check sums of its own.
+            state = {"step": step, "weights": _content_hash(temp / _WEIGHTS)}
+            (temp / _STATE).write_text(json.dumps(state) + "\n")
             follow_umask(temp)
     for _, old in list_checkpoints(root)[:-keep]:
         # Rename first: a kill during rmtree must not leave a partial checkpoint under a valid name.

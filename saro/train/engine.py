@@ -23,7 +23,7 @@ from saro.distributed.runtime import Runtime
 from saro.errors import SaroError
 from saro.model.policy import Policy
 from saro.program import progress_bar
-from saro.train.checkpoint import save_checkpoint, set_aside_later_checkpoints
+from saro.train.checkpoint import check_not_past, save_checkpoint, set_aside_later_checkpoints
 from saro.train.metrics import MetricsFile, Progress, drop_later_results, format_metrics
 from saro.train.objective import Meter, Objective, Sums
 from saro.train.optim import make_optimizer, make_scheduler
@@ -97,15 +97,12 @@ def fit(
     parameters = list(trainable.values())
     optimizer = make_optimizer(parameters, options)
     scheduler = make_scheduler(optimizer, options, total_steps)
+    if resume:
+        runtime.on_main(lambda: check_not_past(output / "checkpoints", total_steps))
     start = restore_newest(runtime, output / "checkpoints", trainable, optimizer, scheduler) if resume else 0
     if start:
         schedule = f"learning rate {scheduler.get_last_lr()[0]:.3g}, {options.schedule} over {total_steps} steps"
         runtime.say(f"resuming after step {start} of {total_steps}" + (f"; {schedule}" if start < total_steps else ""))
-    if start > total_steps:
-        raise SaroError(
-            f"the run has made {start} steps, and --train.max_steps and --train.epochs now ask for {total_steps}; "
-            f"ask for {start} or more"
-        )
     check_same_start(runtime, policy, steps.schedule, total_steps, start)
     if runtime.is_main and resume:
         set_aside_later_checkpoints(output / "checkpoints", start)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -46,9 +48,16 @@ class MetricsFile:
 def drop_later_results(output: Path, step: int) -> None:
     """Delete what a run wrote after ``step`` from margins.jsonl, and after.json: these steps will run again.
 
-    ``MetricsFile`` does the same for metrics.jsonl.
+    ``MetricsFile`` does the same for metrics.jsonl. The model of a finished run that is extended becomes
+    ``final.step_N``: in ``final`` it would pass as that of the longer run.
     """
     (output / "after.json").unlink(missing_ok=True)
+    final = output / "final"
+    if final.is_dir():
+        kept = output / f"final.step_{step:06d}"
+        if kept.exists():
+            shutil.rmtree(kept)
+        final.rename(kept)
     margins = output / "margins.jsonl"
     if margins.exists():
         kept = _lines_until(margins, step)
@@ -59,8 +68,15 @@ def drop_later_results(output: Path, step: int) -> None:
 def _lines_until(path: Path, step: int) -> list[str]:
     """Return the complete lines of a file, if it exists, that are not of a later step."""
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    # The last line may be incomplete, if the run was killed while writing it.
-    return [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+    return [line for line in lines if _step_of(line) <= step]
+
+
+def _step_of(line: str) -> float:
+    """Return the step of a line; infinity if it is not whole, as after a kill or a power failure."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, TypeError, KeyError):
+        return math.inf
 
 
 class Progress:

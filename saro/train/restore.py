@@ -105,8 +105,8 @@ def _hash_bits(tensors: Mapping[str, torch.Tensor]) -> str:
     sums = []
     for tensor in tensors.values():
         sums += [_sum_bits(part) for part in (tensor, *_quantization(tensor))]
-    # One read of the device.
-    totals = torch.stack(sums).tolist() if sums else []
+    # One read of the device. Some parts are on the CPU although the model is not: what a 4-bit weight packs as bytes.
+    totals = torch.stack([part.to(sums[0].device) for part in sums]).tolist() if sums else []
     return hashlib.sha256(repr((list(tensors), totals)).encode()).hexdigest()
 
 

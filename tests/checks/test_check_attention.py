@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from loaded import DATA, load
+from loaded import DATA, examples_of, load
 from sets import pairs_by_hand
 from tiny import tiny_config
 
@@ -98,6 +98,21 @@ def test_a_backend_that_errs_in_bfloat16_only_is_refused(tiny_model, monkeypatch
     message = rf"^the sdpa attention of packs is wrong on this machine: its {what} over 4 heads of size 8 in torch.bfloat16 err"
     with pytest.raises(SaroError, match=message):
         check_attention(policy, TREES)
+
+
+def test_a_row_of_many_keys_has_an_error_of_its_own(tiny_model, monkeypatch):
+    """The average of many values is small: an error of it is smaller than those of the first rows."""
+    long = [build_tree([examples_of(3000).sequence(0)])]
+    policy = load(tiny_model(), dtype="bfloat16")
+    check_attention(policy, long)
+
+    def wrong_last_row(attend, query, key, value, options):
+        out = attend(query, key, value, **options)
+        return torch.cat([out[:, :, :-1], out[:, :, -1:] + 0.1 * out[:, :, -2:-1]], dim=2)
+
+    in_bfloat16_only(wrong_last_row)(monkeypatch)
+    with pytest.raises(SaroError, match="its outputs over 4 heads"):
+        check_attention(policy, long)
 
 
 def test_it_leaves_the_random_numbers_alone(tiny_model):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from loaded import DATA, load
+from loaded import DATA, examples_of, load
 from tiny import KINDS_OF_LOGITS, KINDS_OF_MODEL, random_model, tiny_config
 from transformers import GPT2Config
 from transformers.models.llama.modeling_llama import LlamaForCausalLM
 
 from saro.checks.check_layout import check_layout
+from saro.checks.check_packs import check_packs
 from saro.checks.forwards import all_scored
 from saro.data.tree import build_tree
 from saro.errors import SaroError
@@ -73,6 +74,17 @@ def test_every_type_of_layer_is_in_the_small_model():
 def test_a_family_that_spells_its_options_in_another_way():
     config = GPT2Config(vocab_size=264, n_embd=32, n_layer=5, n_head=4, n_positions=128, n_inner=64)
     assert check_layout(Policy(random_model(config)), TREES, None).logps < 5e-6
+
+
+def test_layers_that_share_keys_are_checked_without_sharing():
+    types = ["sliding_attention", "full_attention"] * 3
+    config = tiny_config("gemma4", num_hidden_layers=6, layer_types=types, num_kv_shared_layers=2)
+    assert check_layout(Policy(random_model(config)), TREES, 8).logps < 1e-5
+
+
+def test_records_of_two_tokens_can_notice_a_leak(tiny_model):
+    data = examples_of(2, 2)
+    assert check_packs(load(tiny_model(), "full"), data).layout.control > 0.01
 
 
 def test_a_quantized_policy_is_checked_on_a_plain_small_model(tiny_model):

@@ -837,3 +837,36 @@ def test_a_broken_cache_file_is_replaced(tmp_path, cache, memory):
     assert file_hash(path) == sha256(path.read_bytes())
     forge_memory(cache)
     assert file_hash(path) == "remembered"
+
+
+# What happens to the folder while a run checks its inputs.
+
+
+def test_a_run_that_began_and_ended_meanwhile_is_not_deleted(folder, source, data_file):
+    late = open_run(folder)
+    begin(folder, source, data_file).lock.release(force=True)
+    (folder / "final").mkdir()
+    before = contents(folder)
+    with pytest.raises(SaroError, match="holds a run already; add --resume to continue it, or --overwrite"):
+        late.begin(OneProcess(), manifest_of(late, source, [data_file]))
+    assert contents(folder) == before
+    assert (folder / "final").is_dir()
+
+
+def test_a_resumed_run_that_another_process_has_changed_meanwhile_is_refused(folder, source, data_file):
+    begin(folder, source, data_file).lock.release(force=True)
+    late = open_run(folder, resume=True)
+    begin(folder, source, data_file, with_train(max_steps=7), resume=True).lock.release(force=True)
+    with pytest.raises(SaroError, match="another process has changed the run meanwhile; start again with --resume"):
+        late.check_unchanged(OneProcess(), manifest_of(late, source, [data_file]))
+
+
+def test_fewer_steps_than_were_made_are_refused_before_anything_is_written(folder, source, data_file):
+    begin(folder, source, data_file).lock.release(force=True)
+    (folder / "checkpoints" / "step_000004").mkdir(parents=True)
+    before = contents(folder)
+    late = open_run(folder, with_train(max_steps=2), resume=True)
+    with pytest.raises(SaroError, match=r"the run has made 4 steps, and .* now ask for 2; ask for 4 or more"):
+        late.check_steps(OneProcess(), 2)
+    late.check_steps(OneProcess(), 4)
+    assert contents(folder) == before

@@ -240,3 +240,20 @@ def test_a_step_of_one_pair_checks_another_pair_too(long_pairs):
 def test_a_single_pair_can_be_checked(long_pairs):
     _, score, check = long_pairs(100, "bfloat16", number=1, per_step=1)
     assert check(score()).logps < 0.1
+
+
+def test_the_noise_of_very_short_responses_is_measured_on_more_than_two_pairs(world_with_check, monkeypatch):
+    measured = []
+    original = check_start_module.layout_noise
+
+    def measure(policy, trees, pack_tokens):
+        measured.append(sum(len(s.row_kinds) for tree in trees for s in tree.sequences))
+        return original(policy, trees, pack_tokens)
+
+    monkeypatch.setattr(check_start_module, "layout_noise", measure)
+    _, data, _, check = world_with_check(divergent=True)
+    check(scored="divergent")
+    rows = [sum(len(s.row_kinds) for s in data.sequences(i)) for i in range(len(data))]
+    assert max(rows) < 128
+    # The step has four pairs, so all are measured.
+    assert measured[0] > 2 * max(rows)

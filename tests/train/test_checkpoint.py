@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -81,7 +82,8 @@ def test_8_bit_optimizers_keep_their_state_in_8_bits(optimizer):
 def test_a_checkpoint_holds_safetensors_weights_and_a_state_that_loads_with_weights_only(tmp_path):
     folder = State().train(1).save(tmp_path, 1)
     assert sorted(p.name for p in folder.iterdir()) == ["optimizer.pt", "state.json", "trainable.safetensors"]
-    assert json.loads((folder / "state.json").read_text()) == {"step": 1}
+    content = (folder / "trainable.safetensors").read_bytes()
+    assert json.loads((folder / "state.json").read_text()) == {"step": 1, "weights": sha256(content).hexdigest()}
     torch.load(folder / "optimizer.pt", weights_only=True)
     assert load_file(folder / "trainable.safetensors").keys() == State().trainable.keys()
 
@@ -225,6 +227,12 @@ def zero_the_middle(path: Path) -> None:
     path.write_bytes(content)
 
 
+def zero_the_end(file: Path) -> None:
+    """Keep the header, from which safetensors knows the size."""
+    content = file.read_bytes()
+    file.write_bytes(content[:-64] + bytes(64))
+
+
 DAMAGES = [
     (name, damage)
     for name in ("trainable.safetensors", "optimizer.pt", "state.json")
@@ -232,7 +240,9 @@ DAMAGES = [
 ]
 
 
-@pytest.mark.parametrize(("name", "damage"), [*DAMAGES, ("optimizer.pt", zero_the_middle)])
+@pytest.mark.parametrize(
+    ("name", "damage"), [*DAMAGES, ("optimizer.pt", zero_the_middle), ("trainable.safetensors", zero_the_end)]
+)
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(tmp_path, name, damage):
     state = State().train(1)
     intact, newest = state.save(tmp_path, 1), state.save(tmp_path, 2)

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from saro.train.metrics import MetricsFile, Progress, format_metrics
+from saro.train.metrics import MetricsFile, Progress, drop_later_results, format_metrics
 
 # Meter.
 
@@ -48,6 +48,24 @@ def test_a_last_line_without_a_line_break_is_kept(tmp_path):
     path.write_text('{"step": 1}\n{"step": 2}')
     MetricsFile(path, 2).write({"step": 3})
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("line", ["\0\0\0{}", '{"loss": 1}', "[1]", "nonsense}"])
+def test_a_line_that_is_not_whole_is_dropped_wherever_it_is(tmp_path, line):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f'{{"step": 1}}\n{line}\n{{"step": 2}}\n')
+    MetricsFile(path, 2)
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+def test_the_model_of_a_finished_run_that_goes_on_gets_another_name(tmp_path):
+    """Under its old name it would pass as the model of the longer run."""
+    (tmp_path / "final").mkdir()
+    (tmp_path / "final" / "weights").write_text("of step 4")
+    (tmp_path / "after.json").write_text("{}")
+    drop_later_results(tmp_path, 4)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["final.step_000004"]
+    assert (tmp_path / "final.step_000004" / "weights").read_text() == "of step 4"
 
 
 def test_a_new_run_starts_with_an_empty_file(tmp_path):
