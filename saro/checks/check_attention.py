@@ -15,7 +15,7 @@ from saro.checks.noise import KERNEL_FACTOR
 from saro.data.packs import lay_out
 from saro.data.tree import SequenceTree
 from saro.errors import SaroError
-from saro.model.architectures import attention_softcap, sliding_window
+from saro.model.architectures import attention_softcap, layer_head_sizes, sliding_window
 from saro.model.attention import AttentionPlan, packed_attention
 from saro.model.policy import Policy
 
@@ -80,14 +80,13 @@ def head_shapes(config: PretrainedConfig) -> list[HeadShape]:
     window = sliding_window(config)
     types = getattr(config, "layer_types", None) or [None] * config.num_hidden_layers
     for layer, kind in zip(config.per_layer_config, types, strict=False):
-        size = getattr(layer, "qk_head_dim", None) or getattr(layer, "head_dim", None)
-        size = size or layer.hidden_size // layer.num_attention_heads
+        size, value_size = layer_head_sizes(layer)
         shapes.append(
             HeadShape(
                 heads=layer.num_attention_heads,
                 key_heads=getattr(layer, "num_key_value_heads", None) or layer.num_attention_heads,
                 size=size,
-                value_size=getattr(layer, "v_head_dim", None) or size,
+                value_size=value_size,
                 window=None if kind == "full_attention" else window,
                 softcap=attention_softcap(config),
             )

@@ -62,7 +62,8 @@ def _checks(policy: Policy) -> Iterator[tuple[Callable[[], float], str, str]]:
     """Yield each check with the name of what it checks, and with the option that leaves it out."""
     if policy.head != "reference":
         trainable = policy.causal_lm.get_output_embeddings().weight.requires_grad
-        yield partial(_head_error, policy, trainable), f"the head {policy.head}", "set --model.head reference"
+        kernel = partial(token_logps, impl=policy.head)
+        yield partial(head_error, policy, kernel, trainable), f"the head {policy.head}", "set --model.head reference"
     by_name: dict[str, list[str]] = {}
     fused = {name: m for name, m in policy.model.named_modules() if replaced_forward(m) in FUSED_FORWARDS}
     for name in fused:
@@ -79,7 +80,7 @@ def head_error(policy: Policy, kernel: Callable[..., Tensor], trainable: bool) -
     """
     device, dtype = policy.causal_lm.device, policy.compute_dtype
     head = policy.causal_lm.get_output_embeddings()
-    # Of a very large head, only as many columns as float64 has memory for.
+    # Take only as many columns of a very large head as float64 has memory for.
     weight = head.weight.detach()[:, : max(1, _NUMBERS // len(head.weight))].contiguous()
     generator = torch.Generator().manual_seed(0)
     # Scale the logits to a few nats apart, as a model has them.
@@ -105,10 +106,6 @@ def head_error(policy: Policy, kernel: Callable[..., Tensor], trainable: bool) -
         # Tensor cores truncate their float32 sum after every 16 products. The plain path rounds it to nearest.
         value_ulps=max(1, weight.shape[1] // 16) if dtype.itemsize == 2 else 1,
     )
-
-
-def _head_error(policy: Policy, trainable: bool) -> float:
-    return head_error(policy, partial(token_logps, impl=policy.head), trainable)
 
 
 def _lora_error(module: nn.Module, policy: Policy) -> float:

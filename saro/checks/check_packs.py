@@ -30,7 +30,7 @@ _GROUP = 3
 # The whole model runs this many tokens after the fork of a pair, or of an example; the layout of longer sequences is
 # checked on a small model.
 _TAIL = 64
-# Of two runs of one model, compare about this many rows of a sequence: native runs hold the logits of compared rows.
+# The whole model compares about this many rows of a sequence: native runs hold the logits of all compared rows.
 _ROWS = 64
 
 
@@ -76,7 +76,7 @@ def check_packs(policy: Policy, data: ExampleSet | PairSet) -> PackCheck:
     """
     window = sliding_window(policy.causal_lm.config)
     try:
-        layout = check_layout(policy, _choose_trees(data, window), window)
+        layout = check_layout(policy, [*_choose_trees(data, window), *_group_tree(data)], window)
         attention = check_attention(policy, [_longest_tree(data), _choose_trees(data, None)[0]])
         with policy.evaluating(), nonzero_adapter(policy):
             kernels = check_kernels(policy)
@@ -153,18 +153,21 @@ def choose_sequences(data: ExampleSet, window: int | None) -> list[ScoredSequenc
 
 
 def _choose_trees(data: ExampleSet | PairSet, window: int | None) -> list[SequenceTree]:
-    """Return the sequences of ``choose_sequences`` as trees. Both sides of a pair share a tree, as in training.
-
-    Of pairs, a third tree holds several pairs of one prompt, if there are such, cut some tokens after their forks.
-    """
+    """Return the sequences of ``choose_sequences`` as trees. Both sides of a pair share a tree, as in training."""
     if isinstance(data, ExampleSet):
         return [build_tree([s]) for s in choose_sequences(data, window)]
     chosen = choose_sequences(data.chosen, window)
-    trees = [build_tree([s, all_scored(data.rejected.sequence(s.record).tokens, s.record)]) for s in chosen]
+    return [build_tree([s, all_scored(data.rejected.sequence(s.record).tokens, s.record)]) for s in chosen]
+
+
+def _group_tree(data: ExampleSet | PairSet) -> list[SequenceTree]:
+    """Return one tree of several pairs on a prompt, cut some tokens after their forks; nothing without such pairs."""
+    if isinstance(data, ExampleSet):
+        return []
     group = np.flatnonzero(data.prompts == np.bincount(data.prompts).argmax())[:_GROUP].tolist()
-    if len(group) > 1:
-        trees.append(build_tree([sequence for pair in group for sequence in _cut(data.sequences(pair))]))
-    return trees
+    if len(group) == 1:
+        return []
+    return [build_tree([sequence for pair in group for sequence in _cut(data.sequences(pair))])]
 
 
 def _cut(sequences: Sequence[ScoredSequence]) -> list[ScoredSequence]:
@@ -175,11 +178,10 @@ def _cut(sequences: Sequence[ScoredSequence]) -> list[ScoredSequence]:
 
 def _longest_tree(data: ExampleSet | PairSet) -> SequenceTree:
     """Return the tree of the longest record."""
-    if isinstance(data, ExampleSet):
-        return build_tree([data.sequence(int(data.lengths.argmax()))])
-    return build_tree(data.sequences(int((data.chosen.lengths + data.rejected.lengths - data.shared_tokens).argmax())))
+    record = int(data.lengths.argmax())
+    return build_tree(data.sequences(record) if isinstance(data, PairSet) else [data.sequence(record)])
 
 
 def _short_trees(data: ExampleSet | PairSet) -> list[SequenceTree]:
-    """Return the trees of ``_choose_trees`` without those of several pairs, cut some tokens after their fork."""
-    return [build_tree(_cut(tree.sequences)) for tree in _choose_trees(data, None)[:2]]
+    """Return the trees of ``_choose_trees``, cut some tokens after their fork."""
+    return [build_tree(_cut(tree.sequences)) for tree in _choose_trees(data, None)]

@@ -21,7 +21,7 @@ from saro.model.policy import Policy
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """What one forward and backward gives.
+    """The results of one forward and backward.
 
     Attributes:
         logps: (R,) log-probs of the compared entries, nats.

@@ -19,7 +19,7 @@ from saro.model.score import score_packs
 # the noise, which is the change that another layout or another rounding makes. The noise is measured on a few sequences
 # and so is uncertain. A factor of three leaves room for that; a wrong mask or position is off by a factor of a hundred.
 NOISE_FACTOR = 3.0
-# Of many values, such as the margins of a step or the rows of a pack, the largest may exceed that limit by this factor.
+# The largest of many values, such as the margins of a step or the rows of a pack, may exceed that limit by this factor.
 LARGEST_FACTOR = 2.0
 # A kernel's error against float64 may be this many times the plain path's error. Both errors are measured on the same
 # numbers, so less room is needed.
@@ -66,7 +66,7 @@ class LayoutNoise:
         splits = np.cumsum([len(s.row_kinds) for s in self.sequences])[:-1]
         noises = [_rms(self._rounding)]
         for change in self.changes:
-            # What independent rows would give: on a few pairs, the sums could be unusually small.
+            # The noise of independent rows. On a few pairs, that of the sums could be unusually small.
             noises.append(_rms(change))
             parts = np.split(change, splits)
             sums = []

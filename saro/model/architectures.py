@@ -78,12 +78,14 @@ def attention_softcap(config: PretrainedConfig) -> float | None:
 
 def head_sizes(config: PretrainedConfig) -> set[int]:
     """Return the sizes of the heads of queries, keys and values, over all layers."""
-    sizes = set()
-    for layer in config.per_layer_config:
-        key_size = getattr(layer, "qk_head_dim", None) or getattr(layer, "head_dim", None)
-        key_size = key_size or layer.hidden_size // layer.num_attention_heads
-        sizes |= {key_size, getattr(layer, "v_head_dim", None) or key_size}
-    return sizes
+    return {size for layer in config.per_layer_config for size in layer_head_sizes(layer)}
+
+
+def layer_head_sizes(layer: PretrainedConfig) -> tuple[int, int]:
+    """Return the sizes of the heads of queries and keys, and of values, from one layer's config."""
+    key_size = getattr(layer, "qk_head_dim", None) or getattr(layer, "head_dim", None)
+    key_size = key_size or layer.hidden_size // layer.num_attention_heads
+    return key_size, getattr(layer, "v_head_dim", None) or key_size
 
 
 def sliding_window(config: PretrainedConfig) -> int | None:

@@ -403,7 +403,7 @@ def _data_contents(manifest: dict[str, Any]) -> tuple[list[str], int, list[str]]
 def _check_same_records(folder: Path, began: dict[str, Any], now: dict[str, Any]) -> None:
     """Raise SaroError if another limit on lengths leaves out other records. The files are known to be the same."""
     for name, report in now["records"].items():
-        # Those above the limit are left out, so two limits leave out the same records if they leave out as many.
+        # Records above the limit are left out: two limits that leave out equally many leave out the same ones.
         old, new = len(began["records"][name]["dropped"]), len(report["dropped"])
         if old != new:
             limit = began["config"]["data"]["pack_tokens"]

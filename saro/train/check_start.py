@@ -45,7 +45,7 @@ class StartCheck:
 
 @dataclass(frozen=True)
 class _Pair:
-    """What one pair differs by, and what rounding explains.
+    """The differences of one pair, and the largest ones that rounding explains.
 
     Attributes:
         record: index of the pair.

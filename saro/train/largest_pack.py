@@ -79,7 +79,7 @@ def try_pack(
         SaroError: the pack does not fit into the memory of this rank or of another one.
     """
     if runtime.device.type == "cuda":
-        # What came before, such as loading, is not what this pack takes.
+        # Do not count the peak of earlier work, such as loading.
         torch.cuda.reset_peak_memory_stats(runtime.device)
     failure = _run_out_of_memory(policy, objective, largest, runtime, optimizer)
     # All ranks must know, or some would wait for the others in the first exchange of gradients.
@@ -122,7 +122,7 @@ def _likely_steps(steps: Steps, total_steps: int) -> list[int]:
         totals[number], longest[number] = in_step.sum(), in_step.max()
     by_total, by_longest = np.argsort(-totals, kind="stable"), np.argsort(-longest, kind="stable")
     likely = list(dict.fromkeys(np.stack([by_total, by_longest], axis=1).flatten().tolist()))
-    # In their order, because the schedule draws an epoch anew whenever another one was asked for in between.
+    # Sort them: the schedule draws an epoch again whenever another one was asked for in between.
     return sorted(likely[: max(1, _LAID_OUT_RECORDS // steps.schedule.records_per_step)])
 
 

@@ -379,18 +379,23 @@ def children_that_do_not_see_what_is_shared(patch):
     patch.setattr(forwards, "lay_out", lay_out)
 
 
-def children_that_begin_at_position_zero(patch):
-    original = forwards.lay_out
+def children_at(move):
+    """Return a function that sabotages the positions of every child segment."""
 
-    def lay_out(trees):
-        pack = original(trees)
-        positions = pack.position_ids.clone()
-        for start, stop, parent in pack.segments:
-            if parent >= 0:
-                positions[start:stop] -= positions[start].item()
-        return replace(pack, position_ids=positions)
+    def sabotage(patch):
+        original = forwards.lay_out
 
-    patch.setattr(forwards, "lay_out", lay_out)
+        def lay_out(trees):
+            pack = original(trees)
+            positions = pack.position_ids.clone()
+            for start, stop, parent in pack.segments:
+                if parent >= 0:
+                    positions[start:stop] = move(positions[start:stop])
+            return replace(pack, position_ids=positions)
+
+        patch.setattr(forwards, "lay_out", lay_out)
+
+    return sabotage
 
 
 def siblings_that_see_each_other(patch):
@@ -403,23 +408,6 @@ def siblings_that_see_each_other(patch):
         return replace(pack, segments=tuple(segments))
 
     patch.setattr(forwards, "lay_out", lay_out)
-
-
-def children_that_begin_too_late_by(tokens):
-    def sabotage(patch):
-        original = forwards.lay_out
-
-        def lay_out(trees):
-            pack = original(trees)
-            positions = pack.position_ids.clone()
-            for start, stop, parent in pack.segments:
-                if parent >= 0:
-                    positions[start:stop] += tokens
-            return replace(pack, position_ids=positions)
-
-        patch.setattr(forwards, "lay_out", lay_out)
-
-    return sabotage
 
 
 def children_predicted_from_the_wrong_hidden_state(patch):
@@ -445,9 +433,9 @@ def at_forks(patch, change):
 
 TREES = {
     "children that do not see what is shared": children_that_do_not_see_what_is_shared,
-    "children that begin at position zero": children_that_begin_at_position_zero,
-    "children that begin one position too late": children_that_begin_too_late_by(1),
-    "children that begin eight positions too late": children_that_begin_too_late_by(8),
+    "children that begin at position zero": children_at(lambda positions: positions - positions[:1]),
+    "children that begin one position too late": children_at(lambda positions: positions + 1),
+    "children that begin eight positions too late": children_at(lambda positions: positions + 8),
     "siblings that see each other": siblings_that_see_each_other,
     "children predicted from the wrong hidden state": children_predicted_from_the_wrong_hidden_state,
     "wrong targets at both sides of a fork": wrong_targets_at_both_sides_of_a_fork,
