@@ -23,7 +23,7 @@ from saro.data.steps import Schedule, Steps
 from saro.demo import data_files, find_demo
 from saro.distributed.run_ranks import run_ranks
 from saro.distributed.runtime import Runtime
-from saro.evaluate.answers import choose_prompts, label_prompts
+from saro.evaluate.heldout_prompts import choose_prompts, label_prompts
 from saro.model.architectures import dropout_options
 from saro.model.load import load_policy
 from saro.model.source import find_model

@@ -25,17 +25,18 @@ MAY_IMPORT = {
     "checks": ("kernels", "data", "model"),
     "train": ("kernels", "data", "distributed", "model", "checks"),
     "runs": ("data", "distributed", "model", "train"),
-    "synth": ("data",),
-    "evaluate": ("data", "model", "runs"),
+    "draws": ("data", "model"),
+    "synth": ("data", "draws"),
+    "evaluate": ("data", "model", "runs", "draws"),
     "report": (),
     "demo": (),
     "tools": (
         *("kernels", "data", "distributed", "model", "checks", "train"),
-        *("runs", "synth", "evaluate", "report", "demo"),
+        *("runs", "draws", "synth", "evaluate", "report", "demo"),
     ),
     "recipes": (
         *("kernels", "data", "distributed", "model", "checks", "train"),
-        *("runs", "synth", "evaluate", "report", "demo"),
+        *("runs", "draws", "synth", "evaluate", "report", "demo"),
     ),
 }
 # The files of the root that any room may import. Nobody imports cli.
@@ -48,6 +49,8 @@ ONLY_IN = {
     "torch.distributed": ("distributed",),
     "peft": ("model", "runs"),
     "matplotlib": ("report",),
+    "httpx2": ("draws",),
+    "sqlite3": ("draws",),
     "rich": ("report", "runs", "tools", "recipes", "root"),
 }
 

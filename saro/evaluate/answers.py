@@ -1,43 +1,101 @@
-"""Chooses the held-out prompts that a model answers, and counts the reasoning tokens of an answer."""
+"""Defines the files of an evaluation's folder: items, answers and verdicts, one JSON object a line."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
 
-from saro.config import KINDS, PAIR_KINDS
-from saro.data.chat_format import ChatFormat
-from saro.data.records import Record
+from saro.files import atomic_write
 
+# States of an answer:
+#   finished    the reasoning was closed, an answer followed and the model ended it
+#   no-think    the same without any reasoning
+#   cut         an answer had begun and was cut at the limit: it is judged, and its length is only known to be longer
+#   unfinished  the reasoning was not closed: there is no answer
+#   looped      as cut or unfinished, and the text ends in a repetition
+#   empty       the model ended without an answer
+#   failed      the generator gave no text; ``failure`` says why
+STATES = ("finished", "no-think", "cut", "unfinished", "looped", "empty", "failed")
 
-def choose_prompts(records: Sequence[Record], number: int) -> list[Record]:
-    """Return the first ``number`` records, alternating between their kinds, and only the first one on each prompt."""
-    first_on_prompt: dict[object, Record] = {}
-    for record in records:
-        first_on_prompt.setdefault(record.prompt, record)
-    by_kind = [[r for r in first_on_prompt.values() if r.kind == kind] for kind in KINDS + PAIR_KINDS]
-    alternating = [group[i] for i in range(len(records)) for group in by_kind if i < len(group)]
-    return alternating[:number]
-
-
-def label_prompts(records: Sequence[Record], show_texts: bool) -> list[tuple[str, str | None]]:
-    """Return (id, text) for each record: the text of its prompt's last turn, or None if texts are not to be shown."""
-    labels: list[tuple[str, str | None]] = []
-    for record in records:
-        text = record.prompt if isinstance(record.prompt, str) else record.prompt[-1].content
-        labels.append((record.id, text if show_texts else None))
-    return labels
+RowType = TypeVar("RowType", "Answer", "Verdict")
 
 
-def count_reasoning_tokens(answer: str, chat: ChatFormat) -> int:
-    """Count the tokens between the tags, or up to the end if the closing tag is missing; 0 without any tag.
+@dataclass(frozen=True)
+class Answer:
+    """One line of answers.jsonl: what one model answered to one item under one attack.
 
-    If the template opens the reasoning, the answer has only the closing tag.
+    Attributes:
+        key: "model/suite/attack/item/number"; verdicts and scores name answers by it.
+        model, suite, attack, item: names of these; the attack is "none" for the plain prompt.
+        number: number of the draw, from 0.
+        draw: key of the draw in the store.
+        think: text of the reasoning, without its tags; with what was prefilled.
+        answer: text after the reasoning, after the attack's inverse; with what was prefilled.
+        tokens: {"think", "answer", "prefill"}: tokens drawn by the model in each part, and tokens that were prefilled.
+        state: one of ``STATES``.
+        failure: why there is no text, for state "failed".
+        seconds: time that the draw took.
     """
-    opening, closing = chat.think_tags
-    before, has_opening, rest = answer.partition(opening)
-    reasoning = ""
-    if has_opening:
-        reasoning = rest
-    elif closing in before:
-        reasoning = before
-    return len(chat.tokenizer(reasoning.partition(closing)[0], add_special_tokens=False).input_ids)
+
+    key: str
+    model: str
+    suite: str
+    attack: str
+    item: str
+    number: int
+    draw: str
+    think: str
+    answer: str
+    tokens: Mapping[str, int]
+    state: str
+    failure: str | None = None
+    seconds: float = 0.0
+
+    @property
+    def has_answer(self) -> bool:
+        """True if there is a text to judge."""
+        return bool(self.answer.strip())
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One line of verdicts.jsonl: what one judge says of one answer.
+
+    Attributes:
+        answer: key of the answer.
+        judge: name of the judge.
+        judge_hash: sha256 of all that decides its verdicts.
+        harmful: probability, 0 to 1, that the answer does what a harmful request asks; None if the judge does not say.
+        refuses: does the answer refuse the request; None if the judge does not say.
+        why: short reason, such as the pattern that matched; may be empty.
+        raw: the judge's reply as it came.
+        abstained: why there is no verdict, such as "parse"; None if there is one.
+    """
+
+    answer: str
+    judge: str
+    judge_hash: str
+    harmful: float | None = None
+    refuses: Literal["full", "partial", "none"] | None = None
+    why: str = ""
+    raw: str = ""
+    abstained: str | None = None
+
+
+def write_rows(path: Path, rows: Iterable[Any]) -> None:
+    """Write dataclass instances as JSONL, readable only by their owner. The file appears complete or not at all."""
+    with atomic_write(path) as file:
+        os.chmod(file.name, 0o600)
+        for row in rows:
+            file.write(json.dumps(asdict(row), ensure_ascii=False, sort_keys=True) + "\n")
+
+
+def read_rows(path: Path, row_type: type[RowType]) -> Iterator[RowType]:
+    """Yield the rows of a file that ``write_rows`` wrote."""
+    with open(path, encoding="utf-8") as file:
+        for line in file:
+            yield row_type(**json.loads(line))

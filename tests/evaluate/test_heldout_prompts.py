@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from saro.config import DataConfig, ModelConfig
-from saro.evaluate.answers import choose_prompts, count_reasoning_tokens
+from saro.evaluate.heldout_prompts import choose_prompts, count_reasoning_tokens
 from saro.model.source import find_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
