@@ -17,8 +17,8 @@ from saro.config import DEMO, DataConfig, ModelConfig
 from saro.data.records import Record, read_examples, read_pairs
 from saro.demo import data_files, find_demo
 from saro.errors import SaroError, nearest
-from saro.evaluate.heldout_prompts import choose_prompts, count_reasoning_tokens, label_prompts
 from saro.evaluate.heldout import heldout_loss, heldout_preference
+from saro.evaluate.heldout_prompts import choose_prompts, count_reasoning_tokens, label_prompts
 from saro.manifest import read_manifest
 from saro.model.adapter import find_adapter
 from saro.model.generate import answer_prompts
