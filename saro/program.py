@@ -7,7 +7,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass
 from itertools import islice
 from typing import Any, NamedTuple, NoReturn, TypeVar, get_args, get_type_hints
@@ -164,6 +164,11 @@ def shown(*names: str) -> dict[str, Any]:
     return {"shown": names}
 
 
+def short() -> dict[str, Any]:
+    """Return the metadata of a field that holds a group of options, of which --FIELD alone sets the first one."""
+    return {"short": True}
+
+
 def positional(choices: Collection[str] = ()) -> dict[str, Any]:
     """Return the metadata of a field that is a positional argument; without ``choices``, any value is valid."""
     return {"positional": True, "choices": sorted(choices)}
@@ -173,24 +178,34 @@ def parse_tool(options: type[Config], prog: str, description: str, args: Sequenc
     """Read the options of a tool from the command line.
 
     A field without a default is required. A field whose default is False is a flag. A field of a dataclass type is a
-    group of options, --group.option.
+    group of options, --group.option. A YAML file, --config, may give options too; the command line overrides it.
 
     Raises:
         SaroError: for an unknown option or a value that a check refuses.
     """
     parser = Parser(prog=prog, description=description.split("\n")[0])
+    parser.add_argument("--config", action="config", help="YAML file with options; the command line overrides it.")
     hints, docs = get_type_hints(options), _read_docs(options)
+    first_options = {}  # "--judge" -> "--judge.name"
     for field in fields(options):
         if is_dataclass(hints[field.name]):
             _add_group(parser, field, hints[field.name], docs[field.name])
         else:
             _add_option(parser, field, hints[field.name], docs[field.name])
-    parsed = parser.parse(args)
+        if field.metadata.get("short"):
+            first_options[f"--{field.name}"] = f"--{field.name}.{fields(hints[field.name])[0].name}"
+    parsed = parser.parse(_files_first(_spell_out(sys.argv[1:] if args is None else args, first_options)))
     values = {}
     for field in fields(options):
         value, hint = parsed[field.name], hints[field.name]
         values[field.name] = _make_group(field.name, hint, value) if is_dataclass(hint) else value
     return options(**values)
+
+
+def _spell_out(args: Sequence[str], names: Mapping[str, str]) -> list[str]:
+    """Return the arguments with some names of options replaced by others."""
+    split = [arg.partition("=") for arg in args]
+    return [names.get(name, name) + equals + value for name, equals, value in split]
 
 
 def _read_docs(config: type) -> dict[str, str]:

@@ -27,9 +27,9 @@ MAY_IMPORT = {
     "runs": ("data", "distributed", "model", "train"),
     "draws": ("data", "model"),
     "synth": ("data", "draws"),
-    "evaluate": ("data", "model", "runs", "draws"),
-    "report": (),
     "demo": (),
+    "evaluate": ("data", "distributed", "model", "runs", "draws", "demo"),
+    "report": (),
     "tools": (
         *("kernels", "data", "distributed", "model", "checks", "train"),
         *("runs", "draws", "synth", "evaluate", "report", "demo"),

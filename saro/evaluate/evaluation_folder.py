@@ -1,0 +1,135 @@
+"""The folder of an evaluation: its lock, its manifest, and its files."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+import saro
+from saro.config import as_dict
+from saro.errors import SaroError
+from saro.evaluate.answers import write_rows
+from saro.evaluate.options import Options
+from saro.files import atomic_write
+
+_PACKAGES = ("torch", "transformers", "peft", "tokenizers", "numpy")
+_FILES = frozenset({"manifest.json", "items.jsonl", "answers.jsonl", "verdicts.jsonl", "scores.json", "labels.jsonl"})
+
+
+@dataclass(frozen=True)
+class EvaluationFolder:
+    """The folder of an evaluation. Only rank 0 reads and writes it.
+
+    Every file in it but labels.jsonl can be made again from the store of draws.
+
+    Attributes:
+        path: the folder.
+        lock: held to the end of the process, so that two evaluations never write to one folder.
+        is_main: True on rank 0.
+    """
+
+    path: Path
+    lock: FileLock
+    is_main: bool
+
+    @classmethod
+    def open(cls, options: Options, is_main: bool) -> EvaluationFolder:
+        """Look at the folder without writing to it.
+
+        Raises:
+            SaroError: it is a file, or holds other files than an evaluation's.
+        """
+        path = Path(options.output).expanduser()
+        if path.is_file():
+            raise SaroError(f"{path}: is a file; give a folder with --output")
+        if is_main and path.is_dir() and read_evaluation(path) is None:
+            if any(not item.name.startswith(".") for item in path.iterdir()):
+                raise SaroError(f"{path}: holds files that are not an evaluation's; give an empty folder with --output")
+        return cls(path, FileLock(path / ".lock"), is_main)
+
+    def begin(self, manifest: Mapping[str, Any], items: Iterable[Any]) -> None:
+        """Make the folder, take its lock, and write the manifest and the items.
+
+        Raises:
+            SaroError: another process evaluates in the folder, or it holds answers of models, suites or attacks that are
+                not part of this evaluation, which would be removed from it.
+        """
+        if not self.is_main:
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self.lock.acquire(timeout=0)
+        except Timeout as error:
+            raise SaroError(
+                f"{self.path}: another process evaluates in this folder; wait for it, or give another one with --output"
+            ) from error
+        self._check_nothing_removed(manifest)
+        with atomic_write(self.path / "manifest.json") as file:
+            json.dump(manifest, file, indent=2, ensure_ascii=False)
+            file.write("\n")
+        self.write_rows("items.jsonl", items)
+
+    def _check_nothing_removed(self, manifest: Mapping[str, Any]) -> None:
+        before = read_evaluation(self.path)
+        if before is None:
+            return
+        for part in ("models", "suites", "attacks"):
+            now = {entry["name"] for entry in manifest[part]}
+            removed = [entry["name"] for entry in before[part] if entry["name"] not in now]
+            if removed:
+                self.lock.release(force=True)
+                raise SaroError(
+                    f"{self.path}: holds an evaluation with the {part} {', '.join(removed)} too; "
+                    "name them as well, or give another folder with --output"
+                )
+
+    def write_rows(self, name: str, rows: Iterable[Any]) -> None:
+        """Write a JSONL file of the folder, on rank 0."""
+        if self.is_main:
+            write_rows(self.path / name, rows)
+
+    def write_scores(self, scores: Mapping[str, Any]) -> None:
+        """Write scores.json, on rank 0."""
+        if self.is_main:
+            with atomic_write(self.path / "scores.json") as file:
+                json.dump(scores, file, indent=1, ensure_ascii=False, allow_nan=False)
+                file.write("\n")
+
+
+def read_evaluation(folder: Path) -> dict[str, Any] | None:
+    """Return the manifest of the evaluation in a folder; None if it holds none."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    is_one = isinstance(manifest, dict) and manifest.keys() >= {"saro", "evaluation", "models", "suites", "attacks"}
+    return manifest if is_one else None
+
+
+def make_manifest(
+    options: Options,
+    models: Sequence[Mapping[str, Any]],
+    suites: Sequence[Mapping[str, Any]],
+    attacks: Sequence[Mapping[str, Any]],
+    judge: Mapping[str, Any],
+    contaminated: Sequence[Mapping[str, Any]],
+) -> dict[str, Any]:
+    """Return what an evaluation is made from. Each model, suite and attack has a ``name``."""
+    return {
+        "saro": saro.__version__,
+        "evaluation": 1,
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in _PACKAGES},
+        "models": list(models),
+        "suites": list(suites),
+        "attacks": list(attacks),
+        "judge": dict(judge),
+        "contaminated": list(contaminated),
+        "config": as_dict(options),
+    }

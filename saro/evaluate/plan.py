@@ -1,0 +1,92 @@
+"""Says what an evaluation would ask, how long it would take, and what so many prompts can show."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from saro.draws.store import DrawStore
+from saro.evaluate.questions import Asked
+from saro.evaluate.statistics import smallest_effect
+from saro.evaluate.suite import Item
+
+_EXPECTED = {"refuse": "harmful prompts", "comply": "harmless prompts", "answer": "questions with a known answer"}
+
+
+@dataclass(frozen=True)
+class ModelPlan:
+    """What one model would be asked.
+
+    Attributes:
+        name: the model.
+        asked: number of its requests.
+        stored: how many of them the store already has.
+        prompt_tokens: tokens of the prompts that are not in the store; None for a server, whose tokenizer is not known.
+        most_tokens: tokens that would be drawn at most.
+        speed: tokens per second of earlier draws of this model on this machine; None if there are none.
+        mean_tokens: tokens of a stored draw of this model, on average; None if there are none.
+    """
+
+    name: str
+    asked: int
+    stored: int
+    prompt_tokens: int | None
+    most_tokens: int
+    speed: float | None
+    mean_tokens: float | None
+
+    @property
+    def seconds(self) -> float | None:
+        """Expected time; None if no speed is known. Without stored draws, every text is assumed to be cut."""
+        if self.speed is None:
+            return None
+        missing = self.asked - self.stored
+        expected = self.most_tokens if self.mean_tokens is None else missing * self.mean_tokens
+        return expected / self.speed
+
+
+def plan_model(store: DrawStore, name: str, identity: Mapping[str, object], asked: Sequence[Asked]) -> ModelPlan:
+    """Return what a model would be asked; nothing is generated."""
+    keys = [one.request.key(identity) for one in asked]
+    stored = store.get(keys)
+    missing = [one for one, key in zip(asked, keys, strict=True) if key not in stored]
+    has_ids = all(one.request.ids is not None for one in asked)
+    finished = [draw for draw in stored.values() if draw.failure is None]
+    drawn = sum(draw.usage.get("completion", 0) for draw in finished)
+    seconds = sum(draw.seconds for draw in finished)
+    return ModelPlan(
+        name=name,
+        asked=len(asked),
+        stored=len(asked) - len(missing),
+        prompt_tokens=sum(len(one.request.ids) for one in missing) if has_ids else None,
+        most_tokens=sum(one.request.sampling.max_tokens for one in missing),
+        speed=drawn / seconds if seconds > 0 else store.speed(identity),
+        mean_tokens=drawn / len(finished) if finished else None,
+    )
+
+
+def describe_plan(plans: Sequence[ModelPlan], items: Sequence[Item]) -> list[str]:
+    """Return lines that say what would be asked, and the smallest difference between two models that it can show."""
+    lines = []
+    for plan in plans:
+        missing = plan.asked - plan.stored
+        line = f"{plan.name}: {plan.asked:,} requests, {plan.stored:,} of them in the store"
+        if missing:
+            prompts = "" if plan.prompt_tokens is None else f"{plan.prompt_tokens:,} tokens of prompts, "
+            line += f"; {prompts}at most {plan.most_tokens:,} tokens to draw"
+            line += "; no speed is known yet" if plan.seconds is None else f"; about {_describe_time(plan.seconds)}"
+        lines.append(line)
+    for expect, number in sorted(Counter(item.expect for item in items).items()):
+        effect = smallest_effect(number)
+        lines.append(
+            f"{number:,} {_EXPECTED[expect]}: between two models, a difference of {100 * effect:.0f} points shows in "
+            "four of five evaluations (5 % level)"
+        )
+    return lines
+
+
+def _describe_time(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,151 @@
+"""Makes what is asked of a model: suites x attacks x draws, as requests; and answers from what was drawn."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from saro.data.chat_format import ChatFormat
+from saro.draws.request import Draw, Request, Sampling
+from saro.errors import SaroError
+from saro.evaluate.answers import Answer
+from saro.evaluate.attacks import NO_ATTACK, Attack, Prompted, PromptIds, apply_attack, invert, prompt_ids
+from saro.evaluate.split import Split, split_answer, split_text
+from saro.evaluate.subject import Subject
+from saro.evaluate.suite import Item
+
+
+@dataclass(frozen=True)
+class Question:
+    """One prompt that a model is asked.
+
+    Attributes:
+        item, attack: what is asked, and how it is changed.
+        number: number of the draw, from 0.
+        prompted: the conversation after the attack, and the beginning of the answer if the attack gives one.
+    """
+
+    item: Item
+    attack: Attack
+    number: int
+    prompted: Prompted
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question as one model is asked it.
+
+    Attributes:
+        question: the question.
+        request: what the generator gets.
+        ids: token ids of the prompt and of what was prefilled; None if the generator gets messages.
+    """
+
+    question: Question
+    request: Request
+    ids: PromptIds | None
+
+
+def choose_items(items: Sequence[Item], limit: int | None, seed: int) -> list[Item]:
+    """Return at most ``limit`` items in their order, the same ones for the same seed; twins and clusters stay together.
+
+    A smaller limit chooses a part of what a larger one chooses.
+    """
+    if limit is None or limit >= len(items):
+        return list(items)
+    groups: dict[str, list[Item]] = {}
+    group_of: dict[str, str] = {}
+    for item in items:
+        group = group_of.get(item.twin or "") or item.cluster or item.id
+        group_of[item.id] = group
+        groups.setdefault(group, []).append(item)
+    by_hash = sorted(groups, key=lambda group: hashlib.sha256(f"{seed}/{group}".encode()).digest())
+    chosen: set[str] = set()
+    for group in by_hash:
+        if len(chosen) + len(groups[group]) <= limit:
+            chosen.update(item.id for item in groups[group])
+    return [item for item in items if item.id in chosen]
+
+
+def make_questions(
+    suites: Iterable[Sequence[Item]], attacks: Sequence[Attack], draws: int, attack_items: int | None, seed: int
+) -> list[Question]:
+    """Return all questions: every item plainly, and the chosen items under each attack that applies to them."""
+    questions = []
+    for items in suites:
+        attacked = choose_items(items, attack_items, seed)
+        for attack in (NO_ATTACK, *attacks):
+            for item in items if attack == NO_ATTACK else attacked:
+                prompted = apply_attack(attack, item)
+                if prompted is not None:
+                    questions += [Question(item, attack, number, prompted) for number in range(draws)]
+    return questions
+
+
+def ask(subject: Subject, questions: Sequence[Question], sampling: Sampling) -> list[Asked]:
+    """Return the questions as requests of one model.
+
+    Raises:
+        SaroError: an attack prefills, and the server's tokenizer is not known; or the chat template refuses a prompt.
+    """
+    asked = []
+    for question in questions:
+        prefills = question.prompted.prefill is not None
+        if subject.server is None or (prefills and subject.chat is not None):
+            ids = _prompt_ids(subject.chat, question)
+            asked.append(Asked(question, Request(sampling, ids=ids.ids, number=question.number), ids))
+        elif prefills:
+            raise SaroError(
+                f"attack {question.attack.id} begins the answer, and a server's chat endpoint cannot continue one; "
+                "give --server.tokenizer, so that token ids go to its completions endpoint"
+            )
+        else:
+            messages = question.prompted.messages
+            asked.append(Asked(question, Request(sampling, messages=messages, number=question.number), None))
+    return asked
+
+
+def _prompt_ids(chat: ChatFormat, question: Question) -> PromptIds:
+    try:
+        return prompt_ids(chat, question.prompted)
+    except SaroError as error:
+        item = question.item
+        raise SaroError(f"{item.suite}: item {item.id} under attack {question.attack.id}: {error}") from error
+
+
+def read_answer(subject: Subject, asked: Asked, key: str, draw: Draw) -> Answer:
+    """Return the answer that a draw holds.
+
+    Args:
+        key: key of the draw in the store.
+    """
+    question = asked.question
+    if draw.failure is not None:
+        split = Split("", "", {"think": 0, "answer": 0, "prefill": 0}, "failed")
+    elif draw.ids is not None:
+        split = split_answer(subject.chat, asked.ids, draw.ids, draw.finish)
+    else:
+        opened = asked.ids is not None and asked.ids.opened
+        split = split_text(subject.think_tags, opened, draw.text, draw.finish, usage=draw.usage.get("completion"))
+    item = question.item
+    return Answer(
+        key=answer_key(subject.name, item, question.attack.id, question.number),
+        model=subject.name,
+        suite=item.suite,
+        attack=question.attack.id,
+        item=item.id,
+        number=question.number,
+        draw=key,
+        think=split.think,
+        answer=invert(question.attack, split.answer),
+        tokens=split.tokens,
+        state=split.state,
+        failure=draw.failure,
+        seconds=draw.seconds,
+    )
+
+
+def answer_key(model: str, item: Item, attack: str, number: int) -> str:
+    """Return the key by which verdicts and scores name an answer."""
+    return f"{model}/{item.suite}/{attack}/{item.id}/{number}"

@@ -1,0 +1,224 @@
+"""Finds the models under test: a run, a folder, a hub model or a server, each with its chat format."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+
+from saro.config import THINK_TAGS, DataConfig, ModelConfig
+from saro.data.chat_format import ChatFormat
+from saro.demo import find_demo
+from saro.draws.endpoint import EndpointGenerator, EndpointOptions
+from saro.draws.local import LocalGenerator
+from saro.draws.request import Generator
+from saro.errors import SaroError
+from saro.evaluate.options import LoadOptions, Options, ServerOptions
+from saro.manifest import read_manifest
+from saro.model.adapter import find_adapter
+from saro.model.source import ModelSource, find_model, first_line, template_hash
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model under test. Its weights are not read yet.
+
+    Attributes:
+        name: its name in tables.
+        spec: as the user named it.
+        think_tags: tags of its reasoning.
+        chat: how its prompts become token ids; None for a server without a tokenizer.
+        source, options: a local model, and how it is loaded; None for a server.
+        server: how a server is asked; None for a local model.
+        manifest: what the run was made from that trained the model; None if no run of ours did.
+    """
+
+    name: str
+    spec: str
+    think_tags: tuple[str, str]
+    chat: ChatFormat | None
+    source: ModelSource | None = None
+    options: ModelConfig | None = None
+    server: EndpointOptions | None = None
+    manifest: Mapping[str, Any] | None = None
+
+    def load(self, load: LoadOptions, device: torch.device) -> Generator:
+        """Return what generates this model's answers: the loaded weights, or the client of a server."""
+        if self.server is not None:
+            return EndpointGenerator(self.server)
+        return LocalGenerator.load(
+            self.source, self.options, self.chat.stop_ids, device, merge=load.merge, batch=load.batch
+        )
+
+    def describe(self) -> dict[str, Any]:
+        """Return what a manifest says of this model."""
+        described: dict[str, Any] = {"name": self.name, "spec": self.spec, "think_tags": list(self.think_tags)}
+        if self.chat is not None:
+            described |= {
+                "template": template_hash(self.chat.tokenizer.chat_template),
+                "template_date": self.chat.template_date.isoformat(),
+                "template_variables": dict(self.chat.template_variables or {}),
+            }
+        if self.source is not None:
+            described |= {"model": self.source.identity(), "method": self.options.method}
+        if self.server is not None:
+            described |= {"server": self.server.url, "model": self.server.model, "revision": self.server.revision}
+        return described
+
+
+def find_subjects(options: Options) -> list[Subject]:
+    """Find all models of an evaluation, before any weights are read.
+
+    What a run was trained with, its method, think tags, template variables and date, holds for the models without a run
+    too: the base model answers in the format of the model that was trained from it.
+
+    Raises:
+        SaroError: there is no such model, two models have one name, or a model and its base have different templates.
+    """
+    names = options.names or options.models
+    if len(set(names)) < len(names):
+        raise SaroError("--models has a name twice; give different names with --names")
+    for name in options.names:
+        if "/" in name:
+            raise SaroError(f"--names: {name!r} has a slash, which separates the parts of an answer's key; leave it out")
+    runs = [_find_run(spec) for spec in options.models]
+    method, data = _first_run_setting(options, runs)
+    subjects = []
+    for name, spec, run in zip(names, options.models, runs, strict=True):
+        label = name if options.names else _short_name(spec)
+        if _is_url(spec):
+            subjects.append(_find_server(label, spec, options.server, data))
+        else:
+            subjects.append(_find_local(label, spec, run, options.load, options.data, data, method))
+    labels = [subject.name for subject in subjects]
+    if len(set(labels)) < len(labels):
+        raise SaroError(f"--models are called {', '.join(labels)} for short; give each a name with --names")
+    _check_same_templates(subjects)
+    return subjects
+
+
+def _is_url(spec: str) -> bool:
+    return spec.startswith(("http://", "https://"))
+
+
+def _find_run(spec: str) -> tuple[Path, Mapping[str, Any]] | None:
+    """Return the folder and manifest of the run whose folder, or ``final/``, is named."""
+    if _is_url(spec):
+        return None
+    folder = Path(spec).expanduser()
+    for run in (folder, folder.resolve().parent):
+        manifest = read_manifest(run)
+        if manifest is not None and "model" in manifest["config"]:
+            return run, manifest
+    return None
+
+
+def _first_run_setting(
+    options: Options, runs: list[tuple[Path, Mapping[str, Any]] | None]
+) -> tuple[str | None, DataConfig]:
+    """Return the method, and the format of conversations, of the first run among the models."""
+    data = options.data
+    for run in runs:
+        if run is None:
+            continue
+        trained = run[1]["config"].get("data", {})
+        tags = trained.get("think_tags")
+        known = {
+            "think_tags": None if tags is None else tuple(tags),
+            "template_variables": trained.get("template_variables"),
+            "template_date": run[1]["template_date"],
+        }
+        missing = {name: value for name, value in known.items() if getattr(data, name) is None}
+        return run[1]["config"]["model"].get("method"), replace(data, **missing)
+    return None, data
+
+
+def _find_local(
+    name: str,
+    spec: str,
+    run: tuple[Path, Mapping[str, Any]] | None,
+    load: LoadOptions,
+    asked: DataConfig,
+    default: DataConfig,
+    default_method: str | None,
+) -> Subject:
+    """Find a model on this machine or the hub."""
+    manifest = None if run is None else run[1]
+    path = find_demo(spec)
+    if run is not None and run[0] == Path(spec).expanduser():
+        path = str(run[0] / "final")
+        if not Path(path).is_dir():
+            raise SaroError(f"{spec}: the run has not finished (no final/); continue it with --resume")
+    adapter = find_adapter(path)
+    method = load.method or (None if adapter is None else adapter.method) or default_method
+    commit = None if manifest is None else manifest.get("model", {}).get("commit")
+    options = ModelConfig(
+        name=path,
+        revision=commit,
+        # Full fine-tuning and LoRA compute with the same dense base.
+        method="qlora" if method == "qlora" else "lora",
+        dtype=load.dtype,
+        trust_remote_code=load.trust_remote_code,
+    )
+    source = find_model(options)
+    data = default if run is None else source.continue_chat(asked)
+    day = date.today() if data.template_date is None else date.fromisoformat(data.template_date)
+    chat = source.chat_format(data, day)
+    return Subject(name, spec, chat.think_tags, chat, source=source, options=options, manifest=manifest)
+
+
+def _find_server(name: str, spec: str, server: ServerOptions, data: DataConfig) -> Subject:
+    """Describe a server among the models, "URL#MODEL"."""
+    url, _, model = spec.partition("#")
+    endpoint = EndpointOptions(
+        url=url,
+        model=model or None,
+        key_env=server.key_env,
+        revision=server.revision,
+        concurrency=server.concurrency,
+        timeout=server.timeout,
+    )
+    tags = data.think_tags or THINK_TAGS
+    chat = None if server.tokenizer is None else _read_chat_format(server.tokenizer, data, tags)
+    return Subject(name, spec, tags, chat, server=endpoint)
+
+
+def _read_chat_format(name: str, data: DataConfig, tags: tuple[str, str]) -> ChatFormat:
+    """Return the chat format of a tokenizer without its model."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(find_demo(name))
+    except (OSError, ValueError) as error:
+        raise SaroError(f"--server.tokenizer {name}: {first_line(error)}") from error
+    day = date.today() if data.template_date is None else date.fromisoformat(data.template_date)
+    stop_ids = frozenset(() if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,))
+    return ChatFormat(tokenizer, stop_ids, day, tags, data.template_variables or {})
+
+
+def _short_name(spec: str) -> str:
+    """Return a short name for tables: the folder of the run, the last part of a path, or the model of a URL."""
+    url, _, model = spec.partition("#")
+    if _is_url(spec):
+        return (model or url.split("//")[1]).rpartition("/")[2]
+    parts = [part for part in spec.split("/") if part not in ("", ".", "final")]
+    return parts[-1] if parts else spec
+
+
+def _check_same_templates(subjects: list[Subject]) -> None:
+    """Raise SaroError if two models with the same base read their prompts in different formats."""
+    by_base: dict[str, Subject] = {}
+    for subject in subjects:
+        if subject.source is None:
+            continue
+        first = by_base.setdefault(subject.source.path, subject)
+        mine, theirs = subject.describe(), first.describe()
+        for name in ("template", "template_date", "template_variables", "think_tags"):
+            if mine[name] != theirs[name]:
+                raise SaroError(
+                    f"{subject.name} and {first.name} have the same base and differ in {name}, so their answers cannot be "
+                    "compared; evaluate them apart, or train them in one format"
+                )
