@@ -299,7 +299,9 @@ class EndpointGenerator(Generator):
         """Return a client of the server. Raises SaroError if the server is elsewhere and there is no key."""
         key, is_here = self._read_key(), _is_loopback(self._url.host)
         if not key and not is_here:
-            raise SaroError(f"{self.options.url}: there is no key; put it in the environment variable {self.options.key_env}")
+            raise SaroError(
+                f"{self.options.url}: there is no key; put it in the environment variable {self.options.key_env}"
+            )
         return httpx2.AsyncClient(
             base_url=self._url,
             headers={"Authorization": f"Bearer {key}"} if key else {},

@@ -86,7 +86,7 @@ def parse_reply(request: Request, identity: Mapping[str, Any], status: int, repl
         return _parse_text(request, identity, reply)
     if status == 200:
         # Some servers report an error in a reply that says 200.
-        code = reply["error"].get("code") if isinstance(reply["error"], dict) else None
+        code = error.get("code") if isinstance(error, dict) else None
         status = code if isinstance(code, int) and 400 <= code < 600 else 500
     message, kind = _describe_error(error)
     detail = _one_line(f"HTTP {status}", message, request)
