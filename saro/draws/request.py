@@ -72,8 +72,9 @@ class Request:
         Args:
             model: ``Generator.identity``.
         """
-        content = {"model": model, **asdict(self)}
-        text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+        # vars: asdict would copy each id of a long prompt.
+        content = {"model": model, **vars(self)}
+        text = json.dumps(content, default=asdict, sort_keys=True, separators=(",", ":"), allow_nan=False)
         return hashlib.sha256(text.encode()).hexdigest()
 
 
