@@ -170,7 +170,10 @@ def short() -> dict[str, Any]:
 
 
 def positional(choices: Collection[str] = ()) -> dict[str, Any]:
-    """Return the metadata of a field that is a positional argument; without ``choices``, any value is valid."""
+    """Return the metadata of a field that is a positional argument; without ``choices``, any value is valid.
+
+    A field with a default may be left out.
+    """
     return {"positional": True, "choices": sorted(choices)}
 
 
@@ -218,7 +221,8 @@ def _add_option(parser: Parser, field: Field, hint: Any, doc: str) -> None:
     if field.metadata.get("positional"):
         # jsonargparse does not take choices=None.
         choices = {"choices": field.metadata["choices"]} if field.metadata["choices"] else {}
-        parser.add_argument(field.name, help=doc, **choices)
+        optional = {} if field.default is MISSING else {"nargs": "?", "default": field.default}
+        parser.add_argument(field.name, help=doc, **choices, **optional)
     elif field.default is False:
         parser.add_argument(f"--{field.name}", action="store_true", help=doc)
     elif field.default is MISSING and field.default_factory is MISSING:

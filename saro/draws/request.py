@@ -13,6 +13,8 @@ from saro.data.records import Message
 # Why a generator gave no text: the server refused the request, the prompt was too long, the connection or the server
 # failed, the reply was not what the API promises, or the text is empty.
 FAILURES = ("refused", "length", "http", "parse", "empty")
+# Failures that another try would only repeat. All others are drawn again when the draw is next asked for.
+FINAL_FAILURES = ("refused", "length")
 
 
 @dataclass(frozen=True)
@@ -70,8 +72,9 @@ class Request:
         Args:
             model: ``Generator.identity``.
         """
-        content = {"model": model, **asdict(self)}
-        text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+        # vars: asdict would copy each id of a long prompt.
+        content = {"model": model, **vars(self)}
+        text = json.dumps(content, default=asdict, sort_keys=True, separators=(",", ":"), allow_nan=False)
         return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -109,10 +112,17 @@ class Generator(Protocol):
     def identity(self) -> Mapping[str, Any]:
         """Plain JSON that distinguishes this model, and how it computes, from all others."""
 
+    def order(self, requests: Sequence[Request]) -> list[int]:
+        """Return the indices of the requests in the order in which they are to be drawn.
+
+        ``draw`` gets those that are missing, in this order. By default the order is that of the requests.
+        """
+        return list(range(len(requests)))
+
     def draw(self, requests: Sequence[Request]) -> Iterator[list[tuple[int, Draw]]]:
         """Yield groups of (index of the request, its draw) until every request has one, each group when it is ready.
 
         What is yielded is stored at once, and a group is stored whole or not at all. A local model's greedy draws
         depend on which requests share a batch, if only by rounding: its groups are therefore those batches, cut from the
-        requests in an order that does not depend on which of them are missing.
+        requests in the order in which they come, which does not depend on which of them are missing.
         """

@@ -1,0 +1,105 @@
+"""Draws what a store lacks, group by group, so that a run that is killed loses at most one group."""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Sequence
+
+from saro.draws.request import FINAL_FAILURES, Draw, Generator, Request
+from saro.draws.store import DrawStore
+from saro.errors import SaroError
+from saro.program import progress_bar
+
+# The run ends if more than half of this many draws fail one after the other: then it is the server, not a prompt.
+_WINDOW = 40
+
+
+def draw_missing(
+    store: DrawStore,
+    generator: Generator,
+    requests: Sequence[Request],
+    *,
+    share: tuple[int, int] = (0, 1),
+    progress: bool = True,
+    offline: bool = False,
+) -> list[Draw | None]:
+    """Return the draw of each request, in order, after drawing those that the store lacks.
+
+    A request that occurs several times is drawn once. Failures are draws too; those that may not last
+    (not in ``FINAL_FAILURES``) are drawn again.
+
+    Args:
+        share: (rank, number of processes): draw only this process's part. Draws of other parts are those in the store,
+            or None.
+        progress: show a progress bar, on a terminal.
+        offline: draw nothing.
+
+    Raises:
+        SaroError: more than half of the last 40 draws failed (refusals and prompts that are too long do not count:
+            another server or a new try would not change them), draws are missing with ``offline``, or the store or the
+            generator cannot go on. What was drawn is stored.
+    """
+    identity = generator.identity
+    keys = [request.key(identity) for request in requests]
+    by_key = dict(zip(keys, requests, strict=True))
+    if offline:
+        stored = store.get([*by_key])
+        if lacking := len(by_key) - len(stored):
+            raise SaroError(
+                f"{store.path}: {lacking:,} of {len(by_key):,} draws are not in the store; draw them without --offline"
+            )
+        return [stored[key] for key in keys]
+
+    rank, processes = share
+    unique = [*by_key]
+    # Order and part first: a batch must not depend on what is missing, nor a process's part on what others have drawn.
+    mine = [unique[index] for index in generator.order([by_key[key] for key in unique])][rank::processes]
+    stored = store.get(mine)
+    missing = [key for key in mine if key not in stored or _may_change(stored[key])]
+    if missing:
+        _draw(store, generator, {key: by_key[key] for key in missing}, progress)
+    stored = store.get(unique)
+    return [stored.get(key) for key in keys]
+
+
+def _draw(store: DrawStore, generator: Generator, requests: dict[str, Request], progress: bool) -> None:
+    """Draw all requests (key -> request) and store each group when it comes."""
+    keys = [*requests]
+    drawn: set[int] = set()
+    recent: deque[tuple[str, Draw]] = deque(maxlen=_WINDOW)
+    tokens = failures = 0
+    with progress_bar(None, "drawing", "texts", shown=progress, total=len(keys)) as bar:
+        for group in generator.draw([*requests.values()]):
+            store.put(generator.identity, {keys[index]: (requests[keys[index]], draw) for index, draw in group})
+            drawn.update(index for index, _ in group)
+            recent.extend((keys[index], draw) for index, draw in group)
+            tokens += sum(_count_tokens(draw) for _, draw in group)
+            failures += sum(draw.failure is not None for _, draw in group)
+            bar.set_postfix_str(f"{tokens:,} tokens" + (f", {failures:,} failed" if failures else ""), refresh=False)
+            bar.update(len(group))
+            _check_failures(recent)
+    if len(drawn) < len(keys):
+        raise RuntimeError(f"the generator gave {len(drawn)} of {len(keys)} draws")
+
+
+def _may_change(draw: Draw) -> bool:
+    """Return True for a failure that another try may not repeat."""
+    return draw.failure is not None and draw.failure not in FINAL_FAILURES
+
+
+def _count_tokens(draw: Draw) -> int:
+    return len(draw.ids) if draw.ids is not None else draw.usage.get("completion", 0)
+
+
+def _check_failures(recent: Sequence[tuple[str, Draw]]) -> None:
+    """Raise SaroError if more than half of the last draws failed. It names kinds and keys, never texts."""
+    failed = [(key, draw) for key, draw in recent if _may_change(draw)]
+    if len(recent) < _WINDOW or 2 * len(failed) <= _WINDOW:
+        return
+    kinds = ", ".join(f"{number} {kind}" for kind, number in Counter(draw.failure for _, draw in failed).most_common())
+    detail = Counter(draw.detail for _, draw in failed).most_common(1)[0][0]
+    examples = ", ".join(key[:12] for key, _ in failed[:3])
+    raise SaroError(
+        f"{len(failed)} of the last {_WINDOW} draws failed ({kinds}; mostly: {detail}; draws {examples}, ...); "
+        "find out why and start again, what was drawn is stored"
+    )
