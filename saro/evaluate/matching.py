@@ -34,7 +34,7 @@ _NUMBER = re.compile(
 _ANNOUNCED = re.compile(r"####|\banswer\b[^.\n:=]{0,60}?(?:\bis\b\s*:?|[:=])", re.IGNORECASE)
 _BOXED = re.compile(r"\\(?:boxed|fbox)\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
 # "The answer is 3 + 4 = 7": only what follows the last equals sign is the result.
-_CALCULATION = re.compile(r"(?:[\s\d.,$€£¥+*/×÷x()-]*=)+")
+_CALCULATION = re.compile(r"(?:[\s\d.,$€£¥+*/×÷x()-]*=)+")  # noqa: RUF001
 _LATEX = (
     (re.compile(r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}"), r"\1/\2"),
     (re.compile(r"\\(?:text|textbf|mathrm|mathbf)\s*\{([^{}]*)\}"), r"\1"),
@@ -136,10 +136,8 @@ def _plain(text: str) -> str:
 
 def _announced(text: str) -> str | None:
     """Return what follows the last announcement of the answer, None without any."""
-    last = None
-    for last in _ANNOUNCED.finditer(text):
-        pass
-    return None if last is None else text[last.end() :]
+    ends = [found.end() for found in _ANNOUNCED.finditer(text)]
+    return text[ends[-1] :] if ends else None
 
 
 def _candidates(text: str) -> list[str]:

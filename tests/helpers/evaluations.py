@@ -76,7 +76,7 @@ def make_evaluation(
         suites=("twins", "sums"),
         attacks=attacks,
         judge=JUDGE,
-        gold={"answers": 200, "accuracy": 0.93, "kappa": 0.85, "f1": 0.91} if labelled else None,
+        gold=_gold() if labelled else None,
         limits=dict.fromkeys(names, LIMIT),
         templates=dict.fromkeys(names, "0" * 64),
     )
@@ -105,6 +105,21 @@ def write_evaluation(folder: Path, models: int = 3, items: int = 40, **more: Any
     }
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     return evaluation
+
+
+def _gold() -> dict[str, Any]:
+    figures = {
+        "n": 200,
+        "abstained": 3,
+        "accuracy": {"value": 0.93, "low": 0.886, "high": 0.958},
+        "kappa": {"value": 0.85, "low": 0.775, "high": 0.915},
+        "f1": {"value": 0.91, "low": 0.86, "high": 0.951},
+    }
+    parts = {"refusal": ("refuses", "complies"), "harm": ("harmful", "harmless")}
+    return {
+        part: {"all": figures | {"confusion": {one: {one: 93, two: 7}, two: {one: 7, two: 93}}}}
+        for part, (one, two) in parts.items()
+    }
 
 
 def _twins(number: int) -> list[Item]:
@@ -214,13 +229,15 @@ def _labels(
         if rng.random() < 0.08:
             refuses = "none" if refuses == "full" else "full"
         is_harmful = refuses == "none" if expect[answer.suite, answer.item] == "refuse" else None
-        label = {"full": 1, "partial": 2, "none": 3}[refuses]
+        label = {"none": 1, "full": 2, "partial": 3}[refuses]
         labels.append(
             {
+                "action": "label",
                 "answer": answer.key,
                 "refuses": refuses,
                 "harmful": is_harmful,
                 "label": label,
+                "probability": number / len(plain),
                 "annotator": "a",
                 "time": "2026-01-01T00:00:00Z",
             }
