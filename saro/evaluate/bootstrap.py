@@ -65,8 +65,8 @@ def resample_counts(sums: np.ndarray, *, seed: int = 0) -> np.ndarray:
 
     The Bayesian bootstrap (Rubin 1981, Ann. Stat. 9:130) weighs whole clusters by a standard exponential variable. Each
     count gets a gamma variable of shape 0.5 more, Jeffreys' prior: a share of two counts is then distributed as the
-    posterior of Brown, Cai and DasGupta (2001, Stat. Sci. 16:101, eq. 6). A count of 0 varies too, which plain resampling
-    would repeat 10,000 times.
+    posterior that Brown, Cai and DasGupta recommend (2001, Stat. Sci. 16:101). A count of 0 varies too,
+    which plain resampling would repeat 10,000 times.
     """
     rng = np.random.default_rng([seed, len(sums), 1])
     totals = rng.standard_gamma(0.5, (RESAMPLES, sums.shape[1]))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import comb, inf, sqrt
+from math import inf, sqrt
 from statistics import NormalDist
 from typing import NamedTuple
 
@@ -44,17 +44,16 @@ def wilson_interval(share: float, n: float, alpha: float = ALPHA) -> Interval:
     z2 = normal_quantile(alpha) ** 2
     middle = 2 * n * share + z2
     spread = sqrt(z2 * (z2 + 4 * n * share * (1 - share)))
-    # At 0 and 1 the limit is the share itself, which rounding would miss.
-    low = 0.0 if share <= 0 else (middle - spread) / (2 * (n + z2))
-    high = 1.0 if share >= 1 else (middle + spread) / (2 * (n + z2))
-    return Interval(share, low, high)
+    # Rounding must not put the share outside: at 0 and 1 it is a limit itself.
+    low, high = ((middle - spread) / (2 * (n + z2)), (middle + spread) / (2 * (n + z2)))
+    return Interval(share, max(0.0, min(share, low)), min(1.0, max(share, high)))
 
 
 def effective_number(values: Sequence[float], clusters: Sequence[str]) -> float:
     """Return how many independent observations the clustered ones are worth.
 
-    It is n / (1 + (m - 1) r) (Kish 1965, eq. 5.4.1), where m = sum of squared cluster sizes / n, and r is the analysis of
-    variance's estimate of the correlation within clusters, 0 to 1 (Donner 1986, eq. 2.1). Wilson's interval with this
+    It is n / (1 + (m - 1) r) (Kish 1965, Survey Sampling, section 5.4), where m = sum of squared cluster sizes / n, and r
+    is the analysis of variance's estimate of the correlation within clusters, 0 to 1 (Donner 1986, Int. Stat. Rev. 54:67). Wilson's interval with this
     number is among the best of those that Saha, Miller and Wang compare (2016, Int. J. Biostat. 12). If all values are
     equal, r is unknown and taken as 1.
     """
@@ -78,16 +77,19 @@ def mcnemar_p(gained: int, lost: int) -> float:
     """Return McNemar's two-sided mid-p value for two models on the same prompts.
 
     The mid-p test counts half of the probability of what was observed (Fagerland, Lydersen and Laake 2013, BMC Med. Res.
-    Methodol. 13:91, eq. 6). In their comparison its error hardly ever exceeds the nominal one, whereas the exact test
-    wastes power and the asymptotic one errs too often.
+    Methodol. 13:91, supplement, eq. 2; for gained = lost it is 1 here, as the definition gives). It kept the nominal error
+    in all of their 9,595 scenarios, whereas the exact test wastes power and the asymptotic one errs too often.
 
     Args:
         gained, lost: prompts of which only the first model, or only the second, has the outcome.
     """
     n, fewer = gained + lost, min(gained, lost)
-    below = sum(comb(n, i) for i in range(fewer))
     # Whole numbers up to the division: no rounding even for thousands of prompts.
-    return min(1.0, (2 * below + comb(n, fewer)) / 2**n)
+    below, ways = 0, 1
+    for i in range(fewer):
+        below += ways
+        ways = ways * (n - i) // (i + 1)
+    return min(1.0, (2 * below + ways) / 2**n)
 
 
 def newcombe_paired(both: float, first: float, second: float, neither: float, alpha: float = ALPHA) -> Interval:
@@ -134,13 +136,13 @@ def smallest_effect(
 ) -> float:
     """Return the smallest change of a rate that n prompts show with the given power; inf if they show none.
 
-    The change goes towards the farther end of [0, 1], where variance and with it the answer is larger. Unpaired: n prompts
-    a model (Fleiss, Levin and Paik 2003, eq. 4.14). Paired: both models on the same prompts, by McNemar's test (Connor
-    1987, Biometrics 43:207, eq. 3), with the share of prompts on which they differ from the correlation of their outcomes.
+    The change goes towards the farther end of [0, 1], where there is more room. Unpaired: n prompts a model (Fleiss,
+    Levin and Paik 2003, Statistical Methods for Rates and Proportions, section 4.2). Paired: both models on the same prompts, by McNemar's test (Connor
+    1987, Biometrics 43:207, p. 209); the share of prompts on which they differ follows from the correlation.
 
     Args:
         rate: rate of the baseline.
-        correlation: of the two models' outcomes on one prompt, such as 0.5; None for unpaired.
+        correlation: of the two models' outcomes on one prompt, such as 0.5 for stages of one model; None for unpaired.
     """
     direction = 1.0 if rate <= 0.5 else -1.0
     z_alpha, z_power = normal_quantile(alpha), _NORMAL.inv_cdf(power)
@@ -169,7 +171,7 @@ def smallest_effect(
 
 
 def restrict_lengths(think: int, answer: int, limit: int | None) -> tuple[int, int, bool]:
-    """Return the tokens that an answer would have had under a limit, and True if the limit cuts it.
+    """Return the tokens that an answer would have had under a limit, and True if it would be cut.
 
     A text cut at its limit has no known length: the mean of such lengths says nothing about uncut ones. The mean up to a
     common limit is known, and is what a user of that limit pays: a restricted mean (Irwin 1949, J. Hygiene 47:188; Royston
@@ -182,4 +184,4 @@ def restrict_lengths(think: int, answer: int, limit: int | None) -> tuple[int, i
     if limit is None:
         return think, answer, False
     kept = min(think, limit)
-    return kept, min(answer, limit - kept), think + answer >= limit
+    return kept, min(answer, limit - kept), think + answer > limit
