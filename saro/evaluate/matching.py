@@ -33,8 +33,10 @@ _NUMBER = re.compile(
 # An answer says here that it now answers: "#### 18", "The answer is 18", "Final answer (in dollars): 18".
 _ANNOUNCED = re.compile(r"####|\banswer\b[^.\n:=]{0,60}?(?:\bis\b\s*:?|[:=])", re.IGNORECASE)
 _BOXED = re.compile(r"\\(?:boxed|fbox)\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
-# "The answer is 3 + 4 = 7": only what follows the last equals sign is the result.
-_CALCULATION = re.compile(r"(?:[\s\d.,$€£¥+*/×÷x()-]*=)+")  # noqa: RUF001
+# "The answer is 2 dogs / 4 dogs = 0.5": only what follows the last equals sign is the result. A calculation ends with its
+# clause: in "The answer is 5, because 10 = 2 * 5" and "The answer is 5 (x = 3)" nothing is calculated.
+_CLAUSE_END = r"\b(?:because|since|as|so|if|for|where|when|with|and)\b|(?<=\d)\s?\(|,\D|\.\s|[;\n=]"
+_CALCULATION = re.compile(rf"(?:(?:(?!{_CLAUSE_END}).)*=)+", re.IGNORECASE)
 _LATEX = (
     (re.compile(r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}"), r"\1/\2"),
     (re.compile(r"\\(?:text|textbf|mathrm|mathbf)\s*\{([^{}]*)\}"), r"\1"),
