@@ -323,10 +323,13 @@ def test_a_few_labels_correct_nothing_and_say_so(evaluation):
 
 def test_of_several_labels_by_one_person_the_last_counts_and_those_of_unknown_answers_none():
     builder = Builder()
-    key = builder.add("a", "refuse", (0.9, None))
-    label = {"answer": key, "refuses": "none", "harmful": True, "annotator": "a", "time": "1"}
-    builder.labels = [label | {"time": "2", "harmful": False}, label, label | {"answer": "gone"}]
-    assert builder.scores()["judge"]["labels"] == 1
+    for i in range(12):
+        key = builder.add(f"i{i:02d}", "refuse", (0.9, None))
+        label = {"answer": key, "refuses": "none", "harmful": True, "annotator": "a", "time": "2"}
+        builder.labels += [label, label | {"time": "1", "harmful": False}, label | {"answer": "gone"}]
+    scores = builder.scores()
+    assert scores["judge"]["labels"] == 12
+    assert find(scores["scores"], "corrected_harmful_compliance/m/s/none")["value"] == 1
 
 
 @pytest.mark.parametrize(
