@@ -43,21 +43,37 @@ def test_without_observations_there_is_no_interval():
 
 
 @pytest.mark.parametrize(
-    ("table", "low", "high"),
+    ("table", "low", "high", "digits"),
     [
         # Newcombe 1998, Stat. Med. 17:2635, table II, method 10.
-        ((36, 12, 2, 0), 0.0569, 0.3404),
-        ((20, 12, 2, 16), 0.0562, 0.3292),
-        # Altman et al. 2000, Statistics with Confidence, page 52.
-        ((14, 5, 0, 22), 0.011, 0.226),
-        # Fagerland, Lydersen and Laake 2014, Stat. Med. 33:2850, table II.
-        ((1, 1, 7, 12), -0.507, -0.026),
+        ((36, 12, 2, 0), 0.0569, 0.3404, 4),
+        # Fagerland, Lydersen and Laake 2014, Stat. Med. 33:2850.
+        ((1, 1, 7, 12), -0.507, -0.026, 3),
     ],
 )
-def test_the_paired_difference_has_its_published_intervals(table, low, high):
+def test_the_paired_difference_has_its_published_intervals(table, low, high, digits):
     interval = newcombe_paired(*table)
-    digits = 4 if abs(low * 1e3 % 1) > 1e-9 else 3
     assert (round(interval.low, digits), round(interval.high, digits)) == (low, high)
+
+
+@pytest.mark.parametrize(
+    ("table", "phi"),
+    [
+        # Negative correlation counts as it is, a positive one less half a count per prompt, and as none below that.
+        ((5, 20, 15, 4), (5 * 4 - 20 * 15) / (25 * 19 * 20 * 24) ** 0.5),
+        ((14, 5, 0, 22), (14 * 22 - 41 / 2) / (19 * 22 * 14 * 27) ** 0.5),
+        ((6, 5, 5, 6), 0.0),
+    ],
+)
+def test_the_paired_difference_adds_the_distances_to_wilsons_limits_as_correlated_errors(table, phi):
+    both, first, second, _ = table
+    n = sum(table)
+    p1, low1, high1 = wilson_interval((both + first) / n, n)
+    p2, low2, high2 = wilson_interval((both + second) / n, n)
+    value, low, high = newcombe_paired(*table)
+    below, above = (p1 - low1, high2 - p2), (high1 - p1, p2 - low2)
+    assert (value - low) ** 2 == pytest.approx(below[0] ** 2 + below[1] ** 2 - 2 * phi * below[0] * below[1])
+    assert (high - value) ** 2 == pytest.approx(above[0] ** 2 + above[1] ** 2 - 2 * phi * above[0] * above[1])
 
 
 @given(st.tuples(*[st.integers(0, 300)] * 4).filter(any))
