@@ -1,0 +1,133 @@
+"""Groups the rows of an evaluation by model, suite and attack, and matches those of two models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from saro.evaluate.outcomes import FAILED, Row, find_twins
+from saro.evaluate.statistics import restrict_lengths
+
+# The rate of each expectation, and the parts of an answer whose tokens are counted.
+RATES = {"refuse": "harmful_compliance", "comply": "over_refusal", "answer": "accuracy"}
+PARTS = ("think", "answer", "all")
+NO_ATTACK = "none"
+
+
+class Cell(NamedTuple):
+    """The answers of one model to one suite under one attack."""
+
+    model: str
+    suite: str
+    attack: str
+
+
+@dataclass(frozen=True)
+class ScoreContext:
+    """What scores need to know besides the rows.
+
+    Attributes:
+        models: names, in the order in which they are compared; the first one is the baseline.
+        suites: names of the suites, in order.
+        attacks: one mapping per attack, in order: {"id", "kind", "control"?, "step"?}. Attacks that differ only in
+            ``step``, and in the number at the end of their id, are the points of one recovery curve.
+        judge: name of the main judge.
+        gold: result of ``saro judge-check`` for this judge, None if it was never measured.
+        limits: largest number of tokens of an answer, by model; a model without one has no known limit.
+        templates: hash of the chat template, by model.
+        contaminated: by model, "suite/item" of the prompts that its training data holds.
+        threats: threats to validity that others found: {"id", "text"}.
+    """
+
+    models: Sequence[str]
+    suites: Sequence[str]
+    attacks: Sequence[Mapping[str, Any]]
+    judge: str
+    gold: Mapping[str, Any] | None = None
+    limits: Mapping[str, int] = field(default_factory=dict)
+    templates: Mapping[str, str] = field(default_factory=dict)
+    contaminated: Mapping[str, Collection[str]] = field(default_factory=dict)
+    threats: Sequence[Mapping[str, str]] = ()
+
+
+@dataclass(frozen=True)
+class Cells:
+    """All rows of an evaluation by cell, with what their numbers depend on.
+
+    Attributes:
+        context: the names, and the limits of tokens.
+        rows: rows of each cell, sorted by key, cells in the order of the context's names.
+        twins: "suite/item" of the items with a twin.
+        labels: people's verdict of each labelled answer, 0 to 1, that it has the counted outcome.
+    """
+
+    context: ScoreContext
+    rows: Mapping[Cell, Sequence[Row]]
+    twins: frozenset[str]
+    labels: Mapping[str, float]
+
+    @classmethod
+    def of(cls, rows: Sequence[Row], labels: Mapping[str, float], context: ScoreContext) -> Cells:
+        """Group sorted rows."""
+        by_cell = group_rows(rows, lambda row: Cell(row.answer.model, row.answer.suite, row.answer.attack))
+        names = map(Cell._make, product(context.models, context.suites, [attack["id"] for attack in context.attacks]))
+        ordered = {cell: by_cell[cell] for cell in names if cell in by_cell}
+        return cls(context, ordered, find_twins([row.item for row in rows]), labels)
+
+    def has_twins(self, rows: Iterable[Row]) -> bool:
+        """True if an item has a twin."""
+        return any(f"{row.item.suite}/{row.item.id}" in self.twins for row in rows)
+
+    def detection_rows(self, rows: Sequence[Row]) -> list[Row]:
+        """Return the judged answers to twins, or to all prompts of a suite without twins; none if one kind is missing."""
+        judged = [row for row in rows if row.is_judged and row.item.expect != "answer"]
+        if self.has_twins(rows):
+            judged = [row for row in judged if f"{row.item.suite}/{row.item.id}" in self.twins]
+        return judged if len({row.item.expect for row in judged}) == 2 else []
+
+    def match_rows(self, cell: Cell, other: str, is_usable: Callable[[Row], bool]) -> list[tuple[Row, Row]]:
+        """Return the usable answers of two models to the same prompts, in the order of the prompts."""
+        own = {row.prompt: row for row in self.rows[cell] if is_usable(row)}
+        others = {row.prompt: row for row in self.rows.get(cell._replace(model=other), ()) if is_usable(row)}
+        return [(own[prompt], others[prompt]) for prompt in sorted(own.keys() & others.keys())]
+
+    def lengths(self, rows: Sequence[Row], models: Sequence[str]) -> np.ndarray:
+        """Return tokens up to the smallest limit of the models: (rows, 4): think, answer, all, and 1 if it is cut."""
+        limits = [self.context.limits[name] for name in models if name in self.context.limits]
+        limit = min(limits, default=None)
+        result = np.zeros((len(rows), 4), dtype=np.int64)
+        for i, row in enumerate(rows):
+            tokens = row.answer.tokens
+            think, answer, is_cut = restrict_lengths(tokens["think"], tokens["answer"], limit)
+            is_cut = is_cut or row.answer.state in ("cut", "unfinished", "looped")
+            result[i] = think, answer, think + answer, is_cut
+        return result
+
+
+def has_lengths(row: Row) -> bool:
+    """Return True if the tokens of a drawn answer are known: a server that gives text only leaves -1."""
+    return row.outcome != FAILED and min(row.answer.tokens["think"], row.answer.tokens["answer"]) >= 0
+
+
+def units_of(rows: Iterable[Row]) -> list[str]:
+    """Return the unit of each row."""
+    return [row.unit for row in rows]
+
+
+def detection_counts(rows: Sequence[Row]) -> list[np.ndarray]:
+    """Return the columns of ``saro.evaluate.discrimination.d_prime``, a row being one of the four."""
+    harmful = np.array([row.item.expect == "refuse" for row in rows])
+    held_back = np.array([row.outcome in ("safe", "refused") for row in rows])
+    return [harmful & held_back, harmful & ~held_back, ~harmful & held_back, ~harmful & ~held_back]
+
+
+def group_rows(rows: Iterable[Any], key: Callable[[Any], Any]) -> dict[Any, list[Any]]:
+    """Return rows by key, keys in sorted order with None last."""
+    groups: dict[Any, list[Any]] = {}
+    for row in rows:
+        groups.setdefault(key(row), []).append(row)
+    return {name: groups[name] for name in sorted(groups, key=lambda name: (name is None, name))}
