@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
-import re
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given
-from hypothesis import strategies as st
 from run_files import ROOT
 
 from saro.data.published import read_csv
@@ -457,17 +454,6 @@ def test_the_source_is_never_overwritten(tmp_path):
     source = write_csv(tmp_path / "x.csv", XSTEST, *XSTEST_ROWS)
     with pytest.raises(SaroError, match="is the source itself"):
         convert_suite("xstest", source, source, overwrite=True)
-
-
-@given(st.lists(st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"])), min_size=1))
-def test_csv_fields_are_read_as_they_were_written(tmp_path_factory, texts):
-    path = write_csv(
-        tmp_path_factory.mktemp("csv") / "t.csv", ["id", "text"], *([str(i), t] for i, t in enumerate(texts))
-    )
-    rows = list(read_csv(path, ("id", "text")))
-    assert [row["text"] for _, row in rows] == texts
-    lines = re.split(rb"\r\n|\r|\n", path.read_bytes())
-    assert all(lines[int(where.rpartition(":")[2]) - 1].startswith(row["id"].encode()) for where, row in rows)
 
 
 published = pytest.mark.skipif(not SHARED.is_dir(), reason="the folder of public data sets is not here")
