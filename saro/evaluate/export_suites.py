@@ -67,7 +67,7 @@ def export_suites(
         suites: the items of each suite.
         to: the tool, a key of ``TOOLS``.
         folder: the folder to make. It appears complete or not at all.
-        overwrite: replace the folder if it exists.
+        overwrite: replace the folder if it exists. It must hold nothing but an export.
 
     Raises SaroError for an existing folder, for two suites with one name, and if the tool can score no item.
     """
@@ -82,9 +82,20 @@ def export_suites(
     if not kept:
         fault(f"--to {to}", "no item of these suites can be exported", "; ".join(left_out) or "give a suite with items")
     parts = _split_suites(suites, kept)
+    if overwrite:
+        _check_own(Path(folder))
     with atomic_folder(folder, replace=overwrite) as temp:
         tasks = tool.write(parts, temp)
     return Exported(tasks, {reason: tuple(ids) for reason, ids in left_out.items()})
+
+
+def _check_own(folder: Path) -> None:
+    """Raise SaroError if a folder that is to be replaced holds anything but an export: all its files begin alike."""
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    # Python leaves its cache beside the module that it imports.
+    others = [name for name in names if not name.startswith("saro_") and name != "__pycache__"]
+    if others:
+        raise SaroError(f"{folder}: holds {len(others)} files that are no export; name another folder, or move them")
 
 
 def _split_suites(suites: Sequence[Sequence[Item]], kept: Sequence[Item]) -> list[Part]:

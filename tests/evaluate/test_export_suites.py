@@ -57,14 +57,21 @@ def test_suites_whose_tasks_would_have_one_name_are_refused(tmp_path):
         export_suites(suites, "inspect", tmp_path / "out")
 
 
-def test_a_folder_is_replaced_only_when_asked(tmp_path):
+def test_an_export_is_replaced_only_when_asked(tmp_path):
+    export_suites([SUITE], "inspect", tmp_path / "out")
+    with pytest.raises(SaroError):
+        export_suites([SUITE[:1]], "inspect", tmp_path / "out")
+    assert (tmp_path / "out" / "saro_mine_comply.jsonl").exists()
+    export_suites([SUITE[:1]], "inspect", tmp_path / "out", overwrite=True)
+    assert not (tmp_path / "out" / "saro_mine_comply.jsonl").exists()
+
+
+def test_a_folder_with_anything_else_is_never_replaced(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("mine")
-    with pytest.raises(SaroError):
-        export_suites([SUITE], "inspect", tmp_path / "out")
-    assert (tmp_path / "out" / "mine.txt").exists()
-    export_suites([SUITE], "inspect", tmp_path / "out", overwrite=True)
-    assert not (tmp_path / "out" / "mine.txt").exists()
+    with pytest.raises(SaroError, match="holds 1 files that are no export"):
+        export_suites([SUITE], "inspect", tmp_path / "out", overwrite=True)
+    assert (tmp_path / "out" / "mine.txt").read_text() == "mine"
 
 
 def test_items_that_a_tool_cannot_take_are_named(tmp_path):
