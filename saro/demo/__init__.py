@@ -9,6 +9,8 @@ from saro.manifest import read_manifest
 
 # Output folders of stage 1 on the demo model: the default, and that of `make demo`.
 _RW_FOLDERS = (TrainConfig().output, "output/demo-rw")
+# Suites of the demo: harmless prompts with their harmful sisters, and questions with one right answer.
+_SUITES = ("twins", "ability")
 
 
 def demo_file(name: str) -> str:
@@ -19,6 +21,14 @@ def demo_file(name: str) -> str:
 def data_files(names: Sequence[str], demo: str) -> list[str]:
     """Return the file names, with "demo" replaced by the path of the demo data file ``demo``."""
     return [demo_file(demo) if name == DEMO else name for name in names]
+
+
+def suite_files(names: Sequence[str]) -> list[str]:
+    """Return the file names of suites, with "demo" replaced by the paths of the demo's suites."""
+    files: list[str] = []
+    for name in names:
+        files += [demo_file(suite) for suite in _SUITES] if name == DEMO else [name]
+    return files
 
 
 def find_start(model: str, say: Callable[[str], None]) -> str:

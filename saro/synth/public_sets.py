@@ -3,12 +3,12 @@
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from saro.data.jsonl import decode, fault, open_data, parse_json, parse_text, read_objects, shown
+from saro.data.jsonl import fault, shown
+from saro.data.published import check_target, parse_field, read_records
 from saro.data.records import parse_example, parse_pair
 from saro.errors import SaroError, nearest
 from saro.files import atomic_write
@@ -52,16 +52,11 @@ def convert(
     """
     if source_format not in FORMATS:
         raise SaroError(f"unknown format {shown(source_format)}{nearest(source_format, FORMATS)}")
-    dst = Path(dst)
-    if dst.exists():
-        if os.path.exists(src) and dst.samefile(src):
-            raise SaroError(f"{dst}: is the source itself; write to another file")
-        if not overwrite:
-            raise SaroError(f"{dst}: exists already; name another file, or ask to overwrite it")
+    check_target(src, dst, overwrite)
     first: dict[str, str] = {}
     left_out: list[str] = []
     with atomic_write(dst) as file:
-        for number, where, source in _read_source(src):
+        for number, where, source in read_records(src):
             record = FORMATS[source_format](source, number, where)
             if record is None:
                 left_out.append(where)
@@ -78,7 +73,7 @@ def convert(
 
 
 def _convert_star1(source: Record, number: int, where: str) -> Record:
-    question, response = _parse_field(source, "question", where), _parse_field(source, "response", where)
+    question, response = parse_field(source, "question", where), parse_field(source, "response", where)
     if response.count("<think>") != 1 or response.count("</think>") != 1 or not response.startswith("<think>"):
         fault(where, "response is not <think>…</think> and an answer, each tag once", "fix or drop the record")
     reasoning, answer = response.removeprefix("<think>").split("</think>")
@@ -88,12 +83,12 @@ def _convert_star1(source: Record, number: int, where: str) -> Record:
 
 def _convert_gsm8k(source: Record, number: int, where: str) -> Record:
     steps, answer = _split_solution(source, "answer", "####", where)
-    return _make_record(f"gsm8k-{number:06d}", "general", _parse_field(source, "question", where), steps, answer)
+    return _make_record(f"gsm8k-{number:06d}", "general", parse_field(source, "question", where), steps, answer)
 
 
 def _convert_gsm8k_pair(source: Record, number: int, where: str) -> Record | None:
-    question = _parse_field(source, "question", where)
-    if any(_BARE_NUMBER.fullmatch(_parse_field(source, name, where)) for name in ("correct", "incorrect")):
+    question = parse_field(source, "question", where)
+    if any(_BARE_NUMBER.fullmatch(parse_field(source, name, where)) for name in ("correct", "incorrect")):
         return None
     chosen_steps, chosen_answer = _split_solution(source, "correct", "A:", where)
     rejected_steps, rejected_answer = _split_solution(source, "incorrect", "A:", where)
@@ -111,7 +106,7 @@ _BARE_NUMBER = re.compile(r"\s*\$?-?[\d,]+(\.\d+)?\s*")
 
 def _split_solution(source: Record, name: str, mark: str, where: str) -> tuple[list[str], str]:
     """Split a GSM8K solution (one step per line, then ``mark`` and the result) into its steps and the answer."""
-    text, mark_found, result = _parse_field(source, name, where).rpartition(f"\n{mark} ")
+    text, mark_found, result = parse_field(source, name, where).rpartition(f"\n{mark} ")
     if not mark_found or not result.strip() or "\n" in result.strip():
         fault(where, f"{name} does not end with a line {mark} and the result", "fix or drop the record")
     text = re.sub(r"<<[^<>\n]*>>", "", text)
@@ -128,8 +123,8 @@ _STAIR_KINDS = {"SafeRLHF": "safety", "JailbreakV": "safety", "UltraFeedback": "
 
 
 def _convert_stair_sft(source: Record, number: int, where: str) -> Record:
-    prompt, text = _parse_field(source, "prompt", where), _parse_field(source, "answer", where)
-    kind = _parse_stair_kind(_parse_field(source, "source", where), where)
+    prompt, text = parse_field(source, "prompt", where), parse_field(source, "answer", where)
+    kind = _parse_stair_kind(parse_field(source, "source", where), where)
     steps, answer = [], text
     if marks := _STAIR_MARK.findall(text):
         parts = _STAIR_MARK.split(text)
@@ -161,36 +156,9 @@ def _make_record(id: str, kind: str, prompt: str, reasoning: str | list[str] | N
     return {"id": id, "kind": kind, "prompt": prompt, "reasoning": reasoning, "answer": answer}
 
 
-def _parse_field(source: Record, name: str, where: str) -> str:
-    """Return a field of a published record, which must be text."""
-    if name not in source:
-        fault(where, f"field {shown(name)} is missing", "check that this is the format of the file")
-    return parse_text(source[name], f"field {shown(name)}", where, "fix or drop the record")
-
-
 def _parse_star1_id(source: Record, where: str) -> str:
     """Return the id of a STAR-1 record, which is a string of digits or a whole number."""
     value = source.get("id")
     if not isinstance(value, str | int) or isinstance(value, bool) or not str(value).strip():
         fault(where, 'field "id" is missing, empty or not a whole number', "fix or drop the record")
     return str(value)
-
-
-def _read_source(src: str | os.PathLike) -> Iterator[tuple[int, str, Record]]:
-    """Yield (number from 1, place for error messages, object) for each object of a JSON array or a JSONL file."""
-    name = os.fsdecode(src)
-    with open_data(src) as file:
-        first = next((raw.strip() for raw in file if raw.strip()), b"").removeprefix(b"\xef\xbb\xbf")
-        if not first.startswith(b"["):
-            for number, (_, where, value) in enumerate(read_objects(src), start=1):
-                yield number, where, value
-            return
-        file.seek(0)
-        records = parse_json(decode(file.read(), name).removeprefix("\ufeff"), name)
-    if not records:
-        fault(name, "the file has no records", "check how it was written")
-    for number, value in enumerate(records, start=1):
-        where = f"{name}: record {number}"
-        if not isinstance(value, dict):
-            fault(where, "is not an object", "check that this is the format of the file")
-        yield number, where, value

