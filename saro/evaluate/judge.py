@@ -125,7 +125,7 @@ def parse_verdict(spec: JudgeSpec, item: Item, answer: Answer, draw: Draw, chat:
 
 def _reply_text(spec: JudgeSpec, draw: Draw, chat: ChatFormat | None) -> str:
     text = draw.text or ""
-    if draw.choices:
+    if spec.decoding in ("choice", "scale"):
         text = ", ".join(f"{choice}: {p:.4f}" for choice, p in zip(spec.choices, draw.choices, strict=False))
     elif draw.text is None and draw.ids is not None and chat is not None:
         text = chat.tokenizer.decode([i for i in draw.ids if i not in chat.stop_ids], skip_special_tokens=False)
@@ -227,6 +227,8 @@ def judge_answers(
     # The probabilities of the choices are the same each time.
     if spec.decoding in ("text", "reasoned"):
         unread = [a for a in asked if a.key in verdicts and verdicts[a.key].abstained in ("parse", "empty")]
+        for answer in unread:
+            del verdicts[answer.key]
         verdicts |= _ask(spec, unread, items, draw_all, chat, number=1)
     return [verdicts[a.key] for a in asked if a.key in verdicts]
 

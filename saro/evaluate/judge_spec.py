@@ -4,7 +4,8 @@ A file has these keys; ``saro/evaluate/judges`` holds examples of all of them.
 
     source, licence   where the prompt's form comes from, and under which licence
     model             folder, hub name or server (https://...); null if the user has to name one
-    form              conversation: the item's turns and the answer, rendered by the judge model's own chat template
+    form              conversation: the item's turns and the answer, rendered by the judge model's own chat template; not
+                      for llama.cpp's server, which would continue the answer
                       chat: ``prompt`` is a list of {role, content}; text: ``prompt`` is the whole text, without a template
     prompt            Jinja templates with the variables request, answer, nonce and policy
     policy            file beside this one whose text is the variable ``policy``

@@ -146,8 +146,9 @@ def read_keys() -> Callable[[], str]:
         return _read_line
 
     def read_key() -> str:
-        # cbreak rather than raw: Ctrl-C still ends the program.
-        tty.setcbreak(descriptor)
+        # cbreak rather than raw: Ctrl-C still ends the program. TCSANOW keeps keys that were pressed before; the default
+        # drops them.
+        tty.setcbreak(descriptor, termios.TCSANOW)
         try:
             return sys.stdin.read(1).lower()
         finally:
