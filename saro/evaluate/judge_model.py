@@ -1,0 +1,58 @@
+"""Opens the model behind a judge: weights on this machine, or a server."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from datetime import date
+
+from saro.config import DataConfig, ModelConfig
+from saro.data.chat_format import ChatFormat
+from saro.draws.endpoint import EndpointGenerator, EndpointOptions
+from saro.draws.local import LocalGenerator
+from saro.draws.request import Generator
+from saro.errors import SaroError
+from saro.evaluate.judge_spec import JudgeSpec
+from saro.model.source import find_model
+from saro.runs.finished import this_device
+
+# Chat templates that show today's date show this one, so that a verdict does not depend on the day.
+_TEMPLATE_DATE = date(2025, 1, 1)
+
+
+@dataclass(frozen=True)
+class JudgeModel:
+    """A judge's model, ready to draw.
+
+    Attributes:
+        generator: draws its replies.
+        chat: format of a model on this machine; None for a server, which renders conversations itself.
+    """
+
+    generator: Generator
+    chat: ChatFormat | None
+
+
+def open_judge_model(
+    spec: JudgeSpec, name: str = "", server: EndpointOptions | None = None, *, batch: int = 64, progress: bool = True
+) -> JudgeModel:
+    """Open the model of a judge.
+
+    Args:
+        name: folder, hub name, or address of a server with OpenAI's API; empty for the one that the judge's file names.
+        server: how a server is asked; ``name`` is its address.
+        batch: replies that a model on this machine writes at once.
+
+    Raises:
+        SaroError: neither the file nor ``name`` gives a model, or it cannot be opened.
+    """
+    name = name or spec.model or ""
+    if not name:
+        raise SaroError(f"judge {spec.name}: works with any instruction model; name one with --judge_model")
+    if name.startswith(("http://", "https://")):
+        return JudgeModel(EndpointGenerator(replace(server or EndpointOptions(), url=name)), None)
+    # Without an adapter, lora loads the plain model.
+    options = ModelConfig(name=name, method="lora")
+    source = find_model(options)
+    chat = source.chat_format(DataConfig(), _TEMPLATE_DATE)
+    generator = LocalGenerator.load(source, options, source.stop_ids, this_device(), batch=batch, progress=progress)
+    return JudgeModel(generator, chat)
