@@ -8,7 +8,7 @@ segment.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -28,7 +28,7 @@ PACKED = "saro_packed"
 BACKENDS = ("sdpa", "varlen")
 
 # Arguments that decoders pass to their attention function and that do not change the result here: the rotary embedding
-# has applied the positions already, and training has no cache. All others must be None (see `packed_attention`).
+# has applied the positions already, and training has no cache. All others must be None (see `check_arguments`).
 _WITHOUT_EFFECT = frozenset({"position_ids", "use_cache", "cache_position"})
 
 
@@ -147,17 +147,26 @@ def packed_attention(
     """
     if plan is None:
         raise ValueError(f"{type(module).__name__} got no plan of a pack; call the model through Policy")
-    unknown = sorted(k for k, v in others.items() if v is not None and k not in _WITHOUT_EFFECT)
-    if unknown or attention_mask is not None:
-        names = ", ".join(unknown) or "attention_mask"
-        raise ValueError(f"packed attention does not know the argument {names} of {type(module).__name__}")
-    if not getattr(module, "is_causal", True):
-        raise ValueError(f"{type(module).__name__} is not causal; packed attention is")
+    check_arguments(module, attention_mask, others)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     query, key, value = map(_cast_for_autocast, (query, key, value))
     if softcap is None and plan.backend == "varlen":
         return _varlen(query, key, value, plan, scale, dropout, sliding_window), None
     return _sdpa(query, key, value, plan, scale, dropout, sliding_window, softcap), None
+
+
+def check_arguments(module: torch.nn.Module, mask: torch.Tensor | None, others: Mapping[str, object]) -> None:
+    """Raise ValueError if a module asks its attention function for more than ours compute.
+
+    Args:
+        others: the arguments that our attention function does not name.
+    """
+    unknown = sorted(k for k, v in others.items() if v is not None and k not in _WITHOUT_EFFECT)
+    if unknown or mask is not None:
+        names = ", ".join(unknown) or "attention_mask"
+        raise ValueError(f"packed attention does not know the argument {names} of {type(module).__name__}")
+    if not getattr(module, "is_causal", True):
+        raise ValueError(f"{type(module).__name__} is not causal; packed attention is")
 
 
 def _cast_for_autocast(tensor: torch.Tensor) -> torch.Tensor:
@@ -232,14 +241,14 @@ def _varlen(query, key, value, plan, scale, dropout, window):
     return output.unsqueeze(0)  # (1, T, H, D)
 
 
-def _no_mask(*args: object, **kwargs: object) -> None:
+def no_mask(*args: object, **kwargs: object) -> None:
     """Return no mask: AttentionPlan replaces it, so that nothing of size T x T is allocated for a pack."""
 
 
 def use_packed_attention(model: PreTrainedModel) -> None:
     """Switch a model to packed attention. Every call then needs a plan."""
     ALL_ATTENTION_FUNCTIONS.register(PACKED, packed_attention)
-    ALL_MASK_ATTENTION_FUNCTIONS.register(PACKED, _no_mask)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(PACKED, no_mask)
     model.set_attn_implementation(PACKED)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from dataclasses import replace
 
 import torch
 from peft import PeftModel
@@ -68,6 +69,31 @@ def load_policy(source: ModelSource, options: ModelConfig, device: torch.device,
         lm.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     autocast = dtype if options.method == "full" and dtype != torch.float32 else None
     return Policy(model, attention=attention, head=head, autocast=autocast)
+
+
+def load_plain(source: ModelSource, options: ModelConfig, device: torch.device, dtype: torch.dtype) -> Policy:
+    """Load the weights in ``dtype`` to read and generate text, without the source's adapter; nothing is trainable.
+
+    Raises:
+        SaroError: the model cannot be loaded.
+    """
+    model = _load_base(source, replace(options, method="full"), device, dtype)
+    _check_head(model)
+    return inference_policy(model, options)
+
+
+def inference_policy(model: PreTrainedModel, options: ModelConfig) -> Policy:
+    """Make a policy of a plain model, with the attention that ``options`` ask for. Nothing is trainable.
+
+    Raises:
+        SaroError: the attention cannot run on the model's device in its dtype.
+    """
+    model.requires_grad_(False)
+    try:
+        attention = choose_backend(options.attention, model.device, model.dtype, model.config)
+    except ValueError as error:
+        raise SaroError(str(error)) from error
+    return Policy(model, attention=attention)
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -15,6 +15,7 @@ from saro.data.packs import Pack
 from saro.model.architectures import logit_options
 from saro.model.attention import AttentionPlan, use_packed_attention
 from saro_kernels import TokenStatistics, token_logps, token_statistics
+from saro_kernels.float32_products import add_product, precise_products
 
 
 class Policy(nn.Module):
@@ -70,6 +71,24 @@ class Policy(nn.Module):
     def statistics(self, pack: Pack) -> TokenStatistics:
         """Return the log-probs of ``forward`` with each row's entropy and top-1 accuracy; see ``TokenStatistics``."""
         return token_statistics(**self._head_inputs(pack, isolated=True))
+
+    @torch.no_grad()
+    def next_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return the logits of the decoder's hidden states (R, D): (R, V), summed and written in float32.
+
+        Rounded to bfloat16, the logits of the likeliest tokens are often equal.
+        """
+        head = self.causal_lm.get_output_embeddings()
+        rows = hidden if self.autocast is None else hidden.to(self.autocast)
+        weight = head.weight.to(rows.dtype)
+        logits = torch.empty(len(rows), len(weight), device=rows.device)
+        with precise_products(rows.device, rows.dtype):
+            add_product(logits, rows, weight.t(), beta=0)
+        if head.bias is not None:
+            logits += head.bias
+        scale, softcap = self.logits
+        logits *= scale
+        return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
     def _head_inputs(self, pack: Pack, isolated: bool) -> dict[str, Any]:
         """Run the decoder and return the arguments of ``token_logps``: hidden states of the rows, targets and head."""

@@ -1,0 +1,307 @@
+"""Text is continued token by token: keys and values of past tokens stay in a cache and are written in place.
+
+Each text has a row of the cache, whose tokens begin at position 0, so nothing is padded: prompts are read as a pack, by the
+attention of training, and a row that ends is replaced without touching the others. A step continues all rows by one
+token. It passes them through the decoder as one sequence of n tokens at their own positions; only attention tells them
+apart. It is registered with transformers' attention interface as ``CACHED``; transformers' own caches are not used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from saro.model.architectures import layer_head_sizes
+from saro.model.attention import AttentionPlan, check_arguments, no_mask, packed_attention, use_packed_attention
+from saro.model.policy import Policy
+
+CACHED = "saro_cached"
+# Most tokens of a forward that reads prompts, to bound its memory. A longer prompt has a forward of its own.
+PACK_TOKENS = 4096
+# Lengths of the attended keys are multiples of this: CUDA's products are faster on aligned rows.
+_ALIGNMENT = 8
+
+
+class KeyValueCache:
+    """Keys and values of the tokens of several texts, one row a text, for all layers.
+
+    A layer's tensors are allocated when its first keys come, whole. They hold zeros where nothing was written: what lies
+    behind a mask must be a number.
+
+    Args:
+        rows: number of texts.
+        capacity: longest text, in tokens.
+    """
+
+    def __init__(self, rows: int, capacity: int, dtype: torch.dtype) -> None:
+        self.rows = rows
+        self.capacity = -(-capacity // _ALIGNMENT) * _ALIGNMENT
+        self.dtype = dtype
+        self.layers: list[tuple[torch.Tensor, torch.Tensor]] = []  # keys and values, each (rows, G, capacity, D)
+
+    def layer(self, index: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the keys and values of a layer, by the number of its attention call in a forward.
+
+        Args:
+            key, value: (1, G, T, D) new keys and values: they tell the sizes of a layer that has no tensors yet.
+        """
+        if index == len(self.layers):
+            sizes = [(self.rows, x.shape[1], self.capacity, x.shape[3]) for x in (key, value)]
+            keys, values = (torch.zeros(size, dtype=self.dtype, device=key.device) for size in sizes)
+            self.layers.append((keys, values))
+        return self.layers[index]
+
+    def move(self, source: int, target: int, length: int) -> None:
+        """Copy the first ``length`` tokens of a row over another row."""
+        for keys, values in self.layers:
+            keys[target, :, :length] = keys[source, :, :length]
+            values[target, :, :length] = values[source, :, :length]
+
+    def bytes(self) -> int:
+        """Return the size of what is allocated."""
+        return sum(x.nbytes for layer in self.layers for x in layer)
+
+
+def cache_bytes_per_token(config: PretrainedConfig, dtype: torch.dtype) -> int:
+    """Return the bytes that one token takes in a ``KeyValueCache``, over all layers."""
+    numbers = 0
+    for layer in config.per_layer_config:
+        heads = getattr(layer, "num_key_value_heads", None) or layer.num_attention_heads
+        numbers += heads * sum(layer_head_sizes(layer))
+    return numbers * dtype.itemsize
+
+
+@dataclass(eq=False)
+class _Prefill:
+    """A forward that reads prompts, with the attention of training, and writes their keys into the cache.
+
+    Attributes:
+        packed: the layout of the prompts: perhaps a segment that all share, then one of each prompt.
+        rows: for each prompt, its row of the cache.
+        cache: None if nothing will be continued.
+        calls: number of attention calls so far.
+    """
+
+    packed: AttentionPlan
+    rows: Sequence[int]
+    cache: KeyValueCache | None
+    calls: int = 0
+
+    def attend(self, module, query, key, value, mask, **options):
+        if self.cache is not None:
+            for stored, new in zip(self.cache.layer(self.calls, key, value), (key, value), strict=True):
+                self._write(stored, new[0])
+        self.calls += 1
+        return packed_attention(module, query, key, value, mask, plan=self.packed, **options)
+
+    def _write(self, stored: torch.Tensor, new: torch.Tensor) -> None:
+        """Write new keys or values (G, T, D) into the rows of a layer (rows, G, capacity, D)."""
+        segments = new.split(self.packed.lengths, dim=1)
+        for row, path in zip(self.rows, self.packed.paths[-len(self.rows) :], strict=True):
+            start = 0
+            for segment in path:
+                stop = start + self.packed.lengths[segment]
+                stored[row, :, start:stop] = segments[segment]
+                start = stop
+
+
+@dataclass(eq=False)
+class _Step:
+    """A forward that continues the first n rows of the cache by one token each.
+
+    Attributes:
+        positions: (n,) number of tokens that each row has already.
+        longest: the greatest of them.
+        calls: number of attention calls so far.
+    """
+
+    cache: KeyValueCache
+    positions: torch.Tensor
+    longest: int
+    calls: int = 0
+    _masks: dict[int | None, torch.Tensor] = field(default_factory=dict)
+
+    def attend(
+        self,
+        module,
+        query,
+        key,
+        value,
+        mask,
+        *,
+        scaling=None,
+        dropout=0.0,
+        sliding_window=None,
+        softcap=None,
+        **others,
+    ):
+        check_arguments(module, mask, others)
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        keys, values = self._append(key, value)
+        rows, groups = keys.shape[:2]
+        # Heads that share keys are like queries of one head: their keys are read once, and never repeated.
+        queries = query[0].to(keys.dtype).transpose(0, 1).unflatten(1, (groups, -1))  # (n, G, H/G, D)
+        # In this order, because a product with long, contiguous rows is twice as fast on a CPU as its transpose.
+        scores = torch.matmul(keys, queries.transpose(2, 3)).transpose(2, 3).float() * scale  # (n, G, H/G, S)
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        weights = (scores + self._mask(sliding_window)).softmax(-1).to(values.dtype)
+        output = torch.matmul(weights, values)  # (n, G, H/G, D)
+        return output.reshape(1, rows, -1, output.shape[-1]), None  # (1, n, H, D)
+
+    def _append(self, key: torch.Tensor, value: torch.Tensor) -> list[torch.Tensor]:
+        """Write the new token of each row; return keys and values of the rows, (n, G, S, D), S the longest length."""
+        rows = torch.arange(len(self.positions), device=key.device)
+        views = []
+        for stored, new in zip(self.cache.layer(self.calls, key, value), (key, value), strict=True):
+            stored[rows, :, self.positions] = new[0].transpose(0, 1).to(stored.dtype)  # (n, G, D)
+            views.append(stored[: len(rows), :, : self._length()])
+        self.calls += 1
+        return views
+
+    def _mask(self, window: int | None) -> torch.Tensor:
+        """Return (n, 1, 1, S): 0 where a row's token attends, -inf elsewhere."""
+        if window not in self._masks:
+            k = torch.arange(self._length(), device=self.positions.device)
+            q = self.positions[:, None]  # (n, 1)
+            allowed = k <= q  # (n, S)
+            if window is not None:
+                allowed &= q - k < window
+            mask = torch.zeros(allowed.shape, device=k.device).masked_fill_(~allowed, float("-inf"))
+            self._masks[window] = mask[:, None, None]
+        return self._masks[window]
+
+    def _length(self) -> int:
+        return -(-(self.longest + 1) // _ALIGNMENT) * _ALIGNMENT
+
+
+def cached_attention(module, query, key, value, attention_mask, *, plan=None, **options):
+    """Compute attention of a forward of ``read_prompts`` or ``continue_rows``, with the signature of transformers.
+
+    Shapes are those of ``packed_attention``.
+
+    Raises:
+        ValueError: there is no plan, or an unknown argument could change the result.
+    """
+    if plan is None:
+        raise ValueError(f"{type(module).__name__} got no plan; call the model through read_prompts or continue_rows")
+    return plan.attend(module, query, key, value, attention_mask, **options)
+
+
+@contextmanager
+def generating(policy: Policy) -> Iterator[None]:
+    """Switch a policy to eval mode and cached attention in this context; then its mode and packed attention again."""
+    ALL_ATTENTION_FUNCTIONS.register(CACHED, cached_attention)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(CACHED, no_mask)
+    lm: PreTrainedModel = policy.causal_lm
+    lm.set_attn_implementation(CACHED)
+    try:
+        with policy.evaluating(), torch.inference_mode():
+            yield
+    finally:
+        use_packed_attention(lm)
+
+
+def read_prompts(
+    policy: Policy,
+    prompts: Sequence[Sequence[int]],
+    cache: KeyValueCache | None = None,
+    rows: Sequence[int] = (),
+) -> torch.Tensor:
+    """Read prompts, and write their keys and values into rows of the cache. Only in ``generating``.
+
+    Prompts are packed, so nothing is padded. What all prompts of a pack begin with is read once.
+
+    Args:
+        prompts: token ids; none is empty.
+        cache: None if nothing will be continued.
+        rows: for each prompt, its row of the cache.
+
+    Returns:
+        Logits of the token after each prompt, (P, V) float32.
+    """
+    rows = rows or range(len(prompts))
+    logits = [_read_pack(policy, prompts[start:stop], cache, rows[start:stop]) for start, stop in _cut_packs(prompts)]
+    return torch.cat(logits)
+
+
+def continue_rows(
+    policy: Policy, cache: KeyValueCache, tokens: Sequence[int], positions: Sequence[int]
+) -> torch.Tensor:
+    """Append a token to each of the first n rows of the cache. Only in ``generating``.
+
+    Args:
+        tokens: n token ids.
+        positions: number of tokens that each row has already.
+
+    Returns:
+        Logits of the token after each row, (n, V) float32.
+    """
+    at = torch.tensor(positions, device=policy.causal_lm.device)
+    step = _Step(cache, at, max(positions))
+    hidden = _decode(policy, tokens, at, step)
+    return policy.next_logits(hidden)
+
+
+def _read_pack(
+    policy: Policy, prompts: Sequence[Sequence[int]], cache: KeyValueCache | None, rows: Sequence[int]
+) -> torch.Tensor:
+    device = policy.causal_lm.device
+    shared = _shared_tokens(prompts)
+    segments = [prompts[0][:shared]] if shared else []
+    first = len(segments)
+    segments += [prompt[shared:] for prompt in prompts]
+    lengths = tuple(map(len, segments))
+    plan = AttentionPlan(
+        backend=policy.attention,
+        lengths=lengths,
+        paths=tuple((0, i) if i and first else (i,) for i in range(len(segments))),
+        device=device,
+    )
+    tokens = [token for segment in segments for token in segment]
+    positions = [*range(shared), *(p for prompt in prompts for p in range(shared, len(prompt)))]
+    hidden = _decode(policy, tokens, torch.tensor(positions, device=device), _Prefill(plan, rows, cache))
+    ends = torch.tensor(lengths, device=device).cumsum(0)[first:] - 1
+    return policy.next_logits(hidden.index_select(0, ends))
+
+
+def _decode(policy: Policy, tokens: Sequence[int], positions: torch.Tensor, plan: _Prefill | _Step) -> torch.Tensor:
+    """Return the hidden states (T, D) of tokens at their positions."""
+    ids = torch.tensor(tokens, device=positions.device)
+    with policy.precision():
+        output = policy.causal_lm.get_decoder()(
+            input_ids=ids[None], position_ids=positions[None], use_cache=False, plan=plan
+        )
+    if not plan.calls:
+        raise ValueError(f"{type(policy.causal_lm).__name__} does not compute its attention by transformers' interface")
+    return output.last_hidden_state[0]
+
+
+def _shared_tokens(prompts: Sequence[Sequence[int]]) -> int:
+    """Return how many tokens all prompts begin with; each keeps at least one token of its own."""
+    if len(prompts) == 1:
+        return 0
+    # All prompts share what the first and the last in order share.
+    low, high = min(prompts), max(prompts)
+    most = min(map(len, prompts)) - 1
+    return next((i for i in range(most) if low[i] != high[i]), most)
+
+
+def _cut_packs(prompts: Sequence[Sequence[int]]) -> Iterator[tuple[int, int]]:
+    """Yield (start, stop) of packs of prompts, each of at most ``PACK_TOKENS`` tokens or of one prompt."""
+    start = 0
+    for stop in range(1, len(prompts) + 1):
+        if stop == len(prompts) or _pack_tokens(prompts[start : stop + 1]) > PACK_TOKENS:
+            yield start, stop
+            start = stop
+
+
+def _pack_tokens(prompts: Sequence[Sequence[int]]) -> int:
+    shared = _shared_tokens(prompts)
+    return shared + sum(len(prompt) - shared for prompt in prompts)
