@@ -11,7 +11,7 @@ from saro.data.chat_format import ChatFormat
 from saro.draws.request import Generator
 from saro.errors import SaroError
 from saro.model.adapter import find_adapter
-from saro.model.load import load_policy
+from saro.model.load import load_policy, resolve_dtype
 from saro.model.policy import Policy
 from saro.model.source import ModelSource, find_model, template_hash
 from saro.runs.finished import FinishedRun, this_device
@@ -48,7 +48,9 @@ class MeasuredModel:
         adapter = find_adapter(model)
         # LoRA and full fine-tuning compute with the same dense base.
         method = "lora" if adapter is None or adapter.method is None else adapter.method
-        options = ModelConfig(name=model, method=method)
+        # Resolved here, so that choices and texts come from the same computation: a generator resolves it by speed.
+        dtype = str(resolve_dtype("auto", this_device())).removeprefix("torch.")
+        options = ModelConfig(name=model, method=method, dtype=dtype)
         if finished is not None:
             is_quantized = finished.options.method == "qlora" and adapter is None
             options = replace(

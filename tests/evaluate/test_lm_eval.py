@@ -116,6 +116,7 @@ def test_the_trained_model_is_asked_not_its_base(options, tiny_model):
     assert identities[0]["files"] == identities[1]["files"]
     assert identities[0]["adapter"] is not None
     assert identities[1]["adapter"] is None
+    assert read_folder(replace(options, output=options.output + "-base"))[1]["model"]["dtype"] != "auto"
 
 
 @needs_lm_eval
