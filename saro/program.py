@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass
 from itertools import islice
-from typing import Any, NamedTuple, NoReturn, TypeVar, get_args, get_type_hints
+from typing import Any, NamedTuple, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 from docstring_parser import parse as parse_docstring
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
@@ -203,7 +203,9 @@ def _add_option(parser: Parser, field: Field, hint: Any, doc: str) -> None:
     if field.metadata.get("positional"):
         # jsonargparse does not take choices=None.
         choices = {"choices": field.metadata["choices"]} if field.metadata["choices"] else {}
-        parser.add_argument(field.name, help=doc, **choices)
+        # A list takes all values, and needs one.
+        several = {"nargs": "+"} if get_origin(hint) is list else {}
+        parser.add_argument(field.name, help=doc, **choices, **several)
     elif field.default is False:
         parser.add_argument(f"--{field.name}", action="store_true", help=doc)
     elif field.default is MISSING and field.default_factory is MISSING:
