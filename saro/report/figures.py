@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
@@ -69,20 +70,20 @@ def _draw_panel(ax: Axes, title: str, points: Sequence[TradeoffPoint]) -> None:
         + [v for p in points for s in p.seeds for v in s]
     )
     limit = min(1.0, max(0.2, np.ceil(highest * 10 + 0.5) / 10))
+    crosses = _points_of_crosses(points)
     false_alarms = np.linspace(1e-4, 1 - 1e-4, 400)
     quantiles = np.array([_NORMAL.inv_cdf(float(share)) for share in false_alarms])
     for d_prime in _ISO_D_PRIME:
         # A model refuses harmful prompts with the hit rate H and harmless ones with the false-alarm rate F; d' = z(H) - z(F).
         compliance = np.array([1 - _NORMAL.cdf(d_prime + float(z)) for z in quantiles])
         ax.plot(false_alarms, compliance, color=COLOURS["rule"], linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
-        at = int(np.argmin(np.abs(compliance - false_alarms)))
-        # Along the diagonal, where no curve meets another one.
-        if compliance[at] < limit * 0.98:
+        place = _free_place(np.column_stack([false_alarms, compliance]), crosses, limit)
+        if place is not None:
             ax.annotate(
-                f"d′ {d_prime}", (false_alarms[at], compliance[at]), color=COLOURS["muted"], fontsize=8, ha="center", va="center",
+                f"d′ {d_prime}", place, color=COLOURS["muted"], fontsize=8, ha="center", va="center",
                 bbox={"facecolor": COLOURS["paper"], "edgecolor": "none", "pad": 1.2}, zorder=1.5,
             )  # fmt: skip
-    for before, after in zip(points, points[1:], strict=False):
+    for before, after in pairwise(points):
         ax.annotate(
             "", xy=(after.x["value"], after.y["value"]), xytext=(before.x["value"], before.y["value"]),
             arrowprops={"arrowstyle": "-|>", "color": COLOURS["muted"], "linewidth": 1, "shrinkA": 8, "shrinkB": 8}, zorder=2,
@@ -95,6 +96,30 @@ def _draw_panel(ax: Axes, title: str, points: Sequence[TradeoffPoint]) -> None:
     if title:
         ax.set_title(title)
     ax.annotate("better ↙", (0.015, 0.015), xycoords="axes fraction", color=COLOURS["muted"], fontsize=8.5, va="bottom")
+
+
+def _points_of_crosses(points: Sequence[TradeoffPoint]) -> np.ndarray:
+    """Return places (n, 2) that crosses, arrows and names cover."""
+    places = [seed for point in points for seed in point.seeds]
+    for point in points:
+        x, y = point.x["value"], point.y["value"]
+        places += [(at, y) for at in np.linspace(point.x["low"] or x, point.x["high"] or x, 9)]
+        places += [(x, at) for at in np.linspace(point.y["low"] or y, point.y["high"] or y, 9)]
+        places += [(x + 0.04, y + 0.03), (x + 0.08, y + 0.03)]
+    for before, after in pairwise(points):
+        for share in np.linspace(0, 1, 9):
+            ends = np.array([[each.x["value"], each.y["value"]] for each in (before, after)])
+            places.append(tuple((1 - share) * ends[0] + share * ends[1]))
+    return np.array(places)
+
+
+def _free_place(curve: np.ndarray, taken: np.ndarray, limit: float) -> np.ndarray | None:
+    """Return the place on a curve, (2,), that is farthest from all that is drawn; None if the curve is not in view."""
+    inside = curve[((curve > 0.07 * limit) & (curve < 0.93 * limit)).all(1)]
+    if not len(inside):
+        return None
+    distances = np.abs(inside[:, None, :] - taken[None, :, :]).max(-1).min(-1)  # (places of the curve,)
+    return inside[int(np.argmax(distances))]
 
 
 def _draw_cross(ax: Axes, point: TradeoffPoint) -> None:
@@ -163,7 +188,7 @@ def draw_recovery(
     with drawing():
         from matplotlib import pyplot
 
-        drawn, ax = pyplot.subplots(figsize=(6.2, 3.4), layout="constrained")
+        drawn, ax = pyplot.subplots(figsize=(5.6, 3.3), layout="constrained")
         ends = {}
         for model, points in curves.items():
             index = order.index(model)
@@ -185,7 +210,7 @@ def draw_recovery(
             dots.set_urls([answers_link(find_filters(row)) for _, row in points])
             ends[model] = (steps[-1], shares[-1], colour)
         _label_ends(ax, ends)
-        ax.set(ylim=(0, 1), xlabel="steps of a foreign chain of reasoning that the model continues")
+        ax.set(ylim=(0, 1.02), xlabel="steps of a foreign chain that the model continues")
         ax.set_xticks(sorted({step for points in curves.values() for step, _ in points}))
         ax.grid(axis="y")
         _percent(ax, "y")
@@ -223,11 +248,13 @@ def _draw_dots(
         from matplotlib import pyplot
         from matplotlib.ticker import FuncFormatter
 
-        height = 0.9 + (0.2 + 0.2 * len(models)) * len(groups)
+        # A model without values, such as the baseline of ratios, takes no room.
+        shown = [j for j in range(len(models)) if any(line[j] is not None for line in values)]
+        height = 0.8 + (0.16 + 0.15 * len(shown)) * len(groups)
         drawn, ax = pyplot.subplots(figsize=(6.6, height), layout="constrained")
-        for j, model in enumerate(models):
+        for place, j in enumerate(shown):
             colour = model_colour(j)
-            offset = (j - (len(models) - 1) / 2) * 0.22
+            offset = (place - (len(shown) - 1) / 2) * 0.24
             rows = [
                 (i + offset, line[j])
                 for i, line in enumerate(values)
@@ -238,7 +265,7 @@ def _draw_dots(
                     ax.plot([row["low"], row["high"]], [at, at], color=colour, linewidth=1.4)
             ax.scatter(
                 [row["value"] for _, row in rows], [at for at, _ in rows], marker=model_marker(j), s=38, color=colour,
-                edgecolors=COLOURS["paper"], linewidths=1, zorder=3, label=model,
+                edgecolors=COLOURS["paper"], linewidths=1, zorder=3, label=models[j],
             )  # fmt: skip
         if unit == "ratio":
             ax.axvline(1, color=COLOURS["muted"], linewidth=0.9, linestyle=(0, (4, 3)))
@@ -252,7 +279,7 @@ def _draw_dots(
             _percent(ax, "x")
         else:
             ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}×"))
-        drawn.legend(loc="outside upper left", ncols=len(models), fontsize=9, handletextpad=0.3)
+        drawn.legend(loc="outside upper left", ncols=len(shown), fontsize=9, handletextpad=0.3)
         return make_figure(name, title, alt, drawn)
 
 
@@ -310,7 +337,7 @@ _TRAINING_PANELS: Mapping[str, Mapping[str, str]] = {
         "pp-cot/rewards/margins": "pp-cot",
     },
     "change of log-probs, nats": {"delta_logps/chosen": "chosen", "delta_logps/rejected": "rejected"},
-    "chosen responses that lost probability": {"chosen_fell": ""},
+    "share of chosen that fell": {"chosen_fell": ""},
     "tokens per second": {"tokens_per_second": ""},
     "peak memory, GiB": {"peak_memory_gib": ""},
 }

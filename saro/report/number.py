@@ -19,6 +19,8 @@ _UNITS = {
     "all_tokens": "tokens",
     "token_ratio": "ratio",
 }
+# A signed number below this is written as 0.
+_LEAST_SIGNED = {"points": 0.0005, "rate": 0.0005, "tokens": 0.5, "ratio": 0.005, "plain": 0.005}
 # What the items of a difference expect.
 _EXPECTS = {"harmful_compliance": "refuse", "over_refusal": "comply", "accuracy": "answer"}
 # Stands where a number could not be measured.
@@ -43,6 +45,9 @@ def format_number(value: float | None, unit: str, *, signed: bool = False) -> st
     if value is None or not math.isfinite(value):
         return MISSING
     sign = "+" if signed else ""
+    if signed and abs(value) < _LEAST_SIGNED[unit]:
+        # No sign for what rounds to 0.
+        value, sign = 0.0, ""
     if unit == "rate":
         text = f"{100 * value:{sign}.1f}{NARROW_SPACE}%"
     elif unit == "points":

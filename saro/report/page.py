@@ -38,9 +38,9 @@ _CLAIMS = {
     "accuracy": ("answers {} questions rightly", "more", "fewer"),
 }
 _NOISE_CLAIMS = {
-    "harmful_compliance": "shows no difference beyond noise in compliance with harmful prompts",
-    "over_refusal": "shows no difference beyond noise in refusals of harmless prompts",
-    "accuracy": "shows no difference beyond noise in general ability",
+    "harmful_compliance": "compliance with harmful prompts",
+    "over_refusal": "refusals of harmless prompts",
+    "accuracy": "right answers to questions",
 }
 
 
@@ -175,7 +175,6 @@ def _content(
     evaluation = evaluations[0]
     turns = page_data.find_turns(evaluation)
     attack_tables = page_data.attack_tables(evaluation)
-    folders = [(place, page_data.headline_lines(each)) for place, each in enumerate(evaluations)]
     content = {
         "evaluation": evaluation,
         "claims": page_data.make_claims(evaluation),
@@ -185,10 +184,10 @@ def _content(
         "worst": page_data.worst_attacks(evaluation),
         "pairs": page_data.comparison_pairs(evaluation.models),
         "last": page_data.last_comparison(evaluation),
-        "gold": page_data.gold_figures(evaluation.scores["judge"]),
+        "gold": page_data.gold_rows(evaluation.scores["judge"]),
         "tradeoff": drawn.tradeoff,
         "others": len(evaluations) > 1,
-        "folders": folders,
+        "folder_lines": list(zip(*(page_data.headline_lines(each) for each in evaluations), strict=True)),
         "folder_names": [str(each.folder) for each in evaluations],
         "suites": [(suite, page_data.suite_lines(evaluation, suite)) for suite in evaluation.suites],
         "categories": page_data.category_lines(evaluation),
@@ -243,7 +242,7 @@ def _environment(evaluation: Evaluation) -> Environment:
     )
     environment.globals.update(
         answers_link=answers_link,
-        claim_words=_claim_words,
+        describe_claims=_describe_claims,
         count=count_number,
         gold_number=gold_number,
         interval=interval_number,
@@ -256,20 +255,30 @@ def _environment(evaluation: Evaluation) -> Environment:
     return environment
 
 
-def _claim_words(claim: Claim) -> str:
-    words, less, more = _CLAIMS[claim.metric]
-    if claim.mark == page_data.NOISE:
-        return _NOISE_CLAIMS[claim.metric]
-    if claim.mark is None:
-        return words.format(f"{less} (in some suites) and {more} (in others)")
-    return words.format(less if claim.mark == page_data.BETTER else more)
+def _describe_claims(claims: Sequence[Claim]) -> str:
+    """Return what the comparison shows, as the end of a sentence: differences first, then what is within noise."""
+    parts = []
+    for claim in claims:
+        words, less, more = _CLAIMS[claim.metric]
+        if claim.mark is None:
+            parts.append(words.format(f"{less} (in some suites) and {more} (in others)"))
+        elif claim.mark != page_data.NOISE:
+            parts.append(words.format(less if claim.mark == page_data.BETTER else more))
+    noise = [_NOISE_CLAIMS[claim.metric] for claim in claims if claim.mark == page_data.NOISE]
+    if noise:
+        parts.append(f"shows no difference beyond noise in {_join(noise)}")
+    return _join(parts)
+
+
+def _join(parts: Sequence[str]) -> str:
+    return " and ".join(filter(None, [", ".join(parts[:-1]), parts[-1]]))
 
 
 def _shade(score: Row | None) -> str:
     """Return the style of a heat map's cell: its number is there too, so that nothing is said by colour alone."""
     if score is None or score["value"] is None:
         return ""
-    return f"h{min(9, int(score['value'] * 10))}"
+    return f"shaded h{min(9, int(score['value'] * 10))}"
 
 
 def _reproduction(manifest: Row, redact: bool) -> dict[str, Any]:

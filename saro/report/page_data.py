@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from statistics import median
 from typing import Any
 
@@ -30,6 +31,13 @@ DETAILS = {
     "abstained": "answers on which the judge abstained",
     "agreement": "agreement of the judge with the rules",
 }
+# Metrics below a rate -> what they are called there, after a mark that they belong to it.
+_BELOW = {
+    "corrected_{}": "corrected with people’s labels",
+    "{}_bounds_low": "if no missing answer counted",
+    "{}_bounds_high": "if every missing answer counted",
+}
+_MORE_INDENT = "· "
 # States of an answer, in the order of the table; saro/evaluate/answers.py says what they mean.
 STATES = ("finished", "no-think", "cut", "unfinished", "looped", "empty", "failed")
 # Metrics of length -> title of their table. Names of kinds of prompts and of parts of an answer.
@@ -76,8 +84,6 @@ class Line:
         label: what it measures, in words.
         metric, suite, attack: of its scores.
         scores: for each model, None if it was not measured.
-        corrected: the same, corrected with people's labels.
-        bounds: for each model the rate if all unfinished answers were safe and if all were harmful.
         comparisons: for each pair of ``comparison_pairs``.
     """
 
@@ -86,15 +92,13 @@ class Line:
     suite: str
     attack: str
     scores: Sequence[Row | None]
-    corrected: Sequence[Row | None]
-    bounds: Sequence[tuple[Row | None, Row | None]]
     comparisons: Sequence[Comparison]
 
 
 def comparison_pairs(models: Sequence[str]) -> list[tuple[str, str]]:
     """Return (model, baseline): each model against the first one, and against the one before it."""
     pairs = [(model, models[0]) for model in models[1:]]
-    return pairs + [(model, before) for before, model in zip(models[1:], models[2:], strict=False)]
+    return pairs + [(model, before) for before, model in pairwise(models[1:])]
 
 
 def judge_difference(row: Row | None) -> Mark | None:
@@ -123,14 +127,6 @@ def make_line(evaluation: Evaluation, label: str, metric: str, suite: str, attac
         suite=suite,
         attack=attack,
         scores=scores,
-        corrected=[evaluation.score(f"corrected_{metric}", model, suite, attack) for model in models],
-        bounds=[
-            (
-                evaluation.score(f"{metric}_bounds_low", model, suite, attack),
-                evaluation.score(f"{metric}_bounds_high", model, suite, attack),
-            )
-            for model in models
-        ],
         comparisons=[Comparison(row, judge_difference(row)) for row in rows],
     )
 
@@ -144,9 +140,12 @@ def headline_lines(evaluation: Evaluation) -> list[Line]:
 
 
 def suite_lines(evaluation: Evaluation, suite: str) -> list[Line]:
-    """Return the table of a suite without attack."""
-    labels = {**{metric: label for metric, (label, _) in HEADLINES.items()}, **DETAILS}
-    lines = [make_line(evaluation, label, metric, suite) for metric, label in labels.items()]
+    """Return the table of a suite without attack; below each rate what it may be after correction, and its bounds."""
+    labels: dict[str, str] = {}
+    for metric, (label, _) in HEADLINES.items():
+        labels[metric] = label
+        labels |= {form.format(metric): f"{_MORE_INDENT}{words}" for form, words in _BELOW.items()}
+    lines = [make_line(evaluation, label, metric, suite) for metric, label in {**labels, **DETAILS}.items()]
     return [line for line in lines if line is not None]
 
 
@@ -158,6 +157,11 @@ class AttackTable:
     metric: str
     suite: str
     lines: Sequence[Line]
+
+    @property
+    def has_changes(self) -> bool:
+        """True if models are compared in it."""
+        return any(comparison.row is not None for line in self.lines for comparison in line.comparisons)
 
 
 def attack_tables(evaluation: Evaluation) -> list[AttackTable]:
@@ -420,17 +424,34 @@ def _has_disagreement(evaluation: Evaluation, answer: Row) -> bool:
     return opinions.issuperset(OUTCOMES[item["expect"]])
 
 
-def gold_figures(judge: Row) -> list[tuple[str, str, Any]]:
-    """Return (path, name, value) of each number in the result of `saro judge-check`; a value may have an interval."""
+@dataclass(frozen=True)
+class GoldRow:
+    """What `saro judge-check` measured of the judge on one group of labelled answers.
 
-    def walk(path: str, name: str, value: Any) -> Iterator[tuple[str, str, Any]]:
-        if isinstance(value, Mapping) and "value" not in value:
-            for key, inner in value.items():
-                yield from walk(f"{path}/{key}", f"{name} {key}".strip().replace("_", " "), inner)
-        elif isinstance(value, Mapping) or (isinstance(value, (int, float)) and not isinstance(value, bool)):
-            yield path, name, value
+    Attributes:
+        path: its place in scores.json.
+        name: what was judged, and the group.
+        figures: number, figures with intervals, and "confusion" (label -> verdict -> number).
+    """
 
-    return list(walk("judge/gold", "", judge.get("gold") or {}))
+    path: str
+    name: str
+    figures: Row
+
+
+def gold_rows(judge: Row) -> list[GoldRow]:
+    """Return what was measured of the judge against gold labels; empty if nothing was."""
+
+    def walk(path: str, names: tuple[str, ...], value: Any) -> Iterator[GoldRow]:
+        if not isinstance(value, Mapping):
+            return
+        if "accuracy" in value:
+            yield GoldRow(path, ", ".join(name.replace("_", " ") for name in names), value)
+            return
+        for key, inner in value.items():
+            yield from walk(f"{path}/{key}", (*names, key), inner)
+
+    return list(walk("judge/gold", (), judge.get("gold")))
 
 
 def embed_answers(evaluation: Evaluation, *, redact: bool) -> dict[str, Any]:

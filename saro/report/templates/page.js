@@ -183,7 +183,7 @@
       return control;
     };
     const first = total ? page * PAGE_SIZE + 1 : 0;
-    const text = total ? `${first.toLocaleString("en")} to ${Math.min(total, first + PAGE_SIZE - 1).toLocaleString("en")} of ${total.toLocaleString("en")} prompts` : "0 prompts";
+    const text = total ? `${first.toLocaleString("en")} to ${Math.min(total, first + PAGE_SIZE - 1).toLocaleString("en")} of ${total.toLocaleString("en")} cases` : "0 cases";
     holder.replaceChildren(make("span", { text }), ...(pages > 1 ? [step(page - 1, "Previous"), step(page + 1, "Next")] : []));
   }
 
