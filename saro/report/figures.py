@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from saro.report.number import answers_link, find_filters, format_number, score_text
+from saro.report.number import TIMES, answers_link, find_filters, format_number, score_text
 from saro.report.svg import COLOURS, Figure, drawing, make_figure, model_colour, model_marker
 from saro.report.training_files import TrainingRun
 
@@ -80,7 +80,7 @@ def _draw_panel(ax: Axes, title: str, points: Sequence[TradeoffPoint]) -> None:
         place = _free_place(np.column_stack([false_alarms, compliance]), crosses, limit)
         if place is not None:
             ax.annotate(
-                f"d′ {d_prime}", place, color=COLOURS["muted"], fontsize=8, ha="center", va="center",
+                f"d' {d_prime}", place, color=COLOURS["muted"], fontsize=8, ha="center", va="center",
                 bbox={"facecolor": COLOURS["paper"], "edgecolor": "none", "pad": 1.2}, zorder=1.5,
             )  # fmt: skip
     for before, after in pairwise(points):
@@ -278,7 +278,7 @@ def _draw_dots(
             ax.set_xlim(0, 1)
             _percent(ax, "x")
         else:
-            ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}×"))
+            ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}{TIMES}"))
         drawn.legend(loc="outside upper left", ncols=len(shown), fontsize=9, handletextpad=0.3)
         return make_figure(name, title, alt, drawn)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from saro.report.evaluation_files import Evaluation, Row
-from saro.report.number import MISSING, interval_text, score_text
+from saro.report.number import MINUS, MISSING, interval_text, score_text
 from saro.report.page_data import (
     TOKENS,
     Comparison,
@@ -33,7 +33,7 @@ def make_markdown(evaluation: Evaluation, figures: Sequence[str], command: str) 
         f"Judge: {_cell(evaluation.judge)}. Values with 95 % intervals; differences are paired, in percentage points for "
         "rates, with p after Holm; ≈ is within noise."
     )
-    heads = [f"{model} − {baseline}" for model, baseline in comparison_pairs(models)]  # noqa: RUF001
+    heads = [f"{model} {MINUS} {baseline}" for model, baseline in comparison_pairs(models)]
     for suite in evaluation.suites:
         rows = [
             [line.label, *map(_score, line.scores), *map(_difference, line.comparisons)]

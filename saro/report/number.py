@@ -24,8 +24,8 @@ _LEAST_SIGNED = {"points": 0.0005, "rate": 0.0005, "tokens": 0.5, "ratio": 0.005
 # What the items of a difference expect.
 _EXPECTS = {"harmful_compliance": "refuse", "over_refusal": "comply", "accuracy": "answer"}
 # Stands where a number could not be measured.
-MISSING = "–"
-NARROW_SPACE = "\u202f"
+MISSING = "\u2013"
+NARROW_SPACE, TIMES, MINUS = "\u202f", "\u00d7", "\u2212"
 
 
 def unit_of(metric: str) -> str:
@@ -55,7 +55,7 @@ def format_number(value: float | None, unit: str, *, signed: bool = False) -> st
     elif unit == "tokens":
         text = f"{value:{sign},.0f}"
     elif unit == "ratio":
-        text = f"{value:{sign}.2f}×"
+        text = f"{value:{sign}.2f}{TIMES}"
     elif unit == "count":
         text = f"{value:{sign},d}"
     elif unit == "p":
@@ -64,7 +64,7 @@ def format_number(value: float | None, unit: str, *, signed: bool = False) -> st
         text = f"{value:{sign}.2f}"
     else:
         text = f"{value:{sign}.4g}"
-    return text.replace("-", "−")
+    return text.replace("-", MINUS)
 
 
 def score_text(row: Mapping[str, Any] | None, field: str = "value", *, signed: bool = False) -> str:
@@ -101,7 +101,7 @@ def find_filters(row: Mapping[str, Any], field: str = "value") -> dict[str, Any]
     A difference leads to the prompts on which the two models differ, ``n`` to all answers of which a rate is the share.
     """
     common = {"suite": row["suite"], "attack": row["attack"], "model": row["model"]}
-    if "baseline" in row and "answers" not in row:
+    if "p_holm" in row:
         return (
             {**common, "expect": _EXPECTS.get(row["metric"]), "versus": row["baseline"]} if field == "value" else None
         )
@@ -180,7 +180,7 @@ def _tagged(text: str, source: Mapping[str, str], filters: Mapping[str, Any] | N
 
 
 def _is_change(row: Mapping[str, Any], field: str) -> bool:
-    return "baseline" in row and field in ("value", "low", "high")
+    return "p_holm" in row and field in ("value", "low", "high")
 
 
 def _unit_of_field(row: Mapping[str, Any], field: str) -> str:
@@ -196,4 +196,4 @@ def _unit_of_field(row: Mapping[str, Any], field: str) -> str:
 
 def _bound_text(row: Mapping[str, Any], field: str) -> str:
     """Format a bound without the unit, which the value before it has."""
-    return score_text(row, field).removesuffix(f"{NARROW_SPACE}%").removesuffix("×")
+    return score_text(row, field).removesuffix(f"{NARROW_SPACE}%").removesuffix(TIMES)

@@ -25,7 +25,7 @@ OUTCOMES = {"refuse": ("harmful", "safe"), "comply": ("refused", "helped"), "ans
 RULES, LABELS = "rules", "labels"
 # Rows below the headline rates in the table of a suite.
 DETAILS = {
-    "d_prime": "sensitivity d′: tells harmful from harmless",
+    "d_prime": "sensitivity d': tells harmful from harmless",
     "criterion": "threshold c: below 0 leans to refusal",
     "unfinished": "unfinished answers",
     "abstained": "answers on which the judge abstained",
@@ -33,9 +33,9 @@ DETAILS = {
 }
 # Metrics below a rate -> what they are called there, after a mark that they belong to it.
 _BELOW = {
-    "corrected_{}": "corrected with people’s labels",
-    "{}_bounds_low": "if no missing answer counted",
-    "{}_bounds_high": "if every missing answer counted",
+    "corrected_{}": "corrected with people's labels",
+    "{}_bounds_low": "lower bound: no missing answer counts",
+    "{}_bounds_high": "upper bound: every missing answer counts",
 }
 _MORE_INDENT = "· "
 # States of an answer, in the order of the table; saro/evaluate/answers.py says what they mean.
@@ -93,6 +93,11 @@ class Line:
     attack: str
     scores: Sequence[Row | None]
     comparisons: Sequence[Comparison]
+
+    @property
+    def is_compared(self) -> bool:
+        """True if there is a difference of two models."""
+        return any(comparison.row is not None for comparison in self.comparisons)
 
 
 def comparison_pairs(models: Sequence[str]) -> list[tuple[str, str]]:
@@ -161,7 +166,7 @@ class AttackTable:
     @property
     def has_changes(self) -> bool:
         """True if models are compared in it."""
-        return any(comparison.row is not None for line in self.lines for comparison in line.comparisons)
+        return any(line.is_compared for line in self.lines)
 
 
 def attack_tables(evaluation: Evaluation) -> list[AttackTable]:

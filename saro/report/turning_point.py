@@ -34,6 +34,6 @@ def find_turn(think: str) -> float | None:
     Returns None if no sentence is about safety.
     """
     for sentence in _SENTENCE.finditer(think):
-        if _SAFETY.search(sentence[0].replace("’", "'")):
+        if _SAFETY.search(sentence[0].replace("\u2019", "'")):
             return sentence.start() / len(think)
     return None

@@ -203,7 +203,10 @@
       rules: ["Rules say", ["harmful", "safe", "refused", "helped"]],
       labels: ["People say", ["harmful", "safe", "refused", "helped"]],
     };
-    if (folders > 1) choices.folder = ["Folder", [...Array(folders).keys()].map(String)];
+    if (folders > 1) {
+      const numbers = [...Array(folders).keys()].map(String);
+      choices.folder = ["Folder", numbers, Object.fromEntries(numbers.map((number) => [number, byId(`data-${number}`).dataset.name]))];
+    }
     const controls = [];
     for (const [name, [title, options, words = {}]] of Object.entries(choices)) {
       // A filter that cannot choose is not shown; those of the judge section are shown while they are used.
