@@ -362,7 +362,7 @@ def draw_training(run: TrainingRun, name: str) -> Figure:
         for extra in axes.flat[number:]:
             extra.axis("off")
         for ax, (title, lines) in zip(axes.flat, panels.items(), strict=False):
-            for index, (name, (steps, values)) in enumerate(lines.items()):
+            for index, (label, (steps, values)) in enumerate(lines.items()):
                 style = ("-", (0, (5, 2)), (0, (1.5, 1.5)))[index]
                 marker = "o" if len(steps) < 4 else None
                 ax.plot(
@@ -373,7 +373,7 @@ def draw_training(run: TrainingRun, name: str) -> Figure:
                     linewidth=1.4,
                     marker=marker,
                     markersize=3,
-                    label=name,
+                    label=label,
                 )
             if len(lines) > 1:
                 ax.legend(fontsize=7.5, handlelength=1.8, loc="best")

@@ -26,7 +26,7 @@ RULES, LABELS = "rules", "labels"
 # Rows below the headline rates in the table of a suite.
 DETAILS = {
     "d_prime": "sensitivity d': tells harmful from harmless",
-    "criterion": "threshold c: below 0 leans to refusal",
+    "criterion": "threshold c: negative if it leans to refusal",
     "unfinished": "unfinished answers",
     "abstained": "answers on which the judge abstained",
     "agreement": "agreement of the judge with the rules",

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from rich import box
 from rich.markup import escape
 from rich.table import Table
 
 from saro.report.number import MINUS, MISSING, interval_text, score_text
 from saro.report.page_data import judge_difference
 
+# Width of the longest interval, "[−10.0, +10.0]": in a narrow terminal names wrap and numbers do not.
+_NUMBER_WIDTH = 14
 _STYLES = {"good": "green", "bad": "red", "noise": "dim"}
 # Metric -> what the table calls it.
 _LABELS = {
@@ -32,14 +35,21 @@ def score_table(scores: Mapping[str, Any]) -> Table:
     """
     models = scores["models"]
     by_id = {score["id"]: score for score in scores["scores"]}
-    table = Table(title="Scores with 95 % intervals", title_justify="left")
+    table = Table(
+        title="Scores with 95 % intervals",
+        title_justify="left",
+        caption="✓ better, ✗ worse, ≈ within noise, ≠ different",
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+    )
     for heading in ("suite", "attack", "metric"):
         table.add_column(heading, overflow="fold")
     for model in models:
-        table.add_column(escape(model), justify="right")
+        table.add_column(escape(model), justify="right", min_width=_NUMBER_WIDTH, no_wrap=True)
     if len(models) > 1:
-        table.add_column(escape(f"{models[-1]} {MINUS} {models[0]}"), justify="right")
-        table.add_column("")
+        table.add_column(
+            escape(f"{models[-1]} {MINUS} {models[0]}"), justify="right", min_width=_NUMBER_WIDTH, no_wrap=True
+        )
     for metric, suite, attack in _rows(scores):
         rows = [by_id.get(f"{metric}/{model}/{suite}/{attack}") for model in models]
         if any(rows):
@@ -68,6 +78,6 @@ def _difference_cells(scores: Mapping[str, Any], metric: str, suite: str, attack
     row = next(found, None)
     mark = judge_difference(row)
     if mark is None:
-        return [MISSING, ""]
+        return [MISSING]
     style = _STYLES[mark.style]
-    return [escape("\n".join(filter(None, [score_text(row), interval_text(row)]))), f"[{style}]{mark.sign} {mark.word}[/{style}]"]
+    return [f"[{style}]{mark.sign}[/{style}] {escape(score_text(row))}\n{escape(interval_text(row))}"]

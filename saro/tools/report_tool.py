@@ -48,7 +48,7 @@ def run(options: Options, console: Console) -> int:
     output = Path(options.output) if options.output else Path(options.folders[0]) / "report"
     if output.exists() and not options.overwrite:
         raise SaroError(f"{output}: exists already; give another --output, or --overwrite")
-    evaluations = [_with_opinions(read_evaluation(Path(folder))) for folder in options.folders]
+    evaluations = [add_opinions(read_evaluation(Path(folder))) for folder in options.folders]
     _check_alike(evaluations)
     runs = [read_training_run(Path(folder)) for folder in as_list(options.runs)]
     report = make_report(evaluations, runs, command=_command(options), redact=options.redact)
@@ -82,7 +82,7 @@ def _check_alike(evaluations: list[Evaluation]) -> None:
                 )
 
 
-def _with_opinions(evaluation: Evaluation) -> Evaluation:
+def add_opinions(evaluation: Evaluation) -> Evaluation:
     """Return an evaluation with what the rules and people say of its answers."""
     items = {key: _item(row) for key, row in evaluation.items.items()}
     opinions = {}

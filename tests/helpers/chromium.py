@@ -53,8 +53,10 @@ class Page:
 
     def open(self, file: Path, width: int = 1280, height: int = 900, *, dark: bool = False, fragment: str = "") -> None:
         """Open a file and wait until it is loaded and has drawn its answers."""
+        self._session = None
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        self.events.clear()
         for domain in ("Page", "Runtime", "Network", "Log", "Audits"):
             self.call(f"{domain}.enable")
         size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
@@ -66,7 +68,9 @@ class Page:
 
     def evaluate(self, expression: str) -> Any:
         """Return the value of an expression in the page, after its promise."""
-        result = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
+        # A click counts as that of a user.
+        options = {"returnByValue": True, "awaitPromise": True, "userGesture": True}
+        result = self.call("Runtime.evaluate", expression=expression, **options)
         assert "exceptionDetails" not in result, result["exceptionDetails"]
         return result["result"].get("value")
 
