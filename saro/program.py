@@ -165,7 +165,10 @@ def shown(*names: str) -> dict[str, Any]:
 
 
 def positional(choices: Collection[str] = ()) -> dict[str, Any]:
-    """Return the metadata of a field that is a positional argument; without ``choices``, any value is valid."""
+    """Return the metadata of a field that is a positional argument; without ``choices``, any value is valid.
+
+    A field of a list type takes one or more values.
+    """
     return {"positional": True, "choices": sorted(choices)}
 
 

@@ -95,7 +95,8 @@ def _draw_panel(ax: Axes, title: str, points: Sequence[TradeoffPoint]) -> None:
     _percent(ax, "both")
     if title:
         ax.set_title(title)
-    ax.annotate("better ↙", (0.015, 0.015), xycoords="axes fraction", color=COLOURS["muted"], fontsize=8.5, va="bottom")
+    corner = {"xycoords": "axes fraction", "ha": "right", "va": "top"}
+    ax.annotate("better ↙", (0.985, 0.985), color=COLOURS["muted"], fontsize=8.5, **corner)
 
 
 def _points_of_crosses(points: Sequence[TradeoffPoint]) -> np.ndarray:
@@ -114,12 +115,13 @@ def _points_of_crosses(points: Sequence[TradeoffPoint]) -> np.ndarray:
 
 
 def _free_place(curve: np.ndarray, taken: np.ndarray, limit: float) -> np.ndarray | None:
-    """Return the place on a curve, (2,), that is farthest from all that is drawn; None if the curve is not in view."""
+    """Return the place on a curve, (2,), that is farthest from all that is drawn; None if no place in view is free."""
     inside = curve[((curve > 0.07 * limit) & (curve < 0.93 * limit)).all(1)]
     if not len(inside):
         return None
     distances = np.abs(inside[:, None, :] - taken[None, :, :]).max(-1).min(-1)  # (places of the curve,)
-    return inside[int(np.argmax(distances))]
+    farthest = int(np.argmax(distances))
+    return inside[farthest] if distances[farthest] > 0.05 * limit else None
 
 
 def _draw_cross(ax: Axes, point: TradeoffPoint) -> None:

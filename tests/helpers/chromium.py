@@ -121,6 +121,9 @@ def browser(folder: Path) -> Iterator[Page]:
         first, second = os.dup(their_commands), os.dup(their_replies)
         os.dup2(first, 3)
         os.dup2(second, 4)
+        # dup2 does nothing, and leaves a descriptor closed to the browser, if it has its number already.
+        os.set_inheritable(3, True)
+        os.set_inheritable(4, True)
 
     arguments = ["--headless=new", "--no-sandbox", "--remote-debugging-pipe", "--disable-gpu", "--no-first-run"]
     arguments += ["--disable-background-networking", "--disable-component-update", "--disable-dev-shm-usage"]
