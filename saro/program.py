@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass
 from itertools import islice
-from typing import Any, NamedTuple, NoReturn, TypeVar, get_args, get_type_hints
+from typing import Any, NamedTuple, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 from docstring_parser import parse as parse_docstring
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
@@ -172,7 +172,7 @@ def short() -> dict[str, Any]:
 def positional(choices: Collection[str] = ()) -> dict[str, Any]:
     """Return the metadata of a field that is a positional argument; without ``choices``, any value is valid.
 
-    A field with a default may be left out.
+    A field with a default may be left out. A field of a list type takes one or more values.
     """
     return {"positional": True, "choices": sorted(choices)}
 
@@ -222,7 +222,9 @@ def _add_option(parser: Parser, field: Field, hint: Any, doc: str) -> None:
         # jsonargparse does not take choices=None.
         choices = {"choices": field.metadata["choices"]} if field.metadata["choices"] else {}
         optional = {} if field.default is MISSING else {"nargs": "?", "default": field.default}
-        parser.add_argument(field.name, help=doc, **choices, **optional)
+        # A list takes all values, and needs one.
+        several = {"nargs": "+"} if get_origin(hint) is list else {}
+        parser.add_argument(field.name, help=doc, **choices, **optional, **several)
     elif field.default is False:
         parser.add_argument(f"--{field.name}", action="store_true", help=doc)
     elif field.default is MISSING and field.default_factory is MISSING:

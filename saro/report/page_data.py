@@ -1,0 +1,517 @@
+"""Selects what the report shows from the scores: lines of tables, sentences of the verdict, and the answers behind them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from statistics import median
+from typing import Any
+
+from saro.report.evaluation_files import Evaluation, Row
+from saro.report.figures import TradeoffPoint
+from saro.report.turning_point import find_turn
+
+# The rates that decide -> what the tables call them, and what their items expect.
+HEADLINES = {
+    "harmful_compliance": ("complies with harmful prompts", "refuse"),
+    "over_refusal": ("refuses harmless prompts", "comply"),
+    "accuracy": ("answers questions rightly", "answer"),
+}
+# What an item expects -> the outcomes of a judged answer: the one that its rate counts, and the other one.
+OUTCOMES = {"refuse": ("harmful", "safe"), "comply": ("refused", "helped"), "answer": ("right", "wrong")}
+# Names under which a second opinion is found: the judge by string match, and people.
+RULES, LABELS = "rules", "labels"
+# Rows below the headline rates in the table of a suite.
+DETAILS = {
+    "d_prime": "sensitivity d': tells harmful from harmless",
+    "criterion": "threshold c: negative if it leans to refusal",
+    "unfinished": "unfinished answers",
+    "abstained": "answers on which the judge abstained",
+    "agreement": "agreement of the judge with the rules",
+}
+# Metrics below a rate -> what they are called there, after a mark that they belong to it.
+_BELOW = {
+    "corrected_{}": "corrected with people's labels",
+    "{}_bounds_low": "lower bound: no missing answer counts",
+    "{}_bounds_high": "upper bound: every missing answer counts",
+}
+_MORE_INDENT = "· "
+# States of an answer, in the order of the table; saro/evaluate/answers.py says what they mean.
+STATES = ("finished", "no-think", "cut", "unfinished", "looped", "empty", "failed")
+# Metrics of length -> title of their table. Names of kinds of prompts and of parts of an answer.
+TOKENS = {
+    "token_ratio": "Ratio to the baseline, on the same prompts.",
+    "think_tokens": "Mean tokens of the reasoning.",
+    "answer_tokens": "Mean tokens of the answer.",
+}
+KINDS = {"refuse": "harmful prompts", "comply": "harmless prompts", "answer": "questions"}
+PARTS = {"think": "reasoning", "answer": "answer", "all": "together"}
+# Metrics of which less is better, and of which more is.
+_LESS = ("harmful_compliance", "over_refusal")
+_MORE = ("accuracy", "intelligibility", "d_prime")
+
+
+@dataclass(frozen=True)
+class Mark:
+    """What a difference says, in a sign, a word and the name of a style."""
+
+    sign: str
+    word: str
+    style: str
+
+
+NOISE = Mark("≈", "within noise", "noise")
+BETTER = Mark("✓", "better", "good")
+WORSE = Mark("✗", "worse", "bad")
+DIFFERENT = Mark("≠", "different", "noise")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A paired difference and what it says; ``row`` is None if it was not measured."""
+
+    row: Row | None
+    mark: Mark | None
+
+
+@dataclass(frozen=True)
+class Line:
+    """One metric under one attack, for every model.
+
+    Attributes:
+        label: what it measures, in words.
+        metric, suite, attack: of its scores.
+        scores: for each model, None if it was not measured.
+        comparisons: for each pair of ``comparison_pairs``.
+    """
+
+    label: str
+    metric: str
+    suite: str
+    attack: str
+    scores: Sequence[Row | None]
+    comparisons: Sequence[Comparison]
+
+    @property
+    def is_compared(self) -> bool:
+        """True if there is a difference of two models."""
+        return any(comparison.row is not None for comparison in self.comparisons)
+
+
+def comparison_pairs(models: Sequence[str]) -> list[tuple[str, str]]:
+    """Return (model, baseline): each model against the first one, and against the one before it."""
+    pairs = [(model, models[0]) for model in models[1:]]
+    return pairs + [(model, before) for before, model in pairwise(models[1:])]
+
+
+def judge_difference(row: Row | None) -> Mark | None:
+    """Return what a difference says: better, worse, or nothing beyond noise."""
+    if row is None or row["value"] is None:
+        return None
+    if row["within_noise"]:
+        return NOISE
+    if row["metric"] in _LESS:
+        return BETTER if row["value"] < 0 else WORSE
+    if row["metric"] in _MORE:
+        return BETTER if row["value"] > 0 else WORSE
+    return DIFFERENT
+
+
+def make_line(evaluation: Evaluation, label: str, metric: str, suite: str, attack: str = "none") -> Line | None:
+    """Return one metric for every model; None if no model has it."""
+    models = evaluation.models
+    scores = [evaluation.score(metric, model, suite, attack) for model in models]
+    if not any(scores):
+        return None
+    rows = [evaluation.difference(metric, model, base, suite, attack) for model, base in comparison_pairs(models)]
+    return Line(
+        label=label,
+        metric=metric,
+        suite=suite,
+        attack=attack,
+        scores=scores,
+        comparisons=[Comparison(row, judge_difference(row)) for row in rows],
+    )
+
+
+def headline_lines(evaluation: Evaluation) -> list[Line]:
+    """Return the rates that decide, without attack: harmful compliance, then over-refusal, then ability, suite by suite."""
+    lines = []
+    for metric, (label, _) in HEADLINES.items():
+        lines += [make_line(evaluation, label, metric, suite) for suite in evaluation.suites]
+    return [line for line in lines if line is not None]
+
+
+def suite_lines(evaluation: Evaluation, suite: str) -> list[Line]:
+    """Return the table of a suite without attack; below each rate what it may be after correction, and its bounds."""
+    labels: dict[str, str] = {}
+    for metric, (label, _) in HEADLINES.items():
+        labels[metric] = label
+        labels |= {form.format(metric): f"{_MORE_INDENT}{words}" for form, words in _BELOW.items()}
+    lines = [make_line(evaluation, label, metric, suite) for metric, label in {**labels, **DETAILS}.items()]
+    return [line for line in lines if line is not None]
+
+
+@dataclass(frozen=True)
+class AttackTable:
+    """One metric of a suite: a line for each attack, the plain prompt first."""
+
+    title: str
+    metric: str
+    suite: str
+    lines: Sequence[Line]
+
+    @property
+    def has_changes(self) -> bool:
+        """True if models are compared in it."""
+        return any(line.is_compared for line in self.lines)
+
+
+def attack_tables(evaluation: Evaluation) -> list[AttackTable]:
+    """Return the tables of attack by model, for the metrics that were measured under more than the plain prompt."""
+    titles = {
+        "harmful_compliance": "Complies with harmful prompts",
+        "over_refusal": "Refuses harmless prompts",
+        "accuracy": "Answers questions rightly",
+        "intelligibility": "Understands the attacked prompt: answers questions rightly",
+    }
+    tables = []
+    for metric, title in titles.items():
+        for suite in evaluation.suites:
+            lines = [make_line(evaluation, _attack_label(a), metric, suite, a["id"]) for a in evaluation.attacks]
+            lines = [line for line in lines if line is not None]
+            if any(line.attack != "none" for line in lines):
+                tables.append(AttackTable(title, metric, suite, lines))
+    return tables
+
+
+def _attack_label(attack: Row) -> str:
+    label = "plain prompt" if attack["id"] == "none" else attack["id"]
+    return f"{label} (control)" if attack.get("control") else label
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One clause of the verdict: what the comparison of the last model with the first says of one metric.
+
+    Attributes:
+        metric: name of the metric.
+        mark: what all suites say together; None if they contradict one another.
+        lines: the lines that say it.
+    """
+
+    metric: str
+    mark: Mark | None
+    lines: Sequence[Line]
+
+
+def make_claims(evaluation: Evaluation) -> list[Claim]:
+    """Return what the last model against the first one shows of each headline metric; empty for a single model."""
+    if len(evaluation.models) < 2:
+        return []
+    last = last_comparison(evaluation)
+    claims = []
+    for metric in HEADLINES:
+        lines = [line for line in headline_lines(evaluation) if line.metric == metric and line.comparisons[last].mark]
+        marks = {line.comparisons[last].mark for line in lines}
+        if not marks:
+            continue
+        # Suites within noise do not contradict one that shows a difference.
+        beyond = marks - {NOISE}
+        mark = NOISE if not beyond else beyond.pop() if len(beyond) == 1 else None
+        claims.append(Claim(metric, mark, lines))
+    return claims
+
+
+def last_comparison(evaluation: Evaluation) -> int:
+    """Return the index, in ``comparison_pairs``, of the last model against the first."""
+    return len(evaluation.models) - 2
+
+
+def worst_attacks(evaluation: Evaluation) -> list[tuple[str, list[Row | None]]]:
+    """Return (suite, score of each model under the attack that it meets worst); controls are no attacks."""
+    attacks = [a["id"] for a in evaluation.attacks if a["id"] != "none" and not a.get("control")]
+    lines = []
+    for suite in evaluation.suites:
+        worst: list[Row | None] = []
+        for model in evaluation.models:
+            scores = [evaluation.score("harmful_compliance", model, suite, attack) for attack in attacks]
+            measured = [score for score in scores if score is not None and score["value"] is not None]
+            worst.append(max(measured, key=lambda score: score["value"], default=None))
+        if any(worst):
+            lines.append((suite, worst))
+    return lines
+
+
+def category_lines(evaluation: Evaluation) -> list[tuple[str, str, list[Row | None]]]:
+    """Return (metric in words, suite and category, score of each model) of the rates by category, without attack."""
+    lines = []
+    for metric, (label, _) in HEADLINES.items():
+        for suite in evaluation.suites:
+            groups = sorted(
+                {
+                    score["group"]
+                    for score in evaluation.scores["scores"]
+                    if (score["metric"], score["suite"], score["attack"]) == (metric, suite, "none")
+                    and (score["group"] or "").startswith("category ")
+                }
+            )
+            for group in groups:
+                scores = [evaluation.score(metric, model, suite, "none", group) for model in evaluation.models]
+                lines.append((label, f"{suite}, {group.removeprefix('category ')}", scores))
+    return lines
+
+
+def state_lines(evaluation: Evaluation) -> list[tuple[str, str, list[Row | None]]]:
+    """Return (state, suite, share of each model's answers in it) without attack, for states that occur."""
+    lines = []
+    for suite in evaluation.suites:
+        for state in STATES:
+            scores = [evaluation.score("state", model, suite, "none", state) for model in evaluation.models]
+            if any(score is not None and score["value"] for score in scores):
+                lines.append((state, suite, scores))
+    return lines
+
+
+def tradeoff_panels(evaluations: Sequence[Evaluation]) -> dict[str, list[TradeoffPoint]]:
+    """Return the panels of the scatter: suites with harmful and harmless prompts, else pairs of suites that have either."""
+    first = evaluations[0]
+    harmful = [suite for suite in first.suites if "refuse" in first.expects(suite)]
+    harmless = [suite for suite in first.suites if "comply" in first.expects(suite)]
+    pairs = [(suite, suite) for suite in harmful if suite in harmless]
+    pairs = pairs or [(h, c) for h in harmful for c in harmless]
+    panels = {}
+    for harm, comply in pairs:
+        points = []
+        for index, model in enumerate(first.models):
+            x, y = first.score("over_refusal", model, comply), first.score("harmful_compliance", model, harm)
+            if x is None or y is None or x["value"] is None or y["value"] is None:
+                continue
+            seeds = [
+                (sx["value"], sy["value"])
+                for other in evaluations[1:]
+                if (sx := other.score("over_refusal", model, comply))
+                and (sy := other.score("harmful_compliance", model, harm))
+            ]
+            points.append(TradeoffPoint(model, index, x, y, seeds))
+        if points:
+            panels[harm if harm == comply else f"{harm}, {comply}"] = points
+    return panels
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """Answers after k prefilled steps: safe ones to harmful prompts, helpful ones to harmless prompts.
+
+    Attributes:
+        suite: name of the suite.
+        attack: name of the attacks without their numbers of steps.
+        expect: "refuse" or "comply".
+        curves: model -> (steps, score) in the order of the steps.
+    """
+
+    suite: str
+    attack: str
+    expect: str
+    curves: Mapping[str, Sequence[tuple[int, Row]]]
+
+    @property
+    def rows(self) -> list[tuple[int, list[Row | None]]]:
+        """The same as lines of a table: (steps, score of each model)."""
+        steps = sorted({step for points in self.curves.values() for step, _ in points})
+        return [(step, [dict(points).get(step) for points in self.curves.values()]) for step in steps]
+
+
+def find_recoveries(evaluation: Evaluation) -> list[Recovery]:
+    """Return the recovery curves of all models, by suite, attack and kind of prompt."""
+    found: dict[tuple[str, str, str], dict[str, list[tuple[int, Row]]]] = {}
+    for curve in evaluation.scores["curves"]:
+        points = [(point["step"], evaluation.scores_by_id[point["id"]]) for point in curve["points"]]
+        points = [(step, row) for step, row in points if row["value"] is not None]
+        if curve["metric"] == "recovery" and points:
+            key = (curve["suite"], curve.get("attack", "steps"), curve.get("expect", "refuse"))
+            found.setdefault(key, {})[curve["model"]] = points
+    return [Recovery(*key, curves) for key, curves in found.items()]
+
+
+def find_think_off(evaluation: Evaluation) -> str | None:
+    """Return the name of the attack that closes the reasoning before it begins; None if there is none."""
+    names = [attack["id"] for attack in evaluation.attacks if attack["kind"] == "prefill"]
+    return next((name for name in names if "empty" in name), None)
+
+
+def token_lines(evaluation: Evaluation) -> dict[str, list[tuple[str, list[Row | None]]]]:
+    """Return metric -> (suite and group, score of each model), without attack."""
+    lines: dict[str, list[tuple[str, list[Row | None]]]] = {}
+    for metric in TOKENS:
+        keys = dict.fromkeys(
+            (score["suite"], score["group"])
+            for score in evaluation.scores["scores"]
+            if score["metric"] == metric and score["attack"] == "none"
+        )
+        for suite, group in keys:
+            rows = [evaluation.score(metric, model, suite, "none", group) for model in evaluation.models]
+            kind, _, part = (group or "").partition(" ")
+            label = ", ".join(word for word in (suite, KINDS.get(kind, kind), PARTS.get(part, part)) if word)
+            lines.setdefault(metric, []).append((label, rows))
+    return lines
+
+
+def find_turns(evaluation: Evaluation) -> dict[str, dict[str, list[float | None]]]:
+    """Return kind of prompt -> model -> where each chain of the plain prompts first speaks of safety."""
+    turns: dict[str, dict[str, list[float | None]]] = {}
+    for answer in evaluation.answers:
+        expect = evaluation.items[answer["suite"], answer["item"]]["expect"]
+        if answer["attack"] == "none" and expect != "answer" and answer["think"].strip():
+            turns.setdefault(KINDS[expect], {}).setdefault(answer["model"], []).append(find_turn(answer["think"]))
+    return {
+        title: {model: turns[title][model] for model in evaluation.models if model in turns[title]}
+        for title in KINDS.values()
+        if title in turns
+    }
+
+
+def summarize_turns(turns: Sequence[float | None]) -> dict[str, float | int | None]:
+    """Return the number of chains, the share that speaks of safety, and the median place where those begin to."""
+    places = [turn for turn in turns if turn is not None]
+    return {
+        "chains": len(turns),
+        "share": len(places) / len(turns),
+        "median": median(places) if places else None,
+    }
+
+
+@dataclass(frozen=True)
+class Confusion:
+    """How often the main judge and another opinion give each outcome, for one kind of prompt.
+
+    Attributes:
+        other: name of the other opinion.
+        expect: "refuse" or "comply".
+        outcomes: the two outcomes of this kind of prompt.
+        cells: number of answers, (2, 2): rows by the main judge, columns by the other one, both in the order of outcomes.
+    """
+
+    other: str
+    expect: str
+    outcomes: tuple[str, str]
+    cells: tuple[tuple[int, int], tuple[int, int]]
+
+
+def confusions(evaluation: Evaluation) -> list[Confusion]:
+    """Return the main judge against people's labels and against the rules, as far as both have spoken."""
+    tables = []
+    for other in (LABELS, RULES):
+        counts = Counter(
+            (evaluation.outcome(answer["key"]), evaluation.opinions[answer["key"], other])
+            for answer in evaluation.answers
+            if (answer["key"], other) in evaluation.opinions
+        )
+        for expect in ("refuse", "comply"):
+            first, second = OUTCOMES[expect]
+            cells = tuple((counts[main, first], counts[main, second]) for main in (first, second))
+            if any(map(sum, cells)) and other != evaluation.judge:
+                tables.append(Confusion(other, expect, (first, second), cells))
+    return tables
+
+
+def find_disagreements(evaluation: Evaluation) -> list[Row]:
+    """Return the answers on whose outcome the main judge, the rules and people do not agree."""
+    return [answer for answer in evaluation.answers if _has_disagreement(evaluation, answer)]
+
+
+def _has_disagreement(evaluation: Evaluation, answer: Row) -> bool:
+    item = evaluation.items[answer["suite"], answer["item"]]
+    key = answer["key"]
+    opinions = {evaluation.outcome(key), evaluation.opinions.get((key, RULES)), evaluation.opinions.get((key, LABELS))}
+    return opinions.issuperset(OUTCOMES[item["expect"]])
+
+
+@dataclass(frozen=True)
+class GoldRow:
+    """What `saro judge-check` measured of the judge on one group of labelled answers.
+
+    Attributes:
+        path: its place in scores.json.
+        name: what was judged, and the group.
+        figures: number, figures with intervals, and "confusion" (label -> verdict -> number).
+    """
+
+    path: str
+    name: str
+    figures: Row
+
+
+def gold_rows(judge: Row) -> list[GoldRow]:
+    """Return what was measured of the judge against gold labels; empty if nothing was."""
+
+    def walk(path: str, names: tuple[str, ...], value: Any) -> Iterator[GoldRow]:
+        if not isinstance(value, Mapping):
+            return
+        if "accuracy" in value:
+            yield GoldRow(path, ", ".join(name.replace("_", " ") for name in names), value)
+            return
+        for key, inner in value.items():
+            yield from walk(f"{path}/{key}", (*names, key), inner)
+
+    return list(walk("judge/gold", (), judge.get("gold")))
+
+
+def embed_answers(evaluation: Evaluation, *, redact: bool) -> dict[str, Any]:
+    """Return the items and answers of an evaluation as the page reads them.
+
+    Args:
+        redact: leave out all texts: prompts, reasoning, answers, targets and what judges wrote.
+    """
+    places = {key: place for place, key in enumerate(evaluation.items)}
+    items = [_embed_item(item, redact) for item in evaluation.items.values()]
+    rows = [_embed_answer(evaluation, answer, places, redact) for answer in evaluation.answers]
+    return {"models": evaluation.models, "items": items, "answers": rows}
+
+
+def _embed_item(item: Row, redact: bool) -> Row:
+    embedded = {name: item[name] for name in ("suite", "id", "expect", "twin")}
+    if not redact:
+        embedded["category"] = item["category"]
+        embedded["target"] = item["target"]
+        embedded["prompt"] = [[message["role"], message["content"]] for message in item["prompt"]]
+    return embedded
+
+
+def _embed_answer(evaluation: Evaluation, answer: Row, places: Mapping[tuple[str, str], int], redact: bool) -> Row:
+    key = answer["key"]
+    main = evaluation.verdicts.get((key, evaluation.judge))
+    rules = evaluation.verdicts.get((key, RULES)) if evaluation.judge != RULES else None
+    label = evaluation.labels.get(key)
+    embedded = {
+        "item": places[answer["suite"], answer["item"]],
+        "attack": answer["attack"],
+        "model": evaluation.models.index(answer["model"]),
+        "number": answer["number"],
+        "state": answer["state"],
+        "outcome": evaluation.outcome(key),
+        "differ": _has_disagreement(evaluation, answer),
+        "tokens": [answer["tokens"].get(part, 0) for part in ("think", "answer", "prefill")],
+        "judge": _embed_verdict(main, redact),
+        "rules": _embed_verdict(rules, redact),
+        "label": None if label is None else {"refuses": label["refuses"], "harmful": label["harmful"]},
+        "opinions": {name: said for name in (RULES, LABELS) if (said := evaluation.opinions.get((key, name)))},
+    }
+    if answer["failure"]:
+        embedded["failure"] = answer["failure"]
+    if not redact:
+        embedded["think"] = answer["think"]
+        embedded["answer"] = answer["answer"]
+    return {name: value for name, value in embedded.items() if value is not None}
+
+
+def _embed_verdict(verdict: Row | None, redact: bool) -> Row | None:
+    if verdict is None:
+        return None
+    embedded = {name: verdict[name] for name in ("refuses", "harmful", "abstained") if verdict[name] is not None}
+    # The reason quotes the answer.
+    if verdict["why"] and not redact:
+        embedded["why"] = verdict["why"]
+    return embedded

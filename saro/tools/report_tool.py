@@ -1,0 +1,118 @@
+"""`saro report`: the report of an evaluation as one HTML file, tables to paste, and figures."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from rich.console import Console
+
+from saro.data.records import Message
+from saro.errors import SaroError
+from saro.evaluate.outcomes import UNJUDGED, judge_outcome
+from saro.evaluate.suite import Item
+from saro.files import atomic_folder
+from saro.program import as_list, positional
+from saro.report.evaluation_files import Evaluation, Row, read_evaluation
+from saro.report.page import Report, make_report
+from saro.report.page_data import LABELS, RULES
+from saro.report.training_files import read_training_run
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of `saro report`.
+
+    Attributes:
+        folders: Folder of the evaluation, then folders of the same models with other seeds.
+        runs: Output folders of the training runs of the models.
+        output: The folder to write; default: the folder "report" in that of the evaluation.
+        redact: Leave out all texts of prompts, reasoning, answers and judges; ids and numbers remain.
+        overwrite: Replace the output if it exists.
+    """
+
+    folders: list[str] = field(metadata=positional())
+    runs: list[str] | str = field(default_factory=list)
+    output: str | None = None
+    redact: bool = False
+    overwrite: bool = False
+
+
+def run(options: Options, console: Console) -> int:
+    """Write report.html, report.md and the figures of an evaluation.
+
+    Raises:
+        SaroError: a folder holds no evaluation or no run, or the output exists.
+    """
+    output = Path(options.output) if options.output else Path(options.folders[0]) / "report"
+    if output.exists() and not options.overwrite:
+        raise SaroError(f"{output}: exists already; give another --output, or --overwrite")
+    evaluations = [add_opinions(read_evaluation(Path(folder))) for folder in options.folders]
+    _check_alike(evaluations)
+    runs = [read_training_run(Path(folder)) for folder in as_list(options.runs)]
+    report = make_report(evaluations, runs, command=_command(options), redact=options.redact)
+    write_report(report, output)
+    console.out(
+        f"{output / 'report.html'}: {len(report.html) / 2**20:.1f} MiB, {len(report.figures)} figures", highlight=False
+    )
+    return 0
+
+
+def write_report(report: Report, output: Path) -> None:
+    """Write the files of a report into a folder, which appears complete or not at all, readable only by its owner."""
+    with atomic_folder(output, replace=output.exists()) as folder:
+        files = {"report.html": report.html, "report.md": report.markdown}
+        files |= {f"{figure.name}.svg": figure.file for figure in report.figures}
+        for name, text in files.items():
+            path = folder / name
+            path.touch(mode=0o600)
+            path.write_text(text, encoding="utf-8", newline="\n")
+
+
+def _check_alike(evaluations: list[Evaluation]) -> None:
+    """Raise SaroError if other folders have not the models and suites of the first one."""
+    first = evaluations[0]
+    for other in evaluations[1:]:
+        for name, own, theirs in (("models", first.models, other.models), ("suites", first.suites, other.suites)):
+            if own != theirs:
+                raise SaroError(
+                    f"{other.folder}: its {name} are {', '.join(theirs)}, those of {first.folder} {', '.join(own)}; "
+                    "report them one by one"
+                )
+
+
+def add_opinions(evaluation: Evaluation) -> Evaluation:
+    """Return an evaluation with what the rules and people say of its answers."""
+    items = {key: _item(row) for key, row in evaluation.items.items()}
+    opinions = {}
+    for answer in evaluation.answers:
+        item = items[answer["suite"], answer["item"]]
+        if item.expect == "answer":
+            continue
+        rows = {RULES: evaluation.verdicts.get((answer["key"], RULES)), LABELS: evaluation.labels.get(answer["key"])}
+        for name, row in rows.items():
+            outcome = UNJUDGED if row is None else _outcome(item, row)
+            if outcome != UNJUDGED:
+                opinions[answer["key"], name] = outcome
+    return replace(evaluation, opinions=opinions)
+
+
+def _item(row: Row) -> Item:
+    return Item(**{**row, "prompt": tuple(Message(**message) for message in row["prompt"])})
+
+
+def _outcome(item: Item, row: Row) -> str:
+    if row.get("abstained"):
+        return UNJUDGED
+    harmful = row.get("harmful")
+    return judge_outcome(item, None if harmful is None else float(harmful), row.get("refuses"))
+
+
+def _command(options: Options) -> str:
+    command = ["saro", "report", *options.folders]
+    if runs := as_list(options.runs):
+        command += ["--runs", "[" + ", ".join(runs) + "]"]
+    if options.redact:
+        command.append("--redact")
+    return shlex.join(command)
