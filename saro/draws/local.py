@@ -100,27 +100,16 @@ class LocalGenerator:
             SaroError: the model cannot be loaded or merged, or its files cannot be identified.
         """
         compute_dtype = generation_dtype(options.dtype if dtype is None else dtype, device)
-        is_plain = source.adapter is None and options.method != "qlora"
+        identity = identify(source, options, stop_ids, device, merge=merge, dtype=dtype)
+        is_plain = _is_plain(source, options)
         if is_plain:
             options = replace(options, method="full")
-        identity = {
-            **_file_identity(source),
-            "method": options.method,
-            "dtype": str(compute_dtype).removeprefix("torch."),
-            "merged": merge,
-            "stop_ids": sorted(stop_ids),
-            "device": device.type,
-        }
         policy = _load(source, options, device, compute_dtype, is_plain, merge)
         return cls(policy, identity, source.tokenizer, stop_ids, batch=batch, progress=progress)
 
     def order(self, requests: Sequence[Request]) -> list[int]:
-        """Return the indices of requests in the order in which they should be drawn, whatever order they come in.
-
-        Long ones come first, so that memory that suffices at the beginning suffices to the end. Prompts that begin alike
-        are neighbours, so that what they share is read once.
-        """
-        return sorted(range(len(requests)), key=lambda i: _sort_key(requests[i]))
+        """Return the order in which requests should be drawn; see ``order_requests``."""
+        return order_requests(requests)
 
     def draw(self, requests: Sequence[Request]) -> Iterator[list[tuple[int, Draw]]]:
         """Yield groups of (index of the request, its draw), a group whole.
@@ -220,6 +209,45 @@ class LocalGenerator:
         """Return how many tokens the model can write after a prompt."""
         positions = getattr(self.policy.causal_lm.config, "max_position_embeddings", None) or sys.maxsize
         return positions - len(ids)
+
+
+def order_requests(requests: Sequence[Request]) -> list[int]:
+    """Return the indices of requests in the order in which they should be drawn, whatever order they come in.
+
+    Long ones come first, so that memory that suffices at the beginning suffices to the end. Prompts that begin alike are
+    neighbours, so that what they share is read once.
+    """
+    return sorted(range(len(requests)), key=lambda i: _sort_key(requests[i]))
+
+
+def identify(
+    source: ModelSource,
+    options: ModelConfig,
+    stop_ids: Collection[int],
+    device: torch.device,
+    *,
+    merge: bool = True,
+    dtype: str | None = None,
+) -> dict[str, Any]:
+    """Return the identity that ``LocalGenerator.load`` gives a model, without reading its weights.
+
+    Raises:
+        SaroError: its files cannot be identified, or the GPU has no bfloat16.
+    """
+    compute_dtype = generation_dtype(options.dtype if dtype is None else dtype, device)
+    return {
+        **_file_identity(source),
+        "method": "full" if _is_plain(source, options) else options.method,
+        "dtype": str(compute_dtype).removeprefix("torch."),
+        "merged": merge,
+        "stop_ids": sorted(stop_ids),
+        "device": device.type,
+    }
+
+
+def _is_plain(source: ModelSource, options: ModelConfig) -> bool:
+    """Return True for a model without an adapter and without 4-bit layers."""
+    return source.adapter is None and options.method != "qlora"
 
 
 def _sort_key(request: Request) -> tuple[Any, ...]:

@@ -3,28 +3,34 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from saro.distributed.runtime import Runtime
 from saro.draws.draw_all import draw_missing
+from saro.draws.endpoint import EndpointOptions
 from saro.draws.request import Draw, Generator, Request, Sampling
 from saro.draws.store import DrawStore
 from saro.errors import SaroError
-from saro.evaluate.answers import Answer, Verdict
-from saro.evaluate.attacks import read_attacks
-from saro.evaluate.evaluation_folder import EvaluationFolder
+from saro.evaluate.attacks import NO_ATTACK, read_attacks
+from saro.evaluate.contamination import find_contaminated
+from saro.evaluate.evaluation_folder import EvaluationFolder, make_manifest
 from saro.evaluate.foreign_answers import read_foreign_answers
-from saro.evaluate.judge import judge_answers
-from saro.evaluate.jury import Jury
-from saro.evaluate.options import Options
-from saro.evaluate.plan import describe_plan
-from saro.evaluate.questions import Asked, ask, choose_items, make_questions, read_answer
-from saro.evaluate.rules import judge_by_rules
-from saro.evaluate.scores import make_scores
-from saro.evaluate.subject import Subject, check_contamination, find_subjects
+from saro.evaluate.judge import check_abstentions, check_not_self, judge_answers, read_judge
+from saro.evaluate.judge_model import JudgeModel, open_judge_model
+from saro.evaluate.judge_spec import JudgeSpec
+from saro.evaluate.labels import read_labels
+from saro.evaluate.options import JudgeOptions, Options
+from saro.evaluate.plan import describe_plan, plan_model
+from saro.evaluate.questions import ask, choose_items, make_questions, read_answer
+from saro.evaluate.rules import RULES
+from saro.evaluate.scores import ScoreContext, make_scores
+from saro.evaluate.subject import find_subjects
 from saro.evaluate.suite import read_suites
+from saro.files import cache_dir
 from saro.program import as_list
 
 
@@ -42,35 +48,137 @@ def evaluate(options: Options, runtime: Runtime) -> dict[str, Any] | None:
             the folder is in use.
     """
     # 1. Find what is asked, of whom, and who judges. No weights are read yet, and all that can be wrong is said here.
+    _check_one_machine(runtime)
     suites = [choose_items(suite, options.limit, options.seed) for suite in read_suites(as_list(options.suites))]
-    items = {(item.suite, item.id): item for suite in suites for item in suite}
+    items = [item for suite in suites for item in suite]
+    by_id = {(item.suite, item.id): item for item in items}
     attacks = read_attacks(as_list(options.attacks))
     subjects = find_subjects(options)
-    jury = Jury.find(options.judge, subjects, options.allow_self_judge)
+    generators = {s.name: s.generator(options.load, runtime.device, runtime.is_main) for s in subjects}
+    judge = read_judge(options.judge.name)
+    judge_model = _find_judge_model(judge, options.judge, runtime)
+    if judge_model is not None:
+        identities = {name: generator.identity for name, generator in generators.items()}
+        check_not_self(judge_model.generator.identity, identities, options.allow_self_judge)
     questions = make_questions(suites, attacks, options.draws, options.attack_items, options.seed)
     sampling = Sampling(options.max_tokens, options.temperature)
     asked = {subject.name: ask(subject, questions, sampling) for subject in subjects}
-    answers = read_foreign_answers(as_list(options.answers), items, attacks, subjects)
-    contaminated = check_contamination(subjects, list(items.values()), options.allow_contaminated)
-    folder = EvaluationFolder.open(options, runtime)
-    _check_one_machine(runtime)
-    with DrawStore.open(folder.store) as store:
+    answers = read_foreign_answers(as_list(options.answers), by_id, attacks, [s.name for s in subjects])
+    contaminated = find_contaminated(subjects, items, options.allow_contaminated)
+    folder = EvaluationFolder.open(options, runtime.is_main)
+
+    with DrawStore.open(_find_store(options.store)) as store:
         if options.plan:
-            runtime.say(describe_plan(store, subjects, asked, options))
+            plans = [plan_model(store, s.name, generators[s.name].identity, asked[s.name]) for s in subjects]
+            for line in describe_plan(plans, items):
+                runtime.say(line)
             return None
-        folder.begin(suites, attacks, subjects, jury, contaminated)
+        manifest = make_manifest(
+            options,
+            models={subject.name: subject.describe() for subject in subjects},
+            suites={suite[0].suite: suite_hash(suite) for suite in suites},
+            attacks={attack.id: attack.hash for attack in attacks},
+            judge={"name": judge.name, "hash": judge.hash},
+            contaminated=contaminated,
+        )
+        folder.begin(manifest, items)
 
         # 2. Draw what the store lacks, one model after the other, on all ranks.
         for subject in subjects:
-            answers += _answer(runtime, store, subject, asked[subject.name], options)
-        folder.write("answers.jsonl", answers)
+            generator = generators.pop(subject.name)
+            requests = [one.request for one in asked[subject.name]]
+            draws = _draw(runtime, store, generator, requests, options.offline)
+            for one, draw in zip(asked[subject.name], draws, strict=True):
+                answers.append(read_answer(subject, one, one.request.key(generator.identity), draw))
+            # The model's weights are freed before the next one's are read.
+            del generator
+            gc.collect()
+        folder.write_rows("answers.jsonl", answers)
 
         # 3. Judge. The rules always give a second opinion.
-        verdicts = [judge_by_rules(items[a.suite, a.item], a) for a in answers if jury.judges(items, a)]
-        verdicts += _judge(runtime, store, jury, answers, items, options)
-        folder.write("verdicts.jsonl", verdicts)
+        verdicts = judge_answers(read_judge(RULES), answers, by_id)
+        if judge_model is not None:
+            verdicts += judge_answers(
+                judge,
+                answers,
+                by_id,
+                lambda requests: _draw(runtime, store, judge_model.generator, requests, options.offline),
+                chat=judge_model.chat,
+                identity=judge_model.generator.identity,
+            )
+        folder.write_rows("verdicts.jsonl", verdicts)
+        check_abstentions(verdicts)
 
     # 4. Count.
-    scores = make_scores(list(items.values()), answers, verdicts, folder.labels(), folder.context(...))
+    context = ScoreContext(
+        models=tuple(dict.fromkeys(answer.model for answer in answers)),
+        suites=tuple(suite[0].suite for suite in suites),
+        attacks=tuple(attack.describe() for attack in (NO_ATTACK, *attacks)),
+        judge=judge.name,
+        gold=_read_gold(options.judge.gold),
+        limits={subject.name: options.max_tokens for subject in subjects},
+        templates={s.name: s.describe()["template"] for s in subjects if s.chat is not None},
+        contaminated=contaminated,
+    )
+    scores = make_scores(items, answers, verdicts, read_labels(folder.path / "labels.jsonl"), context)
     folder.write_scores(scores)
     return scores
+
+
+def _check_one_machine(runtime: Runtime) -> None:
+    """Raise SaroError if ranks run on several machines: the store of draws is a file of one."""
+    if runtime.processes > int(os.environ.get("LOCAL_WORLD_SIZE", runtime.processes)):
+        raise SaroError("an evaluation runs on one machine; start it there, with one process for each GPU")
+
+
+def _find_store(name: str | None) -> Path:
+    """Return the path of the store; the folder of the default one is made."""
+    if name is not None:
+        return Path(name).expanduser()
+    folder = cache_dir()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SaroError(f"{folder}: cannot be made ({error.strerror}); name a file with --store") from error
+    return folder / "draws.sqlite3"
+
+
+def _find_judge_model(judge: JudgeSpec, options: JudgeOptions, runtime: Runtime) -> JudgeModel | None:
+    """Return the model of the judge; None for the rules, which need none.
+
+    Raises:
+        SaroError: it does not exist, or the rules are given a model.
+    """
+    if judge.form == RULES:
+        if options.model or options.endpoint:
+            raise SaroError(f"--judge {judge.name} needs no model; name a judge that has one, or leave the model out")
+        return None
+    server = EndpointOptions(model=options.model, key_env=options.key_env, revision=options.revision)
+    name = options.endpoint or options.model or ""
+    return open_judge_model(judge, name, server, progress=runtime.is_main)
+
+
+def _draw(
+    runtime: Runtime, store: DrawStore, generator: Generator, requests: Sequence[Request], offline: bool
+) -> list[Draw]:
+    """Return the draws of all requests, on every rank; each rank draws a part of what the store lacks."""
+    share = (runtime.rank, runtime.processes)
+    draws = draw_missing(store, generator, requests, share=share, progress=runtime.is_main, offline=offline)
+    if runtime.processes == 1:
+        return draws
+    runtime.barrier()
+    keys = [request.key(generator.identity) for request in requests]
+    stored = store.get(keys)
+    # No rank may go on and free its process group before the others have read.
+    runtime.barrier()
+    return [stored[key] for key in keys]
+
+
+def _read_gold(name: str | None) -> Mapping[str, Any] | None:
+    """Return the figures that `saro judge-check` wrote."""
+    if name is None:
+        return None
+    try:
+        return json.loads(Path(name).read_text(encoding="utf-8"))["agreement"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SaroError(f"--judge.gold {name}: is not a file that `saro judge-check` wrote; give its output") from error

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Iterable, Mapping, Sequence
+import shlex
+import sys
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -20,7 +22,6 @@ from saro.evaluate.options import Options
 from saro.files import atomic_write
 
 _PACKAGES = ("torch", "transformers", "peft", "tokenizers", "numpy")
-_FILES = frozenset({"manifest.json", "items.jsonl", "answers.jsonl", "verdicts.jsonl", "scores.json", "labels.jsonl"})
 
 
 @dataclass(frozen=True)
@@ -81,8 +82,7 @@ class EvaluationFolder:
         if before is None:
             return
         for part in ("models", "suites", "attacks"):
-            now = {entry["name"] for entry in manifest[part]}
-            removed = [entry["name"] for entry in before[part] if entry["name"] not in now]
+            removed = [name for name in before[part] if name not in manifest[part]]
             if removed:
                 self.lock.release(force=True)
                 raise SaroError(
@@ -115,21 +115,29 @@ def read_evaluation(folder: Path) -> dict[str, Any] | None:
 
 def make_manifest(
     options: Options,
-    models: Sequence[Mapping[str, Any]],
-    suites: Sequence[Mapping[str, Any]],
-    attacks: Sequence[Mapping[str, Any]],
+    *,
+    models: Mapping[str, Any],
+    suites: Mapping[str, Any],
+    attacks: Mapping[str, Any],
     judge: Mapping[str, Any],
-    contaminated: Sequence[Mapping[str, Any]],
+    contaminated: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Return what an evaluation is made from. Each model, suite and attack has a ``name``."""
+    """Return what an evaluation is made from.
+
+    Args:
+        models, suites, attacks: name -> what decides their answers, as hashes.
+        judge: name and hash.
+        contaminated: model -> prompts of the suites that it was trained on.
+    """
     return {
         "saro": saro.__version__,
         "evaluation": 1,
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "versions": {"python": platform.python_version()} | {name: version(name) for name in _PACKAGES},
-        "models": list(models),
-        "suites": list(suites),
-        "attacks": list(attacks),
+        "models": dict(models),
+        "suites": dict(suites),
+        "attacks": dict(attacks),
         "judge": dict(judge),
-        "contaminated": list(contaminated),
+        "contaminated": {name: list(places) for name, places in contaminated.items()},
         "config": as_dict(options),
     }

@@ -8,7 +8,8 @@ from datetime import date
 from saro.config import DataConfig, ModelConfig
 from saro.data.chat_format import ChatFormat
 from saro.draws.endpoint import EndpointGenerator, EndpointOptions
-from saro.draws.local import LocalGenerator
+from saro.draws.lazy import LazyGenerator
+from saro.draws.local import LocalGenerator, identify
 from saro.draws.request import Generator
 from saro.errors import SaroError
 from saro.evaluate.judge_spec import JudgeSpec
@@ -35,7 +36,7 @@ class JudgeModel:
 def open_judge_model(
     spec: JudgeSpec, name: str = "", server: EndpointOptions | None = None, *, batch: int = 64, progress: bool = True
 ) -> JudgeModel:
-    """Open the model of a judge.
+    """Open the model of a judge. Weights on this machine are read when the first reply is drawn.
 
     Args:
         name: folder, hub name, or address of a server with OpenAI's API; empty for the one that the judge's file names.
@@ -54,5 +55,8 @@ def open_judge_model(
     options = ModelConfig(name=name, method="lora")
     source = find_model(options)
     chat = source.chat_format(DataConfig(), _TEMPLATE_DATE)
-    generator = LocalGenerator.load(source, options, source.stop_ids, this_device(), batch=batch, progress=progress)
+    model = (source, options, source.stop_ids, this_device())
+    generator = LazyGenerator(
+        identify(*model), lambda: LocalGenerator.load(*model, batch=batch, progress=progress)
+    )
     return JudgeModel(generator, chat)

@@ -61,7 +61,7 @@ def plan_model(store: DrawStore, name: str, identity: Mapping[str, object], aske
         stored=len(asked) - len(missing),
         prompt_tokens=sum(len(one.request.ids) for one in missing) if has_ids else None,
         most_tokens=sum(one.request.sampling.max_tokens for one in missing),
-        speed=drawn / seconds if seconds > 0 else store.speed(identity),
+        speed=drawn / seconds if seconds > 0 else None,
         mean_tokens=drawn / len(finished) if finished else None,
     )
 
@@ -78,7 +78,7 @@ def describe_plan(plans: Sequence[ModelPlan], items: Sequence[Item]) -> list[str
             line += "; no speed is known yet" if plan.seconds is None else f"; about {_describe_time(plan.seconds)}"
         lines.append(line)
     for expect, number in sorted(Counter(item.expect for item in items).items()):
-        effect = smallest_effect(number)
+        effect = smallest_effect(number, correlation=0.5)
         lines.append(
             f"{number:,} {_EXPECTED[expect]}: between two models, a difference of {100 * effect:.0f} points shows in "
             "four of five evaluations (5 % level)"

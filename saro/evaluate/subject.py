@@ -15,7 +15,8 @@ from saro.config import THINK_TAGS, DataConfig, ModelConfig
 from saro.data.chat_format import ChatFormat
 from saro.demo import find_demo
 from saro.draws.endpoint import EndpointGenerator, EndpointOptions
-from saro.draws.local import LocalGenerator
+from saro.draws.lazy import LazyGenerator
+from saro.draws.local import LocalGenerator, identify
 from saro.draws.request import Generator
 from saro.errors import SaroError
 from saro.evaluate.options import LoadOptions, Options, ServerOptions
@@ -47,12 +48,14 @@ class Subject:
     server: EndpointOptions | None = None
     manifest: Mapping[str, Any] | None = None
 
-    def load(self, load: LoadOptions, device: torch.device) -> Generator:
-        """Return what generates this model's answers: the loaded weights, or the client of a server."""
+    def generator(self, load: LoadOptions, device: torch.device, progress: bool = True) -> Generator:
+        """Return what generates this model's answers. The weights of a local model are read when the first is drawn."""
         if self.server is not None:
             return EndpointGenerator(self.server)
-        return LocalGenerator.load(
-            self.source, self.options, self.chat.stop_ids, device, merge=load.merge, batch=load.batch
+        model = (self.source, self.options, self.chat.stop_ids, device)
+        return LazyGenerator(
+            identify(*model, merge=load.merge),
+            lambda: LocalGenerator.load(*model, merge=load.merge, batch=load.batch, progress=progress),
         )
 
     def describe(self) -> dict[str, Any]:
@@ -175,6 +178,7 @@ def _find_local(
 def _find_server(name: str, spec: str, server: ServerOptions, data: DataConfig) -> Subject:
     """Describe a server among the models, "URL#MODEL"."""
     url, _, model = spec.partition("#")
+    tags = data.think_tags or THINK_TAGS
     endpoint = EndpointOptions(
         url=url,
         model=model or None,
@@ -182,8 +186,8 @@ def _find_server(name: str, spec: str, server: ServerOptions, data: DataConfig) 
         revision=server.revision,
         concurrency=server.concurrency,
         timeout=server.timeout,
+        think_tags=tags,
     )
-    tags = data.think_tags or THINK_TAGS
     chat = None if server.tokenizer is None else _read_chat_format(server.tokenizer, data, tags)
     return Subject(name, spec, tags, chat, server=endpoint)
 
