@@ -8,15 +8,19 @@ so it cannot drop the reasoning from it.
 from __future__ import annotations
 
 import re
+import unicodedata
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, datetime, time
 from functools import cached_property
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from saro.config import THINK_TAGS
 from saro.data.records import Example, Message, Pair, Response
@@ -28,6 +32,40 @@ _PROBE = "saro-probe-answer"
 # Texts that a response is tokenized after if its first characters merge with the end of the prompt. Three, because a
 # vocabulary may merge some of them too.
 _ANCHORS = ("\n", ".", "a")
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """The beginning of a response that a model is to continue, as text without tags.
+
+    Attributes:
+        reasoning: beginning of the reasoning, or all of it; None for a response without reasoning.
+        closed: True if the reasoning ends here and the answer follows.
+        answer: beginning of the answer; empty unless the reasoning is closed or there is none.
+    """
+
+    reasoning: str | None = None
+    closed: bool = False
+    answer: str = ""
+
+    def __post_init__(self) -> None:
+        if self.answer and self.reasoning is not None and not self.closed:
+            raise ValueError("an answer cannot follow reasoning that is not closed")
+
+
+@dataclass(frozen=True)
+class PrefilledPrompt:
+    """A prompt and the beginning of a response, as token ids.
+
+    Attributes:
+        ids: ids of the prompt, then those of the response's beginning.
+        prefilled: number of ids of the response.
+        opened: True if the model continues inside the reasoning.
+    """
+
+    ids: tuple[int, ...]
+    prefilled: int
+    opened: bool
 
 
 @dataclass(frozen=True)
@@ -93,7 +131,7 @@ class ChatFormat:
         reasoning, as one pair of tags at its beginning, if the record gives none. Raises SaroError for any other tag.
         """
         opening, closing = self.think_tags
-        opened = rendered_prompt.rstrip().endswith(opening)
+        opened = self.opens_reasoning(rendered_prompt)
         text = response.answer
         tags = self._find_tags(text)
         if response.reasoning is not None:
@@ -122,6 +160,47 @@ class ChatFormat:
             if rendered_prompt.endswith("\n"):
                 text = text.removeprefix("\n")
         return text
+
+    def prefill_ids(self, messages: Sequence[Message], prefill: Prefill | None = None) -> PrefilledPrompt:
+        """Return the ids of a prompt and of the beginning of a response, as training encodes them.
+
+        They are the first ids that ``encode`` gives for every response that begins with this text. So the end of the text
+        is left out, back to a token that no continuation can change: after "Sure." the next character may be a line end,
+        and ".\\n" one token. The model continues from there. A text loses least if it ends with a whole sentence.
+
+        Raises:
+            SaroError: the template refuses the conversation or has closed the reasoning, the text holds a think tag, or
+                nothing of it is left.
+        """
+        rendered = self.render_prompt(messages)
+        prompt_ids = tuple(self._token_ids(rendered))
+        opened = self.opens_reasoning(rendered)
+        if prefill is None:
+            return PrefilledPrompt(prompt_ids, 0, opened)
+        closing = self.think_tags[1]
+        reasoning = prefill.reasoning
+        if reasoning == "" and prefill.closed and rendered.rstrip().endswith(closing):
+            # The template has written the empty reasoning already.
+            reasoning = None
+        text = self.completion_text(rendered, Response(reasoning, prefill.answer))
+        is_open = reasoning is not None and not prefill.closed
+        if is_open:
+            text = text[: text.rindex(f"\n{closing}")]
+        if not text:
+            return PrefilledPrompt(prompt_ids, 0, opened)
+        text = self._turn_start + text
+        ids, kept = self._stable_ids(rendered, text)
+        content = reasoning if is_open else prefill.answer
+        if content and kept <= len(text) - len(content):
+            raise SaroError(
+                "the whole text to continue may merge with what follows it; write a longer one that ends with a sentence"
+            )
+        is_cut_before_closing = closing in text and closing not in text[:kept]
+        return PrefilledPrompt(prompt_ids + tuple(ids), len(ids), is_open or is_cut_before_closing)
+
+    def opens_reasoning(self, rendered_prompt: str) -> bool:
+        """Return True if the template has opened the reasoning at the end of a rendered prompt."""
+        return rendered_prompt.rstrip().endswith(self.think_tags[0])
 
     def _find_tags(self, text: str) -> list[str]:
         """Return the think tags in a text, in their order."""
@@ -209,6 +288,52 @@ class ChatFormat:
             "the tokenizer merges the beginning of the response with the end of the prompt; "
             "end the prompt or begin the response with another character"
         )
+
+    def _stable_ids(self, prompt: str, text: str) -> tuple[list[int], int]:
+        """Return the ids that ``text`` has after ``prompt`` whatever follows it, and the number of its characters that they are.
+
+        A token that reaches beyond the text begins at one of a few places in it. Up to there, the text has the ids that it
+        has if it ends there: BPE and unigram models encode the two sides of a boundary of tokens independently. So the
+        ids before the first difference between these cases are the same in all of them.
+        """
+        ids, starts = self._continue_prompt(prompt, text, "")
+        n = len(ids)
+        for end in self._crossing_places(text):
+            shorter = self._continue_prompt(prompt, text[:end], "")[0] if end else []
+            same = (a == b for a, b in zip(ids[:n], shorter, strict=False))
+            n = sum(takewhile(bool, same))
+        return ids[:n], len(text) if n == len(ids) else max(starts[n], 0)
+
+    def _crossing_places(self, text: str) -> set[int]:
+        """Return the places in a text at which a token may begin that reaches beyond its end."""
+        places: set[int] = set()
+        normalizer = self.tokenizer.backend_tokenizer.normalizer
+        for length in range(1, min(len(text), max(map(len, self._vocabulary))) + 1):
+            end = len(text) - length
+            suffix = text[end:]
+            variants = {suffix} if normalizer is None else {suffix, normalizer.normalize_str(suffix)}
+            if any(
+                self._begins_longer_token(form) for v in variants for form in (v, v.replace(" ", "▁"), _byte_level(v))
+            ):
+                places.add(end)
+            # A token of a byte-level vocabulary may begin inside a character. It may then also have the bytes before it.
+            inside = range(1, len(suffix[0].encode()))
+            if any(self._begins_longer_token(_byte_level(suffix)[skip:]) for skip in inside):
+                places |= {end, max(end - 1, 0)}
+        if any(token.lstrip for token in self.tokenizer.added_tokens_decoder.values()):
+            places.add(len(text.rstrip()))
+        if normalizer is not None and normalizer.normalize_str("e\u0301").endswith("\u00e9"):
+            places.add(_last_character_that_composes(text))
+        return places
+
+    def _begins_longer_token(self, form: str) -> bool:
+        """Return True if a token of the vocabulary begins with ``form`` and is longer."""
+        i = bisect_right(self._vocabulary, form)
+        return i < len(self._vocabulary) and self._vocabulary[i].startswith(form)
+
+    @cached_property
+    def _vocabulary(self) -> list[str]:
+        return sorted(self.tokenizer.get_vocab())
 
     @cached_property
     def _puts_space_in_front(self) -> bool:
@@ -314,3 +439,21 @@ class ChatFormat:
         """Return the ids of a text and the span of characters, (start, stop), of each."""
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         return encoded.input_ids, encoded.offset_mapping
+
+
+# The characters that stand for the 256 bytes in byte-level vocabularies.
+_BYTE_CHARACTERS = bytes_to_unicode()
+
+
+def _byte_level(text: str) -> str:
+    return "".join(_BYTE_CHARACTERS[byte] for byte in text.encode())
+
+
+def _last_character_that_composes(text: str) -> int:
+    """Return the place of the last character that may compose with marks that follow it (NFC); the text's end if none does."""
+    start = len(text) - 1
+    while start > 0 and (unicodedata.category(text[start]).startswith("M") or "\u1100" <= text[start] <= "\u11ff"):
+        start -= 1
+    # Of ASCII, only letters and these three signs compose.
+    last = text[start:]
+    return len(text) if last.isascii() and not last.isalpha() and last not in "<=>" else start

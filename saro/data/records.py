@@ -139,7 +139,7 @@ def parse_pair(record: dict[str, Any], where: str, default_id: str) -> Pair:
     _find_format(record, {"pair": _PAIR_FIELDS}, where)
     sides = [record[name] for name in ("chosen", "rejected")]
     if all(isinstance(side, dict) for side in sides):
-        prompt = _parse_prompt(record["prompt"], "prompt", where)
+        prompt = parse_prompt(record["prompt"], "prompt", where)
         chosen, rejected = (_parse_pair_side(record[name], name, where) for name in ("chosen", "rejected"))
     else:
         for name in ("chosen", "rejected"):
@@ -169,12 +169,12 @@ def parse_example(record: dict[str, Any], where: str, default_id: str) -> Exampl
             fault(where, f"field {shown(name)} makes this a preference pair", "give pairs to stage 2 (SRPO)")
     form = _find_format(record, _EXAMPLE_FORMATS, where)
     if form == "native":
-        prompt = _parse_prompt(record["prompt"], "prompt", where)
+        prompt = parse_prompt(record["prompt"], "prompt", where)
         response = _parse_response(record, where)
     elif form == "prompt-completion":
         prompt, response = _parse_prompt_and_completion(record["prompt"], record["completion"], where)
     else:
-        *turns, last = _parse_messages(record["messages"], "messages", where)
+        *turns, last = parse_messages(record["messages"], "messages", where)
         if last.role != "assistant":
             fault(where, f"the last turn of messages is the {last.role}'s", "end with the assistant turn to learn")
         prompt = _parse_conversation(turns, "messages before the last turn", where)
@@ -201,13 +201,13 @@ def _find_format(record: dict[str, Any], formats: dict[str, tuple[str, ...]], wh
     return fitting[0]
 
 
-def _parse_prompt(value: Any, name: str, where: str) -> tuple[Message, ...]:
-    """Parse a prompt for the chat template: a string is one user turn."""
+def parse_prompt(value: Any, name: str, where: str) -> tuple[Message, ...]:
+    """Parse a prompt for the chat template: a string is one user turn. Raises SaroError at ``where`` if it is faulty."""
     if isinstance(value, str):
         return (Message("user", parse_text(value, name, where)),)
     if not isinstance(value, list):
         fault(where, f"{name} is {type_name(value)}", "give a string or a list of messages")
-    return _parse_conversation(_parse_messages(value, name, where), name, where)
+    return _parse_conversation(parse_messages(value, name, where), name, where)
 
 
 def _parse_prompt_and_completion(
@@ -222,10 +222,10 @@ def _parse_prompt_and_completion(
     if not isinstance(prompt, list) or not isinstance(completion, list):
         wrong = f"prompt is {type_name(prompt)} and {name} is {type_name(completion)}"
         fault(where, wrong, "give both as strings or both as lists of messages")
-    turns = _parse_messages(completion, name, where)
+    turns = parse_messages(completion, name, where)
     if [turn.role for turn in turns] != ["assistant"]:
         fault(where, f"{name} is not one assistant turn", "put the turns before it into the prompt")
-    messages = _parse_messages(prompt, "prompt", where)
+    messages = parse_messages(prompt, "prompt", where)
     return _parse_conversation(messages, "prompt", where), Response(None, turns[0].content)
 
 
@@ -244,8 +244,8 @@ def _parse_response(value: dict[str, Any], where: str, prefix: str = "") -> Resp
     return Response(reasoning, parse_text(value["answer"], f"{prefix}answer", where))
 
 
-def _parse_messages(value: Any, name: str, where: str) -> list[Message]:
-    """Parse a list of messages; their order is not checked."""
+def parse_messages(value: Any, name: str, where: str) -> list[Message]:
+    """Parse a list of messages; their order is not checked. Raises SaroError at ``where`` if one is faulty."""
     if not isinstance(value, list):
         fault(where, f"{name} is {type_name(value)}", "give a list of messages")
     if not value:

@@ -4,6 +4,21 @@ import re
 from datetime import date, datetime
 
 import pytest
+from chat_cases import (
+    CHATS,
+    DAY,
+    DROPS_THINK,
+    LLAMA3,
+    MISTRAL,
+    OPENS_THINK,
+    QWEN3,
+    START,
+    STOP,
+    TEMPLATES,
+    TOKENS,
+    chat_of,
+    written,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny import BOS, CHATML, IM_END, IM_START, tiny_tokenizer
@@ -16,58 +31,8 @@ from saro.data.records import Example, Message, Response, parse_example, parse_p
 from saro.data.tree import RowKind
 from saro.errors import SaroError
 
-DAY = date(1999, 7, 4)
 SECRET = "do not print me"
-
-# Small templates in the style of published ones.
-
-LLAMA3 = (
-    "{{ bos_token }}{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
-    "<|head|>system\n\nToday: {{ date_string }}<|eot_id|>"
-    "{% for m in messages %}<|head|>{{ m['role'] }}\n\n{{ m['content'] | trim }}<|eot_id|>{% endfor %}"
-    "{% if add_generation_prompt %}<|head|>assistant\n\n{% endif %}"
-)
-MISTRAL = (
-    "{{ bos_token }}{% for m in messages %}"
-    "{% if m['role'] == 'user' %}[INST] {{ m['content'] }} [/INST]"
-    "{% elif m['role'] == 'assistant' %} {{ m['content'] }}</s>"
-    "{% else %}{{ raise_exception('Only user and assistant roles are supported!') }}{% endif %}{% endfor %}"
-)
-# Drops the reasoning of earlier assistant turns.
-DROPS_THINK = (
-    "{% for m in messages %}{% set content = m['content'] %}"
-    "{% if m['role'] == 'assistant' %}{% set content = content.split('</think>')[-1] %}{% endif %}"
-    "{{ '<|im_start|>' + m['role'] + '\n' + content + '<|im_end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-# As DeepSeek-R1: the generation prompt opens the reasoning.
-OPENS_THINK = DROPS_THINK.replace("'<|im_start|>assistant\n'", "'<|im_start|>assistant\n<think>\n'")
-# As Qwen3: enable_thinking false closes the reasoning at once.
-QWEN3 = DROPS_THINK.replace(
-    "{{ '<|im_start|>assistant\n' }}",
-    "{{ '<|im_start|>assistant\n' }}"
-    "{% if enable_thinking is defined and enable_thinking is false %}{{ '<think>\n\n</think>\n\n' }}{% endif %}",
-)
-
-TOKENS = ("<|head|>", "<|eot_id|>", "[INST]", "[/INST]", "</s>")
-STOP = {LLAMA3: "<|eot_id|>", MISTRAL: "</s>"}
-# What the template writes between the prompt and the assistant's answer.
-START = {MISTRAL: " "}
-TEMPLATES = {
-    "chatml": CHATML,
-    "llama3": LLAMA3,
-    "mistral": MISTRAL,
-    "drops think": DROPS_THINK,
-    "opens think": OPENS_THINK,
-    "qwen3": QWEN3,
-}
 every_template = pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
-
-
-def chat_of(template=CHATML, *, extra=TOKENS, stop=None, day=DAY, tokenizer=None, **options) -> ChatFormat:
-    tokenizer = tokenizer or tiny_tokenizer(template, extra)
-    stops = stop or [STOP.get(template, "<|im_end|>")]
-    return ChatFormat(tokenizer, frozenset(map(tokenizer.convert_tokens_to_ids, stops)), day, **options)
 
 
 def ask(prompt="Why?", reasoning="Because.", answer="So.") -> Example:
@@ -105,11 +70,6 @@ def refusal(chat: ChatFormat, example: Example) -> str:
     return message.removeprefix("data.jsonl:7: ")
 
 
-CHATS = {name: chat_of(template) for name, template in TEMPLATES.items()}
-# Any text that people may write. Tags have tests of their own; a lone surrogate never passes the reader.
-written = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(
-    lambda t: t.strip() and "think>" not in t
-)
 conversations = st.lists(written, min_size=1, max_size=5).map(
     lambda said: [(("user", "assistant")[(len(said) - 1 - i) % 2], text) for i, text in enumerate(said)]
 )
