@@ -38,6 +38,8 @@ COLOURS = {
 MARKERS = ("o", "s", "^", "D", "v")
 _STYLE = {
     "svg.fonttype": "none",
+    # A dollar sign in a name is no formula.
+    "text.parse_math": False,
     "font.size": 9.5,
     "font.sans-serif": ["DejaVu Sans"],
     "axes.edgecolor": COLOURS["rule"],

@@ -29,7 +29,7 @@ class Options:
         runs: Output folders of the training runs of the models.
         output: The folder to write; default: the folder "report" in that of the evaluation.
         redact: Leave out all texts of prompts, reasoning, answers and judges; ids and numbers remain.
-        overwrite: Replace the output if it exists.
+        overwrite: Replace the report in the output folder.
     """
 
     folders: list[str] = field(metadata=positional())
@@ -46,8 +46,7 @@ def run(options: Options, console: Console) -> int:
         SaroError: a folder holds no evaluation or no run, or the output exists.
     """
     output = Path(options.output) if options.output else Path(options.folders[0]) / "report"
-    if output.exists() and not options.overwrite:
-        raise SaroError(f"{output}: exists already; give another --output, or --overwrite")
+    _check_output(output, options.overwrite)
     evaluations = [add_opinions(read_evaluation(Path(folder))) for folder in options.folders]
     _check_alike(evaluations)
     runs = [read_training_run(Path(folder)) for folder in as_list(options.runs)]
@@ -68,6 +67,16 @@ def write_report(report: Report, output: Path) -> None:
             path = folder / name
             path.touch(mode=0o600)
             path.write_text(text, encoding="utf-8", newline="\n")
+
+
+def _check_output(output: Path, overwrite: bool) -> None:
+    """Raise SaroError if the output may not be written. Only a report is replaced, never an evaluation with its labels."""
+    if not output.exists():
+        return
+    if not overwrite:
+        raise SaroError(f"{output}: exists already; give another --output, or --overwrite")
+    if not (output / "report.html").is_file() or (output / "scores.json").exists():
+        raise SaroError(f"{output}: is not the folder of a report, and is not replaced; give another --output")
 
 
 def _check_alike(evaluations: list[Evaluation]) -> None:

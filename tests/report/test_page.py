@@ -334,6 +334,15 @@ def test_the_figures_are_files_that_stand_alone(report):
         assert len(figure.alt) > 20
 
 
+def test_a_dollar_sign_in_a_name_is_no_formula(evaluations):
+    text = json.dumps(evaluations[0].scores).replace("steps-1", "$steps_1$")
+    answers = tuple({**a, "attack": a["attack"].replace("steps-1", "$steps_1$")} for a in evaluations[0].answers)
+    scores = json.loads(text)
+    scores["outcomes"] = evaluations[0].scores["outcomes"]
+    report = make_report([replace(evaluations[0], scores=scores, answers=answers)])
+    assert any("$steps_1$" in figure.file for figure in report.figures if figure.name.startswith("heat_map"))
+
+
 def test_ids_of_the_page_are_unique(report):
     ids = [attributes["id"] for _, attributes in read_page(report.html)[1] if "id" in attributes]
     assert len(ids) == len(set(ids))

@@ -64,13 +64,23 @@ def test_redact_leaves_out_the_texts(folder, tmp_path):
 
 def test_an_existing_report_is_kept_unless_overwritten(folder, tmp_path):
     output = tmp_path / "out"
-    output.mkdir()
-    (output / "mine").touch()
+    report(folder, "--output", output)
+    (output / "old.svg").touch()
     with pytest.raises(SaroError, match="exists already; give another --output, or --overwrite"):
         report(folder, "--output", output)
-    assert (output / "mine").exists()
+    assert (output / "old.svg").exists()
     report(folder, "--output", output, "--overwrite")
-    assert not (output / "mine").exists()
+    assert not (output / "old.svg").exists()
+
+
+def test_a_folder_that_holds_no_report_is_never_replaced(folder, tmp_path):
+    """Above all not the evaluation itself, whose labels took people hours."""
+    (tmp_path / "mine").touch()
+    for output in (tmp_path, folder):
+        with pytest.raises(SaroError, match="is not the folder of a report, and is not replaced"):
+            report(folder, "--output", output, "--overwrite")
+    assert (tmp_path / "mine").exists()
+    assert (folder / "labels.jsonl").exists()
 
 
 def test_folders_with_other_models_are_refused(folder, tmp_path):
