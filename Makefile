@@ -1,17 +1,19 @@
 # Each of these commands also installs what it needs into $(VENV).
 #
-#   make demo   runs both stages on the demo data and compares base, RW and SRPO
+#   make demo   runs both stages on the demo data, compares base, RW and SRPO, evaluates them and writes a report
 #   make test   runs the tests
-#   make trl    installs TRL and runs the tests that compare with it; without TRL, `make test` skips them
+#   make trl    installs TRL and lm-eval and runs the tests that compare with them; without these, `make test` skips them
 #   make lint   checks style and format
 #
 #   make demo TORCH_INDEX=URL   takes torch from another package index, such as PyTorch's CPU-only one
 #   make demo DEMO="--train.max_steps 3"   passes options to both recipes
+#   make demo DEMO_EVALUATE="--limit 8"    passes options to the evaluation
 
 PYTHON ?= python3
 VENV ?= .venv
 TORCH_INDEX ?=
 DEMO ?=
+DEMO_EVALUATE ?=
 OUTPUT ?= output
 
 PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
@@ -25,12 +27,16 @@ demo: $(VENV)/.demo
 		--train.output $(OUTPUT)/demo-srpo --overwrite $(DEMO)
 	$(VENV)/bin/saro compare --models '["demo", "$(OUTPUT)/demo-rw/final", "$(OUTPUT)/demo-srpo/final"]' \
 		--names '[base, RW, SRPO]' --show '[heldout-pp-harmless-003, heldout-pp-harmful-001]'
+	$(VENV)/bin/saro evaluate --models '["demo", "$(OUTPUT)/demo-rw", "$(OUTPUT)/demo-srpo"]' --names '[base, RW, SRPO]' \
+		--suites demo --attacks prefill --attack_items 12 --max_tokens 160 --output $(OUTPUT)/demo-evaluation $(DEMO_EVALUATE)
+	$(VENV)/bin/saro report $(OUTPUT)/demo-evaluation --runs '["$(OUTPUT)/demo-rw", "$(OUTPUT)/demo-srpo"]' --overwrite
 
 test: $(VENV)/.test
 	$(VENV)/bin/python -m pytest
 
 trl: $(VENV)/.bench
 	$(VENV)/bin/python -m pytest -m trl
+	$(VENV)/bin/python -m pytest tests/evaluate/test_saro_lm.py tests/evaluate/test_lm_eval.py tests/evaluate/test_export_suites.py
 
 lint: $(VENV)/.test
 	$(VENV)/bin/ruff check .

@@ -16,11 +16,16 @@ setup(
     packages=[*find_packages(include=["saro", "saro.*"]), "saro_kernels"],
     # The folder kernels/ must not become a package itself: PyPI has a package named `kernels`.
     package_dir={"saro_kernels": "kernels/saro_kernels"},
-    package_data={"saro.demo": ["*.jsonl"]},
+    package_data={
+        "saro.demo": ["*.jsonl"],
+        "saro.evaluate": ["attack_files/*.yaml", "judges/*"],
+        "saro.report": ["templates/*"],
+    },
     install_requires=[
         "accelerate>=1.15.0",
         "bitsandbytes>=0.50.2",
         "filelock>=4.2.12",
+        "httpx2>=2.16.2",
         "jsonargparse[signatures]>=4.53.0",
         "jinja2>=3.1.6",
         "numpy>=2.4.6",
@@ -35,12 +40,16 @@ setup(
         "transformers>=5.23.0",
     ],
     extras_require={
-        "demo": ["gguf>=0.19.0"],
+        "demo": ["gguf>=0.19.0", "matplotlib>=3.11.2"],
         "test": [
+            # A real server on this machine for the tests: `transformers serve`.
+            "fastapi>=0.165.0",
             "gguf>=0.19.0",
             # The tests insert and remove its layers on a CPU, but these run only on CUDA.
             "liger-kernel>=0.8.5",
             "hypothesis>=6.170.15",
+            "matplotlib>=3.11.2",
+            "openai>=3.57.0",
             "pytest>=9.2.0",
             "pytest-randomly>=5.1.0",
             "pytest-timeout>=2.4.0",
@@ -48,8 +57,11 @@ setup(
             "tensorboard>=2.21.0",
             # The CUDA build of torch installs it, the CPU build does not. The tests interpret and compile the kernels.
             "triton>=3.7.1; platform_system == 'Linux'",
+            "uvicorn>=0.54.0",
         ],
-        "bench": ["matplotlib>=3.11.2", "trl==1.16.0"],
+        "bench": ["lm_eval>=0.4.13", "matplotlib>=3.11.2", "trl==1.16.0"],
+        "lm-eval": ["lm_eval>=0.4.13"],
+        "report": ["matplotlib>=3.11.2"],
         "liger": ["liger-kernel>=0.8.5"],
         "tensorboard": ["tensorboard>=2.21.0"],
         "wandb": ["wandb"],

@@ -26,10 +26,16 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "inspect": Command("saro.tools.inspect_data", "length report and coloured records"),
-    "convert": Command("saro.tools.convert", "public data sets to native JSONL"),
+    "convert": Command("saro.tools.convert", "public data sets to training records, suites or attacks"),
     "export": Command("saro.tools.export", "a run's adapter, or a merged model, verified"),
     "chat": Command("saro.tools.chat", "talk to a run's model"),
     "compare": Command("saro.tools.compare", "several models on the same records, in one table"),
+    "evaluate": Command("saro.tools.evaluate_models", "harm, refusals, ability and cost of models, with intervals"),
+    "report": Command("saro.tools.report_tool", "an evaluation as one HTML page and tables to paste"),
+    "label": Command("saro.tools.label", "label answers by hand, blind, to correct a judge's rates"),
+    "judge-check": Command("saro.tools.judge_check", "how far a judge agrees with people"),
+    "draws": Command("saro.tools.draws_tool", "a store of draws: batch files there and back, and what it holds"),
+    "export-eval": Command("saro.tools.export_eval", "suites for lm-eval, Inspect or HarmBench"),
     "doctor": Command("saro.tools.doctor.doctor", "kernels, packs, training and resuming, checked on this machine"),
 }
 

@@ -51,6 +51,7 @@ ONLY_IN = {
     "matplotlib": ("report",),
     "httpx2": ("draws",),
     "sqlite3": ("draws",),
+    "lm_eval": ("evaluate",),
     "rich": ("report", "runs", "tools", "recipes", "root"),
 }
 

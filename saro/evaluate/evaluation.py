@@ -9,9 +9,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from saro.demo import suite_files
 from saro.distributed.runtime import Runtime
 from saro.draws.draw_all import draw_missing
 from saro.draws.endpoint import EndpointOptions
+from saro.draws.handover import write_requests
 from saro.draws.request import Draw, Generator, Request, Sampling
 from saro.draws.store import DrawStore
 from saro.errors import SaroError
@@ -25,11 +27,11 @@ from saro.evaluate.judge_spec import JudgeSpec
 from saro.evaluate.labels import read_labels
 from saro.evaluate.options import JudgeOptions, Options
 from saro.evaluate.plan import describe_plan, plan_model
-from saro.evaluate.questions import ask, choose_items, make_questions, read_answer
+from saro.evaluate.questions import Asked, ask, choose_items, make_questions, read_answer
 from saro.evaluate.rules import RULES
 from saro.evaluate.scores import ScoreContext, make_scores
-from saro.evaluate.subject import find_subjects
-from saro.evaluate.suite import read_suites
+from saro.evaluate.subject import Subject, find_subjects
+from saro.evaluate.suite import Item, read_suite, suite_hash
 from saro.files import cache_dir
 from saro.program import as_list
 
@@ -41,7 +43,7 @@ def evaluate(options: Options, runtime: Runtime) -> dict[str, Any] | None:
     that was stopped goes on where it was, and another judge generates no answer again.
 
     Returns:
-        The content of scores.json; None if only the plan was asked for.
+        The content of scores.json; None if only the plan or the requests were asked for.
 
     Raises:
         SaroError: a model, suite, attack or judge does not exist or is not sound, a model was trained on a suite, or
@@ -49,7 +51,7 @@ def evaluate(options: Options, runtime: Runtime) -> dict[str, Any] | None:
     """
     # 1. Find what is asked, of whom, and who judges. No weights are read yet, and all that can be wrong is said here.
     _check_one_machine(runtime)
-    suites = [choose_items(suite, options.limit, options.seed) for suite in read_suites(as_list(options.suites))]
+    suites = [choose_items(suite, options.limit, options.seed) for suite in _read_suites(as_list(options.suites))]
     items = [item for suite in suites for item in suite]
     by_id = {(item.suite, item.id): item for item in items}
     attacks = read_attacks(as_list(options.attacks))
@@ -72,6 +74,9 @@ def evaluate(options: Options, runtime: Runtime) -> dict[str, Any] | None:
             plans = [plan_model(store, s.name, generators[s.name].identity, asked[s.name]) for s in subjects]
             for line in describe_plan(plans, items):
                 runtime.say(line)
+            return None
+        if options.requests is not None:
+            _write_requests(options.requests, store, subjects, generators, asked, runtime)
             return None
         manifest = make_manifest(
             options,
@@ -125,6 +130,15 @@ def evaluate(options: Options, runtime: Runtime) -> dict[str, Any] | None:
     return scores
 
 
+def _read_suites(names: Sequence[str]) -> list[list[Item]]:
+    suites = [read_suite(file) for file in suite_files(names)]
+    taken = [suite[0].suite for suite in suites]
+    for name in taken:
+        if taken.count(name) > 1:
+            raise SaroError(f"--suites: two files are called {name}, which names a suite; rename one")
+    return suites
+
+
 def _check_one_machine(runtime: Runtime) -> None:
     """Raise SaroError if ranks run on several machines: the store of draws is a file of one."""
     if runtime.processes > int(os.environ.get("LOCAL_WORLD_SIZE", runtime.processes)):
@@ -141,6 +155,27 @@ def _find_store(name: str | None) -> Path:
     except OSError as error:
         raise SaroError(f"{folder}: cannot be made ({error.strerror}); name a file with --store") from error
     return folder / "draws.sqlite3"
+
+
+def _write_requests(
+    path: str,
+    store: DrawStore,
+    subjects: Sequence[Subject],
+    generators: Mapping[str, Generator],
+    asked: Mapping[str, Sequence[Asked]],
+    runtime: Runtime,
+) -> None:
+    """Write what the only server among the models would be asked."""
+    servers = [subject for subject in subjects if subject.server is not None]
+    if len(servers) != 1:
+        raise SaroError(
+            f"--requests is for one server among --models, and there are {len(servers)}; name one as URL#MODEL"
+        )
+    (server,) = servers
+    if runtime.is_main:
+        requests = [one.request for one in asked[server.name]]
+        number = write_requests(Path(path), store, generators[server.name].identity, requests, server.server.model)
+        runtime.say(f"{number:,} requests in {path}" if number else "the store has all draws; nothing was written")
 
 
 def _find_judge_model(judge: JudgeSpec, options: JudgeOptions, runtime: Runtime) -> JudgeModel | None:

@@ -50,9 +50,9 @@ class EvaluationFolder:
         path = Path(options.output).expanduser()
         if path.is_file():
             raise SaroError(f"{path}: is a file; give a folder with --output")
-        if is_main and path.is_dir() and read_evaluation(path) is None:
-            if any(not item.name.startswith(".") for item in path.iterdir()):
-                raise SaroError(f"{path}: holds files that are not an evaluation's; give an empty folder with --output")
+        is_foreign = is_main and path.is_dir() and read_evaluation(path) is None
+        if is_foreign and any(not item.name.startswith(".") for item in path.iterdir()):
+            raise SaroError(f"{path}: holds files that are not an evaluation's; give an empty folder with --output")
         return cls(path, FileLock(path / ".lock"), is_main)
 
     def begin(self, manifest: Mapping[str, Any], items: Iterable[Any]) -> None:

@@ -15,7 +15,7 @@ from saro.evaluate.questions import answer_key
 from saro.evaluate.split import split_text
 from saro.evaluate.suite import Item
 
-_FIELDS = frozenset({"suite", "item", "attack", "number", "text", "finish", "tokens"})
+_FIELDS = frozenset({"suite", "item", "attack", "number", "text", "finish"})
 
 
 def read_foreign_answers(
@@ -23,9 +23,9 @@ def read_foreign_answers(
 ) -> list[Answer]:
     """Return the answers of JSONL files, one model each, named by the file.
 
-    A line is ``{"suite", "item", "text"}``, and may have ``attack`` (default "none"), ``number`` (of the draw, from 0),
-    ``finish`` ("stop", or "length" if the text was cut) and ``tokens`` (of the whole text). Reasoning stands in the text,
-    in <think> tags. A line on an item that is not evaluated, as with --limit, is left out.
+    A line is ``{"suite", "item", "text"}``, and may have ``attack`` (default "none"), ``number`` (of the draw, from 0)
+    and ``finish`` ("stop", or "length" if the text was cut). Reasoning stands in the text, in <think> tags. A line on an
+    item that is not evaluated, as with --limit, is left out.
 
     Args:
         items: the items that are evaluated, by (suite, id).
@@ -80,11 +80,10 @@ def _parse_answer(line: dict[str, object], where: str, model: str, item: Item, a
     finish = line.get("finish", "stop")
     if finish not in ("stop", "length"):
         fault(where, "finish is neither stop nor length", "write stop, or length if the text was cut")
-    number, tokens = line.get("number", 0), line.get("tokens")
-    for name, value in (("number", number), ("tokens", tokens)):
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
-            fault(where, f"{name} is not a whole number from 0", "fix it or leave it out")
-    split = split_text(THINK_TAGS, False, text, finish, usage=tokens)
+    number = line.get("number", 0)
+    if not isinstance(number, int) or isinstance(number, bool) or number < 0:
+        fault(where, "number is not a whole number from 0", "fix it or leave it out")
+    split = split_text(THINK_TAGS, False, text, finish)
     return Answer(
         key=answer_key(model, item, attack.id, number),
         model=model,

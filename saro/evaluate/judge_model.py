@@ -56,7 +56,5 @@ def open_judge_model(
     source = find_model(options)
     chat = source.chat_format(DataConfig(), _TEMPLATE_DATE)
     model = (source, options, source.stop_ids, this_device())
-    generator = LazyGenerator(
-        identify(*model), lambda: LocalGenerator.load(*model, batch=batch, progress=progress)
-    )
+    generator = LazyGenerator(identify(*model), lambda: LocalGenerator.load(*model, batch=batch, progress=progress))
     return JudgeModel(generator, chat)

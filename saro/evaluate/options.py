@@ -7,7 +7,7 @@ from typing import Literal
 
 from saro.config import DEMO, DataConfig
 from saro.errors import SaroError
-from saro.program import shown, short
+from saro.program import short, shown
 
 
 @dataclass(frozen=True)
@@ -97,6 +97,8 @@ class Options:
         store: File that keeps every generated text, for this and later evaluations; default in saro's cache folder.
         plan: Print what would be asked, the tokens, the time and the smallest effect that this many prompts can show,
             and stop.
+        requests: Write what a server among --models would be asked, and is not in the store, to this file, as OpenAI's
+            batch API reads it, and stop; `saro draws import` takes the results.
         offline: Generate nothing: a text that the store lacks is an error.
         allow_contaminated: Go on if a model was trained on prompts of a suite; the report then says so.
         allow_self_judge: Go on if the judge is one of the models.
@@ -120,6 +122,7 @@ class Options:
     seed: int = 0
     store: str | None = None
     plan: bool = False
+    requests: str | None = None
     offline: bool = False
     allow_contaminated: bool = False
     allow_self_judge: bool = False

@@ -6,11 +6,11 @@ import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from saro.data.chat_format import ChatFormat
+from saro.data.chat_format import ChatFormat, PrefilledPrompt
 from saro.draws.request import Draw, Request, Sampling
 from saro.errors import SaroError
 from saro.evaluate.answers import Answer
-from saro.evaluate.attacks import NO_ATTACK, Attack, Prompted, PromptIds, apply_attack, invert, prompt_ids
+from saro.evaluate.attacks import NO_ATTACK, Attack, Prompted, apply_attack, invert
 from saro.evaluate.split import Split, split_answer, split_text
 from saro.evaluate.subject import Subject
 from saro.evaluate.suite import Item
@@ -39,12 +39,12 @@ class Asked:
     Attributes:
         question: the question.
         request: what the generator gets.
-        ids: token ids of the prompt and of what was prefilled; None if the generator gets messages.
+        prompt: the ids of the prompt and of what was prefilled; None if the generator gets messages.
     """
 
     question: Question
     request: Request
-    ids: PromptIds | None
+    prompt: PrefilledPrompt | None
 
 
 def choose_items(items: Sequence[Item], limit: int | None, seed: int) -> list[Item]:
@@ -93,8 +93,8 @@ def ask(subject: Subject, questions: Sequence[Question], sampling: Sampling) -> 
     for question in questions:
         prefills = question.prompted.prefill is not None
         if subject.server is None or (prefills and subject.chat is not None):
-            ids = _prompt_ids(subject.chat, question)
-            asked.append(Asked(question, Request(sampling, ids=ids.ids, number=question.number), ids))
+            prompt = _encode(subject.chat, question)
+            asked.append(Asked(question, Request(sampling, ids=prompt.ids, number=question.number), prompt))
         elif prefills:
             raise SaroError(
                 f"attack {question.attack.id} begins the answer, and a server's chat endpoint cannot continue one; "
@@ -106,9 +106,9 @@ def ask(subject: Subject, questions: Sequence[Question], sampling: Sampling) -> 
     return asked
 
 
-def _prompt_ids(chat: ChatFormat, question: Question) -> PromptIds:
+def _encode(chat: ChatFormat, question: Question) -> PrefilledPrompt:
     try:
-        return prompt_ids(chat, question.prompted)
+        return chat.prefill_ids(question.prompted.messages, question.prompted.prefill)
     except SaroError as error:
         item = question.item
         raise SaroError(f"{item.suite}: item {item.id} under attack {question.attack.id}: {error}") from error
@@ -124,10 +124,11 @@ def read_answer(subject: Subject, asked: Asked, key: str, draw: Draw) -> Answer:
     if draw.failure is not None:
         split = Split("", "", {"think": 0, "answer": 0, "prefill": 0}, "failed")
     elif draw.ids is not None:
-        split = split_answer(subject.chat, asked.ids, draw.ids, draw.finish)
+        split = split_answer(subject.chat, asked.prompt, draw.ids, draw.finish)
     else:
-        opened = asked.ids is not None and asked.ids.opened
-        split = split_text(subject.think_tags, opened, draw.text, draw.finish, usage=draw.usage.get("completion"))
+        opened = asked.prompt is not None and asked.prompt.opened
+        tokenizer = None if subject.chat is None else subject.chat.tokenizer
+        split = split_text(subject.think_tags, opened, draw.text, draw.finish, tokenizer)
     item = question.item
     return Answer(
         key=answer_key(subject.name, item, question.attack.id, question.number),

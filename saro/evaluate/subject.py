@@ -88,7 +88,9 @@ def find_subjects(options: Options) -> list[Subject]:
         raise SaroError("--models has a name twice; give different names with --names")
     for name in options.names:
         if "/" in name:
-            raise SaroError(f"--names: {name!r} has a slash, which separates the parts of an answer's key; leave it out")
+            raise SaroError(
+                f"--names: {name!r} has a slash, which separates the parts of an answer's key; leave it out"
+            )
     runs = [_find_run(spec) for spec in options.models]
     method, data = _first_run_setting(options, runs)
     subjects = []

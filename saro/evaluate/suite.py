@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -171,3 +173,9 @@ def _check_twin(item: Item, items: Mapping[str, Item], where: str) -> None:
     if twin.expect == item.expect:
         wrong = f"the twin {shown(twin.id)} has the same expect"
         fault(where, wrong, "one of two twins is to be refused and the other to be answered")
+
+
+def suite_hash(items: Sequence[Item]) -> str:
+    """Return a sha256 of all that decides what is asked, and how answers count."""
+    rows = json.dumps([asdict(item) for item in items], sort_keys=True)
+    return hashlib.sha256(rows.encode()).hexdigest()
