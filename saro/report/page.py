@@ -14,7 +14,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from saro.report import figures, page_data
+from saro.report import answer_data, figures, page_data
 from saro.report.evaluation_files import Evaluation, Row
 from saro.report.markdown_tables import make_markdown
 from saro.report.number import answers_link, count_number, gold_number, interval_number, run_number, score_number
@@ -80,7 +80,7 @@ def make_report(
         "policy": _policy(style, script),
         "style": Markup(style),
         "script": Markup(script),
-        "data": [_pack(page_data.embed_answers(each, redact=redact)) for each in evaluations],
+        "data": [_pack(answer_data.embed_answers(each, redact=redact)) for each in evaluations],
         "redacted": redact,
         "command": command,
         **_content(evaluations, runs, drawn, redact=redact),
@@ -184,7 +184,7 @@ def _content(
         "worst": page_data.worst_attacks(evaluation),
         "pairs": page_data.comparison_pairs(evaluation.models),
         "last": page_data.last_comparison(evaluation),
-        "gold": page_data.gold_rows(evaluation.scores["judge"]),
+        "gold": answer_data.gold_rows(evaluation.scores["judge"]),
         "tradeoff": drawn.tradeoff,
         "others": len(evaluations) > 1,
         "folder_lines": list(zip(*(page_data.headline_lines(each) for each in evaluations), strict=True)),
@@ -206,8 +206,8 @@ def _content(
         "runs": runs,
         "run_columns": {m: title for m, title in _RUN_COLUMNS.items() if any(run.last(m) is not None for run in runs)},
         "run_figures": list(zip(runs, drawn.runs, strict=True)),
-        "disagreements": page_data.find_disagreements(evaluation),
-        "confusions": page_data.confusions(evaluation),
+        "disagreements": answer_data.find_disagreements(evaluation),
+        "confusions": answer_data.confusions(evaluation),
         "reproduce": [(place, _reproduction(each.manifest, redact)) for place, each in enumerate(evaluations)],
     }
     return {**content, "sections": _sections(content)}

@@ -14,9 +14,9 @@ from saro.evaluate.outcomes import UNJUDGED, judge_outcome
 from saro.evaluate.suite import Item
 from saro.files import atomic_folder
 from saro.program import as_list, positional
+from saro.report.answer_data import LABELS, RULES
 from saro.report.evaluation_files import Evaluation, Row, read_evaluation
 from saro.report.page import Report, make_report
-from saro.report.page_data import LABELS, RULES
 from saro.report.training_files import read_training_run
 
 
