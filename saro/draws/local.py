@@ -267,8 +267,10 @@ def _load(
         return load_policy(source, replace(options, dtype=str(dtype).removeprefix("torch.")), device, seed=0)
     if is_plain:
         return load_plain(source, options, device, dtype)
-    # The base has the dtype that it was trained in: only the sum is rounded to the new one.
-    merged = merge_adapter(load_policy(source, options, device, seed=0), source.config, dtype)
+    # The base has the dtype that it was trained in: only the sum is rounded to the new one. Fused layers would look for the
+    # adapter in each forward after the merge.
+    policy = load_policy(source, replace(options, fused_lora=False), device, seed=0)
+    merged = merge_adapter(policy, source.config, dtype)
     return inference_policy(merged.to(device), options)
 
 
