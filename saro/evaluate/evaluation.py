@@ -18,7 +18,7 @@ from saro.draws.request import Draw, Generator, Request, Sampling
 from saro.draws.store import DrawStore
 from saro.errors import SaroError
 from saro.evaluate.attacks import NO_ATTACK, read_attacks
-from saro.evaluate.contamination import find_contaminated
+from saro.evaluate.contamination import check_contamination, find_contamination, find_training_data
 from saro.evaluate.evaluation_folder import EvaluationFolder, make_manifest
 from saro.evaluate.foreign_answers import read_foreign_answers
 from saro.evaluate.judge import check_abstentions, check_not_self, judge_answers, read_judge
@@ -66,7 +66,7 @@ def evaluate(options: Options, runtime: Runtime) -> dict[str, Any] | None:
     sampling = Sampling(options.max_tokens, options.temperature)
     asked = {subject.name: ask(subject, questions, sampling) for subject in subjects}
     answers = read_foreign_answers(as_list(options.answers), by_id, attacks, [s.name for s in subjects])
-    contaminated = find_contaminated(subjects, items, options.allow_contaminated)
+    contaminated, threats = _find_contaminated(subjects, items, options.allow_contaminated)
     folder = EvaluationFolder.open(options, runtime.is_main)
 
     with DrawStore.open(_find_store(options.store)) as store:
@@ -124,9 +124,10 @@ def evaluate(options: Options, runtime: Runtime) -> dict[str, Any] | None:
         limits={subject.name: options.max_tokens for subject in subjects},
         templates={s.name: s.describe()["template"] for s in subjects if s.chat is not None},
         contaminated=contaminated,
+        threats=threats,
     )
     scores = make_scores(items, answers, verdicts, read_labels(folder.path / "labels.jsonl"), context)
-    folder.write_scores(scores)
+    folder.write_json("scores.json", scores)
     return scores
 
 
@@ -143,6 +144,32 @@ def _check_one_machine(runtime: Runtime) -> None:
     """Raise SaroError if ranks run on several machines: the store of draws is a file of one."""
     if runtime.processes > int(os.environ.get("LOCAL_WORLD_SIZE", runtime.processes)):
         raise SaroError("an evaluation runs on one machine; start it there, with one process for each GPU")
+
+
+def _find_contaminated(
+    subjects: Sequence[Subject], items: Sequence[Item], allow: bool
+) -> tuple[dict[str, list[str]], list[dict[str, str]]]:
+    """Return the prompts that each model was trained on, "suite/item", and what could not be found out.
+
+    Raises:
+        SaroError: there are such prompts, and they are not allowed.
+    """
+    contaminated: dict[str, list[str]] = {}
+    threats = []
+    for subject in subjects:
+        if subject.manifest is None:
+            continue
+        data = find_training_data(subject.manifest)
+        found = find_contamination(items, data.prompts())
+        check_contamination(subject.name, found, allow)
+        contaminated[subject.name] = [f"{one.suite}/{one.item}" for one in found]
+        if data.unknown:
+            text = (
+                f"{subject.name} was also trained on {', '.join(data.unknown)}, which are gone or have changed: "
+                "whether they hold prompts of the suites is unknown."
+            )
+            threats.append({"id": f"training-data-unknown/{subject.name}", "text": text})
+    return contaminated, threats
 
 
 def _find_store(name: str | None) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import shlex
 import sys
@@ -72,9 +73,7 @@ class EvaluationFolder:
                 f"{self.path}: another process evaluates in this folder; wait for it, or give another one with --output"
             ) from error
         self._check_nothing_removed(manifest)
-        with atomic_write(self.path / "manifest.json") as file:
-            json.dump(manifest, file, indent=2, ensure_ascii=False)
-            file.write("\n")
+        self.write_json("manifest.json", manifest)
         self.write_rows("items.jsonl", items)
 
     def _check_nothing_removed(self, manifest: Mapping[str, Any]) -> None:
@@ -95,11 +94,12 @@ class EvaluationFolder:
         if self.is_main:
             write_rows(self.path / name, rows)
 
-    def write_scores(self, scores: Mapping[str, Any]) -> None:
-        """Write scores.json, on rank 0."""
+    def write_json(self, name: str, content: Mapping[str, Any]) -> None:
+        """Write a JSON file of the folder, on rank 0. Like all files of the folder, only its owner can read it."""
         if self.is_main:
-            with atomic_write(self.path / "scores.json") as file:
-                json.dump(scores, file, indent=1, ensure_ascii=False, allow_nan=False)
+            with atomic_write(self.path / name) as file:
+                os.chmod(file.name, 0o600)
+                json.dump(content, file, indent=1, ensure_ascii=False, allow_nan=False)
                 file.write("\n")
 
 
