@@ -22,6 +22,8 @@ from saro.files import file_hash
 from saro.manifest import read_manifest
 
 WORDS = 13
+# Files of trained models: an adapter's config, and the note of `saro export`.
+_TRAINED = ("adapter_config.json", "export.json")
 # Chinese characters and Japanese syllables are words of their own, because nothing separates words there.
 _CJK = "\u3040-\u30ff\u3400-\u9fff"
 _WORD = re.compile(rf"[{_CJK}]|[^\W_{_CJK}]+")
@@ -70,7 +72,8 @@ def find_contamination(items: Sequence[Item], training_prompts: Iterable[tuple[s
     by_text: dict[tuple[str, ...], list[int]] = {}
     by_gram: dict[tuple[str, ...], list[int]] = {}
     for i, words in enumerate(texts):
-        by_text.setdefault(tuple(words), []).append(i)
+        if words:
+            by_text.setdefault(tuple(words), []).append(i)
         for gram in set(_grams(words)):
             by_gram.setdefault(gram, []).append(i)
     exact: dict[int, str] = {}
@@ -109,15 +112,18 @@ def find_training_files(model: str | os.PathLike) -> TrainingFiles:
         run = folder.resolve().parent
         manifest = read_manifest(run)
         if manifest is None:
+            if any((folder / name).is_file() for name in _TRAINED):
+                unknown.append(f"{folder}: no manifest lies beside it; evaluate it in the folder of its run")
             break
-        for name, sha256 in _training_hashes(manifest):
+        hashes = _training_hashes(manifest)
+        if not hashes:
+            unknown.append(f"{run.name}: its manifest names no training files")
+        for name, sha256 in hashes:
             file = _find_file(name, sha256, run)
             if isinstance(file, Path):
                 files.append(file)
             else:
                 unknown.append(f"{run.name}: {name} {file}")
-        if not _training_hashes(manifest):
-            unknown.append(f"{run.name}: its manifest names no training files")
         folder = _find_start(manifest, run)
         if folder is None and _started_from_folder(manifest):
             unknown.append(f"{run.name}: {manifest.get('start')}, from which it started, is gone or has changed")
