@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from datetime import date, datetime, time
 from functools import cached_property
 from itertools import takewhile
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jinja2 import TemplateError
@@ -53,8 +53,7 @@ class Prefill:
             raise ValueError("an answer cannot follow reasoning that is not closed")
 
 
-@dataclass(frozen=True)
-class PrefilledPrompt:
+class PrefilledPrompt(NamedTuple):
     """A prompt and the beginning of a response, as token ids.
 
     Attributes:
