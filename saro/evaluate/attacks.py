@@ -133,6 +133,22 @@ def apply_attack(attack: Attack, item: Item) -> Prompted | None:
     return Prompted(item.prompt, attack.prefill)
 
 
+def describe_attacks(attacks: Sequence[Attack]) -> list[dict[str, Any]]:
+    """Return what scores and reports say of attacks: {"id", "kind"}, and "control", "step" and "think_off" where they hold."""
+    controls = {attack.control for attack in attacks}
+    described = []
+    for attack in attacks:
+        entry: dict[str, Any] = {"id": attack.id, "kind": attack.kind}
+        if attack.id in controls:
+            entry["control"] = True
+        if attack.step is not None:
+            entry["step"] = attack.step
+        if attack.prefill is not None and attack.prefill == Prefill("", closed=True):
+            entry["think_off"] = True
+        described.append(entry)
+    return described
+
+
 def prompt_ids(chat: ChatFormat, prompted: Prompted) -> PrefilledPrompt:
     """Return (ids with those of the response's beginning, number of these, is the reasoning open where the model continues).
 

@@ -33,7 +33,7 @@ class ScoreContext:
     Attributes:
         models: names, in the order in which they are compared; the first one is the baseline.
         suites: names of the suites, in order.
-        attacks: one mapping per attack, in order: {"id", "kind", "control"?, "step"?}. Attacks that differ only in
+        attacks: one mapping per attack, in order: {"id", "kind", "control"?, "step"?, "think_off"?}. Attacks that differ only in
             ``step``, and in the number at the end of their id, are the points of one recovery curve.
         judge: name of the main judge.
         gold: result of ``saro judge-check`` for this judge, None if it was never measured.

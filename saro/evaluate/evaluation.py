@@ -17,8 +17,8 @@ from saro.draws.handover import write_requests
 from saro.draws.request import Draw, Generator, Request, Sampling
 from saro.draws.store import DrawStore
 from saro.errors import SaroError
-from saro.evaluate.attacks import NO_ATTACK, read_attacks
-from saro.evaluate.contamination import check_contamination, find_contamination, find_training_data
+from saro.evaluate.attacks import NO_ATTACK, Attack, describe_attacks, read_attacks
+from saro.evaluate.contamination import find_contamination, find_training_files, read_training_prompts
 from saro.evaluate.evaluation_folder import EvaluationFolder, make_manifest
 from saro.evaluate.foreign_answers import read_foreign_answers
 from saro.evaluate.judge import check_abstentions, check_not_self, judge_answers, read_judge
@@ -30,7 +30,7 @@ from saro.evaluate.plan import describe_plan, plan_model
 from saro.evaluate.questions import Asked, ask, choose_items, make_questions, read_answer
 from saro.evaluate.rules import RULES
 from saro.evaluate.scores import ScoreContext, make_scores
-from saro.evaluate.subject import Subject, find_subjects
+from saro.evaluate.subjects import Subject, find_subjects
 from saro.evaluate.suite import Item, read_suite, suite_hash
 from saro.files import cache_dir
 from saro.program import as_list
@@ -54,7 +54,7 @@ def evaluate(options: Options, runtime: Runtime) -> dict[str, Any] | None:
     suites = [choose_items(suite, options.limit, options.seed) for suite in _read_suites(as_list(options.suites))]
     items = [item for suite in suites for item in suite]
     by_id = {(item.suite, item.id): item for item in items}
-    attacks = read_attacks(as_list(options.attacks))
+    attacks = _read_attacks(as_list(options.attacks))
     subjects = find_subjects(options)
     generators = {s.name: s.generator(options.load, runtime.device, runtime.is_main) for s in subjects}
     judge = read_judge(options.judge.name)
@@ -118,7 +118,7 @@ def evaluate(options: Options, runtime: Runtime) -> dict[str, Any] | None:
     context = ScoreContext(
         models=tuple(dict.fromkeys(answer.model for answer in answers)),
         suites=tuple(suite[0].suite for suite in suites),
-        attacks=tuple(attack.describe() for attack in (NO_ATTACK, *attacks)),
+        attacks=describe_attacks((NO_ATTACK, *attacks)),
         judge=judge.name,
         gold=_read_gold(options.judge.gold),
         limits={subject.name: options.max_tokens for subject in subjects},
@@ -140,6 +140,16 @@ def _read_suites(names: Sequence[str]) -> list[list[Item]]:
     return suites
 
 
+def _read_attacks(names: Sequence[str]) -> list[Attack]:
+    attacks: dict[str, Attack] = {}
+    for name in names:
+        for attack in read_attacks(name):
+            if attack.id in attacks:
+                raise SaroError(f"--attacks: two attacks are called {attack.id}; give one of them another id")
+            attacks[attack.id] = attack
+    return list(attacks.values())
+
+
 def _check_one_machine(runtime: Runtime) -> None:
     """Raise SaroError if ranks run on several machines: the store of draws is a file of one."""
     if runtime.processes > int(os.environ.get("LOCAL_WORLD_SIZE", runtime.processes)):
@@ -159,14 +169,20 @@ def _find_contaminated(
     for subject in subjects:
         if subject.manifest is None:
             continue
-        data = find_training_data(subject.manifest)
-        found = find_contamination(items, data.prompts())
-        check_contamination(subject.name, found, allow)
+        training = find_training_files(subject.options.name)
+        prompts = ((f"{record} of {file}", text) for file, record, text in read_training_prompts(training.files))
+        found = find_contamination(items, prompts)
+        if found and not allow:
+            first = found[0]
+            raise SaroError(
+                f"{subject.name}: was trained on {len(found):,} prompts of the suites, such as {first.suite}/{first.item} "
+                f"({first.kind} overlap with {first.record}); leave them out, or give --allow_contaminated"
+            )
         contaminated[subject.name] = [f"{one.suite}/{one.item}" for one in found]
-        if data.unknown:
+        if training.unknown:
             text = (
-                f"{subject.name} was also trained on {', '.join(data.unknown)}, which are gone or have changed: "
-                "whether they hold prompts of the suites is unknown."
+                f"Whether {subject.name} was trained on prompts of the suites is not fully known: "
+                f"{'; '.join(training.unknown)}."
             )
             threats.append({"id": f"training-data-unknown/{subject.name}", "text": text})
     return contaminated, threats

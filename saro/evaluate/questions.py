@@ -10,9 +10,9 @@ from saro.data.chat_format import ChatFormat, PrefilledPrompt
 from saro.draws.request import Draw, Request, Sampling
 from saro.errors import SaroError
 from saro.evaluate.answers import Answer
-from saro.evaluate.attacks import NO_ATTACK, Attack, Prompted, apply_attack, invert
+from saro.evaluate.attacks import NO_ATTACK, Attack, Prompted, apply_attack, invert, prompt_ids
 from saro.evaluate.split import Split, split_answer, split_text
-from saro.evaluate.subject import Subject
+from saro.evaluate.subjects import Subject
 from saro.evaluate.suite import Item
 
 
@@ -108,7 +108,7 @@ def ask(subject: Subject, questions: Sequence[Question], sampling: Sampling) -> 
 
 def _encode(chat: ChatFormat, question: Question) -> PrefilledPrompt:
     try:
-        return chat.prefill_ids(question.prompted.messages, question.prompted.prefill)
+        return prompt_ids(chat, question.prompted)
     except SaroError as error:
         item = question.item
         raise SaroError(f"{item.suite}: item {item.id} under attack {question.attack.id}: {error}") from error

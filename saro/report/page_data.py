@@ -334,8 +334,7 @@ def find_recoveries(evaluation: Evaluation) -> list[Recovery]:
 
 def find_think_off(evaluation: Evaluation) -> str | None:
     """Return the name of the attack that closes the reasoning before it begins; None if there is none."""
-    names = [attack["id"] for attack in evaluation.attacks if attack["kind"] == "prefill"]
-    return next((name for name in names if "empty" in name), None)
+    return next((attack["id"] for attack in evaluation.attacks if attack.get("think_off")), None)
 
 
 def token_lines(evaluation: Evaluation) -> dict[str, list[tuple[str, list[Row | None]]]]:

@@ -28,7 +28,7 @@ HOSTILE = "</script><script>document.title='broken'</script><img src=x onerror=\
 ATTACKS = (
     {"id": "none", "kind": "none"},
     {"id": "neutral-start", "kind": "prefill", "control": True},
-    {"id": "think-empty", "kind": "prefill"},
+    {"id": "think-empty", "kind": "prefill", "think_off": True},
     *({"id": f"steps-{step}", "kind": "prefill", "step": step} for step in (1, 2)),
 )
 
