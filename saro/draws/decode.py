@@ -83,8 +83,8 @@ def continue_texts(
     Greedy tokens are those that a text alone would get, but for rounding. So are drawn ones: the random numbers of a text
     depend on its request only.
 
-    At the peak, memory holds the weights, the cache with ``rows`` times the longest prompt and answer, and either the
-    activations of a pack of prompts (``PACK_TOKENS``) or a few tensors of rows x vocabulary.
+    At the peak, memory holds the weights, the cache with ``rows`` times the longest prompt and answer, one of its layers
+    twice, and either the activations of a pack of prompts (``PACK_TOKENS``) or a few tensors of rows x vocabulary.
 
     Args:
         requests: with ids; without choices.
@@ -94,8 +94,7 @@ def continue_texts(
         on_tokens: called after each forward with the number of new tokens.
     """
     waiting = deque(_Text.of(i, request) for i, request in enumerate(requests))
-    capacity = max((len(t.prompt) + t.sampling.max_tokens for t in waiting), default=0)
-    cache = KeyValueCache(min(rows, len(waiting)), capacity, policy.compute_dtype)
+    cache = KeyValueCache(min(rows, len(waiting)), policy.compute_dtype)
     refill = max(1, int(cache.rows * _REFILL_SHARE))
     done: dict[int, Continuation] = {}
     active: list[_Text] = []  # text i is in row i of the cache

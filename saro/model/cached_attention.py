@@ -24,24 +24,23 @@ from saro.model.policy import Policy
 CACHED = "saro_cached"
 # Most tokens of a forward that reads prompts, to bound its memory. A longer prompt has a forward of its own.
 PACK_TOKENS = 4096
-# Lengths of the attended keys are multiples of this: CUDA's products are faster on aligned rows.
-_ALIGNMENT = 8
+# The cache is a multiple of this long. Smaller blocks are copied more often; larger ones attend to more that is masked.
+BLOCK_TOKENS = 64
 
 
 class KeyValueCache:
     """Keys and values of the tokens of several texts, one row a text, for all layers.
 
-    A layer's tensors are allocated when its first keys come, whole. They hold zeros where nothing was written: what lies
-    behind a mask must be a number.
+    Its tensors are as long as the texts need, in blocks: bfloat16 products on a CPU would copy a slice of longer ones in
+    each step. They hold zeros where nothing was written, because what lies behind a mask must be a number.
 
     Args:
         rows: number of texts.
-        capacity: longest text, in tokens.
     """
 
-    def __init__(self, rows: int, capacity: int, dtype: torch.dtype) -> None:
+    def __init__(self, rows: int, dtype: torch.dtype) -> None:
         self.rows = rows
-        self.capacity = -(-capacity // _ALIGNMENT) * _ALIGNMENT
+        self.capacity = 0
         self.dtype = dtype
         self.layers: list[tuple[torch.Tensor, torch.Tensor]] = []  # keys and values, each (rows, G, capacity, D)
 
@@ -57,15 +56,35 @@ class KeyValueCache:
             self.layers.append((keys, values))
         return self.layers[index]
 
+    def make_room(self, length: int) -> None:
+        """Grow to texts of ``length`` tokens."""
+        if length > self.capacity:
+            self._resize(length)
+
+    def fit(self, length: int) -> None:
+        """Grow or shrink to texts of ``length`` tokens, of which none is longer. It shrinks if that frees a quarter."""
+        if not 0.75 * self.capacity < _in_blocks(length) <= self.capacity:
+            self._resize(length)
+
     def move(self, source: int, target: int, length: int) -> None:
         """Copy the first ``length`` tokens of a row over another row."""
         for keys, values in self.layers:
             keys[target, :, :length] = keys[source, :, :length]
             values[target, :, :length] = values[source, :, :length]
 
-    def bytes(self) -> int:
-        """Return the size of what is allocated."""
-        return sum(x.nbytes for layer in self.layers for x in layer)
+    def _resize(self, length: int) -> None:
+        kept = min(self.capacity, _in_blocks(length))
+        self.capacity = _in_blocks(length)
+        for i, layer in enumerate(self.layers):
+            # One layer after the other, so that only one exists twice.
+            resized = [x.new_zeros(*x.shape[:2], self.capacity, x.shape[3]) for x in layer]
+            for new, old in zip(resized, layer, strict=True):
+                new[:, :, :kept] = old[:, :, :kept]
+            self.layers[i] = (resized[0], resized[1])
+
+
+def _in_blocks(length: int) -> int:
+    return -(-length // BLOCK_TOKENS) * BLOCK_TOKENS
 
 
 def cache_bytes_per_token(config: PretrainedConfig, dtype: torch.dtype) -> int:
@@ -117,13 +136,11 @@ class _Step:
 
     Attributes:
         positions: (n,) number of tokens that each row has already.
-        longest: the greatest of them.
         calls: number of attention calls so far.
     """
 
     cache: KeyValueCache
     positions: torch.Tensor
-    longest: int
     calls: int = 0
     _masks: dict[int | None, torch.Tensor] = field(default_factory=dict)
 
@@ -156,19 +173,19 @@ class _Step:
         return output.reshape(1, rows, -1, output.shape[-1]), None  # (1, n, H, D)
 
     def _append(self, key: torch.Tensor, value: torch.Tensor) -> list[torch.Tensor]:
-        """Write the new token of each row; return keys and values of the rows, (n, G, S, D), S the longest length."""
+        """Write the new token of each row; return keys and values of the rows, (n, G, S, D), S the cache's capacity."""
         rows = torch.arange(len(self.positions), device=key.device)
         views = []
         for stored, new in zip(self.cache.layer(self.calls, key, value), (key, value), strict=True):
             stored[rows, :, self.positions] = new[0].transpose(0, 1).to(stored.dtype)  # (n, G, D)
-            views.append(stored[: len(rows), :, : self._length()])
+            views.append(stored[: len(rows)])
         self.calls += 1
         return views
 
     def _mask(self, window: int | None) -> torch.Tensor:
         """Return (n, 1, 1, S): 0 where a row's token attends, -inf elsewhere."""
         if window not in self._masks:
-            k = torch.arange(self._length(), device=self.positions.device)
+            k = torch.arange(self.cache.capacity, device=self.positions.device)
             q = self.positions[:, None]  # (n, 1)
             allowed = k <= q  # (n, S)
             if window is not None:
@@ -176,9 +193,6 @@ class _Step:
             mask = torch.zeros(allowed.shape, device=k.device).masked_fill_(~allowed, float("-inf"))
             self._masks[window] = mask[:, None, None]
         return self._masks[window]
-
-    def _length(self) -> int:
-        return -(-(self.longest + 1) // _ALIGNMENT) * _ALIGNMENT
 
 
 def cached_attention(module, query, key, value, attention_mask, *, plan=None, **options):
@@ -227,6 +241,8 @@ def read_prompts(
         Logits of the token after each prompt, (P, V) float32.
     """
     rows = rows or range(len(prompts))
+    if cache is not None:
+        cache.make_room(max(map(len, prompts)))
     logits = [_read_pack(policy, prompts[start:stop], cache, rows[start:stop]) for start, stop in _cut_packs(prompts)]
     return torch.cat(logits)
 
@@ -244,9 +260,8 @@ def continue_rows(
         Logits of the token after each row, (n, V) float32.
     """
     at = torch.tensor(positions, device=policy.causal_lm.device)
-    step = _Step(cache, at, max(positions))
-    hidden = _decode(policy, tokens, at, step)
-    return policy.next_logits(hidden)
+    cache.fit(max(positions) + 1)
+    return policy.next_logits(_decode(policy, tokens, at, _Step(cache, at)))
 
 
 def _read_pack(
