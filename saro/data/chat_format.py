@@ -292,7 +292,7 @@ class ChatFormat:
         """Return the ids that ``text`` has after ``prompt`` whatever follows it, and the number of its characters that they are.
 
         A token that reaches beyond the text begins at one of a few places in it. Up to there, the text has the ids that it
-        has if it ends there: BPE and unigram models encode the two sides of a boundary of tokens independently. So the
+        has if it ends there: BPE encodes the two sides of a boundary between tokens independently. So the
         ids before the first difference between these cases are the same in all of them.
         """
         ids, starts = self._continue_prompt(prompt, text, "")
@@ -307,7 +307,7 @@ class ChatFormat:
         """Return the places in a text at which a token may begin that reaches beyond its end."""
         places: set[int] = set()
         normalizer = self.tokenizer.backend_tokenizer.normalizer
-        for length in range(1, min(len(text), max(map(len, self._vocabulary))) + 1):
+        for length in range(1, min(len(text), self._longest_token) + 1):
             end = len(text) - length
             suffix = text[end:]
             variants = {suffix} if normalizer is None else {suffix, normalizer.normalize_str(suffix)}
@@ -333,6 +333,10 @@ class ChatFormat:
     @cached_property
     def _vocabulary(self) -> list[str]:
         return sorted(self.tokenizer.get_vocab())
+
+    @cached_property
+    def _longest_token(self) -> int:
+        return max(map(len, self._vocabulary))
 
     @cached_property
     def _puts_space_in_front(self) -> bool:

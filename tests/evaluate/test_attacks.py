@@ -6,12 +6,15 @@ import json
 
 import pytest
 import yaml
-from chat_cases import chat_of
+from chat_cases import DAY, chat_of
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import AutoTokenizer
 
-from saro.data.chat_format import Prefill
-from saro.data.records import Message
+from saro.data.chat_format import ChatFormat, Prefill
+from saro.data.records import Message, read_pairs
+from saro.demo import demo_file
+from saro.demo.fetch_model import demo_model
 from saro.errors import SaroError
 from saro.evaluate.attacks import (
     INVERSES,
@@ -246,6 +249,22 @@ def test_the_ids_of_a_prompt_with_its_beginning():
     ids, prefilled, opened = prompt_ids(chat_of(), Prompted(ITEM.prompt, Prefill("Sure.\n")))
     assert chat_of().tokenizer.decode(ids[-prefilled:]) == "<think>\nSure.\n"
     assert opened
+
+
+@pytest.mark.parametrize("step", [1, 2, 4])
+def test_a_rejected_chain_is_continued_from_the_ids_that_training_has_for_it(attacks, step):
+    (attack,) = attacks(prefill(steps=[step], pairs=demo_file("srpo_heldout")))
+    tokenizer = AutoTokenizer.from_pretrained(demo_model())
+    chat = ChatFormat(tokenizer, frozenset({tokenizer.eos_token_id}), DAY)
+    pairs = [pair for pair in read_pairs(demo_file("srpo_heldout")) if pair.prompt in attack.chains]
+    assert pairs
+    for pair in pairs:
+        ids, _, opened = prompt_ids(chat, apply_attack(attack, Item("suite", "a", pair.prompt, "refuse")))
+        _, rejected = chat.encode_pair(pair)
+        assert rejected.tokens[: len(ids)].tolist() == list(ids)
+        assert opened
+        # Only the line end, which could grow, is left out.
+        assert tokenizer.decode(ids).endswith(pair.rejected.reasoning.split("\n")[step - 1])
 
 
 # Inverses
