@@ -34,7 +34,7 @@ def draw(steps: np.ndarray, margins: np.ndarray, title: str, output: Path) -> No
     try:
         import matplotlib
     except ImportError as error:
-        raise SaroError("the plot needs matplotlib; run: pip install 'saro[bench]'") from error
+        raise SaroError("the plot needs matplotlib; run: pip install 'saro[report]'") from error
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
