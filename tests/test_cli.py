@@ -63,7 +63,10 @@ def option_names(options: type) -> list[str]:
             shown = field.metadata.get("shown", [item.name for item in fields(hint)])
             names += [f"--{field.name}.{name}" for name in shown]
         else:
-            names.append(field.name if field.metadata.get("positional") else f"--{field.name}")
+            # A positional argument is called by its name, or by its choices if it has some.
+            choices = field.metadata.get("choices")
+            positional = f"{{{','.join(choices)}}}" if choices else field.name
+            names.append(positional if field.metadata.get("positional") else f"--{field.name}")
     return names
 
 
