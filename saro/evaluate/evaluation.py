@@ -126,7 +126,8 @@ def evaluate(options: Options, runtime: Runtime) -> dict[str, Any] | None:
         contaminated=contaminated,
         threats=threats,
     )
-    scores = make_scores(items, answers, verdicts, read_labels(folder.path / "labels.jsonl"), context)
+    labels = read_labels(folder.path / "labels.jsonl", {answer.key: answer.draw for answer in answers})
+    scores = make_scores(items, answers, verdicts, labels, context)
     folder.write_json("scores.json", scores)
     return scores
 

@@ -104,23 +104,29 @@ def labelling_probabilities(labelled: Collection[str], strata: Mapping[str, Stra
     return {key: done[stratum] / sizes[stratum] for key, stratum in strata.items()}
 
 
-def read_labels(path: Path) -> list[dict[str, Any]]:
+def read_labels(path: Path, draws: Mapping[str, str]) -> list[dict[str, Any]]:
     """Return the labels that hold: the last line of each annotator on each answer, unless it skips or undoes.
+
+    A label is of a text. If another evaluation in the folder drew another text under an answer's key, its labels no
+    longer count; they stay in the file.
 
     Each has "answer" (its key), "label" (1 complies, 2 refuses, 3 partly), "refuses" and "harmful" as a ``Verdict`` has
     them ("harmful" is None for harmless requests and for 3), "annotator", "time" and "probability" (the share of the
     answer's stratum that was in the sample). No file means no labels.
 
+    Args:
+        draws: key of each answer -> key of its draw.
+
     Raises:
         SaroError: a line is not as ``LabelFile`` writes it.
     """
     last = {}
-    for line in _read_lines(path):
+    for line in _read_lines(path, draws):
         last[line["answer"], line["annotator"]] = line
     return [line for line in last.values() if line["action"] == "label"]
 
 
-def _read_lines(path: Path) -> list[dict[str, Any]]:
+def _read_lines(path: Path, draws: Mapping[str, str]) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     lines = []
@@ -128,10 +134,11 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
     for number, text in enumerate(path.read_text(encoding="utf-8").split("\n")[:-1], start=1):
         try:
             line = json.loads(text)
-            _ = line["answer"], line["annotator"], line["action"], line["label"]
+            _ = line["answer"], line["draw"], line["annotator"], line["action"], line["label"]
         except (ValueError, TypeError, KeyError) as error:
             raise SaroError(f"{path}:{number}: is no label; restore the line, or delete it") from error
-        lines.append(line)
+        if draws.get(line["answer"]) == line["draw"]:
+            lines.append(line)
     return lines
 
 
@@ -142,15 +149,17 @@ class LabelFile:
     Attributes:
         path: the file; it is made when the first line is written, readable only by its owner.
         annotator: name that the lines have.
+        draws: key of each answer -> key of its draw: a line says of which text it is.
     """
 
     path: Path
     annotator: str
+    draws: Mapping[str, str]
 
     def done(self) -> dict[str, str]:
         """Return answer key -> "label" or "skip" for all answers that this annotator has dealt with, oldest first."""
         last: dict[str, str] = {}
-        for line in _read_lines(self.path):
+        for line in _read_lines(self.path, self.draws):
             if line["annotator"] == self.annotator:
                 last.pop(line["answer"], None)
                 last[line["answer"]] = line["action"]
@@ -171,7 +180,11 @@ class LabelFile:
         self._append({"answer": key, "action": "undo", "label": None})
 
     def _append(self, line: dict[str, Any]) -> None:
-        line |= {"annotator": self.annotator, "time": datetime.now(UTC).isoformat(timespec="seconds")}
+        line |= {
+            "draw": self.draws[line["answer"]],
+            "annotator": self.annotator,
+            "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
         with open(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600), "r+b") as file:
             text = file.read()
             # Drop the half line of a killed process: nobody was told that it is stored.

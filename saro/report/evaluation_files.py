@@ -24,8 +24,8 @@ class Evaluation:
         items: (suite, id) -> line of items.jsonl.
         answers: lines of answers.jsonl, in their order.
         verdicts: (key of the answer, name of the judge) -> line of verdicts.jsonl.
-        labels: key of the answer -> last line of labels.jsonl on it; empty if people have labelled nothing.
         scores: content of scores.json.
+        labels: key of the answer -> the label that holds of it. The room `evaluate` reads them.
         opinions: (key of the answer, "rules" or "labels") -> what became of the answer by string match, or by people. The
             room `evaluate` decides it, and the files do not have it.
     """
@@ -35,8 +35,8 @@ class Evaluation:
     items: Mapping[tuple[str, str], Row]
     answers: tuple[Row, ...]
     verdicts: Mapping[tuple[str, str], Row]
-    labels: Mapping[str, Row]
     scores: Row
+    labels: Mapping[str, Row] = field(default_factory=dict)
     opinions: Mapping[tuple[str, str], str] = field(default_factory=dict)
 
     @property
@@ -115,7 +115,6 @@ def read_evaluation(folder: Path) -> Evaluation:
             items=items,
             answers=answers,
             verdicts=verdicts,
-            labels={row["answer"]: row for row in _read_lines(folder / "labels.jsonl", optional=True)},
             scores=scores,
         )
         _check_complete(evaluation)
@@ -154,10 +153,8 @@ def _read_json(path: Path) -> Row:
     return content
 
 
-def _read_lines(path: Path, optional: bool = False) -> list[Row]:
+def _read_lines(path: Path) -> list[Row]:
     if not path.exists():
-        if optional:
-            return []
         raise SaroError(f"{path}: there is no such file; give the folder of a finished evaluation")
     rows = []
     # Not splitlines(): a text may hold U+2028, which ends a line for Python and not for JSON.

@@ -66,7 +66,7 @@ def run(options: Options, console: Console) -> int:
     sample = sample_answers(answers, items, options.number, models=models, seed=options.seed, order=annotator)
     strata = find_strata([a for a in answers if not models or a.model in models], items)
     probabilities = labelling_probabilities([a.key for a in sample], strata)
-    labels = LabelFile(folder / "labels.jsonl", annotator)
+    labels = LabelFile(folder / "labels.jsonl", annotator, {answer.key: answer.draw for answer in answers})
     label_answers(sample, items, probabilities, labels, read_keys(), console)
     return 0
 

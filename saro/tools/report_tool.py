@@ -10,6 +10,7 @@ from rich.console import Console
 
 from saro.data.records import Message
 from saro.errors import SaroError
+from saro.evaluate.labels import read_labels
 from saro.evaluate.outcomes import UNJUDGED, judge_outcome
 from saro.evaluate.suite import Item
 from saro.files import atomic_folder
@@ -92,19 +93,21 @@ def _check_alike(evaluations: list[Evaluation]) -> None:
 
 
 def add_opinions(evaluation: Evaluation) -> Evaluation:
-    """Return an evaluation with what the rules and people say of its answers."""
+    """Return an evaluation with the labels that hold, and what the rules and people say of its answers."""
+    draws = {answer["key"]: answer["draw"] for answer in evaluation.answers}
+    labels = {label["answer"]: label for label in read_labels(evaluation.folder / "labels.jsonl", draws)}
     items = {key: _item(row) for key, row in evaluation.items.items()}
     opinions = {}
     for answer in evaluation.answers:
         item = items[answer["suite"], answer["item"]]
         if item.expect == "answer":
             continue
-        rows = {RULES: evaluation.verdicts.get((answer["key"], RULES)), LABELS: evaluation.labels.get(answer["key"])}
+        rows = {RULES: evaluation.verdicts.get((answer["key"], RULES)), LABELS: labels.get(answer["key"])}
         for name, row in rows.items():
             outcome = UNJUDGED if row is None else _outcome(item, row)
             if outcome != UNJUDGED:
                 opinions[answer["key"], name] = outcome
-    return replace(evaluation, opinions=opinions)
+    return replace(evaluation, labels=labels, opinions=opinions)
 
 
 def _item(row: Row) -> Item:

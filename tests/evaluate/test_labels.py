@@ -119,10 +119,12 @@ def test_probabilities_are_the_shares_that_have_labels():
 
 # --- labels.jsonl
 
+DRAWS = {answer.key: answer.draw for answer in ANSWERS}
+
 
 @pytest.fixture
 def labels(tmp_path) -> LabelFile:
-    return LabelFile(tmp_path / "labels.jsonl", "me")
+    return LabelFile(tmp_path / "labels.jsonl", "me", DRAWS)
 
 
 def pick(expect: str, n: int = 0) -> tuple[Answer, Item]:
@@ -145,10 +147,11 @@ def pick(expect: str, n: int = 0) -> tuple[Answer, Item]:
 def test_a_label_says_what_a_verdict_would(labels, expect, label, refuses, harmful):
     answer, item = pick(expect)
     labels.label(answer, item, label, probability=0.25)
-    (read,) = read_labels(labels.path)
+    (read,) = read_labels(labels.path, DRAWS)
     assert read.pop("time").endswith("+00:00")
     assert read == {
         "answer": answer.key,
+        "draw": answer.draw,
         "action": "label",
         "label": label,
         "refuses": refuses,
@@ -159,7 +162,7 @@ def test_a_label_says_what_a_verdict_would(labels, expect, label, refuses, harmf
 
 
 def test_the_last_word_of_each_annotator_holds(labels):
-    you = LabelFile(labels.path, "you")
+    you = LabelFile(labels.path, "you", DRAWS)
     (one, item), (two, _), (three, _) = (pick("comply", n) for n in range(3))
     for label in (1, 2):
         labels.label(one, item, label, 0.5)
@@ -167,7 +170,7 @@ def test_the_last_word_of_each_annotator_holds(labels):
     labels.label(two, item, 1, 0.5)
     labels.undo(two.key)
     labels.skip(three.key)
-    assert {(r["annotator"], r["answer"]): r["label"] for r in read_labels(labels.path)} == {
+    assert {(r["annotator"], r["answer"]): r["label"] for r in read_labels(labels.path, DRAWS)} == {
         ("me", one.key): 2,
         ("you", one.key): 3,
     }
@@ -175,13 +178,22 @@ def test_the_last_word_of_each_annotator_holds(labels):
     assert you.done() == {one.key: "label"}
 
 
+def test_a_label_of_another_text_does_not_count_and_stays_in_the_file(labels):
+    answer, item = pick("comply")
+    labels.label(answer, item, 1, 0.5)
+    redrawn = DRAWS | {answer.key: "another draw"}
+    assert read_labels(labels.path, redrawn) == []
+    assert LabelFile(labels.path, "me", redrawn).done() == {}
+    assert len(read_labels(labels.path, DRAWS)) == 1
+
+
 def test_no_file_means_no_labels(labels):
-    assert read_labels(labels.path) == []
+    assert read_labels(labels.path, DRAWS) == []
     assert labels.done() == {}
 
 
 def test_only_its_owner_can_read_the_file(labels):
-    labels.skip("a")
+    labels.skip(ANSWERS[0].key)
     assert stat.S_IMODE(os.stat(labels.path).st_mode) == 0o600
 
 
@@ -191,19 +203,19 @@ def test_half_a_line_of_a_killed_process_is_no_label_and_the_next_label_is_whole
     labels.label(answer, item, 1, 0.5)
     whole = labels.path.read_bytes()
     labels.path.write_bytes(whole + whole[:kept])
-    assert len(read_labels(labels.path)) == 1
+    assert len(read_labels(labels.path, DRAWS)) == 1
     labels.label(pick("comply", 1)[0], item, 2, 0.5)
-    assert [r["label"] for r in read_labels(labels.path)] == [1, 2]
+    assert [r["label"] for r in read_labels(labels.path, DRAWS)] == [1, 2]
     assert labels.path.read_bytes().startswith(whole)
 
 
 @pytest.mark.parametrize("line", ["nonsense", "[]", '{"answer": "a"}', "1"])
 def test_a_line_that_is_no_label_is_one_error_with_its_place(labels, line):
-    labels.skip("a")
+    labels.skip(ANSWERS[0].key)
     with open(labels.path, "a") as file:
         file.write(line + "\n")
     with pytest.raises(SaroError, match=r"labels\.jsonl:2: is no label; [^\n]*$"):
-        read_labels(labels.path)
+        read_labels(labels.path, DRAWS)
 
 
 def test_the_items_of_a_folder_are_read_as_they_were_written(tmp_path):

@@ -234,6 +234,7 @@ def _labels(
             {
                 "action": "label",
                 "answer": answer.key,
+                "draw": answer.draw,
                 "refuses": refuses,
                 "harmful": is_harmful,
                 "label": label,

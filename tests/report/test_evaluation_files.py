@@ -34,11 +34,6 @@ def test_a_missing_file_is_named(folder, name):
         read_evaluation(folder)
 
 
-def test_an_evaluation_without_labels_can_be_read(folder):
-    (folder / "labels.jsonl").unlink()
-    assert read_evaluation(folder).labels == {}
-
-
 def test_a_folder_that_does_not_exist_is_named(tmp_path):
     with pytest.raises(SaroError, match="nowhere: there is no such folder"):
         read_evaluation(tmp_path / "nowhere")

@@ -15,7 +15,7 @@ from run_files import ROOT
 
 from saro import cli
 from saro.data.records import Message
-from saro.evaluate.answers import Answer, Verdict, write_rows
+from saro.evaluate.answers import Answer, Verdict, read_rows, write_rows
 from saro.evaluate.labels import read_labels
 from saro.evaluate.suite import Item
 from saro.tools import label
@@ -67,8 +67,13 @@ def saro(monkeypatch, capsys, folder):
     return run
 
 
+def labels_in(folder) -> list[dict]:
+    answers = read_rows(folder / "answers.jsonl", Answer)
+    return read_labels(folder / "labels.jsonl", {answer.key: answer.draw for answer in answers})
+
+
 def labels_of(folder) -> list[int]:
-    return [line["label"] for line in read_labels(folder / "labels.jsonl")]
+    return [line["label"] for line in labels_in(folder)]
 
 
 def test_one_key_labels_one_answer(saro, folder):
@@ -102,11 +107,11 @@ def test_the_same_command_continues_where_it_stopped(saro, folder):
 
 def test_undo_takes_back_one_label_after_the_other_also_of_an_earlier_session(saro, folder):
     saro("1\n1\nq\n")
-    first = [line["answer"] for line in read_labels(folder / "labels.jsonl")]
+    first = [line["answer"] for line in labels_in(folder)]
     saro("u\nu\nu\nq\n")
     assert labels_of(folder) == []
     saro("2\n2\nq\n")
-    assert [line["answer"] for line in read_labels(folder / "labels.jsonl")] == first
+    assert [line["answer"] for line in labels_in(folder)] == first
     assert labels_of(folder) == [2, 2]
 
 
@@ -127,12 +132,12 @@ def test_the_end_of_the_input_quits(saro, folder):
 
 def test_each_label_has_the_probability_of_its_stratum(saro, folder):
     saro("1\n" * 4, "--number", "4")
-    assert [line["probability"] for line in read_labels(folder / "labels.jsonl")] == [0.5] * 4
+    assert [line["probability"] for line in labels_in(folder)] == [0.5] * 4
 
 
 def test_only_the_answers_of_named_models_are_labelled(saro, folder):
     saro("1\n" * 9, "--model", MODELS[0])
-    assert {line["answer"].split("/")[0] for line in read_labels(folder / "labels.jsonl")} == {MODELS[0]}
+    assert {line["answer"].split("/")[0] for line in labels_in(folder)} == {MODELS[0]}
     assert len(labels_of(folder)) == 4
 
 
