@@ -29,7 +29,7 @@ from saro.program import progress_bar
 # Part of every key: increase it when a change of the engine changes the texts that it draws by more than rounding.
 ENGINE_VERSION = 1
 # Requests of a group, in batches: all rows are busy until the last of them, and what a kill costs stays small.
-_BATCHES_PER_GROUP = 4
+_BATCHES_PER_GROUP = 2
 # Share of the free memory that the cache may take. The rest is for activations and logits.
 _CACHE_SHARE = 0.7
 

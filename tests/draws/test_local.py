@@ -45,11 +45,11 @@ def ids_of(draws):
 
 
 def test_every_request_gets_its_draw_in_groups_cut_in_order(tiny_model):
-    generator = generator_of(tiny_model(), batch=1)
+    generator = generator_of(tiny_model(), batch=2)
     groups = list(generator.draw(REQUESTS))
     assert generator.group_size == 4
     assert [[i for i, _ in group] for group in groups] == [[0, 1, 2, 3], [4, 5, 6]]
-    expected = continue_texts(load(tiny_model(), "full"), REQUESTS, STOPS, 1)
+    expected = continue_texts(load(tiny_model(), "full"), REQUESTS, STOPS, 2)
     drawn = [draw for group in groups for _, draw in group]
     assert [(d.ids, d.finish) for d in drawn] == [(text.ids, text.finish) for text in expected]
     assert [d.usage for d in drawn] == [
@@ -70,7 +70,7 @@ def test_the_order_does_not_depend_on_how_requests_come(tiny_model):
 
 def test_after_an_interruption_the_groups_are_those_that_were_left(tiny_model):
     """In bfloat16, where a text depends on its neighbours by rounding, the texts are therefore the same."""
-    generator = generator_of(tiny_model(), batch=1, dtype="bfloat16")
+    generator = generator_of(tiny_model(), batch=2, dtype="bfloat16")
     requests = [REQUESTS[i] for i in generator.order(REQUESTS)] * 2
     requests = [replace(r, number=i) for i, r in enumerate(requests)]
     whole = draw_all(generator, requests)
@@ -201,7 +201,7 @@ def test_out_of_memory_halves_the_batch_and_nothing_is_lost(tiny_model, monkeypa
     assert ids_of(draw_all(generator, REQUESTS)) == expected
     assert ids_of(draw_all(generator, REQUESTS)) == expected
     assert tried == [4, 2, 2]
-    assert generator.group_size == 16
+    assert generator.group_size == 8
 
 
 @pytest.mark.parametrize(("batch", "rows"), [(4, 1), (1, 0)])
