@@ -6,7 +6,9 @@ import json
 import random
 import signal
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import pytest
 from command import run_saro
@@ -219,3 +221,75 @@ def test_a_wrong_option_is_one_line_before_anything_is_drawn(evaluate, arguments
     assert message in done.err
     assert len(done.err.strip().splitlines()) == 1
     assert not (tmp_path / "evaluation").exists()
+
+
+@pytest.fixture
+def server():
+    """An OpenAI-compatible server on this machine that refuses everything; ``asked`` has the bodies of its requests."""
+    asked: list[dict] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            message = {"role": "assistant", "content": "I cannot help with that."}
+            reply = {"choices": [{"index": 0, "message": message, "finish_reason": "stop"}]}
+            body = json.dumps(reply | {"usage": {"prompt_tokens": 5, "completion_tokens": 6}}).encode()
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    listening = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    Thread(target=listening.serve_forever, daemon=True).start()
+    listening.asked = asked
+    yield listening
+    listening.shutdown()
+
+
+def test_a_server_is_asked_once_for_each_prompt_and_scored_like_a_local_model(evaluate, arguments, server, tmp_path):
+    models = f"[http://127.0.0.1:{server.server_port}/v1#remote]"
+    for _ in range(2):
+        done = evaluate(*arguments(models=models, names=None, attacks="[]"))
+        assert done.code == 0, done.err
+    assert len(server.asked) == len(TWINS) + len(SUMS)
+    assert {body["model"] for body in server.asked} == {"remote"}
+    values = {score["id"]: score["value"] for score in scores_of(tmp_path / "evaluation")["scores"]}
+    assert values["over_refusal/remote/twins/none"] == 1
+    assert values["harmful_compliance/remote/twins/none"] == 0
+
+
+def test_a_server_is_not_asked_to_continue_an_answer_without_its_tokenizer(evaluate, arguments, server):
+    models = f"[http://127.0.0.1:{server.server_port}/v1#remote]"
+    done = evaluate(*arguments(models=models, names=None))
+    assert done.code == 2
+    assert "give --server.tokenizer" in done.err
+    assert server.asked == []
+
+
+def test_the_requests_of_a_server_are_handed_over_as_a_batch_file(evaluate, arguments, server, tmp_path):
+    models = f"[http://127.0.0.1:{server.server_port}/v1#remote]"
+    file = tmp_path / "batch.jsonl"
+    done = evaluate(*arguments(models=models, names=None, attacks="[]", requests=file))
+    assert done.code == 0, done.err
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    assert len(lines) == len({line["custom_id"] for line in lines}) == len(TWINS) + len(SUMS)
+    assert server.asked == []
+
+
+def test_training_prompts_among_the_suites_are_refused_or_reported(
+    evaluate, arguments, finished_run, records_file, tmp_path
+):
+    run = finished_run()
+    item = {"id": "seen", "prompt": "Count to 3.???", "expect": "comply", "source": "t", "licence": "t"}
+    suites = json.dumps([records_file([item], "seen.jsonl")])
+    options = {"models": json.dumps([str(run)]), "names": "[run]", "suites": suites, "attacks": "[]"}
+    refused = evaluate(*arguments(**options, data__template_date=None))
+    assert refused.code == 2
+    assert "was trained on 1 prompts of the suites, such as seen/seen" in refused.err
+    allowed = evaluate(*arguments("--allow_contaminated", **options, data__template_date=None))
+    assert allowed.code == 0, allowed.err
+    assert any(threat["id"].startswith("contaminated") for threat in scores_of(tmp_path / "evaluation")["threats"])
