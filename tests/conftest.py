@@ -18,6 +18,7 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 import pytest
 import torch
 from accelerate import Accelerator
+from hypothesis import settings
 from sets import with_other_prompts
 from tiny import save_tiny_model
 
@@ -26,6 +27,10 @@ from saro.data.dataset import encode_pair_files
 from saro.distributed.runtime import Runtime
 from saro.model.load import load_policy
 from saro.model.source import find_model
+
+# No test depends on time: by default hypothesis fails an example that takes 200 ms, as on a busy machine.
+settings.register_profile("saro", deadline=None)
+settings.load_profile("saro")
 
 
 @pytest.fixture

@@ -17,7 +17,9 @@ from saro.draws.store import DrawStore
 ROOT = Path(__file__).parents[2]
 
 WAITING = """
-import sys
+import signal, sys
+# A shell starts background jobs with SIGINT ignored, and children inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.path.insert(0, "tests/helpers")
 from draw_cases import chat_request
 from saro.draws.draw_all import draw_missing
