@@ -130,8 +130,14 @@ class DrawStore:
             self._connection.execute(f"PRAGMA user_version = {_VERSION}")
 
     def _check_version(self) -> None:
-        application, version = self._read_pragma("application_id"), self._read_pragma("user_version")
-        has_tables = self._connection.execute("SELECT 1 FROM sqlite_master LIMIT 1").fetchone() is not None
+        # In one transaction: another process may make the tables between two statements.
+        self._connection.execute("BEGIN")
+        try:
+            application, version = self._read_pragma("application_id"), self._read_pragma("user_version")
+            has_tables = self._connection.execute("SELECT 1 FROM sqlite_master LIMIT 1").fetchone() is not None
+        finally:
+            if self._connection.in_transaction:
+                self._connection.execute("ROLLBACK")
         if application != _APPLICATION and (has_tables or application or version):
             raise SaroError(f"{self.path}: is not a store of draws; give another path")
         if version > _VERSION:

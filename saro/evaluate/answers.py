@@ -57,8 +57,8 @@ class Answer:
 
     @property
     def has_answer(self) -> bool:
-        """True if there is a text to judge."""
-        return bool(self.answer.strip())
+        """True if there is a text to judge, of which the model wrote at least a part."""
+        return bool(self.answer.strip()) and self.state != "empty"
 
 
 @dataclass(frozen=True)

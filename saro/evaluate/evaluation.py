@@ -17,6 +17,7 @@ from saro.draws.handover import write_requests
 from saro.draws.request import Draw, Generator, Request, Sampling
 from saro.draws.store import DrawStore
 from saro.errors import SaroError
+from saro.evaluate.answers import Answer
 from saro.evaluate.attacks import NO_ATTACK, Attack, describe_attacks, read_attacks
 from saro.evaluate.contamination import find_contamination, find_training_files, read_training_prompts
 from saro.evaluate.evaluation_folder import EvaluationFolder, make_manifest
@@ -51,7 +52,8 @@ def evaluate(options: Options, runtime: Runtime) -> dict[str, Any] | None:
     """
     # 1. Find what is asked, of whom, and who judges. No weights are read yet, and all that can be wrong is said here.
     _check_one_machine(runtime)
-    suites = [choose_items(suite, options.limit, options.seed) for suite in _read_suites(as_list(options.suites))]
+    whole_suites = _read_suites(as_list(options.suites))
+    suites = [choose_items(suite, options.limit, options.seed) for suite in whole_suites]
     items = [item for suite in suites for item in suite]
     by_id = {(item.suite, item.id): item for item in items}
     attacks = _read_attacks(as_list(options.attacks))
@@ -65,13 +67,25 @@ def evaluate(options: Options, runtime: Runtime) -> dict[str, Any] | None:
     questions = make_questions(suites, attacks, options.draws, options.attack_items, options.seed)
     sampling = Sampling(options.max_tokens, options.temperature)
     asked = {subject.name: ask(subject, questions, sampling) for subject in subjects}
-    answers = read_foreign_answers(as_list(options.answers), by_id, attacks, [s.name for s in subjects])
+    names = [subject.name for subject in subjects]
+    known = {(item.suite, item.id) for suite in whole_suites for item in suite}
+    foreign = read_foreign_answers(as_list(options.answers), by_id, known, attacks, names)
+    gold = _read_gold(options.judge.gold, judge, judge_model)
     contaminated, threats = _find_contaminated(subjects, items, options.allow_contaminated)
     folder = EvaluationFolder.open(options, runtime.is_main)
 
     with DrawStore.open(_find_store(options.store)) as store:
         if options.plan:
-            plans = [plan_model(store, s.name, generators[s.name].identity, asked[s.name]) for s in subjects]
+            plans = [
+                plan_model(
+                    store,
+                    subject.name,
+                    generators[subject.name].identity,
+                    asked[subject.name],
+                    1 if subject.server is None else subject.server.concurrency,
+                )
+                for subject in subjects
+            ]
             for line in describe_plan(plans, items):
                 runtime.say(line)
             return None
@@ -89,6 +103,7 @@ def evaluate(options: Options, runtime: Runtime) -> dict[str, Any] | None:
         folder.begin(manifest, items)
 
         # 2. Draw what the store lacks, one model after the other, on all ranks.
+        answers: list[Answer] = []
         for subject in subjects:
             generator = generators.pop(subject.name)
             requests = [one.request for one in asked[subject.name]]
@@ -98,6 +113,7 @@ def evaluate(options: Options, runtime: Runtime) -> dict[str, Any] | None:
             # The model's weights are freed before the next one's are read.
             del generator
             gc.collect()
+        answers += foreign
         folder.write_rows("answers.jsonl", answers)
 
         # 3. Judge. The rules always give a second opinion.
@@ -120,11 +136,11 @@ def evaluate(options: Options, runtime: Runtime) -> dict[str, Any] | None:
         suites=tuple(suite[0].suite for suite in suites),
         attacks=describe_attacks((NO_ATTACK, *attacks)),
         judge=judge.name,
-        gold=_read_gold(options.judge.gold),
+        gold=gold,
         limits={subject.name: options.max_tokens for subject in subjects},
         templates={s.name: s.describe()["template"] for s in subjects if s.chat is not None},
         contaminated=contaminated,
-        threats=threats,
+        threats=[*threats, *_find_incomplete(foreign, items)],
     )
     labels = read_labels(folder.path / "labels.jsonl", {answer.key: answer.draw for answer in answers})
     scores = make_scores(items, answers, verdicts, labels, context)
@@ -168,7 +184,7 @@ def _find_contaminated(
     contaminated: dict[str, list[str]] = {}
     threats = []
     for subject in subjects:
-        if subject.manifest is None:
+        if subject.source is None:
             continue
         training = find_training_files(subject.options.name)
         prompts = ((f"{record} of {file}", text) for file, record, text in read_training_prompts(training.files))
@@ -253,11 +269,34 @@ def _draw(
     return [stored[key] for key in keys]
 
 
-def _read_gold(name: str | None) -> Mapping[str, Any] | None:
-    """Return the figures that `saro judge-check` wrote."""
+def _read_gold(name: str | None, judge: JudgeSpec, model: JudgeModel | None) -> Mapping[str, Any] | None:
+    """Return the figures that `saro judge-check` wrote of this judge.
+
+    Raises:
+        SaroError: it is no such file, or one of another judge, or of another model or version of this one.
+    """
     if name is None:
         return None
     try:
-        return json.loads(Path(name).read_text(encoding="utf-8"))["agreement"]
+        gold = json.loads(Path(name).read_text(encoding="utf-8"))
+        measured, figures = (gold["judge"], gold["judge_hash"]), gold["agreement"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SaroError(f"--judge.gold {name}: is not a file that `saro judge-check` wrote; give its output") from error
+    spec = judge if model is None else judge.with_model(model.generator.identity)
+    if measured != (spec.name, spec.hash):
+        raise SaroError(
+            f"--judge.gold {name}: measures {measured[0]}, with other patterns, prompts or another model than this judge "
+            f"{spec.name}; run saro judge-check again"
+        )
+    return figures
+
+
+def _find_incomplete(foreign: Sequence[Answer], items: Sequence[Item]) -> list[dict[str, str]]:
+    """Return a threat for each model whose answers were made elsewhere and lack some of the prompts."""
+    threats = []
+    for model in dict.fromkeys(answer.model for answer in foreign):
+        answered = {(a.suite, a.item) for a in foreign if a.model == model and a.attack == NO_ATTACK.id}
+        if len(answered) < len(items):
+            text = f"{model} answers only {len(answered):,} of {len(items):,} prompts: its rates are of other prompts."
+            threats.append({"id": f"incomplete/{model}", "text": text})
+    return threats

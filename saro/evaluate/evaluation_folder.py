@@ -65,14 +65,20 @@ class EvaluationFolder:
         """
         if not self.is_main:
             return
-        self.path.mkdir(parents=True, exist_ok=True)
         try:
+            self.path.mkdir(parents=True, exist_ok=True)
             self.lock.acquire(timeout=0)
         except Timeout as error:
             raise SaroError(
                 f"{self.path}: another process evaluates in this folder; wait for it, or give another one with --output"
             ) from error
+        except OSError as error:
+            raise SaroError(
+                f"{self.path}: cannot be made ({error.strerror}); give another folder with --output"
+            ) from error
         self._check_nothing_removed(manifest)
+        # The scores of an earlier evaluation must not stand beside other answers, whenever this one is stopped.
+        (self.path / "scores.json").unlink(missing_ok=True)
         self.write_json("manifest.json", manifest)
         self.write_rows("items.jsonl", items)
 
@@ -109,8 +115,9 @@ def read_evaluation(folder: Path) -> dict[str, Any] | None:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    is_one = isinstance(manifest, dict) and manifest.keys() >= {"saro", "evaluation", "models", "suites", "attacks"}
-    return manifest if is_one else None
+    parts = ("models", "suites", "attacks")
+    is_one = isinstance(manifest, dict) and manifest.keys() >= {"saro", "evaluation", *parts}
+    return manifest if is_one and all(isinstance(manifest[part], dict) for part in parts) else None
 
 
 def make_manifest(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from saro.config import THINK_TAGS
@@ -19,7 +19,11 @@ _FIELDS = frozenset({"suite", "item", "attack", "number", "text", "finish"})
 
 
 def read_foreign_answers(
-    files: Sequence[str], items: Mapping[tuple[str, str], Item], attacks: Sequence[Attack], taken: Sequence[str]
+    files: Sequence[str],
+    items: Mapping[tuple[str, str], Item],
+    known: Collection[tuple[str, str]],
+    attacks: Sequence[Attack],
+    taken: Sequence[str],
 ) -> list[Answer]:
     """Return the answers of JSONL files, one model each, named by the file.
 
@@ -29,6 +33,7 @@ def read_foreign_answers(
 
     Args:
         items: the items that are evaluated, by (suite, id).
+        known: (suite, id) of all items of the suites.
         taken: names that other models have.
 
     Raises:
@@ -42,7 +47,7 @@ def read_foreign_answers(
         if model in names:
             raise SaroError(f"{file}: another model is called {model} already; rename the file, which names its model")
         names.add(model)
-        of_file = _read_file(file, model, items, by_id)
+        of_file = _read_file(file, model, items, known, by_id)
         if not of_file:
             raise SaroError(f"{file}: has no answer to any item of the suites; check its suite and item fields")
         answers += of_file
@@ -50,7 +55,11 @@ def read_foreign_answers(
 
 
 def _read_file(
-    file: str, model: str, items: Mapping[tuple[str, str], Item], attacks: Mapping[str, Attack]
+    file: str,
+    model: str,
+    items: Mapping[tuple[str, str], Item],
+    known: Collection[tuple[str, str]],
+    attacks: Mapping[str, Attack],
 ) -> list[Answer]:
     first: dict[str, str] = {}
     answers = []
@@ -62,9 +71,11 @@ def _read_file(
         suite, item_id = (parse_text(line.get(name), name, where) for name in ("suite", "item"))
         if suite not in suites:
             fault(where, f"unknown suite {shown(suite)}", nearest(suite, suites))
-        attack = attacks.get(line.get("attack", NO_ATTACK.id))
+        attack = attacks.get(str(line.get("attack", NO_ATTACK.id)))
         if attack is None:
             fault(where, f"unknown attack {shown(str(line['attack']))}", nearest(str(line["attack"]), attacks))
+        if (suite, item_id) not in known:
+            fault(where, f"suite {suite} has no item {shown(item_id)}", "give the id of an item")
         item = items.get((suite, item_id))
         if item is None:
             continue

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import isinf
 
 from saro.draws.store import DrawStore
 from saro.evaluate.questions import Asked
@@ -46,15 +47,21 @@ class ModelPlan:
         return expected / self.speed
 
 
-def plan_model(store: DrawStore, name: str, identity: Mapping[str, object], asked: Sequence[Asked]) -> ModelPlan:
-    """Return what a model would be asked; nothing is generated."""
+def plan_model(
+    store: DrawStore, name: str, identity: Mapping[str, object], asked: Sequence[Asked], concurrency: int = 1
+) -> ModelPlan:
+    """Return what a model would be asked; nothing is generated.
+
+    Args:
+        concurrency: how many draws are under way at a time, whose times overlap.
+    """
     keys = [one.request.key(identity) for one in asked]
     stored = store.get(keys)
     missing = [one for one, key in zip(asked, keys, strict=True) if key not in stored]
     has_ids = all(one.request.ids is not None for one in asked)
     finished = [draw for draw in stored.values() if draw.failure is None]
     drawn = sum(draw.usage.get("completion", 0) for draw in finished)
-    seconds = sum(draw.seconds for draw in finished)
+    seconds = sum(draw.seconds for draw in finished) / concurrency
     return ModelPlan(
         name=name,
         asked=len(asked),
@@ -77,11 +84,14 @@ def describe_plan(plans: Sequence[ModelPlan], items: Sequence[Item]) -> list[str
             line += f"; {prompts}at most {plan.most_tokens:,} tokens to draw"
             line += "; no speed is known yet" if plan.seconds is None else f"; about {_describe_time(plan.seconds)}"
         lines.append(line)
-    for expect, number in sorted(Counter(item.expect for item in items).items()):
+    # By clusters, not items: what is not independent does not count twice.
+    independent = {(item.suite, item.expect, item.cluster or item.id) for item in items}
+    for (suite, expect), number in sorted(Counter((suite, expect) for suite, expect, _ in independent).items()):
         effect = smallest_effect(number, correlation=0.5)
+        shown = "no difference shows" if isinf(effect) else f"a difference of {100 * effect:.0f} points shows"
         lines.append(
-            f"{number:,} {_EXPECTED[expect]}: between two models, a difference of {100 * effect:.0f} points shows in "
-            "four of five evaluations (5 % level)"
+            f"{suite}, {number:,} {_EXPECTED[expect]}: between two models, {shown} in four of five evaluations "
+            "(5 % level, one comparison)"
         )
     return lines
 

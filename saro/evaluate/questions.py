@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from saro.data.chat_format import ChatFormat, PrefilledPrompt
 from saro.draws.request import Draw, Request, Sampling
 from saro.errors import SaroError
 from saro.evaluate.answers import Answer
 from saro.evaluate.attacks import NO_ATTACK, Attack, Prompted, apply_attack, invert, prompt_ids
+from saro.evaluate.outcomes import find_units
 from saro.evaluate.split import Split, split_answer, split_text
 from saro.evaluate.subjects import Subject
 from saro.evaluate.suite import Item
@@ -51,21 +52,26 @@ def choose_items(items: Sequence[Item], limit: int | None, seed: int) -> list[It
     """Return at most ``limit`` items in their order, the same ones for the same seed; twins and clusters stay together.
 
     A smaller limit chooses a part of what a larger one chooses.
+
+    Raises:
+        SaroError: the first twins or cluster are more than ``limit`` items.
     """
     if limit is None or limit >= len(items):
         return list(items)
-    groups: dict[str, list[Item]] = {}
-    group_of: dict[str, str] = {}
-    for item in items:
-        group = group_of.get(item.twin or "") or item.cluster or item.id
-        group_of[item.id] = group
-        groups.setdefault(group, []).append(item)
-    by_hash = sorted(groups, key=lambda group: hashlib.sha256(f"{seed}/{group}".encode()).digest())
+    unit_of = find_units(items)
+    units: dict[str, list[str]] = {}
+    for name, unit in unit_of.items():
+        units.setdefault(unit, []).append(name)
     chosen: set[str] = set()
-    for group in by_hash:
-        if len(chosen) + len(groups[group]) <= limit:
-            chosen.update(item.id for item in groups[group])
-    return [item for item in items if item.id in chosen]
+    for unit in sorted(units, key=lambda unit: hashlib.sha256(f"{seed}/{unit}".encode()).digest()):
+        if len(chosen) + len(units[unit]) > limit:
+            break
+        chosen.update(units[unit])
+    if not chosen:
+        raise SaroError(
+            f"{items[0].suite}: a limit of {limit} has no room for twins or a cluster of it, which stay together; raise it"
+        )
+    return [item for item in items if f"{item.suite}/{item.id}" in chosen]
 
 
 def make_questions(
@@ -126,9 +132,7 @@ def read_answer(subject: Subject, asked: Asked, key: str, draw: Draw) -> Answer:
     elif draw.ids is not None:
         split = split_answer(subject.chat, asked.prompt, draw.ids, draw.finish)
     else:
-        opened = asked.prompt is not None and asked.prompt.opened
-        tokenizer = None if subject.chat is None else subject.chat.tokenizer
-        split = split_text(subject.think_tags, opened, draw.text, draw.finish, tokenizer)
+        split = _split_reply(subject, asked, draw)
     item = question.item
     return Answer(
         key=answer_key(subject.name, item, question.attack.id, question.number),
@@ -145,6 +149,26 @@ def read_answer(subject: Subject, asked: Asked, key: str, draw: Draw) -> Answer:
         failure=draw.failure,
         seconds=draw.seconds,
     )
+
+
+def _split_reply(subject: Subject, asked: Asked, draw: Draw) -> Split:
+    """Split a server's text, after what was prefilled. Tokens are counted by the server, and shared out by characters."""
+    opened, begun, prefilled = False, "", 0
+    if asked.prompt is not None:
+        prefilled = asked.prompt.prefilled
+        begun_ids = asked.prompt.ids[len(asked.prompt.ids) - prefilled :]
+        begun = subject.chat.tokenizer.backend_tokenizer.decode(list(begun_ids), skip_special_tokens=False)
+        opened = subject.chat.opens_reasoning(subject.chat.render_prompt(asked.question.prompted.messages))
+    split = split_text(subject.think_tags, opened, begun + draw.text, draw.finish)
+    total, reasoning = draw.usage.get("completion"), draw.usage.get("reasoning")
+    state = "empty" if not draw.text.strip() and draw.finish == "stop" else split.state
+    if total is None:
+        return replace(split, state=state)
+    if reasoning is None:
+        characters = len(split.think) + len(split.answer)
+        reasoning = round(total * len(split.think) / characters) if characters else 0
+    tokens = {"think": reasoning, "answer": max(total - reasoning, 0), "prefill": prefilled}
+    return replace(split, tokens=tokens, state=state)
 
 
 def answer_key(model: str, item: Item, attack: str, number: int) -> str:

@@ -83,6 +83,9 @@ def split_answer(chat: ChatFormat, prompt: PrefilledPrompt, ids: Sequence[int], 
     num_think = max(end - prompt.prefilled, 0) if is_closed else len(drawn)
     tokens = {"think": num_think, "answer": len(drawn) - num_think, "prefill": prompt.prefilled}
     state = _state(think, answer, is_closed, finish, has_loop(drawn))
+    if not text_ids and finish == "stop":
+        # What was prefilled is not the model's answer.
+        state = "empty"
     return Split(think.strip(), answer.strip(), tokens, state)
 
 
@@ -93,17 +96,19 @@ def split_text(
 
     Args:
         tags: opening and closing tag of the reasoning.
-        opened: True if the template opened the reasoning, so that the text has only the closing tag.
+        opened: True if the template opened the reasoning, so that the text has only the closing tag. A closing tag without
+            an opening one before it says the same.
         text: what the model wrote, without the prompt.
         finish: as in ``split_answer``.
         tokenizer: counts the tokens of each part, as near as a text tells; None for counts of -1.
     """
     opening, closing = tags
-    start: int | None = 0
-    if not opened:
-        start = None
-        if text.lstrip().startswith(opening):
-            start = text.index(opening) + len(opening)
+    before_closing, has_closing, _ = text.partition(closing)
+    start: int | None = None
+    if text.lstrip().startswith(opening):
+        start = text.index(opening) + len(opening)
+    elif opened or (has_closing and opening not in before_closing):
+        start = 0
     think, answer, end = "", text, 0
     is_closed = True
     if start is not None:

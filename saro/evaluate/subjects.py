@@ -24,6 +24,8 @@ from saro.manifest import read_manifest
 from saro.model.adapter import find_adapter
 from saro.model.source import ModelSource, find_model, first_line, template_hash
 
+_TEMPLATE_DATE = date(2025, 1, 1)
+
 
 @dataclass(frozen=True)
 class Subject:
@@ -160,7 +162,8 @@ def _find_local(
         if not Path(path).is_dir():
             raise SaroError(f"{spec}: the run has not finished (no final/); continue it with --resume")
     adapter = find_adapter(path)
-    method = load.method or (None if adapter is None else adapter.method) or default_method
+    trained = None if manifest is None else manifest["config"]["model"].get("method")
+    method = load.method or (None if adapter is None else adapter.method) or trained or default_method
     commit = None if manifest is None else manifest.get("model", {}).get("commit")
     options = ModelConfig(
         name=path,
@@ -172,8 +175,7 @@ def _find_local(
     )
     source = find_model(options)
     data = default if run is None else source.continue_chat(asked)
-    day = date.today() if data.template_date is None else date.fromisoformat(data.template_date)
-    chat = source.chat_format(data, day)
+    chat = source.chat_format(data, _parse_date(data.template_date))
     return Subject(name, spec, chat.think_tags, chat, source=source, options=options, manifest=manifest)
 
 
@@ -200,16 +202,28 @@ def _read_chat_format(name: str, data: DataConfig, tags: tuple[str, str]) -> Cha
         tokenizer = AutoTokenizer.from_pretrained(find_demo(name))
     except (OSError, ValueError) as error:
         raise SaroError(f"--server.tokenizer {name}: {first_line(error)}") from error
-    day = date.today() if data.template_date is None else date.fromisoformat(data.template_date)
     stop_ids = frozenset(() if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,))
-    return ChatFormat(tokenizer, stop_ids, day, tags, data.template_variables or {})
+    return ChatFormat(tokenizer, stop_ids, _parse_date(data.template_date), tags, data.template_variables or {})
+
+
+def _parse_date(text: str | None) -> date:
+    """Return the date that templates see as today.
+
+    Without a run and an option it is a fixed one: with the real date, a base model would draw everything anew each day.
+    """
+    if text is None:
+        return _TEMPLATE_DATE
+    try:
+        return date.fromisoformat(text)
+    except ValueError as error:
+        raise SaroError(f"--data.template_date is {text!r}; write it as YYYY-MM-DD") from error
 
 
 def _short_name(spec: str) -> str:
     """Return a short name for tables: the folder of the run, the last part of a path, or the model of a URL."""
     url, _, model = spec.partition("#")
     if _is_url(spec):
-        return (model or url.split("//")[1]).rpartition("/")[2]
+        return model.rpartition("/")[2] or url.split("//")[1].partition("/")[0]
     parts = [part for part in spec.split("/") if part not in ("", ".", "final")]
     return parts[-1] if parts else spec
 

@@ -127,7 +127,7 @@ def test_a_plan_names_the_requests_and_the_smallest_effect_and_draws_nothing(eva
     done = evaluate(*arguments("--plan"))
     assert done.code == 0, done.err
     assert "requests, 0 of them in the store" in done.err
-    assert "a difference of" in done.err
+    assert "in four of five evaluations" in done.err
     assert not (tmp_path / "evaluation").exists()
     assert evaluate(*arguments("--offline")).code == 2
 

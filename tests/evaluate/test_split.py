@@ -271,7 +271,7 @@ def test_only_a_text_that_was_cut_is_looped(text):
         ("<think>\nA\n</think>\n\nSo.", False, "stop", ("A", "So.", "finished")),
         ("\n<think>A</think>So.", False, "stop", ("A", "So.", "finished")),
         ("A\n</think>\n\nSo.", True, "stop", ("A", "So.", "finished")),
-        ("A\n</think>\n\nSo.", False, "stop", ("", "A\n</think>\n\nSo.", "no-think")),
+        ("A\n</think>\n\nSo.", False, "stop", ("A", "So.", "finished")),
         ("<think>\nA", False, "length", ("A", "", "unfinished")),
         ("<think>\nA", False, "stop", ("A", "", "empty")),
         ("A", True, "length", ("A", "", "unfinished")),
