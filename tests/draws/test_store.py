@@ -194,6 +194,37 @@ def test_two_processes_open_a_new_store_and_write_it_at_once(path):
     assert all(len(set(names[start : start + 4])) == 1 for start in range(0, 200, 4))
 
 
+# Opens each of 60 new stores in three processes at the same moment; prints how many could not.
+OPENERS = """
+import os, sys, time
+from saro.draws.store import DrawStore
+failed = 0
+for number in range(60):
+    start = time.monotonic() + 0.01
+    children = []
+    for _ in range(3):
+        child = os.fork()
+        if child == 0:
+            while time.monotonic() < start:
+                pass
+            try:
+                DrawStore.open(f"{sys.argv[1]}/{number}.sqlite3")
+                os._exit(0)
+            except BaseException:
+                os._exit(1)
+        children.append(child)
+    failed += sum(os.waitpid(child, 0)[1] != 0 for child in children)
+print(failed)
+"""
+
+
+def test_several_processes_may_make_the_same_store(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", OPENERS, tmp_path], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "0\n"
+
+
 def refusal(path: Path) -> str:
     with pytest.raises(SaroError) as caught:
         DrawStore.open(path)

@@ -293,3 +293,44 @@ def test_training_prompts_among_the_suites_are_refused_or_reported(
     allowed = evaluate(*arguments("--allow_contaminated", **options, data__template_date=None))
     assert allowed.code == 0, allowed.err
     assert any(threat["id"].startswith("contaminated") for threat in scores_of(tmp_path / "evaluation")["threats"])
+
+
+def test_the_first_of_the_models_is_the_baseline_also_beside_answers_made_elsewhere(
+    evaluate, arguments, records_file, tmp_path
+):
+    file = records_file([{"suite": "twins", "item": "h0", "text": "No."}], "elsewhere.jsonl")
+    assert evaluate(*arguments(answers=json.dumps([file]), attacks="[]")).code == 0
+    scores = scores_of(tmp_path / "evaluation")
+    assert scores["models"] == ["one", "two", "elsewhere"]
+    assert "incomplete/elsewhere" in [threat["id"] for threat in scores["threats"]]
+
+
+def test_an_answer_to_an_item_that_no_suite_has_is_refused(evaluate, arguments, records_file):
+    file = records_file([{"suite": "twins", "item": "h99", "text": "No."}], "elsewhere.jsonl")
+    done = evaluate(*arguments(answers=json.dumps([file])))
+    assert done.code == 2
+    assert 'elsewhere.jsonl:1: suite twins has no item "h99"' in done.err
+
+
+def test_gold_figures_of_another_judge_are_refused_before_anything_is_drawn(evaluate, arguments, tmp_path):
+    gold = tmp_path / "gold.json"
+    gold.write_text(json.dumps({"judge": "harmbench", "judge_hash": "0", "agreement": {}}))
+    done = evaluate(*arguments(**{"judge.gold": gold}))
+    assert done.code == 2
+    assert "measures harmbench" in done.err
+    assert not (tmp_path / "evaluation").exists()
+
+
+def test_gold_figures_that_judge_check_wrote_of_this_judge_are_cited(
+    monkeypatch, capsys, evaluate, arguments, tmp_path
+):
+    gold = tmp_path / "gold.json"
+    assert run_saro(monkeypatch, capsys, "judge-check", "rules", "--output", str(gold))[0] == 0
+    assert evaluate(*arguments(attacks="[]", **{"judge.gold": gold})).code == 0
+    assert scores_of(tmp_path / "evaluation")["judge"]["gold"] == json.loads(gold.read_text())["agreement"]
+
+
+def test_scores_of_an_earlier_evaluation_never_stand_beside_other_answers(evaluate, arguments, tmp_path):
+    assert evaluate(*arguments(attacks="[]")).code == 0
+    assert evaluate(*arguments("--offline", attacks="[]", max_tokens=13)).code == 2
+    assert not (tmp_path / "evaluation" / "scores.json").exists()
