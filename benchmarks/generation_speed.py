@@ -1,6 +1,6 @@
 """Measure how fast texts are drawn: the engine of saro.draws, stage by stage, and transformers' padded generate.
 
-    python benchmarks/generation_speed.py --prompts ../shared/data/xstest_prompts.csv [--batch 32] [--number 64]
+    python benchmarks/generation_speed.py --prompts xstest_prompts.csv [--batch 32] [--number 64]
         [--max_tokens 400] [--rounds 3] [--model demo] [--sides generate,engine] [--output FILE.md]
 
 All sides answer the same prompts, greedily, in batches of the same size, and take turns in each round. A side's speed is
