@@ -14,6 +14,8 @@ from saro.report.page_data import judge_difference
 
 # Width of the longest interval, "[−10.0, +10.0]": in a narrow terminal names wrap and numbers do not.
 _NUMBER_WIDTH = 14
+# Of three models and their difference, 80 columns leave this for names.
+_TEXT_WIDTH = 18
 _STYLES = {"good": "green", "bad": "red", "noise": "dim"}
 # Metric -> what the table calls it.
 _LABELS = {
@@ -41,9 +43,10 @@ def score_table(scores: Mapping[str, Any]) -> Table:
         caption="✓ better, ✗ worse, ≈ within noise, ≠ different",
         caption_justify="left",
         box=box.SIMPLE_HEAD,
+        padding=0,
+        pad_edge=False,
     )
-    for heading in ("suite", "attack", "metric"):
-        table.add_column(heading, overflow="fold")
+    table.add_column("metric, suite, attack", min_width=_TEXT_WIDTH, overflow="fold")
     for model in models:
         table.add_column(escape(model), justify="right", min_width=_NUMBER_WIDTH, no_wrap=True)
     if len(models) > 1:
@@ -53,7 +56,8 @@ def score_table(scores: Mapping[str, Any]) -> Table:
     for metric, suite, attack in _rows(scores):
         rows = [by_id.get(f"{metric}/{model}/{suite}/{attack}") for model in models]
         if any(rows):
-            names = [suite, "" if attack == "none" else attack, _LABELS[metric]]
+            place = suite if attack == "none" else f"{suite}, {attack}"
+            names = [f"{_LABELS[metric]}\n{place}"]
             cells = ["\n".join(filter(None, [score_text(row), interval_text(row)])) for row in rows]
             table.add_row(*map(escape, names + cells), *_difference_cells(scores, metric, suite, attack))
     return table
