@@ -138,7 +138,7 @@ def evaluate(options: Options, runtime: Runtime) -> dict[str, Any] | None:
         judge=judge.name,
         gold=gold,
         limits={subject.name: options.max_tokens for subject in subjects},
-        templates={s.name: s.describe()["template"] for s in subjects if s.chat is not None},
+        templates={s.name: s.describe_format()["template"] for s in subjects if s.chat is not None},
         contaminated=contaminated,
         threats=[*threats, *_find_incomplete(foreign, items)],
     )

@@ -38,7 +38,6 @@ class Subject:
         chat: how its prompts become token ids; None for a server without a tokenizer.
         source, options: a local model, and how it is loaded; None for a server.
         server: how a server is asked; None for a local model.
-        manifest: what the run was made from that trained the model; None if no run of ours did.
     """
 
     name: str
@@ -48,7 +47,6 @@ class Subject:
     source: ModelSource | None = None
     options: ModelConfig | None = None
     server: EndpointOptions | None = None
-    manifest: Mapping[str, Any] | None = None
 
     def generator(self, load: LoadOptions, device: torch.device, progress: bool = True) -> Generator:
         """Return what generates this model's answers. The weights of a local model are read when the first is drawn."""
@@ -60,15 +58,20 @@ class Subject:
             lambda: LocalGenerator.load(*model, merge=load.merge, batch=load.batch, progress=progress),
         )
 
-    def describe(self) -> dict[str, Any]:
-        """Return what a manifest says of this model."""
-        described: dict[str, Any] = {"name": self.name, "spec": self.spec, "think_tags": list(self.think_tags)}
+    def describe_format(self) -> dict[str, Any]:
+        """Return what decides how this model's prompts become tokens, as far as it is known."""
+        described: dict[str, Any] = {"think_tags": list(self.think_tags)}
         if self.chat is not None:
             described |= {
                 "template": template_hash(self.chat.tokenizer.chat_template),
                 "template_date": self.chat.template_date.isoformat(),
                 "template_variables": dict(self.chat.template_variables or {}),
             }
+        return described
+
+    def describe(self) -> dict[str, Any]:
+        """Return what a manifest says of this model. Its files are hashed."""
+        described = {"name": self.name, "spec": self.spec, **self.describe_format()}
         if self.source is not None:
             described |= {"model": self.source.identity(), "method": self.options.method}
         if self.server is not None:
@@ -176,7 +179,7 @@ def _find_local(
     source = find_model(options)
     data = default if run is None else source.continue_chat(asked)
     chat = source.chat_format(data, _parse_date(data.template_date))
-    return Subject(name, spec, chat.think_tags, chat, source=source, options=options, manifest=manifest)
+    return Subject(name, spec, chat.think_tags, chat, source=source, options=options)
 
 
 def _find_server(name: str, spec: str, server: ServerOptions, data: DataConfig) -> Subject:
@@ -235,7 +238,7 @@ def _check_same_templates(subjects: list[Subject]) -> None:
         if subject.source is None:
             continue
         first = by_base.setdefault(subject.source.path, subject)
-        mine, theirs = subject.describe(), first.describe()
+        mine, theirs = subject.describe_format(), first.describe_format()
         for name in ("template", "template_date", "template_variables", "think_tags"):
             if mine[name] != theirs[name]:
                 raise SaroError(

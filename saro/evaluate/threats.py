@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from saro.evaluate.cells import ScoreContext
@@ -66,33 +66,44 @@ def _score_threats(scores: Mapping[str, Any]) -> Iterator[tuple[str, str, list[s
             "that size are invisible.",
             [score["id"] for score in wide],
         )
-    unfinished = [score for score in total if score["metric"] == "unfinished" and score["value"] > MOST_UNFINISHED]
-    if unfinished:
-        worst = max(unfinished, key=lambda score: score["value"])
+    failed = [
+        score
+        for score in scores["scores"]
+        if score["metric"] == "state" and score["group"] == "failed" and score["value"] is not None
+    ]
+    yield from _find_excess(
+        "unfinished",
+        [score for score in total if score["metric"] == "unfinished"],
+        MOST_UNFINISHED,
+        ("More than 10 % of the answers have no text", "look at the bounds, or raise the limit of tokens."),
+    )
+    yield from _find_excess(
+        "abstained",
+        [score for score in total if score["metric"] == "abstained"],
+        MOST_ABSTAINED,
+        ("The judge gave no verdict on more than 5 % of the texts", "what it skips is seldom typical."),
+    )
+    yield from _find_excess(
+        "failed",
+        failed,
+        MOST_FAILED,
+        ("More than 5 % of the prompts were never answered", "evaluate again to draw them."),
+    )
+
+
+def _find_excess(
+    threat: str, shares: Sequence[Mapping[str, Any]], limit: float, texts: tuple[str, str]
+) -> Iterator[tuple[str, str, list[str]]]:
+    """Yield a threat if some shares are above a limit. ``texts`` are what is wrong and what follows from it."""
+    above = [score for score in shares if score["value"] > limit]
+    if above:
+        worst = max(above, key=lambda score: score["value"])
+        wrong, advice = texts
         yield (
-            "unfinished",
-            f"More than 10 % of the answers have no text in {len(unfinished)} combinations of model, suite and attack, at "
-            f"most {worst['value']:.0%} ({_where(worst)}): look at the bounds, or raise the limit of tokens.",
-            [score["id"] for score in unfinished],
-        )
-    abstained = [score for score in total if score["metric"] == "abstained" and score["value"] > MOST_ABSTAINED]
-    if abstained:
-        worst = max(abstained, key=lambda score: score["value"])
-        yield (
-            "abstained",
-            f"The judge gave no verdict on more than 5 % of the texts in {len(abstained)} combinations of model, suite and "
-            f"attack, at most {worst['value']:.0%} ({_where(worst)}): what it skips is seldom typical.",
-            [score["id"] for score in abstained],
-        )
-    states = [score for score in scores["scores"] if score["metric"] == "state" and score["group"] == "failed"]
-    failed = [score for score in states if score["value"] is not None and score["value"] > MOST_FAILED]
-    if failed:
-        worst = max(failed, key=lambda score: score["value"])
-        yield (
-            "failed",
-            f"More than 5 % of the prompts were never answered in {len(failed)} combinations of model, suite and attack, "
-            f"at most {worst['value']:.0%} ({_where(worst)}): evaluate again to draw them.",
-            [score["id"] for score in failed],
+            threat,
+            f"{wrong} in {len(above)} combinations of model, suite and attack, at most {worst['value']:.0%} "
+            f"({_where(worst)}): {advice}",
+            [score["id"] for score in above],
         )
 
 

@@ -9,8 +9,6 @@ from saro.evaluate.evaluation import evaluate
 from saro.evaluate.options import Options
 from saro.report.score_table import score_table
 
-__all__ = ["Options", "run"]
-
 
 def run(options: Options, console: Console) -> int:
     """Compare models: do they harm less, refuse less, know as much, and what does it cost?

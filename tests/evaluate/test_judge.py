@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from made_answers import make_answer
 from tiny import IM_END, tiny_tokenizer
 
 from saro.data.chat_format import ChatFormat
@@ -34,19 +35,7 @@ from saro.evaluate.suite import Item
 MODELS = [name for name in shipped_judges() if name != "rules"]
 
 ITEM = Item(suite="s", id="i", prompt=(Message("user", "Name a colour."),), expect="refuse")
-ANSWER = Answer(
-    key="m/s/base64/i/0",
-    model="m",
-    suite="s",
-    attack="base64",
-    item="i",
-    number=0,
-    draw="",
-    think="I should say red.",
-    answer="Blue.",
-    tokens={},
-    state="finished",
-)
+ANSWER = make_answer("Blue.", attack="base64", think="I should say red.")
 
 
 def answer(text: str, **changes: object) -> Answer:

@@ -9,6 +9,7 @@ from collections import Counter
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from made_answers import make_answer
 
 from saro.data.records import Message
 from saro.errors import SaroError
@@ -34,17 +35,10 @@ def make(models: dict[str, tuple[int, int]]) -> tuple[list[Answer], dict[tuple[s
             items[item.suite, item.id] = item
             is_last = n == len(expected) - 1
             answers.append(
-                Answer(
-                    key=f"{model}/s/none/{item.id}/0",
+                make_answer(
+                    " " if is_last else f"Done {n}.",
                     model=model,
-                    suite="s",
-                    attack="none",
                     item=item.id,
-                    number=0,
-                    draw="",
-                    think="",
-                    answer=" " if is_last else f"Done {n}.",
-                    tokens={},
                     state="empty" if is_last else "finished",
                 )
             )

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from made_answers import make_answer
 from run_files import ROOT
 
 from saro.data.records import Message
-from saro.evaluate.answers import Answer
 from saro.evaluate.judge_gold import GOLD, as_answers, measure_agreement, read_gold
 from saro.evaluate.rules import RULES_HASH, find_refusal, judge_by_rules
 from saro.evaluate.suite import Item
@@ -22,22 +22,6 @@ XSTEST = ROOT.parent / "shared" / "data" / "xstest_completions"
 PYRIT = Path(os.environ.get("SARO_TEST_PYRIT", ROOT.parent / "shared" / "data" / "pyrit_refusal"))
 
 ITEM = Item(suite="s", id="i", prompt=(Message("user", "Do it."),), expect="refuse")
-
-
-def answer(text: str) -> Answer:
-    return Answer(
-        key="m/s/none/i/0",
-        model="m",
-        suite="s",
-        attack="none",
-        item="i",
-        number=0,
-        draw="",
-        think="",
-        answer=text,
-        tokens={},
-        state="finished",
-    )
 
 
 @pytest.mark.parametrize(
@@ -92,14 +76,14 @@ def test_what_is_no_english_refusal_at_the_beginning_counts_as_compliance(text):
 
 
 def test_a_verdict_names_the_pattern_and_says_nothing_of_harm():
-    verdict = judge_by_rules(ITEM, answer("I cannot provide this."))
+    verdict = judge_by_rules(ITEM, make_answer("I cannot provide this."))
     assert (verdict.refuses, verdict.why, verdict.harmful) == ("full", "will not", None)
     assert (verdict.answer, verdict.judge, verdict.judge_hash) == ("m/s/none/i/0", "rules", RULES_HASH)
 
 
 @pytest.mark.parametrize("text", ["", " \n\t"])
 def test_an_answer_without_text_has_no_verdict(text):
-    verdict = judge_by_rules(ITEM, answer(text))
+    verdict = judge_by_rules(ITEM, make_answer(text))
     assert (verdict.refuses, verdict.abstained) == (None, "empty")
 
 

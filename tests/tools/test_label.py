@@ -10,6 +10,7 @@ import sys
 
 import pytest
 from command import run_saro
+from made_answers import make_answer
 from rich.console import Console
 from run_files import ROOT
 
@@ -31,19 +32,7 @@ def folder(tmp_path):
         for n in range(4)
     ]
     answers = [
-        Answer(
-            key=f"{model}/s/none/{item.id}/0",
-            model=model,
-            suite="s",
-            attack="none",
-            item=item.id,
-            number=0,
-            draw="",
-            think="hidden reasoning",
-            answer=f"Answer to {item.id}, in {3 + m} parts.",
-            tokens={},
-            state="finished",
-        )
+        make_answer(f"Answer to {item.id}, in {3 + m} parts.", model=model, item=item.id, think="hidden reasoning")
         for m, model in enumerate(MODELS)
         for item in items
     ]
@@ -143,19 +132,7 @@ def test_only_the_answers_of_named_models_are_labelled(saro, folder):
 
 def test_an_answer_cannot_command_the_terminal():
     item = Item(suite="s", id="i", prompt=(Message("user", "Say\x1b[2J hello."),), expect="comply")
-    answer = Answer(
-        key="k",
-        model="m",
-        suite="s",
-        attack="none",
-        item="i",
-        number=0,
-        draw="",
-        think="",
-        answer="red [bold]\x1b]52;c;ZWNobw==\x07 \x9b31m \u202edlrow\nline",
-        tokens={},
-        state="finished",
-    )
+    answer = make_answer("red [bold]\x1b]52;c;ZWNobw==\x07 \x9b31m \u202edlrow\nline", key="k")
     out = io.StringIO()
     label._show(item, answer, 1, 1, Console(file=out, force_terminal=False, width=100))
     text = out.getvalue()
