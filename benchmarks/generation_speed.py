@@ -45,7 +45,7 @@ SIDES = ("generate", "sorted", "merged bf16", "engine f32", "engine waits", "eng
 
 @dataclass(frozen=True)
 class Work:
-    """What every side does.
+    """The work that every side does.
 
     Attributes:
         prompts: token ids of each prompt.

@@ -457,6 +457,6 @@ def _last_character_that_composes(text: str) -> int:
     start = len(text) - 1
     while start > 0 and (unicodedata.category(text[start]).startswith("M") or "\u1100" <= text[start] <= "\u11ff"):
         start -= 1
-    # Of ASCII, only letters and these three signs compose.
+    # Only letters and these three signs compose among the ASCII characters.
     last = text[start:]
     return len(text) if last.isascii() and not last.isalpha() and last not in "<=>" else start

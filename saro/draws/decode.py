@@ -24,7 +24,7 @@ _STOP_MARGIN = 8
 
 @dataclass(frozen=True)
 class Continuation:
-    """What a policy wrote after a prompt.
+    """The text that a policy wrote after a prompt.
 
     Attributes:
         ids: the new token ids, with the stop id or the stop text if one ended it.

@@ -44,9 +44,9 @@ def draw_missing(
     by_key = dict(zip(keys, requests, strict=True))
     if offline:
         stored = store.get([*by_key])
-        if lacking := len(by_key) - len(stored):
+        if num_missing := len(by_key) - len(stored):
             raise SaroError(
-                f"{store.path}: {lacking:,} of {len(by_key):,} draws are not in the store; draw them without --offline"
+                f"{store.path}: {num_missing:,} of {len(by_key):,} draws are not in the store; draw them without --offline"
             )
         return [stored[key] for key in keys]
 

@@ -78,7 +78,7 @@ class EndpointOptions:
 
 @dataclass(frozen=True)
 class _Reply:
-    """What came back from the server after all tries: a status and a body, or the fault that came instead."""
+    """The server's reply after all tries: a status and a body, or the fault that came instead."""
 
     status: int = 0
     content: bytes = b""

@@ -131,7 +131,7 @@ def import_results(store: DrawStore, path: str | os.PathLike) -> Imported:
         group[key] = (request, draw)
         if len(group) == _GROUP:
             store.put(model, groups.pop(json.dumps(model)))
-    # Those that were not open are known, or are unknown altogether.
+    # A key that was not open either has its draw already, or is in no store of ours.
     others = [key for key in seen if key not in open_requests]
     imported.unknown = len(others) - len(store.get(others))
     imported.known -= imported.unknown

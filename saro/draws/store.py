@@ -39,7 +39,7 @@ _PASSING = ", ".join(f"'{failure}'" for failure in FAILURES if failure not in FI
 # In an upsert these are the columns of the row that is there.
 _IS_OPEN = f"(draw IS NULL OR failure IN ({_PASSING}))"
 
-# What is wrong and what to do, by SQLite's primary error code.
+# Fault and advice of an error message, by SQLite's primary error code.
 _FAULTS = {
     sqlite3.SQLITE_NOTADB: ("is not a store of draws", "give another path"),
     sqlite3.SQLITE_CORRUPT: ("the store is damaged", "move it away, or save what can be read with sqlite3's .recover"),
@@ -53,7 +53,7 @@ _FAULTS = {
 
 @dataclass(frozen=True)
 class StoredModel:
-    """What a store holds of one model.
+    """Counts of what a store holds of one model.
 
     Attributes:
         identity: as in ``Generator.identity``.

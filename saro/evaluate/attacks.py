@@ -74,7 +74,7 @@ class Attack:
         content = {
             "kind": self.kind,
             "template": self.template,
-            # What a function does is part of the attack: its results change with its code.
+            # Hash the results of the functions, because these change with their code.
             "builtin": None if self.builtin is None else [REWRITES[self.builtin](text) for text in _SAMPLES],
             "inverse": None if self.inverse is None else [INVERSES[self.inverse](text) for text in _SAMPLES],
             "rewrites": self.rewrites,
@@ -93,7 +93,7 @@ NO_ATTACK = Attack("none", "none")
 
 @dataclass(frozen=True)
 class Prompted:
-    """What a model is to answer, as text.
+    """A conversation to answer, as text.
 
     Attributes:
         messages: the conversation.

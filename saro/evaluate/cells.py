@@ -28,7 +28,7 @@ class Cell(NamedTuple):
 
 @dataclass(frozen=True)
 class ScoreContext:
-    """What scores need to know besides the rows.
+    """Names, limits and findings that scores need besides the rows.
 
     Attributes:
         models: names, in the order in which they are compared; the first one is the baseline.
