@@ -25,18 +25,18 @@ MAY_IMPORT = {
     "checks": ("kernels", "data", "model"),
     "train": ("kernels", "data", "distributed", "model", "checks"),
     "runs": ("data", "distributed", "model", "train"),
-    "draws": ("data", "model"),
-    "synth": ("data", "draws"),
+    "draws": ("data", "distributed", "model"),
     "demo": (),
     "evaluate": ("data", "distributed", "model", "runs", "draws", "demo"),
+    "synth": ("data", "distributed", "model", "runs", "draws", "demo", "evaluate"),
     "report": (),
     "tools": (
         *("kernels", "data", "distributed", "model", "checks", "train"),
-        *("runs", "draws", "synth", "evaluate", "report", "demo"),
+        *("runs", "draws", "evaluate", "synth", "report", "demo"),
     ),
     "recipes": (
         *("kernels", "data", "distributed", "model", "checks", "train"),
-        *("runs", "draws", "synth", "evaluate", "report", "demo"),
+        *("runs", "draws", "evaluate", "synth", "report", "demo"),
     ),
 }
 # The files of the root that any room may import. Nobody imports cli.

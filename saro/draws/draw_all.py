@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Sequence
 
+from saro.distributed.runtime import Runtime
 from saro.draws.request import FINAL_FAILURES, Draw, Generator, Request
 from saro.draws.store import DrawStore
 from saro.errors import SaroError
@@ -60,6 +61,25 @@ def draw_missing(
         _draw(store, generator, {key: by_key[key] for key in missing}, progress)
     stored = store.get(unique)
     return [stored.get(key) for key in keys]
+
+
+def draw_on_all_ranks(
+    runtime: Runtime, store: DrawStore, generator: Generator, requests: Sequence[Request], *, offline: bool = False
+) -> list[Draw]:
+    """Return the draws of all requests, on every rank; each rank draws a part of what the store lacks.
+
+    Raises SaroError like ``draw_missing``.
+    """
+    share = (runtime.rank, runtime.processes)
+    draws = draw_missing(store, generator, requests, share=share, progress=runtime.is_main, offline=offline)
+    if runtime.processes == 1:
+        return draws
+    runtime.barrier()
+    keys = [request.key(generator.identity) for request in requests]
+    stored = store.get(keys)
+    # No rank may go on and free its process group before the others have read.
+    runtime.barrier()
+    return [stored[key] for key in keys]
 
 
 def _draw(store: DrawStore, generator: Generator, requests: dict[str, Request], progress: bool) -> None:

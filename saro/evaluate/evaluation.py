@@ -11,10 +11,10 @@ from typing import Any
 
 from saro.demo import suite_files
 from saro.distributed.runtime import Runtime
-from saro.draws.draw_all import draw_missing
+from saro.draws.draw_all import draw_on_all_ranks
 from saro.draws.endpoint import EndpointOptions
 from saro.draws.handover import write_requests
-from saro.draws.request import Draw, Generator, Request, Sampling
+from saro.draws.request import Generator, Sampling
 from saro.draws.store import DrawStore
 from saro.errors import SaroError
 from saro.evaluate.answers import Answer
@@ -57,7 +57,7 @@ def evaluate(options: Options, runtime: Runtime) -> dict[str, Any] | None:
     items = [item for suite in suites for item in suite]
     by_id = {(item.suite, item.id): item for item in items}
     attacks = _read_attacks(as_list(options.attacks))
-    subjects = find_subjects(options)
+    subjects = find_subjects(options.models, options.names, options.load, options.server, options.data)
     generators = {s.name: s.generator(options.load, runtime.device, runtime.is_main) for s in subjects}
     judge = read_judge(options.judge.name)
     judge_model = _find_judge_model(judge, options.judge, runtime)
@@ -107,7 +107,7 @@ def evaluate(options: Options, runtime: Runtime) -> dict[str, Any] | None:
         for subject in subjects:
             generator = generators.pop(subject.name)
             requests = [one.request for one in asked[subject.name]]
-            draws = _draw(runtime, store, generator, requests, options.offline)
+            draws = draw_on_all_ranks(runtime, store, generator, requests, offline=options.offline)
             for one, draw in zip(asked[subject.name], draws, strict=True):
                 answers.append(read_answer(subject, one, one.request.key(generator.identity), draw))
             # The model's weights are freed before the next one's are read.
@@ -123,7 +123,9 @@ def evaluate(options: Options, runtime: Runtime) -> dict[str, Any] | None:
                 judge,
                 answers,
                 by_id,
-                lambda requests: _draw(runtime, store, judge_model.generator, requests, options.offline),
+                lambda requests: draw_on_all_ranks(
+                    runtime, store, judge_model.generator, requests, offline=options.offline
+                ),
                 chat=judge_model.chat,
                 identity=judge_model.generator.identity,
             )
@@ -251,22 +253,6 @@ def _find_judge_model(judge: JudgeSpec, options: JudgeOptions, runtime: Runtime)
     server = EndpointOptions(model=options.model, key_env=options.key_env, revision=options.revision)
     name = options.endpoint or options.model or ""
     return open_judge_model(judge, name, server, progress=runtime.is_main)
-
-
-def _draw(
-    runtime: Runtime, store: DrawStore, generator: Generator, requests: Sequence[Request], offline: bool
-) -> list[Draw]:
-    """Return the draws of all requests, on every rank; each rank draws a part of what the store lacks."""
-    share = (runtime.rank, runtime.processes)
-    draws = draw_missing(store, generator, requests, share=share, progress=runtime.is_main, offline=offline)
-    if runtime.processes == 1:
-        return draws
-    runtime.barrier()
-    keys = [request.key(generator.identity) for request in requests]
-    stored = store.get(keys)
-    # No rank may go on and free its process group before the others have read.
-    runtime.barrier()
-    return [stored[key] for key in keys]
 
 
 def _read_gold(name: str | None, judge: JudgeSpec, model: JudgeModel | None) -> Mapping[str, Any] | None:

@@ -92,8 +92,8 @@ def make_rows(items: Iterable[Item], answers: Iterable[Answer], verdicts: Iterab
         if name not in by_name:
             raise SaroError(f"answers: {key} answers no item of the suites; make items and answers of one evaluation")
         item = by_name[name]
-        outcomes = {judge_name: _outcome(item, answer, v) for judge_name, v in said.get(key, {}).items()}
-        outcome = outcomes.pop(judge, None) or _outcome(item, answer, None)
+        outcomes = {judge_name: find_outcome(item, answer, v) for judge_name, v in said.get(key, {}).items()}
+        outcome = outcomes.pop(judge, None) or find_outcome(item, answer, None)
         rows.append(Row(answer, item, units[name], outcome, said.get(key, {}).get(judge), outcomes))
     return rows
 
@@ -107,7 +107,8 @@ def _unique(noun: str, pairs: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:
     return result
 
 
-def _outcome(item: Item, answer: Answer, verdict: Verdict | None) -> str:
+def find_outcome(item: Item, answer: Answer, verdict: Verdict | None) -> str:
+    """Return the outcome of an answer: one of ``COUNTED``, or why there is none."""
     if answer.state == "failed":
         return FAILED
     if not answer.has_answer:

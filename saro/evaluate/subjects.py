@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
@@ -19,7 +19,7 @@ from saro.draws.lazy import LazyGenerator
 from saro.draws.local import LocalGenerator, identify
 from saro.draws.request import Generator
 from saro.errors import SaroError
-from saro.evaluate.options import LoadOptions, Options, ServerOptions
+from saro.evaluate.options import LoadOptions, ServerOptions
 from saro.manifest import read_manifest
 from saro.model.adapter import find_adapter
 from saro.model.source import ModelSource, find_model, first_line, template_hash
@@ -79,8 +79,10 @@ class Subject:
         return described
 
 
-def find_subjects(options: Options) -> list[Subject]:
-    """Find all models of an evaluation, before any weights are read.
+def find_subjects(
+    models: Sequence[str], names: Sequence[str], load: LoadOptions, server: ServerOptions, data: DataConfig
+) -> list[Subject]:
+    """Find models by what the user calls them, before any weights are read.
 
     What a run was trained with, its method, think tags, template variables and date, holds for the models without a run
     too: the base model answers in the format of the model that was trained from it.
@@ -88,23 +90,23 @@ def find_subjects(options: Options) -> list[Subject]:
     Raises:
         SaroError: there is no such model, two models have one name, or a model and its base have different templates.
     """
-    names = options.names or options.models
-    if len(set(names)) < len(names):
+    labels = [*names] if names else [*models]
+    if len(set(labels)) < len(labels):
         raise SaroError("--models has a name twice; give different names with --names")
-    for name in options.names:
+    for name in names:
         if "/" in name:
             raise SaroError(
                 f"--names: {name!r} has a slash, which separates the parts of an answer's key; leave it out"
             )
-    runs = [_find_run(spec) for spec in options.models]
-    method, data = _first_run_setting(options, runs)
+    runs = [_find_run(spec) for spec in models]
+    method, default = _first_run_setting(data, runs)
     subjects = []
-    for name, spec, run in zip(names, options.models, runs, strict=True):
-        label = name if options.names else _short_name(spec)
+    for label, spec, run in zip(labels, models, runs, strict=True):
+        name = label if names else _short_name(spec)
         if _is_url(spec):
-            subjects.append(_find_server(label, spec, options.server, data))
+            subjects.append(_find_server(name, spec, server, default))
         else:
-            subjects.append(_find_local(label, spec, run, options.load, options.data, data, method))
+            subjects.append(_find_local(name, spec, run, load, data, default, method))
     labels = [subject.name for subject in subjects]
     if len(set(labels)) < len(labels):
         raise SaroError(f"--models are called {', '.join(labels)} for short; give each a name with --names")
@@ -129,10 +131,9 @@ def _find_run(spec: str) -> tuple[Path, Mapping[str, Any]] | None:
 
 
 def _first_run_setting(
-    options: Options, runs: list[tuple[Path, Mapping[str, Any]] | None]
+    data: DataConfig, runs: list[tuple[Path, Mapping[str, Any]] | None]
 ) -> tuple[str | None, DataConfig]:
     """Return the method, and the format of conversations, of the first run among the models."""
-    data = options.data
     for run in runs:
         if run is None:
             continue

@@ -1,0 +1,158 @@
+"""Defines the options of `saro synth` and of recipes/synth.py: name, unit, default and check."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from saro.config import DEMO, DataConfig
+from saro.errors import SaroError
+from saro.evaluate.options import JudgeOptions, LoadOptions, ServerOptions
+from saro.program import short, shown
+
+STAGES = ("rw", "op", "pp", "mirror")
+# Forms of process pairs that each stage makes.
+FORMS = {"pp": ("intervene", "earlier", "recover", "sibling"), "mirror": ("mirror",)}
+
+
+@dataclass(frozen=True)
+class RWStage:
+    """Stage rw: chains for Reasoning-style Warmup, drawn with the policy in view and kept without it.
+
+    Attributes:
+        draws: Texts drawn for each prompt.
+        temperature: 0 takes the likeliest token each time.
+        fill: JSONL files of RW records, such as converted public chains, that fill up what the model cannot write.
+        records: Number of records to keep, balanced over hazard, source, outcome and level; default all accepted ones.
+        general: Share of general records among those that are kept, as far as there are enough.
+    """
+
+    draws: int = 4
+    temperature: float = 0.8
+    fill: list[str] | str = field(default_factory=list)
+    records: int | None = None
+    general: float = 0.25
+
+
+@dataclass(frozen=True)
+class OutcomeStage:
+    """Stage op: pairs of whole texts of the model itself, one with a good outcome and one with a bad one.
+
+    Attributes:
+        draws: Texts drawn for each prompt, without the policy.
+        temperature: 0 takes the likeliest token each time.
+        pairs_per_prompt: Most pairs of one prompt.
+        guided: Largest share of pairs whose chosen text was drawn with the policy in view, because all others were bad.
+        shorter: Largest share of pairs of two good texts, of which the rejected one is at least 1.5 times as long; only
+            for prompts of level none and low.
+    """
+
+    draws: int = 8
+    temperature: float = 1.0
+    pairs_per_prompt: int = 2
+    guided: float = 0.2
+    shorter: float = 0.1
+
+
+@dataclass(frozen=True)
+class ProcessStage:
+    """Stages pp and mirror: pairs that share the beginning of a chain and part at one step.
+
+    Attributes:
+        forms: Forms to make; default all of the stage.
+        draws: Whole chains drawn for each prompt, without the policy. The same ones as those of stage op.
+        temperature: 0 takes the likeliest token each time.
+        turns: Turning steps tried at each fork.
+        rollouts: Continuations drawn to find the value of a step, for form sibling.
+        open_tokens: A rejected text ends this many tokens after the step that decides it, so that no harmful content
+            is written or learned.
+        neutral: Share of forks that are also tried with a neutral step, as a control.
+        pairs_per_prompt: Most pairs of one prompt and form.
+    """
+
+    forms: list[str] = field(default_factory=list)
+    draws: int = 8
+    temperature: float = 1.0
+    turns: int = 2
+    rollouts: int = 4
+    open_tokens: int = 24
+    neutral: float = 0.1
+    pairs_per_prompt: int = 1
+
+
+@dataclass(frozen=True)
+class BudgetOptions:
+    """What a run may spend. What was drawn before it stops is stored.
+
+    Attributes:
+        tokens: Most tokens drawn, by generator and judge together.
+        calls: Most texts drawn.
+        input_price: Price of a million prompt tokens, for --plan.
+        output_price: Price of a million drawn tokens, for --plan.
+    """
+
+    tokens: int | None = None
+    calls: int | None = None
+    input_price: float = 0.0
+    output_price: float = 0.0
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of data construction.
+
+    Attributes:
+        stage: rw makes reasoning examples; op makes pairs of outcomes; pp makes pairs of processes; mirror makes those of
+            harmless prompts, in which the chosen chain comes back from needless caution.
+        prompts: JSONL files of prompts (`saro convert` makes them from public sets); "demo" is those that come with saro.
+        exclude: Suites whose prompts may not be among them; "demo" is always one.
+        policy: YAML file of the policy; "saro" is the one that comes with saro.
+        generator: Model that writes: a run's folder, a model, or a server as URL#MODEL.
+        output: JSONL file of the records. NAME.manifest.json and NAME.left_out.jsonl are written beside it.
+        overwrite: Replace the output if it exists.
+        max_tokens: Longest text in tokens, with its reasoning.
+        limit: Use only this many prompts of each file, drawn with --seed, twins together.
+        seed: Seed of --limit and of all that is drawn from sets of records.
+        store: File that keeps every generated text; default in saro's cache folder.
+        plan: Print what would be asked, the tokens, their price and the time, and stop.
+        offline: Generate nothing: a text that the store lacks is an error.
+        allow_self_judge: Go on if the judge is the generator.
+        rw, op, pp: Options of one stage.
+        budget: What the run may spend.
+        load: How a local model is loaded.
+        server: How a server is asked.
+        judge: Who judges outcomes.
+        steps: Who says where a chain turns: the rules, or a judge of steps.
+        data: How prompts become tokens. The defaults are those of the generator's run.
+    """
+
+    stage: Literal["rw", "op", "pp", "mirror"]
+    prompts: list[str] | str = field(default_factory=lambda: [DEMO])
+    exclude: list[str] | str = field(default_factory=list)
+    policy: str = "saro"
+    generator: str = DEMO
+    output: str = "output/synth/records.jsonl"
+    overwrite: bool = False
+    max_tokens: int = 1024
+    limit: int | None = None
+    seed: int = 0
+    store: str | None = None
+    plan: bool = False
+    offline: bool = False
+    allow_self_judge: bool = False
+    rw: RWStage = field(default_factory=RWStage)
+    op: OutcomeStage = field(default_factory=OutcomeStage)
+    pp: ProcessStage = field(default_factory=ProcessStage)
+    budget: BudgetOptions = field(default_factory=BudgetOptions)
+    load: LoadOptions = field(default_factory=LoadOptions)
+    server: ServerOptions = field(default_factory=ServerOptions)
+    judge: JudgeOptions = field(default_factory=JudgeOptions, metadata=short())
+    steps: JudgeOptions = field(default_factory=JudgeOptions, metadata=short())
+    data: DataConfig = field(
+        default_factory=DataConfig,
+        metadata=shown("think_tags", "chat_template", "template_date", "template_variables"),
+    )
+
+    def __post_init__(self) -> None:
+        if self.stage not in STAGES:
+            raise SaroError(f"stage is {self.stage!r}; it must be one of {', '.join(STAGES)}")
