@@ -40,6 +40,8 @@ from saro.model.policy import Policy
 from saro.model.source import find_model
 from saro.program import quiet_libraries
 
+# Draws the texts of all prompts.
+Side = Callable[[], list[list[int]]]
 SIDES = ("generate", "sorted", "merged bf16", "engine f32", "engine waits", "engine")
 
 
@@ -59,22 +61,50 @@ class Work:
     batch: int
     max_tokens: int
 
-    def padded(self, policy: Policy, is_sorted: bool) -> int:
-        """Draw with padded batches and return the number of tokens."""
-        prompts = sorted(self.prompts, key=len, reverse=True) if is_sorted else self.prompts
-        batches = [prompts[i : i + self.batch] for i in range(0, len(prompts), self.batch)]
-        texts = [text for batch in batches for text in generate(policy, batch, self.stop_ids, self.max_tokens)]
-        return sum(map(len, texts))
+    def padded(self, policy: Policy, is_sorted: bool) -> list[list[int]]:
+        """Draw with padded batches and return the text of each prompt."""
+        order = list(range(len(self.prompts)))
+        if is_sorted:
+            order.sort(key=lambda i: len(self.prompts[i]), reverse=True)
+        texts: dict[int, list[int]] = {}
+        for start in range(0, len(order), self.batch):
+            part = order[start : start + self.batch]
+            drawn = generate(policy, [self.prompts[i] for i in part], self.stop_ids, self.max_tokens)
+            texts.update(zip(part, drawn, strict=True))
+        return [texts[i] for i in range(len(order))]
 
-    def drawn(self, generator: LocalGenerator, refill: bool) -> int:
-        """Draw with the engine and return the number of tokens; without ``refill``, one batch after the other."""
+    def drawn(self, generator: LocalGenerator, refill: bool) -> list[list[int]]:
+        """Draw with the engine and return the text of each prompt; without ``refill``, one batch after the other."""
         requests = [Request(Sampling(self.max_tokens), ids=tuple(ids)) for ids in self.prompts]
-        requests = [requests[i] for i in generator.order(requests)]
+        order = generator.order(requests)
+        requests = [requests[i] for i in order]
         if refill:
-            return sum(len(draw.ids) for group in generator.draw(requests) for _, draw in group)
-        batches = [requests[i : i + self.batch] for i in range(0, len(requests), self.batch)]
-        texts = [continue_texts(generator.policy, batch, self.stop_ids, self.batch) for batch in batches]
-        return sum(len(text.ids) for batch in texts for text in batch)
+            texts = {order[i]: draw.ids for group in generator.draw(requests) for i, draw in group}
+        else:
+            texts = {}
+            for start in range(0, len(order), self.batch):
+                batch = requests[start : start + self.batch]
+                drawn = continue_texts(generator.policy, batch, self.stop_ids, self.batch)
+                texts.update(zip(order[start : start + self.batch], (text.ids for text in drawn), strict=True))
+        return [list(texts[i]) for i in range(len(order))]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a side: the texts of all prompts, and the seconds that they took."""
+
+    texts: list[list[int]]
+    seconds: float
+
+    @property
+    def tokens(self) -> int:
+        """Number of drawn tokens."""
+        return sum(map(len, self.texts))
+
+    @property
+    def speed(self) -> float:
+        """Tokens per second."""
+        return self.tokens / self.seconds
 
 
 def read_prompts(file: Path, number: int) -> list[str]:
@@ -86,7 +116,7 @@ def read_prompts(file: Path, number: int) -> list[str]:
     return texts[::step][:number]
 
 
-def make_sides(names: Sequence[str], options: ModelConfig, work: Work) -> dict[str, Callable[[], int]]:
+def make_sides(names: Sequence[str], options: ModelConfig, work: Work) -> dict[str, Side]:
     """Load the models that the sides need."""
     source = find_model(options)
     cpu = torch.device("cpu")
@@ -112,26 +142,30 @@ def make_sides(names: Sequence[str], options: ModelConfig, work: Work) -> dict[s
     return {name: sides[name] for name in names}
 
 
-def measure(sides: dict[str, Callable[[], int]], rounds: int) -> dict[str, list[tuple[int, float]]]:
-    """Return (tokens, seconds) of each side in each round. Every second round goes backwards."""
-    results: dict[str, list[tuple[int, float]]] = {name: [] for name in sides}
+def measure(sides: dict[str, Side], rounds: int) -> dict[str, list[Run]]:
+    """Return the runs of each side. Every second round goes backwards."""
+    results: dict[str, list[Run]] = {name: [] for name in sides}
     for number in range(rounds):
         for name in list(sides)[:: -1 if number % 2 else 1]:
             start = time.perf_counter()
-            tokens = sides[name]()
-            results[name].append((tokens, time.perf_counter() - start))
-            print(f"round {number + 1}, {name}: {tokens:,} tokens, {results[name][-1][1]:.1f} s", flush=True)
+            run = Run(sides[name](), time.perf_counter() - start)
+            results[name].append(run)
+            print(f"round {number + 1}, {name}: {run.tokens:,} tokens, {run.seconds:.1f} s", flush=True)
     return results
 
 
-def table(results: dict[str, list[tuple[int, float]]]) -> list[str]:
-    """Return a markdown table: median tokens/s, and the median of the ratios to the first side within a round."""
-    first = [tokens / seconds for tokens, seconds in next(iter(results.values()))]
-    lines = ["| side | tokens | tokens/s | times the first |", "| --- | ---: | ---: | ---: |"]
+def table(results: dict[str, list[Run]]) -> list[str]:
+    """Return a markdown table: tokens/s, its ratio to the first side's (medians over rounds), and the texts that agree."""
+    first = next(iter(results.values()))
+    lines = [
+        "| side | tokens | tokens/s | times the first | same texts as the first |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
     for name, runs in results.items():
-        speeds = [tokens / seconds for tokens, seconds in runs]
-        ratio = statistics.median(s / f for s, f in zip(speeds, first, strict=True))
-        lines.append(f"| {name} | {runs[0][0]:,} | {statistics.median(speeds):.0f} | {ratio:.2f} |")
+        ratio = statistics.median(run.speed / other.speed for run, other in zip(runs, first, strict=True))
+        speed = statistics.median(run.speed for run in runs)
+        same = sum(text == other for text, other in zip(runs[0].texts, first[0].texts, strict=True))
+        lines.append(f"| {name} | {runs[0].tokens:,} | {speed:.0f} | {ratio:.2f} | {same} of {len(first[0].texts)} |")
     return lines
 
 

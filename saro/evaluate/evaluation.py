@@ -18,7 +18,7 @@ from saro.draws.request import Generator, Sampling
 from saro.draws.store import DrawStore
 from saro.errors import SaroError
 from saro.evaluate.answers import Answer
-from saro.evaluate.attacks import NO_ATTACK, Attack, describe_attacks, read_attacks
+from saro.evaluate.attacks import NO_ATTACK, Attack, describe_attacks
 from saro.evaluate.contamination import find_contamination, find_training_files, read_training_prompts
 from saro.evaluate.evaluation_folder import EvaluationFolder, make_manifest
 from saro.evaluate.foreign_answers import read_foreign_answers
@@ -29,6 +29,7 @@ from saro.evaluate.labels import read_labels
 from saro.evaluate.options import JudgeOptions, Options
 from saro.evaluate.plan import describe_plan, plan_model
 from saro.evaluate.questions import Asked, ask, choose_items, make_questions, read_answer
+from saro.evaluate.read_attacks import read_attacks
 from saro.evaluate.rules import RULES
 from saro.evaluate.scores import ScoreContext, make_scores
 from saro.evaluate.subjects import Subject, find_subjects

@@ -16,19 +16,9 @@ from saro.data.records import Message, read_pairs
 from saro.demo import demo_file
 from saro.demo.fetch_model import demo_model
 from saro.errors import SaroError
-from saro.evaluate.attacks import (
-    INVERSES,
-    NO_ATTACK,
-    REWRITES,
-    Attack,
-    Prompted,
-    apply_attack,
-    check_inverse,
-    invert,
-    prompt_ids,
-    read_attacks,
-    shipped_attacks,
-)
+from saro.evaluate.attacks import NO_ATTACK, Attack, Prompted, apply_attack, invert, prompt_ids
+from saro.evaluate.read_attacks import read_attacks, shipped_attacks
+from saro.evaluate.rewrites import INVERSES, REWRITES, check_inverse
 from saro.evaluate.suite import EXPECTATIONS, Item
 
 SECRET = "do not print me"
