@@ -88,7 +88,8 @@ def main() -> int:
         f"packed log-probs differ from the model's own by {check.logps:.1e} nats; "
         f"rounding changes them by {check.logps_floor:.1e}"
     )
-    try_largest_pack(runtime, policy, RWObjective(train.kinds), steps, total_steps, train_options.optimizer)
+    objective = RWObjective(train.kinds, data_options.row_weights)
+    try_largest_pack(runtime, policy, objective, steps, total_steps, train_options.optimizer)
 
     # 5. From here on the run's folder is written.
     run.begin(runtime, manifest)
@@ -118,7 +119,7 @@ def main() -> int:
     outcome = fit(
         runtime,
         policy,
-        RWObjective(train.kinds),
+        objective,
         steps,
         total_steps,
         train_options,

@@ -102,11 +102,11 @@ def main() -> int:
         f"packed log-probs differ from the model's own by {check.logps:.1e} nats; "
         f"rounding changes them by {check.logps_floor:.1e}"
     )
-    unscored = SRPOObjective(train.kinds, PairLogps.zeros(train.scored_tokens), preference)
+    unscored = SRPOObjective(train.kinds, PairLogps.zeros(train.scored_tokens), preference, train.forms)
     try_largest_pack(runtime, policy, unscored, steps, total_steps, train_options.optimizer)
     if references is None:
         references = load_references(runtime, policy, source, sets, pack_tokens)
-    objective = SRPOObjective(train.kinds, references["train"], preference)
+    objective = SRPOObjective(train.kinds, references["train"], preference, train.forms)
     if reference_source is None:
         at_start = check_start(runtime, policy, objective, steps[0], train, pack_tokens)
         runtime.say(
@@ -122,7 +122,7 @@ def main() -> int:
     # 6. Measure held-out metrics and answers, train, and measure again.
     train_log = PairLog(runtime, train, "train", preference.warn_chosen_fell)
     if heldout is not None:
-        heldout_objective = SRPOObjective(heldout.kinds, references["heldout"], preference)
+        heldout_objective = SRPOObjective(heldout.kinds, references["heldout"], preference, heldout.forms)
         heldout_log = PairLog(runtime, heldout, "heldout", preference.warn_chosen_fell)
 
     def heldout_metrics(step: int) -> dict[str, float]:

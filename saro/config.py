@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -18,6 +18,8 @@ START = "start"
 THINK_TAGS = ("<think>", "</think>")
 KINDS = ("general", "safety")
 PAIR_KINDS = ("op-cot", "pp-cot")
+# Parts of a response that its tokens belong to, in the order of ``saro.data.tree.RowKind``.
+PARTS = ("think", "answer", "stop")
 
 
 def _check_numbers(
@@ -38,6 +40,30 @@ def _check_kinds(weights: dict[str, float], kinds: tuple[str, ...]) -> None:
     for kind in weights:
         if kind not in kinds:
             raise SaroError(f"data.weights: unknown kind {kind!r}{nearest(kind, kinds)}")
+
+
+def _check_row_weights(weights: dict[str, float]) -> None:
+    """Raise SaroError for a kind of token that does not exist, a weight that is not a number of at least 0, and for weights
+    that leave a kind of record without any: a step with only such records would have no loss.
+    """
+    valid = (*PARTS, *(f"{kind}/{part}" for kind in KINDS for part in PARTS))
+    for name, weight in weights.items():
+        if name not in valid:
+            raise SaroError(f"data.row_weights: unknown part {name!r}{nearest(name, valid)}")
+        if not (math.isfinite(weight) and weight >= 0):
+            raise SaroError(f"data.row_weights: {name} is {weight}; it must be at least 0")
+    for kind in KINDS:
+        # Every record has an answer and a stop token, but not every one has reasoning.
+        if not any(row_weight(weights, kind, part) for part in ("answer", "stop")):
+            raise SaroError(
+                f"data.row_weights: {kind} records have no weight on answer and stop, so some may have none at all; "
+                f"leave them out with --data.weights {{{kind}: 0}}"
+            )
+
+
+def row_weight(weights: Mapping[str, float], kind: str, part: str) -> float:
+    """Return the weight of a token in ``data.row_weights``: that of its kind of record and part, else of its part, else 1."""
+    return weights.get(f"{kind}/{part}", weights.get(part, 1.0))
 
 
 def _check_above_zero(owner: object, group: str, *names: str) -> None:
@@ -103,6 +129,10 @@ class DataConfig:
         too_long: error stops at a record of more than pack_tokens tokens, drop leaves it out; nothing is ever cut.
         weights: How often an epoch draws each record, by kind; default 1. For example {general: 1, safety: 2} for RW or
             {op-cot: 1, pp-cot: 2} for SRPO.
+        row_weights: For RW: how much a token counts in the loss, by the part that it belongs to (think, answer, stop), or
+            by kind and part; default 1. For example {answer: 2, safety/think: 0.5}. The loss is the weighted mean over
+            the step; the metric loss is this mean in training, and loss/unweighted is the plain one. Held-out metrics
+            have no weights.
         group_by_prompt: For SRPO: draw pairs on the same prompt next to each other. Those in one step then form one
             tree, whose prompt is computed once.
         think_tags: Opening and closing tag of the reasoning; default those of the run that trained the model, else
@@ -120,6 +150,7 @@ class DataConfig:
     pack_tokens: int = 2048
     too_long: Literal["error", "drop"] = "error"
     weights: dict[str, float] = field(default_factory=dict)
+    row_weights: dict[str, float] = field(default_factory=dict)
     group_by_prompt: bool = True
     think_tags: tuple[str, str] | None = None
     chat_template: str | None = None
@@ -136,6 +167,7 @@ class DataConfig:
         for kind, weight in self.weights.items():
             if weight < 0:
                 raise SaroError(f"data.weights: {kind} is {weight}; it must be at least 0")
+        _check_row_weights(self.row_weights)
         if self.think_tags is not None and (not all(self.think_tags) or self.think_tags[0] == self.think_tags[1]):
             raise SaroError("data.think_tags must be two different tags")
 
@@ -238,7 +270,8 @@ class PreferenceConfig:
         loss: sigmoid is DPO (cDPO with label_smoothing); robust, hinge and ipo are named as in their papers and TRL.
         beta: Strength of the pull towards the reference; tau in ipo.
         label_smoothing: Share of labels assumed to be wrong, for sigmoid and robust; 0 to below 0.5.
-        nll: Weight of the chosen responses' negative log-likelihood per token, added to the loss (RPO).
+        nll: Weight of the chosen responses' negative log-likelihood per token, added to the loss (RPO). With scored
+            divergent it is that of the tokens after the two responses diverge.
         length_normalize: Divide log-probs by the number of tokens first; with ipo this is TRL's form.
         scored: all scores every token of the responses; divergent scores only those after the two responses diverge.
             The margins are the same.
@@ -267,10 +300,8 @@ class PreferenceConfig:
         )
         if self.label_smoothing and self.loss not in ("sigmoid", "robust"):
             raise SaroError(f"preference.label_smoothing is for sigmoid and robust, not for {self.loss}; set it to 0")
-        if self.scored == "divergent":
-            for name in ("nll", "length_normalize"):
-                if getattr(self, name):
-                    raise SaroError(f"preference.scored divergent skips rows that {name} needs; set one of the two")
+        if self.scored == "divergent" and self.length_normalize:
+            raise SaroError("preference.scored divergent skips rows that length_normalize needs; set one of the two")
         if not self.reference:
             raise SaroError("preference.reference is empty; give start, or the folder of a model")
 
@@ -293,6 +324,8 @@ class SRPOConfig:
 
     def __post_init__(self) -> None:
         _check_kinds(self.data.weights, PAIR_KINDS)
+        if self.data.row_weights:
+            raise SaroError("data.row_weights is for RW; weigh kinds of pairs with --data.weights")
         object.__setattr__(self, "data", _with_heldout(self.data))
 
 

@@ -15,7 +15,7 @@ from saro.errors import SaroError
 def check_masks(
     data: ExampleSet | PairSet, chat: ChatFormat, records: Iterable[Example | Pair], vocabulary: int
 ) -> None:
-    """Check encoded records: every sequence scores something and ends with its only stop token.
+    """Check encoded records: every sequence scores something and ends with its only stop token; open ones have none.
 
     Args:
         records: records whose prompts are also compared with those that ``apply_chat_template`` gives at inference. This
@@ -43,7 +43,7 @@ def check_masks(
 
 
 def _check_scored(side: ExampleSet, stop_ids: frozenset[int], vocabulary: int) -> None:
-    """Check the token ids of all sequences, and that the scored ones end with their only stop token."""
+    """Check the token ids of all sequences, and that the scored ones have their only stop token at the end, or none if open."""
     if side.tokens.max() >= vocabulary:
         raise SaroError(
             f"the tokenizer gives id {side.tokens.max()} and the model embeds {vocabulary} tokens; "
@@ -53,5 +53,8 @@ def _check_scored(side: ExampleSet, stop_ids: frozenset[int], vocabulary: int) -
     for i, record_id in enumerate(side.ids):
         sequence = side.sequence(i)
         is_stop = np.isin(sequence.tokens[sequence.scored_from :], stops)
-        if not is_stop[-1] or is_stop[:-1].any():
+        if sequence.is_open:
+            if is_stop.any():
+                raise SaroError(f"record {record_id}: the scored tokens of an open side hold a stop token")
+        elif not is_stop[-1] or is_stop[:-1].any():
             raise SaroError(f"record {record_id}: the scored tokens do not end with their only stop token")

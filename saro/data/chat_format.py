@@ -24,7 +24,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from saro.config import THINK_TAGS
 from saro.data.records import Example, Message, Pair, Response
-from saro.data.tree import RowKind, ScoredSequence
+from saro.data.tree import RowKind, ScoredSequence, common_prefix
 from saro.errors import SaroError
 
 # Placeholder answer, used to find out what the template writes after one. No template has a reason to change it.
@@ -65,6 +65,36 @@ class PrefilledPrompt(NamedTuple):
     ids: tuple[int, ...]
     prefilled: int
     opened: bool
+
+
+class _StableTokens(NamedTuple):
+    """The tokens of a text that no continuation can change.
+
+    Attributes:
+        ids: their ids, (n,).
+        starts: the place in the text where each begins.
+        characters: number of characters of the text that they are.
+    """
+
+    ids: list[int]
+    starts: list[int]
+    characters: int
+
+
+class _Completion(NamedTuple):
+    """A response as tokens.
+
+    Attributes:
+        text: the response with its tags and what the template writes around it.
+        ids: (n,) ids, with the stop token unless the response is open.
+        starts: the place in the text where each token begins.
+        kinds: the ``RowKind`` of each token.
+    """
+
+    text: str
+    ids: list[int]
+    starts: list[int]
+    kinds: list[int]
 
 
 @dataclass(frozen=True)
@@ -128,6 +158,7 @@ class ChatFormat:
 
         If the template has already opened the reasoning, the text starts after the opening tag. A response may hold its
         reasoning, as one pair of tags at its beginning, if the record gives none. Raises SaroError for any other tag.
+        An open response that ends inside its reasoning has no closing tag.
         """
         opening, closing = self.think_tags
         opened = self.opens_reasoning(rendered_prompt)
@@ -137,7 +168,9 @@ class ChatFormat:
             for part, found in (("reasoning", self._find_tags(response.reasoning)), ("answer", tags)):
                 if found:
                     raise SaroError(f"the {part} holds a {opening} or {closing} tag of its own; remove it")
-            text = f"{opening}\n{response.reasoning}\n{closing}\n\n{text}"
+            text = f"{opening}\n{response.reasoning}"
+            if not response.is_reasoning_open:
+                text += f"\n{closing}\n\n{response.answer}"
         elif opened and tags == [closing]:
             # The text of a model that continued this prompt, in which the tag is open already.
             return text
@@ -181,21 +214,16 @@ class ChatFormat:
         if reasoning == "" and prefill.closed and rendered.rstrip().endswith(closing):
             # The template has written the empty reasoning already.
             reasoning = None
-        text = self.completion_text(rendered, Response(reasoning, prefill.answer))
-        is_open = reasoning is not None and not prefill.closed
-        if is_open:
-            text = text[: text.rindex(f"\n{closing}")]
+        response = Response(reasoning, prefill.answer, open=not prefill.closed)
+        text = self.completion_text(rendered, response)
         if not text:
             return PrefilledPrompt(prompt_ids, 0, opened)
         text = self._turn_start + text
-        ids, kept = self._stable_ids(rendered, text)
-        content = reasoning if is_open else prefill.answer
-        if content and kept <= len(text) - len(content):
-            raise SaroError(
-                "the whole text to continue may merge with what follows it; write a longer one that ends with a sentence"
-            )
-        is_cut_before_closing = closing in text and closing not in text[:kept]
-        return PrefilledPrompt(prompt_ids + tuple(ids), len(ids), is_open or is_cut_before_closing)
+        stable = self._stable_tokens(rendered, text)
+        _check_kept(response, text, stable)
+        is_cut_before_closing = closing in text and closing not in text[: stable.characters]
+        is_open = response.is_reasoning_open or is_cut_before_closing
+        return PrefilledPrompt(prompt_ids + tuple(stable.ids), len(stable.ids), is_open)
 
     def opens_reasoning(self, rendered_prompt: str) -> bool:
         """Return True if the template has opened the reasoning at the end of a rendered prompt."""
@@ -212,39 +240,78 @@ class ChatFormat:
 
         Raises SaroError with the example's file and line if it cannot be encoded correctly.
         """
+        if example.response.open:
+            raise SaroError(f"{example.where}: the response has no end; only a side of a pair may be open")
         return self._encode(example.prompt, example.response, example.where, record)
 
     def encode_pair(self, pair: Pair, record: int = 0) -> tuple[ScoredSequence, ScoredSequence]:
-        """Encode a pair as its chosen and its rejected sequence, on the same prompt ids. Raises as ``encode`` does."""
+        """Encode a pair as its chosen and its rejected sequence, on the same prompt ids.
+
+        An open side has the tokens that every response has that goes on from it: its end is left out, back to a token that
+        no continuation can change. It has no stop token.
+
+        Raises SaroError as ``encode`` does, and if one side is the beginning of the other: every response that begins
+        with the longer one then begins with the shorter one too, so that neither can be preferred.
+        """
         chosen = self._encode(pair.prompt, pair.chosen, pair.where, record)
         rejected = self._encode(pair.prompt, pair.rejected, pair.where, record)
         if np.array_equal(chosen.tokens, rejected.tokens):
             raise SaroError(f"{pair.where}: chosen and rejected are the same tokens; drop this pair")
+        shared = common_prefix([chosen.tokens, rejected.tokens])
+        if shared == min(len(chosen.tokens), len(rejected.tokens)):
+            shorter, longer = ("chosen", "rejected") if shared == len(chosen.tokens) else ("rejected", "chosen")
+            raise SaroError(
+                f"{pair.where}: the open {shorter} side is only the beginning of the {longer} one; continue it past the "
+                "place where the two part, or drop this pair"
+            )
         return chosen, rejected
+
+    def locate_tokens(self, prompt: Sequence[Message] | str, response: Response) -> tuple[str, list[int]]:
+        """Return the text of a response as it is encoded, and the place in it where each scored token begins.
+
+        The text has the tags and what the template writes around it, up to the stop token unless the response is open.
+        Raises SaroError if the response cannot be encoded.
+        """
+        _, completion = self._encode_completion(prompt, response)
+        return completion.text, completion.starts
 
     def _encode(self, prompt: Sequence[Message] | str, response: Response, where: str, record: int) -> ScoredSequence:
         try:
-            if isinstance(prompt, str):
-                prompt_ids = self._raw_prompt_ids(prompt)
-                completion, kinds = self._encode_completion(prompt, response.answer, self._raw_turn_end)
-            else:
-                rendered = self.render_prompt(prompt)
-                prompt_ids = self._token_ids(rendered)
-                text = self._turn_start + self.completion_text(rendered, response)
-                completion, kinds = self._encode_completion(rendered, text, self._turn_end)
+            prompt_ids, completion = self._encode_completion(prompt, response)
         except SaroError as error:
             raise SaroError(f"{where}: {error}") from error
         bos = self.tokenizer.bos_token_id
         if bos is not None and prompt_ids[:2] == [bos, bos]:
             raise SaroError(f"{where}: the prompt begins with two BOS tokens; remove the one in its text")
-        tokens = np.array(prompt_ids + completion, np.int32)
-        return ScoredSequence(tokens, len(prompt_ids), np.array(kinds, np.uint8), record)
+        tokens = np.array(prompt_ids + completion.ids, np.int32)
+        return ScoredSequence(tokens, len(prompt_ids), np.array(completion.kinds, np.uint8), record)
 
-    def _encode_completion(self, prompt: str, text: str, turn_end: str) -> tuple[list[int], list[int]]:
-        """Return the ids of ``text + turn_end``, which follow ``prompt``, and the ``RowKind`` of each, both of length n."""
-        ids, starts = self._continue_prompt(prompt, text, turn_end)
+    def _encode_completion(self, prompt: Sequence[Message] | str, response: Response) -> tuple[list[int], _Completion]:
+        """Return the ids of a prompt, and the response that follows them."""
+        if isinstance(prompt, str):
+            rendered, prompt_ids = prompt, self._raw_prompt_ids(prompt)
+            text, turn_end = response.answer, self._raw_turn_end
+        else:
+            rendered = self.render_prompt(prompt)
+            prompt_ids = self._token_ids(rendered)
+            text, turn_end = self._turn_start + self.completion_text(rendered, response), self._turn_end
+        if response.open:
+            stable = self._stable_tokens(rendered, text)
+            _check_kept(response, text, stable)
+            kinds = self._row_kinds(text, stable.ids, stable.starts, response.is_reasoning_open)
+            return prompt_ids, _Completion(text, stable.ids, stable.starts, kinds)
+        ids, starts = self._continue_prompt(rendered, text, turn_end)
         if ids[-1] not in self.stop_ids:
             raise SaroError("the stop token merges with the end of the answer; end the answer with another character")
+        kinds = self._row_kinds(text, ids, starts, is_reasoning_open=False)
+        kinds[-1] = RowKind.STOP
+        return prompt_ids, _Completion(text + turn_end, ids, starts, kinds)
+
+    def _row_kinds(self, text: str, ids: list[int], starts: list[int], is_reasoning_open: bool) -> list[int]:
+        """Return the part of a response that each of its tokens belongs to; the stop token counts as answer here.
+
+        Raises SaroError if a control token is part of the text, or the closing tag is not part of the tokens.
+        """
         # Check only the response: the template itself may write a control token before its end token.
         response_ids = [i for i, start in zip(ids, starts, strict=True) if start < len(text)]
         control = self._control_ids.intersection(response_ids)
@@ -252,14 +319,16 @@ class ChatFormat:
             names = ", ".join(repr(self.tokenizer.convert_ids_to_tokens(i)) for i in sorted(control))
             raise SaroError(f"the response holds the model's control token {names} as text; remove or rewrite it")
         closing = self.think_tags[1]
-        think_end = text.find(closing) + len(closing) if closing in text else 0
-        kinds = [RowKind.THINK if start < think_end else RowKind.ANSWER for start in starts]
-        kinds[-1] = RowKind.STOP
+        think_end = 0
+        if is_reasoning_open:
+            think_end = len(text)
+        elif closing in text:
+            think_end = text.index(closing) + len(closing)
         if closing in text and closing not in self.tokenizer.decode(ids):
             raise SaroError(
                 f"the tokenizer does not keep the tag {closing}; set --data.think_tags to tags that it keeps"
             )
-        return ids, kinds
+        return [RowKind.THINK if start < think_end else RowKind.ANSWER for start in starts]
 
     def _continue_prompt(self, prompt: str, text: str, turn_end: str) -> tuple[list[int], list[int]]:
         """Return the ids that ``text + turn_end`` has after ``prompt``, and the position in it where each begins.
@@ -288,8 +357,8 @@ class ChatFormat:
             "end the prompt or begin the response with another character"
         )
 
-    def _stable_ids(self, prompt: str, text: str) -> tuple[list[int], int]:
-        """Return the ids that ``text`` has after ``prompt`` whatever follows it, and the number of its characters that they are.
+    def _stable_tokens(self, prompt: str, text: str) -> _StableTokens:
+        """Return the tokens that ``text`` has after ``prompt`` whatever follows it.
 
         A token that reaches beyond the text begins at one of a few places in it. Up to there, the text has the ids that it
         has if it ends there: BPE encodes the two sides of a boundary between tokens independently. So the
@@ -301,7 +370,7 @@ class ChatFormat:
             shorter = self._continue_prompt(prompt, text[:end], "")[0] if end else []
             same = (a == b for a, b in zip(ids[:n], shorter, strict=False))
             n = sum(takewhile(bool, same))
-        return ids[:n], len(text) if n == len(ids) else max(starts[n], 0)
+        return _StableTokens(ids[:n], starts[:n], len(text) if n == len(ids) else max(starts[n], 0))
 
     def _crossing_places(self, text: str) -> set[int]:
         """Return the places in a text at which a token may begin that reaches beyond its end."""
@@ -442,6 +511,15 @@ class ChatFormat:
         """Return the ids of a text and the span of characters, (start, stop), of each."""
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         return encoded.input_ids, encoded.offset_mapping
+
+
+def _check_kept(response: Response, text: str, stable: _StableTokens) -> None:
+    """Raise SaroError if nothing is kept of the last part of an open response, whose text is ``text``."""
+    last_part = response.reasoning if response.is_reasoning_open else response.answer
+    if last_part and stable.characters <= len(text) - len(last_part):
+        raise SaroError(
+            "the whole text to continue may merge with what follows it; write a longer one that ends with a sentence"
+        )
 
 
 # The characters that stand for the 256 bytes in byte-level vocabularies.

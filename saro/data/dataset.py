@@ -13,7 +13,7 @@ from saro.config import DataConfig
 from saro.data.chat_format import ChatFormat
 from saro.data.jsonl import shown
 from saro.data.packs import CHOSEN, REJECTED
-from saro.data.records import KINDS, PAIR_KINDS, Record, read_examples, read_pairs
+from saro.data.records import KINDS, PAIR_KINDS, Pair, Record, read_examples, read_pairs
 from saro.data.tree import RowKind, ScoredSequence, SequenceTree, build_tree, common_prefix
 from saro.errors import SaroError
 from saro.program import progress_bar
@@ -33,6 +33,8 @@ class ExampleSet:
         ids: the records' ids.
         where: "file.jsonl:17" of each record, as in ``Example``; empty for a set that was not read from files.
         dropped: ids of the records that were left out because they are too long.
+        is_open: (n,) bool, True for sequences without a stop token, which are only the beginning of a response; None if
+            no sequence is open. Only a side of pairs may hold some.
     """
 
     tokens: np.ndarray
@@ -43,6 +45,7 @@ class ExampleSet:
     ids: tuple[str, ...]
     where: tuple[str, ...] = ()
     dropped: tuple[str, ...] = ()
+    is_open: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -63,7 +66,8 @@ class ExampleSet:
         tokens = self.tokens[self.offsets[record] : self.offsets[record + 1]]
         kinds = np.full(len(tokens) - prompt, RowKind.ANSWER, np.uint8)
         kinds[:think] = RowKind.THINK
-        kinds[-1] = RowKind.STOP
+        if self.is_open is None or not self.is_open[record]:
+            kinds[-1] = RowKind.STOP
         return ScoredSequence(tokens, prompt, kinds, record)
 
     def trees(self, records: Iterable[int], budget: int) -> list[SequenceTree]:
@@ -82,11 +86,13 @@ class PairSet:
     Attributes:
         chosen, rejected: the two sides: sequence i of each belongs to pair i. Their ``kinds`` index into ``PAIR_KINDS``.
         prompts: (n,) int32, a number for each pair's prompt; pairs on the same prompt have the same number.
+        forms: (n,) form of each pair, as in ``Pair``, None for pairs without one; empty if no pair has one.
     """
 
     chosen: ExampleSet
     rejected: ExampleSet
     prompts: np.ndarray
+    forms: tuple[str | None, ...] = ()
 
     def __len__(self) -> int:
         return len(self.chosen)
@@ -185,15 +191,22 @@ def encode_pair_files(
 
     A pair is as long as its tree. If that is longer than a pack, both sides are dropped, never only one.
     """
+    form_of_id: dict[str, str | None] = {}
+
+    def encode(pair: Pair) -> tuple[ScoredSequence, ScoredSequence]:
+        form_of_id[pair.id] = pair.form
+        return chat.encode_pair(pair)
+
     pairs = (pair for path in paths for pair in read_pairs(path))
-    chosen, rejected = _encode(pairs, chat.encode_pair, PAIR_KINDS, options, progress)
+    chosen, rejected = _encode(pairs, encode, PAIR_KINDS, options, progress)
+    forms = tuple(form_of_id[id] for id in chosen.ids)
     number_of_prompt: dict[bytes, int] = {}
     prompts = np.empty(len(chosen), np.int32)
     for i in range(len(chosen)):
         sequence = chosen.sequence(i)
         prompt = sequence.tokens[: sequence.scored_from].tobytes()
         prompts[i] = number_of_prompt.setdefault(prompt, len(number_of_prompt))
-    return PairSet(chosen, rejected, prompts)
+    return PairSet(chosen, rejected, prompts, forms if any(forms) else ())
 
 
 def _encode(
@@ -248,12 +261,14 @@ class _Columns:
         self._offsets = array("q", [0])
         self._prompt_tokens = array("i")
         self._think_tokens = array("i")
+        self._is_open = array("b")
 
     def add(self, sequence: ScoredSequence) -> None:
         self._tokens.frombytes(sequence.tokens.tobytes())
         self._offsets.append(len(self._tokens))
         self._prompt_tokens.append(sequence.scored_from)
         self._think_tokens.append(int((sequence.row_kinds == RowKind.THINK).sum()))
+        self._is_open.append(sequence.is_open)
 
     def as_set(
         self, kinds: np.ndarray, ids: tuple[str, ...], where: tuple[str, ...], dropped: tuple[str, ...]
@@ -268,4 +283,5 @@ class _Columns:
             ids=ids,
             where=where,
             dropped=dropped,
+            is_open=np.frombuffer(self._is_open, bool) if any(self._is_open) else None,
         )

@@ -1,8 +1,9 @@
 """Reads JSONL files as typed records. Every error names file:line and what to do, and never shows the record's text."""
 
 import os
+import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,6 +16,9 @@ ROLES = ("system", "user", "assistant")
 # Fields by format. A record has the fields of exactly one format, and any of the common ones.
 _COMMON_FIELDS = ("id", "kind", "meta")
 _PAIR_FIELDS = ("prompt", "chosen", "rejected")
+_SIDE_FIELDS = ("reasoning", "answer", "open")
+# A form becomes part of the names of metrics, in which a slash separates the parts.
+_FORM = r"[a-z0-9][a-z0-9_-]{0,31}"
 _EXAMPLE_FORMATS = {
     "native": ("prompt", "reasoning", "answer"),
     "prompt-completion": ("prompt", "completion"),
@@ -43,10 +47,18 @@ class Response:
         reasoning: the chain of reasoning, its steps joined by line ends. None if there is none, or if the record's
             format does not separate it from the answer.
         answer: the text after the reasoning; the whole response if ``reasoning`` is None.
+        open: True if this is only the beginning of a response: it has no stop token and, without an answer, no closing
+            tag. Only a side of a pair may be open.
     """
 
     reasoning: str | None
     answer: str
+    open: bool = False
+
+    @property
+    def is_reasoning_open(self) -> bool:
+        """True if the response ends inside its reasoning."""
+        return self.open and self.reasoning is not None and not self.answer
 
 
 @dataclass(frozen=True)
@@ -78,6 +90,8 @@ class Pair:
         prompt: as in ``Example``.
         chosen, rejected: the two responses, which differ.
         where: "file.jsonl:17" for error messages: the file as the user named it, and the line.
+        form: how the pair was made, such as "intervene", from ``meta.synth.form``; None if the record does not say.
+            Metrics are also reported by form.
     """
 
     id: str
@@ -86,6 +100,7 @@ class Pair:
     chosen: Response
     rejected: Response
     where: str
+    form: str | None = None
 
 
 Record = TypeVar("Record", Example, Pair)
@@ -118,7 +133,8 @@ def read_pairs(path: str | os.PathLike) -> Iterator[Pair]:
 
     Formats: ours (``chosen`` and ``rejected`` are objects with ``reasoning`` and ``answer``) and TRL's (both are
     strings, used without a chat template, or both are a list of one assistant message). The prompt is always a field of
-    its own: it is never guessed from what the two responses have in common.
+    its own: it is never guessed from what the two responses have in common. A side in our format may be ``open``: the
+    beginning of a response, which may end inside its reasoning, without an answer.
 
     Raises SaroError during iteration: for a file that cannot be read or is empty, and for the first faulty record.
     """
@@ -150,16 +166,39 @@ def parse_pair(record: dict[str, Any], where: str, default_id: str) -> Pair:
     if chosen == rejected:
         fault(where, "chosen equals rejected", "drop this pair")
     id, kind = parse_id(record, where, default_id), parse_kind(record, PAIR_KINDS, where)
-    return Pair(id, kind, prompt, chosen, rejected, where)
+    return Pair(id, kind, prompt, chosen, rejected, where, _parse_form(record, where))
 
 
 def _parse_pair_side(value: dict[str, Any], name: str, where: str) -> Response:
     for key in value:
-        if key not in ("reasoning", "answer"):
-            fault(where, f"{name} has the field {shown(key)}", nearest(key, ("reasoning", "answer")))
+        if key not in _SIDE_FIELDS:
+            fault(where, f"{name} has the field {shown(key)}", nearest(key, _SIDE_FIELDS))
+    is_open = value.get("open", False)
+    if not isinstance(is_open, bool):
+        fault(where, f"{name}: open is {type_name(is_open)}", "give true or false, or leave the field out")
+    if is_open and value.get("reasoning") is not None and value.get("answer", "") == "":
+        # Without an answer, the response ends inside the reasoning.
+        return Response(_parse_reasoning(value, where, f"{name}: "), "", open=True)
     if "answer" not in value:
         fault(where, f"{name} has no answer", "add it")
-    return _parse_response(value, where, f"{name}: ")
+    return replace(_parse_response(value, where, f"{name}: "), open=is_open)
+
+
+def _parse_form(record: dict[str, Any], where: str) -> str | None:
+    """Return ``meta.synth.form``, how data construction made a pair; None if there is none. Other meta is not read."""
+    meta = record.get("meta")
+    synth = meta.get("synth") if isinstance(meta, dict) else None
+    form = synth.get("form") if isinstance(synth, dict) else None
+    if form is None:
+        return None
+    fix = 'give a short name, such as "intervene", or leave it out'
+    if not isinstance(form, str):
+        fault(where, f"meta.synth.form is {type_name(form)}", fix)
+    if not re.fullmatch(_FORM, form):
+        fault(where, f"meta.synth.form is {shown(form)}, not 1 to 32 of the characters a-z 0-9 _ -", fix)
+    if form in PAIR_KINDS:
+        fault(where, f"meta.synth.form is {shown(form)}, the name of a kind of pair", "give the form another name")
+    return form
 
 
 def parse_example(record: dict[str, Any], where: str, default_id: str) -> Example:
@@ -167,6 +206,8 @@ def parse_example(record: dict[str, Any], where: str, default_id: str) -> Exampl
     for name in ("chosen", "rejected"):
         if name in record:
             fault(where, f"field {shown(name)} makes this a preference pair", "give pairs to stage 2 (SRPO)")
+    if "open" in record:
+        fault(where, 'only a side of a pair may be "open"', "finish the response and leave the field out")
     form = _find_format(record, _EXAMPLE_FORMATS, where)
     if form == "native":
         prompt = parse_prompt(record["prompt"], "prompt", where)
@@ -231,6 +272,11 @@ def _parse_prompt_and_completion(
 
 def _parse_response(value: dict[str, Any], where: str, prefix: str = "") -> Response:
     """Parse the response in our format: ``reasoning`` (string, list of steps, null or absent) and ``answer``."""
+    reasoning = _parse_reasoning(value, where, prefix)
+    return Response(reasoning, parse_text(value["answer"], f"{prefix}answer", where))
+
+
+def _parse_reasoning(value: dict[str, Any], where: str, prefix: str) -> str | None:
     reasoning = value.get("reasoning")
     if isinstance(reasoning, list):
         if not reasoning:
@@ -241,7 +287,7 @@ def _parse_response(value: dict[str, Any], where: str, prefix: str = "") -> Resp
         reasoning = parse_text(reasoning, f"{prefix}reasoning", where, "write it, or leave the field out")
     elif reasoning is not None:
         fault(where, f"{prefix}reasoning is {type_name(reasoning)}", "give a string or a list of steps")
-    return Response(reasoning, parse_text(value["answer"], f"{prefix}answer", where))
+    return reasoning
 
 
 def parse_messages(value: Any, name: str, where: str) -> list[Message]:

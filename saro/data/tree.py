@@ -26,7 +26,7 @@ class ScoredSequence:
     """One prompt and one response as token ids.
 
     Attributes:
-        tokens: (L,) int32, prompt and response; the last token is the stop token.
+        tokens: (L,) int32, prompt and response; the last token is the stop token unless the sequence is open.
         scored_from: index of the first scored token; all tokens after it are scored too. 1 <= scored_from < L.
         row_kinds: (L - scored_from,) uint8, the ``RowKind`` of each scored token.
         record: index of the record that the sequence came from.
@@ -42,6 +42,11 @@ class ScoredSequence:
             raise ValueError(f"scored_from is {self.scored_from}, must lie in 1..{len(self.tokens) - 1}")
         if len(self.row_kinds) != len(self.tokens) - self.scored_from:
             raise ValueError("row_kinds must have one entry for each scored token")
+
+    @property
+    def is_open(self) -> bool:
+        """True if the sequence has no stop token: it is only the beginning of a response."""
+        return bool(self.row_kinds[-1] != RowKind.STOP)
 
 
 @dataclass(frozen=True, eq=False)

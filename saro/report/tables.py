@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from saro.config import PAIR_KINDS
+
 # Columns of the table of stage 1: metric -> (heading, format).
 _TOKEN_METRICS = {
     "loss": ("loss, nats", ".3f"),
@@ -25,6 +27,11 @@ _PAIR_METRICS = {
     "entropy/chosen": "entropy in the chosen response, nats per token",
     "mean_token_accuracy/chosen": "top-1 accuracy in the chosen response",
     "chosen_fell": "share of pairs whose chosen log-prob fell",
+}
+# Rows of that table for each form of pairs, which data construction writes: metric -> label.
+_FORM_METRICS = {
+    "rewards/accuracies": "accuracy",
+    "rewards/margins": "reward margin",
 }
 # If the mean reward margin is nearer to zero than this, the model is still its own reference: the signs of the pairs'
 # margins are rounding, so the accuracy means nothing.
@@ -109,18 +116,27 @@ def token_table(before: Mapping[str, float], after: Mapping[str, float], files: 
 
 
 def pair_table(before: Mapping[str, float], after: Mapping[str, float], files: Sequence[str]) -> Table:
-    """Return the table of held-out preference metrics before and after training."""
+    """Return the table of held-out preference metrics before and after training, with rows for each form of pairs."""
     table = Table(title=f"Held-out pairs{_of(files)}", title_justify="left")
     table.add_column("metric")
     table.add_column("before", justify="right")
     table.add_column("after", justify="right")
-    at_reference = abs(before["eval/rewards/margins"]) < _AT_REFERENCE
-    for metric, label in _PAIR_METRICS.items():
-        key = f"eval/{metric}"
-        if key in before:
-            meaningless = metric == "rewards/accuracies" and at_reference
-            table.add_row(label, "-" if meaningless else f"{before[key]:.3f}", f"{after[key]:.3f}")
+    parts = [("", _PAIR_METRICS), *((f"{form}/", _FORM_METRICS) for form in _find_forms(before))]
+    for part, metrics in parts:
+        at_reference = abs(before[f"eval/{part}rewards/margins"]) < _AT_REFERENCE
+        for metric, label in metrics.items():
+            key = f"eval/{part}{metric}"
+            if key in before:
+                meaningless = metric == "rewards/accuracies" and at_reference
+                label = f"{part.removesuffix('/')}: {label}" if part else label
+                table.add_row(label, "-" if meaningless else f"{before[key]:.3f}", f"{after[key]:.3f}")
     return table
+
+
+def _find_forms(metrics: Mapping[str, float]) -> list[str]:
+    """Return the forms of pairs that there are metrics of, sorted: names such as eval/FORM/rewards/margins."""
+    split = [name.split("/") for name in metrics]
+    return sorted(part[1] for part in split if part[2:] == ["rewards", "margins"] and part[1] not in PAIR_KINDS)
 
 
 def answer_table(

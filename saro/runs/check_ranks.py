@@ -44,7 +44,7 @@ def _without_place(identity: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def _hash_records(data: ExampleSet | PairSet) -> str:
-    """Return the sha256 of all that training reads of the records: token ids, masks, kinds, ids and prompts."""
+    """Return the sha256 of all that training reads of the records: token ids, masks, kinds, ids, prompts and forms."""
     digest = hashlib.sha256()
     is_pairs = isinstance(data, PairSet)
     for side in (data.chosen, data.rejected) if is_pairs else (data,):
@@ -53,4 +53,5 @@ def _hash_records(data: ExampleSet | PairSet) -> str:
         digest.update(json.dumps(side.ids).encode())
     if is_pairs:
         digest.update(np.ascontiguousarray(data.prompts))
+        digest.update(json.dumps(data.forms).encode())
     return digest.hexdigest()

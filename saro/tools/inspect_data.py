@@ -133,7 +133,8 @@ def pair_tree(chosen: ScoredSequence, rejected: ScoredSequence, tokenizer: PreTr
     label = Text(f"shared: {shared} tokens ({prompt} of the prompt, {shared - prompt} of the responses)", "bold")
     tree = Tree(Group(label, colour(chosen, tokenizer, stop=shared)), guide_style="bold")
     for name, sequence in (("chosen", chosen), ("rejected", rejected)):
-        label = Text(f"{name}: {len(sequence.tokens) - shared} tokens", "bold")
+        end = ", open" if sequence.is_open else ""
+        label = Text(f"{name}: {len(sequence.tokens) - shared} tokens{end}", "bold")
         tree.add(Group(label, colour(sequence, tokenizer, start=shared)))
     return tree
 

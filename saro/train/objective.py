@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
 import torch
 
-from saro.config import KINDS, PAIR_KINDS, PreferenceConfig
+from saro.config import KINDS, PAIR_KINDS, PARTS, PreferenceConfig, row_weight
 from saro.data.packs import CHOSEN, REJECTED, SIDES, Pack, PairLogps
 from saro.data.tree import RowKind, SequenceTree
 from saro.distributed.runtime import Runtime
@@ -38,7 +38,7 @@ class Sums:
 class Objective(Protocol):
     """A loss over packs that training minimises."""
 
-    def counts(self, trees: Sequence[SequenceTree]) -> dict[str, int]:
+    def counts(self, trees: Sequence[SequenceTree]) -> Mapping[str, float]:
         """Return the counts by which the losses are divided, over all trees of a step."""
 
     def __call__(self, logps: torch.Tensor, pack: Pack) -> Sums:
@@ -84,22 +84,45 @@ class Meter:
 class RWObjective:
     """Reasoning-style Warmup: the mean negative log-likelihood of the scored tokens.
 
+    With weights, it is the weighted mean, ``sum_i w_i nll_i / sum_i w_i`` over the tokens of the step on all ranks. The
+    unweighted one is the case of equal weights.
+
     Metrics: the loss, over all tokens, by kind of record and by kind of token (reasoning, answer, stop). Evaluations add
-    entropy and accuracy in the same way.
+    entropy and accuracy in the same way. With weights, ``loss`` is the weighted mean, which is minimised, and
+    ``loss/unweighted`` the mean over all tokens; all others are unweighted.
 
     Args:
         kinds: (n,) the kind of each record, as an index into ``KINDS``.
+        weights: weights of tokens, as in ``DataConfig.row_weights``.
     """
 
-    def __init__(self, kinds: np.ndarray) -> None:
+    def __init__(self, kinds: np.ndarray, weights: Mapping[str, float] | None = None) -> None:
         self._kinds = torch.from_numpy(kinds.astype(np.int64))
+        self._weights = None
+        if weights:
+            table = [[row_weight(weights, kind, part) for part in PARTS] for kind in KINDS]
+            self._weights = torch.tensor(table, dtype=torch.float64)  # (KINDS, PARTS)
 
-    def counts(self, trees: Sequence[SequenceTree]) -> dict[str, int]:
-        return {"rows": sum(len(s.row_kinds) for tree in trees for s in tree.sequences)}
+    def counts(self, trees: Sequence[SequenceTree]) -> Mapping[str, float]:
+        sequences = [s for tree in trees for s in tree.sequences]
+        if self._weights is None:
+            return {"rows": sum(len(s.row_kinds) for s in sequences)}
+        tokens = np.zeros(self._weights.shape)  # (KINDS, PARTS) number of tokens
+        for s in sequences:
+            tokens[int(self._kinds[s.record])] += np.bincount(s.row_kinds, minlength=len(PARTS))
+        return {"row_weights": float((tokens * self._weights.numpy()).sum())}
 
     def __call__(self, logps: torch.Tensor, pack: Pack) -> Sums:
         entry_logps = logps.index_select(0, pack.entry_row)
-        return Sums({"rows": nll_sum(entry_logps)}, self._means("loss", -logps.detach(), pack))
+        metrics = self._means("loss", -logps.detach(), pack)
+        if self._weights is None:
+            return Sums({"rows": nll_sum(entry_logps)}, metrics)
+        token_kind = pack.row_kind.index_select(0, pack.entry_row)
+        table = self._weights.to(entry_logps.device, non_blocking=True)
+        weights = table[_record_kinds(self._kinds, pack), token_kind]  # (E,) float64
+        metrics["loss/unweighted"] = metrics["loss"]
+        metrics["loss"] = (nll_sum(weights * entry_logps.detach()), weights.sum())
+        return Sums({"row_weights": nll_sum(weights.to(entry_logps.dtype) * entry_logps)}, metrics)
 
     def describe(self, statistics: TokenStatistics, pack: Pack) -> Metrics:
         entropy = self._means("entropy", statistics.entropy, pack)
@@ -132,23 +155,31 @@ class SRPOObjective:
 
     Metrics: rewards (``beta`` times the change of a log-prob), their margin and accuracy, the log-probs, and the
     displacement: how far the log-probs moved, split into reasoning and the rest, and the share of pairs whose chosen
-    response has fallen. All are averaged over all pairs and by kind of pair. ``Sums.pairs`` has the margin and the
-    changes of each pair, in nats. Evaluations add the entropy and the accuracy of the scored tokens of each side.
+    response has fallen. All are averaged over all pairs, by kind of pair and by form. ``Sums.pairs`` has the margin and
+    the changes of each pair, in nats. Evaluations add the entropy and the accuracy of the scored tokens of each side.
 
     Args:
         kinds: (n,) the kind of each pair, as an index into ``PAIR_KINDS``.
         reference: log-probs of the pairs' scored tokens under the reference model.
         options: the loss and its parameters. If ``scored`` is divergent, the pairs are those of ``PairSet.divergent``,
-            and metrics that need whole responses are left out.
+            the nll term counts the chosen tokens after the fork, and metrics that need whole responses are left out.
+        forms: (n,) the form of each pair, as in ``PairSet.forms``; empty if no pair has one.
     """
 
-    def __init__(self, kinds: np.ndarray, reference: PairLogps, options: PreferenceConfig) -> None:
+    def __init__(
+        self, kinds: np.ndarray, reference: PairLogps, options: PreferenceConfig, forms: Sequence[str | None] = ()
+    ) -> None:
         self.options = options
-        self._kinds = torch.from_numpy(kinds.astype(np.int64))
         self.reference = reference
         self._loss = PAIR_LOSSES[options.loss]
+        form_names = sorted({form for form in forms if form is not None})
+        # Metrics are also reported for each of these groups, whether or not a pack has pairs of it.
+        self._groups = (*PAIR_KINDS, *form_names)
+        members = [kinds == index for index in range(len(PAIR_KINDS))]
+        members += [np.array([form == name for form in forms]) for name in form_names]
+        self._members = torch.from_numpy(np.stack(members, axis=1))  # (n, groups) bool
 
-    def counts(self, trees: Sequence[SequenceTree]) -> dict[str, int]:
+    def counts(self, trees: Sequence[SequenceTree]) -> Mapping[str, float]:
         chosen = [s for tree in trees for s in tree.sequences[CHOSEN::2]]
         return {"pairs": len(chosen), "chosen_rows": sum(len(s.row_kinds) for s in chosen)}
 
@@ -172,7 +203,7 @@ class SRPOObjective:
             # RPO (Pang et al. 2024, arXiv 2404.19733). The engine divides by the chosen rows of the step, not of this pack.
             terms["chosen_rows"] = self.options.nll * nll_sum(policy[:, CHOSEN])
         with torch.no_grad():
-            # Add a metric of pairs to ``values``: name -> (P,). It is averaged over all pairs and over those of each kind.
+            # Add a metric of pairs to ``values``: name -> (P,). It is averaged over all pairs and those of each kind and form.
             beta = self.options.beta
             values = {"loss": losses, "rewards/margins": beta * margins, "rewards/accuracies": margins > 0}
             pair_values = {"margin": margins}
@@ -188,23 +219,24 @@ class SRPOObjective:
                     pair_values[f"delta_logps/{name}"] = moved[:, side]
                 fell = moved[:, CHOSEN] < -FELL * rows[:, CHOSEN]
                 values["chosen_fell"] = pair_values["chosen_fell"] = fell
-            kinds = self._kinds[list(pack.pairs)].to(logps.device, non_blocking=True)
-            metrics = _sum_overall_and_by_kind({name: v.detach().double() for name, v in values.items()}, kinds)
+            members = self._members[list(pack.pairs)].to(logps.device, non_blocking=True)  # (P, groups)
+            values = {name: v.detach().double() for name, v in values.items()}
+            metrics = _sum_overall_and_by_group(values, members, self._groups)
             if self.options.nll:
                 metrics["loss/nll"] = (nll_sum(policy[:, CHOSEN]), rows[:, CHOSEN].sum())
         return Sums(terms, metrics, {name: v.detach() for name, v in pair_values.items()})
 
     def describe(self, statistics: TokenStatistics, pack: Pack) -> Metrics:
-        metrics = {}
-        entry_side = pack.entry_side
-        # All sides of the first kind, then all of the next: the order of ``kind_names`` below.
-        entry_kind_and_side = len(SIDES) * _record_kinds(self._kinds, pack) + entry_side
+        members = self._members[list(pack.pairs)].to(pack.entry_row.device, non_blocking=True)  # (P, groups)
+        metrics: Metrics = {}
         for name, row_values in (("entropy", statistics.entropy), ("mean_token_accuracy", statistics.top1)):
-            entries = row_values.index_select(0, pack.entry_row)
-            side_names = [f"{name}/{side}" for side in SIDES]
-            kind_names = [f"{kind}/{side_name}" for kind in PAIR_KINDS for side_name in side_names]
-            metrics |= _binned(entries, entry_side, side_names)
-            metrics |= _binned(entries, entry_kind_and_side, kind_names)
+            entries = row_values.index_select(0, pack.entry_row).double()
+            # Sums over the tokens of each side, then over pairs, as for the metrics of the loss.
+            sums = _sum_sides(entries, pack)  # (P, 2)
+            rows = _sum_sides(torch.ones_like(entries), pack)
+            for side, side_name in enumerate(SIDES):
+                by_name = {f"{name}/{side_name}": sums[:, side]}
+                metrics |= _sum_overall_and_by_group(by_name, members, self._groups, rows[:, side])
         return metrics
 
     def combine(self, means: dict[str, float]) -> dict[str, float]:
@@ -226,18 +258,26 @@ def _sum_sides(entries: torch.Tensor, pack: Pack) -> torch.Tensor:
     return sums.view(-1, len(SIDES))
 
 
-def _sum_overall_and_by_kind(values: dict[str, torch.Tensor], kinds: torch.Tensor) -> Metrics:
-    """Sum (P,) values over all pairs as ``NAME``, and over the pairs of each kind as ``KIND/NAME``."""
+def _sum_overall_and_by_group(
+    values: dict[str, torch.Tensor], members: torch.Tensor, groups: Sequence[str], counts: torch.Tensor | None = None
+) -> Metrics:
+    """Sum (P,) values over all pairs as ``NAME``, and over the pairs of each group as ``GROUP/NAME``.
+
+    Args:
+        members: (P, groups) bool, True if the pair is in the group.
+        counts: (P,) what each pair counts for in the divisor; default 1.
+    """
+    everyone = torch.ones_like(members[:, :1])
+    in_group = torch.cat([everyone, members], dim=1).T  # (groups + 1, P)
+    if counts is None:
+        counts = torch.ones(len(members), dtype=torch.float64, device=members.device)
     # Stack the values, so that one kernel makes all sums.
-    table = torch.stack(list(values.values()))  # (names, P)
+    table = torch.stack([*values.values(), counts])  # (names + 1, P)
+    sums = table[None].where(in_group[:, None], 0).sum(-1)  # (groups + 1, names + 1)
     metrics: Metrics = {}
-    for name, total in zip(values, table.sum(1), strict=True):
-        metrics[name] = (total, table.shape[1])
-    for index, kind in enumerate(PAIR_KINDS):
-        is_kind = kinds == index
-        count = is_kind.sum()
-        for name, total in zip(values, table.where(is_kind, 0).sum(1), strict=True):
-            metrics[f"{kind}/{name}"] = (total, count)
+    for prefix, group_sums in zip(["", *(f"{group}/" for group in groups)], sums, strict=True):
+        for name, total in zip(values, group_sums, strict=False):
+            metrics[prefix + name] = (total, group_sums[-1])
     return metrics
 
 

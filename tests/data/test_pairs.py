@@ -83,6 +83,43 @@ def test_a_faulty_pair_is_an_error_with_its_line_and_what_to_do(records_file, ch
     assert _refusal(file) == f"{file}:2: {message}"
 
 
+@pytest.mark.parametrize("meta", [{}, {"meta": None}, {"meta": {"synth": "x"}}, {"meta": {"form": "mine"}}])
+def test_a_pair_that_names_no_form_has_none(records_file, meta):
+    """Meta is data of the user's own."""
+    assert _only(read_pairs(records_file([NATIVE | meta]))).form is None
+
+
+def test_the_form_of_a_pair_is_read_from_meta_synth(records_file):
+    record = NATIVE | {"meta": {"synth": {"form": "intervene", "value": 0.5}, "source": "x"}}
+    assert _only(read_pairs(records_file([record]))).form == "intervene"
+
+
+@pytest.mark.parametrize(
+    ("form", "message"),
+    [
+        (7, "meta.synth.form is a number"),
+        ("", "meta.synth.form is (0 characters of text), not 1 to 32 of the characters a-z 0-9 _ -"),
+        ("in/tervene", 'meta.synth.form is "in/tervene", not 1 to 32 of the characters a-z 0-9 _ -'),
+        ("x" * 33, f'meta.synth.form is "{"x" * 33}", not 1 to 32 of the characters a-z 0-9 _ -'),
+        ("pp-cot", 'meta.synth.form is "pp-cot", the name of a kind of pair; give the form another name'),
+    ],
+)
+def test_a_form_that_is_no_short_name_is_an_error(records_file, form, message):
+    """It becomes a part of the names of metrics."""
+    file = records_file([NATIVE | {"meta": {"synth": {"form": form}}}])
+    assert _refusal(file).startswith(f"{file}:1: {message}")
+
+
+def test_a_set_keeps_the_form_of_each_pair_that_is_not_dropped(records_file):
+    made = {"meta": {"synth": {"form": "mirror"}}}
+    long = made | {"rejected": {"answer": "x" * 300}}
+    records = [NATIVE | made, NATIVE | long | {"id": "long"}, NATIVE | {"id": "q"}]
+    pairs = encode_pair_files([records_file(records)], CHAT, DataConfig(pack_tokens=200, too_long="drop"))
+    assert (pairs.ids, pairs.forms) == (("p", "q"), ("mirror", None))
+    assert pairs.divergent().forms == pairs.forms
+    assert encode_pair_files([records_file([NATIVE])], CHAT, DataConfig(pack_tokens=200)).forms == ()
+
+
 def test_a_pair_without_a_prompt_is_refused_and_the_prompt_is_not_guessed(records_file):
     """huggingface/trl#6472: the prompt was guessed from the text that both answers begin with."""
     file = records_file([{"chosen": USER + _turn("a"), "rejected": USER + _turn("b")}])

@@ -7,10 +7,10 @@ from functools import cache
 
 import chat_cases
 import pytest
-import tokenizer_cases
 from chat_cases import DAY, OPENS_THINK, QWEN3, chat_of
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from prefill_cases import CHATS, beginnings, continuations, joining
 from tiny import CHATML, tiny_tokenizer
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -21,20 +21,7 @@ from saro.demo.fetch_model import demo_model
 from saro.errors import SaroError
 
 USER = (Message("user", "Why?"),)
-CHATS = {
-    **{f"bytes, {name}": chat for name, chat in chat_cases.CHATS.items()},
-    **{" ".join(names): chat for names, chat in tokenizer_cases.CHATS.items()},
-    **{f"byte-level {name}": chat for name, chat in tokenizer_cases.BYTE_LEVEL_CHATS.items()},
-}
 every_chat = pytest.mark.parametrize("name", CHATS)
-# What vocabularies, normalizers and regexes join with what comes before.
-joining = st.sampled_from(
-    ["", " ", "  ", "\n", "\n\n", ".", "\u0301", "\u1161", "a", "\u00e9", "think", "/", "is", "So", "1", ":", "\u2603"]
-)
-beginnings = st.builds(lambda a, b, c: a + b + c, tokenizer_cases.texts, joining, joining).filter(
-    lambda t: t.strip() and "think>" not in t
-)
-continuations = st.builds(lambda a, b: a + b, joining, tokenizer_cases.texts).filter(lambda t: "think>" not in t)
 
 
 def encode(chat: ChatFormat, response: Response) -> list[int]:

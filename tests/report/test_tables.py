@@ -108,6 +108,24 @@ def test_an_accuracy_at_the_reference_is_not_shown(margin, accuracy):
     assert [cell.strip() for cell in row.strip("│").split("│")][1:] == [accuracy, "0.250"]
 
 
+def test_forms_of_pairs_have_rows_of_their_own():
+    def metrics(margin: float) -> dict[str, float]:
+        groups = ("op-cot/", "pp-cot/", "mirror/", "earlier/")
+        by_group = {f"eval/{g}{n}": margin for g in groups for n in ("rewards/margins", "rewards/accuracies", "loss")}
+        return pair_metrics(margin) | by_group
+
+    before, after = ({"answers": [], "metrics": metrics(margin)} for margin in (0.0, 0.75))
+    text = text_of(before_after_tables(before, after, [], ["held.jsonl"]))
+    rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in text.splitlines() if ": " in line]
+    assert rows[1:] == [
+        ["earlier: accuracy", "-", "0.750"],
+        ["earlier: reward margin", "0.000", "0.750"],
+        ["mirror: accuracy", "-", "0.750"],
+        ["mirror: reward margin", "0.000", "0.750"],
+    ]
+    assert "op-cot" not in text
+
+
 @pytest.mark.parametrize("metrics", [token_metrics(0.5), pair_metrics(0.5)], ids=["tokens", "pairs"])
 def test_every_table_names_the_files_of_its_figures(metrics):
     measured = {"answers": ["a"], "metrics": metrics}

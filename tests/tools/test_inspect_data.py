@@ -181,6 +181,13 @@ def test_the_parts_of_a_pair_are_coloured_by_kind():
     assert _styled(parts[2]) == [("z\n</think>", think), ("\n\nno", answer), ("<|im_end|>", stop)]
 
 
+def test_an_open_side_is_marked(records_file, tiny_model):
+    cut = PAIRS[0] | {"rejected": {"reasoning": "Look first.\nNo a", "open": True}}
+    text = _inspect([records_file([cut])], tiny_model(), color=False)
+    assert "chosen: 21 tokens\n" in text
+    assert "rejected: 4 tokens, open\n    No a\n" in text
+
+
 def test_pairs_on_one_prompt_are_shown_one_by_one(records_file, tiny_model):
     text = _inspect([records_file(PAIRS)], tiny_model(), ids=["pair-c", "pair-a"], color=False)
     assert text.index("pair-c: ") < text.index("pair-a: ")

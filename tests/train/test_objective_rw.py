@@ -8,9 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saro.config import KINDS
+from saro.config import KINDS, PARTS, DataConfig, RWConfig, SRPOConfig
 from saro.data.packs import lay_out
 from saro.data.tree import RowKind, ScoredSequence, build_tree
+from saro.errors import SaroError
 from saro.train.losses import nll_sum
 from saro.train.objective import RWObjective
 from saro_kernels import TokenStatistics
@@ -26,6 +27,10 @@ def sequence(tokens, kinds, record):
 def objective(*kinds):
     """Make the objective for records of these kinds."""
     return RWObjective(np.array([KINDS.index(kind) for kind in kinds], np.uint8))
+
+
+def test_parts_of_a_response_have_the_names_of_row_kinds():
+    assert tuple(kind.name.lower() for kind in RowKind) == PARTS
 
 
 def means(metrics):
@@ -214,3 +219,103 @@ def test_sums_over_packs_are_sums_over_sequences(drawn):
             summed[name][1] += count
     assert summed == expected
     assert [loss, rows] == expected["loss"]
+
+
+# Weights of tokens
+
+
+WEIGHTS = {"think": 0.5, "answer": 2.0, "safety/answer": 3.0}
+
+
+def weighted(*kinds):
+    return RWObjective(np.array([KINDS.index(kind) for kind in kinds], np.uint8), WEIGHTS)
+
+
+def test_with_weights_the_loss_is_divided_by_the_sum_of_the_weights_of_the_step(trees):
+    # general: two of think, one of answer, the stop; safety: one of answer, the stop
+    assert weighted("general", "safety").counts(trees) == {"row_weights": 0.5 + 0.5 + 2 + 1 + 3 + 1}
+    assert weighted("general", "safety").counts([]) == {"row_weights": 0}
+
+
+def test_a_weight_of_kind_and_part_counts_before_one_of_the_part(trees):
+    sums = weighted("general", "safety")(LOGPS, lay_out(trees))
+    expected = 0.5 * (1 + 2) + 2 * 4 + 8 + 3 * 16 + 32
+    assert {name: value.item() for name, value in sums.losses.items()} == {"row_weights": expected}
+
+
+def test_with_weights_only_the_loss_is_weighted_and_the_plain_one_has_another_name(trees):
+    plain = means(objective("general", "safety")(LOGPS, lay_out(trees)).metrics)
+    metrics = means(weighted("general", "safety")(LOGPS, lay_out(trees)).metrics)
+    expected = 0.5 * (1 + 2) + 2 * 4 + 8 + 3 * 16 + 32
+    assert metrics == plain | {"loss": (expected, 8.0), "loss/unweighted": plain["loss"]}
+
+
+def test_the_gradient_of_a_token_is_its_weight(trees):
+    logps = LOGPS.clone().requires_grad_()
+    weighted("general", "safety")(logps, lay_out(trees)).losses["row_weights"].backward()
+    assert logps.grad.tolist() == [-0.5, -0.5, -2, -1, -3, -1]
+
+
+def test_a_row_of_two_records_has_the_weights_of_both(shared):
+    logps = torch.zeros(4, requires_grad=True)
+    rw = RWObjective(np.array([0, 1]), {"think": 0.25, "safety/think": 2.0, "answer": 0.0})
+    rw(logps, lay_out(shared)).losses["row_weights"].backward()
+    assert logps.grad.tolist() == [-2.25, -2.25, -1.0, 0.0]
+    assert rw.counts(shared) == {"row_weights": 0.25 * 2 + 1 + 2 * 2 + 0}
+
+
+def test_equal_weights_give_the_loss_without_weights(trees):
+    rw = RWObjective(np.array([0, 1]), {"think": 2.0, "answer": 2.0, "stop": 2.0})
+    sums = rw(LOGPS, lay_out(trees))
+    assert sums.losses["row_weights"].item() / rw.counts(trees)["row_weights"] == 63.0 / 6
+    assert sums.losses["row_weights"].dtype == LOGPS.dtype
+
+
+def test_the_empty_pack_has_all_names_with_weights_too():
+    logps = torch.zeros(0, requires_grad=True)
+    sums = weighted("general", "safety")(logps, lay_out([]))
+    assert sums.losses["row_weights"].item() == 0.0
+    assert means(sums.metrics) == dict.fromkeys(METRICS | {"loss/unweighted"}, (0.0, 0.0))
+
+
+@settings(deadline=None, max_examples=60)
+@given(records())
+def test_the_weighted_loss_does_not_depend_on_packs(drawn):
+    kinds, sequences, size = drawn
+    rw = weighted(*kinds)
+    loss = divisor = expected = 0.0
+    for s in sequences:
+        parts = [RowKind(part).name.lower() for part in s.row_kinds]
+        kind = kinds[s.record]
+        own = [WEIGHTS.get(f"{kind}/{part}", WEIGHTS.get(part, 1.0)) for part in parts]
+        expected += sum(w * token for w, token in zip(own, s.tokens[s.scored_from :].tolist(), strict=True))
+    for start in range(0, len(sequences), size):
+        tree = build_tree(sequences[start : start + size])
+        pack = lay_out([tree])
+        sums = rw(-pack.row_target.double(), pack)
+        loss += sums.losses["row_weights"].item()
+        divisor += sums.metrics["loss"][1].item()
+    assert loss == expected
+    assert divisor == rw.counts([build_tree(sequences)])["row_weights"]
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ({"thinking": 1.0}, "data.row_weights: unknown part 'thinking'; did you mean think?"),
+        ({"safty/think": 1.0}, "data.row_weights: unknown part 'safty/think'; did you mean safety/think?"),
+        ({"op-cot/think": 1.0}, "data.row_weights: unknown part 'op-cot/think'"),
+        ({"think": -1.0}, "data.row_weights: think is -1.0; it must be at least 0"),
+        ({"stop": float("nan")}, "data.row_weights: stop is nan; it must be at least 0"),
+        ({"answer": 0.0, "safety/stop": 0.0}, "data.row_weights: safety records have no weight on answer and stop"),
+    ],
+)
+def test_wrong_weights_are_refused(weights, message):
+    with pytest.raises(SaroError) as caught:
+        RWConfig(data=DataConfig(row_weights=weights))
+    assert str(caught.value).startswith(message)
+
+
+def test_weights_of_tokens_are_for_examples_only():
+    with pytest.raises(SaroError, match=r"data\.row_weights is for RW; weigh kinds of pairs with --data\.weights"):
+        SRPOConfig(data=DataConfig(row_weights={"answer": 2.0}))

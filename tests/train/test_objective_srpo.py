@@ -243,14 +243,15 @@ def test_at_the_reference_every_loss_has_its_value_for_margin_zero(model, loss, 
     assert objective.loss_of(0) == pytest.approx(value)
 
 
-def _metrics(kinds, moved_of, options=None, pairs=PAIRS[:2]):
+def _metrics(kinds, moved_of, options=None, pairs=PAIRS[:2], forms=()):
     """Return average metrics, values by pair and the pack if tokens of side s of pair i moved by ``moved_of[i][s]``."""
     pack = lay_out([build_tree(pair) for pair in pairs])
     logps = -torch.arange(1.0, pack.rows + 1, dtype=torch.float64)
     moved = torch.tensor(moved_of, dtype=torch.float64).flatten()[pack.entry_sequence]
     entries = logps[pack.entry_row]
     offsets = np.cumsum([0, *np.bincount(pack.entry_sequence)])
-    sums = SRPOObjective(np.array(kinds), PairLogps((entries - moved).numpy(), offsets), options)(logps, pack)
+    reference = PairLogps((entries - moved).numpy(), offsets)
+    sums = SRPOObjective(np.array(kinds), reference, options, forms)(logps, pack)
     return (
         {name: (total / count).item() for name, (total, count) in sums.metrics.items() if count},
         sums.pair_values,
@@ -333,6 +334,48 @@ def test_every_metric_is_also_reported_for_each_kind_of_pair():
     assert {"loss", "rewards/chosen", "logps/rejected", "delta_logps/chosen/think", "chosen_fell"} <= overall
 
 
+MOVED = [[0.5, 0.25], [-1.0, 1.0], [2.0, 1.0]]
+
+
+def test_every_metric_is_also_reported_for_each_form_of_pair():
+    plain, _, _ = _metrics([0, 1, 1], MOVED, PreferenceConfig(), PAIRS)
+    means, _, _ = _metrics([0, 1, 1], MOVED, PreferenceConfig(), PAIRS, ("guided", "mirror", None))
+    overall = {name for name in plain if name.split("/")[0] not in PAIR_KINDS}
+    assert set(means) == set(plain) | {f"{form}/{name}" for form in ("guided", "mirror") for name in overall}
+    assert {name: means[name] for name in plain} == plain
+    # Each form has one pair: the pair of kind op-cot, and one of the two of kind pp-cot.
+    assert means["guided/rewards/margins"] == pytest.approx(plain["op-cot/rewards/margins"])
+    alone, _, _ = _metrics([0, 1], MOVED[:2], PreferenceConfig(), PAIRS[:2])
+    assert means["mirror/rewards/margins"] == pytest.approx(alone["pp-cot/rewards/margins"])
+    assert means["mirror/loss"] == pytest.approx(alone["pp-cot/loss"])
+
+
+def test_every_pack_has_the_names_of_all_forms():
+    """Ranks add their metrics up by name, so that a rank without pairs of a form needs its name too."""
+    forms = ("guided", None, "mirror")
+    objective = SRPOObjective(np.array([0, 1, 1]), _reference(PAIRS, REFERENCE), PreferenceConfig(), forms)
+    packs = [lay_out([build_tree(pair) for pair in PAIRS[i:j]]) for i, j in ((0, 1), (1, 3), (0, 0))]
+    names = [set(objective(torch.zeros(pack.rows), pack).metrics) for pack in packs]
+    assert names[0] == names[1] == names[2]
+    assert {"guided/rewards/margins", "mirror/loss"} <= names[0]
+    sums = objective(torch.zeros(packs[0].rows), packs[0])
+    assert (sums.metrics["guided/loss"][1], sums.metrics["mirror/loss"][1]) == (1, 0)
+    statistics = [TokenStatistics(*[torch.zeros(pack.rows)] * 3) for pack in packs]
+    described = [set(objective.describe(s, pack)) for s, pack in zip(statistics, packs, strict=True)]
+    assert described[0] == described[1] == described[2]
+    assert "mirror/entropy/chosen" in described[0]
+
+
+def test_a_pair_that_is_not_finite_does_not_spoil_the_metrics_of_other_groups():
+    pack = lay_out([build_tree(pair) for pair in PAIRS])
+    logps = torch.zeros(pack.rows)
+    logps[pack.entry_row[pack.entry_sequence == 1]] = -torch.inf
+    objective = SRPOObjective(np.array([0, 1, 1]), _reference(PAIRS, REFERENCE), PreferenceConfig(), ("a", "b", "b"))
+    metrics = objective(logps, pack).metrics
+    assert metrics["b/logps/rejected"][0].item() == 0
+    assert metrics["a/logps/rejected"][0].item() == -torch.inf
+
+
 def test_shared_reasoning_cancels_in_the_margin():
     """Tokens that both sides share have no gradient: the gradient of the margin comes from the remainders only."""
     pack = lay_out([build_tree(PAIRS[0])])
@@ -354,6 +397,29 @@ def test_scoring_only_divergent_tokens_gives_the_same_loss_and_gradients(model, 
     assert lay_out(pairs.trees(range(3), 100)).rows > lay_out(parted.trees(range(3), 100)).rows
     zeros = torch.zeros(3, 2, dtype=torch.float64)
     _assert_equal(_ours(model, short, zeros, loss, scored="divergent"), _ours(model, full, zeros, loss))
+
+
+def test_with_divergent_scoring_the_nll_term_is_that_of_the_chosen_tokens_after_the_fork(model):
+    parted = [_pair_set(PAIRS).divergent().sequences(i) for i in range(3)]
+    zeros = torch.zeros(3, 2, dtype=torch.float64)
+    ours = _ours(model, parted, zeros, "sigmoid", scored="divergent", nll=0.5)
+    plain = _plain(model, PAIRS, zeros, "sigmoid")
+    model.zero_grad()
+    with in_float64():
+        rows = [len(chosen.row_kinds) for chosen, _ in parted]
+        kept = zip(PAIRS, rows, strict=True)
+        term = -0.5 * sum(_plain_logps(model, pair)[0][-n:].sum() for pair, n in kept) / sum(rows)
+        term.backward()
+    _assert_equal(ours, (plain[0] + term.item(), plain[1] + _gradient(model)))
+
+
+def test_an_open_side_may_be_the_beginning_of_another_pairs_side(model):
+    """Without stop tokens: the open side of the first pair ends inside the path of the second pair's rejected side."""
+    cut = _pair([5, 6, 7], [8, 9], [10, 11, 2], [13, 14], 0)
+    whole = _pair([5, 6, 7], [8], [20, 2], [9, 13, 14, 15, 2], 1)
+    tree = build_tree([*cut, *whole])
+    sums = REFERENCE[:2]
+    _assert_equal(_ours(model, [cut, whole], sums, "ipo", packs=[tree]), _plain(model, [cut, whole], sums, "ipo"))
 
 
 def test_scoring_only_divergent_tokens_reports_no_absolute_values():
