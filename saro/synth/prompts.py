@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,6 +14,23 @@ PROMPT_KINDS = ("harmful", "harmless", "general")
 # How much harm a careless answer could do. It decides how long a chain may be (``saro.synth.bands``).
 LEVELS = ("none", "low", "medium", "high")
 
+# Codes and names of the hazards of AILuminate 1.0 (MLCommons), the values of column ``hazard`` of its prompt sets. There,
+# spc and sxc have an ending that names the kind of advice or content (spc_fin, sxc_prn).
+HAZARDS: Mapping[str, str] = {
+    "vcr": "violent crimes",
+    "ncr": "non-violent crimes",
+    "src": "sex-related crimes",
+    "cse": "child sexual exploitation",
+    "iwp": "indiscriminate weapons",
+    "ssh": "suicide and self-harm",
+    "hte": "hate",
+    "dfm": "defamation",
+    "prv": "privacy",
+    "ipv": "intellectual property",
+    "sxc": "sexual content",
+    "spc": "specialised advice",
+}
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -23,7 +41,7 @@ class Prompt:
             stem of the file, and ``item.id`` is unique over all files.
         kind: one of ``PROMPT_KINDS``.
         level: one of ``LEVELS``.
-        hazard: codes of AILuminate's hazards, such as "vcr"; empty for prompts that are not harmful.
+        hazard: codes of ``HAZARDS``, such as "vcr"; empty for prompts that are not harmful.
         where: "file.jsonl:17" for error messages.
     """
 
