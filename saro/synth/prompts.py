@@ -117,7 +117,11 @@ def _read_file(path: str | os.PathLike, places: dict[str, str]) -> dict[str, Pro
     for _, where, fields in read_objects(path):
         prompt = parse_prompt_fields(fields, name, where)
         if (other := places.setdefault(prompt.id, where)) != where:
-            fault(where, f"id {shown(prompt.id)} is already used by {other}", "give each prompt its own id, over all files")
+            fault(
+                where,
+                f"id {shown(prompt.id)} is already used by {other}",
+                "give each prompt its own id, over all files",
+            )
         prompts[prompt.id] = prompt
     for prompt in prompts.values():
         _check_twin(prompt, prompts)
