@@ -282,7 +282,7 @@ def _parse_id(value: Any, where: str, places: dict[str, str]) -> str:
         )
     if value in places:
         fault(where, f"id {shown(value)} is already used by {places[value]}", "give each section and rule its own id")
-    places[value] = where.rpartition(": ")[2]
+    places[value] = where
     return value
 
 
