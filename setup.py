@@ -20,6 +20,7 @@ setup(
         "saro.demo": ["*.jsonl"],
         "saro.evaluate": ["attack_files/*.yaml", "judges/*"],
         "saro.report": ["templates/*"],
+        "saro.synth": ["policies/*.yaml", "prompt_templates/*.yaml"],
     },
     install_requires=[
         "accelerate>=1.15.0",

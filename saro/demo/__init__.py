@@ -31,6 +31,11 @@ def suite_files(names: Sequence[str]) -> list[str]:
     return files
 
 
+def prompt_files(names: Sequence[str]) -> list[str]:
+    """Return the file names of prompts for data construction, with "demo" replaced by the path of the demo's prompts."""
+    return data_files(names, "prompts")
+
+
 def find_start(model: str, say: Callable[[str], None]) -> str:
     """Return the name of the model that stage 2 starts from: ``model``, unless that is the demo.
 

