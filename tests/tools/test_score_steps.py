@@ -122,6 +122,11 @@ def test_a_model_that_is_its_own_reference_gives_no_reward(score, models):
     assert max(abs(line["reward"]) for line in lines) < 1e-5
 
 
+def test_the_dtype_is_that_of_the_models(score):
+    exact, rounded = (score(PAIR, dtype=dtype)[0][0]["reward"] for dtype in ("float32", "bfloat16"))
+    assert 0 < abs(exact - rounded) < 1
+
+
 def test_steps_are_written_only_if_asked_for(score):
     assert "steps" not in score(EXAMPLE)[0][0]
 
@@ -195,10 +200,19 @@ def test_a_record_that_is_too_long_is_an_error_with_its_line(models, records_fil
 
 
 def test_the_command_line_gives_these_options():
-    args = ["my.jsonl", "--models", "[output/srpo, output/rw]", "--steps", "--load.method", "qlora"]
+    args = [
+        "my.jsonl",
+        "--models",
+        "[output/srpo, output/rw]",
+        "--steps",
+        "--load.method",
+        "qlora",
+        "--dtype",
+        "bfloat16",
+    ]
     options = parse_tool(Options, "saro score", run.__doc__, args)
     assert (options.records, options.models, options.steps) == ("my.jsonl", ["output/srpo", "output/rw"], True)
-    assert options.load.method == "qlora"
+    assert (options.load.method, options.dtype) == ("qlora", "bfloat16")
 
 
 @pytest.mark.parametrize("name", CHATS)
