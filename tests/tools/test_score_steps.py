@@ -127,6 +127,13 @@ def test_the_dtype_is_that_of_the_models(score):
     assert 0 < abs(exact - rounded) < 1
 
 
+@pytest.mark.parametrize("method", ["lora", "qlora", "full"])
+def test_a_run_is_scored_against_the_model_that_it_began_with(score, finished_run, tiny_model, examples, method):
+    """Training on these examples has made them likelier. A QLoRA run and its base are both in 4 bits."""
+    lines, _ = score(*examples[:4], models=[str(finished_run(method)), tiny_model()])
+    assert all(line["reward"] > 0 for line in lines)
+
+
 def test_steps_are_written_only_if_asked_for(score):
     assert "steps" not in score(EXAMPLE)[0][0]
 
