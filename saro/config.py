@@ -43,8 +43,9 @@ def _check_kinds(weights: dict[str, float], kinds: tuple[str, ...]) -> None:
 
 
 def _check_row_weights(weights: dict[str, float]) -> None:
-    """Raise SaroError for a kind of token that does not exist, a weight that is not a number of at least 0, and for weights
-    that leave a kind of record without any: a step with only such records would have no loss.
+    """Raise SaroError for a part that does not exist, and for weights that are negative or leave a record without any.
+
+    A step of records without weight would have no loss.
     """
     valid = (*PARTS, *(f"{kind}/{part}" for kind in KINDS for part in PARTS))
     for name, weight in weights.items():
@@ -57,7 +58,7 @@ def _check_row_weights(weights: dict[str, float]) -> None:
         if not any(row_weight(weights, kind, part) for part in ("answer", "stop")):
             raise SaroError(
                 f"data.row_weights: {kind} records have no weight on answer and stop, so some may have none at all; "
-                f"leave them out with --data.weights {{{kind}: 0}}"
+                f"leave them out with --data.weights {{{kind}: 0}} instead"
             )
 
 

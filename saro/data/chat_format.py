@@ -273,7 +273,8 @@ class ChatFormat:
         Raises SaroError if the response cannot be encoded.
         """
         _, completion = self._encode_completion(prompt, response)
-        return completion.text, completion.starts
+        # A tokenizer may put a space in front of the text, which then begins before it.
+        return completion.text, [max(start, 0) for start in completion.starts]
 
     def _encode(self, prompt: Sequence[Message] | str, response: Response, where: str, record: int) -> ScoredSequence:
         try:

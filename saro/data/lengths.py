@@ -68,6 +68,7 @@ class LengthReport:
         dropped: ids of the records that were too long.
         duplicates: number of records that repeat an earlier one, token by token; both sides of a pair must.
         trained_prompts: number of records with the prompt of a training record; 0 for the training records themselves.
+        open_sides: number of sides of pairs that have no end.
         sharing: what trees save; None for examples.
     """
 
@@ -76,6 +77,7 @@ class LengthReport:
     dropped: tuple[str, ...]
     duplicates: int
     trained_prompts: int
+    open_sides: int
     sharing: Sharing | None
 
     @classmethod
@@ -83,6 +85,7 @@ class LengthReport:
         """Measure an encoded set. ``train`` has the training records of the same run, and may be ``data`` itself."""
         if isinstance(data, ExampleSet):
             kind_names, dropped, sharing = KINDS, data.dropped, None
+            open_sides = 0
             lengths = {
                 "whole record": data.lengths,
                 "prompt": data.prompt_tokens,
@@ -91,6 +94,9 @@ class LengthReport:
             }
         else:
             kind_names, dropped, sharing = PAIR_KINDS, data.chosen.dropped, Sharing.of(data)
+            open_sides = sum(
+                int(side.is_open.sum()) for side in (data.chosen, data.rejected) if side.is_open is not None
+            )
             lengths = {
                 "chosen": data.chosen.lengths,
                 "rejected": data.rejected.lengths,
@@ -104,6 +110,7 @@ class LengthReport:
             dropped=dropped,
             duplicates=count_duplicates(data),
             trained_prompts=0 if train is None or train is data else len(find_overlap(data, train)),
+            open_sides=open_sides,
             sharing=sharing,
         )
 

@@ -51,6 +51,8 @@ def print_lengths(console: Console, title: str, report: Mapping[str, Any]) -> No
         line += f"; {len(report['dropped']):,} dropped as too long"
     if report["duplicates"]:
         line += f"; {report['duplicates']:,} exact duplicates of another one"
+    if report["open_sides"]:
+        line += f"; {report['open_sides']:,} open sides"
     if report["trained_prompts"]:
         line += f"; {report['trained_prompts']:,} with the prompt of a training record"
     console.print(line, markup=False, highlight=False, soft_wrap=True)

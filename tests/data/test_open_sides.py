@@ -15,6 +15,7 @@ from saro.checks.check_masks import check_masks
 from saro.config import DataConfig
 from saro.data.chat_format import Prefill
 from saro.data.dataset import PairSet, encode_files, encode_pair_files
+from saro.data.lengths import LengthReport
 from saro.data.packs import lay_out
 from saro.data.records import Example, Message, Pair, Response, read_examples, read_pairs
 from saro.data.repeats import count_duplicates
@@ -270,6 +271,12 @@ def test_an_open_side_may_begin_a_response_of_another_pair(encoded):
         rows = pack.entry_row[pack.entry_sequence == i]
         assert pack.row_target[rows].tolist() == sequence.tokens[sequence.scored_from :].tolist()
         assert pack.row_kind[rows].tolist() == sequence.row_kinds.tolist()
+
+
+def test_the_report_counts_open_sides(encoded):
+    both = record(chosen={"answer": "No", "open": True})
+    assert LengthReport.of(encoded(record(), both)).open_sides == 3
+    assert LengthReport.of(encoded(record(rejected={"answer": "Yes."}))).open_sides == 0
 
 
 def test_examples_are_never_open(records_file):

@@ -96,11 +96,18 @@ def test_ranks_with_fewer_records_are_refused(start_apart, relative, machines):
     assert_refused(ranks, f"rank 1 differs from rank 0 in the token ids of train; {SAME_FILES}", machines)
 
 
-def test_ranks_with_other_pairs_are_refused(start_apart, srpo_arguments, machines):
-    def swap(pair: dict) -> dict:
-        return pair | {"chosen": pair["rejected"], "rejected": pair["chosen"]}
+def swap_sides(pair: dict) -> dict:
+    return pair | {"chosen": pair["rejected"], "rejected": pair["chosen"]}
 
-    rewrite(machines[1] / "pairs.jsonl", swap)
+
+def name_form(pair: dict) -> dict:
+    """Give the pair a form: metrics are added up over ranks by form."""
+    return pair | {"meta": {"synth": {"form": "mirror"}}}
+
+
+@pytest.mark.parametrize("change", [swap_sides, name_form])
+def test_ranks_with_other_pairs_are_refused(start_apart, srpo_arguments, machines, change):
+    rewrite(machines[1] / "pairs.jsonl", change)
     files = {"data_train": '["pairs.jsonl"]', "data_heldout": '["heldout-pairs.jsonl"]', "train_output": "run"}
     ranks = start_apart(srpo_arguments(**files), srpo_arguments(**files), recipe="srpo")
     assert_refused(ranks, f"rank 1 differs from rank 0 in the token ids of train; {SAME_FILES}", machines)

@@ -111,6 +111,20 @@ def test_metrics_have_their_documented_names(finished):
     assert steps[-1]["epoch"] == 2
 
 
+def test_weights_of_tokens_change_the_loss_of_training_and_no_other_figure(recipes, rw_arguments, tmp_path):
+    weights = {"data_row_weights": "{think: 0, stop: 0, safety/stop: 1}", "train_max_steps": 1, "train_eval_every": 0}
+    done = recipes.run(*rw_arguments(**weights, train_output=tmp_path / "weighted"))
+    assert done.code == 0, done.err
+    assert recipes.run(*rw_arguments(train_output=tmp_path / "plain", train_max_steps=1, train_eval_every=0)).code == 0
+    (weighted,), (plain,) = (metrics_of(tmp_path / name) for name in ("weighted", "plain"))
+    assert weighted["loss/unweighted"] == pytest.approx(plain["loss"])
+    assert weighted["loss"] != pytest.approx(plain["loss"], rel=1e-4)
+    for part in ("think", "answer", "stop", "general", "safety"):
+        assert weighted[f"loss/{part}"] == pytest.approx(plain[f"loss/{part}"])
+    before = [json.loads((tmp_path / name / "before.json").read_text())["metrics"] for name in ("weighted", "plain")]
+    assert before[0] == pytest.approx(before[1])
+
+
 def test_the_final_table_shows_the_two_evaluations(finished):
     run, done = finished("lora")
     before, after = (json.loads((run / f"{n}.json").read_text())["metrics"] for n in ("before", "after"))

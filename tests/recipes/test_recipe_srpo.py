@@ -15,6 +15,7 @@ import torch
 from peft import AutoPeftModelForCausalLM
 from run_files import ROOT, TIMING, assert_same_run, metrics_of, scored_lines, steps_logged, wait_for, weights_of
 from safetensors.torch import load_file
+from sets import with_other_prompts
 
 from saro.config import PAIR_KINDS
 from saro.demo import find_start
@@ -127,6 +128,7 @@ def test_without_arguments_it_starts_from_the_demo_run_of_stage_1_if_there_is_on
         {"preference_loss": "robust", "preference_label_smoothing": 0.1},
         {"preference_nll": 0.5},
         {"preference_scored": "divergent"},
+        {"preference_scored": "divergent", "preference_nll": 0.5},
         {"data_group_by_prompt": False},
         {"data_heldout": "[]"},
     ],
@@ -138,6 +140,27 @@ def test_every_option_of_the_loss_trains(srpo, srpo_arguments, tmp_path, options
     lines = metrics_of(tmp_path / "run")
     assert len(lines) == 4
     assert lines[-1]["rewards/margins"] > 0
+
+
+@pytest.mark.parametrize("scored", ["all", "divergent"])
+def test_open_sides_and_forms_train_from_file_to_table(srpo, srpo_arguments, records_file, pairs, tmp_path, scored):
+    """Process pairs of data construction: rejected sides without an end, scored from the fork."""
+    made = [
+        pair
+        | {"rejected": {"reasoning": pair["rejected"]["reasoning"], "answer": "", "open": True}}
+        | {"meta": {"synth": {"form": ("intervene", "mirror")[i % 2]}}}
+        for i, pair in enumerate(pairs)
+    ]
+    files = {"data_train": json.dumps([records_file(made, "open.jsonl")])}
+    files["data_heldout"] = json.dumps([records_file(with_other_prompts(made[:5]), "open-held.jsonl")])
+    done = srpo(*srpo_arguments(**files, preference_scored=scored, preference_nll=0.1))
+    assert done.code == 0, done.err
+    lines = metrics_of(tmp_path / "run")
+    assert lines[0]["loss/preference"] == pytest.approx(0.6931, abs=1e-4)
+    assert lines[-1]["rewards/margins"] > 0
+    assert {"intervene/rewards/margins", "mirror/rewards/accuracies"} <= lines[-1].keys()
+    assert "intervene: reward margin" in done.err
+    assert ("intervene/logps/chosen" in lines[-1]) == (scored == "all")
 
 
 def test_a_warning_is_printed_when_chosen_responses_lose_probability(srpo, srpo_arguments):
@@ -281,14 +304,11 @@ def test_a_pair_with_one_side_too_long_is_dropped_and_named(srpo, srpo_arguments
             ["--preference.loss", "hinge", "--preference.label_smoothing", "0.1"],
             "is for sigmoid and robust, not for hinge",
         ),
-        (
-            ["--preference.scored", "divergent", "--preference.nll", "1"],
-            "skips rows that nll needs; set one of the two",
-        ),
         (["--preference.scored", "divergent", "--preference.length_normalize", "true"], "length_normalize needs"),
         (["--preference.warn_chosen_fell", "2"], "a share of the pairs, 0 to 1"),
         (["--preference.reference", ""], "preference.reference is empty; give start, or the folder of a model"),
         (["--data.weights", "{general: 2}"], "unknown kind 'general'; valid are op-cot, pp-cot"),
+        (["--data.row_weights", "{answer: 2}"], "data.row_weights is for RW"),
     ],
 )
 def test_a_wrong_option_gives_one_line(srpo, tmp_path, arguments, message):

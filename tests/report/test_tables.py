@@ -62,6 +62,13 @@ def test_the_printed_report_does_not_mention_prompts_if_each_has_one_pair():
     assert "Sharing saves 25.9 % of 27 tokens\n" in text
 
 
+def test_the_printed_report_counts_open_sides():
+    is_open = np.array([True, False, True])
+    pairs = replace(pairs_by_hand(), rejected=replace(pairs_by_hand().rejected, is_open=is_open))
+    assert "train: 3 pairs (1 op-cot, 2 pp-cot); 2 open sides" in " ".join(printed(LengthReport.of(pairs)).split())
+    assert "open" not in printed(LengthReport.of(pairs_by_hand()))
+
+
 # The tables at the end of a run
 
 

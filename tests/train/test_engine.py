@@ -27,6 +27,7 @@ from saro.model.policy import Policy
 from saro.train import engine
 from saro.train.checkpoint import find_intact_checkpoint, list_checkpoints
 from saro.train.engine import evaluate
+from saro.train.objective import RWObjective
 from saro_kernels import TokenStatistics
 
 METHODS = ("full", "lora", "qlora")
@@ -136,10 +137,16 @@ def test_the_loss_is_the_average_over_all_scored_tokens_of_the_step(training, ru
     assert lines_of(run)[0]["loss"] == pytest.approx(-torch.cat(logps).mean().item(), rel=1e-12)
 
 
-def test_gradients_do_not_depend_on_the_pack_size(training, runtime):
+# Weights of tokens, with which the loss is divided by their sum over the step.
+ROW_WEIGHTS = {"think": 0.25, "answer": 2.0, "safety/think": 0.0}
+
+
+@pytest.mark.parametrize("weights", [{}, ROW_WEIGHTS], ids=["equal weights", "row weights"])
+def test_gradients_do_not_depend_on_the_pack_size(training, runtime, weights):
     seen = {}
     for tokens in (110, 256, 4096):
         run = training(f"{tokens}", policy=Bigram(), pack_tokens=tokens, max_grad_norm=0)
+        run.objective = RWObjective(run.data.kinds, weights)
         with gradients_seen() as gradients:
             run.fit(runtime, 3)
         seen[len(run.steps[0].packs)] = gradients
@@ -163,7 +170,9 @@ def test_gradients_of_a_model_do_not_depend_on_the_pack_size(training, runtime, 
     assert (seen[0] - seen[1]).norm() <= 2e-6 * seen[1].norm()
 
 
-def two_processes(records: str, folder: str, output: str, records_per_step: str, pack_tokens: str) -> None:
+def two_processes(
+    records: str, folder: str, output: str, records_per_step: str, pack_tokens: str, weights: str
+) -> None:
     """Run one rank of a run in two processes, and save the gradients of each step to ``output``."""
     accelerator = Accelerator(cpu=True, mixed_precision="no")
     runtime = Runtime(accelerator, accelerator.process_index, accelerator.num_processes, 1)
@@ -178,6 +187,7 @@ def two_processes(records: str, folder: str, output: str, records_per_step: str,
         rank=runtime.rank,
         processes=runtime.processes,
     )
+    run.objective = RWObjective(run.data.kinds, json.loads(weights))
     packs = [sum(pack.rows > 0 for pack in run.steps[step].packs) for step in range(3)]
     with gradients_seen() as gradients:
         run.fit(runtime, 3)
@@ -187,13 +197,19 @@ def two_processes(records: str, folder: str, output: str, records_per_step: str,
     runtime.end()
 
 
-@pytest.mark.parametrize(("records_per_step", "packs"), [(4, (2, 2)), (1, (1, 0)), (3, (1, 2))])
+@pytest.mark.parametrize(
+    ("records_per_step", "packs", "weights"),
+    [(4, (2, 2), {}), (1, (1, 0), {}), (3, (1, 2), {}), (3, (1, 2), ROW_WEIGHTS)],
+)
 def test_two_processes_take_the_same_steps_as_one(
-    training, runtime, recipes, records_file, examples, tiny_model, tmp_path, records_per_step, packs
+    training, runtime, recipes, records_file, examples, tiny_model, tmp_path, records_per_step, packs, weights
 ):
     """This holds also if the ranks have different numbers of packs, or if one has no record at all."""
     out = tmp_path / "two"
-    arguments = (records_file(examples, "two.jsonl"), tiny_model(), out, records_per_step, 110)
+    arguments = (
+        *(records_file(examples, "two.jsonl"), tiny_model(), out),
+        *(records_per_step, 110, json.dumps(weights)),
+    )
     done = recipes.run_ranks(2, *arguments, call=f"{__file__}:two_processes")
     assert [p.code for p in done] == [0, 0], done[0].err + done[1].err
     ranks = [torch.load(out / f"rank{r}.pt") for r in range(2)]
@@ -201,6 +217,7 @@ def test_two_processes_take_the_same_steps_as_one(
     assert tuple(r["packs"][0] for r in ranks) == packs
 
     run = training(policy=Bigram(), records_per_step=records_per_step, pack_tokens=4096, max_grad_norm=0)
+    run.objective = RWObjective(run.data.kinds, weights)
     with gradients_seen() as expected:
         run.fit(runtime, 3)
     for step in range(3):

@@ -13,9 +13,10 @@ import torch
 from tiny import save_tiny_model, tiny_tokenizer
 
 from saro.checks import noise as noise_module
+from saro.checks.check_packs import check_packs
 from saro.config import DataConfig, ModelConfig
 from saro.data.dataset import PairSet, encode_pair_files
-from saro.data.packs import lay_out
+from saro.data.packs import CHOSEN, REJECTED, lay_out
 from saro.errors import SaroError
 from saro.model.load import load_policy
 from saro.model.score import score_pairs
@@ -209,6 +210,34 @@ def test_another_scored_span_is_scored_separately(runtime, world, scored):
         for side in (0, 1):
             rows = len(tail.side_logps(i, side))
             np.testing.assert_allclose(tail.side_logps(i, side), whole.side_logps(i, side)[-rows:], atol=1e-5)
+
+
+def with_open_sides(pairs):
+    """Return the pairs with rejected sides that end inside their reasoning."""
+    return [
+        pair | {"rejected": {"reasoning": pair["rejected"]["reasoning"], "answer": "", "open": True}} for pair in pairs
+    ]
+
+
+def test_open_sides_have_the_log_probs_of_the_whole_responses_that_they_begin(runtime, world, pairs, scored):
+    source, policy, whole = world()
+    all_logps = load_reference(runtime, policy, source, whole, 256)
+    data = world(with_open_sides(pairs))[2]
+    scored.clear()
+    reference = load_reference(runtime, policy, source, data, 256)
+    # The whole sides are in the cache, under other keys than the open ones, so that each pair lacks one side.
+    assert sum(scored) >= 2 * len(data)
+    for i in range(len(data)):
+        chosen, cut = (reference.side_logps(i, side) for side in (CHOSEN, REJECTED))
+        np.testing.assert_array_equal(chosen, all_logps.side_logps(i, CHOSEN))
+        np.testing.assert_allclose(cut, all_logps.side_logps(i, REJECTED)[: len(cut)], atol=1e-5)
+        assert len(cut) == len(data.rejected.sequence(i).row_kinds) < len(all_logps.side_logps(i, REJECTED))
+
+
+def test_packs_of_open_sides_equal_the_models_own_forward(world, pairs):
+    _, policy, data = world(with_open_sides(pairs))
+    result = check_packs(policy, data)
+    assert result.logps <= 3 * result.logps_floor
 
 
 def test_a_cache_that_the_model_contradicts_is_an_error(runtime, world):
