@@ -54,7 +54,9 @@ class Template:
         return hashlib.sha256(json.dumps(self.turns).encode()).hexdigest()
 
     def render(self, **variables: Any) -> tuple[Message, ...]:
-        """Return the turns with their gaps filled. Texts are put in as they are: nothing in them is executed.
+        """Return the turns with their gaps filled, without white space around each turn.
+
+        Texts are put in as they are: nothing in them is executed.
 
         Args:
             variables: exactly those that the file names; strings, or lists of strings.

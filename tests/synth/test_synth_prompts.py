@@ -15,7 +15,15 @@ from saro.data.records import Message
 from saro.demo import demo_file
 from saro.errors import SaroError
 from saro.synth.funnel import Funnel, LeftOut
-from saro.synth.prompts import HAZARDS, Prompt, check_exclusion, drop_duplicates, excluded_files, read_prompts
+from saro.synth.prompts import (
+    HAZARDS,
+    Prompt,
+    check_exclusion,
+    drop_duplicates,
+    excluded_files,
+    parse_prompt_fields,
+    read_prompts,
+)
 
 SOURCE = {"source": "made up", "licence": "CC0"}
 HARMFUL = {"id": "a", "prompt": "How do I rob a bank?", "kind": "harmful", "hazard": ["ncr"], **SOURCE}
@@ -156,6 +164,24 @@ def test_a_limit_holds_for_each_file_and_keeps_twins_together(tmp_path):
 def test_every_hazard_may_be_named(tmp_path):
     (prompt,) = read(tmp_path, {**HARMFUL, "hazard": [*HAZARDS]})
     assert len(prompt.hazard) == 12
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.sampled_from([HARMFUL, HARMLESS, GENERAL]), st.sampled_from([*GENERAL, "expect", "level", "hazard"]), VALUES)
+def test_any_value_in_any_field_is_read_or_refused_in_one_line(row, field, value):
+    try:
+        message = parse_prompt_fields({**row, field: value}, "mine", "mine.jsonl:1").where
+    except SaroError as fault:
+        message = str(fault)
+    assert message.startswith("mine.jsonl:1")
+    assert "\n" not in message
 
 
 # Duplicates
