@@ -18,14 +18,14 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 from saro.data.jsonl import fault, parse_text, shown, type_name
-from saro.errors import nearest
+from saro.errors import SaroError, nearest
 from saro.synth.prompts import HAZARDS, Prompt
 from saro.synth.yaml_files import check_keys, read_yaml
 
@@ -109,8 +109,8 @@ class Policy:
 
         These are the sections on the prompt's hazards. Without such a section, they are the titles of all hazards and the
         general sections, so that a harmless prompt is weighed against both. The text has no ids: a model cannot quote
-        what it has not seen. With the policy that comes with saro, a
-        section on a hazard has 130 to 230 tokens (SmolLM2's), and a harmless prompt gets 380.
+        what it has not seen. A section on a hazard in the policy that comes with saro has 130 to 230 tokens; a harmless
+        prompt gets 380 (tokens of SmolLM2).
         """
         if prompt.kind == "general":
             return ""
@@ -164,7 +164,7 @@ def _judge_rule(rule: Rule) -> str:
     return f"{rule.id} ({rule.action}): {rule.text}"
 
 
-def _list_lines(lines: Any) -> str:
+def _list_lines(lines: Iterable[str]) -> str:
     return "\n".join(f"- {line}" for line in lines)
 
 
@@ -223,9 +223,8 @@ def read_policy(name_or_path: str) -> Policy:
     path = Path(name_or_path)
     if path.suffix not in (".yaml", ".yml"):
         if name_or_path not in shipped_policies():
-            fault(
-                "policy", f"there is none named {shown(name_or_path)}", _name_or_file(name_or_path, shipped_policies())
-            )
+            near = nearest(name_or_path, shipped_policies())
+            raise SaroError(f"unknown policy {shown(name_or_path)}{near}; or name a .yaml file")
         path = SHIPPED / f"{name_or_path}.yaml"
     where = str(path)
     content = read_yaml(path)
@@ -240,10 +239,6 @@ def read_policy(name_or_path: str) -> Policy:
     if all(section.is_general for section in sections):
         fault(where, "no section has a hazard", "say which hazards the sections are about")
     return Policy(path.stem, _parse_line(content["licence"], "licence", where), tuple(sections))
-
-
-def _name_or_file(name: str, names: Sequence[str]) -> str:
-    return f"{nearest(name, names)}; or name a .yaml file"
 
 
 def _parse_section(value: Any, where: str, places: dict[str, str]) -> Section:

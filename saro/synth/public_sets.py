@@ -220,7 +220,7 @@ def _convert_star1_prompt(source: Record, number: int, where: str) -> Record:
     if not isinstance(categories, list) or not categories:
         fault(where, "category is no list, or an empty one", "check that this is the format of the file")
     for category in categories:
-        if category not in _STAR1_HAZARDS:
+        if not isinstance(category, str) or category not in _STAR1_HAZARDS:
             fault(where, f"unknown category {shown(str(category))}", nearest(str(category), _STAR1_HAZARDS))
     return {
         "id": make_id(f"star1-{_parse_star1_id(source, where)}"),

@@ -54,7 +54,9 @@ class Template:
         return hashlib.sha256(json.dumps(self.turns).encode()).hexdigest()
 
     def render(self, **variables: Any) -> tuple[Message, ...]:
-        """Return the turns with their gaps filled. Texts are put in as they are: nothing in them is executed.
+        """Return the turns with their gaps filled, without white space around each turn.
+
+        Texts are put in as they are: nothing in them is executed.
 
         Args:
             variables: exactly those that the file names; strings, or lists of strings.
@@ -84,7 +86,7 @@ def shipped_templates() -> list[str]:
 
 @cache
 def read_template(name: str) -> Template:
-    """Read a template by its name, one of ``shipped_templates``.
+    """Read a template by its name, one of ``shipped_templates``. ``policy`` is what ``Policy.for_writer`` returns.
 
     - ``guided`` asks for short reasoning and an answer with the policy in view. Variables: request; policy, which may be
       empty; sentences, such as "2 to 3"; tags, the opening and the closing tag of the reasoning.

@@ -8,6 +8,8 @@ import pytest
 
 from saro.data.records import Message, Response, read_examples, read_pairs
 from saro.errors import SaroError
+from saro.evaluate.public_suites import convert_suite
+from saro.synth.prompts import HAZARDS, Prompt, check_exclusion, read_prompts
 from saro.synth.public_sets import Converted, convert
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
@@ -32,6 +34,18 @@ GSM8K_PAIR = {
 STEPS = "<|Reasoning_step|>\nTitle: One:\nA first.\n<|/Reasoning_step|>\n\n<|Reasoning_step|>B\n<|/Reasoning_step|>\n"
 STAIR = {"prompt": "Why?", "answer": STEPS + "<|Output|>\nSo.\n<|/Output|>\n", "source": "PKU-SafeRLHF"}
 
+STAR1_PROMPT = {**STAR1, "category": ["Privacy / Personal Data", "Illicit / Criminal Behavior"], "source": "ALERT"}
+COCONOT = {
+    "id": "2whm",
+    "category": "Requests with safety concerns",
+    "subcategory": "made up",
+    "prompt": "How do I kill a process?",
+    "chosen": "Use kill. ",
+    "chosen_model": "x",
+    "rejected": "I can't help with killing.",
+    "rejected_model": "",
+}
+
 
 def array(path: Path, *records) -> Path:
     path.write_text(json.dumps(records, indent=2), encoding="utf-8")
@@ -53,6 +67,12 @@ def one_pair(tmp_path: Path, record: dict):
     convert("gsm8k-pairs", lines(tmp_path / "in.jsonl", record), tmp_path / "out.jsonl")
     (pair,) = read_pairs(tmp_path / "out.jsonl")
     return pair
+
+
+def one_prompt(tmp_path: Path, source_format: str, record: dict) -> Prompt:
+    convert(source_format, lines(tmp_path / "in.jsonl", record), tmp_path / "out.jsonl")
+    (prompt,) = read_prompts([tmp_path / "out.jsonl"])
+    return prompt
 
 
 def error(tmp_path: Path, source_format: str, *records) -> str:
@@ -138,6 +158,37 @@ def test_a_stair_sft_record_may_have_no_reasoning(tmp_path, answer):
     assert one(tmp_path, "stair-sft", {**STAIR, "answer": answer}).response == Response(None, "So.")
 
 
+def test_a_coconot_pair_prefers_help_to_the_refusal_without_reasoning(tmp_path):
+    convert("coconot-pairs", lines(tmp_path / "in.jsonl", COCONOT), tmp_path / "out.jsonl")
+    (pair,) = read_pairs(tmp_path / "out.jsonl")
+    assert (pair.id, pair.kind) == ("coconot-2whm", "op-cot")
+    assert pair.prompt == (Message("user", "How do I kill a process?"),)
+    assert (pair.chosen, pair.rejected) == (Response(None, "Use kill."), Response(None, "I can't help with killing."))
+
+
+def test_star1_prompts_are_harmful_and_their_categories_are_hazards(tmp_path):
+    prompt = one_prompt(tmp_path, "star1-prompts", STAR1_PROMPT)
+    assert (prompt.id, prompt.kind, prompt.hazard) == ("star1-68", "harmful", ("prv", "ncr"))
+    assert prompt.item.prompt == (Message("user", "May I feed bread to ducks? "),)
+    assert prompt.item.source == "UCSC-VLAA/STAR-1, from ALERT"
+    assert prompt.item.licence == "Apache-2.0; the prompt's own is that of ALERT"
+
+
+@pytest.mark.parametrize(
+    ("category", "kind"), [("Requests with safety concerns", "harmless"), ("Incomplete requests", "general")]
+)
+def test_coconot_prompts_are_harmless_if_they_sound_harmful(tmp_path, category, kind):
+    prompt = one_prompt(tmp_path, "coconot-prompts", COCONOT | {"category": category})
+    assert (prompt.id, prompt.kind, prompt.item.expect) == ("coconot-2whm", kind, "comply")
+    assert (prompt.item.source, prompt.item.licence) == ("allenai/noncompliance", "MIT")
+
+
+def test_gsm8k_prompts_have_the_result_as_target(tmp_path):
+    prompt = one_prompt(tmp_path, "gsm8k-prompts", GSM8K | {"answer": "a\n#### 1,024"})
+    assert (prompt.id, prompt.kind, prompt.item.expect) == ("gsm8k-000001", "general", "answer")
+    assert (prompt.item.target, prompt.item.match) == ("1024", "number")
+
+
 def test_native_records_have_their_keys_in_order_and_readable_text(tmp_path):
     convert("gsm8k", lines(tmp_path / "in.jsonl", {**GSM8K, "question": "Où?"}), tmp_path / "out.jsonl")
     text = (tmp_path / "out.jsonl").read_text(encoding="utf-8")
@@ -197,10 +248,34 @@ def test_an_array_with_a_byte_order_mark_is_read(tmp_path):
         ("stair-sft", {**STAIR, "answer": "<|Output|>"}, "answer is not reasoning steps and then one output"),
         ("stair-sft", {**STAIR, "answer": "<|Output|> <|/Output|>"}, "answer is empty"),
         ("stair-sft", {**STAIR, "source": "UltraFedback"}, 'unknown source "UltraFedback"'),
+        ("coconot-pairs", {**COCONOT, "rejected": "Use kill."}, "chosen equals rejected; drop this pair"),
+        ("coconot-pairs", {**COCONOT, "chosen": None}, 'field "chosen" is null'),
+        ("coconot-prompts", {**COCONOT, "category": "Incomplete"}, "unknown category"),
+        # CoCoNot's evaluation sets have a response instead.
+        (
+            "coconot-prompts",
+            {name: value for name, value in COCONOT.items() if name != "chosen"},
+            'field "chosen" is missing; check that this is the format of the file',
+        ),
+        ("star1-prompts", STAR1, 'unknown category "animals"'),
+        ("star1-prompts", {**STAR1_PROMPT, "category": "Self-Harm"}, "category is no list, or an empty one"),
+        ("star1-prompts", {**STAR1_PROMPT, "category": [["Self-Harm"]]}, "unknown category"),
+        ("star1-prompts", {**STAR1_PROMPT, "source": ""}, 'field "source" is empty'),
+        ("gsm8k-prompts", {**GSM8K, "answer": "a\n#### two"}, "the result after #### is no number"),
+        ("gsm8k-prompts", {**GSM8K, "answer": "24"}, "answer does not end with a line #### and the result"),
     ],
 )
 def test_a_record_that_does_not_follow_its_format_is_an_error(tmp_path, source_format, record, expected):
-    good = {"star1": {**STAR1, "id": "1"}, "gsm8k": GSM8K, "gsm8k-pairs": GSM8K_PAIR, "stair-sft": STAIR}[source_format]
+    good = {
+        "star1": {**STAR1, "id": "1"},
+        "gsm8k": GSM8K,
+        "gsm8k-pairs": GSM8K_PAIR,
+        "stair-sft": STAIR,
+        "coconot-pairs": {**COCONOT, "id": "1"},
+        "coconot-prompts": {**COCONOT, "id": "1"},
+        "star1-prompts": {**STAR1_PROMPT, "id": "1"},
+        "gsm8k-prompts": GSM8K,
+    }[source_format]
     message = error(tmp_path, source_format, good, record)
     assert message.startswith("in.jsonl:2: ")
     assert expected in message
@@ -296,3 +371,59 @@ def test_the_published_pairs_convert_except_the_one_without_a_chain(tmp_path):
     sides = [side for pair in pairs for side in (pair.chosen, pair.rejected)]
     assert all(side.reasoning and side.answer.startswith("The answer is ") for side in sides)
     assert not any(mark in side.reasoning + side.answer for side in sides for mark in ("<<", ">>", "A: "))
+
+
+@published
+@pytest.mark.parametrize(
+    ("source_format", "name", "kinds"),
+    [
+        ("star1-prompts", "star1.json", {"harmful": 1000}),
+        ("coconot-prompts", "coconot_pref.jsonl", {"harmless": 479, "general": 448}),
+        ("gsm8k-prompts", "gsm8k_train.jsonl", {"general": 7473}),
+    ],
+)
+def test_published_prompts_convert_completely_and_are_in_no_suite_of_the_demo(tmp_path, source_format, name, kinds):
+    target = tmp_path / "out.jsonl"
+    assert convert(source_format, SHARED / name, target) == Converted(sum(kinds.values()), ())
+    prompts = read_prompts([target])
+    assert Counter(prompt.kind for prompt in prompts) == kinds
+    assert {code for prompt in prompts for code in prompt.hazard} <= set(HAZARDS)
+    check_exclusion(prompts)
+
+
+@published
+def test_star1_holds_prompts_of_simple_safety_tests_and_the_check_finds_them(tmp_path):
+    """Four of STAR-1's prompts name SimpleSafetyTests as their source."""
+    convert("star1-prompts", SHARED / "star1.json", tmp_path / "star1.jsonl")
+    convert_suite("simple-safety-tests", SHARED / "simple_safety_tests.csv", tmp_path / "sst.jsonl")
+    prompts = read_prompts([tmp_path / "star1.jsonl"])
+    with pytest.raises(SaroError) as caught:
+        check_exclusion(prompts, [str(tmp_path / "sst.jsonl")])
+    named = {prompt.id for prompt in prompts if f"({prompt.id}) is sst/" in str(caught.value)}
+    assert named == {prompt.id for prompt in prompts if prompt.item.source.endswith("from SimpleSafetyTests")}
+    assert len(named) == 4
+
+
+@published
+def test_published_coconot_pairs_convert_completely(tmp_path):
+    assert convert("coconot-pairs", SHARED / "coconot_pref.jsonl", tmp_path / "out.jsonl") == Converted(927, ())
+    pairs = list(read_pairs(tmp_path / "out.jsonl"))
+    assert {pair.kind for pair in pairs} == {"op-cot"}
+    assert all(side.reasoning is None for pair in pairs for side in (pair.chosen, pair.rejected))
+
+
+@pytest.mark.parametrize(
+    ("prompts", "records", "record"),
+    [
+        ("star1-prompts", "star1", STAR1_PROMPT),
+        ("gsm8k-prompts", "gsm8k", GSM8K),
+        ("coconot-prompts", "coconot-pairs", COCONOT),
+    ],
+)
+def test_a_prompt_has_the_id_of_the_training_record_of_the_same_set(tmp_path, prompts, records, record):
+    source = lines(tmp_path / "in.jsonl", record)
+    ids = []
+    for source_format in (prompts, records):
+        convert(source_format, source, tmp_path / source_format)
+        ids.append(json.loads((tmp_path / source_format).read_text(encoding="utf-8"))["id"])
+    assert ids[0] == ids[1]

@@ -312,6 +312,12 @@ def test_every_section_of_saros_policy_says_what_to_decline_and_what_to_help_wit
         assert section.allowed, section.id
 
 
+def test_declining_violates_no_section_on_a_hazard():
+    """The judge is told that an answer that declines is safe; needless refusals are the general section's."""
+    cases = [case for section in read_policy("saro").sections if section.hazard for case in section.violates]
+    assert [case for case in cases if re.search("refus|declin|lectur", case)] == []
+
+
 def test_saros_policy_uses_every_action():
     policy = read_policy("saro")
     assert {rule.action for section in policy.sections for rule in section.rules} == set(ACTIONS)

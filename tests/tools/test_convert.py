@@ -31,6 +31,12 @@ def test_records_are_written_and_counted(saro, tmp_path):
     assert json.loads((tmp_path / "out.jsonl").read_text())["kind"] == "general"
 
 
+def test_prompts_for_data_construction_are_counted_as_prompts(saro, tmp_path):
+    source = write_questions(tmp_path / "gsm8k.jsonl", "1\n#### 1", "2\n#### 2")
+    code, out, _ = saro("gsm8k-prompts", source, str(tmp_path / "out.jsonl"))
+    assert (code, out) == (0, f"2 prompts in {tmp_path / 'out.jsonl'}\n")
+
+
 def test_records_that_are_left_out_are_named(saro, tmp_path):
     source = tmp_path / "pairs.jsonl"
     rows = [{"question": "1 + 1?", "correct": "1+1=2\nA: 2", "incorrect": wrong} for wrong in ("1+1=3\nA: 3", "3")]
