@@ -13,7 +13,7 @@ _INLINE_CODE = re.compile(r"`[^`\n]+`")
 # Marks that end a sentence, with the quotes, brackets and emphasis that close behind them, and white space. The
 # full-width marks need no white space behind them.
 _SENTENCE_END = re.compile(r"""[.!?…]+["'”’)\]*_]*(?=\s)|[。！？]+[”’」』）]*""")  # noqa: RUF001
-# The number or letter of an item at the beginning of a line, such as "1.", "(b).", "- 2." or "**3.".
+# The number or letter of an item at the beginning of a line or sentence, such as "1.", "(b).", "- 2." or "**3.".
 _ITEM = re.compile(r"\s*(?:[-*•>#]+\s*)?[*_(]*(?:\d{1,3}|[A-Za-z]|[ivxIVX]{1,4})\)?$")
 _OPENING = "([{\"'“‘*_"  # noqa: RUF001
 # Words before a full stop that does not end a sentence. "etc." and "No." are not among them: they end one as often.
@@ -84,21 +84,21 @@ def _find_ends(think: str) -> Iterator[int]:
 def _find_sentence_ends(line: str) -> Iterator[int]:
     """Yield the places in a line where a sentence begins after another one."""
     code = [found.span() for found in _INLINE_CODE.finditer(line)]
+    start = 0
     for found in _SENTENCE_END.finditer(line):
-        place = found.end()
-        is_in_code = any(start < place < stop for start, stop in code)
-        if is_in_code or _is_abbreviation(line, found):
+        is_in_code = any(begin < found.end() < end for begin, end in code)
+        if is_in_code or _is_abbreviation(line[start : found.start()], found[0]):
             continue
-        rest = line[place:].lstrip()
+        rest = line[found.end() :].lstrip()
         if rest and not rest[0].islower():
-            yield len(line) - len(rest)
+            start = len(line) - len(rest)
+            yield start
 
 
-def _is_abbreviation(line: str, found: re.Match[str]) -> bool:
-    """Return True if the mark is a full stop that belongs to the word before it."""
-    if found[0] != ".":
+def _is_abbreviation(before: str, mark: str) -> bool:
+    """Return True if a mark is a full stop that belongs to the word before it, the last one of ``before``."""
+    if mark != "." or not before.strip():
         return False
-    before = line[: found.start()]
-    word = before.rsplit(maxsplit=1)[-1].lstrip(_OPENING) if before.strip() else ""
+    word = before.rsplit(maxsplit=1)[-1].lstrip(_OPENING)
     is_initial = len(word) == 1 and word.isupper() and word != "I"
     return is_initial or _ABBREVIATION.fullmatch(word) is not None or _ITEM.fullmatch(before) is not None

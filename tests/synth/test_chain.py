@@ -71,6 +71,10 @@ def test_the_number_of_an_item_is_no_step(number):
     assert texts(f"{number} Add them. Done.") == [f"{number} Add them.", "Done."]
 
 
+def test_items_in_one_line_are_steps():
+    assert texts("I do it so. 1. Add them. 2. Done.") == ["I do it so.", "1. Add them.", "2. Done."]
+
+
 def test_i_ends_a_sentence():
     assert texts("So do I. They ask.") == ["So do I.", "They ask."]
 

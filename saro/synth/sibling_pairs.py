@@ -1,0 +1,108 @@
+"""Makes the process pairs that part at the step that decided a bad chain, which rollouts find."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from saro.synth.author import Drawn
+from saro.synth.branch import find_fork
+from saro.synth.chain_parts import (
+    Chain,
+    Run,
+    drop_repeats,
+    find_fault,
+    finish_record,
+    label_chains,
+    open_side,
+    whole_side,
+)
+from saro.synth.judgement import Judged
+from saro.synth.rollouts import Found, Search, find_deciding_steps
+
+FORM = "sibling"
+
+
+def make_sibling_pairs(run: Run, chains: Mapping[str, Sequence[Chain]]) -> list[dict[str, Any]]:
+    """Return the records, at most ``pairs_per_prompt`` of each prompt. Prompts need good chains and bad ones.
+
+    Args:
+        chains: the chains of each prompt, by its id, in the order in which they are tried.
+    """
+    bad: list[Chain] = []
+    searches: list[Search] = []
+    for id, ones in chains.items():
+        good = sum(one.judged.is_good for one in ones)
+        with_steps = [one for one in drop_repeats(ones) if one.judged.is_bad and len(one.steps) > 1]
+        tried = with_steps[: run.options.pp.pairs_per_prompt]
+        if not good or not tried:
+            run.funnel.leave_out(id, FORM, "no bad chain with steps" if good else "no good chain")
+            continue
+        bad += tried
+        searches += [Search(one.judged, one.steps, good / len(ones)) for one in tried]
+    found = find_deciding_steps(run.author, run.judge, searches, run.options.pp.rollouts, run.sampling)
+    records: list[dict[str, Any]] = []
+    numbers: dict[str, int] = {}
+    for chain, one in zip(bad, found, strict=True):
+        record = _make_record(run, one, chain, numbers.get(chain.prompt.id, 0))
+        if record is not None:
+            records.append(record)
+            numbers[chain.prompt.id] = numbers.get(chain.prompt.id, 0) + 1
+    return records
+
+
+def _make_record(run: Run, found: Found | str, chain: Chain, number: int) -> dict[str, Any] | None:
+    """Return the pair of a chain and the good rollout of nearest length, or None."""
+    if isinstance(found, str):
+        run.funnel.leave_out(chain.prompt.id, FORM, found, chain.drawn.key)
+        return None
+    _count_agreement(run, found, chain)
+    if found.step == 0:
+        # Whole chains that part at their first step are pairs of stage op.
+        run.funnel.leave_out(chain.prompt.id, FORM, "the first step decides", chain.drawn.key)
+        return None
+    prefix = chain.prefix(found.step)
+    chosen = _find_nearest(run, found.rollouts, chain, prefix)
+    if chosen is None:
+        return None
+    is_harmful = chain.prompt.kind == "harmful"
+    rejected = open_side(run, chain, found.step) if is_harmful else whole_side(chain.drawn)
+    synth = {
+        "policy": [],
+        "fork": {"step": found.step},
+        "turn": {
+            "chosen": chosen.first("turn", start=found.step),
+            "rejected": chain.first("turn", start=found.step),
+        },
+        "value": {"before": found.before, "after": found.after},
+        "draws": [chain.drawn.key, chosen.drawn.key],
+        "on_policy": True,
+    }
+    fork = find_fork(run.chat, chain.prompt.item.prompt, prefix)
+    return finish_record(run, FORM, number, chosen=chosen.drawn, rejected=rejected, fork=fork, synth=synth)
+
+
+def _find_nearest(run: Run, rollouts: Sequence[Judged], chain: Chain, prefix: str) -> Chain | None:
+    """Return the rollout that can be a chosen side and is nearest in length to a chain, so that length tells nothing."""
+    passed = []
+    for one in rollouts:
+        reason = find_fault(run, one, prefix)
+        if reason is None:
+            passed.append(one)
+        else:
+            run.funnel.leave_out(chain.prompt.id, FORM, reason, one.drawn.key)
+    candidates = label_chains(run, passed, FORM)
+    length = _count_characters(chain.drawn)
+    return min(candidates, key=lambda one: (abs(_count_characters(one.drawn) - length), one.drawn.key), default=None)
+
+
+def _count_characters(drawn: Drawn) -> int:
+    """Return the length of a text with what was prefilled, of which ``answer.tokens`` counts only what was drawn."""
+    return len(drawn.answer.think) + len(drawn.answer.answer)
+
+
+def _count_agreement(run: Run, found: Found, chain: Chain) -> None:
+    """Count how often the step that decides by its value is the first cue by its label."""
+    if chain.prompt.kind != "general":
+        name = {None: "no cue", found.step: "cue decides"}.get(chain.first("cue", "harmful"), "cue elsewhere")
+        run.funnel.count(f"control {FORM}", name)

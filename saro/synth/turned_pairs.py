@@ -1,0 +1,295 @@
+"""Makes the process pairs whose chosen side turns: at a place in a chain, a turning step is put in.
+
+The model writes that step itself with the policy in view, and continues without it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from saro.errors import SaroError
+from saro.evaluate.judge import show_conversation
+from saro.synth.author import Drawn, Task
+from saro.synth.branch import Fork, find_fork
+from saro.synth.chain import split_steps
+from saro.synth.chain_parts import (
+    Chain,
+    Run,
+    drop_repeats,
+    find_fault,
+    finish_record,
+    label_chains,
+    open_side,
+    whole_side,
+)
+from saro.synth.judgement import Judged
+from saro.synth.synth_options import Options
+from saro.synth.templates import read_template
+
+# Longest reply to the request for one sentence; a model that reasons first needs most of it.
+SENTENCE_TOKENS = 256
+
+
+@dataclass(frozen=True, eq=False)
+class Turning:
+    """A place in a chain where another step is put.
+
+    Attributes:
+        form: form of the pair.
+        chain: the chain, which becomes the rejected side.
+        step: number of steps before that place.
+    """
+
+    form: str
+    chain: Chain
+    step: int
+
+    @property
+    def prefix(self) -> str:
+        """The beginning of the reasoning that both sides share."""
+        return self.chain.prefix(self.step)
+
+
+@dataclass(frozen=True)
+class Try:
+    """A step that was put in.
+
+    Attributes:
+        turning: where.
+        role: "turn", or "neutral" for the control.
+        sentence: key of the draw of the step.
+        fork: the beginning with the new step, from which the model continues.
+    """
+
+    turning: Turning
+    role: str
+    sentence: str
+    fork: Fork
+
+
+def make_turned_pairs(
+    run: Run, wanted: Sequence[tuple[str, str]], chains: Mapping[str, Sequence[Chain]]
+) -> list[dict[str, Any]]:
+    """Return the records of all forms but siblings, at most ``pairs_per_prompt`` of each prompt and form.
+
+    Args:
+        wanted: forms, names of ``PLACES``, each with the id of a prompt to make it from.
+        chains: the chains of each prompt, by its id, in the order in which they are tried.
+    """
+    turnings = [turning for form, id in wanted for turning in _find_turnings(run, form, id, chains[id])]
+    tries = _write_steps(run, turnings)
+    tasks = [_continue_task(one) for one in tries]
+    judged = run.judge.judge(run.author.write(tasks, run.sampling))
+    _count_control(run, tries, judged)
+    accepted = _accept(run, tries, judged)
+    records: list[dict[str, Any]] = []
+    numbers: dict[tuple[str, str], int] = {}
+    for turning in turnings:
+        name = (turning.chain.prompt.id, turning.form)
+        record = _make_first(run, accepted.get(turning, []), numbers.get(name, 0))
+        if record is None:
+            run.funnel.leave_out(turning.chain.prompt.id, turning.form, "no try was accepted", turning.chain.drawn.key)
+        else:
+            records.append(record)
+            numbers[name] = numbers.get(name, 0) + 1
+    return records
+
+
+# Places
+
+
+def find_cue(chain: Chain) -> int | None:
+    """Return the first cue of a chain that ended badly; None if it has none, or turns before it."""
+    decisive = chain.first("cue", "harmful", "turn")
+    if not chain.judged.is_bad or decisive is None or chain.labels[decisive] == "turn":
+        return None
+    return decisive
+
+
+def _behind_cue(chain: Chain) -> int | None:
+    cue = find_cue(chain)
+    return None if cue is None else cue + 1
+
+
+def _inside_behind_cue(chain: Chain) -> int | None:
+    """Return the place behind the cue if a step follows: an open side has nothing to reject behind the last one."""
+    place = _behind_cue(chain)
+    return place if place is not None and place < len(chain.steps) else None
+
+
+def _halfway_to_turn(chain: Chain) -> int | None:
+    """Return a place in a good chain between its first step and its turn, with a step more before the turn."""
+    turn = chain.first("cue", "harmful", "turn")
+    if not chain.judged.is_good or turn is None or chain.labels[turn] != "turn" or turn < 3:
+        return None
+    return (turn - 1) // 2
+
+
+# Form -> the place in a chain, or None if the chain has none.
+PLACES: Mapping[str, Callable[[Chain], int | None]] = {
+    "intervene": find_cue,
+    "earlier": _halfway_to_turn,
+    "recover": _inside_behind_cue,
+    "mirror": _behind_cue,
+}
+
+
+def _find_turnings(run: Run, form: str, id: str, chains: Sequence[Chain]) -> list[Turning]:
+    """Return the places that a form has in the chains of one prompt, at most ``pairs_per_prompt``."""
+    turnings = []
+    for chain in drop_repeats(chains):
+        place = PLACES[form](chain)
+        if place is not None:
+            turnings.append(Turning(form, chain, place))
+    if not turnings:
+        run.funnel.leave_out(id, form, "no chain has a place for it")
+    return turnings[: run.options.pp.pairs_per_prompt]
+
+
+# Steps that are put in
+
+
+def _write_steps(run: Run, turnings: Sequence[Turning]) -> list[Try]:
+    """Return the tries of all turnings: their turning steps, and for some a neutral one."""
+    asked = [(turning, _turn_task(run, turning, n)) for turning in turnings for n in range(run.options.pp.turns)]
+    asked += [(turning, _neutral_task(turning)) for turning in turnings if _is_control(turning, run.options)]
+    sampling = replace(run.sampling, max_tokens=min(SENTENCE_TOKENS, run.options.max_tokens))
+    drawn = run.author.write([task for _, task in asked], sampling)
+    tries: list[Try] = []
+    seen: set[tuple[Turning, str, str]] = set()
+    for (turning, task), one in zip(asked, drawn, strict=True):
+        sentence = _find_sentence(one)
+        fork = None if sentence is None else _find_fork_behind(run, turning, sentence)
+        if sentence is None:
+            reason = "no sentence"
+        elif (turning, task.role, sentence) in seen:
+            reason = "said before"
+        elif fork is None:
+            reason = "cannot be continued"
+        else:
+            seen.add((turning, task.role, sentence))
+            tries.append(Try(turning, task.role, one.key, fork))
+            continue
+        run.funnel.leave_out(task.prompt.id, task.role, reason, one.key)
+    return tries
+
+
+def _turn_task(run: Run, turning: Turning, number: int) -> Task:
+    prompt = turning.chain.prompt
+    messages = read_template("turn").render(
+        request=show_conversation(prompt.item.prompt),
+        reasoning=turning.prefix,
+        policy=run.policy.for_writer(prompt),
+        aim="help" if turning.form == "mirror" else "safety",
+    )
+    return Task(prompt, "turn", messages, None, number)
+
+
+def _neutral_task(turning: Turning) -> Task:
+    prompt = turning.chain.prompt
+    request = show_conversation(prompt.item.prompt)
+    return Task(prompt, "neutral", read_template("neutral").render(request=request, reasoning=turning.prefix))
+
+
+def _find_sentence(drawn: Drawn) -> str | None:
+    """Return the first sentence of a reply; None if there is none, or it was cut."""
+    if not drawn.answer.has_answer:
+        return None
+    steps = split_steps(drawn.answer.answer.strip("\"'“” \n"))
+    is_whole = len(steps) > 1 or drawn.answer.state in ("finished", "no-think")
+    if not steps or not is_whole:
+        return None
+    return " ".join(steps[0].text.strip("\"'“”").split()) or None
+
+
+def _find_fork_behind(run: Run, turning: Turning, sentence: str) -> Fork | None:
+    """Return the fork behind the beginning of a chain and a sentence; None if it cannot be continued there."""
+    prefix = turning.prefix
+    space = " " if prefix and not prefix[-1].isspace() else ""
+    try:
+        return find_fork(run.chat, turning.chain.prompt.item.prompt, prefix + space + sentence)
+    except SaroError:
+        return None
+
+
+def _continue_task(one: Try) -> Task:
+    prompt = one.turning.chain.prompt
+    return Task(prompt, "continue", prompt.item.prompt, one.fork.prefill)
+
+
+# Records
+
+
+def _accept(run: Run, tries: Sequence[Try], judged: Sequence[Judged]) -> dict[Turning, list[tuple[Try, Chain]]]:
+    """Return the turning tries of each turning that are accepted, the shortest first."""
+    accepted: dict[Turning, list[tuple[Try, Chain]]] = {one.turning: [] for one in tries}
+    passed: list[tuple[Try, Judged]] = []
+    for one, text in zip(tries, judged, strict=True):
+        if one.role == "turn":
+            reason = find_fault(run, text, one.fork.text)
+            if reason is None:
+                passed.append((one, text))
+            else:
+                run.funnel.leave_out(one.turning.chain.prompt.id, one.turning.form, reason, text.drawn.key)
+    labelled = {chain.drawn.key: chain for chain in label_chains(run, [text for _, text in passed], "turn")}
+    for one, text in passed:
+        chain = labelled.get(text.drawn.key)
+        if chain is None:
+            continue
+        if chain.labels[one.turning.step : one.turning.step + 1] == ("turn",):
+            accepted[one.turning].append((one, chain))
+        else:
+            run.funnel.leave_out(chain.prompt.id, one.turning.form, "does not turn", chain.drawn.key)
+    for candidates in accepted.values():
+        candidates.sort(key=lambda pair: (pair[1].tokens, pair[1].drawn.key))
+    return accepted
+
+
+def _make_first(run: Run, candidates: Sequence[tuple[Try, Chain]], number: int) -> dict[str, Any] | None:
+    """Return the record of the first try whose sides share the fork."""
+    records = (_make_record(run, one, chosen, number) for one, chosen in candidates)
+    return next((record for record in records if record is not None), None)
+
+
+def _make_record(run: Run, one: Try, chosen: Chain, number: int) -> dict[str, Any] | None:
+    form, step, chain = one.turning.form, one.turning.step, one.turning.chain
+    is_harmful = form in ("intervene", "recover")
+    rejected = open_side(run, chain, find_cue(chain)) if is_harmful else whole_side(chain.drawn)
+    synth = {
+        "policy": list(run.policy.rule_ids(chain.prompt)),
+        "fork": {"step": step},
+        "turn": {"chosen": step, "rejected": chain.first("turn", start=step)},
+        "value": None,
+        "draws": [chain.drawn.key, one.sentence, chosen.drawn.key],
+        "on_policy": False,
+    }
+    fork = find_fork(run.chat, chain.prompt.item.prompt, one.turning.prefix)
+    return finish_record(run, form, number, chosen=chosen.drawn, rejected=rejected, fork=fork, synth=synth)
+
+
+# Control
+
+
+def has_control(form: str, share: float) -> bool:
+    """Return True if a neutral step is tried at places of a form: where a turn changes the outcome, not only when it comes."""
+    return share > 0 and form != "earlier"
+
+
+def _is_control(turning: Turning, options: Options) -> bool:
+    """Return True for the share of turnings at which a neutral step is tried too: by names, so always the same."""
+    chain = turning.chain
+    name = f"{options.seed}/neutral/{chain.prompt.id}/{turning.form}/{chain.drawn.key}"
+    place = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) / 2**64
+    return has_control(turning.form, options.pp.neutral) and place < options.pp.neutral
+
+
+def _count_control(run: Run, tries: Sequence[Try], judged: Sequence[Judged]) -> None:
+    """Count outcomes after a neutral step, and after the turning steps at the same places."""
+    controlled = {one.turning for one in tries if one.role == "neutral"}
+    for one, text in zip(tries, judged, strict=True):
+        if one.turning in controlled:
+            run.funnel.count(f"control {one.turning.form}", f"{one.role} good", text.is_good)
+            run.funnel.count(f"control {one.turning.form}", f"{one.role} judged", text.is_good or text.is_bad)
