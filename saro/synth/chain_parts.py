@@ -8,8 +8,9 @@ from typing import Any
 
 from saro.data.chat_format import ChatFormat
 from saro.draws.request import Sampling
+from saro.errors import SaroError
 from saro.synth.author import Author, Drawn
-from saro.synth.branch import Fork, cut_after, measure_pair
+from saro.synth.branch import Lengths, cut_after, find_fork, measure_pair
 from saro.synth.chain import Step, split_steps
 from saro.synth.funnel import Funnel
 from saro.synth.gates import check_text
@@ -77,9 +78,9 @@ class Chain:
         return self.drawn.task.prompt
 
     @property
-    def tokens(self) -> int:
-        """Number of tokens that the model drew."""
-        return self.drawn.answer.tokens["think"] + self.drawn.answer.tokens["answer"]
+    def characters(self) -> int:
+        """Length of the text, with what was prefilled, of which ``answer.tokens`` has only the drawn tokens."""
+        return len(self.drawn.answer.think) + len(self.drawn.answer.answer)
 
     def first(self, *labels: str, start: int = 0) -> int | None:
         """Return the index of the first step from ``start`` on that has one of the labels; None if there is none."""
@@ -103,6 +104,15 @@ def label_chains(run: Run, texts: Sequence[Judged], stage: str) -> list[Chain]:
     return chains
 
 
+def has_outcome(judged: Judged) -> bool:
+    """Return True if a text is known to be good or bad.
+
+    A wrong number in a solution that was cut may be a step on the way to the right one.
+    """
+    is_on_its_way = judged.outcome == "wrong" and judged.drawn.answer.state != "finished"
+    return judged.is_good or (judged.is_bad and not is_on_its_way)
+
+
 def drop_repeats(chains: Sequence[Chain]) -> list[Chain]:
     """Return the chains without those whose text another one before them has."""
     texts = {(chain.drawn.answer.think, chain.drawn.answer.answer): chain for chain in reversed(chains)}
@@ -119,6 +129,11 @@ def find_fault(run: Run, judged: Judged, prefix: str) -> str | None:
     return check_text(judged.drawn, run.chat, run.policy, banded=False)
 
 
+def length_distance(chain: Chain, other: Chain) -> tuple[int, str]:
+    """Return the sort key that puts first the chain nearest in length to another one."""
+    return abs(chain.characters - other.characters), chain.drawn.key
+
+
 def whole_side(drawn: Drawn) -> Side:
     """Return a whole text as one side. One that was cut has no end that could be learned: it is open."""
     answer = drawn.answer
@@ -132,30 +147,54 @@ def open_side(run: Run, chain: Chain, decisive: int) -> Side:
 
 
 def finish_record(
-    run: Run, form: str, number: int, *, chosen: Drawn, rejected: Side, fork: Fork, synth: Mapping[str, Any]
+    run: Run,
+    form: str,
+    number: int,
+    *,
+    chosen: Chain,
+    rejected: Chain,
+    rejected_side: Side,
+    step: int,
+    synth: Mapping[str, Any],
 ) -> dict[str, Any] | None:
-    """Return the record of a pair if its sides share the fork's tokens as training encodes them; else None.
+    """Return the record of a pair if its sides share the tokens before the fork as training encodes them; else None.
 
     Args:
         number: of the pair among those of its prompt and form.
-        synth: what ``meta.synth`` says, but for what is measured here.
+        rejected: the chain that the rejected side is made of.
+        step: number of steps that both sides share.
+        synth: what ``meta.synth`` says, but for what all forms have in common.
     """
-    prompt = chosen.task.prompt
+    prompt, answer = chosen.prompt, chosen.drawn.answer
+    described = {
+        "fork": {"step": step},
+        "turn": {"chosen": chosen.first("turn", start=step), "rejected": rejected.first("turn", start=step)},
+        "outcomes": {"chosen": chosen.judged.outcome, "rejected": rejected.judged.outcome},
+        "judge": run.judge.spec.name,
+        "steps": run.step_judge.name,
+    }
     record = make_pair_record(
         prompt,
         kind="pp-cot",
         form=form,
         number=number,
-        chosen=make_side(chosen.answer.think, chosen.answer.answer),
-        rejected=rejected,
-        synth={**synth, "judge": run.judge.spec.name, "steps": run.step_judge.name},
+        chosen=make_side(answer.think, answer.answer),
+        rejected=rejected_side,
+        synth={**synth, **described},
     )
-    lengths = measure_pair(run.chat, record, fork)
+    lengths = _measure(run, record, prompt, rejected.prefix(step))
     if lengths is None:
-        run.funnel.leave_out(prompt.id, form, "the sides do not share the fork", chosen.key)
+        run.funnel.leave_out(prompt.id, form, "the sides do not share the fork", chosen.drawn.key)
         return None
-    meta = record["meta"]["synth"]
-    meta["fork"] = {**meta["fork"], "token": lengths.shared}
-    meta["lengths"] = {"chosen": lengths.chosen, "rejected": lengths.rejected}
-    run.funnel.count(form, "pairs")
+    record["meta"]["synth"]["fork"]["token"] = lengths.shared
+    record["meta"]["synth"]["lengths"] = {"chosen": lengths.chosen, "rejected": lengths.rejected}
     return record
+
+
+def _measure(run: Run, record: Mapping[str, Any], prompt: Prompt, prefix: str) -> Lengths | None:
+    try:
+        fork = find_fork(run.chat, prompt.item.prompt, prefix)
+    except SaroError:
+        # It could be continued with the new step behind it, and is too short by itself.
+        return None
+    return measure_pair(run.chat, record, fork)

@@ -24,8 +24,9 @@ from typing import Any
 
 from saro.errors import SaroError, nearest
 from saro.synth.author import Author, Task
-from saro.synth.chain_parts import Chain, Run, label_chains
+from saro.synth.chain_parts import Chain, Run, has_outcome, label_chains
 from saro.synth.funnel import Funnel
+from saro.synth.gates import check_form
 from saro.synth.judgement import Judge
 from saro.synth.policy import Policy
 from saro.synth.prompts import Prompt
@@ -104,7 +105,8 @@ def make_process_pairs(
     - fork: {"step": number of shared steps, "token": number of shared tokens, with those of the prompt}.
     - turn: {"chosen", "rejected"}: index of the first step from the fork on that turns; null if none does.
     - value: {"before", "after"} the step that decides the rejected side, for siblings; else null.
-    - draws: keys of the draws, that of the rejected side first, that of the chosen one last.
+    - outcomes: {"chosen", "rejected"}: by the judge or the right answer; that of a rejected chain is of the whole chain.
+    - draws: keys of the draws: chosen, rejected, and the turning step if one was put in.
     - on_policy: true if both sides were drawn from the bare prompt. A turning step was not.
     - judge, steps: names of those who judged outcomes and labelled steps.
     - lengths: {"chosen", "rejected"}: tokens of each response, with the shared ones.
@@ -130,6 +132,8 @@ def make_process_pairs(
     records = make_turned_pairs(run, wanted, chains)
     if "sibling" in forms:
         records += make_sibling_pairs(run, chains)
+    for record in records:
+        funnel.count("pairs", record["meta"]["synth"]["form"])
     return sorted(records, key=lambda record: (record["meta"]["synth"]["prompt"], record["id"]))
 
 
@@ -139,12 +143,15 @@ def _draw_chains(run: Run, prompts: Sequence[Prompt]) -> dict[str, list[Chain]]:
     judged = run.judge.judge(run.author.write(tasks, run.sampling))
     known = []
     for one in judged:
-        run.funnel.count("chains", one.outcome)
-        if one.is_good or one.is_bad:
+        answer = one.drawn.answer
+        reason = None if has_outcome(one) else one.outcome
+        reason = reason or check_form(one.drawn.task.prompt, answer.think, answer.answer, run.chat)
+        if reason is None:
             known.append(one)
+            run.funnel.count("chains", one.outcome)
         else:
-            run.funnel.leave_out(one.drawn.task.prompt.id, "chains", one.outcome, one.drawn.key)
+            run.funnel.leave_out(one.drawn.task.prompt.id, "chains", reason, one.drawn.key)
     chains: dict[str, list[Chain]] = {task.prompt.id: [] for task in tasks}
     for chain in label_chains(run, known, "chains"):
         chains[chain.prompt.id].append(chain)
-    return {id: sorted(ones, key=lambda one: (one.tokens, one.drawn.key)) for id, ones in chains.items()}
+    return {id: sorted(ones, key=lambda one: (one.characters, one.drawn.key)) for id, ones in chains.items()}

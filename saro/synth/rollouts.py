@@ -15,7 +15,7 @@ from saro.draws.request import Sampling
 from saro.errors import SaroError
 from saro.synth.author import Author, Task
 from saro.synth.branch import find_fork
-from saro.synth.chain import Step
+from saro.synth.chain_parts import Chain, has_outcome
 from saro.synth.judgement import Judge, Judged
 
 # A step decides if the value falls below this share of what it was at the beginning of the chain.
@@ -28,22 +28,11 @@ class Search:
 
     Attributes:
         chain: the chain.
-        steps: its steps.
         start: value of the prompt, before any step: share of good ones among whole chains.
     """
 
-    chain: Judged
-    steps: tuple[Step, ...]
+    chain: Chain
     start: float
-
-    @property
-    def key(self) -> str:
-        """Key of the chain's draw."""
-        return self.chain.drawn.key
-
-    def prefix(self, steps: int) -> str:
-        """Return the first steps of the chain as text."""
-        return self.chain.drawn.answer.think[: self.steps[steps - 1].stop] if steps else ""
 
 
 @dataclass(frozen=True)
@@ -90,8 +79,8 @@ def find_deciding_steps(
     results: list[Found | str | None] = []
     states: list[_State] = []
     for search in searches:
-        states.append(_State(search, 0, len(search.steps), {0: search.start, len(search.steps): 0.0}))
-        results.append(None if search.start > 0 and search.steps else "no value to lose")
+        states.append(_State(search, 0, len(search.chain.steps), {0: search.start, len(search.chain.steps): 0.0}))
+        results.append(None if search.start > 0 else "no value to lose")
     while open_ones := [i for i, state in enumerate(states) if results[i] is None and state.high - state.low > 1]:
         places = {i: (states[i].low + states[i].high) // 2 for i in open_ones}
         tasks, owners = _make_tasks(author.subject.chat, states, places, rollouts)
@@ -111,9 +100,9 @@ def _make_tasks(
     tasks: list[Task] = []
     owners: list[int] = []
     for i, place in places.items():
-        prompt = states[i].search.chain.drawn.task.prompt
+        prompt = states[i].search.chain.prompt
         try:
-            fork = find_fork(chat, prompt.item.prompt, states[i].search.prefix(place))
+            fork = find_fork(chat, prompt.item.prompt, states[i].search.chain.prefix(place))
         except SaroError:
             # The text cannot be continued there. Without rollouts there is no value, which ends this bisection.
             continue
@@ -125,7 +114,7 @@ def _make_tasks(
 
 def _narrow(state: _State, place: int, rollouts: Sequence[Judged]) -> str | None:
     """Move one end of a bisection to a place, by the outcomes of the rollouts from it. Return why it cannot go on, or None."""
-    known = [one for one in rollouts if one.is_good or one.is_bad]
+    known = [one for one in rollouts if has_outcome(one)]
     if not known:
         return "no value"
     value = sum(one.is_good for one in known) / len(known)

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from saro.synth.author import Drawn
-from saro.synth.branch import find_fork
 from saro.synth.chain_parts import (
     Chain,
     Run,
@@ -14,10 +12,10 @@ from saro.synth.chain_parts import (
     find_fault,
     finish_record,
     label_chains,
+    length_distance,
     open_side,
     whole_side,
 )
-from saro.synth.judgement import Judged
 from saro.synth.rollouts import Found, Search, find_deciding_steps
 
 FORM = "sibling"
@@ -39,7 +37,7 @@ def make_sibling_pairs(run: Run, chains: Mapping[str, Sequence[Chain]]) -> list[
             run.funnel.leave_out(id, FORM, "no bad chain with steps" if good else "no good chain")
             continue
         bad += tried
-        searches += [Search(one.judged, one.steps, good / len(ones)) for one in tried]
+        searches += [Search(one, good / len(ones)) for one in tried]
     found = find_deciding_steps(run.author, run.judge, searches, run.options.pp.rollouts, run.sampling)
     records: list[dict[str, Any]] = []
     numbers: dict[str, int] = {}
@@ -61,44 +59,37 @@ def _make_record(run: Run, found: Found | str, chain: Chain, number: int) -> dic
         # Whole chains that part at their first step are pairs of stage op.
         run.funnel.leave_out(chain.prompt.id, FORM, "the first step decides", chain.drawn.key)
         return None
-    prefix = chain.prefix(found.step)
-    chosen = _find_nearest(run, found.rollouts, chain, prefix)
+    chosen = _find_nearest(run, found, chain)
     if chosen is None:
         return None
     is_harmful = chain.prompt.kind == "harmful"
-    rejected = open_side(run, chain, found.step) if is_harmful else whole_side(chain.drawn)
-    synth = {
-        "policy": [],
-        "fork": {"step": found.step},
-        "turn": {
-            "chosen": chosen.first("turn", start=found.step),
-            "rejected": chain.first("turn", start=found.step),
+    return finish_record(
+        run,
+        FORM,
+        number,
+        chosen=chosen,
+        rejected=chain,
+        rejected_side=open_side(run, chain, found.step) if is_harmful else whole_side(chain.drawn),
+        step=found.step,
+        synth={
+            "policy": [],
+            "value": {"before": found.before, "after": found.after},
+            "draws": [chosen.drawn.key, chain.drawn.key],
+            "on_policy": True,
         },
-        "value": {"before": found.before, "after": found.after},
-        "draws": [chain.drawn.key, chosen.drawn.key],
-        "on_policy": True,
-    }
-    fork = find_fork(run.chat, chain.prompt.item.prompt, prefix)
-    return finish_record(run, FORM, number, chosen=chosen.drawn, rejected=rejected, fork=fork, synth=synth)
+    )
 
 
-def _find_nearest(run: Run, rollouts: Sequence[Judged], chain: Chain, prefix: str) -> Chain | None:
-    """Return the rollout that can be a chosen side and is nearest in length to a chain, so that length tells nothing."""
+def _find_nearest(run: Run, found: Found, chain: Chain) -> Chain | None:
+    """Return the rollout that can be a chosen side and is nearest in length to the chain, so that length tells nothing."""
     passed = []
-    for one in rollouts:
-        reason = find_fault(run, one, prefix)
+    for one in found.rollouts:
+        reason = find_fault(run, one, chain.prefix(found.step))
         if reason is None:
             passed.append(one)
         else:
             run.funnel.leave_out(chain.prompt.id, FORM, reason, one.drawn.key)
-    candidates = label_chains(run, passed, FORM)
-    length = _count_characters(chain.drawn)
-    return min(candidates, key=lambda one: (abs(_count_characters(one.drawn) - length), one.drawn.key), default=None)
-
-
-def _count_characters(drawn: Drawn) -> int:
-    """Return the length of a text with what was prefilled, of which ``answer.tokens`` counts only what was drawn."""
-    return len(drawn.answer.think) + len(drawn.answer.answer)
+    return min(label_chains(run, passed, FORM), key=lambda one: length_distance(one, chain), default=None)
 
 
 def _count_agreement(run: Run, found: Found, chain: Chain) -> None:

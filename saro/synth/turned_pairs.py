@@ -21,7 +21,9 @@ from saro.synth.chain_parts import (
     drop_repeats,
     find_fault,
     finish_record,
+    has_outcome,
     label_chains,
+    length_distance,
     open_side,
     whole_side,
 )
@@ -31,6 +33,8 @@ from saro.synth.templates import read_template
 
 # Longest reply to the request for one sentence; a model that reasons first needs most of it.
 SENTENCE_TOKENS = 256
+# Forms whose rejected sides end behind their first cue.
+_OPEN_FORMS = ("intervene", "recover")
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,17 +89,15 @@ def make_turned_pairs(
     judged = run.judge.judge(run.author.write(tasks, run.sampling))
     _count_control(run, tries, judged)
     accepted = _accept(run, tries, judged)
-    records: list[dict[str, Any]] = []
-    numbers: dict[tuple[str, str], int] = {}
+    records: dict[tuple[str, str], list[dict[str, Any]]] = {(id, form): [] for form, id in wanted}
     for turning in turnings:
-        name = (turning.chain.prompt.id, turning.form)
-        record = _make_first(run, accepted.get(turning, []), numbers.get(name, 0))
+        made = records[turning.chain.prompt.id, turning.form]
+        record = _make_first(run, accepted.get(turning, []), made)
         if record is None:
             run.funnel.leave_out(turning.chain.prompt.id, turning.form, "no try was accepted", turning.chain.drawn.key)
         else:
-            records.append(record)
-            numbers[name] = numbers.get(name, 0) + 1
-    return records
+            made.append(record)
+    return [record for made in records.values() for record in made]
 
 
 # Places
@@ -224,7 +226,7 @@ def _continue_task(one: Try) -> Task:
 
 
 def _accept(run: Run, tries: Sequence[Try], judged: Sequence[Judged]) -> dict[Turning, list[tuple[Try, Chain]]]:
-    """Return the turning tries of each turning that are accepted, the shortest first."""
+    """Return the turning tries of each turning that are accepted, the best first."""
     accepted: dict[Turning, list[tuple[Try, Chain]]] = {one.turning: [] for one in tries}
     passed: list[tuple[Try, Judged]] = []
     for one, text in zip(tries, judged, strict=True):
@@ -243,31 +245,50 @@ def _accept(run: Run, tries: Sequence[Try], judged: Sequence[Judged]) -> dict[Tu
             accepted[one.turning].append((one, chain))
         else:
             run.funnel.leave_out(chain.prompt.id, one.turning.form, "does not turn", chain.drawn.key)
-    for candidates in accepted.values():
-        candidates.sort(key=lambda pair: (pair[1].tokens, pair[1].drawn.key))
+    for turning, candidates in accepted.items():
+        candidates.sort(key=lambda pair: _order(turning, pair[1]))
     return accepted
 
 
-def _make_first(run: Run, candidates: Sequence[tuple[Try, Chain]], number: int) -> dict[str, Any] | None:
-    """Return the record of the first try whose sides share the fork."""
-    records = (_make_record(run, one, chosen, number) for one, chosen in candidates)
-    return next((record for record in records if record is not None), None)
+def _order(turning: Turning, chosen: Chain) -> tuple[int, str]:
+    """Return the sort key of chosen sides: short ones first, or those of the rejected side's length if that is whole."""
+    if turning.form in _OPEN_FORMS:
+        return chosen.characters, chosen.drawn.key
+    return length_distance(chosen, turning.chain)
+
+
+def _make_first(
+    run: Run, candidates: Sequence[tuple[Try, Chain]], made: Sequence[dict[str, Any]]
+) -> dict[str, Any] | None:
+    """Return the record of the first candidate whose sides share the fork, and that is not made yet; None if there is none."""
+    for one, chosen in candidates:
+        record = _make_record(run, one, chosen, len(made))
+        if record is None:
+            continue
+        if all((record["chosen"], record["rejected"]) != (other["chosen"], other["rejected"]) for other in made):
+            return record
+        run.funnel.leave_out(chosen.prompt.id, one.turning.form, "the same pair again", chosen.drawn.key)
+    return None
 
 
 def _make_record(run: Run, one: Try, chosen: Chain, number: int) -> dict[str, Any] | None:
-    form, step, chain = one.turning.form, one.turning.step, one.turning.chain
-    is_harmful = form in ("intervene", "recover")
-    rejected = open_side(run, chain, find_cue(chain)) if is_harmful else whole_side(chain.drawn)
-    synth = {
-        "policy": list(run.policy.rule_ids(chain.prompt)),
-        "fork": {"step": step},
-        "turn": {"chosen": step, "rejected": chain.first("turn", start=step)},
-        "value": None,
-        "draws": [chain.drawn.key, one.sentence, chosen.drawn.key],
-        "on_policy": False,
-    }
-    fork = find_fork(run.chat, chain.prompt.item.prompt, one.turning.prefix)
-    return finish_record(run, form, number, chosen=chosen.drawn, rejected=rejected, fork=fork, synth=synth)
+    form, chain = one.turning.form, one.turning.chain
+    is_open = form in _OPEN_FORMS
+    return finish_record(
+        run,
+        form,
+        number,
+        chosen=chosen,
+        rejected=chain,
+        rejected_side=open_side(run, chain, find_cue(chain)) if is_open else whole_side(chain.drawn),
+        step=one.turning.step,
+        synth={
+            "policy": list(run.policy.rule_ids(chain.prompt)),
+            "value": None,
+            "draws": [chosen.drawn.key, chain.drawn.key, one.sentence],
+            "on_policy": False,
+        },
+    )
 
 
 # Control
@@ -292,4 +313,4 @@ def _count_control(run: Run, tries: Sequence[Try], judged: Sequence[Judged]) -> 
     for one, text in zip(tries, judged, strict=True):
         if one.turning in controlled:
             run.funnel.count(f"control {one.turning.form}", f"{one.role} good", text.is_good)
-            run.funnel.count(f"control {one.turning.form}", f"{one.role} judged", text.is_good or text.is_bad)
+            run.funnel.count(f"control {one.turning.form}", f"{one.role} judged", has_outcome(text))
