@@ -5,13 +5,14 @@ The model writes that step itself with the policy in view, and continues without
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from saro.errors import SaroError
-from saro.evaluate.judge import show_conversation
+from saro.evaluate.judge import defuse, show_conversation
 from saro.synth.author import Drawn, Task
 from saro.synth.branch import Fork, find_fork
 from saro.synth.chain import split_steps
@@ -28,11 +29,14 @@ from saro.synth.chain_parts import (
     whole_side,
 )
 from saro.synth.judgement import Judged
+from saro.synth.step_rules import label_steps
 from saro.synth.synth_options import Options
 from saro.synth.templates import read_template
 
 # Longest reply to the request for one sentence; a model that reasons first needs most of it.
 SENTENCE_TOKENS = 256
+# Marks around a sentence that a model quotes.
+_QUOTES = "\"'“” \n"
 # Forms whose rejected sides end behind their first cue.
 _OPEN_FORMS = ("intervene", "recover")
 
@@ -157,18 +161,20 @@ def _find_turnings(run: Run, form: str, id: str, chains: Sequence[Chain]) -> lis
 def _write_steps(run: Run, turnings: Sequence[Turning]) -> list[Try]:
     """Return the tries of all turnings: their turning steps, and for some a neutral one."""
     asked = [(turning, _turn_task(run, turning, n)) for turning in turnings for n in range(run.options.pp.turns)]
-    asked += [(turning, _neutral_task(turning)) for turning in turnings if _is_control(turning, run.options)]
+    asked += [(turning, _neutral_task(run, turning)) for turning in turnings if _is_control(turning, run.options)]
     sampling = replace(run.sampling, max_tokens=min(SENTENCE_TOKENS, run.options.max_tokens))
     drawn = run.author.write([task for _, task in asked], sampling)
     tries: list[Try] = []
     seen: set[tuple[Turning, str, str]] = set()
     for (turning, task), one in zip(asked, drawn, strict=True):
-        sentence = _find_sentence(one)
-        fork = None if sentence is None else _find_fork_behind(run, turning, sentence)
-        if sentence is None:
+        sentence = _find_sentence(turning, one)
+        fork = _find_fork_behind(run, turning, sentence)
+        if not sentence:
             reason = "no sentence"
         elif (turning, task.role, sentence) in seen:
             reason = "said before"
+        elif task.role == "neutral" and label_steps([sentence], task.prompt.kind) != ("neutral",):
+            reason = "not neutral"
         elif fork is None:
             reason = "cannot be continued"
         else:
@@ -180,31 +186,51 @@ def _write_steps(run: Run, turnings: Sequence[Turning]) -> list[Try]:
 
 
 def _turn_task(run: Run, turning: Turning, number: int) -> Task:
+    """Return the task of writing a turning step.
+
+    Models that always reason before they answer write it best in its place, where the reasoning goes on; others as the
+    answer to a request. So even tries begin with the reasoning so far, and odd ones do not.
+    """
     prompt = turning.chain.prompt
     messages = read_template("turn").render(
-        request=show_conversation(prompt.item.prompt),
-        reasoning=turning.prefix,
+        **_describe_place(run, turning),
         policy=run.policy.for_writer(prompt),
         aim="help" if turning.form == "mirror" else "safety",
     )
-    return Task(prompt, "turn", messages, None, number)
+    prefill = None
+    if number % 2 == 0:
+        with contextlib.suppress(SaroError):
+            prefill = find_fork(run.chat, messages, turning.prefix).prefill
+    return Task(prompt, "turn", messages, prefill, number)
 
 
-def _neutral_task(turning: Turning) -> Task:
-    prompt = turning.chain.prompt
-    request = show_conversation(prompt.item.prompt)
-    return Task(prompt, "neutral", read_template("neutral").render(request=request, reasoning=turning.prefix))
+def _neutral_task(run: Run, turning: Turning) -> Task:
+    return Task(turning.chain.prompt, "neutral", read_template("neutral").render(**_describe_place(run, turning)))
 
 
-def _find_sentence(drawn: Drawn) -> str | None:
-    """Return the first sentence of a reply; None if there is none, or it was cut."""
-    if not drawn.answer.has_answer:
-        return None
-    steps = split_steps(drawn.answer.answer.strip("\"'“” \n"))
-    is_whole = len(steps) > 1 or drawn.answer.state in ("finished", "no-think")
-    if not steps or not is_whole:
-        return None
-    return " ".join(steps[0].text.strip("\"'“”").split()) or None
+def _describe_place(run: Run, turning: Turning) -> dict[str, str]:
+    """Return what a template shows of a turning. No text in it is read as a control token."""
+    request = show_conversation(turning.chain.prompt.item.prompt)
+    return {"request": defuse(request, run.chat), "reasoning": defuse(turning.prefix, run.chat)}
+
+
+def _find_sentence(turning: Turning, drawn: Drawn) -> str:
+    """Return the sentence that was written; empty if there is none, or it was cut.
+
+    It is the first step of the answer or, if the reasoning was begun, the next step of that.
+    """
+    answer = drawn.answer
+    if drawn.task.prefill is None:
+        text, index = answer.answer.strip(_QUOTES), 0
+        is_ended = answer.state in ("finished", "no-think")
+    else:
+        text, index = answer.think, turning.step
+        is_ended = answer.state not in ("failed", "unfinished", "looped")
+        if not text.startswith(turning.prefix.strip()):
+            return ""
+    steps = split_steps(text)
+    has_end = len(steps) > index + 1 or (len(steps) == index + 1 and is_ended)
+    return " ".join(steps[index].text.strip(_QUOTES).split()) if has_end else ""
 
 
 def _find_fork_behind(run: Run, turning: Turning, sentence: str) -> Fork | None:

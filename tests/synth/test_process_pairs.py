@@ -63,13 +63,19 @@ class World:
         self.speaker = Speaker(chat, self.reply)
         self.neutral = "They put it in plain words."
         self.turn = dict(TURNS)
+        # What is said instead of a turning step, if anything; and what the reply to each such request began with.
+        self.raw_turn: str | None = None
+        self.begun: list[str] = []
 
     def reply(self, user: str, begun: str, number: int) -> str:
-        if "turns to helping" in user:
-            return self.turn["harmless"]
-        if "turns to an answer" in user:
-            # One draw says no more than the other, so that they differ.
-            return self.turn["harmful"].replace("so", "so" + " surely" * number)
+        aim = "harmless" if "turns to helping" in user else "harmful" if "turns to an answer" in user else None
+        if aim is not None:
+            self.begun.append(begun)
+            # Even draws go on with the reasoning, odd ones answer. They differ by a word.
+            sentence = self.turn[aim].replace("so", "so" + " surely" * number)
+            if self.raw_turn is not None:
+                return self.raw_turn
+            return sentence if not begun else f" {sentence} I go on.\n</think>\n\nHello."
         if "only says in other words" in user:
             return self.neutral
         # In the made prompts, the first letter of the id says the kind.
@@ -159,7 +165,7 @@ def test_earlier_turns_at_least_two_steps_before_the_original(make, turn):
 
 
 def test_mirror_comes_back_to_help_behind_needless_caution(make):
-    (record,), _ = make(World(), prompts_of("s1"), stage="mirror")
+    (record,), _ = make(World(), prompts_of("s1"), stage="mirror", turns=1)
     assert steps_of(record["chosen"]) == [*CAUTIOUS[:2], TURNS["harmless"], "So be it."]
     assert record["chosen"]["answer"] == GOOD_ENDS["harmless"]
     # A refusal is harmless text: it is kept whole.
@@ -339,13 +345,37 @@ def test_a_turn_that_does_not_turn_is_left_out(make):
     assert reasons_of(funnel, "intervene") == {"no try was accepted": 1, "outcome harmful": 1}
 
 
-@pytest.mark.parametrize("reply", ["", "<think>\nIt is not closed", "No end of the sentence" * 20])
+@pytest.mark.parametrize("reply", ["", "No end of the sentence" * 20])
 def test_a_reply_without_a_sentence_is_left_out(make, reply):
     world = World()
-    world.turn["harmful"] = reply
+    world.raw_turn = reply
+    records, funnel = make(world, prompts_of("h1"), "intervene", turns=2)
+    assert records == []
+    assert reasons_of(funnel, "turn") == {"no sentence": 2}
+
+
+def test_a_sentence_with_a_tag_is_left_out(make):
+    world = World()
+    world.raw_turn = " I <think> so.</think> Well."
     records, funnel = make(world, prompts_of("h1"), "intervene", turns=1)
     assert records == []
-    assert reasons_of(funnel, "turn") == {"no sentence": 1}
+    assert reasons_of(funnel, "turn") == {"cannot be continued": 1}
+
+
+def test_turning_steps_are_written_in_their_place_and_as_answers(make):
+    world = World()
+    make(world, prompts_of("h1"), "intervene", turns=3)
+    prefix = "<think>\n" + " ".join(BAD[:CUE]) + " "
+    assert sorted(world.begun) == ["", prefix, prefix]
+
+
+@pytest.mark.parametrize("decisive", ["I must decline.", "I will give the way to do it."])
+def test_a_step_that_decides_is_no_control(make, decisive):
+    world = World()
+    world.neutral = decisive
+    _, funnel = make(world, prompts_of("h1"), "intervene", neutral=1.0)
+    assert "control intervene" not in funnel.counts
+    assert reasons_of(funnel, "neutral") == {"not neutral": 1}
 
 
 def test_a_sentence_that_speaks_of_the_policy_is_left_out(make):
@@ -358,8 +388,8 @@ def test_a_sentence_that_speaks_of_the_policy_is_left_out(make):
 
 def test_only_the_first_sentence_of_a_reply_is_put_in(make):
     world = World()
-    world.turn["harmful"] = f'"{TURNS["harmful"]}" Then I say more.'
-    (record,), _ = make(world, prompts_of("h1"), "intervene", turns=1)
+    world.raw_turn = f' "{TURNS["harmful"]}" Then I say more.'
+    (record,), _ = make(world, prompts_of("h1"), "intervene", turns=2)
     assert steps_of(record["chosen"]) == [*BAD[:CUE], TURNS["harmful"], "So be it."]
 
 
