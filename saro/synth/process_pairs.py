@@ -22,7 +22,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from saro.errors import SaroError, nearest
+from saro.errors import SaroError
 from saro.synth.author import Author, Task
 from saro.synth.chain_parts import Chain, Run, has_outcome, label_chains
 from saro.synth.funnel import Funnel
@@ -46,12 +46,8 @@ KINDS_OF_FORM = {
 
 
 def choose_forms(options: Options) -> tuple[str, ...]:
-    """Return the forms to make, in their order. Raises SaroError if one is not a form of the stage."""
-    valid = FORMS[options.stage]
-    for form in options.pp.forms:
-        if form not in valid:
-            raise SaroError(f"--pp.forms: stage {options.stage} has no form {form!r}{nearest(form, valid)}")
-    return tuple(form for form in valid if not options.pp.forms or form in options.pp.forms)
+    """Return the forms to make, in the order of ``FORMS``; by default all of the stage."""
+    return tuple(form for form in FORMS[options.stage] if not options.pp.forms or form in options.pp.forms)
 
 
 def plan_tasks(prompts: Sequence[Prompt], policy: Policy, options: Options) -> list[Task]:
@@ -115,8 +111,8 @@ def make_process_pairs(
     and how often the step that rollouts find is the first cue by its label ("control sibling").
 
     Raises:
-        SaroError: a form does not belong to the stage, or the model is a server whose tokenizer is not known; and like
-            ``Author.write``, ``Judge.judge`` and ``StepJudge.label``.
+        SaroError: the model is a server whose tokenizer is not known; and like ``Author.write``, ``Judge.judge`` and
+            ``StepJudge.label``.
     """
     forms = choose_forms(options)
     if author.subject.chat is None:

@@ -201,10 +201,10 @@ def test_siblings_on_other_prompts_are_whole(make, id, kind):
     assert "open" not in record["rejected"]
 
 
-@pytest.mark.parametrize("open_tokens", [0, 7, 24])
+@pytest.mark.parametrize("open_tokens", [1, 7, 24])
 def test_rejected_sides_on_harmful_prompts_end_soon_after_the_step_that_decides(make, open_tokens):
     records, _ = make(World(decides=1), prompts_of("h1"), "intervene", "recover", "sibling", open_tokens=open_tokens)
-    assert len(records) == (2 if open_tokens == 0 else 3)
+    assert len(records) == 3
     for record in records:
         decisive = BAD[1] if synth_of(record)["form"] == "sibling" else BAD[CUE]
         before, _, after = record["rejected"]["reasoning"].partition(decisive)
@@ -420,12 +420,6 @@ def test_left_out_has_no_text(make):
     _, funnel = make(world, prompts_of("h1", "s1", "g1"))
     lines = json.dumps([vars(one) for one in funnel.left_out])
     assert not any(step in lines for step in (*BAD, *CAUTIOUS, "Request"))
-
-
-@pytest.mark.parametrize(("stage", "form"), [("pp", "mirror"), ("mirror", "sibling"), ("pp", "intervention")])
-def test_a_form_of_another_stage_is_an_error(make, stage, form):
-    with pytest.raises(SaroError, match=f"--pp.forms: stage {stage} has no form '{form}'"):
-        make(World(), prompts_of("h1"), form, stage=stage)
 
 
 def test_a_server_whose_tokenizer_is_not_known_is_an_error(runtime, tmp_path):
