@@ -63,10 +63,10 @@ def judge_request(
     """
     shown = answer.answer[: spec.answer_characters]
     if spec.form == "conversation":
-        messages = [Message(m.role, _defused(m.content, chat)) for m in item.prompt if m.role != "system"]
-        messages.append(Message("assistant", _defused(shown, chat)))
+        messages = [Message(m.role, defuse(m.content, chat)) for m in item.prompt if m.role != "system"]
+        messages.append(Message("assistant", defuse(shown, chat)))
     else:
-        messages = spec.render(_defused(_as_text(item.prompt), chat), _defused(shown, chat))
+        messages = spec.render(defuse(show_conversation(item.prompt), chat), defuse(shown, chat))
     if spec.decoding in ("choice", "scale"):
         sampling = Sampling(max_tokens=1, choices=spec.choices)
     else:
@@ -79,14 +79,15 @@ def judge_request(
     return Request(sampling, messages=prompt, number=number)
 
 
-def _as_text(prompt: Sequence[Message]) -> str:
+def show_conversation(prompt: Sequence[Message]) -> str:
+    """Return a conversation as one text, without a system turn; that of a single turn is the turn's own text."""
     turns = [m for m in prompt if m.role != "system"]
     if len(turns) == 1:
         return turns[0].content
     return "\n\n".join(f"{m.role.capitalize()}: {m.content}" for m in turns)
 
 
-def _defused(text: str, chat: ChatFormat | None) -> str:
+def defuse(text: str, chat: ChatFormat | None) -> str:
     """Return a text in which no part is read as a control token: a space follows the first character of each."""
     text = _CONTROL.sub(lambda found: f"{found[0][0]} {found[0][1:]}", text)
     if chat is None:
