@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
@@ -164,17 +163,3 @@ def correlate(labels: Sequence[bool], values: Sequence[float]) -> float | None:
     if len(x) == 0 or np.ptp(x) == 0 or np.ptp(y) == 0:
         return None
     return float(np.corrcoef(x, y)[0, 1])
-
-
-def correlate_lengths(pairs: Iterable[Mapping[str, Any]]) -> float | None:
-    """Return the correlation of "is chosen" and length over the sides of pairs: 0 if the length says nothing.
-
-    Args:
-        pairs: records with ``meta.synth.lengths``, {"chosen": tokens, "rejected": tokens}; others do not count.
-    """
-    labels, lengths = [], []
-    for pair in pairs:
-        for side, length in pair["meta"]["synth"].get("lengths", {}).items():
-            labels.append(side == "chosen")
-            lengths.append(length)
-    return correlate(labels, lengths)

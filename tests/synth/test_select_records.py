@@ -20,7 +20,6 @@ from saro.synth.select_records import (
     cell_of,
     choose_balanced,
     correlate,
-    correlate_lengths,
     count_tokens,
     find_shortest,
     pair_nearest,
@@ -193,13 +192,11 @@ def test_the_correlation_is_the_point_biserial_one_of_its_definition(rows: list[
     assert found == pytest.approx(expected, abs=1e-9)
 
 
-def test_lengths_of_pairs_say_nothing_if_both_sides_are_alike_and_all_if_one_is_always_longer() -> None:
-    def pair(chosen: int, rejected: int) -> dict[str, object]:
-        return {"meta": {"synth": {"lengths": {"chosen": chosen, "rejected": rejected}}}}
-
-    assert correlate_lengths([pair(10, 20), pair(20, 10)]) == pytest.approx(0)
-    assert correlate_lengths([pair(20, 10), pair(20, 10)]) == pytest.approx(1)
-    assert correlate_lengths([{"meta": {"synth": {}}}]) is None
+def test_the_correlation_is_one_if_one_side_is_always_longer_and_none_without_a_difference() -> None:
+    assert correlate([True, False, True, False], [20, 10, 20, 10]) == pytest.approx(1)
+    assert correlate([True, False, False, True], [20, 10, 20, 10]) == pytest.approx(0)
+    assert correlate([True, False], [5, 5]) is None
+    assert correlate([], []) is None
 
 
 def test_a_cell_joins_hazards_in_one_order() -> None:
