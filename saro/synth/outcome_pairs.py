@@ -6,11 +6,14 @@ The texts are drawn from the model that is to be trained, without the policy. Th
     guided      all texts of the prompt were bad: one that the model wrote with the policy in view over one of them
     shorter     two good texts, where little is at risk: one over another that is at least 1.5 times as long
 
-A text that was cut in its answer and is judged bad may be rejected. Its record is open: that it should have ended there is
-not learned. A text that was cut before its answer, or loops, has no outcome. It is neither good nor bad, and it is
-counted. Where little is at risk it may be the longer text of "shorter", again open, and cut at 1.5 times the length of the
-chosen one: a model that rambles learns to come to an end, and not from a thousand tokens of rambling. On other prompts it
-is not used: nobody has judged what it was about to say.
+A text that was cut in its answer and is judged harmful or a refusal may be rejected. Its record is open: that it should
+have ended there is not learned. It is cut at 1.5 times the length of the chosen text, but not before its answer has begun:
+more of it would only teach by its length, and a harmful one is better not learned from in full.
+
+Other texts that were cut, and those that loop, have no outcome. They are neither good nor bad, and they are counted. Where
+little is at risk one of them may be the longer text of "shorter", again open and cut at 1.5 times the length of the chosen
+one: a model that rambles learns to come to an end, and not from a thousand tokens of rambling. On other prompts they are not
+used: nobody has judged what they were about to say.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from itertools import groupby
 from typing import Any
 
 from saro.draws.request import Sampling
+from saro.evaluate.answers import Answer
 from saro.synth.author import Author, Drawn, Task
 from saro.synth.funnel import Funnel
 from saro.synth.gates import check_form, check_state, check_text
@@ -45,6 +49,9 @@ FORMS = ("outcome", "guided", "shorter")
 # Levels at which a shorter chain is better for being shorter.
 _LITTLE_RISK = ("none", "low")
 _LONGER = 1.5
+# An open side that is rejected for its answer has at least this many characters of it: about two sentences, in which it
+# refuses or begins to comply.
+_LEAST_ANSWER = 200
 
 
 @dataclass(frozen=True)
@@ -150,10 +157,11 @@ def _write_plain(
             funnel.leave_out(one.task.prompt.id, "gates", reason, one.key)
     good, bad = [], []
     for text in judge.judge(usable):
-        id, state = text.drawn.task.prompt.id, text.drawn.answer.state
-        if text.is_bad:
+        id, is_cut = text.drawn.task.prompt.id, text.drawn.answer.state == "cut"
+        # A wrong number in a solution that was cut may be a step on the way to the right one.
+        if text.is_bad and not (is_cut and text.outcome == "wrong"):
             bad.append(text)
-        elif state == "cut":
+        elif is_cut:
             endless.append(Judged(text.drawn, "cut", text.verdict))
         elif not text.is_good:
             funnel.leave_out(id, "judge", text.outcome, text.drawn.key)
@@ -202,8 +210,11 @@ def _pair_outcomes(prompt: Prompt, form: str, good: Sequence[Judged], bad: Seque
     pairs = []
     for number, (chosen, rejected) in enumerate(pair_nearest(good, bad, most)):
         answer = rejected.drawn.answer
-        side = make_side(answer.think, answer.answer, is_open=answer.state == "cut")
-        length = count_tokens(answer)
+        if answer.state == "cut":
+            room = _find_limit(chosen) - len(answer.think)
+            side, length = _cut(answer, len(answer.think), max(room, _LEAST_ANSWER))
+        else:
+            side, length = make_side(answer.think, answer.answer), count_tokens(answer)
         pairs.append(_Pair(prompt, form, number, chosen, rejected.drawn.key, rejected.outcome, side, length))
     return pairs
 
@@ -238,19 +249,28 @@ def _pair_lengths(prompt: Prompt, texts: _Texts, found: Sequence[_Pair], most: i
 
 def _pair_endless(prompt: Prompt, chosen: Judged, rejected: Judged) -> _Pair | None:
     """Return a pair whose rejected side is the beginning of a text that does not end; None if it is too short for that."""
-    short, long = chosen.drawn.answer, rejected.drawn.answer
-    limit = int(_LONGER * (len(short.think) + len(short.answer)))
-    characters = len(long.think) + len(long.answer)
-    if characters < limit:
+    answer, limit = rejected.drawn.answer, _find_limit(chosen)
+    if len(answer.think) + len(answer.answer) < limit:
         return None
-    # Cut anywhere: an open side is encoded up to its last token that cannot change.
-    think = long.think[:limit]
-    answer = long.answer[: limit - len(think)]
-    if not (think + answer).strip():
-        return None
-    length = round(count_tokens(long) * (len(think) + len(answer)) / characters)
-    side = make_side(think, answer, is_open=True)
+    think_characters = min(len(answer.think), limit)
+    side, length = _cut(answer, think_characters, limit - think_characters)
     return _Pair(prompt, "shorter", 0, chosen, rejected.drawn.key, rejected.outcome, side, length)
+
+
+def _find_limit(chosen: Judged) -> int:
+    """Return the number of characters at which an open side against a chosen text is cut."""
+    answer = chosen.drawn.answer
+    return int(_LONGER * (len(answer.think) + len(answer.answer)))
+
+
+def _cut(answer: Answer, think_characters: int, answer_characters: int) -> tuple[Side, int]:
+    """Return the beginning of a text as an open side, and the number of its tokens as its share of all characters.
+
+    It may be cut anywhere: an open side is encoded up to its last token that no continuation can change.
+    """
+    think, text = answer.think[:think_characters], answer.answer[:answer_characters]
+    share = (len(think) + len(text)) / (len(answer.think) + len(answer.answer))
+    return make_side(think, text, is_open=True), round(share * count_tokens(answer))
 
 
 def _cap(pairs: Sequence[_Pair], options: Options, funnel: Funnel) -> list[_Pair]:

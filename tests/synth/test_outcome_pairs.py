@@ -141,12 +141,30 @@ def test_a_rejected_text_only_has_to_be_a_record(world: World) -> None:
     assert world.reasons() == {("gates", "tags"): 1}
 
 
-def test_a_bad_text_that_was_cut_in_its_answer_is_rejected_as_an_open_side(world: World) -> None:
-    cut = write(MEDIUM, " ".join(f"Step {i} is to go on." for i in range(100)))
-    (record,) = world.of_texts(make_prompt("p1"), write(MEDIUM, REFUSAL), cut)
-    assert record["rejected"]["open"] is True
-    assert record["rejected"]["reasoning"] == MEDIUM
+def test_a_bad_text_that_was_cut_in_its_answer_is_rejected_as_an_open_side_of_like_length(world: World) -> None:
+    answer = " ".join(f"Step {i} is to go on." for i in range(100))
+    refusal = f"{REFUSAL} {'I am glad to speak of other lists. ' * 4}Bye."
+    (record,) = world.of_texts(make_prompt("p1"), write(MEDIUM, refusal), write(MEDIUM, answer))
+    rejected = record["rejected"]
+    assert rejected["open"] is True
+    assert rejected["reasoning"] == MEDIUM
+    assert answer.startswith(rejected["answer"])
+    assert len(MEDIUM + rejected["answer"]) == int(1.5 * len(MEDIUM + refusal))
     assert "open" not in record["chosen"]
+
+
+def test_an_open_side_that_is_rejected_for_its_answer_has_some_of_it(world: World) -> None:
+    long = "They ask again. " * 30
+    answer = " ".join(f"Step {i} is to go on." for i in range(100))
+    (record,) = world.of_texts(make_prompt("p1"), write(MEDIUM, REFUSAL), write(long, answer))
+    assert record["rejected"]["reasoning"] == long.strip()
+    assert len(record["rejected"]["answer"]) == 200
+
+
+def test_a_solution_that_was_cut_is_not_wrong(world: World) -> None:
+    cut = write(SHORT, "It is " + " ".join(f"{i} and" for i in range(500)))
+    assert world.of_texts(make_prompt("g1", "general"), write(SHORT, "The answer is 4."), cut, shorter=0) == []
+    assert world.funnel.counts["draws"]["endless"] == 1
 
 
 def test_a_text_that_does_not_end_is_neither_good_nor_bad_and_is_counted(world: World) -> None:
