@@ -28,7 +28,7 @@ from saro.draws.request import Sampling
 from saro.evaluate.answers import Answer
 from saro.synth.author import Author, Drawn, Task
 from saro.synth.funnel import Funnel
-from saro.synth.gates import check_form, check_state, check_text
+from saro.synth.gates import check_form, check_text
 from saro.synth.judgement import Judge, Judged
 from saro.synth.policy import Policy
 from saro.synth.prompts import Prompt
@@ -148,13 +148,12 @@ def _write_plain(
     drawn = author.write(plan_tasks(prompts, policy, options), Sampling(options.max_tokens, options.op.temperature))
     usable, endless = [], []
     for one in drawn:
-        reason = _check_usable(one, author)
-        if reason is None:
-            usable.append(one)
-        elif reason in ("unfinished", "looped"):
-            endless.append(Judged(one, reason, None))
-        else:
+        if reason := _check_usable(one, author):
             funnel.leave_out(one.task.prompt.id, "gates", reason, one.key)
+        elif one.answer.state in ("unfinished", "looped"):
+            endless.append(Judged(one, one.answer.state, None))
+        else:
+            usable.append(one)
     good, bad = [], []
     for text in judge.judge(usable):
         id, is_cut = text.drawn.task.prompt.id, text.drawn.answer.state == "cut"
@@ -179,11 +178,10 @@ def _write_plain(
 
 
 def _check_usable(drawn: Drawn, author: Author) -> str | None:
-    """Return why a text can be no side of a pair, or its state if it has no outcome; else None."""
-    state = check_state(drawn)
-    if state not in (None, "cut"):
-        return state
+    """Return why a text can be no side of a pair, whole or open; else None."""
     subject, answer = author.subject, drawn.answer
+    if answer.state in ("failed", "empty"):
+        return answer.state
     return check_form(drawn.task.prompt, answer.think, answer.answer, subject.chat, tags=subject.think_tags)
 
 

@@ -161,6 +161,13 @@ def test_an_open_side_that_is_rejected_for_its_answer_has_some_of_it(world: Worl
     assert len(record["rejected"]["answer"]) == 200
 
 
+def test_a_text_that_does_not_end_and_can_be_no_record_is_left_out(world: World) -> None:
+    tagged = "<think>\nAgain: <think> " + RAMBLE.removeprefix("<think>")
+    world.of_texts(make_prompt("q1", "harmless"), write(SHORT, HELP), RAMBLE, tagged)
+    assert world.funnel.counts["draws"]["endless"] == 1
+    assert world.reasons()["gates", "tags"] == 1
+
+
 def test_a_solution_that_was_cut_is_not_wrong(world: World) -> None:
     cut = write(SHORT, "It is " + " ".join(f"{i} and" for i in range(500)))
     assert world.of_texts(make_prompt("g1", "general"), write(SHORT, "The answer is 4."), cut, shorter=0) == []
