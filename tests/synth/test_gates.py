@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -11,7 +12,7 @@ from run_files import ROOT
 from selection_cases import HELP, MEDIUM, REFUSAL, SHORT, make_drawn, make_prompt, tiny_chat
 
 from saro.synth.funnel import Funnel
-from saro.synth.gates import check_text, leaks, pass_gates, repeats
+from saro.synth.gates import check_parts, check_text, leaks, pass_gates, repeats
 from saro.synth.policy import read_policy
 from saro.synth.prompts import Prompt
 from saro.synth.templates import read_template
@@ -165,6 +166,9 @@ def test_of_public_chains_none_repeats_itself_and_few_leak() -> None:
     assert not any(repeats(think.strip(), "safety") for think, _, _ in parts)
     assert sum(leaks(think, POLICY) for think, _, _ in parts) == 49
     assert not any(leaks(answer, POLICY) for _, _, answer in parts)
+    risky = replace(HARMFUL, level="high")
+    reasons = Counter(check_parts(risky, think.strip(), answer.strip(), None, POLICY) for think, _, answer in parts)
+    assert reasons == {None: 935, "band": 21, "leak": 44}
     with open(DATA / "gsm8k_train.jsonl", encoding="utf-8") as file:
         answers = [json.loads(line)["answer"].rpartition("\n####")[0] for line in file]
     solutions = [re.sub("<<[^<>]*>>", "", answer) for answer in answers]
