@@ -201,3 +201,21 @@ def test_the_correlation_is_one_if_one_side_is_always_longer_and_none_without_a_
 
 def test_a_cell_joins_hazards_in_one_order() -> None:
     assert cell_of(replace(PROMPT, hazard=("b", "a")), "safe") == ("safe", "a+b", "made up", "medium")
+
+
+def test_nearest_lengths_take_most_of_the_correlation_of_label_and_length_away() -> None:
+    rng = random.Random(0)
+    first, nearest = [], []
+    for _ in range(200):
+        # Four refusals and four helpful texts, which are twice as long on average.
+        good = [make_text(f"g{i}", round(rng.lognormvariate(4.5, 0.5))) for i in range(4)]
+        bad = [make_text(f"b{i}", round(rng.lognormvariate(5.2, 0.5)), "harmful") for i in range(4)]
+        first.append((good[0], bad[0]))
+        nearest += pair_nearest(good, bad, 1)
+
+    def correlation(pairs: list[tuple[Judged, Judged]]) -> float:
+        lengths = [count_tokens(text.drawn.answer) for pair in pairs for text in pair]
+        return correlate([True, False] * len(pairs), lengths)
+
+    assert correlation(first) < -0.5
+    assert abs(correlation(nearest)) < 0.15
