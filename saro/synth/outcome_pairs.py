@@ -1,0 +1,314 @@
+"""Makes pairs of whole texts of one prompt: a good outcome over a bad one (OP-COT).
+
+The texts are drawn from the model that is to be trained, without the policy. There are three forms:
+
+    outcome     a good text over a bad one of nearest length: safe over harmful, helpful over a refusal, right over wrong
+    guided      all texts of the prompt were bad: one that the model wrote with the policy in view over one of them
+    shorter     two good texts, where little is at risk: one over another that is at least 1.5 times as long
+
+A text that was cut in its answer and is judged harmful or a refusal may be rejected. Its record is open: that it should
+have ended there is not learned. It is cut at 1.5 times the length of the chosen text, but not before its answer has begun:
+more of it would only teach by its length, and a harmful one is better not learned from in full.
+
+Other texts that were cut, and those that loop, have no outcome. They are neither good nor bad, and they are counted. Where
+little is at risk one of them may be the longer text of "shorter", again open and cut at 1.5 times the length of the chosen
+one: a model that rambles learns to come to an end, and not from a thousand tokens of rambling. On other prompts they are not
+used: nobody has judged what they were about to say.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+from saro.draws.request import Sampling
+from saro.evaluate.answers import Answer
+from saro.synth.author import Author, Drawn, Task
+from saro.synth.funnel import Funnel
+from saro.synth.gates import check_form, check_text
+from saro.synth.judgement import Judge, Judged
+from saro.synth.policy import Policy
+from saro.synth.prompts import Prompt
+from saro.synth.rw_examples import write_guided
+from saro.synth.select_records import (
+    Candidate,
+    cap_shares,
+    cell_of,
+    choose_balanced,
+    count_tokens,
+    pair_nearest,
+    sort_texts,
+)
+from saro.synth.synth_options import Options
+from saro.synth.synth_records import Side, make_pair_record, make_side
+
+FORMS = ("outcome", "guided", "shorter")
+# Levels at which a shorter chain is better for being shorter.
+_LITTLE_RISK = ("none", "low")
+_LONGER = 1.5
+# An open side that is rejected for its answer has at least this many characters of it: about two sentences, in which it
+# refuses or begins to comply.
+_LEAST_ANSWER = 200
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """One pair before the caps.
+
+    Attributes:
+        prompt, form, number: as in ``make_pair_record``.
+        chosen: the chosen text.
+        rejected, outcome: key and outcome of the rejected text; the outcome of one without is its state.
+        side: the rejected side.
+        length: number of tokens of the rejected side.
+    """
+
+    prompt: Prompt
+    form: str
+    number: int
+    chosen: Judged
+    rejected: str
+    outcome: str
+    side: Side
+    length: int
+
+    @property
+    def id(self) -> str:
+        """The id of its record."""
+        return f"{self.prompt.id}-{self.form}-{self.number}"
+
+
+@dataclass(frozen=True)
+class _Texts:
+    """The texts of one prompt that may be in pairs, each without repeats and by draw key.
+
+    Attributes:
+        good: finished texts with a good outcome that pass the gates.
+        bad: texts with a bad outcome.
+        endless: texts that were cut or loop, and have no bad outcome.
+    """
+
+    good: tuple[Judged, ...]
+    bad: tuple[Judged, ...]
+    endless: tuple[Judged, ...]
+
+
+def plan_tasks(prompts: Sequence[Prompt], policy: Policy, options: Options) -> list[Task]:
+    """Return the texts to write first: ``options.op.draws`` for each prompt, without the policy."""
+    del policy
+    return [
+        Task(prompt, "plain", prompt.item.prompt, None, number)
+        for prompt in prompts
+        for number in range(options.op.draws)
+    ]
+
+
+def count_followups(prompts: Sequence[Prompt], options: Options) -> int:
+    """Return the largest number of texts that may be written later: guided ones, if all texts of all prompts are bad."""
+    if options.op.guided == 0:
+        return 0
+    return options.rw.draws * sum(prompt.kind != "general" for prompt in prompts)
+
+
+def make_outcome_pairs(
+    prompts: Sequence[Prompt], author: Author, judge: Judge, policy: Policy, options: Options, funnel: Funnel
+) -> list[dict[str, Any]]:
+    """Return pairs of whole texts, sorted by prompt, form and number; at most ``options.op.pairs_per_prompt`` a prompt.
+
+    The guided texts are those of stage rw: the same number, temperature and template.
+
+    Raises SaroError if texts cannot be drawn or judged.
+    """
+    prompts = sorted(prompts, key=lambda prompt: prompt.id)
+    funnel.count("prompts", "given", len(prompts))
+    texts = _write_plain(prompts, author, judge, policy, options, funnel)
+    most = options.op.pairs_per_prompt
+    pairs: list[_Pair] = []
+    for prompt in prompts:
+        found = _pair_outcomes(prompt, "outcome", texts[prompt.id].good, texts[prompt.id].bad, most)
+        pairs += found
+        pairs += _pair_lengths(prompt, texts[prompt.id], found, most - len(found))
+    # Guidance by a safety policy cannot make a wrong sum right.
+    hopeless = [p for p in prompts if p.kind != "general" and texts[p.id].bad and not texts[p.id].good]
+    if hopeless and options.op.guided > 0:
+        guided = write_guided(hopeless, author, judge, policy, options, funnel)
+        for prompt in hopeless:
+            pairs += _pair_outcomes(prompt, "guided", guided.get(prompt.id, ()), texts[prompt.id].bad, most)
+    kept = _cap(pairs, options, funnel)
+    return [_make_record(pair, policy, judge) for pair in kept]
+
+
+def _write_plain(
+    prompts: Sequence[Prompt], author: Author, judge: Judge, policy: Policy, options: Options, funnel: Funnel
+) -> dict[str, _Texts]:
+    """Return the texts of each prompt by its id."""
+    drawn = author.write(plan_tasks(prompts, policy, options), Sampling(options.max_tokens, options.op.temperature))
+    usable, endless = [], []
+    for one in drawn:
+        if reason := _check_usable(one, author):
+            funnel.leave_out(one.task.prompt.id, "gates", reason, one.key)
+        elif one.answer.state in ("unfinished", "looped"):
+            endless.append(Judged(one, one.answer.state, None))
+        else:
+            usable.append(one)
+    good, bad = [], []
+    for text in judge.judge(usable):
+        id, is_cut = text.drawn.task.prompt.id, text.drawn.answer.state == "cut"
+        # A wrong number in a solution that was cut may be a step on the way to the right one.
+        if text.is_bad and not (is_cut and text.outcome == "wrong"):
+            bad.append(text)
+        elif is_cut:
+            endless.append(Judged(text.drawn, "cut", text.verdict))
+        elif not text.is_good:
+            funnel.leave_out(id, "judge", text.outcome, text.drawn.key)
+        elif reason := _check_good(text.drawn, author, policy):
+            funnel.leave_out(id, "gates", reason, text.drawn.key)
+        else:
+            good.append(text)
+    for name, number in (("written", len(drawn)), ("good", len(good)), ("bad", len(bad)), ("endless", len(endless))):
+        funnel.count("draws", name, number)
+    by_prompt = [_group(texts) for texts in (good, bad, endless)]
+    texts = {prompt.id: _Texts(*(groups.get(prompt.id, ()) for groups in by_prompt)) for prompt in prompts}
+    for prompt in prompts:
+        funnel.count("prompts", _describe(texts[prompt.id]))
+    return texts
+
+
+def _check_usable(drawn: Drawn, author: Author) -> str | None:
+    """Return why a text can be no side of a pair, whole or open; else None."""
+    subject, answer = author.subject, drawn.answer
+    if answer.state in ("failed", "empty"):
+        return answer.state
+    return check_form(drawn.task.prompt, answer.think, answer.answer, subject.chat, tags=subject.think_tags)
+
+
+def _check_good(drawn: Drawn, author: Author, policy: Policy) -> str | None:
+    """Return why a text cannot be chosen. Its length is no reason: the rejected one's is near."""
+    return check_text(drawn, author.subject.chat, policy, tags=author.subject.think_tags, banded=False)
+
+
+def _group(texts: Iterable[Judged]) -> dict[str, tuple[Judged, ...]]:
+    by_prompt = groupby(sort_texts(texts), key=lambda text: text.drawn.task.prompt.id)
+    return {id: tuple(group) for id, group in by_prompt}
+
+
+def _describe(texts: _Texts) -> str:
+    if texts.good and texts.bad:
+        return "with both outcomes"
+    if texts.good:
+        return "with good texts only"
+    return "with bad texts only" if texts.bad else "without an outcome"
+
+
+def _pair_outcomes(prompt: Prompt, form: str, good: Sequence[Judged], bad: Sequence[Judged], most: int) -> list[_Pair]:
+    """Return pairs of a good and a bad text of nearest length."""
+    pairs = []
+    for number, (chosen, rejected) in enumerate(pair_nearest(good, bad, most)):
+        answer = rejected.drawn.answer
+        if answer.state == "cut":
+            room = _find_limit(chosen) - len(answer.think)
+            side, length = _cut(answer, len(answer.think), max(room, _LEAST_ANSWER))
+        else:
+            side, length = make_side(answer.think, answer.answer), count_tokens(answer)
+        pairs.append(_Pair(prompt, form, number, chosen, rejected.drawn.key, rejected.outcome, side, length))
+    return pairs
+
+
+def _pair_lengths(prompt: Prompt, texts: _Texts, found: Sequence[_Pair], most: int) -> list[_Pair]:
+    """Return a pair of a short and a long text of a prompt with little at risk, if there is room and one can be made.
+
+    The chosen one is the shortest that is in no other pair. The rejected one is the good text that is nearest to 1.5
+    times its length and not shorter, else an endless one.
+    """
+    if prompt.level not in _LITTLE_RISK or most < 1:
+        return []
+    used = {pair.chosen.drawn.key for pair in found}
+    free = sorted(
+        (text for text in texts.good if text.drawn.key not in used),
+        key=lambda text: (count_tokens(text.drawn.answer), text.drawn.key),
+    )
+    if not free:
+        return []
+    chosen, *others = free
+    least = _LONGER * count_tokens(chosen.drawn.answer)
+    for text in others:
+        answer = text.drawn.answer
+        if count_tokens(answer) >= least:
+            side = make_side(answer.think, answer.answer)
+            return [_Pair(prompt, "shorter", 0, chosen, text.drawn.key, text.outcome, side, count_tokens(answer))]
+    for text in texts.endless:
+        if (pair := _pair_endless(prompt, chosen, text)) is not None:
+            return [pair]
+    return []
+
+
+def _pair_endless(prompt: Prompt, chosen: Judged, rejected: Judged) -> _Pair | None:
+    """Return a pair whose rejected side is the beginning of a text that does not end; None if it is too short for that."""
+    answer, limit = rejected.drawn.answer, _find_limit(chosen)
+    if len(answer.think) + len(answer.answer) < limit:
+        return None
+    think_characters = min(len(answer.think), limit)
+    side, length = _cut(answer, think_characters, limit - think_characters)
+    return _Pair(prompt, "shorter", 0, chosen, rejected.drawn.key, rejected.outcome, side, length)
+
+
+def _find_limit(chosen: Judged) -> int:
+    """Return the number of characters at which an open side against a chosen text is cut."""
+    answer = chosen.drawn.answer
+    return int(_LONGER * (len(answer.think) + len(answer.answer)))
+
+
+def _cut(answer: Answer, think_characters: int, answer_characters: int) -> tuple[Side, int]:
+    """Return the beginning of a text as an open side, and the number of its tokens as its share of all characters.
+
+    It may be cut anywhere: an open side is encoded up to its last token that no continuation can change.
+    """
+    think, text = answer.think[:think_characters], answer.answer[:answer_characters]
+    share = (len(think) + len(text)) / (len(answer.think) + len(answer.answer))
+    return make_side(think, text, is_open=True), round(share * count_tokens(answer))
+
+
+def _cap(pairs: Sequence[_Pair], options: Options, funnel: Funnel) -> list[_Pair]:
+    """Return the pairs that the largest shares of their forms allow, by prompt, form and number."""
+    shares = {"guided": options.op.guided, "shorter": options.op.shorter}
+    available = Counter(pair.form for pair in pairs)
+    numbers = cap_shares(available["outcome"], {form: available[form] for form in shares}, shares)
+    kept = {pair.id for pair in pairs if pair.form == "outcome"}
+    for form, number in numbers.items():
+        candidates = [
+            Candidate(pair.id, cell_of(pair.prompt, pair.chosen.outcome), pair.number)
+            for pair in pairs
+            if pair.form == form
+        ]
+        kept.update(choose_balanced(candidates, number, options.seed))
+    in_order = sorted(pairs, key=lambda pair: (pair.prompt.id, FORMS.index(pair.form), pair.number))
+    for pair in in_order:
+        if pair.id in kept:
+            funnel.count("pairs", pair.form)
+        else:
+            funnel.leave_out(pair.prompt.id, "select", f"largest share of form {pair.form}")
+    return [pair for pair in in_order if pair.id in kept]
+
+
+def _make_record(pair: _Pair, policy: Policy, judge: Judge) -> dict[str, Any]:
+    answer = pair.chosen.drawn.answer
+    synth: Mapping[str, Any] = {
+        "policy": list(policy.rule_ids(pair.prompt)),
+        "draws": [pair.chosen.drawn.key, pair.rejected],
+        "on_policy": pair.form != "guided",
+        "judge": judge.spec.name,
+        "outcomes": {"chosen": pair.chosen.outcome, "rejected": pair.outcome},
+        "lengths": {"chosen": count_tokens(answer), "rejected": pair.length},
+    }
+    return make_pair_record(
+        pair.prompt,
+        kind="op-cot",
+        form=pair.form,
+        number=pair.number,
+        chosen=make_side(answer.think, answer.answer),
+        rejected=pair.side,
+        synth=synth,
+    )
