@@ -171,7 +171,7 @@ def test_a_plan_draws_nothing_and_writes_nothing(make, writers, capsys, tmp_path
     assert writers[0].asked == []
     assert not (tmp_path / "out").exists()
     said = capsys.readouterr().err
-    assert "24 texts in the first round, 0 of them in the store" in said
+    assert "36 texts in the first round, 0 of them in the store" in said
     assert "with a prefix cache" in said
     assert "more in later rounds" in said
     assert "at the given prices" in said
