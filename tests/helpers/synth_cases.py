@@ -72,7 +72,7 @@ class ScriptedWriter(Generator):
     def _draw(self, request: Request) -> Draw:
         prompt, _, begun = self.chat.tokenizer.decode(request.ids).rpartition("assistant\n")
         text = write(prompt, begun, request.number)
-        ids = self.chat.tokenizer.encode(text, add_special_tokens=False) + [min(self.chat.stop_ids)]
+        ids = [*self.chat.tokenizer.encode(text, add_special_tokens=False), min(self.chat.stop_ids)]
         is_cut = len(ids) > request.sampling.max_tokens
         ids = ids[: request.sampling.max_tokens]
         return Draw(
