@@ -6,12 +6,13 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import sqrt
 from typing import Any
 
 import numpy as np
 
 from saro.data.chat_format import ChatFormat
-from saro.data.jsonl import read_objects
+from saro.data.jsonl import fault, read_objects
 from saro.data.records import Example, Message, Pair, Response, parse_example, parse_pair
 from saro.data.tree import RowKind, ScoredSequence, common_prefix
 from saro.errors import SaroError
@@ -19,6 +20,8 @@ from saro.evaluate.answers import Answer
 from saro.evaluate.outcomes import find_outcome
 from saro.evaluate.rules import RULES, judge_by_rules
 from saro.evaluate.suite import Item
+from saro.synth.branch import find_fork
+from saro.synth.chain import split_steps
 from saro.synth.gates import leaks
 from saro.synth.judgement import GOOD
 from saro.synth.policy import Policy
@@ -106,11 +109,12 @@ def read_records(files: Sequence[str], chat: ChatFormat) -> list[CheckedRecord]:
 
 
 def check_records(
-    records: Sequence[CheckedRecord], policy: Policy, *, sample: int = 200, seed: int = 0
+    records: Sequence[CheckedRecord], chat: ChatFormat, policy: Policy, *, sample: int = 200, seed: int = 0
 ) -> list[Finding]:
     """Return the findings of all checks.
 
     Args:
+        chat: format of the model that is to be trained, with which the records were read.
         policy: what the writer had in view.
         sample: compare the verdicts on this many answers with those of the rules.
         seed: chooses the sample.
@@ -118,7 +122,7 @@ def check_records(
     return [
         _check_encoding(records),
         _check_duplicates(records),
-        _check_forks(records),
+        _check_forks(records, chat),
         _check_leaks(records, policy),
         _check_lengths(records),
         _check_balance(records),
@@ -163,24 +167,40 @@ def _check_duplicates(records: Sequence[CheckedRecord]) -> Finding:
     return Finding("duplicates", True, "no prompt has two examples, and no pair is there twice or reversed")
 
 
-def _check_forks(records: Sequence[CheckedRecord]) -> Finding:
-    """Check that both sides of each pair share all tokens up to the recorded fork."""
+def _check_forks(records: Sequence[CheckedRecord], chat: ChatFormat) -> Finding:
+    """Check that both sides of each pair share all steps before the recorded fork, in this model's tokens."""
     forked = [one for one in records if one.sequences is not None and one.synth.get("fork") is not None]
     if not forked:
         return Finding("forks", True, "no record has a fork")
-    early = [one.where for one in forked if _shared(one) < one.synth["fork"]["token"]]
+    early, other = [], 0
+    for one in forked:
+        shared = common_prefix([sequence.tokens for sequence in one.sequences])
+        # One less: a model may have continued with text that merges with the last token before the fork.
+        if shared < _count_before_fork(one, chat) - 1:
+            early.append(one.where)
+        other += shared != one.synth["fork"].get("token")
     if early:
         return Finding(
             "forks",
             False,
-            f"{len(early):,} of {len(forked):,} pairs part before their fork in this model's tokens ({_first(early)}); make "
-            "them with the model that is trained",
+            f"{len(early):,} of {len(forked):,} pairs part before their fork ({_first(early)}); drop them",
         )
-    return Finding("forks", True, f"{len(forked):,} pairs share all tokens up to their fork")
+    text = f"{len(forked):,} pairs share all tokens before their fork"
+    if other:
+        text += f"; {other:,} were made with a model that has other tokens"
+    return Finding("forks", True, text)
 
 
-def _shared(one: CheckedRecord) -> int:
-    return common_prefix([sequence.tokens for sequence in one.sequences])
+def _count_before_fork(one: CheckedRecord, chat: ChatFormat) -> int:
+    """Return the tokens of the prompt and of the steps before the fork that no continuation can change."""
+    think, number = one.record.chosen.reasoning or "", one.synth["fork"]["step"]
+    steps = split_steps(think)
+    if not 0 <= number <= len(steps):
+        fault(one.where, f"its fork is after step {number}, and its chosen side has {len(steps)} steps", "drop it")
+    try:
+        return len(find_fork(chat, one.record.prompt, think[: steps[number - 1].stop] if number else "").ids)
+    except SaroError as error:
+        raise SaroError(f"{one.where}: {error}") from error
 
 
 def _check_leaks(records: Sequence[CheckedRecord], policy: Policy) -> Finding:
@@ -204,7 +224,8 @@ def _check_lengths(records: Sequence[CheckedRecord]) -> Finding:
     if lengths is None:
         return Finding("lengths", True, "no pair has two whole texts of different length")
     text = describe_lengths(lengths)
-    if abs(lengths["correlation"]) > _MOST_CORRELATION:
+    # Of few pairs, chance alone gives a larger one: two standard errors of no correlation.
+    if abs(lengths["correlation"]) > max(_MOST_CORRELATION, 2 / sqrt(2 * lengths["pairs"])):
         return Finding(
             "lengths", False, f"{text}; a model can tell the sides by their length: draw more texts, or drop pairs"
         )

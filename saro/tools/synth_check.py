@@ -56,7 +56,7 @@ def run(options: Options, console: Console) -> int:
             f"--model {options.model}: is a server, whose tokens are not known; name the model to be trained"
         )
     findings = check_records(
-        read_records(options.files, subject.chat), policy, sample=options.sample, seed=options.seed
+        read_records(options.files, subject.chat), subject.chat, policy, sample=options.sample, seed=options.seed
     )
     width = max(len(finding.check) for finding in findings)
     for finding in findings:
