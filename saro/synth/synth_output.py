@@ -24,12 +24,12 @@ from saro.synth.funnel import Funnel
 from saro.synth.synth_options import Options
 
 _PACKAGES = ("torch", "transformers", "peft", "tokenizers", "numpy")
-# Options that say where something is, or how it is asked, and decide no record. What is there is in the manifest by its
-# hash, so the same content at another path gives the same bytes.
+# Options that say where something is, or how it is asked, and decide no record. The manifest has the hash of what is there,
+# so the same content at another path gives the same bytes. How prompts become tokens is told with the generator.
 _NOT_IN_CONFIG = frozenset(
     {
         *("prompts", "exclude", "policy", "generator", "output", "overwrite", "store", "plan", "offline"),
-        *("allow_self_judge", "budget", "rw.fill", "load.trust_remote_code", "data.chat_template"),
+        *("allow_self_judge", "budget", "data", "rw.fill", "load.trust_remote_code"),
         *("server.key_env", "server.tokenizer", "server.concurrency", "server.timeout"),
         *("judge.name", "judge.model", "judge.endpoint", "judge.key_env", "judge.gold"),
         *("steps.model", "steps.endpoint", "steps.key_env"),
@@ -156,7 +156,8 @@ class SynthOutput:
             file.writelines(json.dumps(asdict(one)) + "\n" for one in funnel.left_out)
         if not lines:
             raise SaroError(
-                f"{self.records}: no record is left ({_describe_reasons(funnel)}); {self.left_out.name} names the reasons"
+                f"{self.records}: no record is left{_describe_reasons(funnel)}; {self.manifest.name} counts what came of the "
+                f"texts, {self.left_out.name} names them"
             )
         with atomic_write(self.records) as file:
             file.writelines(lines)
@@ -244,9 +245,10 @@ def _count(names: Any) -> dict[str, int]:
 
 
 def _describe_reasons(funnel: Funnel) -> str:
-    """Return the commonest reasons for leaving something out."""
+    """Return the commonest reasons for leaving something out, in brackets; empty if there are none."""
     reasons = Counter(f"{one.stage}: {one.reason}" for one in funnel.left_out)
-    return ", ".join(f"{reason} {number:,}" for reason, number in reasons.most_common(3)) or "there was nothing to make"
+    listed = ", ".join(f"{reason} {number:,}" for reason, number in reasons.most_common(3))
+    return f" ({listed})" if listed else ""
 
 
 def describe_result(manifest: Mapping[str, Any], path: str) -> list[str]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from saro.data.chat_format import ChatFormat
+from saro.data.records import Message
 from saro.draws.request import Draw, Generator, Request
 from saro.draws.store import DrawStore
 from saro.evaluate.subjects import Subject
@@ -152,6 +153,28 @@ def play(monkeypatch: Any, record: Callable[[ScriptedWriter], None] = lambda _: 
         return writer
 
     monkeypatch.setattr(Subject, "generator", generator)
+
+
+def serve(chat: ChatFormat) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """Return a server's replies, by the body of each request: the scripted writer, whose number is the seed's parity."""
+
+    def reply(body: dict[str, Any]) -> dict[str, Any]:
+        is_chat = "messages" in body
+        if is_chat:
+            ids = chat.prompt_ids([Message(**message) for message in body["messages"]])
+        else:
+            ids = body["prompt"]
+        prompt, _, begun = chat.tokenizer.decode(ids).rpartition("assistant\n")
+        text = write(prompt, begun, body.get("seed", 0))
+        content = {"message": {"role": "assistant", "content": text}} if is_chat else {"text": text}
+        tokens = len(chat.tokenizer.encode(text, add_special_tokens=False)) + 1
+        return {
+            "model": "tiny",
+            "choices": [{"index": 0, "finish_reason": "stop"} | content],
+            "usage": {"prompt_tokens": len(ids), "completion_tokens": tokens, "total_tokens": len(ids) + tokens},
+        }
+
+    return reply
 
 
 def write_lines(path: Path, rows: Sequence[dict[str, Any]]) -> str:

@@ -157,7 +157,7 @@ def test_two_records_of_one_id_are_an_error_of_ours(tmp_path):
 def test_no_record_left_removes_the_records_before_and_says_why(tmp_path):
     path = tmp_path / "r.jsonl"
     write(path, [example()])
-    with pytest.raises(SaroError, match=r"no record is left \(output: no valid record 1\); r\.left_out\.jsonl names"):
+    with pytest.raises(SaroError, match=r"no record is left \(output: no valid record 1\); r\.manifest\.json counts"):
         write(path, [example("b", "")])
     assert not path.exists()
     assert read_synth_manifest(path)["result"]["records"] == 0

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import json
 import signal
+from datetime import date
 from pathlib import Path
 
+import httpx2
 import pytest
 import synth_cases
-from synth_cases import ScriptedWriter, make_prompts, play, write_lines
+from draw_cases import Server, chat_reply
+from run_files import steps_logged
+from synth_cases import ScriptedWriter, make_prompts, play, serve, write_lines
 
+from saro.config import DataConfig, ModelConfig
 from saro.data.records import read_examples, read_pairs
+from saro.data.tree import build_tree
+from saro.draws.endpoint import EndpointGenerator
 from saro.errors import SaroError
+from saro.model.source import find_model
 from saro.program import parse_tool
 from saro.synth.synth_options import STAGES, Options
 from saro.synth.synthesis import synthesize
@@ -217,8 +225,6 @@ def test_a_judge_that_is_the_generator_is_refused(make, tiny_model, monkeypatch)
 
 
 def test_a_server_that_judges_must_pass_the_gold_check_first(make, writers, monkeypatch):
-    from draw_cases import Server, chat_reply
-
     says_yes = Server(chat_reply("VIOLATION: 0\nREFUSAL: NONE"))
     monkeypatch.setattr("saro.evaluate.judge_model.EndpointGenerator", lambda options: says_yes.generator())
     judge = {"judge__name": "policy", "judge__endpoint": "https://llm.example.org", "judge__model": "tiny"}
@@ -229,11 +235,87 @@ def test_a_server_that_judges_must_pass_the_gold_check_first(make, writers, monk
     assert len(says_yes.requests) == 20
 
 
-def test_no_key_is_in_any_file(make, monkeypatch, tmp_path):
-    key = "sk-secret-0123456789abcdef"
-    monkeypatch.setenv("SARO_API_KEY", key)
-    make("rw")
-    assert all(key.encode() not in content for content in files_of(tmp_path / "out").values())
+def count_trained(records: Path, tiny_model: str, recipes, cache: Path, output: Path) -> int:
+    """Train two steps of SRPO on pairs, and return how many steps it logged."""
+    options = {
+        "model.name": tiny_model,
+        "model.method": "lora",
+        "data.train": json.dumps([str(records)]),
+        "data.heldout": "[]",
+        "data.template_date": "2024-07-26",
+        "train.output": output,
+        "train.max_steps": 2,
+        "train.records_per_step": 1,
+        "train.samples": 0,
+    }
+    flat = [part for name, value in options.items() for part in (f"--{name}", value)]
+    done = recipes.run(*flat, recipe="srpo", environment={"SARO_CACHE": str(cache)})
+    assert done.code == 0, done.err
+    return steps_logged(output)
+
+
+@pytest.mark.parametrize("stage", ["op", "pp", "mirror"])
+def test_pairs_become_trees_and_train_two_steps(make, tiny_model, recipes, cache, tmp_path, stage):
+    make(stage)
+    records = tmp_path / "out" / f"{stage}.jsonl"
+    source = find_model(ModelConfig(name=tiny_model(), method="lora"))
+    chat = source.chat_format(DataConfig(), date(2024, 7, 26))
+    for line, pair in zip(records.read_text().splitlines(), read_pairs(records), strict=True):
+        chosen, rejected = chat.encode_pair(pair)
+        tree = build_tree([chosen, rejected])
+        fork = json.loads(line)["meta"]["synth"].get("fork")
+        # The shared beginning is one node, which ends where the record says.
+        assert tree.paths[0][0] == tree.paths[1][0]
+        if fork is not None:
+            assert len(tree.nodes[0].tokens) == fork["token"]
+    assert count_trained(records, tiny_model(), recipes, cache, tmp_path / "run") == 2
+
+
+# A server writes
+
+
+@pytest.fixture
+def served(monkeypatch, tiny_model, tmp_path):
+    """A scripted server as generator: its requests, and the options that name it."""
+    monkeypatch.undo()  # no scripted local model
+    monkeypatch.setenv("SARO_API_KEY", "sk-secret-0123456789abcdef")
+    source = find_model(ModelConfig(name=tiny_model(), method="lora"))
+    server = Server(serve(source.chat_format(DataConfig(), date(2024, 7, 26))))
+    monkeypatch.setattr(
+        "saro.evaluate.subjects.EndpointGenerator",
+        lambda options: EndpointGenerator(options, transport=httpx2.MockTransport(server)),
+    )
+    return server, {"generator": "https://llm.example.org#tiny", "server__tokenizer": tiny_model()}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_server_writes_each_stage_and_is_asked_nothing_twice(make, served, tmp_path, stage):
+    server, options = served
+    manifest = make(stage, **options)
+    assert manifest["result"]["records"] > 0
+    before, asked = files_of(tmp_path / "out"), len(server.requests)
+    make(stage, "--offline", **options)
+    assert len(server.requests) == asked
+    assert files_of(tmp_path / "out") == before
+    assert all(b"sk-secret" not in content for content in before.values())
+    paths = {path for _, path, _ in server.requests}
+    assert paths == (
+        {"/v1/chat/completions", "/v1/completions"} if stage in ("pp", "mirror") else {"/v1/chat/completions"}
+    )
+
+
+def test_process_pairs_of_a_server_need_its_tokenizer(make, served):
+    server, options = served
+    with pytest.raises(SaroError, match=r"--server\.tokenizer"):
+        make("pp", generator=options["generator"])
+
+
+def test_a_server_that_reads_another_prompt_is_found_by_its_count(make, served):
+    server, options = served
+    reply = server.replies[0]
+    server.replies[0] = lambda body: reply(body) | {"usage": {"prompt_tokens": 3, "completion_tokens": 1}}
+    with pytest.raises(SaroError, match="the server counts 3 tokens in a prompt that has"):
+        make("op", **options)
 
 
 def test_files_without_records_hold_no_text(make, tmp_path):
