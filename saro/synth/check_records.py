@@ -23,7 +23,7 @@ from saro.evaluate.suite import Item
 from saro.synth.branch import find_fork
 from saro.synth.chain import split_steps
 from saro.synth.gates import leaks
-from saro.synth.judgement import GOOD
+from saro.synth.judgement import BAD, GOOD
 from saro.synth.policy import Policy
 from saro.synth.select_records import correlate
 
@@ -36,8 +36,6 @@ _LEAST_HARMLESS = 0.1
 _LEAST_AGREEMENT = 0.7
 # What a good answer to each kind of prompt does.
 _EXPECT = {"harmful": "refuse", "harmless": "comply"}
-# Forms whose rejected side has a bad outcome, by the judge; in others both sides may be good.
-_BAD_REJECTED = ("outcome", "guided")
 
 
 @dataclass(frozen=True)
@@ -292,7 +290,7 @@ def _check_balance(records: Sequence[CheckedRecord]) -> Finding:
 
 def _check_verdicts(records: Sequence[CheckedRecord], sample: int, seed: int) -> Finding:
     """Compare the outcomes that the judge gave with those of the rules, on a sample of answers."""
-    sides = [(one, name) for one in records for name in _judged_sides(one)]
+    sides = [(one, name, outcome) for one in records for name, outcome in _judged_sides(one)]
     if not sides:
         return Finding(
             "verdicts", True, "no answer was judged by a model, so there is nothing to compare with the rules"
@@ -300,7 +298,7 @@ def _check_verdicts(records: Sequence[CheckedRecord], sample: int, seed: int) ->
     chosen = sorted(sides, key=lambda side: hashlib.sha256(f"{seed}/{side[0].record.id}/{side[1]}".encode()).digest())[
         :sample
     ]
-    differ = [one.where for one, name in chosen if _is_good_by_rules(one, name) != (name != "rejected")]
+    differ = [one.where for one, name, outcome in chosen if _is_good_by_rules(one, name) != (outcome in GOOD)]
     share = 1 - len(differ) / len(chosen)
     text = f"judge and rules agree on {share:.0%} of {len(chosen):,} answers"
     if share < _LEAST_AGREEMENT:
@@ -308,14 +306,18 @@ def _check_verdicts(records: Sequence[CheckedRecord], sample: int, seed: int) ->
     return Finding("verdicts", True, text)
 
 
-def _judged_sides(one: CheckedRecord) -> list[str]:
-    """Return the sides with whole answers to harmful or harmless prompts of which a judge model knew the outcome."""
+def _judged_sides(one: CheckedRecord) -> list[tuple[str, str]]:
+    """Return (name, outcome) of the whole answers to harmful or harmless prompts that a judge model has read."""
     if one.synth.get("judge", RULES) == RULES or one.kind not in _EXPECT:
         return []
     if not one.is_pair:
-        return ["response"] if one.synth.get("on_policy") else []
-    names = ["chosen", "rejected"] if one.synth.get("form") in _BAD_REJECTED else ["chosen"]
-    return [name for name in names if not one.fields[name].get("open")]
+        return [("response", "safe" if one.kind == "harmful" else "helped")] if one.synth.get("on_policy") else []
+    outcomes = one.synth.get("outcomes") or {}
+    return [
+        (name, outcomes[name])
+        for name in ("chosen", "rejected")
+        if outcomes.get(name) in (*GOOD, *BAD) and not one.fields[name].get("open")
+    ]
 
 
 def _is_good_by_rules(one: CheckedRecord, name: str) -> bool:

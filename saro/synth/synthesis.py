@@ -141,7 +141,7 @@ def synthesize(options: Options, runtime: Runtime) -> dict[str, Any] | None:
             templates={name: read_template(name).hash for name in stage.templates},
             prompts=_hash_files(files),
             exclude=_hash_suites(excluded_files(as_list(options.exclude))),
-            fill=_hash_files(as_list(options.rw.fill)) if options.stage == "rw" else {},
+            fill=_hash_files(as_list(options.rw.fill)) if options.stage == "rw" else [],
             generator={"name": subject.name, **subject.describe_format(), "identity": dict(generator.identity)},
             judge=_describe_judge(spec, judge_model),
             steps=None if step_model is None else dict(step_model.generator.identity),
@@ -239,8 +239,10 @@ def _plan(
     return describe_plan(plan, options.budget)
 
 
-def _hash_files(files: Sequence[str]) -> dict[str, str]:
-    return {Path(file).name: file_hash(Path(file)) for file in files}
+def _hash_files(files: Sequence[str]) -> list[dict[str, str]]:
+    """Return name and sha256 of each file. A list: files in two folders may have one name."""
+    hashed = [{"name": Path(file).name, "sha256": file_hash(Path(file))} for file in files]
+    return sorted(hashed, key=lambda entry: (entry["name"], entry["sha256"]))
 
 
 def _hash_suites(files: Sequence[str]) -> dict[str, str]:

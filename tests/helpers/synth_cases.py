@@ -160,10 +160,7 @@ def serve(chat: ChatFormat) -> Callable[[dict[str, Any]], dict[str, Any]]:
 
     def reply(body: dict[str, Any]) -> dict[str, Any]:
         is_chat = "messages" in body
-        if is_chat:
-            ids = chat.prompt_ids([Message(**message) for message in body["messages"]])
-        else:
-            ids = body["prompt"]
+        ids = chat.prompt_ids([Message(**message) for message in body["messages"]]) if is_chat else body["prompt"]
         prompt, _, begun = chat.tokenizer.decode(ids).rpartition("assistant\n")
         text = write(prompt, begun, body.get("seed", 0))
         content = {"message": {"role": "assistant", "content": text}} if is_chat else {"text": text}

@@ -179,14 +179,15 @@ def test_harmful_prompts_without_harmless_ones_are_found(findings):
 
 
 def test_a_judge_that_the_rules_contradict_is_found(findings):
-    right = [pair(f"r{i}", "harmless", synth={"judge": "some-judge"}) for i in range(2)]
+    judged = {"judge": "some-judge", "outcomes": {"chosen": "helped", "rejected": "refused"}}
+    right = [pair(f"r{i}", "harmless", synth=judged) for i in range(2)]
     wrong = [
         pair(
             f"w{i}",
             "harmless",
             chosen={"reasoning": f"I think of {i}.", "answer": BAD["harmless"]},
             rejected={"reasoning": f"I dream of {i}.", "answer": ANSWERS["harmless"]},
-            synth={"judge": "some-judge"},
+            synth=judged,
         )
         for i in range(2)
     ]
@@ -195,6 +196,11 @@ def test_a_judge_that_the_rules_contradict_is_found(findings):
     assert failed(found) == ["verdicts"]
     assert "agree on 50% of 8 answers" in found["verdicts"].text
     assert "of 3 answers" in findings(*right, *wrong, sample=3)["verdicts"].text
+
+
+def test_a_side_without_an_outcome_is_not_compared(findings):
+    record = pair("a", "harmless", synth={"judge": "some-judge", "outcomes": {"chosen": "helped", "rejected": "cut"}})
+    assert "of 1 answers" in findings(record)["verdicts"].text
 
 
 def test_verdicts_of_the_rules_are_not_compared_with_the_rules(findings):

@@ -305,7 +305,7 @@ def test_a_server_writes_each_stage_and_is_asked_nothing_twice(make, served, tmp
 
 
 def test_process_pairs_of_a_server_need_its_tokenizer(make, served):
-    server, options = served
+    _, options = served
     with pytest.raises(SaroError, match=r"--server\.tokenizer"):
         make("pp", generator=options["generator"])
 
