@@ -34,6 +34,9 @@ COMMANDS = {
     "report": Command("saro.tools.report_tool", "an evaluation as one HTML page and tables to paste"),
     "label": Command("saro.tools.label", "label answers by hand, blind, to correct a judge's rates"),
     "judge-check": Command("saro.tools.judge_check", "how far a judge agrees with people"),
+    "synth": Command("saro.tools.synth_tool", "training records from prompts, a model and a judge"),
+    "synth check": Command("saro.tools.synth_check", "forks, leaks, lengths, balance and verdicts of such records"),
+    "synth export": Command("saro.tools.synth_export", "their steps with labels, to train a process reward model"),
     "draws": Command("saro.tools.draws_tool", "a store of draws: batch files there and back, and what it holds"),
     "export-eval": Command("saro.tools.export_eval", "suites for lm-eval, Inspect or HarmBench"),
     "doctor": Command("saro.tools.doctor.doctor", "kernels, packs, training and resuming, checked on this machine"),
@@ -47,16 +50,23 @@ def main() -> NoReturn:
 
 def _main() -> int:
     """Run the tool that the command line names, and return its exit code."""
-    name = sys.argv[1] if len(sys.argv) > 1 else ""
+    name, arguments = _split_command(sys.argv[1:])
     if name not in COMMANDS:
         _show_commands()
     # Import only this tool: most tools import transformers, and `saro --help` should not wait for that.
     tool = import_module(COMMANDS[name].module)
-    options = parse_tool(tool.Options, f"saro {name}", tool.run.__doc__, sys.argv[2:])
+    options = parse_tool(tool.Options, f"saro {name}", tool.run.__doc__, arguments)
     # Not every tool needs transformers, whose import takes seconds.
     if "transformers" in sys.modules:
         quiet_libraries()
     return tool.run(options, Console())
+
+
+def _split_command(arguments: list[str]) -> tuple[str, list[str]]:
+    """Return the name of the command, which may be two words, and its arguments."""
+    two = " ".join(arguments[:2])
+    words = 2 if two in COMMANDS else 1
+    return " ".join(arguments[:words]), arguments[words:]
 
 
 def _show_commands() -> NoReturn:

@@ -94,7 +94,7 @@ def environment() -> dict[str, str]:
 _FORKSERVER = """
 import importlib.util, json, os, signal, sys, time, traceback
 recipes = {}
-for name in ("rw", "srpo", "evaluate"):
+for name in ("rw", "srpo", "evaluate", "synth"):
     spec = importlib.util.spec_from_file_location(name, f"recipes/{name}.py")
     recipes[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(recipes[name])
@@ -248,7 +248,7 @@ class Recipes:
 
 @pytest.fixture(scope="session")
 def recipes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Recipes]:
-    """Provide fast child processes that run ``recipes/rw.py``, ``recipes/srpo.py`` and ``recipes/evaluate.py``."""
+    """Provide fast child processes that run the recipes."""
     dropped = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     server = Recipes(tmp_path_factory.mktemp("recipes"), {k: v for k, v in os.environ.items() if k not in dropped})
     yield server

@@ -3,16 +3,37 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
 
 from saro.config import DEMO, DataConfig
-from saro.errors import SaroError
+from saro.errors import SaroError, nearest
 from saro.evaluate.options import JudgeOptions, LoadOptions, ServerOptions
-from saro.program import short, shown
+from saro.program import positional, short, shown
 
 STAGES = ("rw", "op", "pp", "mirror")
 # Forms of process pairs that each stage makes.
 FORMS = {"pp": ("intervene", "earlier", "recover", "sibling"), "mirror": ("mirror",)}
+
+
+def _check_at_least(owner: object, group: str, minimum: int, *names: str) -> None:
+    """Raise SaroError for the first of some options that is below a minimum. None is valid."""
+    for name in names:
+        value = getattr(owner, name)
+        if value is not None and not minimum <= value < float("inf"):
+            raise SaroError(f"{group}{name} is {value}; it must be at least {minimum}")
+
+
+def _check_shares(owner: object, group: str, *names: str) -> None:
+    for name in names:
+        value = getattr(owner, name)
+        if not 0 <= value <= 1:
+            raise SaroError(f"{group}{name} is {value}; it must be a share, 0 to 1")
+
+
+def _check_draws(owner: object, group: str) -> None:
+    _check_at_least(owner, group, 1, "draws")
+    _check_at_least(owner, group, 0, "temperature")
+    if owner.draws > 1 and owner.temperature == 0:
+        raise SaroError(f"{group}draws above 1 needs a {group}temperature above 0: greedy texts are all the same")
 
 
 @dataclass(frozen=True)
@@ -33,6 +54,11 @@ class RWStage:
     records: int | None = None
     general: float = 0.25
 
+    def __post_init__(self) -> None:
+        _check_draws(self, "rw.")
+        _check_at_least(self, "rw.", 1, "records")
+        _check_shares(self, "rw.", "general")
+
 
 @dataclass(frozen=True)
 class OutcomeStage:
@@ -52,6 +78,11 @@ class OutcomeStage:
     pairs_per_prompt: int = 2
     guided: float = 0.2
     shorter: float = 0.1
+
+    def __post_init__(self) -> None:
+        _check_draws(self, "op.")
+        _check_at_least(self, "op.", 1, "pairs_per_prompt")
+        _check_shares(self, "op.", "guided", "shorter")
 
 
 @dataclass(frozen=True)
@@ -79,14 +110,20 @@ class ProcessStage:
     neutral: float = 0.1
     pairs_per_prompt: int = 1
 
+    def __post_init__(self) -> None:
+        _check_draws(self, "pp.")
+        _check_at_least(self, "pp.", 1, "turns", "rollouts", "open_tokens", "pairs_per_prompt")
+        _check_shares(self, "pp.", "neutral")
+
 
 @dataclass(frozen=True)
 class BudgetOptions:
-    """What a run may spend. What was drawn before it stops is stored.
+    """What a run may spend. What was drawn before it stops is stored, and the same command goes on from there.
 
     Attributes:
-        tokens: Most tokens drawn, by generator and judge together.
-        calls: Most texts drawn.
+        tokens: Stop before more tokens are drawn, by generator and judges together. A model on this machine finishes its
+            batches first.
+        calls: Stop before more texts are drawn, likewise.
         input_price: Price of a million prompt tokens, for --plan.
         output_price: Price of a million drawn tokens, for --plan.
     """
@@ -95,6 +132,27 @@ class BudgetOptions:
     calls: int | None = None
     input_price: float = 0.0
     output_price: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check_at_least(self, "budget.", 1, "tokens", "calls")
+        _check_at_least(self, "budget.", 0, "input_price", "output_price")
+
+
+@dataclass(frozen=True)
+class StepOptions:
+    """Who says where a chain turns.
+
+    Attributes:
+        model: Folder or hub name of a model that labels steps; default: the rules label them.
+        endpoint: URL of an OpenAI-compatible server that runs the model.
+        key_env: Environment variable that holds the key of the server.
+        revision: A label of yours for the version of the server's model.
+    """
+
+    model: str | None = None
+    endpoint: str | None = None
+    key_env: str = "SARO_API_KEY"
+    revision: str | None = None
 
 
 @dataclass(frozen=True)
@@ -108,8 +166,8 @@ class Options:
         exclude: Suites whose prompts may not be among them; "demo" is always one.
         policy: YAML file of the policy; "saro" is the one that comes with saro.
         generator: Model that writes: a run's folder, a model, or a server as URL#MODEL.
-        output: JSONL file of the records. NAME.manifest.json and NAME.left_out.jsonl are written beside it.
-        overwrite: Replace the output if it exists.
+        output: File of the records, NAME.jsonl. NAME.manifest.json and NAME.left_out.jsonl are written beside it.
+        overwrite: Replace an output that was made from other options, prompts, models or by another version.
         max_tokens: Longest text in tokens, with its reasoning.
         limit: Use only this many prompts of each file, drawn with --seed, twins together.
         seed: Seed of --limit and of all that is drawn from sets of records.
@@ -117,16 +175,18 @@ class Options:
         plan: Print what would be asked, the tokens, their price and the time, and stop.
         offline: Generate nothing: a text that the store lacks is an error.
         allow_self_judge: Go on if the judge is the generator.
-        rw, op, pp: Options of one stage.
+        rw: Options of stage rw.
+        op: Options of stage op.
+        pp: Options of stages pp and mirror.
         budget: What the run may spend.
         load: How a local model is loaded.
         server: How a server is asked.
         judge: Who judges outcomes.
-        steps: Who says where a chain turns: the rules, or a judge of steps.
+        steps: Who says where a chain turns.
         data: How prompts become tokens. The defaults are those of the generator's run.
     """
 
-    stage: Literal["rw", "op", "pp", "mirror"]
+    stage: str = field(metadata=positional(choices=STAGES))
     prompts: list[str] | str = field(default_factory=lambda: [DEMO])
     exclude: list[str] | str = field(default_factory=list)
     policy: str = "saro"
@@ -146,8 +206,11 @@ class Options:
     budget: BudgetOptions = field(default_factory=BudgetOptions)
     load: LoadOptions = field(default_factory=LoadOptions)
     server: ServerOptions = field(default_factory=ServerOptions)
-    judge: JudgeOptions = field(default_factory=JudgeOptions, metadata=short())
-    steps: JudgeOptions = field(default_factory=JudgeOptions, metadata=short())
+    judge: JudgeOptions = field(
+        default_factory=JudgeOptions,
+        metadata=short() | shown("name", "model", "endpoint", "key_env", "revision"),
+    )
+    steps: StepOptions = field(default_factory=StepOptions)
     data: DataConfig = field(
         default_factory=DataConfig,
         metadata=shown("think_tags", "chat_template", "template_date", "template_variables"),
@@ -155,4 +218,12 @@ class Options:
 
     def __post_init__(self) -> None:
         if self.stage not in STAGES:
-            raise SaroError(f"stage is {self.stage!r}; it must be one of {', '.join(STAGES)}")
+            raise SaroError(f"stage is {self.stage!r}{nearest(str(self.stage), STAGES)}")
+        valid = FORMS.get(self.stage, ())
+        for form in self.pp.forms:
+            if valid and form not in valid:
+                raise SaroError(f"--pp.forms: {form!r} is no form of stage {self.stage}{nearest(str(form), valid)}")
+        for name in ("max_tokens", "limit"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise SaroError(f"--{name} is {value}; it must be at least 1")

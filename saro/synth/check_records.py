@@ -1,0 +1,372 @@
+"""Checks files of records as a reader who does not trust who made them: everything is computed again from the records."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from math import sqrt
+from typing import Any
+
+import numpy as np
+
+from saro.data.chat_format import ChatFormat
+from saro.data.jsonl import fault, read_objects
+from saro.data.records import Example, Message, Pair, Response, parse_example, parse_pair
+from saro.data.tree import RowKind, ScoredSequence, common_prefix
+from saro.errors import SaroError
+from saro.evaluate.answers import Answer
+from saro.evaluate.outcomes import find_outcome
+from saro.evaluate.rules import RULES, judge_by_rules
+from saro.evaluate.suite import Item
+from saro.synth.branch import find_fork
+from saro.synth.chain import split_steps
+from saro.synth.gates import leaks
+from saro.synth.judgement import BAD, GOOD
+from saro.synth.policy import Policy
+from saro.synth.select_records import correlate
+
+# Largest correlation of label and length: beyond, a model may learn lengths instead. 0.3 is Cohen's medium effect.
+_MOST_CORRELATION = 0.3
+# Fewest records on harmless prompts for each on a harmful one: with none, models learn to refuse what only sounds harmful.
+_LEAST_HARMLESS = 0.1
+# Least share of answers on which the judge and the rules agree. The rules take help with the safe part of a harmful
+# request for compliance, so they need not agree on all.
+_LEAST_AGREEMENT = 0.7
+# What a good answer to each kind of prompt does.
+_EXPECT = {"harmful": "refuse", "harmless": "comply"}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The result of one check.
+
+    Attributes:
+        check: its name.
+        passed: False if something is wrong with the records.
+        text: what was found, and for a fault the first places and what to do; no text of a record.
+    """
+
+    check: str
+    passed: bool
+    text: str
+
+
+@dataclass(frozen=True)
+class CheckedRecord:
+    """One record of a file.
+
+    Attributes:
+        where: "file.jsonl:17".
+        fields: as in the file.
+        record: as our readers read it.
+        sequences: its token ids, one or two sequences; None if it cannot be encoded.
+        error: why it cannot be encoded; empty if it can.
+    """
+
+    where: str
+    fields: Mapping[str, Any]
+    record: Example | Pair
+    sequences: tuple[ScoredSequence, ...] | None
+    error: str = ""
+
+    @property
+    def synth(self) -> Mapping[str, Any]:
+        """``meta.synth``; empty for records of other origin."""
+        return _synth_of(self.fields)
+
+    @property
+    def is_pair(self) -> bool:
+        """True for a pair."""
+        return isinstance(self.record, Pair)
+
+    @property
+    def kind(self) -> str:
+        """The kind of its prompt; that of the record if it does not say."""
+        return self.synth.get("kind", self.record.kind)
+
+
+def read_records(files: Sequence[str], chat: ChatFormat) -> list[CheckedRecord]:
+    """Read and encode the records of files, which may hold examples and pairs.
+
+    Raises SaroError for a file or a record that cannot be read.
+    """
+    records = []
+    for file in files:
+        for line, where, fields in read_objects(file):
+            is_pair = "chosen" in fields or "rejected" in fields
+            record = (parse_pair if is_pair else parse_example)(fields, where, f"{file}:{line}")
+            sequences, error = None, ""
+            try:
+                sequences = chat.encode_pair(record) if is_pair else (chat.encode(record),)
+            except SaroError as raised:
+                error = str(raised)
+            records.append(CheckedRecord(where, fields, record, sequences, error))
+    return records
+
+
+def check_records(
+    records: Sequence[CheckedRecord], chat: ChatFormat, policy: Policy, *, sample: int = 200, seed: int = 0
+) -> list[Finding]:
+    """Return the findings of all checks.
+
+    Args:
+        chat: format of the model that is to be trained, with which the records were read.
+        policy: what the writer had in view.
+        sample: compare the verdicts on this many answers with those of the rules.
+        seed: chooses the sample.
+    """
+    return [
+        _check_encoding(records),
+        _check_duplicates(records),
+        _check_forks(records, chat),
+        _check_leaks(records, policy),
+        _check_lengths(records),
+        _check_balance(records),
+        _check_verdicts(records, sample, seed),
+        _describe_tokens(records),
+    ]
+
+
+def _check_encoding(records: Sequence[CheckedRecord]) -> Finding:
+    wrong = [one for one in records if one.sequences is None]
+    if wrong:
+        return Finding("encoding", False, f"{len(wrong):,} records cannot be encoded; the first: {wrong[0].error}")
+    return Finding("encoding", True, f"{len(records):,} records are encoded as in training")
+
+
+def _check_duplicates(records: Sequence[CheckedRecord]) -> Finding:
+    """Find examples on one prompt, and pairs of one form that say the same or the opposite."""
+    prompts: Counter[Any] = Counter()
+    pairs: Counter[Any] = Counter()
+    double, opposite = [], []
+    for one in records:
+        record = one.record
+        prompt = _normalise(record.prompt)
+        if not one.is_pair:
+            prompts[prompt] += 1
+            if prompts[prompt] > 1:
+                double.append(one.where)
+            continue
+        form = one.synth.get("form")
+        pairs[form, prompt, record.chosen, record.rejected] += 1
+        if pairs[form, prompt, record.chosen, record.rejected] > 1:
+            double.append(one.where)
+        if (form, prompt, record.rejected, record.chosen) in pairs:
+            opposite.append(one.where)
+    faults = []
+    if double:
+        faults.append(f"{len(double):,} repeat another one's prompt, or a whole pair ({_first(double)})")
+    if opposite:
+        faults.append(f"{len(opposite):,} pairs are the reverse of another ({_first(opposite)})")
+    if faults:
+        return Finding("duplicates", False, "; ".join(faults) + "; drop them")
+    return Finding("duplicates", True, "no prompt has two examples, and no pair is there twice or reversed")
+
+
+def _check_forks(records: Sequence[CheckedRecord], chat: ChatFormat) -> Finding:
+    """Check that both sides of each pair share all steps before the recorded fork, in this model's tokens."""
+    forked = [one for one in records if one.sequences is not None and one.synth.get("fork") is not None]
+    if not forked:
+        return Finding("forks", True, "no record has a fork")
+    early, other = [], 0
+    for one in forked:
+        shared = common_prefix([sequence.tokens for sequence in one.sequences])
+        # One less: a model may have continued with text that merges with the last token before the fork.
+        if shared < _count_before_fork(one, chat) - 1:
+            early.append(one.where)
+        other += shared != one.synth["fork"].get("token")
+    if early:
+        return Finding(
+            "forks",
+            False,
+            f"{len(early):,} of {len(forked):,} pairs part before their fork ({_first(early)}); drop them",
+        )
+    text = f"{len(forked):,} pairs share all tokens before their fork"
+    if other:
+        text += f"; {other:,} were made with a model that has other tokens"
+    return Finding("forks", True, text)
+
+
+def _count_before_fork(one: CheckedRecord, chat: ChatFormat) -> int:
+    """Return the tokens of the prompt and of the steps before the fork that no continuation can change."""
+    think, number = one.record.chosen.reasoning or "", one.synth["fork"]["step"]
+    steps = split_steps(think)
+    if not 0 <= number <= len(steps):
+        fault(one.where, f"its fork is after step {number}, and its chosen side has {len(steps)} steps", "drop it")
+    try:
+        return len(find_fork(chat, one.record.prompt, think[: steps[number - 1].stop] if number else "").ids)
+    except SaroError as error:
+        raise SaroError(f"{one.where}: {error}") from error
+
+
+def _check_leaks(records: Sequence[CheckedRecord], policy: Policy) -> Finding:
+    """Find texts to be learned that speak of what only the writer saw."""
+    found = []
+    for one in records:
+        response = one.record.chosen if one.is_pair else one.record.response
+        if any(leaks(text, policy) for text in (response.reasoning or "", response.answer or "")):
+            found.append(one.where)
+    if found:
+        return Finding(
+            "leaks",
+            False,
+            f"{len(found):,} texts to learn speak of the policy or a prompt ({_first(found)}); drop them",
+        )
+    return Finding("leaks", True, "no text to learn speaks of the policy or a prompt")
+
+
+def _check_lengths(records: Sequence[CheckedRecord]) -> Finding:
+    lengths = _measure([one for one in records if one.is_pair and one.sequences is not None])
+    if lengths is None:
+        return Finding("lengths", True, "no pair has two whole texts of different length")
+    text = describe_lengths(lengths)
+    # Of few pairs, chance alone gives a larger one: two standard errors of no correlation.
+    if abs(lengths["correlation"]) > max(_MOST_CORRELATION, 2 / sqrt(2 * lengths["pairs"])):
+        return Finding(
+            "lengths", False, f"{text}; a model can tell the sides by their length: draw more texts, or drop pairs"
+        )
+    return Finding("lengths", True, text)
+
+
+def measure_lengths(records: Iterable[Mapping[str, Any]], chat: ChatFormat | None) -> dict[str, Any] | None:
+    """Return how far length tells the chosen side of pairs, as plain JSON; None if there is nothing to compare.
+
+    {"pairs", "chosen", "rejected", "correlation"}: number of pairs with two whole texts, mean tokens of each side, and the
+    point-biserial correlation of "is chosen" and length. Open sides do not count: where they end is no choice.
+
+    Args:
+        records: native records; examples do not count.
+        chat: format of the model; None if it is not known, and there is nothing to measure.
+    """
+    checked = []
+    for fields in records:
+        if chat is None or "chosen" not in fields:
+            continue
+        record = parse_pair(dict(fields), fields["id"], fields["id"])
+        try:
+            sequences = chat.encode_pair(record)
+        except SaroError:
+            continue
+        checked.append(CheckedRecord(fields["id"], fields, record, sequences))
+    return _measure(checked)
+
+
+def _measure(pairs: Sequence[CheckedRecord]) -> dict[str, Any] | None:
+    whole = [one for one in pairs if not any(one.fields[side].get("open") for side in ("chosen", "rejected"))]
+    lengths = np.array([[len(s.tokens) - s.scored_from for s in one.sequences] for one in whole], np.float64).reshape(
+        -1, 2
+    )  # (P, 2) chosen, rejected
+    correlation = correlate([True, False] * len(whole), lengths.reshape(-1).tolist())
+    if correlation is None:
+        return None
+    chosen, rejected = lengths.mean(0)
+    figures = {"chosen": chosen, "rejected": rejected, "correlation": correlation}
+    return {"pairs": len(whole)} | {name: float(f"{value:.6g}") for name, value in figures.items()}
+
+
+def describe_lengths(lengths: Mapping[str, Any]) -> str:
+    """Return what ``measure_lengths`` found as a line."""
+    return (
+        f"{lengths['pairs']:,} pairs of two whole texts have {lengths['chosen']:,.0f} tokens on the chosen side and "
+        f"{lengths['rejected']:,.0f} on the rejected one; label and length correlate by {lengths['correlation']:+.2f}"
+    )
+
+
+def _check_balance(records: Sequence[CheckedRecord]) -> Finding:
+    kinds = Counter(one.kind for one in records)
+    forms = Counter(one.synth["form"] for one in records if "form" in one.synth)
+    text = f"prompts: {_list_counts(kinds)}" + (f"; forms: {_list_counts(forms)}" if forms else "")
+    if kinds["harmless"] < _LEAST_HARMLESS * kinds["harmful"]:
+        return Finding(
+            "balance",
+            False,
+            f"{text}; too few are on harmless prompts, and a model would learn to refuse them: add twins or stage mirror, "
+            "and check all files of one training together",
+        )
+    return Finding("balance", True, text)
+
+
+def _check_verdicts(records: Sequence[CheckedRecord], sample: int, seed: int) -> Finding:
+    """Compare the outcomes that the judge gave with those of the rules, on a sample of answers."""
+    sides = [(one, name, outcome) for one in records for name, outcome in _judged_sides(one)]
+    if not sides:
+        return Finding(
+            "verdicts", True, "no answer was judged by a model, so there is nothing to compare with the rules"
+        )
+    chosen = sorted(sides, key=lambda side: hashlib.sha256(f"{seed}/{side[0].record.id}/{side[1]}".encode()).digest())[
+        :sample
+    ]
+    differ = [one.where for one, name, outcome in chosen if _is_good_by_rules(one, name) != (outcome in GOOD)]
+    share = 1 - len(differ) / len(chosen)
+    text = f"judge and rules agree on {share:.0%} of {len(chosen):,} answers"
+    if share < _LEAST_AGREEMENT:
+        return Finding("verdicts", False, f"{text} ({_first(differ)}); read some, and check the judge with judge-check")
+    return Finding("verdicts", True, text)
+
+
+def _judged_sides(one: CheckedRecord) -> list[tuple[str, str]]:
+    """Return (name, outcome) of the whole answers to harmful or harmless prompts that a judge model has read."""
+    if one.synth.get("judge", RULES) == RULES or one.kind not in _EXPECT:
+        return []
+    if not one.is_pair:
+        return [("response", "safe" if one.kind == "harmful" else "helped")] if one.synth.get("on_policy") else []
+    outcomes = one.synth.get("outcomes") or {}
+    return [
+        (name, outcomes[name])
+        for name in ("chosen", "rejected")
+        if outcomes.get(name) in (*GOOD, *BAD) and not one.fields[name].get("open")
+    ]
+
+
+def _is_good_by_rules(one: CheckedRecord, name: str) -> bool:
+    response: Response = getattr(one.record, name)
+    item = Item("checked", one.record.id, _as_messages(one.record.prompt), _EXPECT[one.kind])
+    answer = Answer(
+        key=one.record.id,
+        model="",
+        suite=item.suite,
+        attack="none",
+        item=item.id,
+        number=0,
+        draw="",
+        think=response.reasoning or "",
+        answer=response.answer,
+        tokens={},
+        state="finished",
+    )
+    return find_outcome(item, answer, judge_by_rules(item, answer)) in GOOD
+
+
+def _describe_tokens(records: Sequence[CheckedRecord]) -> Finding:
+    """Return the mean tokens of the reasoning to be learned, by the level of the prompt."""
+    by_level: dict[str, list[int]] = {}
+    for one in records:
+        if one.sequences is not None:
+            tokens = int((one.sequences[0].row_kinds == RowKind.THINK).sum())
+            by_level.setdefault(one.synth.get("level", "unknown"), []).append(tokens)
+    listed = ", ".join(f"{level} {sum(values) / len(values):,.0f}" for level, values in sorted(by_level.items()))
+    return Finding("tokens", True, f"reasoning to learn, in tokens on average by level: {listed}")
+
+
+def _as_messages(prompt: tuple[Message, ...] | str) -> tuple[Message, ...]:
+    return (Message("user", prompt),) if isinstance(prompt, str) else prompt
+
+
+def _normalise(prompt: tuple[Message, ...] | str) -> tuple[tuple[str, str], ...]:
+    return tuple((turn.role, " ".join(turn.content.casefold().split())) for turn in _as_messages(prompt))
+
+
+def _synth_of(fields: Mapping[str, Any]) -> Mapping[str, Any]:
+    meta = fields.get("meta")
+    synth = meta.get("synth") if isinstance(meta, dict) else None
+    return synth if isinstance(synth, dict) else {}
+
+
+def _first(places: Sequence[str]) -> str:
+    return ", ".join(places[:3]) + (", ..." if len(places) > 3 else "")
+
+
+def _list_counts(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} {number:,}" for name, number in sorted(counts.items()))

@@ -1,0 +1,285 @@
+"""Makes the training records of one stage, from its options to its files. Read it from top to bottom."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from saro.demo import prompt_files
+from saro.distributed.runtime import Runtime
+from saro.draws.draw_all import draw_on_all_ranks
+from saro.draws.endpoint import EndpointOptions
+from saro.draws.request import Sampling
+from saro.draws.store import DrawStore
+from saro.errors import SaroError
+from saro.evaluate.judge import check_abstentions, check_not_self, judge_answers, read_judge
+from saro.evaluate.judge_gold import GOLD, as_answers, measure_agreement, read_gold
+from saro.evaluate.judge_model import JudgeModel, open_judge_model
+from saro.evaluate.judge_spec import JudgeSpec
+from saro.evaluate.rules import RULES
+from saro.evaluate.subjects import find_subjects
+from saro.evaluate.suite import read_suite, suite_hash
+from saro.files import cache_dir, file_hash
+from saro.program import as_list
+from saro.synth import outcome_pairs, process_pairs, rw_examples
+from saro.synth.author import Author, Task
+from saro.synth.budget import Budget, BudgetedGenerator
+from saro.synth.check_records import measure_lengths
+from saro.synth.funnel import Funnel
+from saro.synth.judgement import Judge
+from saro.synth.policy import Policy, read_policy
+from saro.synth.prompts import Prompt, check_exclusion, drop_duplicates, excluded_files, read_prompts
+from saro.synth.step_judge import StepJudge
+from saro.synth.synth_options import Options
+from saro.synth.synth_output import SynthOutput, describe_making
+from saro.synth.synth_plan import describe_plan, plan_stage
+from saro.synth.templates import read_template
+
+# A judge must agree with people on this share of the answers that come with saro. They are clear cases: one that does
+# worse reads the form of its prompt wrongly.
+_LEAST_AGREEMENT = 0.8
+
+
+@dataclass(frozen=True)
+class Stage:
+    """How the records of a stage are made.
+
+    Attributes:
+        make: writes, judges and selects texts, and returns records.
+        plan_tasks: returns the texts of the first round.
+        count_followups: returns the most texts of later rounds.
+        group: name of the stage's own options.
+        templates: what models are asked with.
+        reads_steps: True if a judge of steps works too; ``make`` then takes it after the judge.
+    """
+
+    make: Callable[..., list[dict[str, Any]]]
+    plan_tasks: Callable[[Sequence[Prompt], Policy, Options], list[Task]]
+    count_followups: Callable[[Sequence[Prompt], Options], int]
+    group: str
+    templates: tuple[str, ...]
+    reads_steps: bool = False
+
+
+_PROCESS = Stage(
+    make=process_pairs.make_process_pairs,
+    plan_tasks=process_pairs.plan_tasks,
+    count_followups=process_pairs.count_followups,
+    group="pp",
+    templates=("turn", "neutral", "steps"),
+    reads_steps=True,
+)
+STAGE_TABLE = {
+    "rw": Stage(
+        make=rw_examples.make_examples,
+        plan_tasks=rw_examples.plan_tasks,
+        count_followups=rw_examples.count_followups,
+        group="rw",
+        templates=("guided",),
+    ),
+    "op": Stage(
+        make=outcome_pairs.make_outcome_pairs,
+        plan_tasks=outcome_pairs.plan_tasks,
+        count_followups=outcome_pairs.count_followups,
+        group="op",
+        templates=("guided",),
+    ),
+    "pp": _PROCESS,
+    "mirror": _PROCESS,
+}
+
+
+def synthesize(options: Options, runtime: Runtime) -> dict[str, Any] | None:
+    """Make the records of a stage, and write them with their manifest.
+
+    Every text that a model wrote is kept in the store of draws. All else is computed from the store and the files: a run
+    that was stopped goes on where it was, and the same store and options give the same bytes.
+
+    Returns:
+        The manifest; None if only the plan was asked for.
+
+    Raises:
+        SaroError: a prompt, policy, model or judge does not exist or is not sound, prompts are in an excluded suite, the
+            budget is spent, another process writes this output, or no record is left.
+    """
+    # 1. Find what is asked, of whom, and who judges. No weights are read yet, and all that can be wrong is said here.
+    _check_one_machine(runtime)
+    stage, funnel = STAGE_TABLE[options.stage], Funnel()
+    policy = read_policy(options.policy)
+    files = prompt_files(as_list(options.prompts))
+    prompts = drop_duplicates(read_prompts(files, options.limit, options.seed), funnel)
+    check_exclusion(prompts, as_list(options.exclude))
+    (subject,) = find_subjects([options.generator], [], options.load, options.server, options.data)
+    budget = Budget.of_rank(options.budget.tokens, options.budget.calls, runtime.rank, runtime.processes)
+    generator = BudgetedGenerator(
+        subject.generator(options.load, runtime.device, runtime.is_main),
+        budget,
+        is_server=subject.server is not None,
+        chat=subject.chat,
+    )
+    spec = _read_judge(options.judge.name, policy)
+    judge_model = _open_judge(spec, options, budget, runtime)
+    step_model = _open_step_judge(options, budget, runtime) if stage.reads_steps else None
+    for model in (judge_model, step_model):
+        if model is not None:
+            check_not_self(model.generator.identity, {subject.name: generator.identity}, options.allow_self_judge)
+    output = SynthOutput.open(options.output, options.overwrite)
+
+    with DrawStore.open(_find_store(options.store)) as store:
+        author = Author(subject, generator, store, runtime, options.offline)
+        if options.plan:
+            for line in _plan(stage, prompts, policy, options, author, judges=(judge_model, step_model)):
+                runtime.say(line)
+            return None
+        made_from = describe_making(
+            options,
+            policy={"name": policy.name, "hash": policy.hash},
+            templates={name: read_template(name).hash for name in stage.templates},
+            prompts=_hash_files(files),
+            exclude=_hash_suites(excluded_files(as_list(options.exclude))),
+            fill=_hash_files(as_list(options.rw.fill)) if options.stage == "rw" else [],
+            generator={"name": subject.name, **subject.describe_format(), "identity": dict(generator.identity)},
+            judge=_describe_judge(spec, judge_model),
+            steps=None if step_model is None else dict(step_model.generator.identity),
+        )
+        runtime.on_main(lambda: output.begin(made_from))
+
+        # 2. Make sure that the judge reads as people do, before anything else is paid for.
+        gold = {} if judge_model is None else _check_gold(spec, judge_model, author)
+
+        # 3. Draw, judge and select.
+        judge = Judge(spec, judge_model, store, runtime, options.offline)
+        judges = [judge]
+        if stage.reads_steps:
+            judges.append(StepJudge(step_model, policy, store, runtime, options.offline))
+        records = stage.make(prompts, author, *judges, policy, options, funnel)
+
+    # 4. Write.
+    more = {"lengths": measure_lengths(records, subject.chat), "gold": gold}
+    return runtime.on_main(lambda: output.write(records, made_from, funnel, more))
+
+
+def _check_one_machine(runtime: Runtime) -> None:
+    """Raise SaroError if ranks run on several machines: the store of draws is a file of one."""
+    if runtime.processes > int(os.environ.get("LOCAL_WORLD_SIZE", runtime.processes)):
+        raise SaroError("data construction runs on one machine; start it there, with one process for each GPU")
+
+
+def _read_judge(name: str, policy: Policy) -> JudgeSpec:
+    """Return the judge. The one that comes with saro and reads a policy reads the policy of this run."""
+    spec = read_judge(name)
+    if name != "policy":
+        return spec
+    digest = hashlib.sha256(f"{spec.hash}/{policy.hash}".encode()).hexdigest()
+    return replace(spec, policy=policy.for_judge(), hash=digest)
+
+
+def _open_judge(spec: JudgeSpec, options: Options, budget: Budget, runtime: Runtime) -> JudgeModel | None:
+    """Return the model that judges outcomes; None for the rules, which need none."""
+    asked = options.judge
+    if spec.form == RULES:
+        if asked.model or asked.endpoint:
+            raise SaroError(f"--judge {spec.name} needs no model; name a judge that has one, or leave the model out")
+        return None
+    server = EndpointOptions(model=asked.model, key_env=asked.key_env, revision=asked.revision)
+    name = asked.endpoint or asked.model or ""
+    return _limit(open_judge_model(spec, name, server, progress=runtime.is_main), budget)
+
+
+def _open_step_judge(options: Options, budget: Budget, runtime: Runtime) -> JudgeModel | None:
+    """Return the model that labels steps; None for the rules."""
+    asked = options.steps
+    if not (asked.model or asked.endpoint):
+        return None
+    spec = JudgeSpec(name="steps", hash="", spec={})
+    server = EndpointOptions(model=asked.model, key_env=asked.key_env, revision=asked.revision)
+    return _limit(open_judge_model(spec, asked.endpoint or asked.model, server, progress=runtime.is_main), budget)
+
+
+def _limit(model: JudgeModel, budget: Budget) -> JudgeModel:
+    return replace(model, generator=BudgetedGenerator(model.generator, budget, is_server=model.chat is None))
+
+
+def _find_store(name: str | None) -> Path:
+    """Return the path of the store; the folder of the default one is made."""
+    if name is not None:
+        return Path(name).expanduser()
+    folder = cache_dir()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SaroError(f"{folder}: cannot be made ({error.strerror}); name a file with --store") from error
+    return folder / "draws.sqlite3"
+
+
+def _plan(
+    stage: Stage,
+    prompts: Sequence[Prompt],
+    policy: Policy,
+    options: Options,
+    author: Author,
+    judges: Sequence[JudgeModel | None],
+) -> list[str]:
+    # The tags are those of the generator's run unless the user gave some.
+    options = replace(options, data=replace(options.data, think_tags=author.subject.think_tags))
+    sampling = Sampling(options.max_tokens, getattr(options, stage.group).temperature)
+    plan = plan_stage(
+        author.store,
+        author.generator.identity,
+        author.ask(stage.plan_tasks(prompts, policy, options), sampling),
+        followups=stage.count_followups(prompts, options),
+        max_tokens=options.max_tokens,
+        judges=sum(model is not None for model in judges),
+        concurrency=1 if author.subject.server is None else author.subject.server.concurrency,
+    )
+    return describe_plan(plan, options.budget)
+
+
+def _hash_files(files: Sequence[str]) -> list[dict[str, str]]:
+    """Return name and sha256 of each file. A list: files in two folders may have one name."""
+    hashed = [{"name": Path(file).name, "sha256": file_hash(Path(file))} for file in files]
+    return sorted(hashed, key=lambda entry: (entry["name"], entry["sha256"]))
+
+
+def _hash_suites(files: Sequence[str]) -> dict[str, str]:
+    return {Path(file).stem: suite_hash(read_suite(file)) for file in files}
+
+
+def _describe_judge(spec: JudgeSpec, model: JudgeModel | None) -> dict[str, Any]:
+    identity = None if model is None else dict(model.generator.identity)
+    return {"name": spec.name, "hash": spec.hash, "identity": identity}
+
+
+def _check_gold(spec: JudgeSpec, model: JudgeModel, author: Author) -> dict[str, float]:
+    """Let a judge read the answers that come with saro, and return the share on which it agrees with people, by question.
+
+    Raises:
+        SaroError: it agrees on too few, or abstains on too many.
+    """
+    gold = read_gold(GOLD)
+    answers, items = as_answers(gold, GOLD.stem)
+    verdicts = judge_answers(
+        spec,
+        answers,
+        items,
+        lambda requests: draw_on_all_ranks(
+            author.runtime, author.store, model.generator, requests, offline=author.offline
+        ),
+        chat=model.chat,
+        identity=model.generator.identity,
+    )
+    check_abstentions(verdicts)
+    by_key = {verdict.answer: verdict for verdict in verdicts}
+    agreement = measure_agreement([(row, by_key.get(a.key)) for row, a in zip(gold, answers, strict=True)])
+    shares = {part: groups["all"]["accuracy"]["value"] for part, groups in agreement.items()}
+    for part in ("refusal", "harm"):
+        if shares.get(part, 1.0) < _LEAST_AGREEMENT:
+            raise SaroError(
+                f"--judge {spec.name}: agrees with people about {part} on {shares[part]:.0%} of {len(gold)} clear answers, and "
+                f"{_LEAST_AGREEMENT:.0%} are wanted; take another judge or model, `saro judge-check` measures them"
+            )
+    return shares

@@ -1,0 +1,65 @@
+"""`saro synth check`: records of data construction, checked from the files alone; exit code 1 if a check fails."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from rich.console import Console
+
+from saro.config import DEMO, DataConfig
+from saro.errors import SaroError
+from saro.evaluate.options import LoadOptions, ServerOptions
+from saro.evaluate.subjects import find_subjects
+from saro.program import positional, shown
+from saro.synth.check_records import check_records, read_records
+from saro.synth.policy import read_policy
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of `saro synth check`.
+
+    Attributes:
+        files: JSONL files of examples or pairs; name all that are trained on together.
+        model: The model that is to be trained on them: a run's folder, a folder or hub name, or "demo".
+        policy: YAML file of the policy that the writer had in view; "saro" is the one that comes with saro.
+        sample: Compare the judge's verdicts with the rules on this many answers.
+        seed: Seed of the sample.
+        data: How prompts become tokens. The defaults are those of the model's run.
+    """
+
+    files: list[str] = field(metadata=positional())
+    model: str = DEMO
+    policy: str = "saro"
+    sample: int = 200
+    seed: int = 0
+    data: DataConfig = field(
+        default_factory=DataConfig,
+        metadata=shown("think_tags", "chat_template", "template_date", "template_variables"),
+    )
+
+    def __post_init__(self) -> None:
+        if self.sample < 1:
+            raise SaroError(f"--sample is {self.sample}; it must be at least 1")
+
+
+def run(options: Options, console: Console) -> int:
+    """Check records: encoding, duplicates, forks, leaks, lengths, balance and verdicts. Exit code 1 if a check fails.
+
+    Raises:
+        SaroError: a file cannot be read, or the model or the policy does not exist.
+    """
+    policy = read_policy(options.policy)
+    (subject,) = find_subjects([options.model], [], LoadOptions(), ServerOptions(), options.data)
+    if subject.chat is None:
+        raise SaroError(
+            f"--model {options.model}: is a server, whose tokens are not known; name the model to be trained"
+        )
+    findings = check_records(
+        read_records(options.files, subject.chat), subject.chat, policy, sample=options.sample, seed=options.seed
+    )
+    width = max(len(finding.check) for finding in findings)
+    for finding in findings:
+        status = "ok  " if finding.passed else "FAIL"
+        console.out(f"{status} {finding.check:{width}}  {finding.text}", highlight=False)
+    return 0 if all(finding.passed for finding in findings) else 1

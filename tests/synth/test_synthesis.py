@@ -1,0 +1,339 @@
+"""Data construction from its options to its files: nothing is drawn twice, and the same store gives the same bytes."""
+
+from __future__ import annotations
+
+import json
+import signal
+from datetime import date
+from pathlib import Path
+
+import httpx2
+import pytest
+import synth_cases
+from draw_cases import Server, chat_reply
+from run_files import steps_logged
+from synth_cases import ScriptedWriter, make_prompts, play, serve, write_lines
+
+from saro.config import DataConfig, ModelConfig
+from saro.data.records import read_examples, read_pairs
+from saro.data.tree import build_tree
+from saro.draws.endpoint import EndpointGenerator
+from saro.errors import SaroError
+from saro.model.source import find_model
+from saro.program import parse_tool
+from saro.synth.synth_options import STAGES, Options
+from saro.synth.synthesis import synthesize
+
+KINDS = ("jsonl", "manifest.json", "left_out.jsonl")
+
+
+@pytest.fixture
+def arguments(tiny_model, tmp_path):
+    """Command line of a small stage; keywords change options, "__" stands for a dot, and None leaves an option out."""
+    prompts = write_lines(tmp_path / "made.jsonl", make_prompts())
+
+    def get(stage: str, *flags: str, **changes: object) -> list[str]:
+        options: dict[str, object] = {
+            "prompts": prompts,
+            "generator": tiny_model(),
+            "store": tmp_path / "draws.sqlite3",
+            "output": tmp_path / "out" / f"{stage}.jsonl",
+            "max_tokens": 2000,
+            "op__draws": 4,
+            "pp__draws": 4,
+            "pp__neutral": 1,
+            "data__template_date": "2024-07-26",
+        }
+        named = {name.replace("__", "."): value for name, value in (options | changes).items()}
+        return [stage, *flags, *(part for k, v in named.items() if v is not None for part in (f"--{k}", str(v)))]
+
+    return get
+
+
+@pytest.fixture
+def writers(monkeypatch) -> list[ScriptedWriter]:
+    """The scripted models that the test's stages made."""
+    made: list[ScriptedWriter] = []
+    play(monkeypatch, made.append)
+    return made
+
+
+@pytest.fixture
+def make(arguments, writers, runtime):
+    """Run a stage in this process; return its manifest."""
+
+    def run(stage: str, *flags: str, **changes: object):
+        options = parse_tool(Options, "saro synth", "Make records.", arguments(stage, *flags, **changes))
+        return synthesize(options, runtime)
+
+    return run
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir() if not file.name.startswith(".")}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_each_stage_writes_records_that_its_trainer_reads(make, tmp_path, stage):
+    manifest = make(stage)
+    path = tmp_path / "out" / f"{stage}.jsonl"
+    records = list((read_examples if stage == "rw" else read_pairs)(path))
+    assert len(records) == manifest["result"]["records"] > 0
+    assert set(files_of(tmp_path / "out")) == {f"{stage}.{kind}" for kind in KINDS}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_second_run_draws_nothing_and_writes_the_same_bytes(make, writers, tmp_path, stage):
+    make(stage)
+    first = files_of(tmp_path / "out")
+    asked = len(writers[0].asked)
+    make(stage, "--offline")
+    assert files_of(tmp_path / "out") == first
+    assert [len(writer.asked) for writer in writers] == [asked, 0]
+
+
+def test_the_bytes_do_not_depend_on_paths_nor_on_the_order_of_prompts(make, tmp_path):
+    make("op")
+    other = tmp_path / "elsewhere"
+    other.mkdir()
+    prompts = write_lines(other / "made.jsonl", make_prompts()[::-1])
+    make("op", prompts=prompts, output=other / "op.jsonl", store=other / "other.sqlite3")
+    records = tmp_path / "out" / "op.jsonl"
+    assert (other / "op.jsonl").read_bytes() == records.read_bytes()
+
+
+def test_stages_op_and_pp_share_their_whole_chains(make, writers):
+    make("op")
+    make("pp")
+    keys = [{request.key(writer.identity) for request in writer.asked} for writer in writers]
+    assert keys[0].isdisjoint(keys[1])
+
+
+@pytest.mark.parametrize(
+    ("change", "value"),
+    [("max_tokens", 1999), ("rw__temperature", 0.7), ("policy", "other.yaml"), ("prompt", "other prompt")],
+)
+def test_a_draw_changes_with_each_option_that_decides_it(make, writers, tmp_path, change, value):
+    make("rw")
+    before = {request.key(writers[0].identity) for request in writers[0].asked}
+    changes = {change: value, "output": tmp_path / "out" / "other.jsonl"}
+    if change == "policy":
+        shipped = Path(synthesize.__code__.co_filename).with_name("policies") / "saro.yaml"
+        text = shipped.read_text(encoding="utf-8").replace("title: ", "title: Other ")
+        (tmp_path / value).write_text(text, encoding="utf-8")
+        changes["policy"] = tmp_path / value
+    if change == "prompt":
+        del changes["prompt"]
+        rows = [row | {"prompt": row["prompt"].replace("?", " today?")} for row in make_prompts(sums=0)]
+        changes["prompts"] = write_lines(tmp_path / "changed.jsonl", rows)
+    make("rw", **changes)
+    after = {request.key(writers[1].identity) for request in writers[1].asked}
+    assert after
+    if change == "policy":
+        # Prompts of kind general are asked without the policy.
+        assert 0 < len(after) < len(before)
+    else:
+        assert after.isdisjoint(before)
+
+
+def test_a_draw_does_not_change_with_options_that_do_not_decide_it(make, writers, tmp_path):
+    make("rw")
+    make("rw", output=tmp_path / "other.jsonl", budget__calls=10_000, rw__records=3, seed=5, server__concurrency=3)
+    assert writers[1].asked == []
+
+
+@pytest.mark.parametrize("stage", ["rw", "pp"])
+def test_killed_at_every_commit_of_the_store_it_goes_on_to_the_same_bytes(recipes, arguments, cache, tmp_path, stage):
+    call = {"call": f"{synth_cases.__file__}:run_stage", "environment": {"SARO_CACHE": str(cache)}}
+    prompts = write_lines(tmp_path / "few.jsonl", make_prompts(1, 1))
+    changes = {"prompts": prompts, "rw__draws": 2, "pp__draws": 3, "pp__turns": 1, "pp__rollouts": 2}
+    whole = recipes.run(0, *arguments(stage, output=tmp_path / "whole" / f"{stage}.jsonl", **changes), **call)
+    assert whole.code == 0, whole.err
+    again = arguments(stage, store=tmp_path / "killed.sqlite3", **changes)
+    kills = 0
+    while (code := recipes.run(1, *again, **call).code) == -signal.SIGKILL:
+        kills += 1
+    assert code == 0
+    assert kills > 1
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+
+
+def test_two_ranks_write_what_one_writes(recipes, arguments, cache, tmp_path):
+    call = {"call": f"{synth_cases.__file__}:run_stage"}
+    one = recipes.run(0, *arguments("op"), environment={"SARO_CACHE": str(cache)}, **call)
+    assert one.code == 0, one.err
+    two = arguments("op", output=tmp_path / "two" / "op.jsonl", store=tmp_path / "two.sqlite3")
+    variables = {"SARO_CACHE": str(cache), "LOCAL_WORLD_SIZE": "2"}
+    for process in recipes.run_ranks(2, 0, *two, variables=variables, **call):
+        assert process.code == 0, process.err
+    assert files_of(tmp_path / "two") == files_of(tmp_path / "out")
+
+
+def test_offline_says_how_much_is_missing(make):
+    with pytest.raises(SaroError, match="draws are not in the store; draw them without --offline"):
+        make("rw", "--offline")
+
+
+def test_a_plan_draws_nothing_and_writes_nothing(make, writers, capsys, tmp_path):
+    assert make("pp", "--plan", budget__input_price=1, budget__output_price=2) is None
+    assert writers[0].asked == []
+    assert not (tmp_path / "out").exists()
+    said = capsys.readouterr().err
+    assert "36 texts in the first round, 0 of them in the store" in said
+    assert "with a prefix cache" in said
+    assert "more in later rounds" in said
+    assert "at the given prices" in said
+    assert "the time is not known" in said
+
+
+def test_a_plan_of_what_is_in_the_store_asks_for_nothing(make, capsys):
+    make("rw")
+    make("rw", "--plan")
+    assert "36 texts in the first round, 36 of them in the store" in capsys.readouterr().err
+
+
+def test_a_spent_budget_ends_the_run_and_the_next_ones_go_on_to_the_same_bytes(make, tmp_path):
+    make("rw", output=tmp_path / "whole" / "rw.jsonl", store=tmp_path / "whole.sqlite3")
+    for _ in range(4):  # 36 texts
+        with pytest.raises(SaroError, match=r"--budget\.calls 8 \(8 drawn\)"):
+            make("rw", budget__calls=8)
+    make("rw", budget__calls=8)
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+
+
+def test_prompts_of_an_evaluation_are_refused_before_anything_is_drawn(make, writers, tmp_path):
+    row = make_prompts(1, 0)[0]
+    item = {"id": "i1", "prompt": row["prompt"].upper(), "expect": "refuse", "source": "t", "licence": "t"}
+    suite = write_lines(tmp_path / "suite.jsonl", [item])
+    with pytest.raises(SaroError, match=r"made\.jsonl:1 \(h0\).* suite/i1"):
+        make("rw", exclude=suite)
+    assert writers == []
+
+
+def test_a_prompt_of_the_demo_suites_is_always_refused(make, tmp_path):
+    demo = Path(synthesize.__code__.co_filename).parents[1] / "demo" / "twins.jsonl"
+    text = json.loads(demo.read_text(encoding="utf-8").splitlines()[0])["prompt"]
+    rows = [*make_prompts(1, 0), {"id": "x", "prompt": text, "kind": "harmless", "source": "s", "licence": "l"}]
+    with pytest.raises(SaroError, match="excluded suite"):
+        make("rw", prompts=write_lines(tmp_path / "planted.jsonl", rows))
+
+
+def test_a_judge_that_is_the_generator_is_refused(make, tiny_model, monkeypatch):
+    monkeypatch.undo()  # the tiny model itself
+    with pytest.raises(SaroError, match="--allow_self_judge"):
+        make("rw", judge__name="harmbench", judge__model=tiny_model())
+
+
+def test_a_server_that_judges_must_pass_the_gold_check_first(make, writers, monkeypatch):
+    says_yes = Server(chat_reply("VIOLATION: 0\nREFUSAL: NONE"))
+    monkeypatch.setattr("saro.evaluate.judge_model.EndpointGenerator", lambda options: says_yes.generator())
+    judge = {"judge__name": "policy", "judge__endpoint": "https://llm.example.org", "judge__model": "tiny"}
+    monkeypatch.setenv("SARO_API_KEY", "k")
+    with pytest.raises(SaroError, match=r"agrees with people about refusal on \d+% of 20 clear answers"):
+        make("rw", **judge)
+    assert writers[0].asked == []
+    assert len(says_yes.requests) == 20
+
+
+def count_trained(records: Path, tiny_model: str, recipes, cache: Path, output: Path) -> int:
+    """Train two steps of SRPO on pairs, and return how many steps it logged."""
+    options = {
+        "model.name": tiny_model,
+        "model.method": "lora",
+        "data.train": json.dumps([str(records)]),
+        "data.heldout": "[]",
+        "data.template_date": "2024-07-26",
+        "train.output": output,
+        "train.max_steps": 2,
+        "train.records_per_step": 1,
+        "train.samples": 0,
+    }
+    flat = [part for name, value in options.items() for part in (f"--{name}", value)]
+    done = recipes.run(*flat, recipe="srpo", environment={"SARO_CACHE": str(cache)})
+    assert done.code == 0, done.err
+    return steps_logged(output)
+
+
+@pytest.mark.parametrize("stage", ["op", "pp", "mirror"])
+def test_pairs_become_trees_and_train_two_steps(make, tiny_model, recipes, cache, tmp_path, stage):
+    make(stage)
+    records = tmp_path / "out" / f"{stage}.jsonl"
+    source = find_model(ModelConfig(name=tiny_model(), method="lora"))
+    chat = source.chat_format(DataConfig(), date(2024, 7, 26))
+    for line, pair in zip(records.read_text().splitlines(), read_pairs(records), strict=True):
+        chosen, rejected = chat.encode_pair(pair)
+        tree = build_tree([chosen, rejected])
+        fork = json.loads(line)["meta"]["synth"].get("fork")
+        # The shared beginning is one node, which ends where the record says.
+        assert tree.paths[0][0] == tree.paths[1][0]
+        if fork is not None:
+            assert len(tree.nodes[0].tokens) == fork["token"]
+    assert count_trained(records, tiny_model(), recipes, cache, tmp_path / "run") == 2
+
+
+# A server writes
+
+
+@pytest.fixture
+def served(monkeypatch, tiny_model, tmp_path):
+    """A scripted server as generator: its requests, and the options that name it."""
+    monkeypatch.undo()  # no scripted local model
+    monkeypatch.setenv("SARO_API_KEY", "sk-secret-0123456789abcdef")
+    source = find_model(ModelConfig(name=tiny_model(), method="lora"))
+    server = Server(serve(source.chat_format(DataConfig(), date(2024, 7, 26))))
+    monkeypatch.setattr(
+        "saro.evaluate.subjects.EndpointGenerator",
+        lambda options: EndpointGenerator(options, transport=httpx2.MockTransport(server)),
+    )
+    return server, {"generator": "https://llm.example.org#tiny", "server__tokenizer": tiny_model()}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_server_writes_each_stage_and_is_asked_nothing_twice(make, served, tmp_path, stage):
+    server, options = served
+    manifest = make(stage, **options)
+    assert manifest["result"]["records"] > 0
+    before, asked = files_of(tmp_path / "out"), len(server.requests)
+    make(stage, "--offline", **options)
+    assert len(server.requests) == asked
+    assert files_of(tmp_path / "out") == before
+    assert all(b"sk-secret" not in content for content in before.values())
+    paths = {path for _, path, _ in server.requests}
+    assert paths == (
+        {"/v1/chat/completions", "/v1/completions"} if stage in ("pp", "mirror") else {"/v1/chat/completions"}
+    )
+
+
+def test_process_pairs_of_a_server_need_its_tokenizer(make, served):
+    _, options = served
+    with pytest.raises(SaroError, match=r"--server\.tokenizer"):
+        make("pp", generator=options["generator"])
+
+
+def test_a_server_that_reads_another_prompt_is_found_by_its_count(make, served):
+    server, options = served
+    reply = server.replies[0]
+    server.replies[0] = lambda body: reply(body) | {"usage": {"prompt_tokens": 3, "completion_tokens": 1}}
+    with pytest.raises(SaroError, match="the server counts 3 tokens in a prompt that has"):
+        make("op", **options)
+
+
+def test_files_without_records_hold_no_text(make, tmp_path):
+    make("pp")
+    texts = [row["prompt"] for row in make_prompts()]
+    for kind in ("manifest.json", "left_out.jsonl"):
+        content = (tmp_path / "out" / f"pp.{kind}").read_text(encoding="utf-8")
+        assert not any(text in content for text in texts)
+
+
+def test_the_funnel_accounts_for_every_prompt_of_rw(make):
+    funnel = make("rw")["result"]["funnel"]
+    assert funnel["counts"]["prompts"]["read"] == 9
+    assert funnel["counts"]["output"]["records"] + sum(funnel["left_out"].get("select", {}).values()) == 9
+
+
+def test_no_record_left_is_an_error_that_names_the_reasons(make, tmp_path):
+    with pytest.raises(SaroError, match="no record is left"):
+        make("rw", max_tokens=3)
+    assert (tmp_path / "out" / "rw.left_out.jsonl").read_text(encoding="utf-8").count("\n") > 0
+    assert not (tmp_path / "out" / "rw.jsonl").exists()
