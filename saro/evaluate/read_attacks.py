@@ -9,11 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from saro.data.chat_format import Prefill
-from saro.data.jsonl import decode, fault, open_data, parse_text, read_objects, shown, type_name
+from saro.data.jsonl import fault, parse_text, read_objects, shown, type_name
 from saro.data.records import Message, parse_messages, read_pairs
+from saro.data.yaml_files import read_yaml
 from saro.errors import nearest
 from saro.evaluate.attacks import NO_ATTACK, PLACEHOLDER, Attack
 from saro.evaluate.rewrites import INVERSES, REWRITES, check_inverse
@@ -64,28 +63,8 @@ def shipped_attacks() -> list[str]:
     return sorted(file.stem for file in _FOLDER.glob("*.yaml"))
 
 
-class _StrictLoader(yaml.SafeLoader):
-    """Loads YAML, and refuses a mapping with the same key twice, of which PyYAML would drop one."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: list[Any] = []
-        for key, _ in node.value:
-            if key.value in seen:
-                raise yaml.MarkedYAMLError(problem="a field is given twice", problem_mark=key.start_mark)
-            seen.append(key.value)
-        return super().construct_mapping(node, deep)
-
-
 def _load_yaml(file: Path) -> list[Any]:
-    with open_data(file) as stream:
-        text = decode(stream.read(), str(file))
-    try:
-        entries = yaml.load(text, _StrictLoader)
-    except yaml.MarkedYAMLError as error:
-        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
-        fault(f"{file}{line}", f"broken YAML ({error.problem})", "fix it there")
-    except (yaml.YAMLError, ValueError, RecursionError):
-        fault(str(file), "broken YAML", "check how it was written")
+    entries = read_yaml(file)
     if not isinstance(entries, list) or not entries:
         fault(str(file), "holds no list of attacks", "begin each attack with a dash: - id: NAME")
     return entries

@@ -15,8 +15,8 @@ from saro.synth.chain import Step, split_steps
 from saro.synth.funnel import Funnel
 from saro.synth.gates import check_text
 from saro.synth.judgement import Judge, Judged
-from saro.synth.policy import Policy
 from saro.synth.prompts import Prompt
+from saro.synth.safety_policy import Policy
 from saro.synth.step_judge import StepJudge
 from saro.synth.synth_options import Options
 from saro.synth.synth_records import Side, make_pair_record, make_side

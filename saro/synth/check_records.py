@@ -24,7 +24,7 @@ from saro.synth.branch import find_fork
 from saro.synth.chain import split_steps
 from saro.synth.gates import leaks
 from saro.synth.judgement import BAD, GOOD
-from saro.synth.policy import Policy
+from saro.synth.safety_policy import Policy
 from saro.synth.select_records import correlate
 
 # Largest correlation of label and length: beyond, a model may learn lengths instead. 0.3 is Cohen's medium effect.

@@ -28,8 +28,8 @@ from saro.synth.author import Drawn
 from saro.synth.bands import in_band
 from saro.synth.chain import split_steps
 from saro.synth.funnel import Funnel
-from saro.synth.policy import Policy
 from saro.synth.prompts import Prompt
+from saro.synth.safety_policy import Policy
 from saro.synth.templates import read_template, shipped_templates
 
 # Reasoning of at least this many characters repeats itself if it can be compressed to less than this share of its bytes.

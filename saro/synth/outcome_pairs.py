@@ -30,9 +30,9 @@ from saro.synth.author import Author, Drawn, Task
 from saro.synth.funnel import Funnel
 from saro.synth.gates import check_form, check_text
 from saro.synth.judgement import Judge, Judged
-from saro.synth.policy import Policy
 from saro.synth.prompts import Prompt
 from saro.synth.rw_examples import write_guided
+from saro.synth.safety_policy import Policy
 from saro.synth.select_records import (
     Candidate,
     cap_shares,

@@ -28,8 +28,8 @@ from saro.synth.chain_parts import Chain, Run, has_outcome, label_chains
 from saro.synth.funnel import Funnel
 from saro.synth.gates import check_form
 from saro.synth.judgement import Judge
-from saro.synth.policy import Policy
 from saro.synth.prompts import Prompt
+from saro.synth.safety_policy import Policy
 from saro.synth.sibling_pairs import make_sibling_pairs
 from saro.synth.step_judge import StepJudge
 from saro.synth.synth_options import FORMS, Options

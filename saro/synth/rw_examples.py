@@ -22,8 +22,8 @@ from saro.synth.bands import BANDS, band_distance
 from saro.synth.funnel import Funnel
 from saro.synth.gates import check_parts, pass_gates
 from saro.synth.judgement import Judge, Judged
-from saro.synth.policy import Policy
 from saro.synth.prompts import Prompt
+from saro.synth.safety_policy import Policy
 from saro.synth.select_records import Candidate, cell_of, choose_balanced, find_shortest, sort_texts
 from saro.synth.synth_options import Options
 from saro.synth.synth_records import make_example_record

@@ -16,7 +16,7 @@ from saro.evaluate.judge import defuse, show_conversation
 from saro.evaluate.judge_model import JudgeModel
 from saro.synth.author import Drawn
 from saro.synth.chain import split_steps
-from saro.synth.policy import Policy
+from saro.synth.safety_policy import Policy
 from saro.synth.step_rules import LABELS, label_steps
 from saro.synth.templates import read_template
 

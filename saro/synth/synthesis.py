@@ -31,8 +31,8 @@ from saro.synth.budget import Budget, BudgetedGenerator
 from saro.synth.check_records import measure_lengths
 from saro.synth.funnel import Funnel
 from saro.synth.judgement import Judge
-from saro.synth.policy import Policy, read_policy
 from saro.synth.prompts import Prompt, check_exclusion, drop_duplicates, excluded_files, read_prompts
+from saro.synth.safety_policy import Policy, read_policy
 from saro.synth.step_judge import StepJudge
 from saro.synth.synth_options import Options
 from saro.synth.synth_output import SynthOutput, describe_making

@@ -24,8 +24,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from saro.data.jsonl import fault, shown
 from saro.data.records import ROLES, Message
+from saro.data.yaml_files import check_keys, read_yaml
 from saro.errors import SaroError, nearest
-from saro.synth.yaml_files import check_keys, read_yaml
 
 _FOLDER = Path(__file__).with_name("prompt_templates")
 # Immutable: a template must not change what the next one sees. Lines of tags alone leave no empty lines behind.

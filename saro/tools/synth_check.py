@@ -12,7 +12,7 @@ from saro.evaluate.options import LoadOptions, ServerOptions
 from saro.evaluate.subjects import find_subjects
 from saro.program import positional, shown
 from saro.synth.check_records import check_records, read_records
-from saro.synth.policy import read_policy
+from saro.synth.safety_policy import read_policy
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from saro.data.chat_format import ChatFormat
 from saro.data.records import Message
 from saro.errors import SaroError
 from saro.synth.check_records import check_records, measure_lengths, read_records
-from saro.synth.policy import read_policy
+from saro.synth.safety_policy import read_policy
 
 CHAT = ChatFormat(tiny_tokenizer(), frozenset({IM_END}), date(2024, 7, 26))
 # Another template: each prompt is longer by three tokens.

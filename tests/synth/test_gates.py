@@ -13,8 +13,8 @@ from selection_cases import HELP, MEDIUM, REFUSAL, SHORT, make_drawn, make_promp
 
 from saro.synth.funnel import Funnel
 from saro.synth.gates import check_parts, check_text, leaks, pass_gates, repeats
-from saro.synth.policy import read_policy
 from saro.synth.prompts import Prompt
+from saro.synth.safety_policy import read_policy
 from saro.synth.templates import read_template
 
 DATA = ROOT.parent / "shared" / "data"

@@ -16,8 +16,8 @@ from saro.data.records import parse_pair
 from saro.distributed.runtime import Runtime
 from saro.synth.funnel import Funnel
 from saro.synth.outcome_pairs import count_followups, make_outcome_pairs, plan_tasks
-from saro.synth.policy import read_policy
 from saro.synth.prompts import Prompt
+from saro.synth.safety_policy import read_policy
 from saro.synth.synth_options import Options, OutcomeStage, RWStage
 
 POLICY = read_policy("saro")

@@ -20,8 +20,8 @@ from saro.synth.author import Author
 from saro.synth.chain import split_steps
 from saro.synth.funnel import Funnel
 from saro.synth.judgement import Judge
-from saro.synth.policy import read_policy
 from saro.synth.process_pairs import count_followups, make_process_pairs, plan_tasks
+from saro.synth.safety_policy import read_policy
 from saro.synth.step_judge import StepJudge
 from saro.synth.step_rules import label_steps
 from saro.synth.synth_options import Options, ProcessStage

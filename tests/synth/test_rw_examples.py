@@ -18,9 +18,9 @@ from saro.data.records import Message, Response, read_examples
 from saro.distributed.runtime import Runtime
 from saro.errors import SaroError
 from saro.synth.funnel import Funnel
-from saro.synth.policy import read_policy
 from saro.synth.prompts import Prompt
 from saro.synth.rw_examples import count_followups, make_examples, plan_tasks, share_out
+from saro.synth.safety_policy import read_policy
 from saro.synth.synth_options import Options, RWStage
 
 POLICY = read_policy("saro")

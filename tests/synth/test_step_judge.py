@@ -16,7 +16,7 @@ from saro.draws.store import DrawStore
 from saro.errors import SaroError
 from saro.evaluate.judge_model import JudgeModel
 from saro.synth.author import Author, Task
-from saro.synth.policy import read_policy
+from saro.synth.safety_policy import read_policy
 from saro.synth.step_judge import StepJudge, parse_labels
 from saro.synth.step_rules import LABELS
 

@@ -1,4 +1,4 @@
-"""Reads the YAML files of data construction strictly: policies and templates."""
+"""Reads YAML files strictly: attacks, policies and templates."""
 
 from __future__ import annotations
 

@@ -25,9 +25,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from saro.data.jsonl import fault, parse_text, shown, type_name
+from saro.data.yaml_files import check_keys, read_yaml
 from saro.errors import SaroError, nearest
 from saro.synth.prompts import HAZARDS, Prompt
-from saro.synth.yaml_files import check_keys, read_yaml
 
 # What a rule asks for, in the imperative for the writer.
 ACTIONS: Mapping[str, str] = {
