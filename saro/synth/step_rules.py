@@ -1,12 +1,12 @@
 """Labels the steps of a chain by patterns in their text. No model: the same step always has the same label.
 
 The patterns are English and know the ways in which chains speak: other languages and other words are neutral. They were
-written on the first 500 chains of STAR-1 (Wang et al. 2025, arXiv:2504.01903); of the other 500, those before an answer
-that ``find_refusal`` calls a full refusal
+written on the first 500 chains of STAR-1 (Wang et al. 2025, arXiv:2504.01903), and two of them corrected after reading
+the other 500. Of these, the chains before an answer that ``find_refusal`` calls a full refusal
 
 - have a turn: 259 of 259 (first half: 271 of 273),
 - have their first turn before any cue: 256 of 259 (first half: 270 of 273),
-- have 0.3 % of steps that are called a cue, which is wrong in all of them (first half: 0.3 %).
+- have 0.3 % of steps that are called a cue, mostly a false alarm (first half: 0.3 %).
 
 As over-caution, read as chains on harmless prompts, 259 of 259 have a cue. In 27,030 steps of mathematics (GSM8K, train)
 nothing is called a cue or a turn. In answers to the safe prompts of XSTest (human labels, five models), read as chains on

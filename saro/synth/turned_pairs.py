@@ -1,6 +1,7 @@
 """Makes the process pairs whose chosen side turns: at a place in a chain, a turning step is put in.
 
-The model writes that step itself with the policy in view, and continues without it.
+The model writes that step itself with the policy in view, and continues without it. A pair is kept if the continuation
+ends well, passes the gates, and its new step is labelled a turn.
 """
 
 from __future__ import annotations
