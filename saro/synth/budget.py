@@ -58,6 +58,15 @@ class Budget:
         ]
         return any(reached)
 
+    def check_covers(self, request: Request) -> None:
+        """Raise SaroError if even an untouched budget does not cover a text: another run would stop at it too."""
+        longest = request.sampling.max_tokens
+        if self.tokens is not None and self.tokens < longest:
+            raise SaroError(
+                f"--budget.tokens leaves {self.tokens:,} tokens to a rank, and one text may have {longest:,}; raise it, or "
+                "lower --max_tokens"
+            )
+
     def stop(self, missing: int) -> SaroError:
         """Return the error that ends the run; ``missing`` texts of this round are not drawn."""
         limits = {"tokens": (self.tokens, self.drawn_tokens), "calls": (self.calls, self.drawn_calls)}
@@ -120,6 +129,7 @@ class BudgetedGenerator(Generator):
         while start < len(requests):
             number = self.budget.count_affordable(requests[start:])
             if number == 0:
+                self.budget.check_covers(requests[start])
                 raise self.budget.stop(len(requests) - start)
             for group in self.inner.draw(requests[start : start + number]):
                 for index, draw in group:

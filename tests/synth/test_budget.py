@@ -80,6 +80,15 @@ def test_a_server_is_never_asked_for_more_texts_than_the_budget(calls, number):
     assert len(drawn) == sum(map(len, inner.asked)) == min(calls, number)
 
 
+def test_a_budget_below_one_text_of_a_server_says_so_instead_of_asking_for_another_try():
+    inner = Scripted()
+    drawn, error = draw_until_stopped(BudgetedGenerator(inner, Budget(tokens=15), is_server=True), [chat_request()])
+    assert (drawn, inner.asked) == ([], [])
+    assert error == (
+        "--budget.tokens leaves 15 tokens to a rank, and one text may have 16; raise it, or lower --max_tokens"
+    )
+
+
 def test_a_local_model_finishes_its_group_so_that_groups_are_cut_as_without_a_budget():
     inner = Scripted(of_length(5), group=3)
     requests = [chat_request(f"{i}") for i in range(8)]
