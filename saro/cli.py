@@ -29,6 +29,7 @@ COMMANDS = {
     "convert": Command("saro.tools.convert", "public data sets to training records, suites or attacks"),
     "export": Command("saro.tools.export", "a run's adapter, or a merged model, verified"),
     "chat": Command("saro.tools.chat", "talk to a run's model"),
+    "score": Command("saro.tools.score_steps", "rewards of responses and of their steps, from two models"),
     "compare": Command("saro.tools.compare", "several models on the same records, in one table"),
     "evaluate": Command("saro.tools.evaluate_models", "harm, refusals, ability and cost of models, with intervals"),
     "report": Command("saro.tools.report_tool", "an evaluation as one HTML page and tables to paste"),

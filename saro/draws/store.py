@@ -15,6 +15,7 @@ from typing import Any
 from saro.data.records import Message
 from saro.draws.request import FAILURES, FINAL_FAILURES, Draw, Request, Sampling
 from saro.errors import SaroError
+from saro.files import cache_dir
 
 # Marks a file as ours, in SQLite's header: "SaRo" in ASCII.
 _APPLICATION = 0x5361526F
@@ -336,3 +337,19 @@ def _parse_request(text: str) -> Request:
     if "messages" in plain:
         plain["messages"] = tuple(Message(**message) for message in plain["messages"])
     return Request(sampling=Sampling(**sampling), **plain)
+
+
+def find_store(name: str | None) -> Path:
+    """Return the path of a store; that of the default one, whose folder is made, without a name.
+
+    Raises:
+        SaroError: the folder cannot be made.
+    """
+    if name is not None:
+        return Path(name).expanduser()
+    folder = cache_dir()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SaroError(f"{folder}: cannot be made ({error.strerror}); name a file with --store") from error
+    return folder / "draws.sqlite3"

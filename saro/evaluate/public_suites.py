@@ -36,6 +36,7 @@ from saro.evaluate.public_prompts import (
     read_or_bench,
     read_simple_safety_tests,
     read_strongreject,
+    read_synth_pairs,
     read_xstest,
 )
 from saro.evaluate.public_questions import read_bbh, read_gsm8k_test, read_mmlu
@@ -127,9 +128,10 @@ def convert_suite(
 
 
 def _complete(line: Line, lines: Mapping[str, Line], public: PublicForm) -> dict[str, Any]:
-    """Return a line's fields with source and licence. A twin that was not converted is no twin."""
-    kept = {name: value for name, value in line.fields.items() if name != "twin" or value in lines}
-    fields = {**kept, "source": public.source, "licence": public.licence}
+    """Return a line's fields with source and licence, if it has none of its own. A twin that was not converted is no twin."""
+    fields = {name: value for name, value in line.fields.items() if name != "twin" or value in lines}
+    fields.setdefault("source", public.source)
+    fields.setdefault("licence", public.licence)
     if public.kind == "suite":
         # The reader of suites must accept what is written.
         parse_item(fields, "converted", line.where)
@@ -169,5 +171,6 @@ PUBLIC_FORMS: dict[str, PublicForm] = {
     "pyrit-templates": PublicForm("microsoft/PyRIT", "MIT", ("*.yaml",), read_pyrit_templates, kind="attacks"),
     "simple-safety-tests": PublicForm("bertiev/SimpleSafetyTests", "CC-BY-4.0", ("*.csv",), read_simple_safety_tests),
     "strongreject": PublicForm("alexandrasouly/strongreject", "MIT", ("*.csv",), read_strongreject),
+    "synth-pairs": PublicForm("saro synth", "that of the prompts", ("*.jsonl",), read_synth_pairs),
     "xstest": PublicForm("paul-rottger/exaggerated-safety", "CC-BY-4.0", ("*.csv",), read_xstest),
 }

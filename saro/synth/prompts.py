@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import unicodedata
@@ -15,6 +16,7 @@ from saro.data.jsonl import fault, parse_text, read_objects, shown, type_name
 from saro.demo import suite_files
 from saro.errors import SaroError, nearest
 from saro.evaluate.contamination import Contamination, find_contamination
+from saro.evaluate.outcomes import find_units
 from saro.evaluate.questions import choose_items
 from saro.evaluate.suite import Item, check_name, parse_item, read_suite
 from saro.synth.funnel import Funnel
@@ -280,3 +282,17 @@ def _texts(prompts: Sequence[Prompt]) -> Iterator[tuple[str, str]]:
 def _describe_overlap(overlap: Contamination) -> str:
     same = "is" if overlap.kind == "exact" else "shares 13 words in a row with"
     return f"{overlap.record} {same} {overlap.suite}/{overlap.item}"
+
+
+def choose_heldout(prompts: Sequence[Prompt], share: float, seed: int) -> frozenset[str]:
+    """Return the ids of a share of the prompts, the same ones for the same seed; twins and clusters stay together.
+
+    Each unit is drawn by its name, so prompts that are added or removed change nothing for the others.
+    """
+    unit_of = find_units([prompt.item for prompt in prompts])
+    chosen = set()
+    for prompt in prompts:
+        digest = hashlib.sha256(f"{seed}/heldout/{unit_of[f'{prompt.item.suite}/{prompt.id}']}".encode()).digest()
+        if int.from_bytes(digest[:8]) < share * 2**64:
+            chosen.add(prompt.id)
+    return frozenset(chosen)

@@ -99,7 +99,7 @@ class StepJudge:
         messages = read_template("steps").render(
             request=defuse(show_conversation(chain.task.prompt.item.prompt), chat),
             steps=[defuse(" ".join(step.split()), chat) for step in steps],
-            policy=self.policy.for_judge(),
+            policy=self.policy.for_writer(chain.task.prompt),
         )
         longest = _TOKENS_TO_THINK + _TOKENS_PER_STEP * len(steps)
         sampling = Sampling(longest, **(_SECOND if number else {}))

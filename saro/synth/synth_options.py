@@ -167,6 +167,7 @@ class Options:
         policy: YAML file of the policy; "saro" is the one that comes with saro.
         generator: Model that writes: a run's folder, a model, or a server as URL#MODEL.
         output: File of the records, NAME.jsonl. NAME.manifest.json and NAME.left_out.jsonl are written beside it.
+        heldout: Share of the prompts whose records go to NAME.heldout.jsonl instead, drawn with --seed, twins together.
         overwrite: Replace an output that was made from other options, prompts, models or by another version.
         max_tokens: Longest text in tokens, with its reasoning.
         limit: Use only this many prompts of each file, drawn with --seed, twins together.
@@ -192,6 +193,7 @@ class Options:
     policy: str = "saro"
     generator: str = DEMO
     output: str = "output/synth/records.jsonl"
+    heldout: float = 0.0
     overwrite: bool = False
     max_tokens: int = 1024
     limit: int | None = None
@@ -219,6 +221,7 @@ class Options:
     def __post_init__(self) -> None:
         if self.stage not in STAGES:
             raise SaroError(f"stage is {self.stage!r}{nearest(str(self.stage), STAGES)}")
+        _check_shares(self, "--", "heldout")
         valid = FORMS.get(self.stage, ())
         for form in self.pp.forms:
             if valid and form not in valid:

@@ -1,4 +1,4 @@
-"""Writes the files of a stage: NAME.jsonl, NAME.manifest.json and NAME.left_out.jsonl."""
+"""Writes the files of a stage: NAME.jsonl, NAME.heldout.jsonl, NAME.manifest.json and NAME.left_out.jsonl."""
 
 from __future__ import annotations
 
@@ -44,7 +44,8 @@ class SynthOutput:
     """The files of one stage. Only rank 0 reads and writes them.
 
     Attributes:
-        records: NAME.jsonl, the native records.
+        records: NAME.jsonl, the native records to train on.
+        heldout: NAME.heldout.jsonl, those of held-out prompts; there is none without such records.
         manifest: NAME.manifest.json: what they were made from, how many there are, and why others are missing.
         left_out: NAME.left_out.jsonl: id, stage, reason and draw of what was left out; no text.
         lock: held to the end of the process, so that two processes never write one output.
@@ -52,6 +53,7 @@ class SynthOutput:
     """
 
     records: Path
+    heldout: Path
     manifest: Path
     left_out: Path
     lock: FileLock
@@ -71,6 +73,7 @@ class SynthOutput:
             raise SaroError(f"--output {path}: is a folder; give the name of a file")
         return cls(
             records=records,
+            heldout=records.with_suffix(".heldout.jsonl"),
             manifest=records.with_suffix(".manifest.json"),
             left_out=records.with_suffix(".left_out.jsonl"),
             lock=FileLock(records.with_name(f".{records.name}.lock")),
@@ -120,23 +123,28 @@ class SynthOutput:
         made_from: Mapping[str, Any],
         funnel: Funnel,
         more: Mapping[str, Any],
+        heldout: frozenset[str] = frozenset(),
     ) -> dict[str, Any]:
-        """Write the three files, each complete or not at all, and return the manifest.
+        """Write the files, each complete or not at all, and return the manifest.
 
         A record that our own readers refuse, because a model wrote what no record may hold, is left out and counted.
 
         Args:
             more: what the manifest says of the result beside counts, sources and licences.
+            heldout: ids of the prompts whose records are held out.
 
         Raises:
-            SaroError: no record is left. The manifest and the reasons are written.
+            SaroError: no record is left to train on. The manifest and the reasons are written.
         """
         readable = list(_keep_readable(records, funnel))
-        lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in readable]
-        digest = hashlib.sha256("".join(lines).encode()).hexdigest()
+        lines, heldout_lines = [], []
+        for record in readable:
+            part = heldout_lines if _synth_of(record)["prompt"] in heldout else lines
+            part.append(json.dumps(record, ensure_ascii=False) + "\n")
         result = {
             "records": len(lines),
-            "sha256": digest,
+            "sha256": _hash_lines(lines),
+            "heldout": {"records": len(heldout_lines), "sha256": _hash_lines(heldout_lines)},
             "kinds": _count(record.get("kind") for record in readable),
             "forms": _count(_synth_of(record).get("form") for record in readable),
             "sources": _count(record["meta"]["source"] for record in readable),
@@ -145,10 +153,11 @@ class SynthOutput:
             **more,
         }
         manifest = {**made_from, "result": result}
-        for path in (self.records, self.manifest, self.left_out):
+        for path in (self.records, self.heldout, self.manifest, self.left_out):
             remove_temps(path)
         # First: whenever the process is killed, no records stand beside the manifest of others.
         self.records.unlink(missing_ok=True)
+        self.heldout.unlink(missing_ok=True)
         with atomic_write(self.manifest) as file:
             json.dump(manifest, file, indent=1, ensure_ascii=False, allow_nan=False)
             file.write("\n")
@@ -159,6 +168,10 @@ class SynthOutput:
                 f"{self.records}: no record is left{_describe_reasons(funnel)}; {self.manifest.name} counts what came of the "
                 f"texts, {self.left_out.name} names them"
             )
+        if heldout_lines:
+            with atomic_write(self.heldout) as file:
+                file.writelines(heldout_lines)
+        # Last: other programs wait for it.
         with atomic_write(self.records) as file:
             file.writelines(lines)
         return manifest
@@ -236,6 +249,10 @@ def _keep_readable(records: Sequence[Mapping[str, Any]], funnel: Funnel) -> Iter
         yield record
 
 
+def _hash_lines(lines: Sequence[str]) -> str:
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
 def _synth_of(record: Mapping[str, Any]) -> Mapping[str, Any]:
     return record.get("meta", {}).get("synth", {})
 
@@ -255,7 +272,8 @@ def describe_result(manifest: Mapping[str, Any], path: str) -> list[str]:
     """Return lines for people: what was made, and why the rest was not."""
     result = manifest["result"]
     forms = ", ".join(f"{name} {number:,}" for name, number in result["forms"].items())
-    lines = [f"{result['records']:,} records in {path}{f' ({forms})' if forms else ''}"]
+    more = f", {number:,} held out" if (number := result["heldout"]["records"]) else ""
+    lines = [f"{result['records']:,} records in {path}{more}{f' ({forms})' if forms else ''}"]
     for stage, reasons in result["funnel"]["left_out"].items():
         listed = ", ".join(f"{reason} {number:,}" for reason, number in reasons.items())
         lines.append(f"left out, {stage}: {listed}")

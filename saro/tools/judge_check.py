@@ -16,7 +16,7 @@ from saro.errors import SaroError
 from saro.evaluate.judge import JudgeSpec, check_abstentions, judge_answers, read_judge
 from saro.evaluate.judge_gold import GOLD, LEVEL, RESAMPLES, as_answers, describe_files, measure_agreement, read_gold
 from saro.evaluate.judge_spec import prompt_hashes
-from saro.files import atomic_write, cache_dir
+from saro.files import atomic_write
 from saro.program import as_list, positional
 
 _TITLES = {
@@ -114,16 +114,13 @@ def _judge(spec: JudgeSpec, options: Options, answers: list, items: dict) -> tup
     # Only now: transformers and torch take seconds to import, and the rules need neither.
     from saro.draws.draw_all import draw_missing
     from saro.draws.endpoint import EndpointOptions
-    from saro.draws.store import DrawStore
+    from saro.draws.store import DrawStore, find_store
     from saro.evaluate.judge_model import open_judge_model
 
     server = EndpointOptions(model=options.server_model, key_env=options.key_env, revision=options.revision)
     model = open_judge_model(spec, options.judge_model, server, batch=options.batch)
-    path = Path(options.store) if options.store else cache_dir() / "draws.sqlite3"
-    if not options.store:
-        path.parent.mkdir(parents=True, exist_ok=True)
     identity = dict(model.generator.identity)
-    with DrawStore.open(path) as store:
+    with DrawStore.open(find_store(options.store)) as store:
         draw_all = partial(draw_missing, store, model.generator)
         verdicts = judge_answers(spec, answers, items, draw_all, chat=model.chat, identity=identity)
     return verdicts, identity

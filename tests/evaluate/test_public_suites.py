@@ -489,3 +489,32 @@ def test_twins_of_the_published_xstest_share_their_subject(tmp_path):
 
 def test_every_form_names_source_and_licence():
     assert all(form.source and form.licence for form in PUBLIC_FORMS.values())
+
+
+def synth_pair(id: str, prompt: str, **synth: object) -> dict:
+    described = {"prompt": prompt, "kind": "harmless", "expect": "comply"} | synth
+    sides = {"chosen": {"answer": "Yes."}, "rejected": {"answer": "No."}}
+    meta = {"synth": described, "source": "a set", "licence": "MIT"}
+    return {"id": id, "kind": "pp-cot", "prompt": f"May I ask {prompt}?", **sides, "meta": meta}
+
+
+def test_prompts_of_pairs_become_a_suite_each_once(tmp_path):
+    pairs = [synth_pair("a-1", "a"), synth_pair("a-2", "a"), synth_pair("b-1", "b", kind="harmful", expect="refuse")]
+    lines = converted(tmp_path, "synth-pairs", write_lines(tmp_path / "pp.jsonl", *pairs))
+    assert [(line["id"], line["expect"], line["category"]) for line in lines] == [
+        ("a", "comply", "harmless"),
+        ("b", "refuse", "harmful"),
+    ]
+    assert {(line["source"], line["licence"]) for line in lines} == {("a set", "MIT")}
+
+
+def test_a_pair_of_a_question_is_left_out_because_it_names_no_target(tmp_path):
+    pairs = [synth_pair("a-1", "a"), synth_pair("q-1", "q", kind="general", expect="answer")]
+    result = convert_suite("synth-pairs", write_lines(tmp_path / "p.jsonl", *pairs), tmp_path / "out.jsonl")
+    assert (result.lines, sum(map(len, result.left_out.values()))) == (1, 1)
+
+
+def test_a_pair_from_elsewhere_is_refused(tmp_path):
+    other = write_lines(tmp_path / "p.jsonl", {"id": "a", "prompt": "Why?", "meta": {"synth": None}})
+    with pytest.raises(SaroError, match=r"p\.jsonl:1: is no record of saro synth"):
+        convert_suite("synth-pairs", other, tmp_path / "out.jsonl")

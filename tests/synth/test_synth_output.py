@@ -66,6 +66,24 @@ def test_records_manifest_and_reasons_are_written(tmp_path):
     assert "left out, gates: unfinished 1" in describe_result(manifest, "r.jsonl")
 
 
+def test_records_of_heldout_prompts_are_written_apart(tmp_path):
+    output = SynthOutput.open(str(tmp_path / "r.jsonl"))
+    output.begin(making())
+    manifest = output.write([example("a"), example("b")], making(), Funnel(), {}, frozenset({"b"}))
+    assert [record.id for record in read_examples(tmp_path / "r.jsonl")] == ["a"]
+    assert [record.id for record in read_examples(tmp_path / "r.heldout.jsonl")] == ["b"]
+    result = manifest["result"]
+    assert (result["records"], result["heldout"]["records"]) == (1, 1)
+    assert result["heldout"]["sha256"] == hashlib.sha256(output.heldout.read_bytes()).hexdigest()
+    assert "1 records in r.jsonl, 1 held out (guided 2)" in describe_result(manifest, "r.jsonl")
+
+
+def test_without_heldout_prompts_an_old_heldout_file_goes(tmp_path):
+    (tmp_path / "r.heldout.jsonl").write_text("old")
+    write(tmp_path / "r.jsonl", [example()], overwrite=True)
+    assert not (tmp_path / "r.heldout.jsonl").exists()
+
+
 def test_the_same_output_is_written_again_to_the_same_bytes(tmp_path):
     path = tmp_path / "r.jsonl"
     write(path, [example()])
