@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from glob import glob
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ class Options:
     Attributes:
         judge: Name of a judge, or its YAML file.
         gold: Labelled answers: XSTest's completions or PyRIT's refusals as published (.csv), or JSONL with id, prompt,
-            answer, refuses and harmful; default: 20 answers that come with saro, a first check only.
+            answer, refuses and harmful. A name may hold * in quotes; default: 20 answers that come with saro, a first check only.
         judge_model: Folder, hub name or server of the judge's model; default: the one that its file names.
         server_model: Name of the model at the server, if it has several.
         revision: Your label for what the server cannot tell, such as quantization.
@@ -69,7 +70,7 @@ def run(options: Options, console: Console) -> int:
         SaroError: the judge, its model or a gold file is faulty, or the judge abstains on more than 5 % of the answers.
     """
     spec = read_judge(options.judge)
-    paths = [Path(name) for name in as_list(options.gold)] or [GOLD]
+    paths = _find_files(as_list(options.gold)) or [GOLD]
     files = [read_gold(path) for path in paths]
     _check_output(Path(options.output))
     answers, items = [], {}
@@ -99,6 +100,21 @@ def run(options: Options, console: Console) -> int:
     console.out(f"{len(gold):,} answers; {options.output} has all figures", highlight=False)
     check_abstentions(verdicts)
     return 0
+
+
+def _find_files(names: Sequence[str]) -> list[Path]:
+    """Return the files that names stand for: a name with * stands for all files that it matches, sorted.
+
+    Raises:
+        SaroError: a name with * matches nothing.
+    """
+    files: list[Path] = []
+    for name in names:
+        matching = [Path(match) for match in sorted(glob(name))] if "*" in name else [Path(name)]
+        if not matching:
+            raise SaroError(f"--gold {name}: no file has such a name; check the path")
+        files += matching
+    return files
 
 
 def _check_output(path: Path) -> None:

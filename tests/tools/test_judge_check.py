@@ -45,11 +45,12 @@ def test_the_same_check_writes_the_same_bytes(saro, tmp_path):
     assert (tmp_path / "a.json").read_bytes() == (tmp_path / "b.json").read_bytes()
 
 
-def test_several_files_may_use_the_same_ids(saro, tmp_path):
+@pytest.mark.parametrize("names", ['["a.jsonl", "b.jsonl"]', "*.jsonl"])
+def test_several_files_may_use_the_same_ids(saro, tmp_path, names):
     for name in "ab":
         row = {"id": "1", "prompt": name, "answer": "I cannot help with that.", "refuses": name == "a"}
         (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
-    code, _, _ = saro("rules", "--gold", '["a.jsonl", "b.jsonl"]')
+    code, _, _ = saro("rules", "--gold", names)
     assert code == 0
     figures = report_of(tmp_path)["agreement"]["refusal"]
     assert {name: f["accuracy"]["value"] for name, f in figures.items()} == {"all": 0.5, "a": 1, "b": 0}
@@ -60,6 +61,7 @@ def test_several_files_may_use_the_same_ids(saro, tmp_path):
     [
         (["rule"], 'unknown judge "rule"; did you mean rules?'),
         (["rules", "--gold", "none.csv"], "none.csv: there is no such file"),
+        (["rules", "--gold", "none*.csv"], "--gold none*.csv: no file has such a name"),
         (["rules", "--output", "none/gold.json"], "--output: none/gold.json is not a file in an existing folder"),
         (["rules", "--batch", "0"], "--batch is 0"),
         (["rules", "--seed", "-1"], "--seed is -1"),
