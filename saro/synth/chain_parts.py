@@ -86,6 +86,10 @@ class Chain:
         """Return the index of the first step from ``start`` on that has one of the labels; None if there is none."""
         return next((i for i in range(start, len(self.labels)) if self.labels[i] in labels), None)
 
+    def gives_in(self, start: int) -> bool:
+        """Return True if a step from ``start`` on decides for the wrong answer or does harm, however the text ends."""
+        return self.first("cue", "harmful", start=start) is not None
+
     def prefix(self, steps: int) -> str:
         """Return the first steps as text."""
         return self.drawn.answer.think[: self.steps[steps - 1].stop] if steps else ""

@@ -89,7 +89,13 @@ def _find_nearest(run: Run, found: Found, chain: Chain) -> Chain | None:
             passed.append(one)
         else:
             run.funnel.leave_out(chain.prompt.id, FORM, reason, one.drawn.key)
-    return min(label_chains(run, passed, FORM), key=lambda one: length_distance(one, chain), default=None)
+    fit = []
+    for one in label_chains(run, passed, FORM):
+        if one.gives_in(found.step):
+            run.funnel.leave_out(chain.prompt.id, FORM, "gives in again", one.drawn.key)
+        else:
+            fit.append(one)
+    return min(fit, key=lambda one: length_distance(one, chain), default=None)
 
 
 def _count_agreement(run: Run, found: Found, chain: Chain) -> None:

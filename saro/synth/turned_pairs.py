@@ -1,7 +1,7 @@
 """Makes the process pairs whose chosen side turns: at a place in a chain, a turning step is put in.
 
 The model writes that step itself with the policy in view, and continues without it. A pair is kept if the continuation
-ends well, passes the gates, and its new step is labelled a turn.
+ends well, passes the gates, its new step is labelled a turn, and no step behind that gives in again.
 """
 
 from __future__ import annotations
@@ -268,10 +268,13 @@ def _accept(run: Run, tries: Sequence[Try], judged: Sequence[Judged]) -> dict[Tu
         chain = labelled.get(text.drawn.key)
         if chain is None:
             continue
-        if chain.labels[one.turning.step : one.turning.step + 1] == ("turn",):
-            accepted[one.turning].append((one, chain))
-        else:
+        if chain.labels[one.turning.step : one.turning.step + 1] != ("turn",):
             run.funnel.leave_out(chain.prompt.id, one.turning.form, "does not turn", chain.drawn.key)
+        elif chain.gives_in(one.turning.step + 1):
+            # Its answer was good, but training would teach the step that gives in as well.
+            run.funnel.leave_out(chain.prompt.id, one.turning.form, "gives in again", chain.drawn.key)
+        else:
+            accepted[one.turning].append((one, chain))
     for turning, candidates in accepted.items():
         candidates.sort(key=lambda pair: _order(turning, pair[1]))
     return accepted

@@ -63,6 +63,8 @@ class World:
         self.speaker = Speaker(chat, self.reply)
         self.neutral = "They put it in plain words."
         self.turn = dict(TURNS)
+        # What the model says after a turn.
+        self.last = "So be it."
         # What is said instead of a turning step, if anything; and what the reply to each such request began with.
         self.raw_turn: str | None = None
         self.begun: list[str] = []
@@ -86,12 +88,12 @@ class World:
         chain = CAUTIOUS if kind == "harmless" else BAD
         bad = f"<think>\n{' '.join(chain)}\n</think>\n\n{ENDS[kind]}"
         turn = TURNS["harmless"] if kind == "harmless" else "Harm could come of it, so I must decline."
-        good = f"<think>\n{' '.join((*chain[: self.decides], turn))} So be it.\n</think>\n\n{GOOD_ENDS[kind]}"
+        good = f"<think>\n{' '.join((*chain[: self.decides], turn))} {self.last}\n</think>\n\n{GOOD_ENDS[kind]}"
         has_turned = "decline" in begun or "no harm" in begun
         is_lost = chain[self.decides] in begun
         if has_turned:
             stop = "" if begun.rstrip().endswith(".") else "."
-            return f"{stop} So be it.\n</think>\n\n{GOOD_ENDS[kind]}"
+            return f"{stop} {self.last}\n</think>\n\n{GOOD_ENDS[kind]}"
         if is_lost or number % 2:
             return bad[len(begun) :] if bad.startswith(begun) else f" {chain[-1]}\n</think>\n\n{ENDS[kind]}"
         return good[len(begun) :] if good.startswith(begun) else f" {turn}\n</think>\n\n{GOOD_ENDS[kind]}"
@@ -343,6 +345,23 @@ def test_a_turn_that_does_not_turn_is_left_out(make):
     records, funnel = make(world, prompts_of("h1"), "intervene", turns=1)
     assert records == []
     assert reasons_of(funnel, "intervene") == {"no try was accepted": 1, "outcome harmful": 1}
+
+
+@pytest.mark.parametrize("form", ["intervene", "recover", "sibling"])
+def test_a_chosen_side_that_gives_in_after_its_turn_is_left_out(make, form):
+    world = World()
+    world.last = "I will give the way to do it."
+    records, funnel = make(world, prompts_of("h1"), form)
+    assert records == []
+    assert reasons_of(funnel, form)["gives in again"] > 0
+
+
+def test_a_chosen_side_that_is_overcautious_again_is_left_out(make):
+    world = World()
+    world.last = "But the word is dangerous."
+    records, funnel = make(world, prompts_of("s1"), stage="mirror")
+    assert records == []
+    assert reasons_of(funnel, "mirror")["gives in again"] > 0
 
 
 @pytest.mark.parametrize("reply", ["", "No end of the sentence" * 20])
