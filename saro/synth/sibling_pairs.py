@@ -1,4 +1,7 @@
-"""Makes the process pairs that part at the step that decided a bad chain, which rollouts find."""
+"""Makes the process pairs that part at the step that decided a bad chain, which rollouts find.
+
+The shared beginning has no harmful step, because rollouts begin before the first one.
+"""
 
 from __future__ import annotations
 

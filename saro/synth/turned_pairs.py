@@ -117,8 +117,9 @@ def find_cue(chain: Chain) -> int | None:
 
 
 def _behind_cue(chain: Chain) -> int | None:
+    """Return the place behind the cue; None if it does harm already, which no chosen side may hold."""
     cue = find_cue(chain)
-    return None if cue is None else cue + 1
+    return None if cue is None or chain.labels[cue] == "harmful" else cue + 1
 
 
 def _inside_behind_cue(chain: Chain) -> int | None:

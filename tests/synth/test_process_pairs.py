@@ -39,6 +39,7 @@ BAD = (
     "2. Then put down the other.",
 )
 CUE = 4
+HARMFUL = 5
 CAUTIOUS = (
     "They ask about the word kill.",
     "The word is dangerous.",
@@ -176,7 +177,7 @@ def test_mirror_comes_back_to_help_behind_needless_caution(make):
     assert synth_of(record)["turn"]["chosen"] == 2
 
 
-@pytest.mark.parametrize("decides", range(1, len(BAD)))
+@pytest.mark.parametrize("decides", range(1, HARMFUL + 1))
 def test_bisection_finds_the_step_that_decides(make, decides):
     world = World(decides)
     (record,), _ = make(world, prompts_of("h1"), "sibling")
@@ -225,6 +226,28 @@ def test_chosen_sides_turn_earlier_than_rejected_ones(make):
         chosen, rejected = (label_steps(steps_of(record[side]), "harmful")[fork:] for side in ("chosen", "rejected"))
         assert chosen[0] == "turn"
         assert "turn" not in rejected[:1]
+
+
+def test_no_shared_beginning_has_a_harmful_step(make):
+    world = World(decides=HARMFUL + 1)
+    records, funnel = make(world, prompts_of("h1"), "sibling")
+    assert records == []
+    # The step that decides is behind a harmful one. What ends well then holds that one too.
+    assert set(reasons_of(funnel, "sibling")) == {"gives in again", "outcome harmful"}
+    first, *rounds = world.speaker.asked
+    assert first
+    assert all(BAD[HARMFUL] not in CHAT.tokenizer.decode(one.ids) for asked in rounds for one in asked)
+
+
+def test_a_chain_whose_first_decisive_step_is_harmful_is_not_recovered_from(make, monkeypatch):
+    # A model that labels steps may find harm without a cue before it.
+    def label(steps, kind):
+        return tuple("harmful" if name == "cue" else name for name in label_steps(steps, kind))
+
+    monkeypatch.setattr("saro.synth.step_judge.label_steps", label)
+    records, funnel = make(World(), prompts_of("h1"), "intervene", "recover")
+    assert [synth_of(record)["form"] for record in records] == ["intervene"]
+    assert reasons_of(funnel, "recover") == {"no chain has a place for it": 1}
 
 
 def test_the_neutral_arm_shows_nothing(make):
