@@ -90,6 +90,10 @@ class Chain:
         """Return True if a step from ``start`` on decides for the wrong answer or does harm, however the text ends."""
         return self.first("cue", "harmful", start=start) is not None
 
+    def step_text(self, step: int) -> str | None:
+        """Return the words of a step, one space between two; None if the reasoning ends before it."""
+        return " ".join(self.steps[step].text.split()) if step < len(self.steps) else None
+
     def prefix(self, steps: int) -> str:
         """Return the first steps as text."""
         return self.drawn.answer.think[: self.steps[steps - 1].stop] if steps else ""

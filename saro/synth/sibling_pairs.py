@@ -94,7 +94,10 @@ def _find_nearest(run: Run, found: Found, chain: Chain) -> Chain | None:
             run.funnel.leave_out(chain.prompt.id, FORM, reason, one.drawn.key)
     fit = []
     for one in label_chains(run, passed, FORM):
-        if one.gives_in(found.step):
+        if one.step_text(found.step) == chain.step_text(found.step):
+            # It says the step that decides, and came back later: the step would be learned and unlearned.
+            run.funnel.leave_out(chain.prompt.id, FORM, "the same step at the fork", one.drawn.key)
+        elif one.gives_in(found.step):
             run.funnel.leave_out(chain.prompt.id, FORM, "gives in again", one.drawn.key)
         else:
             fit.append(one)

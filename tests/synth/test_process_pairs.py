@@ -379,6 +379,19 @@ def test_a_chosen_side_that_gives_in_after_its_turn_is_left_out(make, form):
     assert reasons_of(funnel, form)["gives in again"] > 0
 
 
+def test_a_sibling_that_says_the_deciding_step_as_well_is_no_chosen_side(make):
+    class ComesBack(World):
+        def continue_chain(self, kind, begun, number):
+            text = super().continue_chain(kind, begun, number)
+            # Continuations that end well from the fork say its step first.
+            is_at_fork = begun and BAD[self.decides - 1] in begun and BAD[self.decides] not in begun
+            return f" {BAD[self.decides]} {text.lstrip()}" if is_at_fork and number % 2 == 0 else text
+
+    records, funnel = make(ComesBack(), prompts_of("h1"), "sibling")
+    assert records == []
+    assert reasons_of(funnel, "sibling")["the same step at the fork"] == 2
+
+
 def test_a_chosen_side_that_is_overcautious_again_is_left_out(make):
     world = World()
     world.last = "But the word is dangerous."
