@@ -127,13 +127,24 @@ def drop_repeats(chains: Sequence[Chain]) -> list[Chain]:
     return [chain for chain in chains if texts[chain.drawn.answer.think, chain.drawn.answer.answer] is chain]
 
 
-def find_fault(run: Run, judged: Judged, prefix: str) -> str | None:
-    """Return why a continuation of the beginning of a chain cannot be a chosen side; None if it can."""
+def find_fault(run: Run, judged: Judged, chain: Chain, step: int, prefix: str) -> str | None:
+    """Return why a continuation of the beginning of a chain cannot be a chosen side; None if it can.
+
+    Args:
+        judged: the continuation, with its beginning.
+        chain: the chain that it shares a beginning with.
+        step: number of shared steps.
+        prefix: what was continued: the shared steps, perhaps with another one behind them.
+    """
     if not judged.is_good:
         return f"outcome {judged.outcome}"
-    if not judged.drawn.answer.think.startswith(prefix.strip()):
+    think = judged.drawn.answer.think
+    if not think.startswith(prefix.strip()):
         # The ids of the fork leave its last characters to the model.
         return "another beginning"
+    if [one.text for one in split_steps(think)[:step]] != [one.text for one in chain.steps[:step]]:
+        # It goes on in the middle of a sentence, so that its steps and those of the chain have different numbers.
+        return "the fork is inside a step"
     return check_text(judged.drawn, run.chat, run.policy, banded=False)
 
 

@@ -87,7 +87,7 @@ def _find_nearest(run: Run, found: Found, chain: Chain) -> Chain | None:
     """Return the rollout that can be a chosen side and is nearest in length to the chain, so that length tells nothing."""
     passed = []
     for one in found.rollouts:
-        reason = find_fault(run, one, chain.prefix(found.step))
+        reason = find_fault(run, one, chain, found.step, chain.prefix(found.step))
         if reason is None:
             passed.append(one)
         else:

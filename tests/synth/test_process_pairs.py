@@ -448,6 +448,25 @@ def test_only_the_first_sentence_of_a_reply_is_put_in(make):
     assert steps_of(record["chosen"]) == [*BAD[:CUE], TURNS["harmful"], "So be it."]
 
 
+def test_a_turn_that_begins_with_a_small_letter_is_a_step_of_its_own(make):
+    world = World()
+    world.raw_turn = f" {TURNS['harmful'].lower()} Then I say more.\n</think>\n\nHello."
+    (record,), _ = make(world, prompts_of("h1"), "intervene", turns=1)
+    assert steps_of(record["chosen"]) == [*BAD[:CUE], TURNS["harmful"].lower().capitalize(), "So be it."]
+    assert synth_of(record)["turn"]["chosen"] == CUE
+
+
+def test_a_sibling_that_goes_on_inside_the_step_before_the_fork_is_left_out(make):
+    class GoesOn(World):
+        def continue_chain(self, kind, begun, number):
+            text = super().continue_chain(kind, begun, number)
+            return text.replace(TURNS["harmful"], TURNS["harmful"].lower()) if begun else text
+
+    records, funnel = make(GoesOn(), prompts_of("h1"), "sibling")
+    assert records == []
+    assert reasons_of(funnel, "sibling")["the fork is inside a step"] == 2
+
+
 def test_prompts_without_such_chains_are_counted(make):
     class Refuses(World):
         def continue_chain(self, kind, begun, number):
