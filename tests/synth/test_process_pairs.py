@@ -148,6 +148,26 @@ def test_intervene_puts_a_turn_in_place_of_the_first_cue(make):
     assert synth_of(record)["turn"] == {"chosen": CUE, "rejected": None}
 
 
+@pytest.mark.parametrize("name", ["chatml", "opens think"])
+def test_a_chain_may_be_turned_at_its_first_step(make, name):
+    chat = chat_cases.CHATS[name]
+
+    class GivesInAtOnce(World):
+        def continue_chain(self, kind, begun, number):
+            tag = "" if name == "opens think" or begun else "<think>\n"
+            if "decline" in begun:
+                return super().continue_chain(kind, begun, number)
+            return f"{tag}{BAD[CUE]} {BAD[HARMFUL]}\n</think>\n\n{ENDS[kind]}"
+
+    (record,), _ = make(GivesInAtOnce(chat=chat), prompts_of("h1"), "intervene")
+    assert synth_of(record)["fork"]["step"] == 0
+    assert steps_of(record["chosen"]) == [TURNS["harmful"], "So be it."]
+    chosen, rejected = chat.encode_pair(parse_pair(record, "r", "r"))
+    token = synth_of(record)["fork"]["token"]
+    assert (chosen.tokens[:token] == rejected.tokens[:token]).all()
+    assert (token == chosen.scored_from) == (name == "opens think")
+
+
 def test_recover_turns_right_behind_the_cue(make):
     (record,), _ = make(World(), prompts_of("h1"), "recover")
     assert steps_of(record["chosen"]) == [*BAD[: CUE + 1], TURNS["harmful"], "So be it."]
