@@ -252,8 +252,8 @@ def test_no_shared_beginning_has_a_harmful_step(make):
     world = World(decides=HARMFUL + 1)
     records, funnel = make(world, prompts_of("h1"), "sibling")
     assert records == []
-    # The step that decides is behind a harmful one. What ends well then holds that one too.
-    assert set(reasons_of(funnel, "sibling")) == {"gives in again", "outcome harmful"}
+    # The step that decides is behind a harmful one, so what ends well says that one too.
+    assert set(reasons_of(funnel, "sibling")) == {"the same step at the fork", "outcome harmful"}
     first, *rounds = world.speaker.asked
     assert first
     assert all(BAD[HARMFUL] not in CHAT.tokenizer.decode(one.ids) for asked in rounds for one in asked)
@@ -524,4 +524,12 @@ def test_a_server_whose_tokenizer_is_not_known_is_an_error(runtime, tmp_path):
         judge = Judge(read_judge("rules"), None, store, runtime)
         with pytest.raises(SaroError, match="tokenizer is not known; give"):
             make_process_pairs(prompts_of("h1"), author, judge, StepJudge(), POLICY, options_of(), Funnel())
+    assert world.speaker.asked == []
+
+
+@pytest.mark.parametrize(("stage", "id"), [("pp", "h1"), ("mirror", "s1")])
+def test_a_template_that_closes_the_reasoning_is_an_error_before_anything_is_drawn(make, stage, id):
+    world = World(chat=chat_cases.chat_of(chat_cases.QWEN3, template_variables={"enable_thinking": False}))
+    with pytest.raises(SaroError, match=r"closes the reasoning .* set --data.template_variables.enable_thinking true"):
+        make(world, prompts_of(id), stage=stage)
     assert world.speaker.asked == []
