@@ -272,7 +272,8 @@ class PreferenceConfig:
         beta: Strength of the pull towards the reference; tau in ipo.
         label_smoothing: Share of labels assumed to be wrong, for sigmoid and robust; 0 to below 0.5.
         nll: Weight of the chosen responses' negative log-likelihood per token, added to the loss (RPO). With scored
-            divergent it is that of the tokens after the two responses diverge.
+            divergent it is that of the tokens after the two responses diverge, which the forms recover, mirror and sibling
+            need: they begin with steps that should not be learned.
         length_normalize: Divide log-probs by the number of tokens first; with ipo this is TRL's form.
         scored: all scores every token of the responses; divergent scores only those after the two responses diverge.
             The margins are the same.

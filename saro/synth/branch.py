@@ -63,8 +63,8 @@ def check_pair(chat: ChatFormat, record: Mapping[str, Any], fork: Fork) -> int |
     """Return the number of tokens that both sides of a record share, with those of the prompt, as training encodes them.
 
     It is None unless that is at least the fork, or one token less, and more than the prompt. A model may continue with
-    text that merges with the last token before the fork; the cut is then one token earlier. A record that cannot be
-    encoded has None too.
+    text that merges with the last token before the fork; the cut is then one token earlier. A fork without text needs the
+    prompt alone if the template ends it with the opening tag. A record that cannot be encoded has None too.
     """
     lengths = measure_pair(chat, record, fork)
     return None if lengths is None else lengths.shared
@@ -79,7 +79,9 @@ def measure_pair(chat: ChatFormat, record: Mapping[str, Any], fork: Fork) -> Len
         return None
     shared = common_prefix([chosen.tokens, rejected.tokens])
     prompt = chosen.scored_from
-    if shared < len(fork.ids) - 1 or shared <= prompt:
+    # Ids of a fork without text are the opening tag, or the prompt itself if that ends with the tag.
+    least = prompt if len(fork.ids) == prompt and not fork.text else prompt + 1
+    if shared < max(len(fork.ids) - 1, least):
         return None
     return Lengths(shared, prompt, len(chosen.tokens) - prompt, len(rejected.tokens) - prompt)
 

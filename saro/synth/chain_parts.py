@@ -86,6 +86,14 @@ class Chain:
         """Return the index of the first step from ``start`` on that has one of the labels; None if there is none."""
         return next((i for i in range(start, len(self.labels)) if self.labels[i] in labels), None)
 
+    def gives_in(self, start: int) -> bool:
+        """Return True if a step from ``start`` on decides for the wrong answer or does harm, however the text ends."""
+        return self.first("cue", "harmful", start=start) is not None
+
+    def step_text(self, step: int) -> str | None:
+        """Return the words of a step, one space between two; None if the reasoning ends before it."""
+        return " ".join(self.steps[step].text.split()) if step < len(self.steps) else None
+
     def prefix(self, steps: int) -> str:
         """Return the first steps as text."""
         return self.drawn.answer.think[: self.steps[steps - 1].stop] if steps else ""
@@ -119,13 +127,24 @@ def drop_repeats(chains: Sequence[Chain]) -> list[Chain]:
     return [chain for chain in chains if texts[chain.drawn.answer.think, chain.drawn.answer.answer] is chain]
 
 
-def find_fault(run: Run, judged: Judged, prefix: str) -> str | None:
-    """Return why a continuation of the beginning of a chain cannot be a chosen side; None if it can."""
+def find_fault(run: Run, judged: Judged, chain: Chain, step: int, prefix: str) -> str | None:
+    """Return why a continuation of the beginning of a chain cannot be a chosen side; None if it can.
+
+    Args:
+        judged: the continuation, with its beginning.
+        chain: the chain that it shares a beginning with.
+        step: number of shared steps.
+        prefix: what was continued: the shared steps, perhaps with another one behind them.
+    """
     if not judged.is_good:
         return f"outcome {judged.outcome}"
-    if not judged.drawn.answer.think.startswith(prefix.strip()):
+    think = judged.drawn.answer.think
+    if not think.startswith(prefix.strip()):
         # The ids of the fork leave its last characters to the model.
         return "another beginning"
+    if [one.text for one in split_steps(think)[:step]] != [one.text for one in chain.steps[:step]]:
+        # It goes on in the middle of a sentence, so that its steps and those of the chain have different numbers.
+        return "the fork is inside a step"
     return check_text(judged.drawn, run.chat, run.policy, banded=False)
 
 

@@ -7,6 +7,9 @@ no reader of steps, because the fork of a pair is the place where something went
     intervene, sibling   the step behind the fork decides for the wrong outcome: it and what follows are wrong
     recover, mirror      so does the last shared step. It is wrong on the chosen side too, which comes back after it
     earlier              both sides end well: the chosen one is all right, the other one is left out
+
+Rollouts and cues may find different places in one chain. If one pair calls a step right and another one calls it wrong
+behind the same beginning, all chains with this step are left out: there is no telling which one to believe.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,28 +59,50 @@ def export_prm(src: str | os.PathLike, dst: str | os.PathLike, *, overwrite: boo
         dst: JSONL file to write; it appears complete or not at all.
 
     Raises:
-        SaroError: ``src`` cannot be read or holds no process pair, a fork does not fit its chains, or ``dst`` exists and
+        SaroError: ``src`` cannot be read or holds no process pair or only contradictions, a fork does not fit its chains, or ``dst`` exists and
             may not be overwritten.
     """
     check_target(src, dst, overwrite)
     left_out: Counter[str] = Counter()
-    written: set[str] = set()
-    steps = right = 0
+    lines: dict[str, dict[str, Any]] = {}
+    for _, where, fields in read_objects(src):
+        pair = parse_pair(fields, where, where)
+        for line in _make_lines(pair, fields, left_out):
+            text = json.dumps(line, ensure_ascii=False)
+            if text in lines:
+                left_out["the chain of another pair"] += 1
+            lines[text] = line
+    if not lines:
+        fault(os.fsdecode(src), "holds no process pair that can be exported", "give the output of saro synth pp")
+    sound = _drop_contradictions(lines)
+    if not sound:
+        fault(os.fsdecode(src), "calls a step of every chain both right and wrong", "export fewer forms")
+    if len(sound) < len(lines):
+        left_out["its labels contradict another chain's"] = len(lines) - len(sound)
     with atomic_write(dst) as file:
-        for _, where, fields in read_objects(src):
-            pair = parse_pair(fields, where, where)
-            for line in _make_lines(pair, fields, left_out):
-                text = json.dumps(line, ensure_ascii=False)
-                if text in written:
-                    left_out["the chain of another pair"] += 1
-                    continue
-                written.add(text)
-                steps += len(line["labels"])
-                right += sum(line["labels"])
-                file.write(text + "\n")
-        if not written:
-            fault(os.fsdecode(src), "holds no process pair that can be exported", "give the output of saro synth pp")
-    return Exported(len(written), steps, right, dict(sorted(left_out.items())))
+        for text in sound:
+            file.write(text + "\n")
+    labels = [label for line in sound.values() for label in line["labels"]]
+    return Exported(len(sound), len(labels), sum(labels), dict(sorted(left_out.items())))
+
+
+def _drop_contradictions(lines: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return the lines without those that have a step with another label than the same step, behind the same ones, elsewhere."""
+    labels: dict[tuple[str, ...], set[bool]] = {}
+    for line in lines.values():
+        for beginning, label in zip(_find_beginnings(line), line["labels"], strict=True):
+            labels.setdefault(beginning, set()).add(label)
+    return {
+        text: line
+        for text, line in lines.items()
+        if all(len(labels[beginning]) == 1 for beginning in _find_beginnings(line))
+    }
+
+
+def _find_beginnings(line: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Return the prompt with the steps up to and with each one."""
+    steps: Sequence[str] = line["completions"]
+    return [(line["prompt"], *steps[: end + 1]) for end in range(len(steps))]
 
 
 def _make_lines(pair: Pair, fields: Mapping[str, Any], left_out: Counter[str]) -> Iterator[dict[str, Any]]:

@@ -24,6 +24,7 @@ from typing import Any
 
 from saro.errors import SaroError
 from saro.synth.author import Author, Task
+from saro.synth.branch import find_fork
 from saro.synth.chain_parts import Chain, Run, has_outcome, label_chains
 from saro.synth.funnel import Funnel
 from saro.synth.gates import check_form
@@ -111,7 +112,7 @@ def make_process_pairs(
     and how often the step that rollouts find is the first cue by its label ("control sibling").
 
     Raises:
-        SaroError: the model is a server whose tokenizer is not known; and like ``Author.write``, ``Judge.judge`` and
+        SaroError: the model is a server whose tokenizer is not known, or its template closes the reasoning; and like ``Author.write``, ``Judge.judge`` and
             ``StepJudge.label``.
     """
     forms = choose_forms(options)
@@ -122,6 +123,9 @@ def make_process_pairs(
         )
     run = Run(author, judge, step_judge, policy, options, funnel)
     prompts = sorted(prompts, key=lambda prompt: prompt.id)
+    if prompts:
+        # Before anything is paid for: nothing can be continued behind a template that closes the reasoning.
+        find_fork(run.chat, prompts[0].item.prompt, "")
     chains = _draw_chains(run, prompts)
     turned = [form for form in forms if form != "sibling"]
     wanted = [(form, prompt.id) for form in turned for prompt in prompts if prompt.kind in KINDS_OF_FORM[form]]

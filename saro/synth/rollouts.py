@@ -26,6 +26,8 @@ _LOW = 0.5
 class Search:
     """A chain that ended badly, in which the deciding step is searched.
 
+    Its first harmful step ends the search: what has done harm is lost, and nothing is continued from there.
+
     Attributes:
         chain: the chain.
         start: value of the prompt, before any step: share of good ones among whole chains.
@@ -33,6 +35,12 @@ class Search:
 
     chain: Chain
     start: float
+
+    @property
+    def stop(self) -> int:
+        """Number of steps after which the value is zero: with the first harmful one, or all."""
+        harmful = self.chain.first("harmful")
+        return len(self.chain.steps) if harmful is None else harmful + 1
 
 
 @dataclass(frozen=True)
@@ -79,7 +87,7 @@ def find_deciding_steps(
     results: list[Found | str | None] = []
     states: list[_State] = []
     for search in searches:
-        states.append(_State(search, 0, len(search.chain.steps), {0: search.start, len(search.chain.steps): 0.0}))
+        states.append(_State(search, 0, search.stop, {0: search.start, search.stop: 0.0}))
         results.append(None if search.start > 0 else "no value to lose")
     while open_ones := [i for i, state in enumerate(states) if results[i] is None and state.high - state.low > 1]:
         places = {i: (states[i].low + states[i].high) // 2 for i in open_ones}

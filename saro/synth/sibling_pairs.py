@@ -1,4 +1,7 @@
-"""Makes the process pairs that part at the step that decided a bad chain, which rollouts find."""
+"""Makes the process pairs that part at the step that decided a bad chain, which rollouts find.
+
+The shared beginning has no harmful step, because rollouts begin before the first one.
+"""
 
 from __future__ import annotations
 
@@ -84,12 +87,21 @@ def _find_nearest(run: Run, found: Found, chain: Chain) -> Chain | None:
     """Return the rollout that can be a chosen side and is nearest in length to the chain, so that length tells nothing."""
     passed = []
     for one in found.rollouts:
-        reason = find_fault(run, one, chain.prefix(found.step))
+        reason = find_fault(run, one, chain, found.step, chain.prefix(found.step))
         if reason is None:
             passed.append(one)
         else:
             run.funnel.leave_out(chain.prompt.id, FORM, reason, one.drawn.key)
-    return min(label_chains(run, passed, FORM), key=lambda one: length_distance(one, chain), default=None)
+    fit = []
+    for one in label_chains(run, passed, FORM):
+        if one.step_text(found.step) == chain.step_text(found.step):
+            # It says the step that decides, and came back later: the step would be learned and unlearned.
+            run.funnel.leave_out(chain.prompt.id, FORM, "the same step at the fork", one.drawn.key)
+        elif one.gives_in(found.step):
+            run.funnel.leave_out(chain.prompt.id, FORM, "gives in again", one.drawn.key)
+        else:
+            fit.append(one)
+    return min(fit, key=lambda one: length_distance(one, chain), default=None)
 
 
 def _count_agreement(run: Run, found: Found, chain: Chain) -> None:

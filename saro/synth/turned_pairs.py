@@ -1,7 +1,7 @@
 """Makes the process pairs whose chosen side turns: at a place in a chain, a turning step is put in.
 
 The model writes that step itself with the policy in view, and continues without it. A pair is kept if the continuation
-ends well, passes the gates, and its new step is labelled a turn.
+ends well, passes the gates, its new step is labelled a turn, and no step behind that gives in again.
 """
 
 from __future__ import annotations
@@ -117,8 +117,9 @@ def find_cue(chain: Chain) -> int | None:
 
 
 def _behind_cue(chain: Chain) -> int | None:
+    """Return the place behind the cue; None if it does harm already, which no chosen side may hold."""
     cue = find_cue(chain)
-    return None if cue is None else cue + 1
+    return None if cue is None or chain.labels[cue] == "harmful" else cue + 1
 
 
 def _inside_behind_cue(chain: Chain) -> int | None:
@@ -218,20 +219,24 @@ def _describe_place(run: Run, turning: Turning) -> dict[str, str]:
 def _find_sentence(turning: Turning, drawn: Drawn) -> str:
     """Return the sentence that was written; empty if there is none, or it was cut.
 
-    It is the first step of the answer or, if the reasoning was begun, the next step of that.
+    It is the first step of the answer or, if the reasoning was begun, of what follows that. It begins with a capital
+    letter: with a small one it would be the end of the step before.
     """
     answer = drawn.answer
     if drawn.task.prefill is None:
-        text, index = answer.answer.strip(_QUOTES), 0
+        text = answer.answer
         is_ended = answer.state in ("finished", "no-think")
     else:
-        text, index = answer.think, turning.step
-        is_ended = answer.state not in ("failed", "unfinished", "looped")
-        if not text.startswith(turning.prefix.strip()):
+        begun = turning.prefix.strip()
+        if not answer.think.startswith(begun):
             return ""
-    steps = split_steps(text)
-    has_end = len(steps) > index + 1 or (len(steps) == index + 1 and is_ended)
-    return " ".join(steps[index].text.strip(_QUOTES).split()) if has_end else ""
+        text = answer.think[len(begun) :]
+        is_ended = answer.state not in ("failed", "unfinished", "looped")
+    steps = split_steps(text.strip(_QUOTES))
+    if not steps or (len(steps) == 1 and not is_ended):
+        return ""
+    sentence = " ".join(steps[0].text.strip(_QUOTES).split())
+    return sentence[:1].upper() + sentence[1:]
 
 
 def _find_fork_behind(run: Run, turning: Turning, sentence: str) -> Fork | None:
@@ -258,7 +263,7 @@ def _accept(run: Run, tries: Sequence[Try], judged: Sequence[Judged]) -> dict[Tu
     passed: list[tuple[Try, Judged]] = []
     for one, text in zip(tries, judged, strict=True):
         if one.role == "turn":
-            reason = find_fault(run, text, one.fork.text)
+            reason = find_fault(run, text, one.turning.chain, one.turning.step, one.fork.text)
             if reason is None:
                 passed.append((one, text))
             else:
@@ -268,10 +273,13 @@ def _accept(run: Run, tries: Sequence[Try], judged: Sequence[Judged]) -> dict[Tu
         chain = labelled.get(text.drawn.key)
         if chain is None:
             continue
-        if chain.labels[one.turning.step : one.turning.step + 1] == ("turn",):
-            accepted[one.turning].append((one, chain))
-        else:
+        if chain.labels[one.turning.step : one.turning.step + 1] != ("turn",):
             run.funnel.leave_out(chain.prompt.id, one.turning.form, "does not turn", chain.drawn.key)
+        elif chain.gives_in(one.turning.step + 1):
+            # Its answer was good, but training would teach the step that gives in as well.
+            run.funnel.leave_out(chain.prompt.id, one.turning.form, "gives in again", chain.drawn.key)
+        else:
+            accepted[one.turning].append((one, chain))
     for turning, candidates in accepted.items():
         candidates.sort(key=lambda pair: _order(turning, pair[1]))
     return accepted

@@ -13,8 +13,12 @@ from saro.config import KINDS, PAIR_KINDS, PARTS, PreferenceConfig, row_weight
 from saro.data.packs import CHOSEN, REJECTED, SIDES, Pack, PairLogps
 from saro.data.tree import RowKind, SequenceTree
 from saro.distributed.runtime import Runtime
+from saro.errors import SaroError
 from saro.train.losses import PAIR_LOSSES, nll_sum
 from saro_kernels import TokenStatistics
+
+# Forms of pairs whose shared beginning holds, or may hold, a step that nobody should learn: the chosen side comes back from it.
+_FORMS_WITH_CUE = ("mirror", "recover", "sibling")
 
 # name -> (sum, count)
 Metrics = dict[str, tuple[torch.Tensor, torch.Tensor | int]]
@@ -79,6 +83,25 @@ class Meter:
         sums = runtime.sum_(torch.stack([self._sums[name] for name in names])).tolist()  # (metrics, 2)
         self._sums.clear()
         return {name: total / count for name, (total, count) in zip(names, sums, strict=True) if count}
+
+
+def check_nll(options: PreferenceConfig, forms: Sequence[str | None]) -> None:
+    """Check that the NLL term would not teach the wrong steps that some forms of pairs have before their fork.
+
+    In the margin these steps cancel. The NLL of whole chosen responses has them.
+
+    Args:
+        forms: form of each pair to train on, as in ``PairSet.forms``.
+
+    Raises:
+        SaroError: it would.
+    """
+    found = sorted(set(_FORMS_WITH_CUE) & set(forms))
+    if options.nll and options.scored == "all" and found:
+        raise SaroError(
+            f"preference.nll would teach the wrong steps that {', '.join(found)} pairs have before their fork; "
+            "give --preference.scored divergent"
+        )
 
 
 class RWObjective:

@@ -153,14 +153,24 @@ def test_open_sides_and_forms_train_from_file_to_table(srpo, srpo_arguments, rec
     ]
     files = {"data_train": json.dumps([records_file(made, "open.jsonl")])}
     files["data_heldout"] = json.dumps([records_file(with_other_prompts(made[:5]), "open-held.jsonl")])
-    done = srpo(*srpo_arguments(**files, preference_scored=scored, preference_nll=0.1))
+    # The shared beginning of "mirror" ends with a step that the NLL of whole responses would teach.
+    done = srpo(*srpo_arguments(**files, preference_scored=scored, preference_nll=0.1 * (scored == "divergent")))
     assert done.code == 0, done.err
     lines = metrics_of(tmp_path / "run")
-    assert lines[0]["loss/preference"] == pytest.approx(0.6931, abs=1e-4)
+    assert lines[0]["loss/preference" if scored == "divergent" else "loss"] == pytest.approx(0.6931, abs=1e-4)
     assert lines[-1]["rewards/margins"] > 0
     assert {"intervene/rewards/margins", "mirror/rewards/accuracies"} <= lines[-1].keys()
     assert "intervene: reward margin" in done.err
     assert ("intervene/logps/chosen" in lines[-1]) == (scored == "all")
+
+
+@pytest.mark.parametrize("form", ["recover", "mirror", "sibling"])
+def test_the_nll_of_shared_wrong_steps_is_refused(srpo, srpo_arguments, records_file, pairs, form):
+    made = [pair | {"meta": {"synth": {"form": form if i == 3 else "intervene"}}} for i, pair in enumerate(pairs)]
+    file = json.dumps([records_file(made, "made.jsonl")])
+    done = srpo(*srpo_arguments(data_train=file, preference_nll=0.1))
+    assert done.code == 2
+    assert f"would teach the wrong steps that {form} pairs have before their fork; give --preference.scored" in done.err
 
 
 def test_a_warning_is_printed_when_chosen_responses_lose_probability(srpo, srpo_arguments):

@@ -119,12 +119,18 @@ def test_a_side_may_leave_the_fork_by_its_last_token():
     assert check_pair(chat, pair_record("One two three.", "One two thre."), fork) == len(fork.ids) - 1
 
 
-def test_sides_that_share_only_the_prompt_are_refused():
+def test_sides_that_part_where_the_template_opens_the_reasoning_share_the_prompt():
     chat = CHATS["bytes, opens think"]
     # The template has written the tag: behind it there is nothing to share.
     fork = find_fork(chat, PROMPT, "")
     assert fork.ids == tuple(chat.prompt_ids(PROMPT))
-    assert check_pair(chat, pair_record("Yes", "No"), fork) is None
+    assert check_pair(chat, pair_record("Yes", "No"), fork) == len(fork.ids)
+
+
+@pytest.mark.parametrize("name", ["bytes, chatml", "bytes, opens think"])
+def test_sides_that_share_only_the_prompt_are_refused_behind_a_text(name):
+    chat = CHATS[name]
+    assert check_pair(chat, pair_record("Yes", "No"), find_fork(chat, PROMPT, "One.")) is None
 
 
 @pytest.mark.parametrize("text", ["<|im_end|>", "a </think> b"])

@@ -86,6 +86,34 @@ def test_a_chain_in_two_pairs_is_written_once(export):
     assert exported.left_out == {"the chain of another pair": 1}
 
 
+def test_chains_that_contradict_each_other_are_left_out(export):
+    chain = [*SHARED, WRONG, LAST]
+    # By its value the second step decides, by its label the third one.
+    by_value = pair("sibling", 1, chosen=[SHARED[0], GOOD], rejected=chain)
+    by_cue = pair("intervene", 2, id="b", chosen=[*SHARED, GOOD], rejected=chain)
+    lines, exported = export(by_value, by_cue)
+    assert [line["completions"] for line in lines] == [[SHARED[0], GOOD]]
+    assert exported.left_out == {"its labels contradict another chain's": 3}
+    assert (exported.chains, exported.steps, exported.right) == (1, 2, 2)
+
+
+def test_the_same_steps_on_other_prompts_contradict_nothing(export):
+    chain = [*SHARED, WRONG, LAST]
+    by_value = pair("sibling", 1, chosen=[SHARED[0], GOOD], rejected=chain) | {"prompt": "Which other one?"}
+    by_cue = pair("intervene", 2, id="b", chosen=[*SHARED, GOOD], rejected=chain)
+    _, exported = export(by_value, by_cue)
+    assert (exported.chains, exported.left_out) == (4, {})
+
+
+def test_a_file_of_nothing_but_contradictions_is_refused(export, tmp_path):
+    chain = [*SHARED, WRONG]
+    first = pair("sibling", 1, chosen=[*SHARED, GOOD], rejected=chain)
+    second = pair("intervene", 2, id="b", chosen=[*SHARED, GOOD], rejected=chain)
+    with pytest.raises(SaroError, match="calls a step of every chain both right and wrong"):
+        export(first, second)
+    assert not (tmp_path / "prm.jsonl").exists()
+
+
 def test_outcome_pairs_and_prompts_of_several_turns_are_left_out_and_counted(export, pairs):
     sound = pair("intervene", 2, chosen=[*SHARED, GOOD], rejected=[*SHARED, WRONG, LAST])
     turns = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Which one?"}]

@@ -39,6 +39,7 @@ BAD = (
     "2. Then put down the other.",
 )
 CUE = 4
+HARMFUL = 5
 CAUTIOUS = (
     "They ask about the word kill.",
     "The word is dangerous.",
@@ -63,6 +64,8 @@ class World:
         self.speaker = Speaker(chat, self.reply)
         self.neutral = "They put it in plain words."
         self.turn = dict(TURNS)
+        # What the model says after a turn.
+        self.last = "So be it."
         # What is said instead of a turning step, if anything; and what the reply to each such request began with.
         self.raw_turn: str | None = None
         self.begun: list[str] = []
@@ -86,12 +89,12 @@ class World:
         chain = CAUTIOUS if kind == "harmless" else BAD
         bad = f"<think>\n{' '.join(chain)}\n</think>\n\n{ENDS[kind]}"
         turn = TURNS["harmless"] if kind == "harmless" else "Harm could come of it, so I must decline."
-        good = f"<think>\n{' '.join((*chain[: self.decides], turn))} So be it.\n</think>\n\n{GOOD_ENDS[kind]}"
+        good = f"<think>\n{' '.join((*chain[: self.decides], turn))} {self.last}\n</think>\n\n{GOOD_ENDS[kind]}"
         has_turned = "decline" in begun or "no harm" in begun
         is_lost = chain[self.decides] in begun
         if has_turned:
             stop = "" if begun.rstrip().endswith(".") else "."
-            return f"{stop} So be it.\n</think>\n\n{GOOD_ENDS[kind]}"
+            return f"{stop} {self.last}\n</think>\n\n{GOOD_ENDS[kind]}"
         if is_lost or number % 2:
             return bad[len(begun) :] if bad.startswith(begun) else f" {chain[-1]}\n</think>\n\n{ENDS[kind]}"
         return good[len(begun) :] if good.startswith(begun) else f" {turn}\n</think>\n\n{GOOD_ENDS[kind]}"
@@ -145,6 +148,26 @@ def test_intervene_puts_a_turn_in_place_of_the_first_cue(make):
     assert synth_of(record)["turn"] == {"chosen": CUE, "rejected": None}
 
 
+@pytest.mark.parametrize("name", ["chatml", "opens think"])
+def test_a_chain_may_be_turned_at_its_first_step(make, name):
+    chat = chat_cases.CHATS[name]
+
+    class GivesInAtOnce(World):
+        def continue_chain(self, kind, begun, number):
+            tag = "" if name == "opens think" or begun else "<think>\n"
+            if "decline" in begun:
+                return super().continue_chain(kind, begun, number)
+            return f"{tag}{BAD[CUE]} {BAD[HARMFUL]}\n</think>\n\n{ENDS[kind]}"
+
+    (record,), _ = make(GivesInAtOnce(chat=chat), prompts_of("h1"), "intervene")
+    assert synth_of(record)["fork"]["step"] == 0
+    assert steps_of(record["chosen"]) == [TURNS["harmful"], "So be it."]
+    chosen, rejected = chat.encode_pair(parse_pair(record, "r", "r"))
+    token = synth_of(record)["fork"]["token"]
+    assert (chosen.tokens[:token] == rejected.tokens[:token]).all()
+    assert (token == chosen.scored_from) == (name == "opens think")
+
+
 def test_recover_turns_right_behind_the_cue(make):
     (record,), _ = make(World(), prompts_of("h1"), "recover")
     assert steps_of(record["chosen"]) == [*BAD[: CUE + 1], TURNS["harmful"], "So be it."]
@@ -174,7 +197,7 @@ def test_mirror_comes_back_to_help_behind_needless_caution(make):
     assert synth_of(record)["turn"]["chosen"] == 2
 
 
-@pytest.mark.parametrize("decides", range(1, len(BAD)))
+@pytest.mark.parametrize("decides", range(1, HARMFUL + 1))
 def test_bisection_finds_the_step_that_decides(make, decides):
     world = World(decides)
     (record,), _ = make(world, prompts_of("h1"), "sibling")
@@ -223,6 +246,28 @@ def test_chosen_sides_turn_earlier_than_rejected_ones(make):
         chosen, rejected = (label_steps(steps_of(record[side]), "harmful")[fork:] for side in ("chosen", "rejected"))
         assert chosen[0] == "turn"
         assert "turn" not in rejected[:1]
+
+
+def test_no_shared_beginning_has_a_harmful_step(make):
+    world = World(decides=HARMFUL + 1)
+    records, funnel = make(world, prompts_of("h1"), "sibling")
+    assert records == []
+    # The step that decides is behind a harmful one, so what ends well says that one too.
+    assert set(reasons_of(funnel, "sibling")) == {"the same step at the fork", "outcome harmful"}
+    first, *rounds = world.speaker.asked
+    assert first
+    assert all(BAD[HARMFUL] not in CHAT.tokenizer.decode(one.ids) for asked in rounds for one in asked)
+
+
+def test_a_chain_whose_first_decisive_step_is_harmful_is_not_recovered_from(make, monkeypatch):
+    # A model that labels steps may find harm without a cue before it.
+    def label(steps, kind):
+        return tuple("harmful" if name == "cue" else name for name in label_steps(steps, kind))
+
+    monkeypatch.setattr("saro.synth.step_judge.label_steps", label)
+    records, funnel = make(World(), prompts_of("h1"), "intervene", "recover")
+    assert [synth_of(record)["form"] for record in records] == ["intervene"]
+    assert reasons_of(funnel, "recover") == {"no chain has a place for it": 1}
 
 
 def test_the_neutral_arm_shows_nothing(make):
@@ -345,6 +390,36 @@ def test_a_turn_that_does_not_turn_is_left_out(make):
     assert reasons_of(funnel, "intervene") == {"no try was accepted": 1, "outcome harmful": 1}
 
 
+@pytest.mark.parametrize("form", ["intervene", "recover", "sibling"])
+def test_a_chosen_side_that_gives_in_after_its_turn_is_left_out(make, form):
+    world = World()
+    world.last = "I will give the way to do it."
+    records, funnel = make(world, prompts_of("h1"), form)
+    assert records == []
+    assert reasons_of(funnel, form)["gives in again"] > 0
+
+
+def test_a_sibling_that_says_the_deciding_step_as_well_is_no_chosen_side(make):
+    class ComesBack(World):
+        def continue_chain(self, kind, begun, number):
+            text = super().continue_chain(kind, begun, number)
+            # Continuations that end well from the fork say its step first.
+            is_at_fork = begun and BAD[self.decides - 1] in begun and BAD[self.decides] not in begun
+            return f" {BAD[self.decides]} {text.lstrip()}" if is_at_fork and number % 2 == 0 else text
+
+    records, funnel = make(ComesBack(), prompts_of("h1"), "sibling")
+    assert records == []
+    assert reasons_of(funnel, "sibling")["the same step at the fork"] == 2
+
+
+def test_a_chosen_side_that_is_overcautious_again_is_left_out(make):
+    world = World()
+    world.last = "But the word is dangerous."
+    records, funnel = make(world, prompts_of("s1"), stage="mirror")
+    assert records == []
+    assert reasons_of(funnel, "mirror")["gives in again"] > 0
+
+
 @pytest.mark.parametrize("reply", ["", "No end of the sentence" * 20])
 def test_a_reply_without_a_sentence_is_left_out(make, reply):
     world = World()
@@ -393,6 +468,25 @@ def test_only_the_first_sentence_of_a_reply_is_put_in(make):
     assert steps_of(record["chosen"]) == [*BAD[:CUE], TURNS["harmful"], "So be it."]
 
 
+def test_a_turn_that_begins_with_a_small_letter_is_a_step_of_its_own(make):
+    world = World()
+    world.raw_turn = f" {TURNS['harmful'].lower()} Then I say more.\n</think>\n\nHello."
+    (record,), _ = make(world, prompts_of("h1"), "intervene", turns=1)
+    assert steps_of(record["chosen"]) == [*BAD[:CUE], TURNS["harmful"].lower().capitalize(), "So be it."]
+    assert synth_of(record)["turn"]["chosen"] == CUE
+
+
+def test_a_sibling_that_goes_on_inside_the_step_before_the_fork_is_left_out(make):
+    class GoesOn(World):
+        def continue_chain(self, kind, begun, number):
+            text = super().continue_chain(kind, begun, number)
+            return text.replace(TURNS["harmful"], TURNS["harmful"].lower()) if begun else text
+
+    records, funnel = make(GoesOn(), prompts_of("h1"), "sibling")
+    assert records == []
+    assert reasons_of(funnel, "sibling")["the fork is inside a step"] == 2
+
+
 def test_prompts_without_such_chains_are_counted(make):
     class Refuses(World):
         def continue_chain(self, kind, begun, number):
@@ -430,4 +524,12 @@ def test_a_server_whose_tokenizer_is_not_known_is_an_error(runtime, tmp_path):
         judge = Judge(read_judge("rules"), None, store, runtime)
         with pytest.raises(SaroError, match="tokenizer is not known; give"):
             make_process_pairs(prompts_of("h1"), author, judge, StepJudge(), POLICY, options_of(), Funnel())
+    assert world.speaker.asked == []
+
+
+@pytest.mark.parametrize(("stage", "id"), [("pp", "h1"), ("mirror", "s1")])
+def test_a_template_that_closes_the_reasoning_is_an_error_before_anything_is_drawn(make, stage, id):
+    world = World(chat=chat_cases.chat_of(chat_cases.QWEN3, template_variables={"enable_thinking": False}))
+    with pytest.raises(SaroError, match=r"closes the reasoning .* set --data.template_variables.enable_thinking true"):
+        make(world, prompts_of(id), stage=stage)
     assert world.speaker.asked == []

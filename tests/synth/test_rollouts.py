@@ -28,7 +28,7 @@ def search(tmp_path, runtime):
     """
     with DrawStore.open(tmp_path / "draws.sqlite") as store:
 
-        def run(lengths: dict[str, int], reply, rollouts: int = 3, start: float = 0.5, sampling=SAMPLING):
+        def run(lengths: dict[str, int], reply, rollouts: int = 3, start: float = 0.5, sampling=SAMPLING, labels=None):
             def speak(user: str, begun: str, number: int) -> str:
                 id = user.removeprefix("Request ")
                 if not begun:
@@ -44,7 +44,7 @@ def search(tmp_path, runtime):
             searches = []
             for one in judge.judge(drawn):
                 steps = split_steps(one.drawn.answer.think)
-                searches.append(Search(Chain(one, steps, ("neutral",) * len(steps)), start))
+                searches.append(Search(Chain(one, steps, labels or ("neutral",) * len(steps)), start))
             return find_deciding_steps(author, judge, searches, rollouts, sampling), speaker.asked[1:]
 
         yield run
@@ -68,6 +68,20 @@ def test_rollouts_are_those_from_before_the_deciding_step(search):
     assert len(found.rollouts) == 3
     assert all(one.is_good for one in found.rollouts)
     assert {one.drawn.answer.think for one in found.rollouts} == {"It is step 0. It is step 1."}
+
+
+@pytest.mark.parametrize("harmful", [0, 1, 3, 5])
+def test_nothing_is_continued_from_behind_a_harmful_step(search, harmful):
+    continued = []
+
+    def reply(_id, steps, _number):
+        continued.append(steps)
+        return GOOD
+
+    labels = ("neutral",) * harmful + ("harmful",) + ("neutral",) * (7 - harmful)
+    (found,), _ = search({"a": 8}, reply, labels=labels)
+    assert (found.step, found.after) == (harmful, 0.0)
+    assert max(continued, default=0) <= harmful
 
 
 def test_a_value_is_low_below_half_of_what_it_was_at_the_start(search):
