@@ -157,6 +157,7 @@ def synthesize(options: Options, runtime: Runtime) -> dict[str, Any] | None:
         if stage.reads_steps:
             judges.append(StepJudge(step_model, policy, store, runtime, options.offline))
         records = stage.make(prompts, author, *judges, policy, options, funnel)
+        judge.finish(funnel)
 
     # 4. Write.
     more = {"lengths": measure_lengths(records, subject.chat), "gold": gold}
