@@ -187,7 +187,7 @@ def _check_usable(drawn: Drawn, author: Author) -> str | None:
 
 def _check_good(drawn: Drawn, author: Author, policy: Policy) -> str | None:
     """Return why a text cannot be chosen. Its length is no reason: the rejected one's is near."""
-    return check_text(drawn, author.subject.chat, policy, tags=author.subject.think_tags, banded=False)
+    return check_text(drawn, author.subject.chat, policy, tags=author.subject.think_tags, banded=False, steady=True)
 
 
 def _group(texts: Iterable[Judged]) -> dict[str, tuple[Judged, ...]]:

@@ -91,7 +91,7 @@ def write_guided(
     tasks = plan_tasks(prompts, policy, options, tags)
     drawn = author.write(tasks, Sampling(options.max_tokens, options.rw.temperature))
     funnel.count("guided draws", "written", len(drawn))
-    passed = pass_gates(drawn, author.subject.chat, policy, funnel, tags=tags)
+    passed = pass_gates(drawn, author.subject.chat, policy, funnel, tags=tags, steady=True)
     accepted = []
     for text in judge.judge(passed):
         if text.is_good:
@@ -174,7 +174,7 @@ def _fill(prompts: Sequence[Prompt], author: Author, policy: Policy, options: Op
 def _check_published(prompt: Prompt, response: Response, author: Author, policy: Policy) -> str | None:
     """Return the first reason against a published text, or None."""
     think, tags = response.reasoning or "", author.subject.think_tags
-    reason = check_parts(prompt, think, response.answer, author.subject.chat, policy, tags=tags)
+    reason = check_parts(prompt, think, response.answer, author.subject.chat, policy, tags=tags, steady=True)
     if reason is not None or prompt.item.expect != "answer":
         return reason
     answer = Answer(

@@ -133,6 +133,13 @@ def test_a_chosen_text_passes_the_gates_and_its_length_does_not_count(world: Wor
     assert world.reasons() == {("gates", "leak"): 1}
 
 
+def test_a_chosen_text_does_not_give_in_on_its_way_to_a_refusal(world: World) -> None:
+    wavering = write(f"{MEDIUM} I will explain how to do it.", REFUSAL)
+    (record,) = world.of_texts(make_prompt("p1"), wavering, write(MEDIUM, REFUSAL), write(MEDIUM, HELP))
+    assert record["chosen"]["reasoning"] == MEDIUM
+    assert world.reasons() == {("gates", "gives in"): 1}
+
+
 def test_a_rejected_text_only_has_to_be_a_record(world: World) -> None:
     bad = write(f"{'They ask again now. ' * 4}", HELP)
     tagged = write(MEDIUM, f"{HELP} <think>")

@@ -123,6 +123,7 @@ def test_nothing_is_written_after_the_planned_texts(world: World) -> None:
         (f"<think>\n{MEDIUM}", "gates", "empty"),
         (write(MEDIUM, "x" * 3000), "gates", "looped"),
         (write(f"{MEDIUM} By the policy above.", REFUSAL), "gates", "leak"),
+        (write(f"{MEDIUM} I will explain how to do it.", REFUSAL), "gates", "gives in"),
     ],
 )
 def test_a_prompt_without_an_accepted_text_has_no_record(world: World, text: str, stage: str, reason: str) -> None:
@@ -186,6 +187,7 @@ def test_a_text_of_the_model_comes_before_a_published_one(world: World) -> None:
         ("harmful", "No.", REFUSAL, "band"),
         ("harmful", f"{MEDIUM} P2.1 says so.", REFUSAL, "leak"),
         ("harmful", MEDIUM, f"{REFUSAL} </think>", "tags"),
+        ("harmful", f"{MEDIUM} I will explain how to do it.", REFUSAL, "gives in"),
         ("general", SHORT, "The answer is 5.", "wrong"),
     ],
 )
