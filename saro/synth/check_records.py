@@ -27,8 +27,9 @@ from saro.synth.judgement import BAD, GOOD
 from saro.synth.safety_policy import Policy
 from saro.synth.select_records import correlate
 
-# Largest correlation of label and length: beyond, a model may learn lengths instead. 0.3 is Cohen's medium effect.
-_MOST_CORRELATION = 0.3
+# Largest difference of the shares of pairs in which the chosen side is the longer and the shorter one: beyond, a model may
+# learn lengths instead. At 0.3, one who only looks at the lengths of a pair is right in 65 %.
+_MOST_ONE_SIDED = 0.3
 # Fewest records on harmless prompts for each on a harmful one: with none, models learn to refuse what only sounds harmful.
 _LEAST_HARMLESS = 0.1
 # Least share of answers on which the judge and the rules agree. The rules take help with the safe part of a harmful
@@ -222,8 +223,8 @@ def _check_lengths(records: Sequence[CheckedRecord]) -> Finding:
     if lengths is None:
         return Finding("lengths", True, "no pair has two whole texts of different length")
     text = describe_lengths(lengths)
-    # Of few pairs, chance alone gives a larger one: two standard errors of no correlation.
-    if abs(lengths["correlation"]) > max(_MOST_CORRELATION, 2 / sqrt(2 * lengths["pairs"])):
+    # Of few pairs, chance alone gives a larger one: two standard errors of equal shares.
+    if abs(2 * lengths["longer"] - 1) > max(_MOST_ONE_SIDED, 2 / sqrt(lengths["pairs"])):
         return Finding(
             "lengths", False, f"{text}; a model can tell the sides by their length: draw more texts, or drop pairs"
         )
@@ -233,8 +234,11 @@ def _check_lengths(records: Sequence[CheckedRecord]) -> Finding:
 def measure_lengths(records: Iterable[Mapping[str, Any]], chat: ChatFormat | None) -> dict[str, Any] | None:
     """Return how far length tells the chosen side of pairs, as plain JSON; None if there is nothing to compare.
 
-    {"pairs", "chosen", "rejected", "correlation"}: number of pairs with two whole texts, mean tokens of each side, and the
-    point-biserial correlation of "is chosen" and length. Open sides do not count: where they end is no choice.
+    {"pairs", "chosen", "rejected", "longer", "effect", "correlation"}: number of pairs with two whole texts; mean tokens of
+    each side; share of pairs whose chosen side is longer, where equal lengths count half; mean of log(chosen / rejected)
+    over its standard deviation, None if that is 0; and the point-biserial correlation of "is chosen" and length. The
+    correlation is over all texts: lengths that differ more between prompts than within pairs hide in it what every pair
+    shows. Open sides do not count: where they end is no choice.
 
     Args:
         records: native records; examples do not count.
@@ -262,15 +266,26 @@ def _measure(pairs: Sequence[CheckedRecord]) -> dict[str, Any] | None:
     if correlation is None:
         return None
     chosen, rejected = lengths.mean(0)
-    figures = {"chosen": chosen, "rejected": rejected, "correlation": correlation}
-    return {"pairs": len(whole)} | {name: float(f"{value:.6g}") for name, value in figures.items()}
+    # Every side has at least its tags or its answer.
+    ratios = np.log(lengths[:, 0] / lengths[:, 1])
+    spread = ratios.std()
+    figures = {
+        "chosen": chosen,
+        "rejected": rejected,
+        "longer": (np.sign(ratios).mean() + 1) / 2,
+        "effect": ratios.mean() / spread if spread > 1e-9 else None,
+        "correlation": correlation,
+    }
+    rounded = {name: None if value is None else float(f"{value:.6g}") for name, value in figures.items()}
+    return {"pairs": len(whole)} | rounded
 
 
 def describe_lengths(lengths: Mapping[str, Any]) -> str:
     """Return what ``measure_lengths`` found as a line."""
     return (
         f"{lengths['pairs']:,} pairs of two whole texts have {lengths['chosen']:,.0f} tokens on the chosen side and "
-        f"{lengths['rejected']:,.0f} on the rejected one; label and length correlate by {lengths['correlation']:+.2f}"
+        f"{lengths['rejected']:,.0f} on the rejected one; the chosen side is longer in {lengths['longer']:.0%}, and label and "
+        f"length correlate by {lengths['correlation']:+.2f}"
     )
 
 

@@ -160,6 +160,19 @@ def test_pairs_whose_sides_differ_in_length_are_found(findings):
     )
 
 
+def test_a_chosen_side_that_is_always_a_little_longer_is_found_among_prompts_of_all_lengths(findings):
+    found = findings(*(sided(i, int(1.15 * n) + 10, n) for i, n in enumerate(range(40, 1640, 40))))
+    assert failed(found) == ["lengths"]
+    assert "longer in 100%" in found["lengths"].text
+    assert "correlate by +0.1" in found["lengths"].text  # which hides it
+
+
+def test_a_little_one_sidedness_of_few_pairs_is_chance(findings):
+    assert failed(findings(*(sided(i, 50, 80) for i in range(3)))) == []
+    lengths = [(50, 80)] * 4 + [(80, 50)] * 3
+    assert failed(findings(*(sided(i, *both) for i, both in enumerate(lengths)))) == []
+
+
 def test_the_correlation_is_that_of_whole_sides(records_file):
     pairs = [sided(i, 10 + i, 30 + i) for i in range(4)]
     lengths = measure_lengths(pairs, CHAT)
@@ -167,6 +180,10 @@ def test_the_correlation_is_that_of_whole_sides(records_file):
     # 4 letters more in the rejected answers.
     assert lengths["rejected"] - lengths["chosen"] == 24
     assert lengths["correlation"] < -0.9
+    assert lengths["longer"] == 0
+    assert lengths["effect"] < -1
+    assert measure_lengths([sided(0, 24, 20), sided(1, 50, 20)], CHAT)["longer"] == 0.75  # one tie
+    assert measure_lengths([sided(0, 50, 20)], CHAT)["effect"] is None
     assert measure_lengths([], CHAT) is None
     assert measure_lengths(pairs, None) is None
     assert measure_lengths([example("a", "harmless")], CHAT) is None
