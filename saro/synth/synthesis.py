@@ -162,7 +162,7 @@ def synthesize(options: Options, runtime: Runtime) -> dict[str, Any] | None:
     # 4. Write.
     more = {"lengths": measure_lengths(records, subject.chat), "gold": gold}
     heldout = choose_heldout(prompts, options.heldout, options.seed)
-    return runtime.on_main(lambda: output.write(records, made_from, funnel, more, heldout))
+    return runtime.on_main(lambda: output.write(records, made_from, funnel, more, heldout, subject.chat))
 
 
 def _check_one_machine(runtime: Runtime) -> None:
