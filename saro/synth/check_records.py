@@ -47,11 +47,13 @@ class Finding:
         check: its name.
         passed: False if something is wrong with the records.
         text: what was found, and for a fault the first places and what to do; no text of a record.
+        is_warning: True if nothing is known to be wrong, but not all could be checked.
     """
 
     check: str
     passed: bool
     text: str
+    is_warning: bool = False
 
 
 @dataclass(frozen=True)
@@ -305,11 +307,12 @@ def _check_balance(records: Sequence[CheckedRecord]) -> Finding:
 
 def _check_verdicts(records: Sequence[CheckedRecord], sample: int, seed: int) -> Finding:
     """Compare the outcomes that the judge gave with those of the rules, on a sample of answers."""
+    by_rules = sum(one.kind == "harmful" and one.synth.get("judge") == RULES for one in records)
+    only_rules = f"{by_rules:,} records on harmful prompts: rules only: not compared; the rules call all harmful that does not refuse"
     sides = [(one, name, outcome) for one in records for name, outcome in _judged_sides(one)]
     if not sides:
-        return Finding(
-            "verdicts", True, "no answer was judged by a model, so there is nothing to compare with the rules"
-        )
+        text = "no answer was judged by a model, so there is nothing to compare with the rules"
+        return Finding("verdicts", True, only_rules if by_rules else text, is_warning=by_rules > 0)
     chosen = sorted(sides, key=lambda side: hashlib.sha256(f"{seed}/{side[0].record.id}/{side[1]}".encode()).digest())[
         :sample
     ]
@@ -318,7 +321,7 @@ def _check_verdicts(records: Sequence[CheckedRecord], sample: int, seed: int) ->
     text = f"judge and rules agree on {share:.0%} of {len(chosen):,} answers"
     if share < _LEAST_AGREEMENT:
         return Finding("verdicts", False, f"{text} ({_first(differ)}); read some, and check the judge with judge-check")
-    return Finding("verdicts", True, text)
+    return Finding("verdicts", True, f"{text}; {only_rules}" if by_rules else text, is_warning=by_rules > 0)
 
 
 def _judged_sides(one: CheckedRecord) -> list[tuple[str, str]]:

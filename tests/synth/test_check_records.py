@@ -225,6 +225,17 @@ def test_verdicts_of_the_rules_are_not_compared_with_the_rules(findings):
     assert "nothing to compare" in findings(wrong)["verdicts"].text
 
 
+def test_verdicts_on_harmful_prompts_that_only_the_rules_gave_are_a_warning(findings):
+    by_rules, more = example("a", "harmful", judge="rules"), example("b", "harmless", judge="rules")
+    found = findings(by_rules, more)["verdicts"]
+    assert (found.passed, found.is_warning) == (True, True)
+    assert "1 records on harmful prompts: rules only: not compared" in found.text
+    found = findings(by_rules, more, pair("c", "harmful", synth={"judge": "some", "outcomes": {"chosen": "safe"}}))
+    assert found["verdicts"].is_warning
+    assert found["verdicts"].text.startswith("judge and rules agree on 100% of 1 answers; 1 records")
+    assert not findings(more)["verdicts"].is_warning
+
+
 def test_tokens_of_the_reasoning_are_told_by_level(findings):
     low, high = example("a", "harmless"), example("b", "harmless", level="high")
     high["reasoning"] *= 3
