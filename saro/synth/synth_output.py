@@ -154,6 +154,7 @@ class SynthOutput:
             "forms": _count(_synth_of(record).get("form") for record in readable),
             "sources": _count(record["meta"]["source"] for record in readable),
             "licences": _count(record["meta"]["licence"] for record in readable),
+            "fill": _count_fill(readable),
             "funnel": funnel.as_dict(),
             **more,
         }
@@ -283,6 +284,15 @@ def _synth_of(record: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _count(names: Any) -> dict[str, int]:
     return dict(sorted(Counter(name for name in names if name is not None).items()))
+
+
+def _count_fill(records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, int]]:
+    """Count sources and licences of published texts, which are not those of the prompts that they fill."""
+    origins = [fill for record in records if (fill := _synth_of(record).get("fill"))]
+    return {
+        "sources": _count(origin["source"] for origin in origins),
+        "licences": _count(origin["licence"] or "not known" for origin in origins),
+    }
 
 
 def _describe_reasons(funnel: Funnel) -> str:

@@ -229,6 +229,7 @@ def _plan(
     author: Author,
     judges: Sequence[JudgeModel | None],
 ) -> list[str]:
+    """Return the plan as lines; the first of the judges is the one that people's gold labels try."""
     # The tags are those of the generator's run unless the user gave some.
     options = replace(options, data=replace(options.data, think_tags=author.subject.think_tags))
     sampling = Sampling(options.max_tokens, getattr(options, stage.group).temperature)
@@ -239,6 +240,7 @@ def _plan(
         followups=stage.count_followups(prompts, options),
         max_tokens=options.max_tokens,
         judges=sum(model is not None for model in judges),
+        gold=0 if judges[0] is None else len(read_gold(GOLD)),
         concurrency=1 if author.subject.server is None else author.subject.server.concurrency,
     )
     return describe_plan(plan, options.budget)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 from collections import Counter
@@ -173,6 +174,25 @@ def test_a_published_text_fills_a_prompt_that_the_model_could_not_answer(world: 
     assert records[0]["meta"]["licence"] == "CC0"
     assert world.funnel.counts["fill"] == {"on no prompt that lacks a text": 1, "filled": 1}
     assert world.funnel.counts["records"]["not on-policy"] == 1
+
+
+@pytest.mark.parametrize(
+    ("meta", "source", "licence"),
+    [
+        ({"meta": {"source": "Star", "licence": "MIT"}}, "Star", "MIT"),
+        ({"meta": {"source": 7}}, "fill.jsonl", None),
+        ({}, "fill.jsonl", None),
+    ],
+)
+def test_a_published_text_says_where_it_is_from_and_its_own_licence(
+    world: World, meta: dict[str, object], source: str, licence: str | None
+) -> None:
+    fill = world.fill_file({"prompt": "Say p1.", "reasoning": MEDIUM, "answer": REFUSAL} | meta)
+    (record,) = world.make([make_prompt("p1")], say("Nothing"), fill=fill)
+    digest = hashlib.sha256(Path(fill).read_bytes()).hexdigest()
+    expected = {"file": "fill.jsonl", "sha256": digest, "source": source, "licence": licence}
+    assert record["meta"]["synth"]["fill"] == expected
+    assert (record["meta"]["source"], record["meta"]["licence"]) == ("made up", "CC0")
 
 
 def test_a_text_of_the_model_comes_before_a_published_one(world: World) -> None:

@@ -179,6 +179,17 @@ def test_a_record_that_training_cannot_encode_is_left_out_and_counted(tmp_path):
     assert [record.id for record in read_examples(tmp_path / "r.jsonl")] == ["a"]
 
 
+def test_sources_and_licences_of_published_texts_are_counted_apart(tmp_path):
+    records = [
+        example("a", fill={"file": "f.jsonl", "source": "Star", "licence": "MIT"}),
+        example("b", fill={"file": "f.jsonl", "source": "f.jsonl", "licence": None}),
+        example("c"),
+    ]
+    result = write(tmp_path / "r.jsonl", records)["result"]
+    assert result["fill"] == {"sources": {"Star": 1, "f.jsonl": 1}, "licences": {"MIT": 1, "not known": 1}}
+    assert result["licences"] == {"Apache-2.0": 3}
+
+
 def test_only_the_owner_can_read_the_records(tmp_path):
     output = SynthOutput.open(str(tmp_path / "r.jsonl"))
     output.begin(making())
