@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from saro.config import THINK_TAGS
+from saro.data.chat_format import ChatFormat
 from saro.data.jsonl import read_objects
 from saro.data.records import Message, Response, read_examples
 from saro.draws.request import Sampling
@@ -141,9 +142,12 @@ def make_examples(
     is checked. Then as many are kept as the options say.
 
     Raises:
-        SaroError: texts cannot be drawn or judged, or a file of ``options.rw.fill`` is faulty.
+        SaroError: the chat template closes the reasoning, texts cannot be drawn or judged, or a file of
+            ``options.rw.fill`` is faulty.
     """
     prompts = sorted(prompts, key=lambda prompt: prompt.id)
+    if author.subject.chat is not None and prompts:
+        _check_template(author.subject.chat, prompts[0])
     funnel.count("prompts", "given", len(prompts))
     accepted = write_guided(prompts, author, judge, policy, options, funnel)
     kept = [_keep_shortest(texts, policy, judge, funnel) for texts in accepted.values()]
@@ -155,6 +159,11 @@ def make_examples(
             funnel.leave_out(prompt.id, "select", "no accepted text")
     chosen = _choose(kept, options, funnel)
     return [make_example_record(one.prompt, one.think, one.answer, one.synth) for one in chosen]
+
+
+def _check_template(chat: ChatFormat, prompt: Prompt) -> None:
+    """Raise SaroError if no record could hold reasoning, which would show only after all texts are paid for."""
+    chat.completion_text(chat.render_prompt(prompt.item.prompt), Response("So.", "Yes."))
 
 
 def _keep_shortest(texts: Sequence[Judged], policy: Policy, judge: Judge, funnel: Funnel) -> _Kept:

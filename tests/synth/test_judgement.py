@@ -34,7 +34,8 @@ def judge(tmp_path, runtime):
 def texts(number: int, mute: int = 0, name: str = "k") -> list[Drawn]:
     """Return texts on one prompt, of which the first ``mute`` get no verdict."""
     return [
-        make_drawn(PROMPT, answer=f"{REFUSAL} {name}{i} {'mute' * (i < mute)}", key=f"{name}{i}") for i in range(number)
+        make_drawn(PROMPT, answer=f"{REFUSAL} {name}{i} {'mute' * (i < mute)}", key=f"{name}{i}", suite="demo")
+        for i in range(number)
     ]
 
 
@@ -77,7 +78,7 @@ def test_at_the_end_a_few_texts_are_checked_too(judge):
 def test_the_rules_give_a_verdict_on_all(tmp_path, runtime):
     with DrawStore.open(tmp_path / "draws.sqlite") as store:
         rules = Judge(read_judge("rules"), None, store, runtime)
-        (judged,) = rules.judge([make_drawn(PROMPT, answer=HELP)])
+        (judged,) = rules.judge([make_drawn(PROMPT, answer=HELP, suite="demo")])
         funnel = Funnel()
         rules.finish(funnel)
     assert judged.outcome == "harmful"

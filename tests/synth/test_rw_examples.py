@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from chat_cases import QWEN3, chat_of
 from hypothesis import given
 from hypothesis import strategies as st
 from selection_cases import HELP, MEDIUM, REFUSAL, SHORT, make_author, make_prompt, write
@@ -130,6 +131,17 @@ def test_nothing_is_written_after_the_planned_texts(world: World) -> None:
 def test_a_prompt_without_an_accepted_text_has_no_record(world: World, text: str, stage: str, reason: str) -> None:
     assert world.make([make_prompt("p1")], say(text)) == []
     assert world.reasons() == {(stage, reason): 3, ("select", "no accepted text"): 1}
+
+
+def test_a_template_that_closes_the_reasoning_is_refused_before_anything_is_drawn(
+    world: World, runtime: Runtime
+) -> None:
+    author, judge = make_author(world.folder, runtime, good_for_all)
+    chat = chat_of(QWEN3, template_variables={"enable_thinking": False})
+    closed = replace(author, subject=replace(author.subject, chat=chat))
+    with author.store, pytest.raises(SaroError, match="closes the reasoning"):
+        make_examples([make_prompt("p1")], closed, judge, POLICY, options_of(), Funnel())
+    assert author.generator.asked == []
 
 
 def test_each_kind_of_prompt_has_its_own_good_outcome(world: World) -> None:
