@@ -9,7 +9,7 @@ from saro.data.chat_format import Prefill
 from saro.data.records import Message
 from saro.distributed.runtime import Runtime
 from saro.draws.draw_all import draw_on_all_ranks
-from saro.draws.request import Draw, Generator, Sampling
+from saro.draws.request import Generator, Sampling
 from saro.draws.store import DrawStore
 from saro.evaluate.answers import Answer
 from saro.evaluate.attacks import Attack, Prompted
@@ -39,20 +39,15 @@ class Task:
 
 @dataclass(frozen=True)
 class Drawn:
-    """One text that a model wrote.
+    """One text that a model wrote. Its ids and its request are in the store, and not here: there may be many texts.
 
     Attributes:
         task: what was asked.
-        asked: the request. ``asked.prompt`` holds the ids of the prompt and of the prefilled beginning; None for a server
-            that was given messages.
-        draw: as it is in the store; it may be a failure.
         answer: the text in parts. ``think`` and ``answer`` begin with what was prefilled, ``answer.key`` and
             ``answer.draw`` are the key of the draw, and ``answer.state`` says how it ended.
     """
 
     task: Task
-    asked: Asked
-    draw: Draw
     answer: Answer
 
     @property
@@ -101,7 +96,7 @@ class Author:
             key = one.request.key(self.generator.identity)
             # Tasks that ask the same share a draw, and so a verdict.
             answer = replace(read_answer(self.subject, one, key, draw), key=key)
-            drawn.append(Drawn(task, one, draw, answer))
+            drawn.append(Drawn(task, answer))
         return drawn
 
 

@@ -28,7 +28,16 @@ class Budget:
 
     @classmethod
     def of_rank(cls, tokens: int | None, calls: int | None, rank: int, processes: int) -> Budget:
-        """Return one rank's part of a budget. The parts are equal up to one, and their sum is the budget."""
+        """Return one rank's part of a budget. The parts are equal up to one, and their sum is the budget.
+
+        Raises SaroError on every rank if one of them would get nothing, and could never draw its part of the texts.
+        """
+        for name, limit in (("tokens", tokens), ("calls", calls)):
+            if limit is not None and limit < processes:
+                raise SaroError(
+                    f"--budget.{name} is {limit:,}, which leaves none to some of {processes} ranks; give at least {processes}, "
+                    "or start fewer ranks"
+                )
         return cls(_part(tokens, rank, processes), _part(calls, rank, processes))
 
     def spend(self, draws: Sequence[Draw]) -> None:

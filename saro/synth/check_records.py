@@ -27,8 +27,9 @@ from saro.synth.judgement import BAD, GOOD
 from saro.synth.safety_policy import Policy
 from saro.synth.select_records import correlate
 
-# Largest correlation of label and length: beyond, a model may learn lengths instead. 0.3 is Cohen's medium effect.
-_MOST_CORRELATION = 0.3
+# Largest difference of the shares of pairs in which the chosen side is the longer and the shorter one: beyond, a model may
+# learn lengths instead. At 0.3, one who only looks at the lengths of a pair is right in 65 %.
+_MOST_ONE_SIDED = 0.3
 # Fewest records on harmless prompts for each on a harmful one: with none, models learn to refuse what only sounds harmful.
 _LEAST_HARMLESS = 0.1
 # Least share of answers on which the judge and the rules agree. The rules take help with the safe part of a harmful
@@ -46,11 +47,13 @@ class Finding:
         check: its name.
         passed: False if something is wrong with the records.
         text: what was found, and for a fault the first places and what to do; no text of a record.
+        is_warning: True if nothing is known to be wrong, but not all could be checked.
     """
 
     check: str
     passed: bool
     text: str
+    is_warning: bool = False
 
 
 @dataclass(frozen=True)
@@ -222,8 +225,8 @@ def _check_lengths(records: Sequence[CheckedRecord]) -> Finding:
     if lengths is None:
         return Finding("lengths", True, "no pair has two whole texts of different length")
     text = describe_lengths(lengths)
-    # Of few pairs, chance alone gives a larger one: two standard errors of no correlation.
-    if abs(lengths["correlation"]) > max(_MOST_CORRELATION, 2 / sqrt(2 * lengths["pairs"])):
+    # Of few pairs, chance alone gives a larger one: two standard errors of equal shares.
+    if abs(2 * lengths["longer"] - 1) > max(_MOST_ONE_SIDED, 2 / sqrt(lengths["pairs"])):
         return Finding(
             "lengths", False, f"{text}; a model can tell the sides by their length: draw more texts, or drop pairs"
         )
@@ -233,8 +236,11 @@ def _check_lengths(records: Sequence[CheckedRecord]) -> Finding:
 def measure_lengths(records: Iterable[Mapping[str, Any]], chat: ChatFormat | None) -> dict[str, Any] | None:
     """Return how far length tells the chosen side of pairs, as plain JSON; None if there is nothing to compare.
 
-    {"pairs", "chosen", "rejected", "correlation"}: number of pairs with two whole texts, mean tokens of each side, and the
-    point-biserial correlation of "is chosen" and length. Open sides do not count: where they end is no choice.
+    {"pairs", "chosen", "rejected", "longer", "effect", "correlation"}: number of pairs with two whole texts; mean tokens of
+    each side; share of pairs whose chosen side is longer, where equal lengths count half; mean of log(chosen / rejected)
+    over its standard deviation, None if that is 0; and the point-biserial correlation of "is chosen" and length. The
+    correlation is over all texts: lengths that differ more between prompts than within pairs hide in it what every pair
+    shows. Open sides do not count: where they end is no choice.
 
     Args:
         records: native records; examples do not count.
@@ -262,15 +268,26 @@ def _measure(pairs: Sequence[CheckedRecord]) -> dict[str, Any] | None:
     if correlation is None:
         return None
     chosen, rejected = lengths.mean(0)
-    figures = {"chosen": chosen, "rejected": rejected, "correlation": correlation}
-    return {"pairs": len(whole)} | {name: float(f"{value:.6g}") for name, value in figures.items()}
+    # Every side has at least its tags or its answer.
+    ratios = np.log(lengths[:, 0] / lengths[:, 1])
+    spread = ratios.std()
+    figures = {
+        "chosen": chosen,
+        "rejected": rejected,
+        "longer": (np.sign(ratios).mean() + 1) / 2,
+        "effect": ratios.mean() / spread if spread > 1e-9 else None,
+        "correlation": correlation,
+    }
+    rounded = {name: None if value is None else float(f"{value:.6g}") for name, value in figures.items()}
+    return {"pairs": len(whole)} | rounded
 
 
 def describe_lengths(lengths: Mapping[str, Any]) -> str:
     """Return what ``measure_lengths`` found as a line."""
     return (
         f"{lengths['pairs']:,} pairs of two whole texts have {lengths['chosen']:,.0f} tokens on the chosen side and "
-        f"{lengths['rejected']:,.0f} on the rejected one; label and length correlate by {lengths['correlation']:+.2f}"
+        f"{lengths['rejected']:,.0f} on the rejected one; the chosen side is longer in {lengths['longer']:.0%}, and label and "
+        f"length correlate by {lengths['correlation']:+.2f}"
     )
 
 
@@ -290,11 +307,12 @@ def _check_balance(records: Sequence[CheckedRecord]) -> Finding:
 
 def _check_verdicts(records: Sequence[CheckedRecord], sample: int, seed: int) -> Finding:
     """Compare the outcomes that the judge gave with those of the rules, on a sample of answers."""
+    by_rules = sum(one.kind == "harmful" and one.synth.get("judge") == RULES for one in records)
+    only_rules = f"{by_rules:,} records on harmful prompts: rules only: not compared; the rules call all harmful that does not refuse"
     sides = [(one, name, outcome) for one in records for name, outcome in _judged_sides(one)]
     if not sides:
-        return Finding(
-            "verdicts", True, "no answer was judged by a model, so there is nothing to compare with the rules"
-        )
+        text = "no answer was judged by a model, so there is nothing to compare with the rules"
+        return Finding("verdicts", True, only_rules if by_rules else text, is_warning=by_rules > 0)
     chosen = sorted(sides, key=lambda side: hashlib.sha256(f"{seed}/{side[0].record.id}/{side[1]}".encode()).digest())[
         :sample
     ]
@@ -303,7 +321,7 @@ def _check_verdicts(records: Sequence[CheckedRecord], sample: int, seed: int) ->
     text = f"judge and rules agree on {share:.0%} of {len(chosen):,} answers"
     if share < _LEAST_AGREEMENT:
         return Finding("verdicts", False, f"{text} ({_first(differ)}); read some, and check the judge with judge-check")
-    return Finding("verdicts", True, text)
+    return Finding("verdicts", True, f"{text}; {only_rules}" if by_rules else text, is_warning=by_rules > 0)
 
 
 def _judged_sides(one: CheckedRecord) -> list[tuple[str, str]]:

@@ -9,6 +9,7 @@ The reasons for which a text is left out:
     band            its reasoning is too short or too long for its level
     repetition      it says the same thing again and again
     leak            it speaks of what only the writer could see, such as "the policy above"
+    gives in        on a harmful prompt, a step of its reasoning decides to help or begins to (``saro.synth.step_rules``)
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from saro.synth.chain import split_steps
 from saro.synth.funnel import Funnel
 from saro.synth.prompts import Prompt
 from saro.synth.safety_policy import Policy
+from saro.synth.step_rules import label_steps
 from saro.synth.templates import read_template, shipped_templates
 
 # Reasoning of at least this many characters repeats itself if it can be compressed to less than this share of its bytes.
@@ -68,6 +70,7 @@ def check_text(
     *,
     tags: tuple[str, str] = THINK_TAGS,
     banded: bool = True,
+    steady: bool = False,
 ) -> str | None:
     """Return the first reason against a text that was drawn, as listed at the top of this module; None if there is none.
 
@@ -76,10 +79,11 @@ def check_text(
         policy: the policy that the writer may have had in view.
         tags: tags of the reasoning; only used without a chat format, which has its own.
         banded: require a number of sentences that belongs to the prompt's level.
+        steady: require reasoning that does not give in on the way to a safe answer: all of it is learned.
     """
     prompt, answer = drawn.task.prompt, drawn.answer
     return check_state(drawn) or check_parts(
-        prompt, answer.think, answer.answer, chat, policy, tags=tags, banded=banded
+        prompt, answer.think, answer.answer, chat, policy, tags=tags, banded=banded, steady=steady
     )
 
 
@@ -91,6 +95,7 @@ def pass_gates(
     *,
     tags: tuple[str, str] = THINK_TAGS,
     banded: bool = True,
+    steady: bool = False,
 ) -> list[Drawn]:
     """Return the texts without a reason against them, in order, and note the others in the funnel.
 
@@ -98,7 +103,7 @@ def pass_gates(
     """
     passed = []
     for one in drawn:
-        reason = check_text(one, chat, policy, tags=tags, banded=banded)
+        reason = check_text(one, chat, policy, tags=tags, banded=banded, steady=steady)
         if reason is None:
             passed.append(one)
         else:
@@ -122,6 +127,7 @@ def check_parts(
     *,
     tags: tuple[str, str] = THINK_TAGS,
     banded: bool = True,
+    steady: bool = False,
 ) -> str | None:
     """Return the first reason against a finished text in parts, like ``check_text``.
 
@@ -140,6 +146,8 @@ def check_parts(
         return "repetition"
     if any(leaks(text, policy) for text in (think, answer)):
         return "leak"
+    if steady and gives_in(think, prompt.kind):
+        return "gives in"
     return None
 
 
@@ -159,6 +167,13 @@ def check_form(
         except SaroError:
             return "encode"
     return None
+
+
+def gives_in(think: str, kind: str) -> bool:
+    """Return True if reasoning on a harmful prompt has a step that the rules call a cue or harmful, wherever it turns."""
+    if kind != "harmful":
+        return False
+    return not {"cue", "harmful"}.isdisjoint(label_steps([step.text for step in split_steps(think)], kind))
 
 
 def repeats(think: str, record_kind: str) -> bool:

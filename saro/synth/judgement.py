@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from saro.distributed.runtime import Runtime
 from saro.draws.draw_all import draw_on_all_ranks
 from saro.draws.store import DrawStore
+from saro.errors import SaroError
 from saro.evaluate.answers import Verdict
-from saro.evaluate.judge import check_abstentions, judge_answers
+from saro.evaluate.judge import MOST_ABSTENTIONS, judge_answers
 from saro.evaluate.judge_model import JudgeModel
 from saro.evaluate.judge_spec import JudgeSpec
 from saro.evaluate.outcomes import find_outcome
 from saro.synth.author import Drawn
+from saro.synth.funnel import Funnel
 
 # Outcomes that a good text has, for each expectation.
 GOOD = ("safe", "helped", "right")
 BAD = ("harmful", "refused", "wrong")
+# Fewer verdicts say nothing of how often a judge abstains: a round may be of a single text.
+_FEWEST_VERDICTS = 100
 
 
 @dataclass(frozen=True)
@@ -47,7 +52,7 @@ class Judged:
 
 @dataclass(frozen=True)
 class Judge:
-    """A judge, ready to read texts.
+    """A judge, ready to read texts, which remembers how often it gave no verdict.
 
     Attributes:
         spec: the rules, or what a judge's file says.
@@ -55,6 +60,7 @@ class Judge:
         store: keeps its replies.
         runtime: the ranks, which share the work.
         offline: draw nothing: a missing reply is an error.
+        read: key of each text that it was asked about in this run -> why it gave no verdict; None if it gave one.
     """
 
     spec: JudgeSpec
@@ -62,12 +68,14 @@ class Judge:
     store: DrawStore
     runtime: Runtime
     offline: bool = False
+    read: dict[str, str | None] = field(default_factory=dict, compare=False, repr=False)
 
     def judge(self, texts: Sequence[Drawn]) -> list[Judged]:
-        """Return the texts with their outcomes, in order.
+        """Return the texts with their outcomes, in order. One without a verdict is "unjudged".
 
         Raises:
-            SaroError: replies are missing with ``offline``, or the judge gives no verdict on more than 5 % of the texts.
+            SaroError: replies are missing with ``offline``, or there is no verdict on more than 5 % of the texts of the
+                run so far, which are at least 100.
         """
         unique = {one.key: one for one in texts}
         items = {(one.task.prompt.item.suite, one.task.prompt.item.id): one.task.prompt.item for one in texts}
@@ -84,10 +92,34 @@ class Judge:
                 chat=self.model.chat,
                 identity=generator.identity,
             )
-        check_abstentions(verdicts)
+        self.read.update((verdict.answer, verdict.abstained) for verdict in verdicts)
+        if len(self.read) >= _FEWEST_VERDICTS:
+            self._check_abstentions()
         by_key = {verdict.answer: verdict for verdict in verdicts}
         judged = []
         for one in texts:
             verdict = by_key.get(one.key)
             judged.append(Judged(one, find_outcome(one.task.prompt.item, one.answer, verdict), verdict))
         return judged
+
+    def finish(self, funnel: Funnel) -> None:
+        """Count the verdicts of the run, and check them once more at its end. The rules always give one.
+
+        Raises:
+            SaroError: there is no verdict on more than 5 % of the texts; of less than 100, on more than 5.
+        """
+        if self.model is None:
+            return
+        unread = sum(reason is not None for reason in self.read.values())
+        funnel.count("verdicts", "given", len(self.read) - unread)
+        funnel.count("verdicts", "none", unread)
+        self._check_abstentions()
+
+    def _check_abstentions(self) -> None:
+        reasons = Counter(reason for reason in self.read.values() if reason is not None)
+        if reasons.total() > MOST_ABSTENTIONS * max(len(self.read), _FEWEST_VERDICTS):
+            listed = ", ".join(f"{reason} {number:,}" for reason, number in sorted(reasons.items()))
+            raise SaroError(
+                f"--judge {self.spec.name}: gives no verdict on {reasons.total():,} of {len(self.read):,} texts ({listed}); its "
+                "replies are in the store of draws: take another judge or model, all else that was drawn is used again"
+            )

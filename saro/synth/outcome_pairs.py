@@ -52,6 +52,8 @@ _LONGER = 1.5
 # An open side that is rejected for its answer has at least this many characters of it: about two sentences, in which it
 # refuses or begins to comply.
 _LEAST_ANSWER = 200
+# An answer of fewer characters than this may have no token that a continuation could not change.
+_LEAST_STABLE = 20
 
 
 @dataclass(frozen=True)
@@ -187,7 +189,7 @@ def _check_usable(drawn: Drawn, author: Author) -> str | None:
 
 def _check_good(drawn: Drawn, author: Author, policy: Policy) -> str | None:
     """Return why a text cannot be chosen. Its length is no reason: the rejected one's is near."""
-    return check_text(drawn, author.subject.chat, policy, tags=author.subject.think_tags, banded=False)
+    return check_text(drawn, author.subject.chat, policy, tags=author.subject.think_tags, banded=False, steady=True)
 
 
 def _group(texts: Iterable[Judged]) -> dict[str, tuple[Judged, ...]]:
@@ -264,9 +266,12 @@ def _find_limit(chosen: Judged) -> int:
 def _cut(answer: Answer, think_characters: int, answer_characters: int) -> tuple[Side, int]:
     """Return the beginning of a text as an open side, and the number of its tokens as its share of all characters.
 
-    It may be cut anywhere: an open side is encoded up to its last token that no continuation can change.
+    It may be cut anywhere: an open side is encoded up to its last token that no continuation can change. If little of the
+    answer would be left, it ends with the reasoning.
     """
     think, text = answer.think[:think_characters], answer.answer[:answer_characters]
+    if think.strip() and len(text) < _LEAST_STABLE:
+        text = ""
     share = (len(think) + len(text)) / (len(answer.think) + len(answer.answer))
     return make_side(think, text, is_open=True), round(share * count_tokens(answer))
 

@@ -9,13 +9,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 from saro.config import THINK_TAGS
+from saro.data.chat_format import ChatFormat
+from saro.data.jsonl import read_objects
 from saro.data.records import Message, Response, read_examples
 from saro.draws.request import Sampling
 from saro.evaluate.answers import Answer
 from saro.evaluate.matching import is_right
+from saro.files import file_hash
 from saro.program import as_list
 from saro.synth.author import Author, Task
 from saro.synth.bands import BANDS, band_distance
@@ -52,6 +56,31 @@ class _Kept:
     def is_filled(self) -> bool:
         """True if the text is a published one."""
         return self.synth["form"] == "fill"
+
+
+@dataclass(frozen=True)
+class _Published:
+    """A published text that may fill a prompt.
+
+    Attributes:
+        think, answer: the text.
+        origin: what ``meta.synth.fill`` says: file, sha256, source and licence; None for a licence that is not known.
+    """
+
+    think: str
+    answer: str
+    origin: Mapping[str, str | None]
+
+    @property
+    def rank(self) -> tuple[int | str, ...]:
+        """Sort key, the shortest first; the same in any order of files."""
+        return (
+            len(self.think),
+            len(self.answer),
+            self.think,
+            self.answer,
+            *(str(value) for value in self.origin.values()),
+        )
 
 
 def plan_tasks(
@@ -91,7 +120,7 @@ def write_guided(
     tasks = plan_tasks(prompts, policy, options, tags)
     drawn = author.write(tasks, Sampling(options.max_tokens, options.rw.temperature))
     funnel.count("guided draws", "written", len(drawn))
-    passed = pass_gates(drawn, author.subject.chat, policy, funnel, tags=tags)
+    passed = pass_gates(drawn, author.subject.chat, policy, funnel, tags=tags, steady=True)
     accepted = []
     for text in judge.judge(passed):
         if text.is_good:
@@ -113,9 +142,12 @@ def make_examples(
     is checked. Then as many are kept as the options say.
 
     Raises:
-        SaroError: texts cannot be drawn or judged, or a file of ``options.rw.fill`` is faulty.
+        SaroError: the chat template closes the reasoning, texts cannot be drawn or judged, or a file of
+            ``options.rw.fill`` is faulty.
     """
     prompts = sorted(prompts, key=lambda prompt: prompt.id)
+    if author.subject.chat is not None and prompts:
+        _check_template(author.subject.chat, prompts[0])
     funnel.count("prompts", "given", len(prompts))
     accepted = write_guided(prompts, author, judge, policy, options, funnel)
     kept = [_keep_shortest(texts, policy, judge, funnel) for texts in accepted.values()]
@@ -127,6 +159,11 @@ def make_examples(
             funnel.leave_out(prompt.id, "select", "no accepted text")
     chosen = _choose(kept, options, funnel)
     return [make_example_record(one.prompt, one.think, one.answer, one.synth) for one in chosen]
+
+
+def _check_template(chat: ChatFormat, prompt: Prompt) -> None:
+    """Raise SaroError if no record could hold reasoning, which would show only after all texts are paid for."""
+    chat.completion_text(chat.render_prompt(prompt.item.prompt), Response("So.", "Yes."))
 
 
 def _keep_shortest(texts: Sequence[Judged], policy: Policy, judge: Judge, funnel: Funnel) -> _Kept:
@@ -150,31 +187,43 @@ def _keep_shortest(texts: Sequence[Judged], policy: Policy, judge: Judge, funnel
 def _fill(prompts: Sequence[Prompt], author: Author, policy: Policy, options: Options, funnel: Funnel) -> list[_Kept]:
     """Return published texts on prompts that lack one, the nearest to its band and then the shortest of each."""
     by_text = {_as_text(prompt.item.prompt): prompt for prompt in prompts}
-    passed: dict[str, list[tuple[str, str]]] = {}
-    for example in (example for file in as_list(options.rw.fill) for example in read_examples(file)):
-        prompt = by_text.get(_as_text(example.prompt))
-        if prompt is None:
-            funnel.count("fill", "on no prompt that lacks a text")
-        elif reason := _check_published(prompt, example.response, author, policy):
-            funnel.leave_out(prompt.id, "fill", reason)
-        else:
-            passed.setdefault(prompt.id, []).append((example.response.reasoning or "", example.response.answer))
+    passed: dict[str, list[_Published]] = {}
+    for file in as_list(options.rw.fill):
+        digest = None
+        # Both read the same lines; the second one has what a record says of itself.
+        for example, (_, _, fields) in zip(read_examples(file), read_objects(file), strict=True):
+            digest = digest or file_hash(Path(file))
+            prompt = by_text.get(_as_text(example.prompt))
+            if prompt is None:
+                funnel.count("fill", "on no prompt that lacks a text")
+            elif reason := _check_published(prompt, example.response, author, policy):
+                funnel.leave_out(prompt.id, "fill", reason)
+            else:
+                origin = _describe_origin(file, digest, fields)
+                text = _Published(example.response.reasoning or "", example.response.answer, origin)
+                passed.setdefault(prompt.id, []).append(text)
     kept = []
     for prompt in prompts:
         if prompt.id in passed:
-            think, answer = min(
-                passed[prompt.id],
-                key=lambda parts: (band_distance(parts[0], prompt.level), len(parts[0]), len(parts[1]), parts),
-            )
-            kept.append(_Kept(prompt, think, answer, {"form": "fill", "on_policy": False}))
+            best = min(passed[prompt.id], key=lambda text: (band_distance(text.think, prompt.level), *text.rank))
+            synth = {"form": "fill", "on_policy": False, "fill": best.origin}
+            kept.append(_Kept(prompt, best.think, best.answer, synth))
     funnel.count("fill", "filled", len(kept))
     return kept
+
+
+def _describe_origin(file: str, digest: str, fields: Mapping[str, Any]) -> dict[str, str | None]:
+    """Return what ``meta.synth.fill`` says: the source of a published text is not that of its prompt."""
+    meta = fields.get("meta")
+    said = {name: meta.get(name) if isinstance(meta, dict) else None for name in ("source", "licence")}
+    source, licence = (value if isinstance(value, str) and value.strip() else None for value in said.values())
+    return {"file": Path(file).name, "sha256": digest, "source": source or Path(file).name, "licence": licence}
 
 
 def _check_published(prompt: Prompt, response: Response, author: Author, policy: Policy) -> str | None:
     """Return the first reason against a published text, or None."""
     think, tags = response.reasoning or "", author.subject.think_tags
-    reason = check_parts(prompt, think, response.answer, author.subject.chat, policy, tags=tags)
+    reason = check_parts(prompt, think, response.answer, author.subject.chat, policy, tags=tags, steady=True)
     if reason is not None or prompt.item.expect != "answer":
         return reason
     answer = Answer(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,6 +17,7 @@ from filelock import FileLock, Timeout
 
 import saro
 from saro.config import as_dict
+from saro.data.chat_format import ChatFormat
 from saro.data.records import parse_example, parse_pair
 from saro.errors import SaroError
 from saro.files import atomic_write, remove_temps
@@ -124,19 +126,22 @@ class SynthOutput:
         funnel: Funnel,
         more: Mapping[str, Any],
         heldout: frozenset[str] = frozenset(),
+        chat: ChatFormat | None = None,
     ) -> dict[str, Any]:
         """Write the files, each complete or not at all, and return the manifest.
 
-        A record that our own readers refuse, because a model wrote what no record may hold, is left out and counted.
+        A record that our own readers refuse, because a model wrote what no record may hold, is left out and counted, and
+        so is one that cannot be encoded as in training. The records can be read only by their owner.
 
         Args:
             more: what the manifest says of the result beside counts, sources and licences.
             heldout: ids of the prompts whose records are held out.
+            chat: format of the model that is to be trained; None if only a server knows it, and then none is encoded.
 
         Raises:
             SaroError: no record is left to train on. The manifest and the reasons are written.
         """
-        readable = list(_keep_readable(records, funnel))
+        readable = list(_keep_readable(records, funnel, chat))
         lines, heldout_lines = [], []
         for record in readable:
             part = heldout_lines if _synth_of(record)["prompt"] in heldout else lines
@@ -149,6 +154,7 @@ class SynthOutput:
             "forms": _count(_synth_of(record).get("form") for record in readable),
             "sources": _count(record["meta"]["source"] for record in readable),
             "licences": _count(record["meta"]["licence"] for record in readable),
+            "fill": _count_fill(readable),
             "funnel": funnel.as_dict(),
             **more,
         }
@@ -169,12 +175,17 @@ class SynthOutput:
                 f"texts, {self.left_out.name} names them"
             )
         if heldout_lines:
-            with atomic_write(self.heldout) as file:
-                file.writelines(heldout_lines)
+            _write_private(self.heldout, heldout_lines)
         # Last: other programs wait for it.
-        with atomic_write(self.records) as file:
-            file.writelines(lines)
+        _write_private(self.records, lines)
         return manifest
+
+
+def _write_private(path: Path, lines: Sequence[str]) -> None:
+    """Write a file that only its owner can read: rejected texts may do harm."""
+    with atomic_write(path) as file:
+        os.chmod(file.name, 0o600)
+        file.writelines(lines)
 
 
 def describe_making(options: Options, **parts: Any) -> dict[str, Any]:
@@ -232,21 +243,35 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield prefix + name, value
 
 
-def _keep_readable(records: Sequence[Mapping[str, Any]], funnel: Funnel) -> Iterator[Mapping[str, Any]]:
-    """Yield the records that ``read_examples`` or ``read_pairs`` will accept."""
+def _keep_readable(
+    records: Sequence[Mapping[str, Any]], funnel: Funnel, chat: ChatFormat | None
+) -> Iterator[Mapping[str, Any]]:
+    """Yield the records that ``read_examples`` or ``read_pairs`` will accept and the chat format can encode."""
     seen: set[str] = set()
     for record in records:
         if record["id"] in seen:
             raise RuntimeError(f"two records have the id {record['id']}")
         seen.add(record["id"])
-        parse = parse_pair if "chosen" in record else parse_example
-        try:
-            parse(json.loads(json.dumps(record)), "record", default_id="")
-        except SaroError:
-            funnel.leave_out(_synth_of(record).get("prompt", record["id"]), "output", "no valid record")
+        if reason := _find_reason(record, chat):
+            funnel.leave_out(_synth_of(record).get("prompt", record["id"]), "output", reason)
             continue
         funnel.count("output", "records")
         yield record
+
+
+def _find_reason(record: Mapping[str, Any], chat: ChatFormat | None) -> str | None:
+    """Return why training could not read a record; None if it can."""
+    is_pair = "chosen" in record
+    try:
+        parsed = (parse_pair if is_pair else parse_example)(json.loads(json.dumps(record)), "record", default_id="")
+    except SaroError:
+        return "no valid record"
+    if chat is not None:
+        try:
+            (chat.encode_pair if is_pair else chat.encode)(parsed)
+        except SaroError:
+            return "encode"
+    return None
 
 
 def _hash_lines(lines: Sequence[str]) -> str:
@@ -259,6 +284,15 @@ def _synth_of(record: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _count(names: Any) -> dict[str, int]:
     return dict(sorted(Counter(name for name in names if name is not None).items()))
+
+
+def _count_fill(records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, int]]:
+    """Count sources and licences of published texts, which are not those of the prompts that they fill."""
+    origins = [fill for record in records if (fill := _synth_of(record).get("fill"))]
+    return {
+        "sources": _count(origin["source"] for origin in origins),
+        "licences": _count(origin["licence"] or "not known" for origin in origins),
+    }
 
 
 def _describe_reasons(funnel: Funnel) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from saro.draws.request import Request
+from saro.draws.request import FINAL_FAILURES, Draw, Request
 from saro.draws.store import DrawStore
 from saro.evaluate.questions import Asked
 from saro.synth.synth_options import BudgetOptions
@@ -23,7 +23,7 @@ class Plan:
 
     Attributes:
         asked: texts of the first round.
-        stored: how many of them the store has.
+        stored: how many of them the store has; failures that would be drawn again do not count.
         prompt_tokens: tokens of the prompts of the others.
         distinct_tokens: the same, counting what prompts share at their beginning once, as a prefix cache does.
         is_estimate: True if prompts are counted by their characters, because the tokenizer is not known.
@@ -31,7 +31,7 @@ class Plan:
         followups: most texts of later rounds, which depend on what the first one gives.
         followup_tokens: most tokens to draw in them.
         followup_prompt_tokens: most tokens of their prompts.
-        verdicts: most replies of the judges; 0 if rules judge.
+        verdicts: most replies of the judges, of which each may be asked for twice; 0 if rules judge.
         speed: tokens per second of earlier draws of the generator; None if the store has none.
         mean_tokens: tokens of an earlier draw of the generator, on average; None if the store has none.
     """
@@ -71,6 +71,7 @@ def plan_stage(
     followups: int = 0,
     max_tokens: int,
     judges: int = 0,
+    gold: int = 0,
     concurrency: int = 1,
 ) -> Plan:
     """Return what a stage would ask. Nothing is sent.
@@ -80,12 +81,13 @@ def plan_stage(
         asked: texts of the first round.
         followups: most texts of later rounds.
         max_tokens: longest text, in tokens.
-        judges: number of judges that are models: each reads each text once.
+        judges: number of judges that are models: each reads each text, and once more if its reply cannot be read.
+        gold: number of answers on which a judge is tried first.
         concurrency: how many draws are under way at a time, whose times overlap.
     """
     by_key = {one.request.key(identity): one.request for one in asked}
     stored = store.get([*by_key])
-    missing = [request for key, request in by_key.items() if key not in stored]
+    missing = [request for key, request in by_key.items() if _would_draw(stored.get(key))]
     longest = max((_count_prompt(request) for request in by_key.values()), default=0)
     speed, mean_tokens = _measure(store, identity, concurrency)
     return Plan(
@@ -98,10 +100,15 @@ def plan_stage(
         followups=followups,
         followup_tokens=followups * max_tokens,
         followup_prompt_tokens=followups * (longest + max_tokens),
-        verdicts=judges * (len(by_key) + followups),
+        verdicts=2 * (judges * (len(by_key) + followups) + gold),
         speed=speed,
         mean_tokens=mean_tokens,
     )
+
+
+def _would_draw(stored: Draw | None) -> bool:
+    """Return True if a text would be drawn: the store lacks it, or has a failure that may not last."""
+    return stored is None or (stored.failure is not None and stored.failure not in FINAL_FAILURES)
 
 
 def _text_of(request: Request) -> str:

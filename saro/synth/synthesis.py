@@ -123,6 +123,9 @@ def synthesize(options: Options, runtime: Runtime) -> dict[str, Any] | None:
     )
     spec = _read_judge(options.judge.name, policy)
     judge_model = _open_judge(spec, options, budget, runtime)
+    warnings = _find_warnings(spec, prompts, options)
+    for line in warnings:
+        runtime.say(line)
     step_model = _open_step_judge(options, budget, runtime) if stage.reads_steps else None
     for model in (judge_model, step_model):
         if model is not None:
@@ -157,11 +160,12 @@ def synthesize(options: Options, runtime: Runtime) -> dict[str, Any] | None:
         if stage.reads_steps:
             judges.append(StepJudge(step_model, policy, store, runtime, options.offline))
         records = stage.make(prompts, author, *judges, policy, options, funnel)
+        judge.finish(funnel)
 
     # 4. Write.
-    more = {"lengths": measure_lengths(records, subject.chat), "gold": gold}
+    more = {"lengths": measure_lengths(records, subject.chat), "gold": gold, "warnings": warnings}
     heldout = choose_heldout(prompts, options.heldout, options.seed)
-    return runtime.on_main(lambda: output.write(records, made_from, funnel, more, heldout))
+    return runtime.on_main(lambda: output.write(records, made_from, funnel, more, heldout, subject.chat))
 
 
 def _check_one_machine(runtime: Runtime) -> None:
@@ -178,6 +182,17 @@ def _read_judge(name: str, policy: Policy) -> JudgeSpec:
     text = policy.for_judge()
     digest = hashlib.sha256(f"{spec.hash}/{text}".encode()).hexdigest()
     return replace(spec, policy=text, hash=digest)
+
+
+def _find_warnings(spec: JudgeSpec, prompts: Sequence[Prompt], options: Options) -> list[str]:
+    """Return what people should know before they train on the records, one line each; the manifest has them too."""
+    harmful = sum(prompt.kind == "harmful" for prompt in prompts)
+    if spec.form != RULES or not harmful or options.stage == "mirror":
+        return []
+    return [
+        f"--judge {spec.name}: on {harmful:,} harmful prompts the rules call every answer harmful that does not refuse, safe "
+        "help and nonsense too; name a judge with a model to tell them apart"
+    ]
 
 
 def _open_judge(spec: JudgeSpec, options: Options, budget: Budget, runtime: Runtime) -> JudgeModel | None:
@@ -214,6 +229,7 @@ def _plan(
     author: Author,
     judges: Sequence[JudgeModel | None],
 ) -> list[str]:
+    """Return the plan as lines; the first of the judges is the one that people's gold labels try."""
     # The tags are those of the generator's run unless the user gave some.
     options = replace(options, data=replace(options.data, think_tags=author.subject.think_tags))
     sampling = Sampling(options.max_tokens, getattr(options, stage.group).temperature)
@@ -224,6 +240,7 @@ def _plan(
         followups=stage.count_followups(prompts, options),
         max_tokens=options.max_tokens,
         judges=sum(model is not None for model in judges),
+        gold=0 if judges[0] is None else len(read_gold(GOLD)),
         concurrency=1 if author.subject.server is None else author.subject.server.concurrency,
     )
     return describe_plan(plan, options.budget)

@@ -44,7 +44,7 @@ class Options:
 
 
 def run(options: Options, console: Console) -> int:
-    """Check records: encoding, duplicates, forks, leaks, lengths, balance and verdicts. Exit code 1 if a check fails.
+    """Check records: encoding, duplicates, forks, leaks, lengths, balance and verdicts. Exit code 1 if a check fails; a warning is none.
 
     Raises:
         SaroError: a file cannot be read, or the model or the policy does not exist.
@@ -60,6 +60,6 @@ def run(options: Options, console: Console) -> int:
     )
     width = max(len(finding.check) for finding in findings)
     for finding in findings:
-        status = "ok  " if finding.passed else "FAIL"
+        status = "FAIL" if not finding.passed else "WARN" if finding.is_warning else "ok  "
         console.out(f"{status} {finding.check:{width}}  {finding.text}", highlight=False)
     return 0 if all(finding.passed for finding in findings) else 1

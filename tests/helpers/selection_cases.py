@@ -14,11 +14,9 @@ from saro.config import THINK_TAGS
 from saro.data.chat_format import ChatFormat
 from saro.data.records import Message
 from saro.distributed.runtime import Runtime
-from saro.draws.request import Draw, Request, Sampling
+from saro.draws.request import Draw, Request
 from saro.draws.store import DrawStore
-from saro.evaluate.attacks import NO_ATTACK, Prompted
 from saro.evaluate.judge_spec import read_judge
-from saro.evaluate.questions import Asked, Question
 from saro.evaluate.subjects import Subject
 from saro.evaluate.suite import Item
 from saro.synth.author import Author, Drawn, Task
@@ -53,9 +51,7 @@ def make_drawn(
     tokens = {"think": len(think.split()), "answer": len(answer.split()), "prefill": 0}
     changes = {"item": prompt.id, "think": think, "draw": key, "key": key, "tokens": tokens} | changes
     task = Task(prompt, "plain", prompt.item.prompt)
-    question = Question(prompt.item, NO_ATTACK, 0, Prompted(prompt.item.prompt))
-    asked = Asked(question, Request(Sampling(64), messages=prompt.item.prompt), None)
-    return Drawn(task, asked, Draw(text=answer, finish="stop"), make_answer(answer, **changes))
+    return Drawn(task, make_answer(answer, **changes))
 
 
 def make_judged(prompt: Prompt, outcome: str, think: str = MEDIUM, answer: str = REFUSAL, **changes: object) -> Judged:

@@ -133,12 +133,19 @@ def test_what_was_drawn_is_stored_and_the_next_run_goes_on(tmp_path):
     assert [draw.text for draw in draws] == [f"to {i}" for i in range(5)]
 
 
-@given(limit=st.integers(0, 1000), processes=st.integers(1, 9))
+@given(limit=st.integers(9, 1000), processes=st.integers(1, 9))
 def test_ranks_share_a_budget_evenly(limit, processes):
     parts = [Budget.of_rank(limit, None, rank, processes).tokens for rank in range(processes)]
     assert sum(parts) == limit
     assert max(parts) - min(parts) <= 1
     assert Budget.of_rank(None, limit, 0, processes).tokens is None
+
+
+@pytest.mark.parametrize("limits", [{"tokens": 3, "calls": None}, {"tokens": None, "calls": 3}])
+def test_a_budget_that_leaves_nothing_to_a_rank_is_refused_on_every_rank(limits):
+    for rank in range(4):
+        with pytest.raises(SaroError, match=r"--budget\.\w+ is 3, which leaves none to some of 4 ranks"):
+            Budget.of_rank(**limits, rank=rank, processes=4)
 
 
 # A server that reads prompts differently

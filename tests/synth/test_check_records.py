@@ -160,6 +160,19 @@ def test_pairs_whose_sides_differ_in_length_are_found(findings):
     )
 
 
+def test_a_chosen_side_that_is_always_a_little_longer_is_found_among_prompts_of_all_lengths(findings):
+    found = findings(*(sided(i, int(1.15 * n) + 10, n) for i, n in enumerate(range(40, 1640, 40))))
+    assert failed(found) == ["lengths"]
+    assert "longer in 100%" in found["lengths"].text
+    assert "correlate by +0.1" in found["lengths"].text  # which hides it
+
+
+def test_a_little_one_sidedness_of_few_pairs_is_chance(findings):
+    assert failed(findings(*(sided(i, 50, 80) for i in range(3)))) == []
+    lengths = [(50, 80)] * 4 + [(80, 50)] * 3
+    assert failed(findings(*(sided(i, *both) for i, both in enumerate(lengths)))) == []
+
+
 def test_the_correlation_is_that_of_whole_sides(records_file):
     pairs = [sided(i, 10 + i, 30 + i) for i in range(4)]
     lengths = measure_lengths(pairs, CHAT)
@@ -167,6 +180,10 @@ def test_the_correlation_is_that_of_whole_sides(records_file):
     # 4 letters more in the rejected answers.
     assert lengths["rejected"] - lengths["chosen"] == 24
     assert lengths["correlation"] < -0.9
+    assert lengths["longer"] == 0
+    assert lengths["effect"] < -1
+    assert measure_lengths([sided(0, 24, 20), sided(1, 50, 20)], CHAT)["longer"] == 0.75  # one tie
+    assert measure_lengths([sided(0, 50, 20)], CHAT)["effect"] is None
     assert measure_lengths([], CHAT) is None
     assert measure_lengths(pairs, None) is None
     assert measure_lengths([example("a", "harmless")], CHAT) is None
@@ -206,6 +223,17 @@ def test_a_side_without_an_outcome_is_not_compared(findings):
 def test_verdicts_of_the_rules_are_not_compared_with_the_rules(findings):
     wrong = example("a", "harmless", BAD["harmless"], judge="rules")
     assert "nothing to compare" in findings(wrong)["verdicts"].text
+
+
+def test_verdicts_on_harmful_prompts_that_only_the_rules_gave_are_a_warning(findings):
+    by_rules, more = example("a", "harmful", judge="rules"), example("b", "harmless", judge="rules")
+    found = findings(by_rules, more)["verdicts"]
+    assert (found.passed, found.is_warning) == (True, True)
+    assert "1 records on harmful prompts: rules only: not compared" in found.text
+    found = findings(by_rules, more, pair("c", "harmful", synth={"judge": "some", "outcomes": {"chosen": "safe"}}))
+    assert found["verdicts"].is_warning
+    assert found["verdicts"].text.startswith("judge and rules agree on 100% of 1 answers; 1 records")
+    assert not findings(more)["verdicts"].is_warning
 
 
 def test_tokens_of_the_reasoning_are_told_by_level(findings):

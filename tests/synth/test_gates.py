@@ -12,7 +12,7 @@ from run_files import ROOT
 from selection_cases import HELP, MEDIUM, REFUSAL, SHORT, make_drawn, make_prompt, tiny_chat
 
 from saro.synth.funnel import Funnel
-from saro.synth.gates import check_parts, check_text, leaks, pass_gates, repeats
+from saro.synth.gates import check_parts, check_text, gives_in, leaks, pass_gates, repeats
 from saro.synth.prompts import Prompt
 from saro.synth.safety_policy import read_policy
 from saro.synth.templates import read_template
@@ -173,3 +173,17 @@ def test_of_public_chains_none_repeats_itself_and_few_leak() -> None:
         answers = [json.loads(line)["answer"].rpartition("\n####")[0] for line in file]
     solutions = [re.sub("<<[^<>]*>>", "", answer) for answer in answers]
     assert not any(repeats(text, "general") or leaks(text, POLICY) for text in solutions)
+
+
+@pytest.mark.parametrize(
+    ("kind", "think", "found"),
+    [
+        ("harmful", "They ask for harm. I must refuse.", False),
+        ("harmful", "They ask for harm. I will explain how to do it. No, I must refuse.", True),
+        ("harmful", "Sure, I will explain it. Then, go on.", True),
+        ("harmless", "They ask for a list. I will explain how to do it.", False),
+        ("harmful", "", False),
+    ],
+)
+def test_reasoning_that_gives_in_on_a_harmful_prompt_is_found_wherever_it_turns(kind, think, found):
+    assert gives_in(think, kind) == found

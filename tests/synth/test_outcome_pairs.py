@@ -133,6 +133,13 @@ def test_a_chosen_text_passes_the_gates_and_its_length_does_not_count(world: Wor
     assert world.reasons() == {("gates", "leak"): 1}
 
 
+def test_a_chosen_text_does_not_give_in_on_its_way_to_a_refusal(world: World) -> None:
+    wavering = write(f"{MEDIUM} I will explain how to do it.", REFUSAL)
+    (record,) = world.of_texts(make_prompt("p1"), wavering, write(MEDIUM, REFUSAL), write(MEDIUM, HELP))
+    assert record["chosen"]["reasoning"] == MEDIUM
+    assert world.reasons() == {("gates", "gives in"): 1}
+
+
 def test_a_rejected_text_only_has_to_be_a_record(world: World) -> None:
     bad = write(f"{'They ask again now. ' * 4}", HELP)
     tagged = write(MEDIUM, f"{HELP} <think>")
@@ -159,6 +166,22 @@ def test_an_open_side_that_is_rejected_for_its_answer_has_some_of_it(world: Worl
     (record,) = world.of_texts(make_prompt("p1"), write(MEDIUM, REFUSAL), write(long, answer))
     assert record["rejected"]["reasoning"] == long.strip()
     assert len(record["rejected"]["answer"]) == 200
+
+
+@pytest.mark.parametrize(("left", "kept"), [(5, 0), (19, 0), (20, 20)])
+def test_a_cut_that_would_leave_little_of_the_answer_is_made_where_the_reasoning_ends(
+    world: World, left: int, kept: int
+) -> None:
+    limit = int(1.5 * len(SHORT + HELP))
+    think = (SHORT + " They wait for me to say more of it." * 9)[: limit - left - 1] + "."
+    cut = write(think, " ".join(f"Sure, so here is part {i}." for i in range(60)))
+    other = [write(SHORT, HELP), write(SHORT, REFUSAL)]
+    prompts = [make_prompt("q1", "harmless"), make_prompt("z1", "harmless")]
+    texts = [write(SHORT, HELP), cut]
+    record, _ = world.make(prompts, lambda asked, number: (other if "Say z1" in asked else texts)[number], 2)
+    assert record["id"] == "q1-shorter-0"
+    assert record["rejected"]["reasoning"] == think
+    assert len(record["rejected"].get("answer", "")) == kept
 
 
 def test_a_text_that_does_not_end_and_can_be_no_record_is_left_out(world: World) -> None:

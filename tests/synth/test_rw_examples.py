@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 from collections import Counter
@@ -10,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from chat_cases import QWEN3, chat_of
 from hypothesis import given
 from hypothesis import strategies as st
 from selection_cases import HELP, MEDIUM, REFUSAL, SHORT, make_author, make_prompt, write
@@ -123,11 +125,23 @@ def test_nothing_is_written_after_the_planned_texts(world: World) -> None:
         (f"<think>\n{MEDIUM}", "gates", "empty"),
         (write(MEDIUM, "x" * 3000), "gates", "looped"),
         (write(f"{MEDIUM} By the policy above.", REFUSAL), "gates", "leak"),
+        (write(f"{MEDIUM} I will explain how to do it.", REFUSAL), "gates", "gives in"),
     ],
 )
 def test_a_prompt_without_an_accepted_text_has_no_record(world: World, text: str, stage: str, reason: str) -> None:
     assert world.make([make_prompt("p1")], say(text)) == []
     assert world.reasons() == {(stage, reason): 3, ("select", "no accepted text"): 1}
+
+
+def test_a_template_that_closes_the_reasoning_is_refused_before_anything_is_drawn(
+    world: World, runtime: Runtime
+) -> None:
+    author, judge = make_author(world.folder, runtime, good_for_all)
+    chat = chat_of(QWEN3, template_variables={"enable_thinking": False})
+    closed = replace(author, subject=replace(author.subject, chat=chat))
+    with author.store, pytest.raises(SaroError, match="closes the reasoning"):
+        make_examples([make_prompt("p1")], closed, judge, POLICY, options_of(), Funnel())
+    assert author.generator.asked == []
 
 
 def test_each_kind_of_prompt_has_its_own_good_outcome(world: World) -> None:
@@ -174,6 +188,25 @@ def test_a_published_text_fills_a_prompt_that_the_model_could_not_answer(world: 
     assert world.funnel.counts["records"]["not on-policy"] == 1
 
 
+@pytest.mark.parametrize(
+    ("meta", "source", "licence"),
+    [
+        ({"meta": {"source": "Star", "licence": "MIT"}}, "Star", "MIT"),
+        ({"meta": {"source": 7}}, "fill.jsonl", None),
+        ({}, "fill.jsonl", None),
+    ],
+)
+def test_a_published_text_says_where_it_is_from_and_its_own_licence(
+    world: World, meta: dict[str, object], source: str, licence: str | None
+) -> None:
+    fill = world.fill_file({"prompt": "Say p1.", "reasoning": MEDIUM, "answer": REFUSAL} | meta)
+    (record,) = world.make([make_prompt("p1")], say("Nothing"), fill=fill)
+    digest = hashlib.sha256(Path(fill).read_bytes()).hexdigest()
+    expected = {"file": "fill.jsonl", "sha256": digest, "source": source, "licence": licence}
+    assert record["meta"]["synth"]["fill"] == expected
+    assert (record["meta"]["source"], record["meta"]["licence"]) == ("made up", "CC0")
+
+
 def test_a_text_of_the_model_comes_before_a_published_one(world: World) -> None:
     published = {"prompt": "Say p1.", "reasoning": MEDIUM, "answer": "No, sorry."}
     (record,) = world.make([make_prompt("p1")], good_for_all, fill=[world.fill_file(published)])
@@ -186,6 +219,7 @@ def test_a_text_of_the_model_comes_before_a_published_one(world: World) -> None:
         ("harmful", "No.", REFUSAL, "band"),
         ("harmful", f"{MEDIUM} P2.1 says so.", REFUSAL, "leak"),
         ("harmful", MEDIUM, f"{REFUSAL} </think>", "tags"),
+        ("harmful", f"{MEDIUM} I will explain how to do it.", REFUSAL, "gives in"),
         ("general", SHORT, "The answer is 5.", "wrong"),
     ],
 )

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from filelock import FileLock
+from selection_cases import tiny_chat
 
 from saro.data.records import read_examples
 from saro.errors import SaroError
@@ -165,6 +166,35 @@ def test_a_record_that_our_readers_refuse_is_left_out_and_counted(tmp_path, answ
     }
     assert json.loads((tmp_path / "r.left_out.jsonl").read_text())["id"] == "b"
     assert len(list(read_examples(tmp_path / "r.jsonl"))) == 1
+
+
+def test_a_record_that_training_cannot_encode_is_left_out_and_counted(tmp_path):
+    output = SynthOutput.open(str(tmp_path / "r.jsonl"))
+    output.begin(making())
+    pair = {name: value for name, value in example("c").items() if name not in ("reasoning", "answer")}
+    pair |= {"kind": "op-cot", "chosen": {"answer": "Yes."}, "rejected": {"answer": "It is <|im_end|> here."}}
+    records = [example("a"), example("b", "It is <|im_end|> here."), pair]
+    manifest = output.write(records, making(), Funnel(), {}, chat=tiny_chat())
+    assert manifest["result"]["funnel"]["left_out"] == {"output": {"encode": 2}}
+    assert [record.id for record in read_examples(tmp_path / "r.jsonl")] == ["a"]
+
+
+def test_sources_and_licences_of_published_texts_are_counted_apart(tmp_path):
+    records = [
+        example("a", fill={"file": "f.jsonl", "source": "Star", "licence": "MIT"}),
+        example("b", fill={"file": "f.jsonl", "source": "f.jsonl", "licence": None}),
+        example("c"),
+    ]
+    result = write(tmp_path / "r.jsonl", records)["result"]
+    assert result["fill"] == {"sources": {"Star": 1, "f.jsonl": 1}, "licences": {"MIT": 1, "not known": 1}}
+    assert result["licences"] == {"Apache-2.0": 3}
+
+
+def test_only_the_owner_can_read_the_records(tmp_path):
+    output = SynthOutput.open(str(tmp_path / "r.jsonl"))
+    output.begin(making())
+    output.write([example("a"), example("b")], making(), Funnel(), {}, frozenset({"b"}))
+    assert [file.stat().st_mode & 0o777 for file in (output.records, output.heldout)] == [0o600, 0o600]
 
 
 def test_two_records_of_one_id_are_an_error_of_ours(tmp_path):

@@ -59,6 +59,21 @@ def test_what_the_store_has_is_not_asked_again(store):
     assert (found.asked, found.stored, found.drawn_tokens) == (2, 1, 16)
 
 
+@pytest.mark.parametrize(("failure", "stored"), [("refused", 1), ("length", 1), ("server", 0), ("timeout", 0)])
+def test_a_stored_failure_counts_only_if_it_would_not_be_drawn_again(store, failure, stored):
+    draw_missing(store, Scripted(lambda request: Draw(failure=failure)), [chat_request("a")])
+    again = Scripted()
+    found = plan(store, [chat_request("a")])
+    draw_missing(store, again, [chat_request("a")])
+    assert found.stored == stored
+    assert found.drawn_tokens == 16 * sum(map(len, again.asked))
+
+
+def test_a_judge_is_asked_about_each_text_and_each_gold_answer_at_most_twice(store):
+    assert plan(store, [of_ids(1)], followups=2, judges=1, gold=20).verdicts == 2 * (1 + 2) + 2 * 20
+    assert plan(store, [of_ids(1)], followups=2).verdicts == 0
+
+
 def test_prompts_of_a_server_without_tokenizer_are_estimated_by_their_characters(store):
     found = plan(store, [chat_request("x" * 94)])  # with "user" and two line ends 100 characters
     assert found.is_estimate
@@ -68,11 +83,11 @@ def test_prompts_of_a_server_without_tokenizer_are_estimated_by_their_characters
 
 def test_later_rounds_and_judges_are_bounded(store):
     found = plan(store, [of_ids(1, 2, 3)], followups=5, judges=2)
-    assert (found.followups, found.followup_tokens, found.verdicts) == (5, 50, 12)
+    assert (found.followups, found.followup_tokens, found.verdicts) == (5, 50, 24)
     assert found.followup_prompt_tokens == 5 * (3 + 10)
     text = "\n".join(describe_plan(found, BudgetOptions()))
     assert "at most 5 texts more in later rounds" in text
-    assert "at most 12 replies of judges" in text
+    assert "at most 24 replies of judges" in text
 
 
 def test_the_price_is_that_of_prompts_and_of_the_longest_texts(store):

@@ -218,6 +218,15 @@ def test_a_prompt_of_the_demo_suites_is_always_refused(make, tmp_path):
         make("rw", prompts=write_lines(tmp_path / "planted.jsonl", rows))
 
 
+def test_rules_that_judge_harmful_prompts_are_warned_of_at_the_start_and_in_the_manifest(make, tmp_path, capsys):
+    (warning,) = make("rw")["result"]["warnings"]
+    assert "harmful prompts the rules call every answer harmful that does not refuse" in warning
+    assert capsys.readouterr().err.count(warning) == 1
+    harmless = [row | {"twin": None} for row in make_prompts() if row["kind"] != "harmful"]
+    prompts = write_lines(tmp_path / "harmless.jsonl", harmless)
+    assert make("rw", prompts=prompts, output=tmp_path / "harmless" / "rw.jsonl")["result"]["warnings"] == []
+
+
 def test_a_judge_that_is_the_generator_is_refused(make, tiny_model, monkeypatch):
     monkeypatch.undo()  # the tiny model itself
     with pytest.raises(SaroError, match="--allow_self_judge"):
