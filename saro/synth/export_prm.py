@@ -80,6 +80,8 @@ def export_prm(src: str | os.PathLike, dst: str | os.PathLike, *, overwrite: boo
     if len(sound) < len(lines):
         left_out["its labels contradict another chain's"] = len(lines) - len(sound)
     with atomic_write(dst) as file:
+        # Only for their owner, as the records are: chains may be harmful.
+        os.chmod(file.name, 0o600)
         for text in sound:
             file.write(text + "\n")
     labels = [label for line in sound.values() for label in line["labels"]]

@@ -141,3 +141,8 @@ def test_an_existing_file_is_not_overwritten_unless_asked_for(export, tmp_path):
     with pytest.raises(SaroError, match="exists already"):
         export(sound)
     export(sound, overwrite=True)
+
+
+def test_only_the_owner_can_read_the_chains(export, tmp_path):
+    export(pair("intervene", 2, chosen=[*SHARED, GOOD], rejected=[*SHARED, WRONG, LAST]))
+    assert (tmp_path / "prm.jsonl").stat().st_mode & 0o777 == 0o600

@@ -66,10 +66,11 @@ def test_the_model_sees_the_request_the_policy_and_numbered_steps(store, runtime
         seen.append(user)
         return LINES
 
-    model_judge(store, runtime, reply).label(write_chains(store, runtime, "One. Two."))
+    chains = write_chains(store, runtime, "One. Two.")
+    model_judge(store, runtime, reply).label(chains)
     (text,) = seen
     assert "Request a" in text
-    assert POLICY.sections[0].title in text
+    assert POLICY.for_writer(chains[0].task.prompt) in text
     assert "1. One.\n2. Two." in text
 
 
