@@ -60,6 +60,7 @@ def test_the_meta_field_says_what_the_prompt_is_and_how_the_record_was_made() ->
             "form": "outcome",
             "prompt": "p1",
             "kind": "harmless",
+            "expect": "comply",
             "level": "low",
             "hazard": ["vcr"],
             "on_policy": True,
