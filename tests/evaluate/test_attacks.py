@@ -394,7 +394,7 @@ def test_an_id_is_used_once(error):
         ("", ": holds no list of attacks; "),
         ("id: x", ": holds no list of attacks; "),
         ("- id: [", ":1: broken YAML ("),
-        ("- id: x\n  id: y\n", ":2: broken YAML (a field is given twice); fix it there"),
+        ("- id: x\n  id: y\n", ":2: broken YAML (a key is given twice); fix it there"),
         ("- !!python/object/apply:os.getcwd []\n", ":1: broken YAML ("),
         ("- 3", ": attack 1: is a number; "),
     ],

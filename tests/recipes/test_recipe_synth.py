@@ -49,8 +49,9 @@ def test_a_model_draws_what_the_plan_says_and_no_record_left_is_one_line(synth, 
     assert "18 texts in the first round, 0 of them in the store" in plan.err
     (done,) = synth(*arguments("op"))
     assert done.code == 2
-    assert "no record is left" in done.err
-    assert done.err.count("\n") == 1
+    warning, fault = done.err.splitlines()
+    assert warning.startswith("--judge rules: on 2 harmful prompts")
+    assert "no record is left" in fault
     with DrawStore.open(tmp_path / "draws.sqlite3") as store:
         (model,) = store.read_models()
     assert model.texts == 18
