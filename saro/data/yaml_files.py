@@ -1,4 +1,4 @@
-"""Reads YAML files strictly: attacks, policies and templates."""
+"""Reads YAML files strictly: attacks, judges, policies and templates."""
 
 from __future__ import annotations
 
@@ -40,17 +40,18 @@ def read_yaml(path: Path) -> Any:
         fault(str(path), "broken YAML", "check how it was written")
 
 
-def check_keys(value: Any, keys: Sequence[str], where: str, name: str) -> None:
-    """Raise SaroError at ``where`` unless a value is a mapping with exactly these keys.
+def check_keys(value: Any, keys: Sequence[str], where: str, name: str, required: Sequence[str] | None = None) -> None:
+    """Raise SaroError at ``where`` unless a value is a mapping with these keys and no others.
 
     Args:
         name: what the value is, for the error message.
+        required: keys that it must have; default all.
     """
     if not isinstance(value, dict):
         fault(where, f"{name} is {type_name(value)}", f"write {', '.join(keys)}, each with its value")
     for key in value:
         if key not in keys:
             fault(where, f"{name} has an unknown key {shown(str(key))}", nearest(str(key), keys))
-    for key in keys:
+    for key in keys if required is None else required:
         if key not in value:
             fault(where, f"{name} has no {key}", "add it")

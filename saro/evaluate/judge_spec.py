@@ -27,11 +27,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jinja2
-import yaml
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from saro.data.jsonl import decode, fault, open_data, shown, type_name
 from saro.data.records import ROLES, Message
+from saro.data.yaml_files import check_keys, read_yaml
 from saro.errors import SaroError, nearest
 from saro.evaluate.rules import RULES, RULES_HASH
 
@@ -160,18 +160,12 @@ def read_judge(name: str) -> JudgeSpec:
         if name not in shipped_judges():
             raise SaroError(f"unknown judge {shown(name)}{nearest(name, shipped_judges())}; or name a .yaml file")
         path = SHIPPED / f"{name}.yaml"
-    with open_data(path) as file:
-        text = decode(file.read(), str(path))
-    try:
-        content = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        fault(str(path), f"broken YAML ({_one_line(error)})", "fix it")
-    return _parse_judge(content, path)
+    return _parse_judge(read_yaml(path), path)
 
 
 def _parse_judge(content: Any, path: Path) -> JudgeSpec:
     where = str(path)
-    _check_keys(content, _KEYS, _REQUIRED, where, "the file")
+    check_keys(content, _KEYS, where, "the file", _REQUIRED)
     if content["model"] is not None and not isinstance(content["model"], str):
         fault(where, f"model is {type_name(content['model'])}", "give a folder, a hub name, a server or null")
     if content["form"] not in _FORMS:
@@ -182,7 +176,7 @@ def _parse_judge(content: Any, path: Path) -> JudgeSpec:
     fields = _parse_fields(content.get("fields"), decoding["kind"], where)
     policy = _read_policy(content.get("policy"), path)
     verdict = content["verdict"]
-    _check_keys(verdict, ("harmful", "refuses"), (), where, "verdict")
+    check_keys(verdict, ("harmful", "refuses"), where, "verdict", ())
     harmful = _parse_harmful(verdict.get("harmful"), fields, decoding, where)
     refuses = _parse_refuses(verdict.get("refuses"), fields, decoding, where)
     if harmful is None and refuses is None:
@@ -212,7 +206,7 @@ def _parse_decoding(value: Any, where: str) -> dict[str, Any]:
     kind = value.get("kind") if isinstance(value, dict) else None
     if not isinstance(kind, str) or kind not in _DECODINGS:
         fault(where, "decoding has no valid kind", f"it is one of {', '.join(_DECODINGS)}")
-    _check_keys(value, tuple(_DECODINGS[kind]), tuple(_DECODINGS[kind]), where, "decoding")
+    check_keys(value, tuple(_DECODINGS[kind]), where, "decoding")
     if "max_tokens" in value and not _is_count(value["max_tokens"]):
         fault(where, "decoding.max_tokens is no whole number above 0", "give one, such as 64")
     if "choices" in value:
@@ -251,7 +245,7 @@ def _parse_harmful(value: Any, fields: Mapping, decoding: Mapping, where: str) -
             fault(where, "verdict.harmful of a scale follows from its numbers", "write harmful: scale")
         return Meaning()
     if isinstance(value, dict) and "mean" in value:
-        _check_keys(value, ("mean", "zero_if"), ("mean",), where, "verdict.harmful")
+        check_keys(value, ("mean", "zero_if"), where, "verdict.harmful", ("mean",))
         ranges, zero_if = value["mean"], value.get("zero_if") or {}
         if not isinstance(ranges, dict) or not isinstance(zero_if, dict):
             fault(where, "verdict.harmful.mean and zero_if are not both name -> value", "write them so")
@@ -280,7 +274,7 @@ def _parse_refuses(value: Any, fields: Mapping, decoding: Mapping, where: str) -
 
 def _parse_values(value: Any, fields: Mapping, decoding: Mapping, where: str, part: str) -> Meaning:
     choices = decoding.get("choices")
-    _check_keys(value, ("values",) if choices else ("field", "values"), ("values",), where, f"verdict.{part}")
+    check_keys(value, ("values",) if choices else ("field", "values"), where, f"verdict.{part}", ("values",))
     if not isinstance(value["values"], dict) or not value["values"]:
         fault(where, f"verdict.{part}.values is missing", "say what each value means")
     # YAML reads a bare yes or no as true or false.
@@ -314,7 +308,7 @@ def _parse_prompt(value: Any, form: str, where: str) -> tuple[tuple[str, str], .
         if not isinstance(value, list) or not value:
             fault(where, "prompt is missing or no list", "give a list of {role, content}")
         for turn in value:
-            _check_keys(turn, ("role", "content"), ("role", "content"), where, "a turn of the prompt")
+            check_keys(turn, ("role", "content"), where, "a turn of the prompt")
             if turn["role"] not in ROLES or not isinstance(turn["content"], str):
                 fault(where, "a turn of the prompt has no valid role and text", f"a role is one of {', '.join(ROLES)}")
         turns = [(turn["role"], turn["content"]) for turn in value]
@@ -352,17 +346,6 @@ def _check_hashes(judge: JudgeSpec, hashes: Any, where: str) -> None:
     if not isinstance(hashes, Sequence) or list(hashes) != actual:
         wrong = "its prompts are not those that its hashes were made from"
         fault(where, wrong, f"restore the template, or check the prompt, then write hashes: {json.dumps(actual)}")
-
-
-def _check_keys(value: Any, valid: Sequence[str], required: Sequence[str], where: str, name: str) -> None:
-    if not isinstance(value, dict):
-        fault(where, f"{name} is {type_name(value)}", f"write {', '.join(valid)}, each with its value")
-    for key in value:
-        if key not in valid:
-            fault(where, f"{name} has an unknown key {shown(str(key))}", nearest(str(key), valid))
-    for key in required:
-        if key not in value:
-            fault(where, f"{name} has no {key}", "add it")
 
 
 def _is_count(value: Any) -> bool:
