@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter, deque
 from collections.abc import Sequence
 
@@ -61,6 +62,16 @@ def draw_missing(
         _draw(store, generator, {key: by_key[key] for key in missing}, progress)
     stored = store.get(unique)
     return [stored.get(key) for key in keys]
+
+
+def check_one_machine(runtime: Runtime, work: str) -> None:
+    """Raise SaroError if ranks run on several machines: the store of draws is a file of one.
+
+    Args:
+        work: what the ranks do, for the error message.
+    """
+    if runtime.processes > int(os.environ.get("LOCAL_WORLD_SIZE", runtime.processes)):
+        raise SaroError(f"{work} runs on one machine; start it there, with one process for each GPU")
 
 
 def draw_on_all_ranks(

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from saro.demo import suite_files
 from saro.distributed.runtime import Runtime
-from saro.draws.draw_all import draw_on_all_ranks
-from saro.draws.endpoint import EndpointOptions
+from saro.draws.draw_all import check_one_machine, draw_on_all_ranks
 from saro.draws.handover import write_requests
 from saro.draws.request import Generator, Sampling
 from saro.draws.store import DrawStore, find_store
@@ -23,10 +21,10 @@ from saro.evaluate.contamination import find_contamination, find_training_files,
 from saro.evaluate.evaluation_folder import EvaluationFolder, make_manifest
 from saro.evaluate.foreign_answers import read_foreign_answers
 from saro.evaluate.judge import check_abstentions, check_not_self, judge_answers, read_judge
-from saro.evaluate.judge_model import JudgeModel, open_judge_model
+from saro.evaluate.judge_model import JudgeModel, find_judge_model
 from saro.evaluate.judge_spec import JudgeSpec
 from saro.evaluate.labels import read_labels
-from saro.evaluate.options import JudgeOptions, Options
+from saro.evaluate.options import Options
 from saro.evaluate.plan import describe_plan, plan_model
 from saro.evaluate.questions import Asked, ask, choose_items, make_questions, read_answer
 from saro.evaluate.read_attacks import read_attacks
@@ -51,7 +49,7 @@ def evaluate(options: Options, runtime: Runtime) -> dict[str, Any] | None:
             the folder is in use.
     """
     # 1. Find what is asked, of whom, and who judges. No weights are read yet, and all that can be wrong is said here.
-    _check_one_machine(runtime)
+    check_one_machine(runtime, "an evaluation")
     whole_suites = _read_suites(as_list(options.suites))
     suites = [choose_items(suite, options.limit, options.seed) for suite in whole_suites]
     items = [item for suite in suites for item in suite]
@@ -60,7 +58,7 @@ def evaluate(options: Options, runtime: Runtime) -> dict[str, Any] | None:
     subjects = find_subjects(options.models, options.names, options.load, options.server, options.data)
     generators = {s.name: s.generator(options.load, runtime.device, runtime.is_main) for s in subjects}
     judge = read_judge(options.judge.name)
-    judge_model = _find_judge_model(judge, options.judge, runtime)
+    judge_model = find_judge_model(judge, options.judge, runtime.is_main)
     if judge_model is not None:
         identities = {name: generator.identity for name, generator in generators.items()}
         check_not_self(judge_model.generator.identity, identities, options.allow_self_judge)
@@ -169,12 +167,6 @@ def _read_attacks(names: Sequence[str]) -> list[Attack]:
     return list(attacks.values())
 
 
-def _check_one_machine(runtime: Runtime) -> None:
-    """Raise SaroError if ranks run on several machines: the store of draws is a file of one."""
-    if runtime.processes > int(os.environ.get("LOCAL_WORLD_SIZE", runtime.processes)):
-        raise SaroError("an evaluation runs on one machine; start it there, with one process for each GPU")
-
-
 def _find_contaminated(
     subjects: Sequence[Subject], items: Sequence[Item], allow: bool
 ) -> tuple[dict[str, list[str]], list[dict[str, str]]]:
@@ -226,21 +218,6 @@ def _write_requests(
         requests = [one.request for one in asked[server.name]]
         number = write_requests(Path(path), store, generators[server.name].identity, requests, server.server.model)
         runtime.say(f"{number:,} requests in {path}" if number else "the store has all draws; nothing was written")
-
-
-def _find_judge_model(judge: JudgeSpec, options: JudgeOptions, runtime: Runtime) -> JudgeModel | None:
-    """Return the model of the judge; None for the rules, which need none.
-
-    Raises:
-        SaroError: it does not exist, or the rules are given a model.
-    """
-    if judge.form == RULES:
-        if options.model or options.endpoint:
-            raise SaroError(f"--judge {judge.name} needs no model; name a judge that has one, or leave the model out")
-        return None
-    server = EndpointOptions(model=options.model, key_env=options.key_env, revision=options.revision)
-    name = options.endpoint or options.model or ""
-    return open_judge_model(judge, name, server, progress=runtime.is_main)
 
 
 def _read_gold(name: str | None, judge: JudgeSpec, model: JudgeModel | None) -> Mapping[str, Any] | None:

@@ -13,6 +13,8 @@ from saro.draws.local import LocalGenerator, identify
 from saro.draws.request import Generator
 from saro.errors import SaroError
 from saro.evaluate.judge_spec import JudgeSpec
+from saro.evaluate.options import JudgeOptions
+from saro.evaluate.rules import RULES
 from saro.model.source import find_model
 from saro.runs.finished import this_device
 
@@ -58,3 +60,17 @@ def open_judge_model(
     model = (source, options, source.stop_ids, this_device())
     generator = LazyGenerator(identify(*model), lambda: LocalGenerator.load(*model, batch=batch, progress=progress))
     return JudgeModel(generator, chat)
+
+
+def find_judge_model(spec: JudgeSpec, options: JudgeOptions, progress: bool = True) -> JudgeModel | None:
+    """Return the model of a judge that a user has named; None for the rules, which need none.
+
+    Raises:
+        SaroError: it does not exist, or the rules are given a model.
+    """
+    if spec.form == RULES:
+        if options.model or options.endpoint:
+            raise SaroError(f"--judge {spec.name} needs no model; name a judge that has one, or leave the model out")
+        return None
+    server = EndpointOptions(model=options.model, key_env=options.key_env, revision=options.revision)
+    return open_judge_model(spec, options.endpoint or options.model or "", server, progress=progress)

@@ -169,13 +169,22 @@ def _parse_expect(fields: Mapping[str, Any], kind: str, where: str) -> str:
     return expect
 
 
-def _parse_hazard(value: Any, kind: str, where: str) -> tuple[str, ...]:
+def check_hazards(value: Any, where: str, fix: str) -> None:
+    """Raise SaroError at ``where`` unless a value is a list of codes of ``HAZARDS``.
+
+    Args:
+        fix: what to do if it is no list, for the error message.
+    """
     if not isinstance(value, list):
-        fault(where, f"hazard is {type_name(value)}", "give a list of codes")
+        fault(where, f"hazard is {type_name(value)}", fix)
     for code in value:
         if not isinstance(code, str) or code not in HAZARDS:
             wrong = f"hazard has {shown(code) if isinstance(code, str) else type_name(code)}, which is no code"
             fault(where, wrong, nearest(str(code), HAZARDS))
+
+
+def _parse_hazard(value: Any, kind: str, where: str) -> tuple[str, ...]:
+    check_hazards(value, where, "give a list of codes")
     if value and kind != "harmful":
         fault(where, f"hazard is given and kind is {kind}", "only harmful prompts have one; remove it")
     return tuple(dict.fromkeys(value))

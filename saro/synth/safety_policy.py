@@ -27,7 +27,7 @@ from typing import Any, Literal
 from saro.data.jsonl import fault, parse_text, shown, type_name
 from saro.data.yaml_files import check_keys, read_yaml
 from saro.errors import SaroError, nearest
-from saro.synth.prompts import HAZARDS, Prompt
+from saro.synth.prompts import Prompt, check_hazards
 
 # What a rule asks for, in the imperative for the writer.
 ACTIONS: Mapping[str, str] = {
@@ -282,12 +282,7 @@ def _parse_id(value: Any, where: str, places: dict[str, str]) -> str:
 
 
 def _parse_hazard(value: Any, where: str) -> tuple[str, ...]:
-    if not isinstance(value, list):
-        fault(where, f"hazard is {type_name(value)}", "write a list of codes, [] for a general section")
-    for code in value:
-        if not isinstance(code, str) or code not in HAZARDS:
-            wrong = f"hazard has {shown(code) if isinstance(code, str) else type_name(code)}, which is no code"
-            fault(where, wrong, nearest(str(code), HAZARDS))
+    check_hazards(value, where, "write a list of codes, [] for a general section")
     if len(set(value)) < len(value):
         fault(where, "hazard has a code twice", "keep one")
     return tuple(value)

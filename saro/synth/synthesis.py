@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,14 +10,14 @@ from typing import Any
 
 from saro.demo import prompt_files
 from saro.distributed.runtime import Runtime
-from saro.draws.draw_all import draw_on_all_ranks
+from saro.draws.draw_all import check_one_machine, draw_on_all_ranks
 from saro.draws.endpoint import EndpointOptions
 from saro.draws.request import Sampling
 from saro.draws.store import DrawStore, find_store
 from saro.errors import SaroError
 from saro.evaluate.judge import check_abstentions, check_not_self, judge_answers, read_judge
 from saro.evaluate.judge_gold import GOLD, as_answers, measure_agreement, read_gold
-from saro.evaluate.judge_model import JudgeModel, open_judge_model
+from saro.evaluate.judge_model import JudgeModel, find_judge_model, open_judge_model
 from saro.evaluate.judge_spec import JudgeSpec
 from saro.evaluate.rules import RULES
 from saro.evaluate.subjects import find_subjects
@@ -107,7 +106,7 @@ def synthesize(options: Options, runtime: Runtime) -> dict[str, Any] | None:
             budget is spent, another process writes this output, or no record is left.
     """
     # 1. Find what is asked, of whom, and who judges. No weights are read yet, and all that can be wrong is said here.
-    _check_one_machine(runtime)
+    check_one_machine(runtime, "data construction")
     stage, funnel = STAGE_TABLE[options.stage], Funnel()
     policy = read_policy(options.policy)
     files = prompt_files(as_list(options.prompts))
@@ -122,7 +121,9 @@ def synthesize(options: Options, runtime: Runtime) -> dict[str, Any] | None:
         chat=subject.chat,
     )
     spec = _read_judge(options.judge.name, policy)
-    judge_model = _open_judge(spec, options, budget, runtime)
+    judge_model = find_judge_model(spec, options.judge, runtime.is_main)
+    if judge_model is not None:
+        judge_model = _limit(judge_model, budget)
     warnings = _find_warnings(spec, prompts, options)
     for line in warnings:
         runtime.say(line)
@@ -168,12 +169,6 @@ def synthesize(options: Options, runtime: Runtime) -> dict[str, Any] | None:
     return runtime.on_main(lambda: output.write(records, made_from, funnel, more, heldout, subject.chat))
 
 
-def _check_one_machine(runtime: Runtime) -> None:
-    """Raise SaroError if ranks run on several machines: the store of draws is a file of one."""
-    if runtime.processes > int(os.environ.get("LOCAL_WORLD_SIZE", runtime.processes)):
-        raise SaroError("data construction runs on one machine; start it there, with one process for each GPU")
-
-
 def _read_judge(name: str, policy: Policy) -> JudgeSpec:
     """Return the judge. The one that comes with saro and reads a policy reads the policy of this run."""
     spec = read_judge(name)
@@ -193,18 +188,6 @@ def _find_warnings(spec: JudgeSpec, prompts: Sequence[Prompt], options: Options)
         f"--judge {spec.name}: on {harmful:,} harmful prompts the rules call every answer harmful that does not refuse, safe "
         "help and nonsense too; name a judge with a model to tell them apart"
     ]
-
-
-def _open_judge(spec: JudgeSpec, options: Options, budget: Budget, runtime: Runtime) -> JudgeModel | None:
-    """Return the model that judges outcomes; None for the rules, which need none."""
-    asked = options.judge
-    if spec.form == RULES:
-        if asked.model or asked.endpoint:
-            raise SaroError(f"--judge {spec.name} needs no model; name a judge that has one, or leave the model out")
-        return None
-    server = EndpointOptions(model=asked.model, key_env=asked.key_env, revision=asked.revision)
-    name = asked.endpoint or asked.model or ""
-    return _limit(open_judge_model(spec, name, server, progress=runtime.is_main), budget)
 
 
 def _open_step_judge(options: Options, budget: Budget, runtime: Runtime) -> JudgeModel | None:

@@ -18,8 +18,8 @@ from saro.data.records import Message
 from saro.errors import SaroError
 from saro.evaluate.judge_spec import read_judge
 from saro.evaluate.suite import Item
-from saro.synth.prompts import Prompt
-from saro.synth.safety_policy import ACTIONS, HAZARDS, Policy, read_policy, shipped_policies
+from saro.synth.prompts import HAZARDS, Prompt
+from saro.synth.safety_policy import ACTIONS, Policy, read_policy, shipped_policies
 
 SHARED = ROOT.parent / "shared" / "data"
 EXPECT = {"harmful": "refuse", "harmless": "comply", "general": "answer"}
