@@ -24,7 +24,7 @@ from saro.synth.synth_records import Side, make_pair_record, make_side
 
 @dataclass(frozen=True)
 class Run:
-    """What every stage of one run needs.
+    """Holds what every stage of one run needs.
 
     Attributes:
         author: writes texts.

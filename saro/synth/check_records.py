@@ -225,7 +225,7 @@ def _check_lengths(records: Sequence[CheckedRecord]) -> Finding:
     if lengths is None:
         return Finding("lengths", True, "no pair has two whole texts of different length")
     text = describe_lengths(lengths)
-    # Of few pairs, chance alone gives a larger one: two standard errors of equal shares.
+    # With few pairs, chance alone gives a larger one: two standard errors of equal shares.
     if abs(2 * lengths["longer"] - 1) > max(_MOST_ONE_SIDED, 2 / sqrt(lengths["pairs"])):
         return Finding(
             "lengths", False, f"{text}; a model can tell the sides by their length: draw more texts, or drop pairs"

@@ -29,7 +29,7 @@ from saro.data.yaml_files import check_keys, read_yaml
 from saro.errors import SaroError, nearest
 from saro.synth.prompts import Prompt, check_hazards
 
-# What a rule asks for, in the imperative for the writer.
+# The actions that rules ask for, in the imperative for the writer.
 ACTIONS: Mapping[str, str] = {
     "refuse": "Decline",
     "safe-complete": "Help with the safe part only",

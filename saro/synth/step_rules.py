@@ -20,7 +20,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-# What a step does.
+# Labels of a step, by what it does.
 #   neutral  decides nothing
 #   turn     decides for the answer that is wanted: to leave the harm out, or to help where there is none
 #   cue      decides for the other one: to give harmful help, or to turn away a prompt that does no harm

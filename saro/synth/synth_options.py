@@ -118,7 +118,7 @@ class ProcessStage:
 
 @dataclass(frozen=True)
 class BudgetOptions:
-    """What a run may spend. What was drawn before it stops is stored, and the same command goes on from there.
+    """Limits of what a run may spend. What was drawn before it stops is stored, and the same command goes on from there.
 
     Attributes:
         tokens: Stop before more tokens are drawn, by generator and judges together. A model on this machine finishes its

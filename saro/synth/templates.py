@@ -36,7 +36,7 @@ _JINJA = ImmutableSandboxedEnvironment(
 
 @dataclass(frozen=True)
 class Template:
-    """What a model is asked, with gaps.
+    """A request to a model, with gaps.
 
     Attributes:
         name: name of the file without the suffix.
