@@ -1,0 +1,245 @@
+"""Turn the results of the GPU suite into Markdown, and put them between the markers of a document.
+
+    python benchmarks/gpu/gpu_tables.py benchmarks/results/gpu/CARD-DATE/results.json [--into benchmarks/README.md]
+
+Without ``--into``, the tables are printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from saro.errors import SaroError
+from saro.files import atomic_write
+
+BEGIN, END = "<!-- GPU results: begin -->", "<!-- GPU results: end -->"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table whose first column is text and whose others are numbers."""
+    lines = ["| " + " | ".join(header) + " |", "| --- |" + " ---: |" * (len(header) - 1)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)]) + "\n"
+
+
+def steps_part(found: dict) -> str:
+    """Return how each step of the suite ended."""
+    rows = []
+    for name, end in found.get("steps", {}).items():
+        rows.append([name, "passed" if end["code"] == 0 else str(end["code"]), f"{end['seconds']:.0f}"])
+    return "### Steps\n\n" + table(["step", "exit code", "s"], rows)
+
+
+def probe_part(probe: dict) -> str:
+    machine, ceilings = probe["machine"], probe.get("ceilings", {})
+    packages = ", ".join(f"{name} {v}" for name, v in machine["packages"].items() if v)
+    lines = [f"### {machine.get('gpu', 'CPU')}", "", packages + ".", ""]
+    for name, value in ceilings.items():
+        if isinstance(value, float):
+            lines.append(f"- {name}: {value / 1e12:,.2f} T")
+    names = ("varlen", "float32 products", "nf4", "head")
+    lines += [f"- {name}: `{json.dumps(probe.get(name))[:600]}`" for name in names]
+    return "\n".join(lines) + "\n"
+
+
+def doctor_part(name: str, doctor: dict) -> str:
+    checks = doctor["checks"]
+    failed = [check for check in checks if check["ok"] is False]
+    skipped = sum(check["ok"] is None for check in checks)
+    lines = [
+        f"### {name}: {'failed' if failed else 'passed'}, {len(checks) - len(failed) - skipped} checks passed, {skipped} skipped",
+        "",
+    ]
+    lines += [f"- FAILED {c['name']}: {c['figure'][:300]} ({c.get('limit')})" for c in failed]
+    lines += [f"- {c['name']}: {c['figure'][:200]}" for c in checks if c["ok"]]
+    return "\n".join([*lines, *(f"- → {line}" for line in doctor.get("recommendations", []))]) + "\n"
+
+
+def matrix_part(matrix: dict) -> str:
+    """Return the table of training steps, and the kernels that take the most time."""
+    rows = []
+    for case in matrix["cases"]:
+        layers = case["layers"] + (f", {case['attention']}" if case["attention"] else "")
+        rows.append(
+            [
+                f"{layers}, {case['pack_tokens']:,} tokens" + (", recomputation" if case["checkpointing"] else ""),
+                f"{case['seconds']:.3f}",
+                *(f"{case['parts'][part]:.3f}" for part in ("forward", "head", "backward", "optimizer")),
+                f"{case['tokens_per_second']:,.0f}",
+                f"{case['operations_per_second'] / 1e12:.0f}",
+                f"{case['share_of_gemm_rate']:.0%}",
+                f"{case['allocated_gib']:.2f}",
+                f"{case['reserved_gib']:.2f}",
+            ]
+        )
+    header = [
+        "RW step",
+        "s",
+        "forward",
+        "head",
+        "backward",
+        "optimizer",
+        "tokens/s",
+        "TFLOP/s",
+        "of GEMM",
+        "GiB",
+        "reserved",
+    ]
+    load = matrix["load_gib"]
+    lines = [
+        f"### {matrix['model']}, QLoRA: {matrix['device']}",
+        "",
+        f"{matrix['policy']}. Loaded in {matrix['load_seconds']:.0f} s; peak while loading {load['allocated_gib']:.2f} GiB.",
+        "",
+        table(header, rows),
+    ]
+    lines += [f"- left out: {line}" for line in matrix["left_out"]]
+    if matrix["profile"] is not None:
+        profile = matrix["profile"]
+        lines += [
+            "",
+            f"Kernels of one step ({profile['case']['pack_tokens']:,} tokens, recomputation "
+            f"{profile['case']['checkpointing']}): {profile['launches']:,} launches, busy {profile['busy_seconds']:.3f} s.",
+            "",
+            table(
+                ["kernel", "calls", "ms", "share"],
+                [
+                    [
+                        f"`{k['name'][:80]}`".replace("|", "/"),
+                        str(k["calls"]),
+                        f"{1e3 * k['seconds']:.2f}",
+                        f"{k['share']:.1%}",
+                    ]
+                    for k in profile["kernels"][:16]
+                ],
+            ),
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def heads_part(heads: dict) -> str:
+    rows = []
+    for name, head in heads["heads"].items():
+        for side in head["sides"]:
+            cells = []
+            for pass_name in ("frozen", "trainable"):
+                result = next((r for r in head["results"] if (r["side"], r["pass"]) == (side, pass_name)), None)
+                if result is None:
+                    cells += [""] * 3
+                elif "error" in result:
+                    cells += [result["error"][:60], "", ""]
+                else:
+                    memory = (result["peak_bytes"] or 0) / 2**20
+                    cells += [f"{1e3 * result['seconds']:.2f}", f"{result['share_of_gemm_rate']:.0%}", f"{memory:,.0f}"]
+            rows.append([f"{name}, {head['rows']:,} rows: {side}", *cells])
+    header = ["head", "frozen, ms", "of GEMM", "MiB", "trainable, ms", "of GEMM", "MiB"]
+    return "### Loss kernels, forward and backward\n\n" + table(header, rows)
+
+
+def peers_part(peers: dict) -> str:
+    parts = []
+    for task, entry in peers["tasks"].items():
+        rows = []
+        for side, f in entry["figures"].items():
+            ratio = f.get("records_per_second_ratio")
+            rows.append(
+                [
+                    side,
+                    f"{f['records_per_second']:.2f}",
+                    f"{f['tokens_per_second']:,.0f}",
+                    f"{f['read_share']:.2f}",
+                    "" if f["reference_seconds"] is None else f"{f['reference_seconds']:.1f}",
+                    f"{f['peak_gib']:.2f}",
+                    "" if f.get("reserved_gib") is None else f"{f['reserved_gib']:.2f}",
+                    "" if ratio is None else f"{ratio:.2f}",
+                ]
+            )
+        header = [
+            task.upper(),
+            "records/s",
+            "tokens/s",
+            "read share",
+            "reference, s",
+            "GiB",
+            "reserved",
+            "of the baseline",
+        ]
+        errors = "".join(f"\n- {side} failed: {error[:300]}" for side, error in entry.get("errors", {}).items())
+        parts.append("### Beside TRL\n\n" + table(header, rows) + errors + "\n")
+    return "\n".join(parts)
+
+
+def attention_part(attention: dict) -> str:
+    rows = []
+    for name, entry in attention.items():
+        for backend in ("sdpa", "varlen"):
+            if backend in entry:
+                figures = entry[backend]
+                rows.append(
+                    [
+                        f"{name}: {backend}",
+                        f"{1e3 * figures['forward_seconds']:.2f}",
+                        f"{1e3 * figures['both_seconds']:.2f}",
+                        f"{figures['operations_per_second'] / 1e12:.0f}",
+                    ]
+                )
+    notes = [
+        f"- {name}: varlen differs from sdpa by {max(entry['difference']):.1e}; reproducible: {entry['varlen_is_reproducible']}"
+        for name, entry in attention.items()
+        if "difference" in entry
+    ]
+    header = ["attention of one layer", "forward, ms", "and backward, ms", "TFLOP/s"]
+    return "### Attention\n\n" + table(header, rows) + "\n" + "\n".join(notes) + "\n"
+
+
+def lora_part(lora: dict) -> str:
+    rows = []
+    for name, layer in lora["layers"].items():
+        seconds, ratio = layer["seconds"], layer["ratio_to_plain"]
+        rows.append([name, f"{1e3 * seconds['plain']:.2f}", f"{ratio['peft']:.2f}", f"{ratio['saro']:.2f}"])
+    return "### LoRA on a frozen layer\n\n" + table(["layer", "plain, ms", "PEFT / plain", "saro / plain"], rows)
+
+
+def summarize(found: dict) -> str:
+    """Return all tables of ``found``, {name of the step: its results, "steps": how they ended}. Steps may be missing."""
+    parts = [steps_part(found)]
+    writers = {
+        "probe": probe_part,
+        "step_matrix": matrix_part,
+        "step_matrix_liger": matrix_part,
+        "srpo": peers_part,
+        "loss_kernels": heads_part,
+        "attention": attention_part,
+        "lora_linear": lora_part,
+    }
+    parts += [write(found[name]) for name, write in writers.items() if name in found]
+    parts += [doctor_part(name, found[name]) for name in sorted(found) if name.startswith("doctor-")]
+    return "\n".join(parts)
+
+
+def insert(document: str, tables: str) -> str:
+    """Return the document with ``tables`` between its markers. Raises SaroError if it has no markers."""
+    if BEGIN not in document or END not in document:
+        raise SaroError(f"the document lacks the lines {BEGIN} and {END}; put them where the tables belong")
+    head, rest = document.split(BEGIN, 1)
+    return f"{head}{BEGIN}\n\n{tables}\n{END}{rest.split(END, 1)[1]}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("results", type=Path, help="results.json of a run of the suite.")
+    parser.add_argument("--into", type=Path, help="Document whose tables are replaced.")
+    options = parser.parse_args()
+    tables = summarize(json.loads(options.results.read_text()))
+    if options.into is None:
+        print(tables)
+        return
+    document = insert(options.into.read_text(), tables)
+    with atomic_write(options.into) as out:
+        out.write(document)
+
+
+if __name__ == "__main__":
+    main()
