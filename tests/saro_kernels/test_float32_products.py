@@ -20,7 +20,8 @@ LOW = [torch.bfloat16, torch.float16]
 def out_dtype(monkeypatch):
     """Make products on the CPU take the calls of an accelerator, computed in float64. Lists the calls' dtypes.
 
-    The meta device checks the arguments as PyTorch does for an accelerator.
+    The meta device checks shapes and dtypes as PyTorch does for an accelerator; by `mm`, since that of torch 2.11 does
+    not know `out_dtype` in `addmm`.
     """
     calls, addmm = [], torch.addmm
 
@@ -28,8 +29,7 @@ def out_dtype(monkeypatch):
         if out_dtype is None:
             return addmm(into, a, b, beta=beta, out=out)
         assert into is out
-        meta = out.to("meta")
-        addmm(meta, a.to("meta"), b.to("meta"), out_dtype=out_dtype, beta=beta, out=meta)
+        torch.mm(a.to("meta"), b.to("meta"), out_dtype=out_dtype, out=out.to("meta"))
         assert out.stride(1) == 1 or out.shape[1] == 1
         calls.append((a.dtype, out.dtype))
         added = out.double() if beta else 0
