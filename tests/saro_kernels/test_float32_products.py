@@ -4,7 +4,7 @@ from contextlib import suppress
 
 import pytest
 import torch
-from head_cases import assert_within_budget, exact, inputs, split, values_and_gradients
+from head_cases import assert_within_budget, exact, inputs, interpreted, split, values_and_gradients
 
 from saro_kernels import float32_products
 from saro_kernels.definition import reference_token_logps
@@ -40,12 +40,10 @@ def out_dtype(monkeypatch):
     return calls
 
 
-@pytest.mark.parametrize("tile_op", ["torch", "triton"])
+@pytest.mark.parametrize("tile_op", ["torch", pytest.param("triton", marks=interpreted)])
 @pytest.mark.parametrize("dtype", LOW, ids=str)
 @pytest.mark.parametrize("variant", [{}, {"bias": True, "softcap": 3.0}], ids=str)
 def test_on_an_accelerator_gemms_write_float32(out_dtype, variant, dtype, tile_op):
-    if tile_op == "triton":
-        pytest.importorskip("triton", reason="the test extra brings triton for Linux")
     wants_bias, options = split(variant)
     case = inputs(10, 16, 97, dtype, bias=wants_bias)
     for needs in (["hidden"], ["hidden", "weight"] + ["bias"] * wants_bias):
