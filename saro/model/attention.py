@@ -8,13 +8,18 @@ segment.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 from torch.nn.attention import varlen
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -27,9 +32,43 @@ from saro_kernels.softcap_attention import softcap_attention
 PACKED = "saro_packed"
 BACKENDS = ("sdpa", "varlen")
 
+# Rows of a mask start at multiples of this many numbers. CUDA's memory-efficient attention copies other masks in each
+# call.
+MASK_ALIGNMENT = 8
+
 # Arguments that decoders pass to their attention function and that do not change the result here: the rotary embedding
 # has applied the positions already, and training has no cache. All others must be None (see `check_arguments`).
 _WITHOUT_EFFECT = frozenset({"position_ids", "use_cache", "cache_position"})
+
+
+class KeyGather(NamedTuple):
+    """The keys of all paths, one path after the other, as copies of the T tokens of a pack.
+
+    Attributes:
+        tokens: (K,) int64, the token that each of the K keys is a copy of.
+        copies: (K,) int64, the keys in the order of their tokens.
+        starts: (T,) int64, where the copies of each token start in ``copies``. Each token has at least one.
+    """
+
+    tokens: torch.Tensor
+    copies: torch.Tensor
+    starts: torch.Tensor
+
+
+class VarlenLayout(NamedTuple):
+    """The layout of a pack as ``varlen_attn`` needs it: N paths, each with the queries of its last segment.
+
+    Attributes:
+        bounds_q, bounds_k: (N + 1,) int32, where queries and keys of each path start and end.
+        max_q, max_k: the most queries and the most keys of a path.
+        gather: None if each path is a single segment, so that keys are where queries are.
+    """
+
+    bounds_q: torch.Tensor
+    bounds_k: torch.Tensor
+    max_q: int
+    max_k: int
+    gather: KeyGather | None
 
 
 @dataclass(eq=False)
@@ -47,8 +86,8 @@ class AttentionPlan:
     lengths: tuple[int, ...]
     paths: tuple[tuple[int, ...], ...]
     device: torch.device
-    _masks: dict[tuple[int, int | None], torch.Tensor | None] = field(default_factory=dict)
-    _varlen: tuple[torch.Tensor | None, torch.Tensor, torch.Tensor, int, int] | None = None
+    _masks: dict[tuple[int, int | None, torch.dtype], torch.Tensor | None] = field(default_factory=dict)
+    _varlen: VarlenLayout | None = None
 
     @classmethod
     def of(cls, pack: Pack, backend: str, isolated: bool = True) -> AttentionPlan:
@@ -70,14 +109,19 @@ class AttentionPlan:
             lengths, paths = [sum(lengths)], [(0,)]
         return cls(backend, tuple(lengths), tuple(paths), pack.input_ids.device)
 
-    def mask(self, segment: int, window: int | None) -> torch.Tensor | None:
-        """Return a (queries, keys) bool mask, True where attended, or None if plain causal attention does the same."""
-        key = (segment, window)
+    def mask(self, segment: int, window: int | None, dtype: torch.dtype) -> torch.Tensor | None:
+        """Return a (queries, keys) mask, or None if plain causal attention does the same.
+
+        Args:
+            dtype: torch.bool for a mask that is True where a query attends to a key. A float dtype for one to add to
+                the scores, 0 there and -inf elsewhere: torch's attention makes one of a bool mask in each call.
+        """
+        key = (segment, window, dtype)
         if key not in self._masks:
-            self._masks[key] = self._make_mask(segment, window)
+            self._masks[key] = self._make_mask(segment, window, dtype)
         return self._masks[key]
 
-    def _make_mask(self, segment: int, window: int | None) -> torch.Tensor | None:
+    def _make_mask(self, segment: int, window: int | None, dtype: torch.dtype) -> torch.Tensor | None:
         path = self.paths[segment]
         keys = sum(self.lengths[s] for s in path)
         if len(path) == 1 and (window is None or keys <= window):
@@ -86,34 +130,40 @@ class AttentionPlan:
         k = torch.arange(keys, device=self.device)  # (keys,)
         q = k[keys - self.lengths[segment] :, None]  # (queries, 1)
         allowed = k <= q  # (queries, keys)
-        return allowed if window is None else allowed & (q - k < window)
+        if window is not None:
+            allowed &= q - k < window
+        if dtype == torch.bool:
+            return allowed
+        width = -(-keys // MASK_ALIGNMENT) * MASK_ALIGNMENT
+        mask = torch.zeros(len(q), width, dtype=dtype, device=self.device)[:, :keys]
+        return mask.masked_fill_(~allowed, -torch.inf)
 
-    def varlen(self) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor, int, int]:
-        """Return (gather, bounds_q, bounds_k, max_q, max_k) for ``varlen_attn``.
-
-        ``gather`` holds the positions of the keys of all N paths, one path after the other; it is None if every path is
-        a single segment. The bounds of queries and keys are (N + 1,) int32; max_q and max_k are the greatest lengths.
-        """
+    def varlen(self) -> VarlenLayout:
+        """Return the layout for ``varlen_attn``."""
         if self._varlen is None:
-            device = self.device
-            starts = [0]
-            for length in self.lengths:
-                starts.append(starts[-1] + length)
+            starts = np.cumsum([0, *self.lengths])
+            key_lengths = [sum(self.lengths[s] for s in path) for path in self.paths]
             gather = None
             if any(len(path) > 1 for path in self.paths):
-                gather = torch.cat([torch.arange(starts[s], starts[s + 1]) for path in self.paths for s in path])
-                gather = gather.to(device, non_blocking=True)
-            key_lengths = [sum(self.lengths[s] for s in path) for path in self.paths]
-            bounds_q = torch.tensor(starts, dtype=torch.int32)
-            bounds_k = torch.tensor([0, *key_lengths]).cumsum(0).to(torch.int32)
-            self._varlen = (
-                gather,
-                bounds_q.to(device, non_blocking=True),
-                bounds_k.to(device, non_blocking=True),
-                max(self.lengths),
-                max(key_lengths),
+                # On the host, in numpy, so that fake tensors can measure the memory of a step.
+                tokens = np.concatenate([np.arange(starts[s], starts[s + 1]) for path in self.paths for s in path])
+                copies_of = np.bincount(tokens)  # (T,)
+                gather = KeyGather(
+                    tokens=self._on_device(tokens, torch.int64),
+                    copies=self._on_device(tokens.argsort(kind="stable"), torch.int64),
+                    starts=self._on_device(copies_of.cumsum() - copies_of, torch.int64),
+                )
+            self._varlen = VarlenLayout(
+                bounds_q=self._on_device(starts, torch.int32),
+                bounds_k=self._on_device(np.cumsum([0, *key_lengths]), torch.int32),
+                max_q=max(self.lengths),
+                max_k=max(key_lengths),
+                gather=gather,
             )
         return self._varlen
+
+    def _on_device(self, numbers: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
+        return torch.tensor(numbers, dtype=dtype).to(self.device, non_blocking=True)
 
 
 def packed_attention(
@@ -182,18 +232,18 @@ def _cast_for_autocast(tensor: torch.Tensor) -> torch.Tensor:
 def _sdpa(query, key, value, plan, scale, dropout, window, softcap=None):
     """Compute attention with one call per segment; arguments and result as in ``packed_attention``."""
     if softcap is None:
-        attend = partial(_attend, dropout_p=dropout, scale=scale)
+        attend, mask_dtype = partial(_attend, dropout_p=dropout, scale=scale), query.dtype
     elif dropout:
         raise ValueError("softcapped attention has no dropout; set --model.dropout false")
     else:
-        attend = partial(softcap_attention, scale=scale, softcap=softcap)
+        attend, mask_dtype = partial(softcap_attention, scale=scale, softcap=softcap), torch.bool
     # Split, do not slice: the backward of a split is one concatenation, but that of n slices is n sums over the pack.
     queries, keys, values = (x.split(plan.lengths, dim=2) for x in (query, key, value))
     outputs = []
     for segment, path in enumerate(plan.paths):
         k = keys[segment] if len(path) == 1 else torch.cat([keys[s] for s in path], dim=2)
         v = values[segment] if len(path) == 1 else torch.cat([values[s] for s in path], dim=2)
-        mask = plan.mask(segment, window)
+        mask = plan.mask(segment, window, mask_dtype)
         outputs.append(attend(queries[segment], k, v, attn_mask=mask, is_causal=mask is None).transpose(1, 2))
     return torch.cat(outputs, dim=1)  # (1, T, H, D)
 
@@ -220,25 +270,58 @@ def _varlen(query, key, value, plan, scale, dropout, window):
     """Compute attention with one call for the pack; arguments and result as in ``packed_attention``."""
     if dropout:
         raise ValueError("varlen attention has no dropout; set --model.attention sdpa or --model.dropout false")
-    gather, bounds_q, bounds_k, max_q, max_k = plan.varlen()
+    layout = plan.varlen()
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, heads, D)
-    if gather is not None:
-        k, v = k.index_select(0, gather), v.index_select(0, gather)
+    if layout.gather is not None:
+        k, v = _GatherKeys.apply(k, v, layout.gather)
+    # The kernel takes fewer key heads than query heads. Versions of torch that have this option refuse them without it.
+    shares_keys = {"enable_gqa": q.shape[1] != k.shape[1]} if _has_enable_gqa(varlen.varlen_attn) else {}
     # varlen_attn aligns a causal mask at the last query and the last key, and the keys of a path end with its queries.
     # Its window does not count the token itself, ours does.
     output = varlen.varlen_attn(
         q,
         k,
         v,
-        bounds_q,
-        bounds_k,
-        max_q,
-        max_k,
+        layout.bounds_q,
+        layout.bounds_k,
+        layout.max_q,
+        layout.max_k,
         scale=scale,
         window_size=(-1, 0) if window is None else (window - 1, 0),
-        enable_gqa=q.shape[1] != k.shape[1],
+        **shares_keys,
     )
     return output.unsqueeze(0)  # (1, T, H, D)
+
+
+@functools.cache
+def _has_enable_gqa(varlen_attn: Callable) -> bool:
+    """Return True if torch's function has the argument ``enable_gqa``, which is newer than torch 2.11."""
+    return "enable_gqa" in inspect.signature(varlen_attn).parameters
+
+
+class _GatherKeys(torch.autograd.Function):
+    """Copies keys and values (T, G, D) of a pack to those of its paths, (K, G, D).
+
+    The backward sums the gradients of a token's copies in float32, always in the same order. That of ``index_select``
+    adds them one by one in the dtype of the keys, on a GPU in any order.
+    """
+
+    @staticmethod
+    def forward(ctx, key, value, gather):
+        ctx.gather = gather
+        return key.index_select(0, gather.tokens), value.index_select(0, gather.tokens)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_keys, d_values):
+        return _sum_copies(d_keys, ctx.gather), _sum_copies(d_values, ctx.gather), None
+
+
+def _sum_copies(gradient: torch.Tensor, gather: KeyGather) -> torch.Tensor:
+    """Return the sums (T, G, D) over each token's copies, from values (K, G, D)."""
+    # An embedding bag is a sum of rows that are chosen by index: one kernel gathers and sums.
+    sums = F.embedding_bag(gather.copies, gradient.flatten(1), gather.starts, mode="sum")
+    return sums.unflatten(1, gradient.shape[1:])
 
 
 def no_mask(*args: object, **kwargs: object) -> None:
@@ -284,13 +367,15 @@ def choose_backend(name: str, device: torch.device, dtype: torch.dtype, config: 
 def _why_not_varlen(device: torch.device, dtype: torch.dtype, config: PretrainedConfig) -> str | None:
     """Return the reason why varlen attention cannot run, or None if it can.
 
-    varlen attention supports the head sizes of FlashAttention 2.
+    varlen attention supports the head sizes of FlashAttention 2. As torch builds it, it has no backward for heads of
+    more than 192 and at most 224 on the cards of compute capability 8.6, 8.9 and 12.0.
     """
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return "needs CUDA and bfloat16"
     if attention_softcap(config) is not None:
         return "has no softcap, which the model needs"
     sizes = head_sizes(config)
-    if len(sizes) > 1 or max(sizes) > 256 or max(sizes) % 8:
+    largest = max(sizes)
+    if len(sizes) > 1 or largest > 256 or largest % 8 or 192 < largest <= 224:
         return f"does not support heads of size {' and '.join(map(str, sorted(sizes)))}, which the model needs"
     return None

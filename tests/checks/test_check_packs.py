@@ -132,8 +132,9 @@ def without_isolation(patch):
 
 
 def without_causality(patch):
-    def everything(plan, segment, window):
-        return torch.ones(plan.lengths[segment], sum(plan.lengths[i] for i in plan.paths[segment]), dtype=torch.bool)
+    def everything(plan, segment, window, dtype):
+        keys = sum(plan.lengths[i] for i in plan.paths[segment])
+        return torch.ones(plan.lengths[segment], keys, dtype=torch.bool)
 
     patch.setattr(AttentionPlan, "mask", everything)
 

@@ -33,7 +33,7 @@ def dense(query, key, value, mask, scale, softcap=None):
 
 
 class VarlenOnCPU:
-    """Stand-in for ``varlen_attn``: the same parameters and meaning, written as loops, for any device and dtype."""
+    """Stand-in for ``varlen_attn`` of torch 2.13: its parameters and meaning, as loops, for any device and dtype."""
 
     def __init__(self):
         self.calls = []
@@ -58,6 +58,9 @@ class VarlenOnCPU:
     ):
         assert return_aux is seqused_k is block_table is num_splits is None
         assert enable_gqa == (query.shape[1] != key.shape[1])
+        return self.attend(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale=scale, window_size=window_size)
+
+    def attend(self, query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size):
         assert query.dtype == key.dtype == value.dtype
         assert query.shape[-1] == key.shape[-1] == value.shape[-1] <= 256
         assert query.shape[-1] % 8 == 0
@@ -77,3 +80,24 @@ class VarlenOnCPU:
             with torch.autocast("cpu", enabled=False):  # which has no rule for the real one
                 outputs.append(dense(q, k, v, mask, q.shape[-1] ** -0.5 if scale is None else scale)[0])
         return torch.cat(outputs)
+
+
+class VarlenOnCPUOf211(VarlenOnCPU):
+    """Stand-in for ``varlen_attn`` of torch 2.11, which takes fewer key heads than query heads without being told."""
+
+    def __call__(
+        self,
+        query,
+        key,
+        value,
+        cu_seq_q,
+        cu_seq_k,
+        max_q,
+        max_k,
+        *,
+        return_aux=None,
+        scale=None,
+        window_size=(-1, -1),
+    ):
+        assert return_aux is None
+        return self.attend(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale=scale, window_size=window_size)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import weakref
 
+import numpy as np
+import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -20,6 +23,23 @@ VARIANTS = [
     {"bias": True, "softcap": 2.0, "scale": 1.7},
 ]
 MATRIX_PRODUCTS = {"mm", "addmm", "addmm_"}
+
+
+def why_no_interpreter() -> str | None:
+    """Return why Triton cannot interpret kernels on the CPU; None if it can."""
+    if importlib.util.find_spec("triton") is None:
+        return "the test extra brings triton for Linux"
+    import triton
+
+    if not triton.knobs.runtime.interpret:
+        return "TRITON_INTERPRET=0"
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    if version < (3, 7) and np.lib.NumpyVersion(np.__version__) >= "2.4.0":
+        return f"the interpreter of triton {triton.__version__} needs numpy < 2.4"
+    return None
+
+
+interpreted = pytest.mark.skipif(why_no_interpreter() is not None, reason=str(why_no_interpreter()))
 
 
 def inputs(n, d, v, dtype=torch.float32, *, bias=False, seed=0, spread=2.0):

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import inspect
 import json
+from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from attention_cases import VarlenOnCPU, dense, output_and_gradients
+from attention_cases import VarlenOnCPU, VarlenOnCPUOf211, dense, output_and_gradients
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import IM_END
 from torch.nn.attention import varlen
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, Gemma2Config, Gemma4TextConfig, LlamaConfig, MiniCPM3Config
 
 import saro.model.attention as attention
@@ -83,6 +85,18 @@ def dense_mask(pack, window):
     return mask
 
 
+class Operators(TorchDispatchMode):
+    """Counts the operators that run in this context, by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        self.counts[operator.overloadpacket.__name__] += 1
+        return operator(*args, **(kwargs or {}))
+
+
 def assert_same(actual, expected, budget):
     """Check that outputs and gradients differ by at most ``budget`` in absolute terms; their entries are about 1."""
     for a, b in zip(actual, expected, strict=True):
@@ -121,15 +135,44 @@ def test_plan_without_isolation_is_one_causal_sequence():
 
 def test_root_segment_needs_a_mask_only_beyond_the_window():
     plan = AttentionPlan.of(lay_out([build_tree([sequence(*range(9))])]), "sdpa")
-    assert plan.mask(0, None) is None
-    assert plan.mask(0, 8) is None
-    assert plan.mask(0, 7) is not None
+    assert plan.mask(0, None, torch.bool) is None
+    assert plan.mask(0, 8, torch.bool) is None
+    assert plan.mask(0, 7, torch.bool) is not None
+
+
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_float_mask_is_minus_infinity_exactly_where_the_bool_mask_is_false(dtype, window):
+    plan = AttentionPlan.of(lay_out([build_tree([sequence(1, 2, 3, 4, 5), sequence(1, 2, 6, 7, 8)])]), "sdpa")
+    mask = plan.mask(1, window, dtype)
+    assert mask.dtype == dtype
+    assert torch.equal(mask == 0, plan.mask(1, window, torch.bool))
+    assert set(mask.unique().tolist()) == {0, -torch.inf}
+    assert mask.stride(0) % 8 == 0  # else memory-efficient attention would copy it in each call
+
+
+def test_torchs_attention_gets_the_float_mask_that_was_made_for_the_first_layer(monkeypatch):
+    pack = lay_out([build_tree([sequence(1, 2, 3, 4), sequence(1, 2, 5, 6)])])
+    inputs, plan, masks = tensors(pack), AttentionPlan.of(pack, "sdpa"), []
+    sdpa = attention.F.scaled_dot_product_attention
+
+    def spy(*args, attn_mask, **options):
+        masks.append(attn_mask)
+        return sdpa(*args, attn_mask=attn_mask, **options)
+
+    monkeypatch.setattr(attention.F, "scaled_dot_product_attention", spy)
+    for _ in range(2):
+        packed_attention(CAUSAL, *inputs, None, plan=plan)
+    first, second = masks[:3], masks[3:]  # 1 2 | 3 | 5
+    assert first[0] is None
+    assert [mask.dtype for mask in first[1:]] == [torch.float64, torch.float64]
+    assert all(a is b for a, b in zip(first, second, strict=True))
 
 
 def test_masks_are_made_once_for_all_layers():
     plan = AttentionPlan.of(lay_out([build_tree([sequence(1, 2, 3, 4), sequence(1, 2, 5, 6)])]), "sdpa")
-    assert plan.mask(1, 3) is plan.mask(1, 3)
-    assert plan.mask(1, 3) is not plan.mask(1, None)
+    assert plan.mask(1, 3, torch.float32) is plan.mask(1, 3, torch.float32)
+    assert plan.mask(1, 3, torch.float32) is not plan.mask(1, None, torch.float32)
 
 
 # The numbers.
@@ -149,12 +192,17 @@ def test_sdpa_backend_equals_the_dense_definition(pack, window, groups):
 
 
 @settings(deadline=None, max_examples=40)
-@given(pack=packs(), window=st.sampled_from([None, 1, 2, 3, 8]), groups=st.sampled_from([1, 2, 4]))
-def test_varlen_backend_equals_the_sdpa_backend(pack, window, groups):
+@given(
+    pack=packs(),
+    window=st.sampled_from([None, 1, 2, 3, 8]),
+    groups=st.sampled_from([1, 2, 4]),
+    stand_in=st.sampled_from([VarlenOnCPU, VarlenOnCPUOf211]),
+)
+def test_varlen_backend_equals_the_sdpa_backend(pack, window, groups, stand_in):
     inputs = tensors(pack, groups=groups)
     results = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(varlen, "varlen_attn", VarlenOnCPU())
+        patch.setattr(varlen, "varlen_attn", stand_in())
         for backend in ("sdpa", "varlen"):
             plan = AttentionPlan.of(pack, backend)
             output, _ = packed_attention(CAUSAL, *inputs, None, plan=plan, scaling=0.4, sliding_window=window)
@@ -233,7 +281,7 @@ def test_varlen_gets_int32_bounds_and_the_longest_query_and_key(varlen_calls):
 
 def test_varlen_copies_no_keys_if_nothing_is_shared(varlen_calls):
     pack = lay_out([build_tree([sequence(1, 2, 3)]), build_tree([sequence(4, 5)])])
-    assert AttentionPlan.of(pack, "varlen").varlen()[0] is None
+    assert AttentionPlan.of(pack, "varlen").varlen().gather is None
     inputs = tensors(pack)
     output, _ = packed_attention(CAUSAL, *inputs, None, plan=AttentionPlan.of(pack, "varlen"), scaling=0.4)
     expected = dense(*inputs, dense_mask(pack, None), 0.4)
@@ -266,9 +314,79 @@ def test_varlen_indices_are_made_once_for_all_layers():
     assert plan.varlen() is plan.varlen()
 
 
-def test_torchs_varlen_attn_has_the_parameters_of_our_stand_in():
-    real, ours = (inspect.signature(f).parameters for f in (varlen.varlen_attn, VarlenOnCPU().__call__))
-    assert [(p.name, p.kind, p.default) for p in real.values()] == [(p.name, p.kind, p.default) for p in ours.values()]
+def test_torchs_varlen_attn_has_the_parameters_of_one_of_our_stand_ins():
+    def parameters(function):
+        return [(p.name, p.kind, p.default) for p in inspect.signature(function).parameters.values()]
+
+    assert parameters(varlen.varlen_attn) in (parameters(VarlenOnCPU()), parameters(VarlenOnCPUOf211()))
+
+
+# The gradients of keys that several paths read.
+
+
+@st.composite
+def key_gradients(draw):
+    """Draw a pack whose paths share keys, with the gradients (K, 2, 8) of all copies of its keys."""
+    pack = draw(packs().filter(lambda pack: AttentionPlan.of(pack, "varlen").varlen().gather is not None))
+    copies = len(AttentionPlan.of(pack, "varlen").varlen().gather.tokens)
+    rng = torch.Generator().manual_seed(draw(st.integers(0, 100)))
+    return pack, torch.randn(2, copies, 2, 8, generator=rng, dtype=torch.float64)
+
+
+def gradients_of_gathered_keys(pack, upstream):
+    """Return the gradients (2, T, 2, 8) of keys and values of which varlen attention reads copies."""
+    leaves = [torch.zeros(1, 2, pack.tokens, 8, dtype=upstream.dtype, requires_grad=True) for _ in range(2)]
+    query = torch.zeros(1, 2, pack.tokens, 8, dtype=upstream.dtype)
+
+    def attend(query, key, value, *args, **options):
+        return (key * upstream[0]).sum() + (value * upstream[1]).sum()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(varlen, "varlen_attn", attend)
+        loss, _ = packed_attention(CAUSAL, query, *leaves, None, plan=AttentionPlan.of(pack, "varlen"))
+    return torch.stack([x[0].transpose(0, 1) for x in torch.autograd.grad(loss.sum(), leaves)])
+
+
+def copies_summed(pack, upstream):
+    """Return the same gradients by definition, in float64."""
+    tokens = AttentionPlan.of(pack, "varlen").varlen().gather.tokens
+    return torch.zeros(2, pack.tokens, 2, 8, dtype=torch.float64).index_add(1, tokens, upstream.double())
+
+
+@settings(deadline=None, max_examples=40)
+@given(key_gradients())
+def test_the_gradient_of_a_shared_key_is_the_sum_over_its_copies(case):
+    pack, upstream = case
+    error = gradients_of_gathered_keys(pack, upstream) - copies_summed(pack, upstream)
+    assert error.abs().max() <= 1e-14
+
+
+@settings(deadline=None, max_examples=40)
+@given(key_gradients())
+def test_the_gradient_of_a_shared_key_is_rounded_to_bfloat16_once(case):
+    pack, upstream = case
+    upstream = upstream.bfloat16()
+    exact = copies_summed(pack, upstream)
+    # Half a bfloat16 ulp of the sum, and float32's error of summands of a few units.
+    budget = exact.abs() * 2**-8 + 1e-5
+    assert ((gradients_of_gathered_keys(pack, upstream).double() - exact).abs() <= budget).all()
+
+
+def test_gradients_of_shared_keys_have_the_same_bits_each_time():
+    pack = lay_out([build_tree([sequence(*range(30), last, last) for last in range(30, 37)])])
+    copies = len(AttentionPlan.of(pack, "varlen").varlen().gather.tokens)
+    upstream = torch.randn(2, copies, 2, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
+    first = gradients_of_gathered_keys(pack, upstream)
+    assert all(torch.equal(gradients_of_gathered_keys(pack, upstream), first) for _ in range(3))
+
+
+def test_the_gradient_of_shared_keys_takes_one_kernel_for_keys_and_one_for_values(varlen_calls):
+    pack = lay_out([build_tree([sequence(1, 2, 3, 4), sequence(1, 2, 5, 6)])])
+    output, _ = packed_attention(CAUSAL, *(inputs := tensors(pack)), None, plan=AttentionPlan.of(pack, "varlen"))
+    with Operators() as operators:
+        output.sum().backward(inputs=inputs)
+    assert operators.counts["_embedding_bag_forward_only"] == 2
+    assert operators.counts["index_add"] == operators.counts["index_add_"] == 0
 
 
 def test_varlen_with_dropout_is_refused(varlen_calls):
@@ -428,13 +546,27 @@ def test_varlen_is_refused_if_it_cannot_run(device, dtype):
         (Gemma4TextConfig(head_dim=256, global_head_dim=512), "256 and 512"),
         (LlamaConfig(hidden_size=48, num_attention_heads=4), "12"),
         (LlamaConfig(head_dim=512), "512"),
+        (LlamaConfig(head_dim=200), "200"),
+        (LlamaConfig(head_dim=224), "224"),
     ],
-    ids=["values of another size", "layers of another size", "not a multiple of 8", "too large"],
+    ids=[
+        "values of another size",
+        "layers of another size",
+        "not a multiple of 8",
+        "too large",
+        "no backward",
+        "nor here",
+    ],
 )
 def test_head_sizes_that_varlen_does_not_support_use_the_sdpa_backend(config, sizes):
     assert choose_backend("auto", torch.device("cuda"), torch.bfloat16, config) == "sdpa"
     with pytest.raises(ValueError, match=rf"not support heads of size .*{sizes}, which .*; set --model.attention sdpa"):
         choose_backend("varlen", torch.device("cuda"), torch.bfloat16, config)
+
+
+@pytest.mark.parametrize("size", [64, 128, 192, 232, 256])
+def test_head_sizes_that_flash_attention_supports_use_varlen(size):
+    assert choose_backend("auto", torch.device("cuda"), torch.bfloat16, LlamaConfig(head_dim=size)) == "varlen"
 
 
 def test_a_softcap_uses_the_sdpa_backend():

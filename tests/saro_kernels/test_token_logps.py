@@ -1,7 +1,5 @@
 """Compare token_logps with its definition in float64; check its memory, its matrix products and its error messages."""
 
-import importlib.util
-
 import pytest
 import torch
 from head_cases import (
@@ -13,6 +11,7 @@ from head_cases import (
     assert_within_budget,
     exact,
     inputs,
+    interpreted,
     split,
     values_and_gradients,
 )
@@ -24,8 +23,7 @@ from saro_kernels.definition import reference_token_logps
 from saro_kernels.tiled import tiled_token_logps
 from saro_kernels.torch_tile import ROUNDED_FIRST
 
-no_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="the test extra brings triton")
-IMPLS = ["reference", "tiled-torch", pytest.param("tiled-triton", marks=no_triton)]
+IMPLS = ["reference", "tiled-torch", pytest.param("tiled-triton", marks=interpreted)]
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

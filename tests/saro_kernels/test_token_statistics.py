@@ -1,17 +1,15 @@
 """Compare the log-probs, entropies and top-1 flags of every implementation of token_statistics with float64."""
 
-import importlib.util
 import math
 
 import pytest
 import torch
-from head_cases import BUDGETED, VARIANTS, Watch, inputs, split
+from head_cases import BUDGETED, VARIANTS, Watch, inputs, interpreted, split
 
 from saro_kernels import TokenStatistics, token_statistics
 from saro_kernels.tiled import tiled_token_statistics
 
-no_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="the test extra brings triton")
-IMPLS = ["reference", "tiled-torch", pytest.param("tiled-triton", marks=no_triton)]
+IMPLS = ["reference", "tiled-torch", pytest.param("tiled-triton", marks=interpreted)]
 SHAPES = [(1, 1, 1), (3, 4, 2), (3, 8, 97), (2, 6, 1025)]
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -86,7 +84,7 @@ def test_has_no_gradient(impl):
     assert not any(x.requires_grad for x in got)
 
 
-@pytest.mark.parametrize("tile_op", ["torch", pytest.param("triton", marks=no_triton)])
+@pytest.mark.parametrize("tile_op", ["torch", pytest.param("triton", marks=interpreted)])
 def test_any_tiling_gives_the_same_statistics(tile_op):
     hidden, weight, targets, _, _ = inputs(5, 4, 60)
     options = {"bias": None, "softcap": None, "scale": 1.0, "tile_op": tile_op}

@@ -14,6 +14,7 @@ from head_cases import (
     inputs,
     split,
     values_and_gradients,
+    why_no_interpreter,
 )
 
 from saro_kernels import float32_products, token_logps
@@ -36,7 +37,9 @@ HEADS = [(1, 1, 1), (7, 5, 1), (12, 40, 97), (12, 40, 300)]
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
-    pytest.mark.skipif(not INTERPRETED and DEVICE == "cpu", reason="neither the interpreter nor a GPU"),
+    pytest.mark.skipif(
+        DEVICE == "cpu" and why_no_interpreter() is not None, reason=f"no GPU, and {why_no_interpreter()}"
+    ),
 ]
 
 
