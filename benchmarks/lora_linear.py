@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from jsonargparse import auto_cli
@@ -20,9 +19,10 @@ from peft.tuners.lora import Linear as PeftLinear
 from rich.console import Console
 from rich.table import Table
 from torch import nn
-from train_step import timed
+from yardstick import seconds
 
 from saro.distributed.runtime import Runtime
+from saro.files import atomic_write
 from saro_kernels import FrozenLinear, LoraLinear, lora_linear
 
 # name -> (in features, out features)
@@ -52,9 +52,9 @@ def step_seconds(forward: Callable, x: torch.Tensor, upstream: torch.Tensor) -> 
     def step() -> None:
         forward(x).backward(upstream)
 
-    seconds, _ = timed(step, x.device)
+    elapsed = seconds(step, x.device)
     x.grad = None
-    return seconds
+    return elapsed
 
 
 def main(
@@ -75,6 +75,7 @@ def main(
     table = Table(title=f"forward and backward, {rows:,} rows, r = {rank}, {dtype}, {device}".replace("torch.", ""))
     for column in ("layer", "plain, ms", "PEFT, ms", "saro, ms", "PEFT / plain", "saro / plain"):
         table.add_column(column, justify="left" if column == "layer" else "right")
+    device_name = torch.cuda.get_device_name() if device.type == "cuda" else f"{runtime.threads} CPU threads"
     results = {}
     for name in layers or LAYERS:
         n_in, n_out = LAYERS[name]
@@ -84,16 +85,17 @@ def main(
         for _ in range(3):
             for forward in sides.values():
                 step_seconds(forward, x, upstream)
-        seconds = [{side: step_seconds(sides[side], x, upstream) for side in SIDES} for _ in range(rounds)]
-        median = {side: statistics.median(s[side] for s in seconds) for side in SIDES}
-        ratio = {side: statistics.median(s[side] / s["plain"] for s in seconds) for side in ("peft", "saro")}
+        times = [{side: step_seconds(sides[side], x, upstream) for side in SIDES} for _ in range(rounds)]
+        median = {side: statistics.median(t[side] for t in times) for side in SIDES}
+        ratio = {side: statistics.median(t[side] / t["plain"] for t in times) for side in ("peft", "saro")}
         results[name] = {"seconds": median, "ratio_to_plain": ratio}
         milliseconds = [f"{1e3 * median[side]:.2f}" for side in SIDES]
         table.add_row(name, *milliseconds, f"{ratio['peft']:.2f}", f"{ratio['saro']:.2f}")
     Console().print(table)
     if json_file is not None:
-        figures = {"rows": rows, "rank": rank, "rounds": rounds, "threads": runtime.threads, "layers": results}
-        Path(json_file).write_text(json.dumps(figures, indent=2) + "\n")
+        figures = {"device": device_name, "rows": rows, "rank": rank, "rounds": rounds, "layers": results}
+        with atomic_write(json_file) as out:
+            out.write(json.dumps(figures, indent=2) + "\n")
 
 
 if __name__ == "__main__":

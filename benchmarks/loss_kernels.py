@@ -6,54 +6,42 @@ The sides take turns in each round, and the GEMM rate is measured next to each o
 within a round, so that a slow moment of the machine slows all sides. A share of the GEMM rate counts only the operations
 that the mathematics needs: recomputation counts as lost time. Peak memory is memory on top of the inputs: on CUDA from
 the allocator, on a CPU the resident memory of a process that runs only this pass.
+
+A side that fails is left out with its error, and the others are still measured. The exit code is 1 if a side computes
+something else than the definition, or if one of this project's own sides fails.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import multiprocessing
 import statistics
-import time
+import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TypeVar
 
 import psutil
 import torch
-from loss_kernels_sides import HEADS, OPERATIONS, PASSES, SIDES, SMOKE, Case, Head, why_unavailable
+from loss_kernels_sides import HEADS, OPERATIONS, OWN_SIDES, PASSES, SIDES, SMOKE, Case, Head, why_unavailable
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
+from yardstick import gemm_per_second, seconds
 
 from saro.distributed.runtime import keep_freed_memory
+from saro.files import atomic_write
 from saro.program import quiet_libraries
 
-# Rows and columns of the square GEMM whose rate is the unit of the shares.
-GEMM_SIZE = {"cpu": 2048, "cuda": 8192}
-# Relative difference of the sums of log-probs that rounding can explain.
+Result = TypeVar("Result")
+
+# Relative difference of a sum of log-probs from the definition's that rounding can explain.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-3}
-
-
-def seconds(work: Callable[[], object], device: torch.device) -> float:
-    """Return the seconds that one call takes on the device."""
-    if device.type == "cuda":
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        work()
-        end.record()
-        end.synchronize()
-        return begin.elapsed_time(end) / 1e3
-    begin = time.perf_counter()
-    work()
-    return time.perf_counter() - begin
-
-
-def make_gemm(device: torch.device, dtype: torch.dtype, size: int) -> tuple[Callable[[], object], int]:
-    """Return a function that runs a square GEMM, and the floating-point operations of one run."""
-    a, b, out = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(3))
-    return lambda: torch.mm(a, b, out=out), 2 * size**3
 
 
 def _memory(key: str) -> int:
@@ -95,55 +83,101 @@ def peak_bytes(side: str, pass_name: str, head: Head, case: Case, threads: int) 
         return process.submit(_resident_peak, side, pass_name, head, rows, dtype, threads).result()
 
 
-def check_same(case: Case, sides: Sequence[str]) -> None:
-    """End the program unless all sides compute the same sum of log-probs."""
-    sums = {side: case.run(side, "scoring").item() for side in sides}
-    first = sums[sides[0]]
-    for side, total in sums.items():
-        if not abs(total - first) <= TOLERANCE[case.hidden.dtype] * abs(first):
-            raise SystemExit(f"{side} sums to {total}, {sides[0]} to {first}: they do not compute the same")
+class DifferentSum(Exception):
+    """Raised if a side computes another sum of log-probs than the definition."""
+
+
+def check_same(case: Case, side: str, expected: float) -> None:
+    """Raise DifferentSum unless a side computes the expected sum of log-probs."""
+    total = case.run(side, "scoring").item()
+    if not abs(total - expected) <= TOLERANCE[case.hidden.dtype] * abs(expected):
+        raise DifferentSum(f"it sums to {total}, the definition to {expected}: they do not compute the same")
+
+
+def attempt(work: Callable[[], Result]) -> tuple[Result | None, str | None]:
+    """Return what ``work`` returns and None, or None and the first line of the error that it raised."""
+    try:
+        return work(), None
+    except Exception as error:
+        line = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        out_of_memory = isinstance(error, torch.OutOfMemoryError)
+    # Here the traceback, which holds the side's tensors, is gone.
+    if out_of_memory:
+        gc.collect()
+        torch.cuda.empty_cache()
+    return None, line
 
 
 def measure(
     head: Head, sides: Sequence[str], passes: Sequence[str], case: Case, options: argparse.Namespace, step: Callable
 ) -> list[dict]:
-    """Measure each side and pass on one head, and return one dict each; ``step`` is called after each measurement."""
-    device, rows = case.hidden.device, len(case.hidden)
-    gemm, gemm_operations = make_gemm(device, case.hidden.dtype, 256 if options.smoke else GEMM_SIZE[device.type])
-    check_same(case, sides)
-    gemm()
+    """Measure each side and pass on one head; ``step`` is called after each measurement.
+
+    Returns:
+        one dict for each side and pass: the figures, or "error".
+    """
+    device, dtype, rows = case.hidden.device, case.hidden.dtype, len(case.hidden)
+    gemm = partial(gemm_per_second, device, dtype, 256 if options.smoke else None)
+    gemm()  # warm up
+    expected = case.defined_sum()
+    errors: dict[tuple[str, str], str] = {}  # (side, pass) -> first line
+    for side in sides:
+        _, error = attempt(partial(check_same, case, side, expected))
+        if error is not None:
+            errors |= {(side, pass_name): error for pass_name in passes}
     results = []
     for pass_name in passes:
         operations = OPERATIONS[pass_name] * rows * head.width * head.vocab
-        times: dict[str, list[float]] = {side: [] for side in sides}
-        shares: dict[str, list[float]] = {side: [] for side in sides}
-        for round_ in range(options.warmup + options.rounds):
+        runs: dict[str, list[tuple[float, float]]] = {side: [] for side in sides}  # (seconds, share of the GEMM rate)
+        for _ in range(options.warmup + options.rounds):
             for side in sides:
-                rate = gemm_operations / seconds(gemm, device)
-                elapsed = seconds(lambda side=side, pass_name=pass_name: case.run(side, pass_name), device)
+                if (side, pass_name) not in errors:
+                    run, error = attempt(partial(time_run, case, side, pass_name, operations, gemm))
+                    if error is None:
+                        runs[side].append(run)
+                    else:
+                        errors[side, pass_name] = error
                 step()
-                if round_ >= options.warmup:
-                    times[side].append(elapsed)
-                    shares[side].append(operations / elapsed / rate)
         for side in sides:
-            results.append(
-                {
-                    "side": side,
-                    "pass": pass_name,
-                    "seconds": statistics.median(times[side]),
-                    "share_of_gemm_rate": statistics.median(shares[side]),
-                    "peak_bytes": peak_bytes(side, pass_name, head, case, options.threads),
+            figures: dict = {"side": side, "pass": pass_name}
+            if (side, pass_name) not in errors:
+                peak, error = attempt(partial(peak_bytes, side, pass_name, head, case, options.threads))
+                if error is not None:
+                    errors[side, pass_name] = error
+            if (side, pass_name) in errors:
+                figures["error"] = errors[side, pass_name]
+            else:
+                times, shares = zip(*runs[side][options.warmup :], strict=True)
+                figures |= {
+                    "seconds": statistics.median(times),
+                    "share_of_gemm_rate": statistics.median(shares),
+                    "peak_bytes": peak,
                     "floor_bytes": case.floor_bytes(pass_name),
                 }
-            )
+            results.append(figures)
             step()
     return results
 
 
+def time_run(case: Case, side: str, pass_name: str, operations: int, gemm: Callable[[], float]) -> tuple[float, float]:
+    """Return the seconds of one run, and its share of the rate of a GEMM that runs just before."""
+    rate = gemm()
+    elapsed = seconds(partial(case.run, side, pass_name), case.hidden.device)
+    return elapsed, operations / elapsed / rate
+
+
+def is_wrong(result: dict) -> bool:
+    """Tell whether a side computes something else, or one of this project's own sides fails."""
+    error = result.get("error")
+    return error is not None and (error.startswith(DifferentSum.__name__) or result["side"] in OWN_SIDES)
+
+
 def format_cells(figures: dict | None) -> list[str]:
-    """Format time, share of the GEMM rate and memory of one side in one pass; empty if it was not measured."""
+    """Format time, share of the GEMM rate and memory of one side in one pass; empty if it was not asked for."""
     if figures is None:
         return ["", "", ""]
+    if "error" in figures:
+        return ["failed", "", ""]
     peak, floor = figures["peak_bytes"], figures["floor_bytes"]
     memory = "" if peak is None else f"{peak / 2**20:,.0f} ({floor / 2**20:,.0f})"
     return [f"{1e3 * figures['seconds']:,.1f}", f"{figures['share_of_gemm_rate']:.0%}", memory]
@@ -164,11 +198,15 @@ def show(console: Console, name: str, entry: dict) -> None:
         figures = {result["pass"]: result for result in entry["results"] if result["side"] == side}
         table.add_row(side, *(cell for pass_name in passes for cell in format_cells(figures.get(pass_name))))
     console.print(table)
+    for result in entry["results"]:
+        if "error" in result:
+            console.print(f"{result['side']}, {result['pass']}: {result['error']}", highlight=False, markup=False)
 
 
 def _find_result(entry: dict, side: str, pass_name: str) -> dict | None:
-    """Return the figures of a side in a pass on one head; None if it was not measured."""
-    return next((r for r in entry["results"] if (r["side"], r["pass"]) == (side, pass_name)), None)
+    """Return the figures of a side in a pass on one head; None if there are none."""
+    results = (r for r in entry["results"] if "error" not in r)
+    return next((r for r in results if (r["side"], r["pass"]) == (side, pass_name)), None)
 
 
 def plot(heads: dict[str, dict], file: str) -> None:
@@ -239,7 +277,7 @@ def parse(args: Sequence[str] | None = None) -> argparse.Namespace:
     add("--rounds", type=int, default=3, help="Measured rounds; each side runs once per round.")
     add("--warmup", type=int, default=1, help="Rounds before these; they touch new memory and are slow.")
     add("--threads", type=int, default=psutil.cpu_count(logical=False) or 1, help="CPU threads.")
-    add("--json", metavar="FILE", help="Also write the figures to this file.")
+    add("--json", metavar="FILE", help="Also write the figures to this file, after each head.")
     add("--plot", metavar="FILE", help="Also draw them to this file, as a PNG.")
     add("--smoke", action="store_true", help="Run one round on a tiny head, to check that all sides run.")
     options = parser.parse_args(args)
@@ -253,8 +291,8 @@ def parse(args: Sequence[str] | None = None) -> argparse.Namespace:
     return options
 
 
-def main(args: Sequence[str] | None = None) -> None:
-    """Measure, print the tables, and write the files that the options name."""
+def main(args: Sequence[str] | None = None) -> int:
+    """Measure, print the tables, write the files that the options name, and return the exit code."""
     options = parse(args)
     quiet_libraries()
     keep_freed_memory()  # for all sides, as in training
@@ -296,11 +334,13 @@ def main(args: Sequence[str] | None = None) -> None:
             }
             del case
             show(console, name, results[name])
-    if options.json:
-        Path(options.json).write_text(json.dumps({"torch": torch.__version__, "heads": results}, indent=1) + "\n")
+            if options.json:
+                with atomic_write(options.json) as out:
+                    out.write(json.dumps({"torch": torch.__version__, "heads": results}, indent=1) + "\n")
     if options.plot:
         plot(results, options.plot)
+    return int(any(is_wrong(result) for entry in results.values() for result in entry["results"]))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -66,12 +66,23 @@ class Case:
         """Return the sum of the log-probs. Except in "scoring", also compute the gradients and drop them."""
         self.hidden.requires_grad_(pass_name != "scoring")
         self.weight.requires_grad_(pass_name == "trainable")
-        with torch.set_grad_enabled(pass_name != "scoring"):
-            total = SIDES[side](self.hidden, self.weight, self.targets).sum()
-        if pass_name != "scoring":
-            total.backward()
-        self.hidden.grad = self.weight.grad = None
+        try:
+            with torch.set_grad_enabled(pass_name != "scoring"):
+                total = SIDES[side](self.hidden, self.weight, self.targets).sum()
+            if pass_name != "scoring":
+                total.backward()
+        finally:
+            self.hidden.grad = self.weight.grad = None
         return total.detach()
+
+    def defined_sum(self) -> float:
+        """Return the sum of the log-probs by their definition, in float32, with little memory."""
+        chunks = zip(self.hidden.split(512), self.targets.split(512), strict=True)
+        with torch.no_grad():
+            return sum(
+                token_logps(hidden, self.weight, targets, impl="reference").sum(dtype=torch.float64).item()
+                for hidden, targets in chunks
+            )
 
     def floor_bytes(self, pass_name: str) -> int:
         """Return the bytes of the results: log-probs and gradients."""
@@ -127,6 +138,7 @@ SIDES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "Liger": _liger,
     "cut cross-entropy": _cut,
 }
+OWN_SIDES = ("saro, torch tiles", "saro, Triton tiles")
 _PACKAGES = {"TRL": "trl", "Liger": "liger_kernel", "cut cross-entropy": "cut_cross_entropy"}
 
 

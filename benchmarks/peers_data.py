@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import psutil
+import torch
 from torch import nn
 
 from saro.config import DataConfig
@@ -23,7 +25,7 @@ LR = 1e-5
 BETA = 0.1
 MAX_GRAD_NORM = 1.0
 
-# Records per optimizer step. A record of SRPO is a pair of two sequences, a record of RW is one example.
+# Default of the records per optimizer step. A record of SRPO is a pair of two sequences, a record of RW is one example.
 PER_STEP = {"srpo": 4, "rw": 8}
 # Trainers to compare, and how they are used; described in `peers.DESCRIPTIONS`.
 SIDES = {
@@ -37,6 +39,39 @@ FIRST_METRICS = {"srpo": ("logps/chosen", "logps/rejected"), "rw": ("loss",)}
 
 
 @dataclass(frozen=True)
+class Part:
+    """A part of a generated record; its length is log-normal.
+
+    Attributes:
+        median: median length in tokens.
+        sigma: standard deviation of the length's logarithm.
+        most: upper limit in tokens; longer draws become this long.
+    """
+
+    median: int
+    sigma: float
+    most: int
+
+    def lengths(self, number: int, rng: np.random.Generator) -> np.ndarray:
+        """Draw lengths in tokens, (number,) int64."""
+        drawn = np.rint(self.median * np.exp(self.sigma * rng.standard_normal(number)))
+        return np.clip(drawn, 1, self.most).astype(np.int64)
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """The parts of a generated pair: a prompt, reasoning that both sides share, and the rest of each side."""
+
+    prompt: Part = Part(80, 0.5, 300)
+    shared: Part = Part(120, 0.6, 300)
+    chosen: Part = Part(220, 0.6, 500)
+    rejected: Part = Part(200, 0.6, 500)
+
+
+LENGTHS = Lengths()
+
+
+@dataclass(frozen=True)
 class Request:
     """One measurement.
 
@@ -44,8 +79,13 @@ class Request:
         task: "srpo" or "rw".
         side: one of ``SIDES[task]``.
         model: folder or hub name.
+        device: "cpu" computes in float32, "cuda" in bfloat16.
+        method: "lora" or "qlora", a 4-bit base.
+        gradient_checkpointing: recompute activations.
         data: JSONL file; None for generated records.
+        lengths: lengths of generated records.
         records: number of records.
+        per_step: records of an optimizer step.
         pack_tokens: tokens per pack of this project.
         steps: measured steps.
         warmup: steps before these, which are not measured.
@@ -56,17 +96,29 @@ class Request:
     task: str
     side: str
     model: str
+    device: str
+    method: str
+    gradient_checkpointing: bool
     data: str | None
+    lengths: Lengths
     records: int
+    per_step: int
     pack_tokens: int
     steps: int
     warmup: int
     threads: int
     seed: int
 
+    @classmethod
+    def parse(cls, text: str) -> Request:
+        """Return the request that ``json.dumps(asdict(request))`` wrote."""
+        values = json.loads(text)
+        parts = {name: Part(**part) for name, part in values.pop("lengths").items()}
+        return cls(**values, lengths=Lengths(**parts))
+
     @property
-    def per_step(self) -> int:
-        return PER_STEP[self.task]
+    def dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.device == "cuda" else torch.float32
 
     @property
     def trl_batch(self) -> int:
@@ -88,9 +140,11 @@ class Result:
         tokens: tokens of their sequences, with shared prefixes counted twice; equal on every side.
         read_tokens: tokens that the model reads for them: with padding, or with shared prefixes only once.
         first: metrics of the very first step, before any update; up to rounding, equal on every side.
-        loaded_gib: resident memory after loading the model.
-        peak_gib: peak of the resident memory.
+        loaded_gib: memory after loading the model: of tensors on a GPU, else resident memory.
+        peak_gib: peak of this memory; on a GPU only after loading.
         reference_seconds: seconds of scoring all records with the reference; None in RW.
+        reserved_gib: peak of the memory that the allocator took from the GPU; None on a CPU.
+        device: name of the GPU, or "cpu".
     """
 
     seconds: list[float]
@@ -101,6 +155,8 @@ class Result:
     loaded_gib: float
     peak_gib: float
     reference_seconds: float | None
+    reserved_gib: float | None = None
+    device: str = "cpu"
 
     @property
     def records_per_second(self) -> float:
@@ -125,38 +181,12 @@ def measured(request: Request, per_epoch_step: Sequence[int]) -> int:
     return sum(per_epoch_step[step % len(per_epoch_step)] for step in range(request.warmup, request.all_steps))
 
 
-@dataclass(frozen=True)
-class Part:
-    """A part of a generated record; its length is log-normal.
-
-    Attributes:
-        median: median length in tokens.
-        sigma: standard deviation of the length's logarithm.
-        most: upper limit in tokens; longer draws become this long.
-    """
-
-    median: int
-    sigma: float
-    most: int
-
-    def lengths(self, number: int, rng: np.random.Generator) -> np.ndarray:
-        """Draw lengths in tokens, (number,) int64."""
-        drawn = np.rint(self.median * np.exp(self.sigma * rng.standard_normal(number)))
-        return np.clip(drawn, 1, self.most).astype(np.int64)
-
-
-PROMPT = Part(80, 0.5, 300)
-SHARED = Part(120, 0.6, 300)
-CHOSEN = Part(220, 0.6, 500)
-REJECTED = Part(200, 0.6, 500)
-
-
-def generate_pairs(number: int, vocabulary: int, stop_id: int, seed: int) -> PairSet:
+def generate_pairs(number: int, vocabulary: int, stop_id: int, seed: int, lengths: Lengths = LENGTHS) -> PairSet:
     """Return pairs of random token ids: a prompt, reasoning shared by both sides, and a remainder per side."""
     rng = np.random.default_rng(seed)
-    lengths = [part.lengths(number, rng) for part in (PROMPT, SHARED, CHOSEN, REJECTED)]
+    parts = (lengths.prompt, lengths.shared, lengths.chosen, lengths.rejected)
     chosen, rejected = [], []
-    for prompt, shared, *remainders in zip(*lengths, strict=True):
+    for prompt, shared, *remainders in zip(*(part.lengths(number, rng) for part in parts), strict=True):
         start = rng.integers(0, vocabulary, prompt + shared)
         for side, remainder in zip((chosen, rejected), remainders, strict=True):
             tokens = np.concatenate([start, rng.integers(0, vocabulary, remainder), [stop_id]]).astype(np.int32)
@@ -186,7 +216,7 @@ def load_records(request: Request, chat: ChatFormat, vocabulary: int) -> Data:
         SaroError: the file has too few records or invalid ones.
     """
     if request.data is None:
-        pairs = generate_pairs(request.records, vocabulary, min(chat.stop_ids), request.seed)
+        pairs = generate_pairs(request.records, vocabulary, min(chat.stop_ids), request.seed, request.lengths)
         return pairs if request.task == "srpo" else pairs.chosen
     encode = encode_pair_files if request.task == "srpo" else encode_files
     data = encode([request.data], chat, DataConfig(pack_tokens=request.pack_tokens, too_long="drop"))
@@ -223,17 +253,37 @@ def unshared(pair: tuple[ScoredSequence, ScoredSequence]) -> SequenceTree:
     return SequenceTree((chosen, rejected), pair, ((0,), (1,)))
 
 
-def loaded_gib(model: nn.Module) -> float:
-    """Read every weight, then return the resident memory of this process in GiB.
+def synchronize(device: str) -> None:
+    """Wait for the work that was launched on a GPU."""
+    if device == "cuda":
+        torch.cuda.synchronize()
 
-    Weight files are mapped, so that a weight takes memory only when it is first read.
+
+def loaded_gib(model: nn.Module, device: str) -> float:
+    """Return the memory after loading in GiB: of tensors on a GPU, whose peaks start here; else resident memory.
+
+    On a CPU, read every weight first. Weight files are mapped, so that a weight takes memory only when it is first read.
     """
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated() / 2**30
     for parameter in model.parameters():
         parameter.detach().sum()
     return psutil.Process().memory_info().rss / 2**30
 
 
-def peak_gib() -> float:
-    """Return the peak resident memory of this process in GiB. Not by ru_maxrss, which starts at the parent's peak."""
+def memory_figures(device: str) -> dict:
+    """Return the fields of ``Result`` about the device and its peak memory.
+
+    On a CPU not by ru_maxrss, which starts at the parent's peak.
+    """
+    if device == "cuda":
+        return {
+            "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
+            "reserved_gib": torch.cuda.max_memory_reserved() / 2**30,
+            "device": torch.cuda.get_device_name(),
+        }
     lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 2**20
+    return {"peak_gib": next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 2**20}

@@ -1,13 +1,15 @@
-"""TRL's side of `peers.py`: its trainers as a user would run them on a CPU. It checks that TRL gets our token ids."""
+"""TRL's side of `peers.py`: its trainers as a user would run them on one device. It checks that TRL gets our token ids."""
 
 from __future__ import annotations
 
+import secrets
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import trl.trainer.dpo_trainer as dpo_trainer
 from datasets import Dataset, concatenate_datasets
 from peers_data import (
     BETA,
@@ -19,11 +21,12 @@ from peers_data import (
     Result,
     loaded_gib,
     measured,
-    peak_gib,
+    memory_figures,
     sequences,
+    synchronize,
 )
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, TrainerCallback
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer, pack_dataset
 
 from saro.data.dataset import ExampleSet, PairSet
@@ -35,13 +38,16 @@ from saro.program import quiet_libraries
 class Stopwatch(TrainerCallback):
     """Measures the seconds of each step from its begin to its end, without collating and logging."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: str) -> None:
         self.seconds: list[float] = []
+        self._device = device
 
     def on_step_begin(self, *args: Any, **others: Any) -> None:
+        synchronize(self._device)
         self._start = time.perf_counter()
 
     def on_step_end(self, *args: Any, **others: Any) -> None:
+        synchronize(self._device)
         self.seconds.append(time.perf_counter() - self._start)
 
 
@@ -54,8 +60,10 @@ class PairTrainer(DPOTrainer):
         return dataset
 
     def compute_ref_log_probs(self, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        synchronize(self.args.device.type)
         start = time.perf_counter()
         logps = super().compute_ref_log_probs(*args)
+        synchronize(self.args.device.type)
         self.reference_seconds += time.perf_counter() - start
         return logps
 
@@ -95,18 +103,45 @@ def example_rows(data: ExampleSet, batches: np.ndarray, packed: bool) -> Dataset
     return concatenate_datasets(packed_batches)
 
 
+def load_trl_model(request: Request, path: str) -> PreTrainedModel:
+    """Load the model as TRL's examples do, quantized as this project does."""
+    quantization = None
+    if request.method == "qlora":
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=request.dtype,
+            llm_int8_skip_modules=["lm_head"],
+        )
+    model = AutoModelForCausalLM.from_pretrained(
+        path,
+        dtype=request.dtype,
+        attn_implementation="sdpa",
+        use_safetensors=True,
+        device_map={"": request.device},
+        quantization_config=quantization,
+    )
+    for layer in model.modules():
+        # Else bitsandbytes repacks weights on some CPUs in the reference pass, and no gradient is right after that.
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False
+    return model
+
+
 def run_trl(request: Request, source: ModelSource, data: Data, folder: Path) -> Result:
     """Load the model, train it with TRL, and time the steps."""
     quiet_libraries()
     torch.set_num_threads(request.threads)
-    model = AutoModelForCausalLM.from_pretrained(
-        source.path, dtype=torch.float32, attn_implementation="sdpa", use_safetensors=True
-    )
-    loaded = loaded_gib(model)
+    model = load_trl_model(request, source.path)
+    loaded = loaded_gib(model, request.device)
+    # TRL names the cache of its reference pass by a hash, for which it reads every weight on the host: minutes for a large
+    # model. No later run can use the cache of a name that nobody knows.
+    dpo_trainer.hash_module = lambda module: secrets.token_hex()
     adapter = LoraConfig(
         r=RANK, lora_alpha=ALPHA, lora_dropout=DROPOUT, target_modules=linear_layers(model), task_type="CAUSAL_LM"
     )
-    stopwatch = Stopwatch()
+    stopwatch = Stopwatch(request.device)
     common = {
         "model": model,
         "processing_class": source.tokenizer,
@@ -116,9 +151,10 @@ def run_trl(request: Request, source: ModelSource, data: Data, folder: Path) -> 
     packed = request.side == "trl, packed"
     options = {
         "output_dir": str(folder),
-        "use_cpu": True,
-        "bf16": False,
-        "gradient_checkpointing": False,
+        "use_cpu": request.device == "cpu",
+        "bf16": request.dtype == torch.bfloat16,
+        "gradient_checkpointing": request.gradient_checkpointing,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False},
         "per_device_train_batch_size": 1 if packed else request.trl_batch,
         "gradient_accumulation_steps": request.per_step // request.trl_batch,
         "train_sampling_strategy": "sequential",
@@ -149,7 +185,8 @@ def run_trl(request: Request, source: ModelSource, data: Data, folder: Path) -> 
     # Check one epoch: in sequential order, every epoch has the same batches.
     batch_read_tokens = []
     for records, batch in zip(batches, trainer.get_train_dataloader(), strict=True):
-        check_batch(batch, data, records)
+        tensors = {name: value.cpu() for name, value in batch.items() if isinstance(value, torch.Tensor)}
+        check_batch(tensors, data, records)
         batch_read_tokens.append(batch["input_ids"].numel())
     trainer.train()
     step_records = np.arange(request.records).reshape(-1, request.per_step)  # (steps per epoch, records per step)
@@ -162,8 +199,8 @@ def run_trl(request: Request, source: ModelSource, data: Data, folder: Path) -> 
         read_tokens=measured(request, step_read_tokens.tolist()),
         first={name: trainer.state.log_history[0][name] for name in FIRST_METRICS[request.task]},
         loaded_gib=loaded,
-        peak_gib=peak_gib(),
         reference_seconds=getattr(trainer, "reference_seconds", None),
+        **memory_figures(request.device),
     )
 
 

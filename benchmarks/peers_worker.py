@@ -6,11 +6,12 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import tempfile
 import time
 from collections.abc import Iterable
-from contextlib import redirect_stdout, suppress
+from contextlib import redirect_stdout
 from dataclasses import asdict
 from datetime import date
 from pathlib import Path
@@ -29,44 +30,43 @@ from peers_data import (
     load_records,
     loaded_gib,
     measured,
-    peak_gib,
+    memory_figures,
     sequences,
+    synchronize,
     unshared,
 )
 
 from saro.config import DataConfig, ModelConfig, PreferenceConfig, TrainConfig
 from saro.data.dataset import PairSet
-from saro.data.steps import Step, Steps
+from saro.data.packs import Pack
+from saro.data.steps import Steps
 from saro.data.tree import SequenceTree
 from saro.distributed.runtime import Runtime
+from saro.errors import SaroError
 from saro.model.load import load_policy
 from saro.model.score import score_pairs
 from saro.model.source import ModelSource, find_model
+from saro.program import run_program
 from saro.train.engine import fit
-from saro.train.objective import RWObjective, SRPOObjective
+from saro.train.objective import RWObjective, SRPOObjective, Sums
 
 
-class Done(Exception):
-    """Raised after the last step, to end the training."""
+class StepClock:
+    """Records when each step has been logged; ``fit`` tells it, as its ``log``.
 
-
-class MarkedSteps:
-    """Steps that record the time at which each one is requested, and end the training when it requests one more.
-
-    So the time of a step is the time between two requests and includes packing, metrics and logging.
+    So the time of a step is the time between two log lines, and includes packing, metrics and logging.
     """
 
-    def __init__(self, steps: Steps, number: int) -> None:
-        self.schedule = steps.schedule
-        self.marks: list[float] = []
-        self._steps = steps
-        self._number = number
+    def __init__(self, device: str) -> None:
+        self._device = device
+        self.marks = [time.perf_counter()]
 
-    def __getitem__(self, step: int) -> Step:
+    def observe(self, pack: Pack, sums: Sums) -> None:
+        pass
+
+    def watch(self, step: int) -> None:
+        synchronize(self._device)
         self.marks.append(time.perf_counter())
-        if step == self._number:
-            raise Done
-        return self._steps[step]
 
 
 class UnsharedPairs:
@@ -83,8 +83,11 @@ def run_saro(request: Request, source: ModelSource, data: Data, folder: Path) ->
     """Load the model, train it with this project's trainer, and time the steps."""
     runtime = Runtime.start()
     torch.set_num_threads(request.threads)
-    policy = load_policy(source, ModelConfig(name=request.model, method="lora"), runtime.device, request.seed)
-    loaded = loaded_gib(policy)
+    options = ModelConfig(
+        name=request.model, method=request.method, gradient_checkpointing=request.gradient_checkpointing
+    )
+    policy = load_policy(source, options, runtime.device, request.seed)
+    loaded = loaded_gib(policy, request.device)
     budget, reference_seconds = request.pack_tokens, None
 
     records = UnsharedPairs(data) if request.side == "saro, no sharing" else data
@@ -94,49 +97,57 @@ def run_saro(request: Request, source: ModelSource, data: Data, folder: Path) ->
     if isinstance(data, PairSet):
         start = time.perf_counter()
         reference = score_pairs(policy, data, everything, budget)
+        synchronize(request.device)
         reference_seconds = time.perf_counter() - start
         objective = SRPOObjective(data.kinds, reference, PreferenceConfig(beta=BETA))
     else:
         objective = RWObjective(data.kinds)
     schedule = InOrder(request.records, request.per_step)
     steps = Steps(records, schedule, budget)
-    marked = MarkedSteps(steps, request.all_steps)
-    options = TrainConfig(
+    training = TrainConfig(
         output=str(folder),
         records_per_step=request.per_step,
         lr=LR,
         schedule="constant",
         warmup=0.0,
         max_grad_norm=MAX_GRAD_NORM,
+        log_every=1,
         save_every=0,
     )
-    with suppress(Done):
-        fit(
-            runtime,
-            policy,
-            objective,
-            marked,
-            request.all_steps + 1,
-            options,
-            ids=data.ids,
-        )
+    clock = StepClock(request.device)
+    fit(runtime, policy, objective, steps, request.all_steps, training, ids=data.ids, log=clock)
     first = json.loads((folder / "metrics.jsonl").read_text().partition("\n")[0])
     epoch = [steps[i] for i in range(schedule.steps_per_epoch)]
     step_tokens = [sum(len(s.tokens) for s in sequences(data, step.records)) for step in epoch]
     return Result(
-        seconds=np.diff(marked.marks)[request.warmup :].tolist(),
+        seconds=np.diff(clock.marks)[request.warmup :].tolist(),
         records=request.steps * request.per_step,
         tokens=measured(request, step_tokens),
         read_tokens=measured(request, [step.tokens for step in epoch]),
         first={name: first[name] for name in FIRST_METRICS[request.task]},
         loaded_gib=loaded,
-        peak_gib=peak_gib(),
         reference_seconds=reference_seconds,
+        **memory_figures(request.device),
     )
 
 
-def main() -> None:
-    request = Request(**json.loads(sys.argv[1]))
+def use_only(device: str) -> None:
+    """Hide all GPUs on a CPU, else all but the first one: transformers' Trainer would use all of them.
+
+    Call it before torch looks for GPUs.
+
+    Raises:
+        SaroError: there is no GPU.
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
+    os.environ["CUDA_VISIBLE_DEVICES"] = visible.partition(",")[0] if device == "cuda" else ""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise SaroError("--device cuda: torch finds no GPU; give cpu, or install a build of torch with CUDA")
+
+
+def main() -> int:
+    request = Request.parse(sys.argv[1])
+    use_only(request.device)
     # Send what TRL prints to standard error: standard output is only for the result.
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(sys.stderr):
         source = find_model(ModelConfig(name=request.model))
@@ -150,7 +161,8 @@ def main() -> None:
         else:
             result = run_saro(request, source, data, Path(folder))
     print(json.dumps(asdict(result)))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

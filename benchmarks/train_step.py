@@ -5,7 +5,7 @@
 One step is one pack of random token ids: forward, head, backward, AdamW. Steps alternate with a measurement of the GEMM
 rate, so that a slow moment of the machine slows both, and the figures are medians. With `--peft true`, steps with PEFT's
 own LoRA layers and steps without adapters take turns with them. Without adapters the gradient goes to the embeddings: no
-adapter can be faster. The floor of a step is the time of its operations at the GEMM rate, or of its bytes at the rate of
+adapter can be faster. On a GPU, a step is timed by the clock, with Python's launches. The floor of a step is the time of its operations at the GEMM rate, or of its bytes at the rate of
 a copy (`step_floor.py`): recomputation and all that is not a matrix product count as lost time.
 """
 
@@ -15,10 +15,9 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -26,12 +25,14 @@ from jsonargparse import auto_cli
 from rich.console import Console
 from rich.table import Table
 from step_floor import floor_of_step
+from yardstick import copy_per_second, gemm_per_second
 
 from saro.config import ModelConfig, TrainConfig
 from saro.data.packs import Pack, lay_out
 from saro.data.tree import RowKind, ScoredSequence, build_tree
 from saro.demo import find_demo
 from saro.distributed.runtime import Runtime
+from saro.files import atomic_write
 from saro.model.load import load_policy
 from saro.model.policy import Policy
 from saro.model.source import find_model
@@ -42,22 +43,23 @@ from saro.train.optim import make_optimizer
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of one round: of the parts of a step, of a GEMM, and of the step with PEFT's layers and without adapters."""
+    """One round: seconds of the parts of a step, and of the step with PEFT's layers and without adapters.
+
+    Attributes:
+        gemm_rate: floating-point operations per second of a GEMM in the same round.
+    """
 
     forward: float
     head: float
     backward: float
     optimizer: float
-    gemm: float
+    gemm_rate: float = math.nan
     peft_step: float = math.nan
     bare_step: float = math.nan
 
     @property
     def step(self) -> float:
         return self.forward + self.head + self.backward + self.optimizer
-
-
-GEMM_SIZE = 2048  # rows and columns of the square GEMM that measures the machine
 
 
 def random_pack(pack_tokens: int, vocabulary: int, sequence_tokens: int, scored_share: float) -> Pack:
@@ -72,45 +74,8 @@ def random_pack(pack_tokens: int, vocabulary: int, sequence_tokens: int, scored_
     return lay_out([build_tree([sequence]) for sequence in sequences])
 
 
-def gemm_seconds(device: torch.device) -> Callable[[], float]:
-    """Return a function that times one square GEMM, in float32 on a CPU, in bfloat16 on a GPU."""
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    a, b, out = (torch.randn(GEMM_SIZE, GEMM_SIZE, device=device, dtype=dtype) for _ in range(3))
-
-    def run() -> float:
-        return timed(lambda: torch.mm(a, b, out=out), device)[0]
-
-    return run
-
-
-def copy_bytes(device: torch.device) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """Return two tensors larger than any cache, and the bytes moved by copying one into the other."""
-    source = torch.ones(2**26 if device.type == "cpu" else 2**28, device=device)
-    return source, torch.empty_like(source), 2 * source.numel() * source.element_size()
-
-
-def copy_per_second(device: torch.device) -> float:
-    """Return the bytes that a copy moves per second, median of six."""
-    source, target, moved = copy_bytes(device)
-    return moved / statistics.median(timed(lambda: target.copy_(source), device)[0] for _ in range(6))
-
-
-def timed(work: Callable[[], object], device: torch.device) -> tuple[float, object]:
-    """Return the seconds that ``work`` takes on the device, and its result."""
-    if device.type == "cuda":
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        result = work()
-        stop.record()
-        stop.synchronize()
-        return start.elapsed_time(stop) / 1e3, result
-    begin = time.perf_counter()
-    result = work()
-    return time.perf_counter() - begin, result
-
-
 def time_step(policy: Policy, pack: Pack, optimizer: torch.optim.Optimizer) -> Times:
-    """Run one training step and time its parts. ``gemm`` is NaN."""
+    """Run one training step and time its parts."""
     device = pack.input_ids.device
     decoder = policy.causal_lm.get_decoder()
     marks: list[float] = []
@@ -120,26 +85,21 @@ def time_step(policy: Policy, pack: Pack, optimizer: torch.optim.Optimizer) -> T
             torch.cuda.synchronize()
         marks.append(time.perf_counter())
 
+    mark()
     hook = decoder.register_forward_hook(mark)
-    mark()
     logps = policy(pack)
-    mark()
     hook.remove()
-    backward, _ = timed((nll_sum(logps) / pack.rows).backward, device)
-    update, _ = timed(optimizer.step, device)
+    mark()
+    (nll_sum(logps) / pack.rows).backward()
+    mark()
+    optimizer.step()
+    mark()
     optimizer.zero_grad(set_to_none=True)
-    return Times(
-        forward=marks[1] - marks[0],
-        head=marks[2] - marks[1],
-        backward=backward,
-        optimizer=update,
-        gemm=math.nan,
-    )
+    forward, head, backward, update = np.diff(marks).tolist()
+    return Times(forward=forward, head=head, backward=backward, optimizer=update)
 
 
-def time_round(
-    policy: Policy, pack: Pack, optimizer: torch.optim.Optimizer, gemm: Callable[[], float], peft: bool
-) -> Times:
+def time_round(policy: Policy, pack: Pack, optimizer: torch.optim.Optimizer, peft: bool) -> Times:
     """Time a step and a GEMM; with ``peft``, also the step with PEFT's layers and the step without adapters."""
     ours = time_step(policy, pack, optimizer)
     theirs = bare = math.nan
@@ -148,7 +108,9 @@ def time_round(
             theirs = time_step(policy, pack, optimizer).step
         with policy.model.disable_adapter(), embeddings_with_gradient(policy):
             bare = time_step(policy, pack, optimizer).step
-    return replace(ours, gemm=gemm(), peft_step=theirs, bare_step=bare)
+    device = pack.input_ids.device
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    return replace(ours, gemm_rate=gemm_per_second(device, dtype), peft_step=theirs, bare_step=bare)
 
 
 @contextmanager
@@ -202,7 +164,7 @@ def main(
         peft: Also time a step with PEFT's own LoRA layers and a step without adapters, after each step.
         fused_lora: false measures only PEFT's own layers, to see their peak memory.
         trace: Also write a profiler trace of one step to this file.
-        json_file: Also write the figures to this file.
+        json_file: Also write the figures to this file; it is complete or absent.
     """
     runtime = Runtime.start()
     options = ModelConfig(
@@ -217,24 +179,25 @@ def main(
     loaded_gib = runtime.memory()
     optimizer = make_optimizer(policy.trainable().values(), TrainConfig())
     pack = random_pack(pack_tokens, source.config.vocab_size, sequence_tokens, scored_share).to(runtime.device)
-    gemm = gemm_seconds(runtime.device)
-    measured = [time_round(policy, pack, optimizer, gemm, peft) for _ in range(warmup + steps)][warmup:]
+    measured = [time_round(policy, pack, optimizer, peft) for _ in range(warmup + steps)][warmup:]
     median = {
         part: statistics.median(getattr(t, part) for t in measured)
-        for part in ("forward", "head", "backward", "optimizer", "gemm", "step", "peft_step", "bare_step")
+        for part in ("forward", "head", "backward", "optimizer", "step", "peft_step", "bare_step")
     }
     floor = floor_of_step(policy, pack)
     operations = sum(work.operations for work in floor.values())
-    gemm_rate = 2 * GEMM_SIZE**3 / median["gemm"]
-    peak_gib = runtime.memory()  # read it before the copy below allocates memory
+    gemm_rate = statistics.median(t.gemm_rate for t in measured)
+    # Read the peaks before the copy below allocates memory.
+    peak_gib = runtime.memory()
+    reserved_gib = torch.cuda.max_memory_reserved() / 2**30 if runtime.device.type == "cuda" else None
     copy_rate = copy_per_second(runtime.device)
     # Take the median of the ratios of each round: a slow moment of the machine then slows both sides.
-    share = statistics.median(operations / t.step / (2 * GEMM_SIZE**3 / t.gemm) for t in measured)
+    share = statistics.median(operations / t.step / t.gemm_rate for t in measured)
     result = {
         "model": model,
         "method": method,
         "rank": rank,
-        "device": str(runtime.device),
+        "device": torch.cuda.get_device_name() if runtime.device.type == "cuda" else "cpu",
         "threads": runtime.threads,
         "tokens": pack.tokens,
         "scored_rows": pack.rows,
@@ -250,12 +213,14 @@ def main(
         "bare_to_saro": statistics.median(t.bare_step / t.step for t in measured),
         "loaded_memory_gib": loaded_gib,
         "peak_memory_gib": peak_gib,
+        "peak_reserved_gib": reserved_gib,
     }
     show(result)
+    if json_file is not None:
+        with atomic_write(json_file) as out:
+            out.write(json.dumps(result, indent=2) + "\n")
     if trace is not None:
         write_trace(policy, pack, optimizer, trace)
-    if json_file is not None:
-        Path(json_file).write_text(json.dumps(result, indent=2) + "\n")
 
 
 def show(result: dict) -> None:
@@ -288,11 +253,12 @@ def show(result: dict) -> None:
             f"with PEFT's own layers {seconds['peft_step']:.3f} s, {result['peft_to_saro']:.2f} times as long; "
             f"without adapters {seconds['bare_step']:.3f} s, {result['bare_to_saro']:.2f} times"
         )
+    reserved = "" if result["peak_reserved_gib"] is None else f", {result['peak_reserved_gib']:.2f} reserved"
     console.print(
         f"{result['tokens_per_second']:.0f} tokens/s; {sum(result['operations'].values()) / 1e12:.3f} TFLOP per step; "
         f"GEMM rate {result['gemm_operations_per_second'] / 1e9:.0f} GFLOP/s, of which a step reaches "
         f"{result['share_of_gemm_rate']:.0%}; peak memory {result['peak_memory_gib']:.2f} GiB "
-        f"({result['loaded_memory_gib']:.2f} after loading)"
+        f"({result['loaded_memory_gib']:.2f} after loading{reserved})"
     )
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 
 import loss_kernels
 import pytest
 import torch
-from loss_kernels_sides import HEADS, PASSES, SIDES, SMOKE, Case, why_unavailable
+from loss_kernels_sides import HEADS, PASSES, SIDES, SMOKE, Case, Head, why_unavailable
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 AVAILABLE = [side for side in SIDES if why_unavailable(side, CPU, torch.float32) is None]
@@ -35,12 +36,79 @@ def test_trl_computes_the_same_sum(case):
     torch.testing.assert_close(case.run("TRL", "trainable"), case.run("saro, torch tiles", "trainable"))
 
 
-def test_a_side_with_another_sum_is_an_error(case, monkeypatch):
+def test_the_defined_sum_adds_the_log_probs_of_all_rows():
+    case = Case.of(SMOKE["smoke"], 600, CPU, torch.float32)
+    want = (case.hidden @ case.weight.T).log_softmax(1).gather(1, case.targets[:, None]).sum()
+    assert case.defined_sum() == pytest.approx(want.item(), rel=1e-6)
+
+
+def smoke_results(file, *sides, passes=("frozen", "trainable")):
+    """Return the exit code of a smoke run, and its results as {(side, pass): result}."""
+    arguments = ["--smoke", "--sides", *sides, "--passes", *passes, "--threads", "1", "--json", str(file)]
+    code = loss_kernels.main(arguments)
+    results = json.loads(file.read_text())["heads"]["smoke"]["results"]
+    return code, {(result["side"], result["pass"]): result for result in results}
+
+
+def test_a_side_with_another_sum_is_left_out_and_the_exit_code_is_1(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(SIDES, "log_softmax", lambda hidden, weight, targets: hidden.sum() * 1.0)
-    with pytest.raises(
-        SystemExit, match=r"log_softmax sums to .*, saro, torch tiles to .*: they do not compute the same"
-    ):
-        loss_kernels.check_same(case, ["saro, torch tiles", "log_softmax"])
+    # Also if it is the first side: each is compared with the definition.
+    code, results = smoke_results(tmp_path / "figures.json", "log_softmax", "cross_entropy")
+    assert code == 1
+    message = r"DifferentSum: it sums to \S+, the definition to -\S+: they do not compute the same"
+    for pass_name in ("frozen", "trainable"):
+        assert re.fullmatch(message, results["log_softmax", pass_name]["error"])
+        assert results["cross_entropy", pass_name]["seconds"] > 0
+    assert "log_softmax, frozen: DifferentSum: it sums to" in capsys.readouterr().out
+
+
+def fail_in_backward(exception):
+    """Return a side that is right, but raises as soon as its gradient is computed."""
+
+    def side(hidden, weight, targets):
+        total = SIDES["cross_entropy"](hidden, weight, targets)
+        if weight.requires_grad:
+            total.register_hook(lambda gradient: raise_(exception))
+        return total
+
+    return side
+
+
+def raise_(exception):
+    raise exception
+
+
+@pytest.mark.parametrize(
+    "exception", [ValueError("no such kernel\nmore"), torch.OutOfMemoryError("CUDA out of memory\nmore")]
+)
+def test_a_failing_side_loses_no_result_of_others_nor_of_its_other_passes(tmp_path, monkeypatch, exception):
+    monkeypatch.setitem(SIDES, "log_softmax", fail_in_backward(exception))
+    code, results = smoke_results(tmp_path / "figures.json", "log_softmax", "cross_entropy")
+    assert code == 0
+    line = f"{type(exception).__name__}: {str(exception).splitlines()[0]}"
+    assert results["log_softmax", "trainable"] == {"side": "log_softmax", "pass": "trainable", "error": line}
+    assert {pair for pair, result in results.items() if "seconds" in result} == {
+        ("log_softmax", "frozen"),
+        ("cross_entropy", "frozen"),
+        ("cross_entropy", "trainable"),
+    }
+
+
+def test_a_failing_side_of_our_own_makes_the_exit_code_1(tmp_path, monkeypatch):
+    monkeypatch.setitem(SIDES, "saro, torch tiles", lambda *_: raise_(RuntimeError("a fault")))
+    code, results = smoke_results(tmp_path / "figures.json", "saro, torch tiles", "log_softmax")
+    assert code == 1
+    assert results["saro, torch tiles", "frozen"]["error"] == "RuntimeError: a fault"
+    assert results["log_softmax", "frozen"]["seconds"] > 0
+
+
+def test_figures_are_written_after_each_head(tmp_path, monkeypatch):
+    """A run that dies at the second head leaves the first one's figures."""
+    file = tmp_path / "figures.json"
+    monkeypatch.setattr(loss_kernels, "SMOKE", {"one": SMOKE["smoke"], "two": Head(-1, 10, 4, 4)})
+    with pytest.raises(RuntimeError):
+        loss_kernels.main(["--smoke", "--sides", "log_softmax", "--threads", "1", "--json", str(file)])
+    assert list(json.loads(file.read_text())["heads"]) == ["one"]
 
 
 def test_floor_bytes_are_log_probs_and_gradients(case):
@@ -75,15 +143,12 @@ def test_the_peak_of_a_pass_is_that_of_its_logits():
 
 
 def test_a_smoke_run_writes_figures(tmp_path, capsys):
-    figures = tmp_path / "figures.json"
-    arguments = ["--smoke", "--sides", "saro, torch tiles", "Liger", "--passes", "frozen", "--threads", "1"]
-    loss_kernels.main([*arguments, "--json", str(figures)])
+    code, results = smoke_results(tmp_path / "figures.json", "saro, torch tiles", "Liger", passes=["frozen"])
+    assert code == 0
     assert "Liger is left out: it runs on CUDA only" in capsys.readouterr().out
-    entry = json.loads(figures.read_text())["heads"]["smoke"]
-    (result,) = entry["results"]
-    assert (result["side"], result["pass"]) == ("saro, torch tiles", "frozen")
-    assert result["seconds"] > 0
-    assert result["share_of_gemm_rate"] > 0
+    assert list(results) == [("saro, torch tiles", "frozen")]
+    assert results["saro, torch tiles", "frozen"]["seconds"] > 0
+    assert results["saro, torch tiles", "frozen"]["share_of_gemm_rate"] > 0
 
 
 def test_the_plot_leaves_gaps_for_sides_that_did_not_run(tmp_path):
@@ -92,8 +157,11 @@ def test_the_plot_leaves_gaps_for_sides_that_did_not_run(tmp_path):
     heads = {
         "one": {"sides": ["saro, torch tiles", "TRL"], "results": [{"side": "TRL", **figures}]},
         "two": {
-            "sides": ["saro, torch tiles"],
-            "results": [{"side": "saro, torch tiles", **figures, "peak_bytes": None}],
+            "sides": ["saro, torch tiles", "TRL"],
+            "results": [
+                {"side": "saro, torch tiles", **figures, "peak_bytes": None},
+                {"side": "TRL", "pass": "frozen", "error": "ValueError: a fault"},
+            ],
         },
     }
     loss_kernels.plot(heads, str(tmp_path / "plot.png"))

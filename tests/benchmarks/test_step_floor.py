@@ -6,12 +6,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 from loaded import a_pack, load
 from step_floor import Work, _attention, _product, floor_of_step
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from train_step import copy_bytes
 
 from saro.data.packs import lay_out
 from saro.data.tree import ScoredSequence, build_tree
@@ -63,8 +61,3 @@ def test_a_4_bit_weight_has_fewer_bytes_and_as_many_operations(tiny_model):
 def test_the_floor_is_the_longer_of_the_two_times():
     assert Work(100.0, 10.0).seconds(10.0, 10.0) == 10.0
     assert Work(10.0, 100.0).seconds(10.0, 10.0) == 10.0
-
-
-def test_a_copy_moves_the_bytes_of_both_tensors():
-    source, target, moved = copy_bytes(torch.device("cpu"))
-    assert moved == source.nbytes + target.nbytes
