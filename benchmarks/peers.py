@@ -59,7 +59,7 @@ DESCRIPTIONS = {
 
 
 class MeasurementFailed(Exception):
-    """The process of a measurement failed; the message is the last line of its error output."""
+    """The process of a measurement failed; the message is its exit code and the last line of its error output."""
 
 
 def measure(request: Request, limit: float | None) -> Result:
@@ -81,12 +81,13 @@ def measure(request: Request, limit: float | None) -> Result:
             process = subprocess.run(
                 command, env=environment, capture_output=True, text=True, check=False, timeout=limit
             )
-        except subprocess.TimeoutExpired:
+        except subprocess.TimeoutExpired as error:
+            print((error.stderr or b"").decode(errors="replace"), file=sys.stderr)
             raise MeasurementFailed(f"stopped after {limit:g} s, its --limit") from None
     if process.returncode:
         print(process.stderr, file=sys.stderr)
-        lines = process.stderr.strip().splitlines()
-        raise MeasurementFailed(lines[-1] if lines else f"exit code {process.returncode}")
+        last_line = process.stderr.strip().rpartition("\n")[2]
+        raise MeasurementFailed(f"exit code {process.returncode}: {last_line}")
     # Libraries may print before the result.
     return Result(**json.loads(process.stdout.splitlines()[-1]))
 

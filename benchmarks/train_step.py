@@ -177,6 +177,10 @@ def main(
     source = find_model(options)
     policy = load_policy(source, options, runtime.device, seed=0).train()
     loaded_gib = runtime.memory()
+    if runtime.device.type == "cuda":
+        # From here on, the peaks are those of steps: loading may have needed more.
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
     optimizer = make_optimizer(policy.trainable().values(), TrainConfig())
     pack = random_pack(pack_tokens, source.config.vocab_size, sequence_tokens, scored_share).to(runtime.device)
     measured = [time_round(policy, pack, optimizer, peft) for _ in range(warmup + steps)][warmup:]

@@ -154,7 +154,7 @@ def test_sides_are_measured_in_the_order_asked_for(tmp_path, monkeypatch):
 
 
 def test_a_measurement_fails_with_the_last_line_of_its_process(tmp_path, capsys):
-    with pytest.raises(peers.MeasurementFailed, match=r"^error: .*nowhere"):
+    with pytest.raises(peers.MeasurementFailed, match=r"^exit code 2: error: .*nowhere"):
         peers.measure(replace(request_for(tmp_path), model=str(tmp_path / "nowhere")), limit=None)
     assert "nowhere" in capsys.readouterr().err
 
