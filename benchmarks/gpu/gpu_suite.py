@@ -29,6 +29,8 @@ HERE = ROOT / "benchmarks/gpu"
 DRY = os.environ.get("DRY") == "1"
 # Seconds after which all that is known is written again while a command runs, in case the whole call is killed.
 WRITE_EVERY = 10
+# Heads of the loss kernels, in order of importance.
+HEADS = ("Llama-3-8B", "SmolLM2-135M", "Qwen2.5-0.5B", "Gemma-2-2B")
 # A dry run has few cores, all of which are busy.
 SLOWNESS = 10 if DRY else 1
 
@@ -120,7 +122,7 @@ def list_steps(folders: Folders) -> list[Step]:
         "benchmarks/gpu/step_matrix.py", folders.models / large, results("step_matrix_liger"), "--packs", packs[0],
         "--seconds", 40, "--liger",
     )  # fmt: skip
-    heads = ("--smoke", "--passes", "frozen") if DRY else ("--rounds", 8, "--rows", 8192)
+    heads = ("--smoke", "--passes", "frozen") if DRY else ("--rounds", 8, "--rows", 8192, "--heads", *HEADS)
     long_pairs = ("--prompt_tokens", "256,0.5,1024", "--shared_tokens", "384,0.6,1024")
     long_pairs += ("--chosen_tokens", "640,0.6,2048", "--rejected_tokens", "600,0.6,2048")
     peers = python("benchmarks/peers.py", "--model", folders.models / large, "--method", "qlora", "--rounds", 1)
