@@ -13,16 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Activations by name. The backward functions compute the gradient in one pass.
-_FORWARD = {
-    "silu": torch.nn.functional.silu,
-    "gelu_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
-}
-_BACKWARD = {
-    "silu": torch.ops.aten.silu_backward,
-    "gelu_tanh": lambda gradient, x: torch.ops.aten.gelu_backward(gradient, x, approximate="tanh"),
-}
-ACTIVATIONS = tuple(_FORWARD)
+from saro_kernels.gated_activation import gated_product, gated_product_backward
 
 # Rank at which the fast layout of a thin product changes on a CPU. Below it, MKL takes up to ten times as long with the
 # thin matrix as the right factor; from it on, a third longer with the thin matrix as the left factor. `_project` and
@@ -93,7 +84,7 @@ def lora_gated_mlp(x: Tensor, gate: LoraLinear, up: LoraLinear, down: LoraLinear
 
     Args:
         x: (..., D).
-        activation: one of ``ACTIVATIONS``.
+        activation: one of ``gated_activation.ACTIVATIONS``.
 
     Returns:
         (..., D) in x's dtype.
@@ -138,7 +129,7 @@ class _LoraGatedMlp(torch.autograd.Function):
         rows = x.reshape(-1, x.shape[-1])
         gated, p_gate = _forward(rows, a_gate, b_gate, gate)
         lifted, p_up = _forward(rows, a_up, b_up, up)
-        out, p_down = _forward(_FORWARD[activation](gated).mul_(lifted), a_down, b_down, down)
+        out, p_down = _forward(gated_product(activation, gated, lifted), a_down, b_down, down)
         ctx.save_for_backward(rows, gated, lifted, p_gate, p_up, p_down, a_gate, b_gate, a_up, b_up, a_down, b_down)
         return _reshape_output(out, x)
 
@@ -149,10 +140,12 @@ class _LoraGatedMlp(torch.autograd.Function):
         gate, up, down = ctx.layers
         needs_x = ctx.needs_input_grad[0]
         upstream = gradient.reshape(-1, gradient.shape[-1])
-        active = _FORWARD[ctx.activation](gated)
-        d_hidden, d_a_down, d_b_down = _backward(upstream, active * lifted, p_down, a_down, b_down, down, True)
-        d_lifted = active.mul_(d_hidden)
-        d_gated = _BACKWARD[ctx.activation](d_hidden.mul_(lifted), gated)
+        # The down layer's input is computed again, and after its gradient: one pass then gives both, and those of gate and up.
+        d_product, d_b_down = _backward_to_product(upstream, p_down, b_down, down)
+        d_hidden = _backward_to_rows(upstream, d_product, a_down, down)
+        hidden, d_gated, d_lifted = gated_product_backward(ctx.activation, d_hidden, gated, lifted)
+        d_a_down = _outer(d_product, hidden).to(a_down.dtype)
+        del hidden
         d_rows, d_a_gate, d_b_gate = _backward(d_gated, rows, p_gate, a_gate, b_gate, gate, needs_x)
         d_x, d_a_up, d_b_up = _backward(d_lifted, rows, p_up, a_up, b_up, up, needs_x, into=d_rows)
         d_x = d_x.view(*gradient.shape[:-1], rows.shape[-1]) if needs_x else None
@@ -184,14 +177,25 @@ def _backward(
 
     ``into``: (N, in); if given, the gradient of the rows is added to it in place.
     """
-    d_b = _outer(upstream, product).mul_(layer.scaling).to(b.dtype)
-    d_product = _project(upstream, b.to(upstream.dtype) * layer.scaling)
+    d_product, d_b = _backward_to_product(upstream, product, b, layer)
     d_a = _outer(d_product, rows).to(a.dtype)
-    if not needs_rows:
-        return None, d_a, d_b
+    d_rows = _backward_to_rows(upstream, d_product, a, layer, into) if needs_rows else None
+    return d_rows, d_a, d_b
+
+
+def _backward_to_product(upstream: Tensor, product: Tensor, b: Tensor, layer: LoraLinear) -> tuple[Tensor, Tensor]:
+    """Return the gradients of the rank-r product, (N, r), and of ``b``."""
+    d_b = _outer(upstream, product).mul_(layer.scaling).to(b.dtype)
+    return _project(upstream, b.to(upstream.dtype) * layer.scaling), d_b
+
+
+def _backward_to_rows(
+    upstream: Tensor, d_product: Tensor, a: Tensor, layer: LoraLinear, into: Tensor | None = None
+) -> Tensor:
+    """Return the gradient of the rows, (N, in); it is added to ``into`` in place, if that is given."""
     weight = layer.base.dense(upstream.dtype)
     d_rows = torch.mm(upstream, weight) if into is None else into.addmm_(upstream, weight)
-    return d_rows.addmm_(d_product, a.to(upstream.dtype)), d_a, d_b
+    return d_rows.addmm_(d_product, a.to(upstream.dtype))
 
 
 def _project(rows: Tensor, matrix: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch.autograd import gradcheck
 
 from saro_kernels import FrozenLinear, LoraLinear, lora_gated_mlp, lora_linear
-from saro_kernels.lora import ACTIVATIONS
+from saro_kernels.gated_activation import ACTIVATIONS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

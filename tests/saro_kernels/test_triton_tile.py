@@ -132,20 +132,20 @@ def test_log_probs_keep_their_digits_however_large_the_logits():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("frozen", [True, False])
 def test_non_contiguous_inputs(dtype, frozen):
-    hidden, weight, targets, bias, _ = case = inputs(5, 11, 53, dtype, bias=True)
+    case = inputs(5, 11, 53, dtype, bias=True)
     upstream = torch.tensor(0.7, device=DEVICE).expand(5)  # what the backward of a sum passes on
-    h, w, t, b = on_device(
-        torch.stack([hidden, hidden], 2)[:, :, 0],
-        weight.T.contiguous().T,
-        torch.stack([targets, targets], 1)[:, 0],
-        torch.stack([bias, bias], 1)[:, 1],
-    )
+    hidden, weight, targets, bias = on_device(*case[:4])
+    # On the device: a copy from another one would be contiguous.
+    h = torch.stack([hidden, hidden], 2)[:, :, 0]
+    w = weight.T.contiguous().T
+    t = torch.stack([targets, targets], 1)[:, 0]
+    b = torch.stack([bias, bias], 1)[:, 1]
     assert not any(x.is_contiguous() for x in (h, w, t, b, upstream))
     leaves = [h.requires_grad_()] if frozen else [h.requires_grad_(), w.requires_grad_(), b.requires_grad_()]
     logps = tiled_token_logps(h, w, t, bias=b, softcap=None, scale=1.0, rows=2, tile_op="triton")
     got = [logps.detach(), *torch.autograd.grad(logps, leaves, upstream)]
     needs = ["hidden"] if frozen else ["hidden", "weight", "bias"]
-    case = (*on_device(*case[:4]), upstream.double())
+    case = (hidden, weight, targets, bias, upstream.double())
     plain = values_and_gradients(reference_token_logps, *case, needs, softcap=None, scale=1.0)
     assert_within_budget(got, plain, exact(*case, needs))
 
