@@ -17,6 +17,8 @@ MAX_ACCELERATOR_ROWS = 2048
 MIN_L2_BYTES = 32 * 2**20
 L2_SHARE = 0.75
 MIN_L2_ROWS = 256
+# A tile takes at most this share of an accelerator's free memory: the gradient of the hidden states comes beside it.
+FREE_SHARE = 0.25
 # A logit is at least a float32.
 MIN_LOGIT_BYTES = 4
 # How often a tile in memory crosses the bus: the first GEMM writes the logits and the tile op reads them twice; it writes
@@ -25,7 +27,9 @@ MIN_LOGIT_BYTES = 4
 LOGIT_PASSES, GRADIENT_PASSES, WEIGHT_PASSES = 3, 2, 2
 
 
-def tile_rows(rows: int, vocab: int, width: int, element_bytes: int, l2_bytes: int | None) -> int:
+def tile_rows(
+    rows: int, vocab: int, width: int, element_bytes: int, l2_bytes: int | None, free_bytes: int | None = None
+) -> int:
     """Return the rows of one tile: a multiple of 64, or `rows` if one tile holds them all; at least 1.
 
     Args:
@@ -36,6 +40,8 @@ def tile_rows(rows: int, vocab: int, width: int, element_bytes: int, l2_bytes: i
             each logit, but at least MIN_LOGIT_BYTES: the gradient is written over the logits. The slope of a softcap,
             which only the torch tile op keeps, is not counted.
         l2_bytes: size of an accelerator's L2 cache, 0 if unknown; None on a CPU.
+        free_bytes: free memory of an accelerator; None if unknown. Little of it makes the tile lower, but never lower
+            than MIN_ROWS.
     """
     logit_bytes = max(element_bytes, MIN_LOGIT_BYTES)
     row_bytes = vocab * logit_bytes
@@ -51,6 +57,10 @@ def tile_rows(rows: int, vocab: int, width: int, element_bytes: int, l2_bytes: i
             if weight_bytes / cached < weight_bytes / highest + tile_bytes:
                 highest = cached
     highest = max(MIN_ROWS, highest // 64 * 64)
+    if free_bytes is not None:
+        # Halve it, so that steps with a little more or less free memory have tiles of the same height.
+        while highest > MIN_ROWS and highest * row_bytes > FREE_SHARE * free_bytes:
+            highest = max(MIN_ROWS, highest // 128 * 64)
     if rows <= highest:
         return max(1, rows)
     # Make tiles of equal height: a last tile of few rows would still read the full weight.
@@ -63,3 +73,11 @@ def l2_bytes(device: torch.device) -> int | None:
     if device.type == "cpu":
         return None
     return torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Return the `free_bytes` argument of `tile_rows` for a device: what the driver and torch's allocator can give."""
+    if device.type != "cuda":
+        return None
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from saro_kernels.float32_products import add_product, precise_products
-from saro_kernels.tile_height import l2_bytes, tile_rows
+from saro_kernels.tile_height import free_bytes, l2_bytes, tile_rows
 from saro_kernels.tile_ops import find_tile_op
 from saro_kernels.torch_tile import TorchTile, statistics_dtype
 
@@ -35,7 +35,8 @@ def _make_head(
     hidden: Tensor, weight: Tensor, softcap: float | None, scale: float, rows: int | None, name: str
 ) -> _Head:
     if rows is None:
-        rows = tile_rows(len(hidden), *weight.shape, hidden.itemsize, l2_bytes(hidden.device))
+        device = hidden.device
+        rows = tile_rows(len(hidden), *weight.shape, hidden.itemsize, l2_bytes(device), free_bytes(device))
     return _Head(softcap, scale, rows, find_tile_op(name))
 
 

@@ -29,6 +29,8 @@ class Pack:
         position_ids: (T,) int64; a child segment continues its parent's positions.
         segments: (start, stop, parent segment or -1) for each segment. A segment attends to all of its ancestors, and
             causally to itself. It may be empty: a leaf of one token is predicted but not read.
+        margin_rows: number of rows that a margin of the pack's pairs depends on. They come first. In the others, the two
+            sides of each pair have the same token after the same context, and cancel. R for packs of examples.
         row_hidden: (R,) int64, the position whose hidden state predicts this row. Two rows may read one position.
         row_target: (R,) int64, the token id that is scored.
         row_kind: (R,) int64, a ``RowKind``.
@@ -41,6 +43,7 @@ class Pack:
     input_ids: torch.Tensor
     position_ids: torch.Tensor
     segments: tuple[tuple[int, int, int], ...]
+    margin_rows: int
     row_hidden: torch.Tensor
     row_target: torch.Tensor
     row_kind: torch.Tensor
@@ -182,22 +185,41 @@ def lay_out(trees: Sequence[SequenceTree]) -> Pack:
             records.append(sequence.record)
     if not trees:
         input_ids, position_ids, segments = [np.zeros(1)], [np.zeros(1)], [(0, 1, -1)]
+    rows, sequences = _concatenate(entry_row), _concatenate(entry_sequence)
+    cancels = _cancelling_rows(rows, sequences, num_rows, records)  # (R,)
+    order = cancels.argsort(kind="stable")
     return Pack(
-        input_ids=_int64(input_ids),
-        position_ids=_int64(position_ids),
+        input_ids=torch.from_numpy(_concatenate(input_ids)),
+        position_ids=torch.from_numpy(_concatenate(position_ids)),
         segments=tuple(segments),
-        row_hidden=_int64(row_hidden),
-        row_target=_int64(row_target),
-        row_kind=_int64(row_kind),
-        entry_row=_int64(entry_row),
-        entry_sequence=_int64(entry_sequence),
+        margin_rows=num_rows - int(cancels.sum()),
+        row_hidden=torch.from_numpy(_concatenate(row_hidden)[order]),
+        row_target=torch.from_numpy(_concatenate(row_target)[order]),
+        row_kind=torch.from_numpy(_concatenate(row_kind)[order]),
+        entry_row=torch.from_numpy(order.argsort()[rows]),
+        entry_sequence=torch.from_numpy(sequences),
         records=tuple(records),
     )
 
 
-def _int64(parts: Sequence[np.ndarray]) -> torch.Tensor:
-    """Concatenate arrays into one int64 tensor, which is empty if there are none."""
-    return torch.from_numpy(np.concatenate([np.empty(0, np.int64), *parts]).astype(np.int64))
+def _cancelling_rows(
+    entry_row: np.ndarray, entry_sequence: np.ndarray, num_rows: int, records: Sequence[int]
+) -> np.ndarray:
+    """Return (R,) bool, True for each row that both sides have in all of its pairs. False for packs of examples."""
+    if records[CHOSEN::2] != records[REJECTED::2]:
+        return np.zeros(num_rows, bool)
+    num_pairs = len(records) // 2
+    pair, side = entry_sequence // 2, entry_sequence % 2
+    row_pairs, of_entry = np.unique(entry_row * num_pairs + pair, return_inverse=True)
+    chosen_minus_rejected = np.bincount(of_entry, weights=1 - 2 * side)
+    cancels = np.ones(num_rows, bool)
+    cancels[row_pairs[chosen_minus_rejected != 0] // max(num_pairs, 1)] = False
+    return cancels
+
+
+def _concatenate(parts: Sequence[np.ndarray]) -> np.ndarray:
+    """Concatenate arrays into one of int64, which is empty if there are none."""
+    return np.concatenate([np.empty(0, np.int64), *parts]).astype(np.int64)
 
 
 def balance(tokens: Sequence[int], ranks: int) -> list[list[int]]:

@@ -60,17 +60,28 @@ class Policy(nn.Module):
         """The dtype in which the model's products are computed."""
         return self.causal_lm.dtype if self.autocast is None else self.autocast
 
-    def forward(self, pack: Pack, isolated: bool = True) -> torch.Tensor:
+    def forward(self, pack: Pack, isolated: bool = True, gradient_rows: int | None = None) -> torch.Tensor:
         """Return the log-probs of the pack's rows: (R,), nats, float32.
 
-        ``isolated=False`` lets sequences see each other. Only the start-up check does that, as its control.
+        Args:
+            isolated: False lets sequences see each other. Only the start-up check does that, as its control.
+            gradient_rows: only this many rows, the first ones, get a gradient; default all. The others cost the LM head
+                one product instead of two or more.
         """
-        return token_logps(**self._head_inputs(pack, isolated))
+        hidden = self._hidden_states(pack, isolated)
+        stop = pack.rows if gradient_rows is None else gradient_rows
+        logps = token_logps(**self._head_inputs(hidden, pack, slice(stop)))
+        if stop == pack.rows:
+            return logps
+        with torch.no_grad():
+            others = token_logps(**self._head_inputs(hidden, pack, slice(stop, None)))
+        return torch.cat([logps, others])
 
     @torch.no_grad()
     def statistics(self, pack: Pack) -> TokenStatistics:
         """Return the log-probs of ``forward`` with each row's entropy and top-1 accuracy; see ``TokenStatistics``."""
-        return token_statistics(**self._head_inputs(pack, isolated=True))
+        hidden = self._hidden_states(pack, isolated=True)
+        return token_statistics(**self._head_inputs(hidden, pack, slice(None)))
 
     @torch.no_grad()
     def next_logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -90,26 +101,29 @@ class Policy(nn.Module):
         logits *= scale
         return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
-    def _head_inputs(self, pack: Pack, isolated: bool) -> dict[str, Any]:
-        """Run the decoder and return the arguments of ``token_logps``: hidden states of the rows, targets and head."""
+    def _hidden_states(self, pack: Pack, isolated: bool) -> torch.Tensor:
+        """Run the decoder and return the last hidden states of the pack's tokens, (T, D)."""
         plan = AttentionPlan.of(pack, self.attention, isolated)
-        lm = self.causal_lm
         with self.precision():
-            hidden = lm.get_decoder()(
+            output = self.causal_lm.get_decoder()(
                 input_ids=pack.input_ids[None],
                 position_ids=pack.position_ids[None],
                 use_cache=False,
                 plan=plan,
-            ).last_hidden_state[0]  # (T, D)
+            )
+        return output.last_hidden_state[0]
+
+    def _head_inputs(self, hidden: torch.Tensor, pack: Pack, part: slice) -> dict[str, Any]:
+        """Return the arguments of ``token_logps`` for a part of the pack's rows: their hidden states, targets and head."""
         # index_select, because the backward of advanced indexing with repeated indices is slow and not reproducible.
-        rows = hidden.index_select(0, pack.row_hidden)  # (R, D)
+        rows = hidden.index_select(0, pack.row_hidden[part])  # (n, D)
         if self.autocast is not None:
             rows = rows.to(self.autocast)
-        head = lm.get_output_embeddings()
+        head = self.causal_lm.get_output_embeddings()
         return {
             "hidden": rows,
             "weight": head.weight,
-            "targets": pack.row_target,
+            "targets": pack.row_target[part],
             "bias": head.bias,
             "scale": self.logits.scale,
             "softcap": self.logits.softcap,

@@ -237,7 +237,7 @@ def add_gradients(
         is_last = index == len(batch.packs) - 1
         exchange = nullcontext() if is_last or processes == 1 else module.no_sync()
         with exchange:
-            sums = objective(module(pack), pack)
+            sums = objective(module(pack, gradient_rows=objective.gradient_rows(pack)), pack)
             loss = torch.stack([value / counts[name] for name, value in sums.losses.items()]).sum()
             # DDP averages gradients over ranks; we want the sum.
             (loss * processes).backward()

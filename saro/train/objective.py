@@ -45,6 +45,9 @@ class Objective(Protocol):
     def counts(self, trees: Sequence[SequenceTree]) -> Mapping[str, float]:
         """Return the counts by which the losses are divided, over all trees of a step."""
 
+    def gradient_rows(self, pack: Pack) -> int:
+        """Return how many rows of a pack, the first ones, the losses have a gradient in."""
+
     def __call__(self, logps: torch.Tensor, pack: Pack) -> Sums:
         """Return the sums over one pack, from the log-probs (R,) of its rows."""
 
@@ -135,6 +138,9 @@ class RWObjective:
             tokens[int(self._kinds[s.record])] += np.bincount(s.row_kinds, minlength=len(PARTS))
         return {"row_weights": float((tokens * self._weights.numpy()).sum())}
 
+    def gradient_rows(self, pack: Pack) -> int:
+        return pack.rows
+
     def __call__(self, logps: torch.Tensor, pack: Pack) -> Sums:
         entry_logps = logps.index_select(0, pack.entry_row)
         metrics = self._means("loss", -logps.detach(), pack)
@@ -210,6 +216,11 @@ class SRPOObjective:
         """Return a pair's loss at a given margin, without the nll term. At 0: ln 2 for sigmoid, 1 / (4 beta^2) for ipo."""
         margins = torch.tensor([margin], dtype=torch.float64)
         return self._loss(margins, self.options.beta, self.options.label_smoothing).item()
+
+    def gradient_rows(self, pack: Pack) -> int:
+        # Averages over sides of different lengths do not cancel, nor does the NLL of the chosen side.
+        cancels = not self.options.nll and not self.options.length_normalize
+        return pack.margin_rows if cancels else pack.rows
 
     def __call__(self, logps: torch.Tensor, pack: Pack) -> Sums:
         entry_logps = logps.index_select(0, pack.entry_row)  # (E,)

@@ -382,3 +382,52 @@ def test_the_ranks_share_all_trees_and_each_gets_a_pack(forest, ranks):
     records = [record for pack in every_pack for record in pack.records]
     assert sorted(records) == sorted(s.record for tree in trees for s in tree.sequences)
     assert all(pack.tokens <= budget for pack in every_pack)
+
+
+# Rows that cancel in a margin.
+
+
+@st.composite
+def pair_forests(draw):
+    """Draw 0 to 3 trees of 1 to 3 pairs on one prompt of two tokens, of which all are scored from the same token on."""
+    forest, record = [], 0
+    for _ in range(draw(st.integers(0, 3))):
+        family = []
+        for _ in range(draw(st.integers(1, 3))):
+            sides = [[7, 7, *draw(st.lists(st.integers(0, 1), min_size=1, max_size=5))] for _ in range(2)]
+            family += [scored(side, 2, record) for side in sides]
+            record += 1
+        forest.append(family)
+    return forest
+
+
+@given(pair_forests())
+def test_the_first_rows_are_those_that_a_margin_depends_on(forest):
+    pack = lay_out([build_tree(family) for family in forest])
+    for row in range(pack.rows):
+        sequences = pack.entry_sequence[pack.entry_row == row].tolist()
+        sides = [{s % 2 for s in sequences if s // 2 == pair} for pair in {s // 2 for s in sequences}]
+        assert (row < pack.margin_rows) == any(len(of_pair) == 1 for of_pair in sides)
+
+
+def test_rows_shared_by_both_sides_come_last():
+    pack = lay_out([build_tree([scored([1, 2, 3, 4], 1), scored([1, 2, 5, 6], 1)])])
+    # 2 is shared; chosen is 3 4, rejected 5 6
+    assert pack.margin_rows == 4
+    assert pack.row_target.tolist() == [3, 4, 5, 6, 2]
+    assert pack.row_hidden.tolist() == [1, 2, 1, 3, 0]
+    assert pack.entry_row.tolist() == [4, 0, 1, 4, 2, 3]
+
+
+def test_every_row_of_examples_counts_although_they_share_a_beginning():
+    pack = lay_out([build_tree([scored([1, 2, 3], 1, record=0), scored([1, 2, 4], 1, record=1)])])
+    assert pack.margin_rows == pack.rows == 3
+    assert pack.row_target.tolist() == [2, 3, 4]
+
+
+def test_a_row_that_another_pair_needs_has_a_gradient():
+    """2 is shared by both sides of pair 0, but it is only in the chosen side of pair 1."""
+    pair_0 = [scored([1, 2, 3], 1, record=0), scored([1, 2, 4], 1, record=0)]
+    pair_1 = [scored([1, 2, 5], 1, record=1), scored([1, 6, 5], 1, record=1)]
+    pack = lay_out([build_tree(pair_0 + pair_1)])
+    assert pack.margin_rows == pack.rows

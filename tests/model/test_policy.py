@@ -448,6 +448,37 @@ def test_only_scored_rows_reach_the_head(tiny_model):
     assert seen.rows == 3
 
 
+class _RowsOfGradientProducts(TorchDispatchMode):
+    """Counts the rows of products whose first factor is a gradient of logits."""
+
+    def __init__(self):
+        super().__init__()
+        self.rows = 0
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        if operator.overloadpacket.__name__ in ("mm", "addmm", "addmm_"):
+            left = [x for x in args if isinstance(x, torch.Tensor)][-2]
+            self.rows += len(left) if left.shape[1] == VOCAB else 0
+        return operator(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_rows_without_gradient_are_scored_and_cost_no_gradient_product(pair, method):
+    policy, _ = pair("llama", method)
+    pack = lay_out([build_tree([sequence([5, 6, 7, 8, 9], 1), sequence([5, 6, 7, 10, 11], 1)])])
+    assert (pack.margin_rows, pack.rows) == (4, 6)
+    upstream = torch.tensor([1.0, -2.0, 0.5, 3.0, 0.0, 0.0], dtype=torch.float64)
+    runs = []
+    for rows in (pack.rows, pack.margin_rows):
+        with _RowsOfGradientProducts() as products:
+            logps = policy(pack, gradient_rows=rows)
+            gradients = torch.autograd.grad((logps * upstream).sum(), list(policy.trainable().values()))
+        assert products.rows == rows
+        runs.append([logps.detach(), *gradients])
+    for ours, full in zip(*reversed(runs), strict=True):
+        assert (ours - full).norm() <= 1e-12 * full.norm()
+
+
 def test_two_rows_that_read_the_same_hidden_state_both_train_it(pair):
     """The gradients of a repeated row index add up."""
     policy, model = pair("llama", "full")

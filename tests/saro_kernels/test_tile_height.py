@@ -6,12 +6,14 @@ import torch
 from saro_kernels.tile_height import (
     ACCELERATOR_TILE_BYTES,
     CPU_TILE_BYTES,
+    FREE_SHARE,
     L2_SHARE,
     MAX_ACCELERATOR_ROWS,
     MAX_CPU_ROWS,
     MIN_L2_BYTES,
     MIN_L2_ROWS,
     MIN_ROWS,
+    free_bytes,
     l2_bytes,
     tile_rows,
 )
@@ -99,3 +101,33 @@ def test_the_cache_size_is_read_from_the_device(monkeypatch):
     assert l2_bytes(torch.device("cuda")) == 50 * MIB
     assert l2_bytes(torch.device("xpu")) == 0
     assert l2_bytes(torch.device("cpu")) is None
+
+
+@pytest.mark.parametrize("l2", CACHES)
+@pytest.mark.parametrize("vocab", VOCABULARIES)
+@pytest.mark.parametrize("free", [0, 100 * MIB, 1000 * MIB, 10**12])
+def test_a_tile_takes_a_share_of_the_free_memory(free, vocab, l2):
+    height = tile_rows(MANY, vocab, 4096, 2, l2, free)
+    height_with_enough = tile_rows(MANY, vocab, 4096, 2, l2)
+    assert height % 64 == 0
+    assert MIN_ROWS <= height <= height_with_enough
+    assert height == MIN_ROWS or height * vocab * 4 <= FREE_SHARE * free
+    if height < height_with_enough:
+        # No lower than half of what the share would allow.
+        assert 2 * (height + 64) * vocab * 4 > FREE_SHARE * free
+
+
+def test_heights_of_llamas_head_with_little_free_memory():
+    assert tile_rows(8192, 128256, 4096, 2, 50 * MIB, 40 * 1024 * MIB) == 1024
+    assert tile_rows(8192, 128256, 4096, 2, 50 * MIB, 1536 * MIB) == 512
+    assert tile_rows(8192, 128256, 4096, 2, 50 * MIB, 600 * MIB) == 256
+    assert tile_rows(8192, 128256, 4096, 2, 50 * MIB, 10 * MIB) == MIN_ROWS
+
+
+def test_memory_that_torch_has_reserved_and_not_allocated_is_free(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3 * MIB, 80 * MIB))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 40 * MIB)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 30 * MIB)
+    assert free_bytes(torch.device("cuda")) == 13 * MIB
+    assert free_bytes(torch.device("cpu")) is None
+    assert free_bytes(torch.device("xpu")) is None

@@ -44,7 +44,9 @@ class Bigram(nn.Module):
 
     evaluating = Policy.evaluating
 
-    def forward(self, pack: Pack) -> torch.Tensor:
+    def forward(self, pack: Pack, gradient_rows: int | None = None) -> torch.Tensor:
+        # The other rows may have a gradient too: nothing is saved here, and the loss does not depend on them.
+        self.gradient_rows = gradient_rows
         return self._distributions(pack).gather(1, pack.row_target[:, None])[:, 0]
 
     def statistics(self, pack: Pack) -> TokenStatistics:
@@ -120,6 +122,15 @@ def test_training_lowers_the_loss_on_its_own_data(training, runtime, method):
     assert (outcome.step, outcome.stopped_by) == (5, None)
     assert all(math.isfinite(loss) for loss in losses)
     assert losses[-1] < losses[0] - 0.5
+
+
+def test_only_the_rows_that_the_objective_names_are_asked_for_a_gradient(training, runtime, monkeypatch):
+    monkeypatch.setattr(RWObjective, "gradient_rows", lambda self, pack: pack.rows - 3)
+    policy = Bigram()
+    run = training(policy=policy, pack_tokens=1024)
+    (pack,) = run.steps[0].packs
+    run.fit(runtime, 1)
+    assert policy.gradient_rows == pack.rows - 3
 
 
 def test_the_loss_is_the_average_over_all_scored_tokens_of_the_step(training, runtime):

@@ -139,7 +139,7 @@ def _ours(model, pairs, reference, loss, packs=None, **options) -> tuple[float, 
     total = 0.0
     for tree in [trees] if packs is None else [[tree] for tree in packs]:
         pack = lay_out(tree)
-        sums = objective(policy(pack), pack)
+        sums = objective(policy(pack, gradient_rows=objective.gradient_rows(pack)), pack)
         part = sum(value / counts[name] for name, value in sums.losses.items())
         part.backward()
         total += part.item()
@@ -284,11 +284,11 @@ def test_metrics_match_values_by_hand():
 
 
 def test_entropy_and_accuracy_by_side_and_by_kind_of_pair():
-    # Scored tokens: 6 and 4 of the first pair, 2 and 4 of the second. Both sides of the first pair share the first row.
+    # Scored tokens: 6 and 4 of the first pair, 2 and 4 of the second. Both sides of the first pair share the first token.
     pack = lay_out([build_tree(pair) for pair in PAIRS[:2]])
     objective = SRPOObjective(np.array([0, 1]), _reference(PAIRS[:2], [[0, 0]] * 2), PreferenceConfig())
     entropy = torch.arange(1.0, pack.rows + 1)
-    top1 = torch.arange(pack.rows) == 0
+    top1 = torch.arange(pack.rows) == pack.entry_row[0]
     metrics = objective.describe(TokenStatistics(-entropy, entropy, top1), pack)
     entropies = [entropy[pack.entry_row[pack.entry_sequence == i]].tolist() for i in range(4)]
     assert [len(of) for of in entropies] == [6, 4, 2, 4]
@@ -386,6 +386,29 @@ def test_shared_reasoning_cancels_in_the_margin():
     assert shared.sum() == 2
     assert torch.equal(logps.grad[shared], torch.zeros(2))
     assert (logps.grad[~shared] != 0).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "shared_rows_count"),
+    [
+        ({}, False),
+        ({"loss": "ipo"}, False),
+        ({"nll": 0.5}, True),
+        ({"length_normalize": True}, True),
+    ],
+    ids=str,
+)
+def test_shared_rows_need_a_gradient_only_where_they_do_not_cancel(options, shared_rows_count):
+    """The loss has a gradient in exactly the first ``gradient_rows`` rows."""
+    pack = lay_out([build_tree(pair) for pair in PAIRS])
+    objective = SRPOObjective(np.zeros(3), _reference(PAIRS, REFERENCE), PreferenceConfig(**options))
+    logps = torch.randn(pack.rows, generator=torch.Generator().manual_seed(0), dtype=torch.float64, requires_grad=True)
+    sum(objective(logps, pack).losses.values()).backward()
+    assert pack.margin_rows < pack.rows
+    rows = objective.gradient_rows(pack)
+    assert rows == (pack.rows if shared_rows_count else pack.margin_rows)
+    assert (logps.grad[:rows] != 0).all()
+    assert not logps.grad[rows:].any()
 
 
 @pytest.mark.parametrize("loss", sorted(PAIR_LOSSES))
