@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 
 from saro.config import KINDS, PAIR_KINDS, DataConfig, TrainConfig
 from saro.data.dataset import ExampleSet, PairSet
@@ -37,6 +38,10 @@ class Step:
     def tokens(self) -> int:
         """Number of tokens that the model reads in this step, over all ranks."""
         return sum(tree.tokens for tree in self.trees)
+
+    def to(self, device: torch.device | str) -> Step:
+        """Return the step with its packs on ``device``."""
+        return replace(self, packs=tuple(pack.to(device) for pack in self.packs))
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +25,8 @@ from saro.model.policy import Policy
 from saro.program import progress_bar
 from saro.train.checkpoint import check_not_past, save_checkpoint, set_aside_later_checkpoints
 from saro.train.metrics import MetricsFile, Progress, drop_later_results, format_metrics
-from saro.train.objective import Meter, Objective, Sums
-from saro.train.optim import make_optimizer, make_scheduler
+from saro.train.objective import Meter, Objective, Sums, average
+from saro.train.optim import make_optimizer, make_scheduler, step_unless
 from saro.train.restore import check_same_start, check_same_weights, restore_newest
 
 # Metrics printed on the terminal; metrics.jsonl has all of them.
@@ -39,8 +39,13 @@ class PackLog(Protocol):
     def observe(self, pack: Pack, sums: Sums) -> None:
         """See a pack with its sums. Tensors may be kept but must not be read: that would stall the device."""
 
-    def watch(self, step: int) -> None:
-        """Read what was kept; called on all ranks after each log line, with the number of finished steps."""
+    def watch(self, step: int, means: Mapping[str, float]) -> None:
+        """Use or discard what was kept; called on all ranks after each log line.
+
+        Args:
+            step: number of finished steps.
+            means: averages of the metrics since the last log line. A log that they tell enough need not read the device.
+        """
 
 
 @dataclass(frozen=True)
@@ -112,8 +117,10 @@ def fit(
     module, device = runtime.wrap(policy), runtime.device
     meter = Meter()
     clock = _Clock()
+    probe = _Probe(parameters)
     progress = Progress(total_steps, start, runtime.is_main)
     step, stop = start, None
+    upcoming: Step | None = None
 
     def report(values: dict[str, float]) -> None:
         if file is not None:
@@ -136,16 +143,28 @@ def fit(
             if not runtime.sum_(torch.tensor(float(has_evaluation), device=device)).item():
                 report_evaluation()
         while step < total_steps and stop is None:
-            batch = steps[step]
+            batch = steps[step] if upcoming is None else upcoming
             # Seed each step, so that a resumed run draws the same dropout although no random state is stored.
             torch.manual_seed(_step_seed(options.seed, step, runtime.rank))
             with clock:
                 loss = add_gradients(module, objective, batch, meter, log, device, runtime.processes)
                 norm = _clip(parameters, options.max_grad_norm)
-                # Between log lines, this is the only time that the host waits for the device. Loss and signals are
-                # summed over ranks, so that a signal to any rank stops all of them.
+                # Loss and signals are summed over ranks, so that a signal to any rank stops all of them.
                 sums = runtime.sum_(torch.stack([loss, torch.full_like(loss, len(received))]))
-                loss_value, signals, norm_value = torch.cat([sums, norm.reshape(1).to(sums)]).tolist()
+                is_due = (step + 1) % options.log_every == 0
+                before = probe.copy() if is_due else None
+                lr = scheduler.get_last_lr()[0]
+                step_unless(optimizer, ~(sums[0].isfinite() & norm.isfinite()))
+                optimizer.zero_grad(set_to_none=True)
+                numbers = [sums, norm.reshape(1).to(sums)]
+                if is_due:
+                    metrics = meter.take(runtime)
+                    numbers += [probe.count_changed(before).reshape(1).to(sums), metrics.table.flatten()]
+                # Lay out the next step's packs and send them while the device works, and only then wait for it.
+                has_next = _runs_ahead(device) and step + 1 < total_steps
+                upcoming = steps[step + 1].to(device) if has_next else None
+                # The only time in a step that the host waits for the device.
+                loss_value, signals, norm_value, *logged = torch.cat(numbers).tolist()
                 if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
                     progress.close()
                     records = ", ".join(ids[record] for record in batch.records)
@@ -154,33 +173,28 @@ def fit(
                         f"the weights were not changed. Records of the step: {records}. "
                         "Lower --train.lr, or look at them"
                     )
-                before = _probe(parameters) if (step + 1) % options.log_every == 0 else None
-                lr = scheduler.get_last_lr()[0]
-                optimizer.step()
                 scheduler.step()
-                optimizer.zero_grad(set_to_none=True)
-                # Read within the clock's block, so that the rate includes the optimizer's work on the device.
-                changed = _changed(parameters, before) if before is not None else None
             step += 1
             clock.tokens += batch.tokens
             progress.step()
-            if changed is not None:
-                means = objective.combine(meter.read(runtime))
+            if is_due:
+                num_changed, *table = logged
+                means = objective.combine(average(metrics.names, table))
                 values = {
-                    "loss": means.pop("loss"),
+                    "loss": means["loss"],
                     "grad_norm": norm_value,
                     "lr": lr,
                     "epoch": step / steps.schedule.steps_per_epoch,
                     "tokens_per_second": clock.rate(),
                     "peak_memory_gib": runtime.memory(),
                     **_reserved_memory(device),
-                    "changed_parameters": changed,
-                    **means,
+                    "changed_parameters": num_changed / len(before),
+                    **{name: mean for name, mean in means.items() if name != "loss"},
                 }
                 report(values)
                 progress.line(step, {k: values[k] for k in _SHOWN if k in values})
                 if log is not None:
-                    log.watch(step)
+                    log.watch(step, means)
             if signals and step < total_steps:
                 stop = signal.Signals(received[0]) if received else signal.SIGTERM
             # The checkpoint comes before a due evaluation, which may take longer than a cluster waits after SIGTERM.
@@ -201,6 +215,11 @@ def fit(
         tokens_per_second=clock.rate(),
         peak_memory_gib=runtime.memory(),
     )
+
+
+def _runs_ahead(device: torch.device) -> bool:
+    """Return True if the host queues work on the device and goes on. A CPU is done when a call returns."""
+    return device.type != "cpu"
 
 
 def _reserved_memory(device: torch.device) -> dict[str, float]:
@@ -267,7 +286,7 @@ def evaluate(
             pack = pack.to(runtime.device)
             statistics = policy.statistics(pack)
             sums = objective(statistics.logps, pack)
-            meter.add(sums.metrics | objective.describe(statistics, pack))
+            meter.add(sums.metrics.join(objective.describe(statistics, pack)))
             if log is not None:
                 log.observe(pack, sums)
     return {prefix + name: value for name, value in objective.combine(meter.read(runtime)).items()}
@@ -279,18 +298,23 @@ def _clip(parameters: list[nn.Parameter], max_norm: float) -> torch.Tensor:
 
 
 # Compare this many elements of each parameter: enough to notice updates lost to bf16, too few to cost memory.
-_PROBE = 1024
+_PROBED = 1024
 
 
-def _probe(parameters: list[nn.Parameter]) -> list[torch.Tensor]:
-    """Return copies of the first elements of each parameter."""
-    return [p.detach().flatten()[:_PROBE].clone() for p in parameters]
+class _Probe:
+    """Copies the first elements of each parameter with one operator, not one for each of hundreds of parameters."""
 
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
+        # view() raises an error where flatten() would copy.
+        self._first = [p.detach().view(-1)[:_PROBED] for p in parameters]
 
-def _changed(parameters: list[nn.Parameter], before: list[torch.Tensor]) -> float:
-    """Return the share of these elements that have changed since ``_probe``."""
-    changed = [(p.detach().flatten()[:_PROBE] != b).sum() for p, b in zip(parameters, before, strict=True)]
-    return torch.stack(changed).sum().item() / sum(len(b) for b in before)
+    def copy(self) -> torch.Tensor:
+        """Return a copy of the elements as they are now."""
+        return torch.cat(self._first)
+
+    def count_changed(self, before: torch.Tensor) -> torch.Tensor:
+        """Return how many of the elements differ from an earlier copy, a scalar."""
+        return (self.copy() != before).sum()
 
 
 class _Clock:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import Protocol
 
 import numpy as np
 import torch
 
 from saro.config import KINDS, PAIR_KINDS, PARTS, PreferenceConfig, row_weight
-from saro.data.packs import CHOSEN, REJECTED, SIDES, Pack, PairLogps
+from saro.data.packs import CHOSEN, REJECTED, SIDES, Pack, PairLogps, send
 from saro.data.tree import RowKind, SequenceTree
 from saro.distributed.runtime import Runtime
 from saro.errors import SaroError
@@ -20,8 +21,42 @@ from saro_kernels import TokenStatistics
 # Forms of pairs whose shared beginning holds, or may hold, a step that nobody should learn: the chosen side comes back from it.
 _FORMS_WITH_CUE = ("mirror", "recover", "sibling")
 
-# name -> (sum, count)
-Metrics = dict[str, tuple[torch.Tensor, torch.Tensor | int]]
+
+@dataclass(frozen=True, eq=False)
+class Metrics(Mapping[str, torch.Tensor]):
+    """Sums and counts by name, in one tensor, so that adding them up takes one kernel and reading them one copy.
+
+    As a mapping: name -> (2,) sum and count.
+
+    Attributes:
+        names: M names.
+        table: (M, 2) float64 sum and count, without gradient.
+    """
+
+    names: tuple[str, ...]
+    table: torch.Tensor
+
+    @classmethod
+    def of(cls, values: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> Metrics:
+        """Make metrics of scalars: name -> (sum, count)."""
+        flat = [value.detach().double() for pair in values.values() for value in pair]
+        return cls(tuple(values), torch.stack(flat).view(-1, 2))
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        try:
+            return self.table[self.names.index(name)]
+        except ValueError:
+            raise KeyError(name) from None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def join(self, other: Metrics) -> Metrics:
+        """Return these metrics and others, which have other names."""
+        return Metrics(self.names + other.names, torch.cat([self.table, other.table]))
 
 
 @dataclass(frozen=True)
@@ -30,7 +65,7 @@ class Sums:
 
     Attributes:
         losses: name of a count -> scalar sum, which the engine divides by this count of the step.
-        metrics: name -> (sum, count), including ``loss``; every pack has the same names.
+        metrics: sums and counts, ``loss`` among them; every pack has the same names in the same order.
         pair_values: name -> (P,) values, one for each pair of the pack; empty for packs of examples.
     """
 
@@ -65,27 +100,41 @@ class Meter:
     """Averages metrics over packs, steps and ranks, from sums and counts by name: never an average of averages."""
 
     def __init__(self) -> None:
-        self._sums: dict[str, torch.Tensor] = {}
+        self._sums: Metrics | None = None
 
     def add(self, metrics: Metrics) -> None:
-        """Add the (sum, count) of each metric of one pack, without synchronising with the device."""
-        for name, (total, count) in metrics.items():
-            if isinstance(count, torch.Tensor):
-                divisor = count.double()
-            else:
-                # new_full fills on the device; torch.tensor(count) would synchronise.
-                divisor = total.new_full((), count, dtype=torch.float64)
-            pair = torch.stack([total.detach().double(), divisor])  # (2,) sum, count
-            self._sums[name] = self._sums[name] + pair if name in self._sums else pair
+        """Add the sums and counts of one pack, without reading them.
+
+        Raises:
+            ValueError: the names are not those of the packs before.
+        """
+        if self._sums is None:
+            self._sums = metrics
+        elif self._sums.names == metrics.names:
+            self._sums = Metrics(metrics.names, self._sums.table + metrics.table)
+        else:
+            raise ValueError(f"a pack has the metrics {', '.join(metrics.names)}, and those before {self._sums.names}")
+
+    def take(self, runtime: Runtime) -> Metrics | None:
+        """Return the sums over all ranks, still on the device, and reset. None if nothing was added."""
+        sums, self._sums = self._sums, None
+        return None if sums is None else Metrics(sums.names, runtime.sum_(sums.table.clone()))
 
     def read(self, runtime: Runtime) -> dict[str, float]:
-        """Return the average of each metric over all ranks, without those that have a count of zero, and reset."""
-        names = sorted(self._sums)
-        if not names:
-            return {}
-        sums = runtime.sum_(torch.stack([self._sums[name] for name in names])).tolist()  # (metrics, 2)
-        self._sums.clear()
-        return {name: total / count for name, (total, count) in zip(names, sums, strict=True) if count}
+        """Return the average of each metric over all ranks, and reset; see ``average``."""
+        sums = self.take(runtime)
+        return {} if sums is None else average(sums.names, sums.table.flatten().tolist())
+
+
+def average(names: Sequence[str], sums: Sequence[float]) -> dict[str, float]:
+    """Return the average of each metric by name, sorted, without those that have a count of zero.
+
+    Args:
+        names: M names.
+        sums: (2M,) sum and count of each.
+    """
+    triples = sorted(zip(names, sums[::2], sums[1::2], strict=True))
+    return {name: total / count for name, total, count in triples if count}
 
 
 def check_nll(options: PreferenceConfig, forms: Sequence[str | None]) -> None:
@@ -147,29 +196,30 @@ class RWObjective:
         if self._weights is None:
             return Sums({"rows": nll_sum(entry_logps)}, metrics)
         token_kind = pack.row_kind.index_select(0, pack.entry_row)
-        table = self._weights.to(entry_logps.device, non_blocking=True)
+        table = send(self._weights, entry_logps.device)
         weights = table[_record_kinds(self._kinds, pack), token_kind]  # (E,) float64
-        metrics["loss/unweighted"] = metrics["loss"]
-        metrics["loss"] = (nll_sum(weights * entry_logps.detach()), weights.sum())
+        unweighted = Metrics(("loss/unweighted", *metrics.names[1:]), metrics.table)
+        metrics = Metrics.of({"loss": (nll_sum(weights * entry_logps.detach()), weights.sum())}).join(unweighted)
         return Sums({"row_weights": nll_sum(weights.to(entry_logps.dtype) * entry_logps)}, metrics)
 
     def describe(self, statistics: TokenStatistics, pack: Pack) -> Metrics:
         entropy = self._means("entropy", statistics.entropy, pack)
-        return entropy | self._means("mean_token_accuracy", statistics.top1, pack)
+        return entropy.join(self._means("mean_token_accuracy", statistics.top1, pack))
 
     def combine(self, means: dict[str, float]) -> dict[str, float]:
         return means
 
     def _means(self, name: str, values: torch.Tensor, pack: Pack) -> Metrics:
         """Sum (R,) values of rows over entries as ``NAME``, and as ``NAME/KIND`` by kind of record and of token."""
-        entries = values.index_select(0, pack.entry_row)  # (E,)
+        entries = values.index_select(0, pack.entry_row).double()  # (E,)
         record_kind = _record_kinds(self._kinds, pack)
         token_kind = pack.row_kind.index_select(0, pack.entry_row)
-        return {
-            name: (entries.double().sum(), len(entries)),
-            **_binned(entries, record_kind, [f"{name}/{kind}" for kind in KINDS]),
-            **_binned(entries, token_kind, [f"{name}/{kind.name.lower()}" for kind in RowKind]),
-        }
+        names = [name, *(f"{name}/{kind}" for kind in KINDS), *(f"{name}/{kind.name.lower()}" for kind in RowKind)]
+        everyone = torch.ones_like(entries, dtype=torch.bool)[None]
+        members = torch.cat([everyone, _one_hot(record_kind, len(KINDS)), _one_hot(token_kind, len(RowKind))])  # (M, E)
+        # A sum over a mask, because index_add on a GPU adds in another order each time.
+        sums = entries.where(members, 0).sum(1)
+        return Metrics(tuple(names), torch.stack([sums, members.sum(1).double()], dim=1))
 
 
 # A chosen response has fallen if its log-prob fell by more than this, nats per token. Rounding changes it by less.
@@ -224,7 +274,7 @@ class SRPOObjective:
 
     def __call__(self, logps: torch.Tensor, pack: Pack) -> Sums:
         entry_logps = logps.index_select(0, pack.entry_row)  # (E,)
-        reference = torch.from_numpy(self.reference.pack_logps(pack)).to(entry_logps, non_blocking=True)
+        reference = send(torch.from_numpy(self.reference.pack_logps(pack)), entry_logps.device).to(entry_logps.dtype)
         entry_moved = entry_logps - reference
         policy = _sum_sides(entry_logps, pack)  # (P, 2) chosen, rejected; as are moved and rows
         moved = _sum_sides(entry_moved, pack)
@@ -253,16 +303,17 @@ class SRPOObjective:
                     pair_values[f"delta_logps/{name}"] = moved[:, side]
                 fell = moved[:, CHOSEN] < -FELL * rows[:, CHOSEN]
                 values["chosen_fell"] = pair_values["chosen_fell"] = fell
-            members = self._members[list(pack.pairs)].to(logps.device, non_blocking=True)  # (P, groups)
+            members = send(self._members[list(pack.pairs)], logps.device)  # (P, groups)
             values = {name: v.detach().double() for name, v in values.items()}
             metrics = _sum_overall_and_by_group(values, members, self._groups)
             if self.options.nll:
-                metrics["loss/nll"] = (nll_sum(policy[:, CHOSEN]), rows[:, CHOSEN].sum())
+                nll = {"loss/nll": (nll_sum(policy[:, CHOSEN]), rows[:, CHOSEN].sum())}
+                metrics = metrics.join(Metrics.of(nll))
         return Sums(terms, metrics, {name: v.detach() for name, v in pair_values.items()})
 
     def describe(self, statistics: TokenStatistics, pack: Pack) -> Metrics:
-        members = self._members[list(pack.pairs)].to(pack.entry_row.device, non_blocking=True)  # (P, groups)
-        metrics: Metrics = {}
+        members = send(self._members[list(pack.pairs)], pack.entry_row.device)  # (P, groups)
+        parts = []
         for name, row_values in (("entropy", statistics.entropy), ("mean_token_accuracy", statistics.top1)):
             entries = row_values.index_select(0, pack.entry_row).double()
             # Sums over the tokens of each side, then over pairs, as for the metrics of the loss.
@@ -270,8 +321,8 @@ class SRPOObjective:
             rows = _sum_sides(torch.ones_like(entries), pack)
             for side, side_name in enumerate(SIDES):
                 by_name = {f"{name}/{side_name}": sums[:, side]}
-                metrics |= _sum_overall_and_by_group(by_name, members, self._groups, rows[:, side])
-        return metrics
+                parts.append(_sum_overall_and_by_group(by_name, members, self._groups, rows[:, side]))
+        return reduce(Metrics.join, parts)
 
     def combine(self, means: dict[str, float]) -> dict[str, float]:
         if "loss/nll" not in means:
@@ -282,7 +333,7 @@ class SRPOObjective:
 
 def _record_kinds(kinds: torch.Tensor, pack: Pack) -> torch.Tensor:
     """Return the kind (E,) of each entry's record, from the kinds (n,) of all records."""
-    sequence_kinds = kinds[list(pack.records)].to(pack.entry_sequence.device, non_blocking=True)
+    sequence_kinds = send(kinds[list(pack.records)], pack.entry_sequence.device)
     return sequence_kinds.index_select(0, pack.entry_sequence)
 
 
@@ -308,16 +359,10 @@ def _sum_overall_and_by_group(
     # Stack the values, so that one kernel makes all sums.
     table = torch.stack([*values.values(), counts])  # (names + 1, P)
     sums = table[None].where(in_group[:, None], 0).sum(-1)  # (groups + 1, names + 1)
-    metrics: Metrics = {}
-    for prefix, group_sums in zip(["", *(f"{group}/" for group in groups)], sums, strict=True):
-        for name, total in zip(values, group_sums, strict=False):
-            metrics[prefix + name] = (total, group_sums[-1])
-    return metrics
+    names = tuple(prefix + name for prefix in ("", *(f"{group}/" for group in groups)) for name in values)
+    return Metrics(names, torch.stack([sums[:, :-1], sums[:, -1:].expand(-1, len(values))], dim=2).view(-1, 2))
 
 
-def _binned(values: torch.Tensor, bins: torch.Tensor, names: Sequence[str]) -> Metrics:
-    """Sum (E,) values by bin, (E,) indices into ``names``."""
-    zeros = torch.zeros(len(names), dtype=torch.float64, device=values.device)
-    sums = zeros.index_add(0, bins, values.double())
-    counts = zeros.index_add(0, bins, torch.ones_like(values, dtype=torch.float64))
-    return {name: (sums[i], counts[i]) for i, name in enumerate(names)}
+def _one_hot(indices: torch.Tensor, size: int) -> torch.Tensor:
+    """Return a (size, E) bool mask: row i is True where an index (E,) is i."""
+    return torch.arange(size, device=indices.device)[:, None] == indices

@@ -32,6 +32,19 @@ def make_optimizer(parameters: Iterable[nn.Parameter], options: TrainConfig) -> 
     return kind(groups, lr=options.lr, betas=options.betas)
 
 
+def step_unless(optimizer: torch.optim.Optimizer, failed: torch.Tensor) -> None:
+    """Make an optimizer step, unless ``failed``, a bool scalar on the device, is true: then nothing changes.
+
+    torch's fused optimizers look at it on the device, as for gradient scaling. For others the host reads it first.
+    """
+    if getattr(optimizer, "_step_supports_amp_scaling", False):
+        optimizer.found_inf = failed.float()
+        optimizer.step()
+        del optimizer.found_inf
+    elif not failed:
+        optimizer.step()
+
+
 def optimizer_state_bytes(parameter: nn.Parameter, optimizer: str) -> int:
     """Return the bytes of device memory that an optimizer's state of a parameter takes: two moments of each entry.
 

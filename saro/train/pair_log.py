@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -63,9 +63,12 @@ class PairLog:
         self._warn(step, rows)
         return rows
 
-    def watch(self, step: int) -> None:
-        """Warn if chosen responses have fallen, and discard the values."""
-        if self._warned or not any("chosen_fell" in values for _, values in self._seen):
+    def watch(self, step: int, means: Mapping[str, float]) -> None:
+        """Warn if chosen responses have fallen, and discard the values.
+
+        The values are read, which waits for the device, only if the mean ``chosen_fell`` calls for the warning.
+        """
+        if self._warned or means.get("chosen_fell", 0.0) <= self._warn_share:
             self._seen.clear()
         else:
             self.take(step)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from saro.config import TrainConfig
-from saro.train.optim import make_optimizer, make_scheduler, optimizer_state_bytes
+from saro.train.optim import make_optimizer, make_scheduler, optimizer_state_bytes, step_unless
 
 OPTIMIZERS = ("adamw", "adamw8bit", "paged_adamw8bit")
 
@@ -183,3 +183,26 @@ def test_the_8_bit_optimizers_take_nearly_the_same_steps(name):
             optimizer.step()
         ends.append(parameter.detach() - start)
     assert (ends[1] - ends[0]).norm() < 0.1 * ends[0].norm()
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_step_that_failed_changes_neither_weights_nor_state(optimizer):
+    """Without it the optimizer would go on as if the gradients had never been."""
+    ends = []
+    for fails in (False, True):
+        random = torch.Generator().manual_seed(0)
+        weights = [nn.Parameter(torch.randn(80, 60, generator=random)), nn.Parameter(torch.randn(5, generator=random))]
+        made = make_optimizer(weights, TrainConfig(optimizer=optimizer, lr=1e-2, weight_decay=0.1))
+        for failed in (False, *[True] * fails, False):
+            for weight in weights:
+                gradient = torch.randn(weight.shape, generator=random if not failed else None)
+                weight.grad = gradient * float("nan") if failed else gradient
+            step_unless(made, torch.tensor(failed))
+        ends.append((weights, [made.state[weight] for weight in weights]))
+    (plain, plain_state), (skipped, skipped_state) = ends
+    assert all(torch.equal(a, b) for a, b in zip(plain, skipped, strict=True))
+    for a, b in zip(plain_state, skipped_state, strict=True):
+        assert torch.equal(torch.as_tensor(a["step"]), torch.as_tensor(b["step"]))
+        moments = [name for name in a if name in ("exp_avg", "exp_avg_sq", "state1", "state2")]
+        assert len(moments) == 2
+        assert all(torch.equal(a[name], b[name]) for name in moments)

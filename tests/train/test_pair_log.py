@@ -70,6 +70,30 @@ def test_the_warning_comes_above_the_share_that_was_set(runtime, share, warned):
     assert bool(runtime.said) == warned
 
 
+class Unreadable:
+    """A tensor that nobody may read."""
+
+
+@pytest.mark.parametrize("means", [{"chosen_fell": 0.5}, {}], ids=["few have fallen", "not measured"])
+def test_a_log_line_that_calls_for_no_warning_reads_nothing(runtime, means):
+    log = log_of(runtime, share=0.5)
+    log.observe(SimpleNamespace(pairs=(0,)), Sums({}, {}, {"chosen_fell": Unreadable()}))
+    log.watch(3, means)
+    assert log.take(4) == []
+    assert not runtime.said
+
+
+def test_a_log_line_that_calls_for_the_warning_gives_it_once(runtime):
+    log = log_of(runtime, share=0.5)
+    for step in (3, 4):
+        observe(log, [0, 1, 2], [1.0] * 3, [True, True, False])
+        log.watch(step, {"chosen_fell": 2 / 3})
+    (line,) = runtime.said
+    assert line.startswith(
+        "warning: after step 3 the chosen response has lost probability in 2 of 3 heldout pairs (a, b)"
+    )
+
+
 def test_a_long_warning_stays_one_line(runtime):
     ids = tuple(f"pair-{i:03d}" for i in range(200))
     log = log_of(runtime, ids=ids)
