@@ -22,10 +22,9 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 from torch.nn.attention import varlen
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from saro.data.packs import Pack
+from saro.data.packs import Pack, send
 from saro.model.architectures import attention_softcap, head_sizes
 from saro_kernels.softcap_attention import softcap_attention
 
@@ -163,7 +162,7 @@ class AttentionPlan:
         return self._varlen
 
     def _on_device(self, numbers: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
-        return torch.tensor(numbers, dtype=dtype).to(self.device, non_blocking=True)
+        return send(torch.tensor(numbers, dtype=dtype), self.device)
 
 
 def packed_attention(
@@ -324,14 +323,13 @@ def _sum_copies(gradient: torch.Tensor, gather: KeyGather) -> torch.Tensor:
     return sums.unflatten(1, gradient.shape[1:])
 
 
-def no_mask(*args: object, **kwargs: object) -> None:
-    """Return no mask: AttentionPlan replaces it, so that nothing of size T x T is allocated for a pack."""
-
-
 def use_packed_attention(model: PreTrainedModel) -> None:
-    """Switch a model to packed attention. Every call then needs a plan."""
+    """Switch a model to packed attention. Every call then needs a plan.
+
+    transformers makes no mask for it, since it knows none by this name. One of T x T is never allocated, and its search for
+    packed sequences, which would wait for the device, is not made.
+    """
     ALL_ATTENTION_FUNCTIONS.register(PACKED, packed_attention)
-    ALL_MASK_ATTENTION_FUNCTIONS.register(PACKED, no_mask)
     model.set_attn_implementation(PACKED)
 
 

@@ -14,11 +14,10 @@ from dataclasses import dataclass, field
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from saro.model.architectures import layer_head_sizes
-from saro.model.attention import AttentionPlan, check_arguments, no_mask, packed_attention, use_packed_attention
+from saro.model.attention import AttentionPlan, check_arguments, packed_attention, use_packed_attention
 from saro.model.policy import Policy
 
 CACHED = "saro_cached"
@@ -212,7 +211,6 @@ def cached_attention(module, query, key, value, attention_mask, *, plan=None, **
 def generating(policy: Policy) -> Iterator[None]:
     """Switch a policy to eval mode and cached attention in this context; then its mode and packed attention again."""
     ALL_ATTENTION_FUNCTIONS.register(CACHED, cached_attention)
-    ALL_MASK_ATTENTION_FUNCTIONS.register(CACHED, no_mask)
     lm: PreTrainedModel = policy.causal_lm
     lm.set_attn_implementation(CACHED)
     try:

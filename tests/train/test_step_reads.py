@@ -114,7 +114,7 @@ def test_a_step_reads_the_device_once(training, runtime, method, log_every):
     assert reads.files.count("engine.py") == 1
     # The head checks its targets on a CPU only, and transformers looks at the positions of some models.
     elsewhere = {*reads.files, *operators.files} - {"engine.py"}
-    assert elsewhere <= {"token_logps.py", "masking_utils.py"}
+    assert elsewhere <= {"token_logps.py"}
 
 
 def test_an_8_bit_optimizer_takes_a_second_read(training, runtime):
@@ -124,7 +124,7 @@ def test_an_8_bit_optimizer_takes_a_second_read(training, runtime):
     steering = {2: reads.__enter__, 3: lambda: reads.__exit__(None, None, None)}
     run.steps = Steering(run.steps, steering)
     run.fit(runtime, 4)
-    assert sorted({*reads.files} - {"token_logps.py", "masking_utils.py"}) == ["engine.py", "optim.py"]
+    assert sorted({*reads.files} - {"token_logps.py"}) == ["engine.py", "optim.py"]
 
 
 def test_what_follows_the_backward_takes_as_many_operators_for_any_number_of_layers(training, runtime, monkeypatch):
