@@ -89,7 +89,8 @@ class ModelConfig:
         lora_dropout: Dropout before the adapter, 0 to below 1; default 0, or the value of a continued adapter.
         lora_targets: Names of the linear layers that get a new adapter; default all but the LM head.
         fused_lora: Compute adapters with saro_kernels where that is exact; if false, PEFT computes all of them.
-        liger: Let liger-kernel compute norms, rotary embedding and gated MLP; needs CUDA and liger-kernel.
+        liger: Let liger-kernel compute norms, rotary embedding and gated MLP; default: on CUDA, where it is installed and
+            knows the model's type.
         dropout: Use the dropout that the model's own config sets; if false, the model has none.
         gradient_checkpointing: Recompute activations in the backward pass; saves memory, takes about a third more time.
         trust_remote_code: Run code that comes with the model.
@@ -106,7 +107,7 @@ class ModelConfig:
     lora_dropout: float | None = None
     lora_targets: list[str] | None = None
     fused_lora: bool = True
-    liger: bool = False
+    liger: bool | None = None
     dropout: bool = False
     gradient_checkpointing: bool = False
     trust_remote_code: bool = False

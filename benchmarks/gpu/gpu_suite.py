@@ -119,7 +119,7 @@ def list_steps(folders: Folders) -> list[Step]:
         "--trace", folders.results / "trace.json.gz", "--seconds", 100 * SLOWNESS,
     )  # fmt: skip
     liger = python(
-        "benchmarks/gpu/step_matrix.py", folders.models / large, results("step_matrix_liger"), "--packs", packs[0],
+        "benchmarks/gpu/step_matrix.py", folders.models / large, results("step_matrix_liger"), "--packs", *packs[:2],
         "--seconds", 40, "--liger",
     )  # fmt: skip
     heads = ("--smoke", "--passes", "frozen") if DRY else ("--rounds", 8, "--rows", 8192, "--heads", *HEADS)
@@ -134,7 +134,11 @@ def list_steps(folders: Folders) -> list[Step]:
         pairs = ("--pairs", 16, "--steps", 3, "--pack_tokens", 8192, *long_pairs)
     srpo_peers = [*peers, *map(str, ("--task", "srpo", "--side", *srpo_sides, *pairs, "--json", results("srpo")))]
     rows = ("--rows", 32, "--rounds", 1, "--layers", '["SmolLM2-135M q"]') if DRY else ("--rows", 8192)
-    compiled_tests = ("tests/saro_kernels/test_triton_tile.py", "tests/model/test_liger.py")
+    compiled_tests = (
+        "tests/saro_kernels/test_triton_tile.py",
+        "tests/saro_kernels/test_gated_activation.py",
+        "tests/model/test_liger.py",
+    )
     few_tests = ("-k", "test_rows_are_aligned or test_kinds_that_it_knows") if DRY else ()
     all_tests = ("-k", "test_tile_height") if DRY else ("--maxfail", "60")
 
@@ -247,7 +251,7 @@ def run_command(
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("steps", nargs="*", help="Names of steps; default all.")
+    parser.add_argument("steps", nargs="*", help="Names of steps, run in this order; default all.")
     parser.add_argument("--work", type=Path, required=True, help="Folder for models, runs and logs.")
     parser.add_argument("--out", type=Path, required=True, help="Folder for the results.")
     parser.add_argument("--total", type=float, default=480, help="Seconds for all steps.")
@@ -259,7 +263,8 @@ def main() -> int:
     unknown = set(options.steps) - {step.name for step in steps}
     if unknown:
         parser.error(f"no such step: {', '.join(sorted(unknown))}; there are {', '.join(s.name for s in steps)}")
-    wanted = [step for step in steps if not options.steps or step.name in options.steps]
+    by_name = {step.name: step for step in steps}
+    wanted = [by_name[name] for name in options.steps] if options.steps else steps
     suite = Suite(folders, options.total)
     for group in group_steps(wanted):
         with ThreadPoolExecutor(1 if DRY else len(group)) as pool:

@@ -1,6 +1,6 @@
 """Use the Triton layers of liger-kernel (Hsu et al. 2024, arXiv 2410.10989): RMSNorm, rotary embedding, gated MLP.
 
-They are optional: the user installs liger-kernel and turns the layers on with --model.liger. They run on CUDA only.
+They are optional: where liger-kernel is installed, they are used on CUDA, unless --model.liger says otherwise.
 """
 
 from __future__ import annotations
@@ -23,19 +23,39 @@ _ROTARY = "apply_rotary_pos_emb"
 _own_rotary: dict[str, Callable] = {}
 
 
-def check_liger(model_type: str, device: torch.device) -> None:
-    """Raise SaroError if liger-kernel cannot compute the layers of this model type on this device."""
+def why_not_liger(model_type: str, device: torch.device) -> str | None:
+    """Return why liger-kernel cannot compute the layers of this model type on this device; None if it can."""
     if device.type != "cuda":
-        raise SaroError("liger-kernel runs on CUDA only; leave --model.liger out")
+        return "liger-kernel runs on CUDA only; leave --model.liger out"
     try:
         version("liger-kernel")
         from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN as KINDS
-    except PackageNotFoundError as error:
-        raise SaroError("--model.liger needs liger-kernel; pip install liger-kernel") from error
+    except PackageNotFoundError:
+        return "--model.liger needs liger-kernel; pip install liger-kernel"
     except ImportError as error:  # this version is incompatible with the installed transformers
-        raise SaroError(f"--model.liger: {error}") from error
+        return f"--model.liger: {error}"
     if model_type not in KINDS:
-        raise SaroError(f"liger-kernel has no layers for model type {model_type!r}; leave --model.liger out")
+        return f"liger-kernel has no layers for model type {model_type!r}; leave --model.liger out"
+    return None
+
+
+def choose_liger(asked: bool | None, model_type: str, device: torch.device) -> bool:
+    """Return True if liger-kernel's layers are to be used: as ``asked``, or for None where they can be.
+
+    Raises:
+        SaroError: they were asked for and cannot be used.
+    """
+    if asked is False:
+        return False
+    reason = why_not_liger(model_type, device)
+    if asked and reason is not None:
+        raise SaroError(reason)
+    return reason is None
+
+
+def brings_own_code(model: PreTrainedModel) -> bool:
+    """Return True if the model's code is not that of transformers: it may compute something else than liger-kernel."""
+    return not type(model).__module__.startswith("transformers.models.")
 
 
 def use_liger(model: PreTrainedModel) -> None:
@@ -47,7 +67,7 @@ def use_liger(model: PreTrainedModel) -> None:
     Raises:
         SaroError: the model brings its own code, which may compute something else than liger-kernel's layers.
     """
-    if not type(model).__module__.startswith("transformers.models."):
+    if brings_own_code(model):
         raise SaroError(f"{type(model).__name__} brings its own code; leave --model.liger out")
     from liger_kernel.transformers import _apply_liger_kernel_to_instance
 

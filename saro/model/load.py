@@ -17,7 +17,7 @@ from saro.model.adapter import continued_adapter, new_adapter
 from saro.model.architectures import dropout_options
 from saro.model.attention import choose_backend
 from saro.model.fused_lora import fuse_lora
-from saro.model.liger import check_liger, use_liger
+from saro.model.liger import brings_own_code, choose_liger, use_liger
 from saro.model.policy import Policy
 from saro.model.source import ModelSource, first_line
 from saro_kernels import choose_impl
@@ -47,12 +47,11 @@ def load_policy(source: ModelSource, options: ModelConfig, device: torch.device,
         head = choose_impl(options.head, device, dtype)
     except ValueError as error:
         raise SaroError(str(error)) from error
-    if options.liger:
-        check_liger(source.config.model_type, device)
+    liger = choose_liger(options.liger, source.config.model_type, device)
     stored_dtype = torch.float32 if options.method == "full" else dtype
     model = _load_base(source, options, device, stored_dtype)
     _check_head(model)
-    if options.liger:
+    if liger and (options.liger or not brings_own_code(model)):
         use_liger(model)
     if options.method == "full":
         model.requires_grad_(True)

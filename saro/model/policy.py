@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from saro.data.packs import Pack
 from saro.model.architectures import logit_options
 from saro.model.attention import AttentionPlan, use_packed_attention
+from saro.model.liger import uses_liger
 from saro_kernels import TokenStatistics, token_logps, token_statistics
 from saro_kernels.float32_products import add_product, precise_products
 
@@ -150,7 +151,7 @@ class Policy(nn.Module):
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     def summary(self) -> str:
-        """Return a line with the numbers of trainable and of all parameters, and the attention and head that run."""
+        """Return a line with the numbers of trainable and of all parameters, and the attention, head and layers that run."""
         total = trainable = 0
         for parameter in self.model.parameters():
             quant_state = getattr(parameter, "quant_state", None)
@@ -158,4 +159,5 @@ class Policy(nn.Module):
             size = parameter.numel() if quant_state is None else quant_state.shape.numel()
             total += size
             trainable += size if parameter.requires_grad else 0
-        return f"{trainable:,} of {total:,} parameters trainable, attention {self.attention}, head {self.head}"
+        layers = ", layers of liger-kernel" if uses_liger(self.model) else ""
+        return f"{trainable:,} of {total:,} parameters trainable, attention {self.attention}, head {self.head}{layers}"

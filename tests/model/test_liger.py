@@ -17,7 +17,7 @@ import saro.model.liger as liger
 import saro.model.load
 from saro.config import ModelConfig
 from saro.errors import SaroError
-from saro.model.liger import check_liger, use_liger, uses_liger
+from saro.model.liger import choose_liger, use_liger, uses_liger
 from saro.model.load import load_policy
 from saro.model.source import find_model
 from saro.model.unmodified import own_layers
@@ -43,7 +43,7 @@ def own_rotary(tiny_model) -> Iterator[None]:
 @pytest.fixture
 def anywhere(monkeypatch) -> None:
     """Pretend that this is a GPU: the layers are put in, although they could not run here."""
-    monkeypatch.setattr(saro.model.load, "check_liger", lambda model_type, device: None)
+    monkeypatch.setattr(liger, "why_not_liger", lambda model_type, device: None)
 
 
 def rotary(model: PreTrainedModel) -> str:
@@ -85,7 +85,7 @@ def test_a_fused_mlp_is_ours_and_any_other_is_ligers(tiny_model, anywhere):
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma3"])
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_transformers_own_layers_compute_inside(tiny_model, anywhere, kind, method):
-    expected = load(tiny_model(kind), method, fused_lora=False)(a_pack())
+    expected = load(tiny_model(kind), method, fused_lora=False, liger=False)(a_pack())
     policy = load(tiny_model(kind), method, liger=True)
     lm, layers = policy.causal_lm, ligers(policy.model)
     with own_layers(lm):
@@ -98,7 +98,7 @@ def test_transformers_own_layers_compute_inside(tiny_model, anywhere, kind, meth
 
 def test_another_model_of_the_same_type_keeps_its_own_norms_and_mlp(tiny_model, anywhere):
     load(tiny_model(), "full", liger=True)
-    other = load(tiny_model(), "full").causal_lm
+    other = load(tiny_model(), "full", liger=False).causal_lm
     assert ligers(other) == []
     assert not any(type(module).__module__.startswith("liger_kernel.") for module in other.modules())
 
@@ -112,7 +112,7 @@ def test_ligers_layers_are_put_back_after_an_error(tiny_model, anywhere):
 
 
 def test_it_nests_with_pefts_own_layers(tiny_model, anywhere):
-    expected = load(tiny_model(), fused_lora=False)(a_pack())
+    expected = load(tiny_model(), fused_lora=False, liger=False)(a_pack())
     policy = load(tiny_model(), liger=True)
     with own_layers(policy.causal_lm):
         assert torch.equal(policy(a_pack()), expected)
@@ -142,19 +142,41 @@ def test_without_cuda_liger_is_refused_before_the_weights_are_read(tiny_model, m
         load(tiny_model(), liger=True)
 
 
+@pytest.mark.parametrize(("model_type", "device"), [("llama", CPU), ("gpt_neox", CUDA)])
+def test_where_liger_cannot_run_it_is_left_out_unless_it_was_asked_for(model_type, device):
+    assert not choose_liger(None, model_type, device)
+    with pytest.raises(SaroError, match=r"leave --model\.liger out"):
+        choose_liger(True, model_type, device)
+
+
+def test_liger_is_left_out_if_the_user_says_so():
+    assert not choose_liger(False, "llama", CUDA)
+
+
+def test_without_an_answer_a_model_with_its_own_code_is_left_alone(tiny_model, anywhere, monkeypatch):
+    monkeypatch.setattr(saro.model.load, "brings_own_code", lambda model: True)
+    assert not uses_liger(load(tiny_model(), "full").causal_lm)
+
+
+def test_without_an_answer_liger_is_used_where_it_can_be(tiny_model, anywhere):
+    policy = load(tiny_model(), "full")
+    assert uses_liger(policy.causal_lm)
+    assert policy.summary().endswith(", layers of liger-kernel")
+
+
 def test_if_liger_is_missing_the_error_says_how_to_install_it(monkeypatch):
     def missing(name: str) -> str:
         raise PackageNotFoundError(name)
 
     monkeypatch.setattr(liger, "version", missing)
     with pytest.raises(SaroError, match=r"pip install liger-kernel$"):
-        check_liger("llama", CUDA)
+        choose_liger(True, "llama", CUDA)
 
 
 def test_a_version_that_is_incompatible_with_transformers_is_refused(monkeypatch):
     monkeypatch.setitem(sys.modules, "liger_kernel.transformers.monkey_patch", None)
     with pytest.raises(SaroError, match=r"^--model.liger: .*liger_kernel"):
-        check_liger("llama", CUDA)
+        choose_liger(True, "llama", CUDA)
 
 
 def test_a_model_with_its_own_code_is_refused_and_transformers_stays_unchanged(tiny_model):
@@ -180,12 +202,13 @@ def test_an_mlp_with_another_activation_keeps_transformers_forward(tmp_path, any
 
 def test_a_model_type_that_liger_does_not_know_is_refused():
     with pytest.raises(SaroError, match="no layers for model type 'gpt_neox'"):
-        check_liger("gpt_neox", CUDA)
+        choose_liger(True, "gpt_neox", CUDA)
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma3"])
 def test_model_types_that_liger_knows_are_accepted(kind):
-    check_liger(kind, CUDA)
+    assert choose_liger(True, kind, CUDA)
+    assert choose_liger(None, kind, CUDA)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="liger-kernel runs on CUDA only")
