@@ -118,9 +118,9 @@ def list_steps(folders: Folders) -> list[Step]:
         "benchmarks/gpu/step_matrix.py", folders.models / large, results("step_matrix"), "--packs", *packs,
         "--trace", folders.results / "trace.json.gz", "--seconds", 100 * SLOWNESS,
     )  # fmt: skip
-    liger = python(
-        "benchmarks/gpu/step_matrix.py", folders.models / large, results("step_matrix_liger"), "--packs", *packs[:2],
-        "--seconds", 40, "--liger",
+    without_liger = python(
+        "benchmarks/gpu/step_matrix.py", folders.models / large, results("step_matrix_without_liger"), "--packs", *packs[:2],
+        "--seconds", 40, "--without_liger",
     )  # fmt: skip
     heads = ("--smoke", "--passes", "frozen") if DRY else ("--rounds", 8, "--rows", 8192, "--heads", *HEADS)
     long_pairs = ("--prompt_tokens", "256,0.5,1024", "--shared_tokens", "384,0.6,1024")
@@ -164,7 +164,7 @@ def list_steps(folders: Folders) -> list[Step]:
             40,
             (python("benchmarks/lora_linear.py", *rows, "--json_file", results("lora_linear")),),
         ),
-        *([] if DRY else [Step("step_matrix_liger", 60, (liger,), models=(large,))]),
+        *([] if DRY else [Step("step_matrix_without_liger", 60, (without_liger,), models=(large,))]),
         Step("all_tests", 150, (pytest(*all_tests, "tests"),)),
     ]
 

@@ -208,7 +208,7 @@ def summarize(found: dict) -> str:
     writers = {
         "probe": probe_part,
         "step_matrix": matrix_part,
-        "step_matrix_liger": matrix_part,
+        "step_matrix_without_liger": matrix_part,
         "srpo": peers_part,
         "loss_kernels": heads_part,
         "attention": attention_part,

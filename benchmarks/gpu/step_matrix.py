@@ -31,6 +31,7 @@ from yardstick import gemm_per_second
 from saro.config import ModelConfig, TrainConfig
 from saro.distributed.runtime import Runtime
 from saro.files import atomic_write
+from saro.model.fused_lora import CHECKPOINTING
 from saro.model.load import load_policy
 from saro.model.policy import Policy
 from saro.model.source import find_model
@@ -74,7 +75,7 @@ def list_cases(packs: list[int]) -> list[Case]:
 def set_checkpointing(policy: Policy, on: bool) -> None:
     lm = policy.causal_lm
     if on:
-        lm.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        lm.activation_checkpointing_enable(activation_checkpointing_kwargs=CHECKPOINTING)
     elif lm.is_activation_checkpointing:
         lm.activation_checkpointing_disable()
 
@@ -212,7 +213,7 @@ def main() -> int:
     options = parser.parse_args()
     begin = time.monotonic()
     runtime = Runtime.start()
-    config = ModelConfig(name=options.model, method="qlora", liger=options.liger)
+    config = ModelConfig(name=options.model, method="qlora", liger=False if options.without_liger else None)
     source = find_model(config)
     reset_memory()
     policy = load_policy(source, config, runtime.device, seed=0).train()

@@ -53,12 +53,16 @@ class LoraLinear:
         a: (r, in), trainable, in any floating dtype; cast to the input's dtype for the products.
         b: (out, r), like `a`.
         scaling: alpha / r.
+        a_cast: `a` in the input's dtype, if the caller has cast it already. The backward reads it too: nobody may write to it.
+        b_cast: `b`, like `a_cast`.
     """
 
     base: FrozenLinear
     a: Tensor
     b: Tensor
     scaling: float
+    a_cast: Tensor | None = None
+    b_cast: Tensor | None = None
 
 
 def lora_linear(x: Tensor, layer: LoraLinear) -> Tensor:
@@ -153,14 +157,14 @@ class _LoraGatedMlp(torch.autograd.Function):
 
 
 def _forward(rows: Tensor, a: Tensor, b: Tensor, layer: LoraLinear) -> tuple[Tensor, Tensor]:
-    """Return the layer's output (N, out) and the rank-r product x A^T, (N, r)."""
+    """Return the layer's output (N, out) and the rank-r product scaling x A^T, (N, r)."""
     weight = layer.base.dense(rows.dtype)
     if layer.base.bias is None:
         out = torch.mm(rows, weight.t())
     else:
         out = torch.addmm(layer.base.bias.to(rows.dtype), rows, weight.t())
-    product = torch.mm(rows, a.to(rows.dtype).t())
-    return out.addmm_(product, b.to(rows.dtype).t(), alpha=layer.scaling), product
+    product = _scaled_mm(rows, _cast(a, layer.a_cast, rows.dtype).t(), layer.scaling)
+    return out.addmm_(product, _cast(b, layer.b_cast, rows.dtype).t()), product
 
 
 def _backward(
@@ -184,9 +188,9 @@ def _backward(
 
 
 def _backward_to_product(upstream: Tensor, product: Tensor, b: Tensor, layer: LoraLinear) -> tuple[Tensor, Tensor]:
-    """Return the gradients of the rank-r product, (N, r), and of ``b``."""
-    d_b = _outer(upstream, product).mul_(layer.scaling).to(b.dtype)
-    return _project(upstream, b.to(upstream.dtype) * layer.scaling), d_b
+    """Return the gradients of x A^T, (N, r), and of ``b``."""
+    d_b = _outer(upstream, product).to(b.dtype)
+    return _project(upstream, _cast(b, layer.b_cast, upstream.dtype), layer.scaling), d_b
 
 
 def _backward_to_rows(
@@ -195,14 +199,25 @@ def _backward_to_rows(
     """Return the gradient of the rows, (N, in); it is added to ``into`` in place, if that is given."""
     weight = layer.base.dense(upstream.dtype)
     d_rows = torch.mm(upstream, weight) if into is None else into.addmm_(upstream, weight)
-    return d_rows.addmm_(d_product, a.to(upstream.dtype))
+    return d_rows.addmm_(d_product, _cast(a, layer.a_cast, upstream.dtype))
 
 
-def _project(rows: Tensor, matrix: Tensor) -> Tensor:
-    """Return rows @ matrix, (N, m) times (m, r)."""
+def _cast(matrix: Tensor, cast: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Return the matrix in `dtype`: the caller's cast if it has this dtype."""
+    return cast if cast is not None and cast.dtype == dtype else matrix.to(dtype)
+
+
+def _scaled_mm(left: Tensor, right: Tensor, scaling: float) -> Tensor:
+    """Return scaling * (left @ right). The GEMM itself multiplies, before it rounds."""
+    out = left.new_empty(len(left), right.shape[1])
+    return out.addmm_(left, right, beta=0, alpha=scaling)
+
+
+def _project(rows: Tensor, matrix: Tensor, scaling: float) -> Tensor:
+    """Return scaling * (rows @ matrix), (N, m) times (m, r)."""
     if matrix.device.type == "cpu" and matrix.shape[1] < _THIN_RANK:
         matrix = matrix.t().contiguous().t()  # same values, column-major: MKL is fast on it
-    return torch.mm(rows, matrix)
+    return _scaled_mm(rows, matrix, scaling)
 
 
 def _outer(left: Tensor, right: Tensor) -> Tensor:

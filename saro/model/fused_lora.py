@@ -6,7 +6,10 @@ linear layer. Every call checks this again, so that PEFT's own forward computes 
 
 from __future__ import annotations
 
-from types import MethodType
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
+from types import MappingProxyType, MethodType
 
 import bitsandbytes as bnb
 import torch
@@ -16,12 +19,15 @@ from torch import nn
 from transformers.activations import GELUTanh, SiLUActivation
 
 from saro.model.architectures import GATED_MLPS
+from saro.model.liger import replaced_forward
 from saro_kernels import FrozenLinear, LoraLinear, lora_gated_mlp, lora_linear
 
 _ACTIVATIONS: dict[type, str] = {nn.SiLU: "silu", SiLUActivation: "silu", GELUTanh: "gelu_tanh"}
 # A call without gradient on fewer tokens than this is a generation step. PEFT's forward computes it, because
 # bitsandbytes has kernels for few tokens.
 _FEW_ROWS = 8
+# What ``cast_adapters`` has cast, by parameter. Each thread has its own, and autograd runs the backward in another thread.
+_CASTS: ContextVar[Mapping[nn.Parameter, torch.Tensor]] = ContextVar("casts", default=MappingProxyType({}))
 
 
 def fuse_lora(model: PeftModel) -> int:
@@ -29,7 +35,7 @@ def fuse_lora(model: PeftModel) -> int:
 
     Layers that are not plain LoRA keep PEFT's forward. Returns the number of layers that are fused.
     """
-    layers = [layer for layer in model.modules() if isinstance(layer, LoraLayer) and _can_fuse(layer)]
+    layers = [layer for layer in lora_layers(model) if _can_fuse(layer)]
     for layer in layers:
         layer.forward = MethodType(_linear_forward, layer)
     fused = {id(layer) for layer in layers}
@@ -40,6 +46,56 @@ def fuse_lora(model: PeftModel) -> int:
             if all(id(part) in fused and not _has_dropout(part) for part in parts):
                 module.forward = MethodType(_mlp_forward, module)
     return len(layers)
+
+
+def lora_layers(model: nn.Module) -> tuple[LoraLayer, ...]:
+    """Return the LoRA layers of a model, fused or not."""
+    return tuple(module for module in model.modules() if isinstance(module, LoraLayer))
+
+
+@contextmanager
+def cast_adapters(layers: Sequence[LoraLayer], dtype: torch.dtype) -> Iterator[None]:
+    """Cast the active adapters of those layers that are fused to ``dtype`` at once, for all forwards in this context.
+
+    Outside it, each layer casts A and B itself, in its forward and again in its backward: a kernel for each matrix. The
+    casts are made anew in each context, so they are those of the parameters. Nothing writes to them afterwards. They live
+    until the backward is done: 2 bytes for each parameter in bfloat16, and nothing if the adapters have ``dtype`` already.
+    """
+    matrices = [matrix for layer in layers for matrix in _fused_matrices(layer) if matrix.dtype != dtype]
+    with torch.no_grad():
+        casts = [torch.empty_like(matrix, dtype=dtype) for matrix in matrices]
+        if casts:
+            torch._foreach_copy_(casts, matrices)
+    with _Casts(dict(zip(matrices, casts, strict=True))):
+        yield
+
+
+def _fused_matrices(layer: LoraLayer) -> tuple[nn.Parameter, ...]:
+    """Return A and B of the adapter that our forward would compute; nothing if PEFT's forward computes the layer."""
+    name = _exact_adapter(layer) if replaced_forward(layer) is _linear_forward else None
+    return () if name is None else (layer.lora_A[name].weight, layer.lora_B[name].weight)
+
+
+class _Casts:
+    """A context in which fused layers find these casts, by parameter. It can be entered many times, but not within itself."""
+
+    def __init__(self, casts: Mapping[nn.Parameter, torch.Tensor]) -> None:
+        self._casts = casts
+
+    def __enter__(self) -> None:
+        self._token = _CASTS.set(self._casts)
+
+    def __exit__(self, *_: object) -> None:
+        _CASTS.reset(self._token)
+
+
+def _keep_casts() -> tuple[AbstractContextManager, AbstractContextManager]:
+    """Return the contexts of a checkpointed forward and of its recomputation, which finds the casts of the forward."""
+    return nullcontext(), _Casts(_CASTS.get())
+
+
+# Arguments of ``torch.utils.checkpoint.checkpoint``. Without our contexts each layer would cast in its recomputation.
+CHECKPOINTING = MappingProxyType({"use_reentrant": False, "context_fn": _keep_casts})
 
 
 def _can_fuse(layer: LoraLayer) -> bool:
@@ -55,24 +111,38 @@ def _has_dropout(layer: LoraLayer) -> bool:
 
 
 def _can_run_fused(layer: LoraLayer, x: torch.Tensor) -> bool:
-    """Return True if our forward is exact for this call: one plain adapter is active. False for a generation step."""
-    if layer.disable_adapters or layer.merged or len(layer.active_adapters) != 1:
-        return False
+    """Return True if our forward is exact for this call. False for a generation step."""
     if not torch.is_grad_enabled() and x.numel() < _FEW_ROWS * x.shape[-1]:
         return False
+    return _exact_adapter(layer) is not None
+
+
+def _exact_adapter(layer: LoraLayer) -> str | None:
+    """Return the name of the active adapter if our forward is exact: it is the only one, plain and without dropout."""
+    if layer.disable_adapters or layer.merged or len(layer.active_adapters) != 1:
+        return None
     (name,) = layer.active_adapters
     if name not in layer.lora_A:
-        return False
+        return None
     dropout = layer.lora_dropout[name]
-    return isinstance(dropout, nn.Identity) or not (layer.training and dropout.p > 0)
+    has_dropout = not isinstance(dropout, nn.Identity) and layer.training and dropout.p > 0
+    return None if has_dropout else name
 
 
 def _parts(layer: LoraLayer) -> LoraLinear:
     """Return a layer's weights and its active adapter as ``saro_kernels`` takes them."""
     base = layer.get_base_layer()
     (name,) = layer.active_adapters
-    frozen = FrozenLinear(base.weight, getattr(base.weight, "quant_state", None), base.bias)
-    return LoraLinear(frozen, layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name])
+    a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+    casts = _CASTS.get()
+    return LoraLinear(
+        base=FrozenLinear(base.weight, getattr(base.weight, "quant_state", None), base.bias),
+        a=a,
+        b=b,
+        scaling=layer.scaling[name],
+        a_cast=casts.get(a),
+        b_cast=casts.get(b),
+    )
 
 
 def _linear_forward(self: LoraLayer, x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:

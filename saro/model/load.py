@@ -16,7 +16,7 @@ from saro.errors import SaroError
 from saro.model.adapter import continued_adapter, new_adapter
 from saro.model.architectures import dropout_options
 from saro.model.attention import choose_backend
-from saro.model.fused_lora import fuse_lora
+from saro.model.fused_lora import CHECKPOINTING, fuse_lora
 from saro.model.liger import brings_own_code, choose_liger, use_liger
 from saro.model.policy import Policy
 from saro.model.source import ModelSource, first_line
@@ -65,7 +65,7 @@ def load_policy(source: ModelSource, options: ModelConfig, device: torch.device,
             fuse_lora(model)
     if options.gradient_checkpointing:
         lm = model.get_base_model() if isinstance(model, PeftModel) else model
-        lm.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        lm.activation_checkpointing_enable(activation_checkpointing_kwargs=CHECKPOINTING)
     autocast = dtype if options.method == "full" and dtype != torch.float32 else None
     return Policy(model, attention=attention, head=head, autocast=autocast)
 

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from saro.data.packs import Pack
 from saro.model.architectures import logit_options
 from saro.model.attention import AttentionPlan, use_packed_attention
+from saro.model.fused_lora import cast_adapters, lora_layers
 from saro.model.liger import uses_liger
 from saro_kernels import TokenStatistics, token_logps, token_statistics
 from saro_kernels.float32_products import add_product, precise_products
@@ -49,6 +50,7 @@ class Policy(nn.Module):
         self.head = head
         self.autocast = autocast
         self.logits = logit_options(self.causal_lm.config)
+        self._lora_layers = lora_layers(model)
         use_packed_attention(self.causal_lm)
 
     @property
@@ -105,7 +107,7 @@ class Policy(nn.Module):
     def _hidden_states(self, pack: Pack, isolated: bool) -> torch.Tensor:
         """Run the decoder and return the last hidden states of the pack's tokens, (T, D)."""
         plan = AttentionPlan.of(pack, self.attention, isolated)
-        with self.precision():
+        with self.precision(), cast_adapters(self._lora_layers, self.compute_dtype):
             output = self.causal_lm.get_decoder()(
                 input_ids=pack.input_ids[None],
                 position_ids=pack.position_ids[None],

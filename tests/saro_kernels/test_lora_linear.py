@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Iterator
+from dataclasses import replace
 
 import bitsandbytes as bnb
 import pytest
@@ -173,6 +175,62 @@ def test_gradients_of_fp32_adapters_under_half_precision_are_fp32():
     layer = make_layer(12, 10, dtype=torch.bfloat16, adapter_dtype=torch.float32)
     _, d_x, d_a, d_b = output_and_gradients(lora_linear, random_rows(7, 12).bfloat16(), layer)
     assert (d_x.dtype, d_a.dtype, d_b.dtype) == (torch.bfloat16, torch.float32, torch.float32)
+
+
+def half_precision_layer() -> LoraLinear:
+    return make_layer(12, 10, dtype=torch.bfloat16, adapter_dtype=torch.float32)
+
+
+def test_casts_of_the_caller_give_the_same_bits():
+    layer, x = half_precision_layer(), random_rows(7, 12).bfloat16()
+    with_casts = replace(layer, a_cast=layer.a.detach().bfloat16(), b_cast=layer.b.detach().bfloat16())
+    results = zip(
+        output_and_gradients(lora_linear, x, with_casts), output_and_gradients(lora_linear, x, layer), strict=True
+    )
+    assert all(torch.equal(ours, expected) for ours, expected in results)
+
+
+@pytest.mark.parametrize("name", ["a_cast", "b_cast"])
+def test_casts_of_the_caller_are_read_in_forward_and_backward(name):
+    layer, x = half_precision_layer(), random_rows(7, 12).bfloat16()
+    zero = replace(
+        layer, **{name: torch.zeros_like(getattr(layer, name[0]), dtype=torch.bfloat16, requires_grad=False)}
+    )
+    out, d_x, *_ = output_and_gradients(lora_linear, x, zero)
+    base_out, base_d_x, *_ = output_and_gradients(lora_linear, x, replace(layer, scaling=0.0))
+    assert torch.equal(out, base_out)
+    assert torch.equal(d_x, base_d_x)
+
+
+def test_casts_in_another_dtype_are_not_read():
+    layer, x = half_precision_layer(), random_rows(7, 12).bfloat16()
+    wrong = torch.full((3, 12), torch.nan, dtype=torch.float16), torch.full((10, 3), torch.nan, dtype=torch.float16)
+    with_casts = replace(layer, a_cast=wrong[0], b_cast=wrong[1])
+    results = zip(
+        output_and_gradients(lora_linear, x, with_casts), output_and_gradients(lora_linear, x, layer), strict=True
+    )
+    assert all(torch.equal(ours, expected) for ours, expected in results)
+
+
+@pytest.fixture
+def nan_in_new_memory() -> Iterator[None]:
+    """Let torch fill memory with NaN when it allocates it."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("nan_in_new_memory")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("r", [3, 16])
+@pytest.mark.parametrize("rows", [1, 7, 64])
+def test_uninitialized_memory_is_not_read(rows, r, dtype):
+    assert torch.empty(1, dtype=dtype).isnan()
+    layer = make_layer(48, 32, r, dtype)
+    assert all(
+        result.isfinite().all()
+        for result in output_and_gradients(lora_linear, random_rows(rows, 48, dtype=dtype), layer)
+    )
 
 
 def test_an_input_may_need_no_gradient():
