@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from saro_kernels import nf4
+
 # Activations by name. The backward functions compute the gradient in one pass.
 _FORWARD = {
     "silu": torch.nn.functional.silu,
@@ -48,9 +50,7 @@ class FrozenLinear:
         """Return the weight (out, in) in `dtype`. A packed weight is dequantized on each call; no copy is kept here."""
         if self.quant_state is None:
             return self.weight.to(dtype)
-        from bitsandbytes.functional import dequantize_4bit
-
-        return dequantize_4bit(self.weight, self.quant_state).to(dtype)
+        return nf4.dequantize(self.weight, self.quant_state).to(dtype)
 
 
 @dataclass(frozen=True, eq=False)
