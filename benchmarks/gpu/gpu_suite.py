@@ -134,7 +134,11 @@ def list_steps(folders: Folders) -> list[Step]:
         pairs = ("--pairs", 16, "--steps", 3, "--pack_tokens", 8192, *long_pairs)
     srpo_peers = [*peers, *map(str, ("--task", "srpo", "--side", *srpo_sides, *pairs, "--json", results("srpo")))]
     rows = ("--rows", 32, "--rounds", 1, "--layers", '["SmolLM2-135M q"]') if DRY else ("--rows", 8192)
-    compiled_tests = ("tests/saro_kernels/test_triton_tile.py", "tests/model/test_liger.py")
+    compiled_tests = (
+        "tests/saro_kernels/test_triton_tile.py",
+        "tests/saro_kernels/test_nf4.py",
+        "tests/model/test_liger.py",
+    )
     few_tests = ("-k", "test_rows_are_aligned or test_kinds_that_it_knows") if DRY else ()
     all_tests = ("-k", "test_tile_height") if DRY else ("--maxfail", "60")
 

@@ -70,11 +70,12 @@ def layout_problem(packed: Tensor, state: "QuantState") -> str | None:
     if packed.shape[0] == 1 or not packed.is_contiguous() or packed.data_ptr() % 16:
         return "the packed numbers are not one contiguous column that starts at a multiple of 16 bytes"
     nested = state.state2
-    floats = [state.code, state.absmax] if nested is None else [state.code, nested.code, nested.absmax, state.offset]
-    if any(x.dtype != torch.float32 for x in floats):
-        return "scales or codes are not float32"
     if nested is not None and (state.absmax.dtype != torch.uint8 or nested.dtype != torch.float32 or nested.nested):
         return "the scales are not quantized once, to 8 bits"
-    if any(x.device != packed.device for x in [*floats, state.absmax]):
-        return "its parts are on several devices"
+    floats = (state.code, state.absmax) if nested is None else (state.code, nested.code, nested.absmax, state.offset)
+    for x in floats:
+        if x.dtype != torch.float32:
+            return "scales or codes are not float32"
+        if x.device != packed.device:
+            return "its parts are on several devices"
     return None

@@ -4,13 +4,14 @@ NF4 and double quantization: Dettmers et al. 2023, arXiv 2305.14314. Importing t
 `saro_kernels.nf4` imports it, and only if the kernel can run.
 """
 
-from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from saro_kernels.triton_tile import _on
 
 if TYPE_CHECKING:
     from bitsandbytes.functional import QuantState
@@ -70,10 +71,8 @@ def dequantize_nf4(packed: Tensor, state: "QuantState") -> Tensor:
     out = torch.empty(state.shape, dtype=state.dtype, device=packed.device)
     words = out.numel() // 8
     nested = state.state2
-    # Triton uses the current device, not that of the tensors.
-    elsewhere = out.is_cuda and out.device.index != torch.cuda.current_device()
-    with torch.cuda.device(out.device) if elsewhere else nullcontext():
-        nf4_kernel[(triton.cdiv(words, WORDS),)](
+    with _on(out.device):
+        nf4_kernel[(-(-words // WORDS),)](  # triton.cdiv would cost a quarter of the launch
             packed=packed if packed.dtype == torch.uint8 else packed.view(torch.uint8),
             code=state.code,
             absmax=state.absmax,
