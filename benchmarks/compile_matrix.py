@@ -2,8 +2,8 @@
 
     python benchmarks/compile_matrix.py [--write] [--json FILE]
 
-It compiles exactly what a run would launch: the tile op runs on CPU tensors, and instead of each launch the kernel is
-specialised to its arguments and compiled for the target. cuobjdump, which comes with Triton, reads registers, stack
+It compiles exactly what a run would launch: the functions that launch a kernel run on CPU tensors, and instead of each
+launch the kernel is specialised to its arguments and compiled for the target. cuobjdump, which comes with Triton, reads registers, stack
 (where spilled registers go), local and shared memory from the machine code. The width of memory accesses is read from
 the PTX.
 """
@@ -19,19 +19,22 @@ from argparse import ArgumentParser
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
+from types import ModuleType
 
 # Turn off the interpreter, which the tests use and which compiles nothing. Triton reads this when it is imported.
 os.environ["TRITON_INTERPRET"] = "0"
 
 import torch
 import triton
+from bitsandbytes.functional import QuantState
 from rich.console import Console
 from rich.table import Table
 from triton.backends.compiler import GPUTarget
 
-from saro_kernels import triton_tile
+from saro_kernels import triton_nf4, triton_tile
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),  # A100
@@ -55,9 +58,9 @@ class Build:
     Attributes:
         target: GPU generation, a key of TARGETS.
         kernel: name of the kernel function.
-        variant: what the tile op computes, see `_variants`.
-        dtype: dtype of the hidden states, which the gradient has. Products are float32.
-        vocab: columns of the tile.
+        variant: what the tile op computes, see `_variants`; or how the scales of an NF4 weight are stored.
+        dtype: dtype of the hidden states, which the gradient has (products are float32); or of the dequantized weight.
+        vocab: columns of the tile; None for NF4.
         registers: 32-bit registers per thread.
         stack_bytes: stack per thread; registers that do not fit are spilled there.
         local_bytes: local memory per thread, also for spilled registers.
@@ -71,7 +74,7 @@ class Build:
     kernel: str
     variant: str
     dtype: str
-    vocab: int
+    vocab: int | None
     registers: int
     stack_bytes: int
     local_bytes: int
@@ -122,34 +125,60 @@ def _variants() -> Iterator[tuple[str, dict[str, object], Callable[..., object]]
 
 
 def build(name: str) -> list[Build]:
-    """Compile all variants for one target, a key of TARGETS."""
+    """Compile all variants of all kernels for one target, a key of TARGETS."""
     triton.runtime.driver.set_active(_Driver(TARGETS[name]))
-    kernel, builds = triton_tile.tile_kernel, []
+    builds = []
     cases = list(product((VOCABULARY, 1), DTYPES))
     for (vocab, dtype), (variant, options, call) in product(cases, list(_variants())):
         if dtype != torch.float32 and not options["gradient"]:
             continue  # the same kernel as for float32
-        compiled = _Compiled(kernel)
-        triton_tile.tile_kernel = compiled
-        try:
-            call(triton_tile.TritonTile(2, torch.empty(0, dtype=dtype), vocab, **options))
-        finally:
-            triton_tile.tile_kernel = kernel
-        (result,) = compiled
-        usage = _nvidia_usage(result) if TARGETS[name].backend == "cuda" else _amd_usage(result)
-        builds.append(
-            Build(
-                target=name,
-                kernel=kernel.fn.__name__,
-                variant=variant,
-                dtype=str(dtype).removeprefix("torch."),
-                vocab=vocab,
-                waits="barrier" in result.asm["ttir"],
-                wide_offsets=re.search(r"arith\.muli .*: i64", result.asm["ttir"]) is not None,
-                **usage,
-            )
-        )
+        tile = triton_tile.TritonTile(2, torch.empty(0, dtype=dtype), vocab, **options)
+        compiled = _compile(triton_tile, "tile_kernel", partial(call, tile))
+        builds.append(_describe(compiled, name, variant, dtype, vocab))
+    for dtype, double in product(DTYPES, (False, True)):
+        packed, state = _nf4_weight(dtype, double)
+        compiled = _compile(triton_nf4, "nf4_kernel", partial(triton_nf4.dequantize_nf4, packed, state))
+        builds.append(_describe(compiled, name, "NF4, 8-bit scales" if double else "NF4", dtype))
     return builds
+
+
+def _nf4_weight(dtype: torch.dtype, double: bool) -> tuple[torch.Tensor, QuantState]:
+    """Return an NF4 weight of zeros with bitsandbytes' block sizes, whose scales are quantized if `double`."""
+    packed, scales = torch.zeros(2048, 1, dtype=torch.uint8), torch.zeros(64)
+    state = QuantState(scales, torch.Size((64, 64)), torch.zeros(16), blocksize=64, quant_type="nf4", dtype=dtype)
+    if double:
+        state.absmax, state.offset, state.nested = scales.to(torch.uint8), torch.tensor(0.0), True
+        state.state2 = QuantState(torch.zeros(1), code=torch.zeros(256), blocksize=256, dtype=torch.float32)
+    return packed, state
+
+
+def _compile(module: ModuleType, kernel: str, launch: Callable[[], object]) -> triton.compiler.CompiledKernel:
+    """Return what `launch` would run of a kernel, compiled for the active target."""
+    original = getattr(module, kernel)
+    launches = _Compiled(original)
+    setattr(module, kernel, launches)
+    try:
+        launch()
+    finally:
+        setattr(module, kernel, original)
+    (compiled,) = launches
+    return compiled
+
+
+def _describe(
+    compiled: triton.compiler.CompiledKernel, target: str, variant: str, dtype: torch.dtype, vocab: int | None = None
+) -> Build:
+    usage = _nvidia_usage(compiled) if TARGETS[target].backend == "cuda" else _amd_usage(compiled)
+    return Build(
+        target=target,
+        kernel=compiled.name,
+        variant=variant,
+        dtype=str(dtype).removeprefix("torch."),
+        vocab=vocab,
+        waits="barrier" in compiled.asm["ttir"],
+        wide_offsets=re.search(r"arith\.muli .*: i64", compiled.asm["ttir"]) is not None,
+        **usage,
+    )
 
 
 def _nvidia_usage(compiled: triton.compiler.CompiledKernel) -> dict[str, int]:
@@ -191,9 +220,9 @@ def build_all() -> list[Build]:
 
 
 def rows(builds: list[Build]) -> Iterator[list[str]]:
-    """Yield the heading of the table, then a row for each variant and dtype at VOCABULARY."""
-    yield ["tile op", "dtype", *TARGETS, "stack, local", "shared", "load (sm)"]
-    shown = [b for b in builds if b.vocab == VOCABULARY]
+    """Yield the heading of the table, then a row for each variant and dtype, of the tile op at VOCABULARY."""
+    yield ["kernel", "dtype", *TARGETS, "stack, local", "shared", "load (sm)"]
+    shown = [b for b in builds if b.vocab in (VOCABULARY, None)]
     for variant, dtype in dict.fromkeys((b.variant, b.dtype) for b in shown):
         by_target = {b.target: b for b in shown if (b.variant, b.dtype) == (variant, dtype)}
         stack_bytes = max(b.stack_bytes for b in by_target.values())
@@ -215,7 +244,8 @@ def markdown(builds: list[Build]) -> str:
     head, *body = rows(builds)
     aligned = ["---", "---", *["---:"] * (len(head) - 2)]
     lines = ["| " + " | ".join(row) + " |" for row in (head, aligned, *body)]
-    version = f"Triton {triton.__version__}, {triton_tile.WARPS} warps, vocabulary {VOCABULARY}"
+    warps = f"{triton_tile.WARPS} warps, {triton_nf4.WARPS} for NF4"
+    version = f"Triton {triton.__version__}, {warps}, vocabulary {VOCABULARY}"
     return "\n".join([BEGIN, "", f"Registers per thread ({version}):", "", *lines, "", END])
 
 

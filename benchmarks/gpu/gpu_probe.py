@@ -9,6 +9,7 @@ probe fails or an error exceeds its budget. Without a GPU, the probes run on the
 from __future__ import annotations
 
 import inspect
+import itertools
 import json
 import os
 import shutil
@@ -25,7 +26,7 @@ from torch.nn.attention import varlen
 from yardstick import copy_per_second, seconds
 
 from saro.files import atomic_write
-from saro_kernels import choose_impl, token_logps
+from saro_kernels import choose_impl, nf4, token_logps
 from saro_kernels.float32_products import add_product
 
 CUDA = torch.cuda.is_available()
@@ -170,7 +171,10 @@ def probe_float32_products() -> dict[str, float]:
 
 
 def probe_nf4() -> dict[str, float]:
-    """Check NF4 on this device against NF4 on the CPU, and measure the bytes per second of dequantizing."""
+    """Check NF4 on this device against NF4 on the CPU, and our kernel against bitsandbytes; measure both.
+
+    Our kernel must have the bits of bitsandbytes. On a CPU, both are bitsandbytes.
+    """
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
     weight = torch.randn((14336, 4096) if CUDA else (128, 64), device=DEVICE, dtype=DTYPE)
@@ -180,9 +184,48 @@ def probe_nf4() -> dict[str, float]:
     dense_cpu = dequantize_4bit(packed_cpu, state_cpu)
     # A number that lies between two of NF4's may be rounded to either.
     errors = check_errors({"against the CPU": relative_error(dense.cpu(), dense_cpu)}, BUDGET_BF16)
-    took = median_seconds(lambda: dequantize_4bit(packed, state))
-    rounding = relative_error(dense, weight)
-    return {**errors, "against the weight": rounding, "bytes/s": (packed.nbytes + dense.nbytes) / took}
+    errors["against the weight"] = relative_error(dense, weight)
+    moved = packed.nbytes + dense.nbytes
+    figures = {
+        "bytes/s": moved / median_seconds(lambda: dequantize_4bit(packed, state)),
+        "bytes/s, saro": moved / median_seconds(lambda: nf4.dequantize(packed, state)),
+        "host seconds": host_seconds(lambda: dequantize_4bit(packed, state)),
+        "host seconds, saro": host_seconds(lambda: nf4.dequantize(packed, state)),
+    }
+    if CUDA and (problem := nf4.why_not_triton(packed, state)):
+        raise ValueError(f"our kernel does not run: {problem}; measured {figures}")
+    return {**errors, **figures, **check_errors(count_different_numbers(), 0)}
+
+
+def count_different_numbers() -> dict[str, float]:
+    """Return how many numbers of NF4 weights have other bits by our kernel than by bitsandbytes, for each dtype."""
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    different = {}
+    for dtype in nf4.DTYPES:
+        bits = torch.int32 if dtype == torch.float32 else torch.int16
+        count = 0
+        # Whole programs, and a last block that is not full.
+        for shape, double in itertools.product(((4096, 4096), (1000, 1000), (3, 8)), (False, True)):
+            weight = torch.randn(shape, device=DEVICE, dtype=dtype)
+            packed, state = quantize_4bit(weight, quant_type="nf4", compress_statistics=double)
+            ours, theirs = nf4.dequantize(packed, state), dequantize_4bit(packed, state)
+            count += (ours.view(bits) != theirs.view(bits)).sum().item()
+        different[f"different, {str(dtype).removeprefix('torch.')}"] = count
+    return different
+
+
+def host_seconds(work: Callable[[], object], calls: int = 100) -> float:
+    """Return the seconds that Python takes to launch the work, median of five; the device may lag behind."""
+    times = []
+    for _ in range(5):
+        if CUDA:
+            torch.cuda.synchronize()
+        begin = time.perf_counter()
+        for _ in range(calls):
+            work()
+        times.append((time.perf_counter() - begin) / calls)
+    return statistics.median(times)
 
 
 def probe_head() -> dict:

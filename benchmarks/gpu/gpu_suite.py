@@ -137,6 +137,7 @@ def list_steps(folders: Folders) -> list[Step]:
     compiled_tests = (
         "tests/saro_kernels/test_triton_tile.py",
         "tests/saro_kernels/test_gated_activation.py",
+        "tests/saro_kernels/test_nf4.py",
         "tests/model/test_liger.py",
     )
     few_tests = ("-k", "test_rows_are_aligned or test_kinds_that_it_knows") if DRY else ()

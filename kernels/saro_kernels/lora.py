@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from saro_kernels import nf4
 from saro_kernels.gated_activation import gated_product, gated_product_backward
 
 # Rank at which the fast layout of a thin product changes on a CPU. Below it, MKL takes up to ten times as long with the
@@ -39,9 +40,7 @@ class FrozenLinear:
         """Return the weight (out, in) in `dtype`. A packed weight is dequantized on each call; no copy is kept here."""
         if self.quant_state is None:
             return self.weight.to(dtype)
-        from bitsandbytes.functional import dequantize_4bit
-
-        return dequantize_4bit(self.weight, self.quant_state).to(dtype)
+        return nf4.dequantize(self.weight, self.quant_state).to(dtype)
 
 
 @dataclass(frozen=True, eq=False)

@@ -29,12 +29,12 @@ def choose_tile_op(name: str, device: torch.device, dtype: torch.dtype) -> str:
         ValueError: `name` is unknown, or that tile op cannot run here. The message says which one to use.
     """
     if name == "auto":
-        can_run_triton = device.type in TRITON_DEVICES and _triton_problem(device, dtype) is None
+        can_run_triton = device.type in TRITON_DEVICES and triton_problem(device, dtype) is None
         return "triton" if can_run_triton else "torch"
     if name not in TILE_OPS:
         closest = difflib.get_close_matches(name, TILE_OPS, n=1, cutoff=0)[0]
         raise ValueError(f"tile op {name!r} is unknown; did you mean {closest!r}?")
-    problem = _triton_problem(device, dtype) if name == "triton" else None
+    problem = triton_problem(device, dtype) if name == "triton" else None
     if problem is not None:
         raise ValueError(f"tile op 'triton' cannot run here: {problem}; use 'torch'")
     return name
@@ -50,7 +50,7 @@ def find_tile_op(name: str) -> "type[TorchTile] | type[TritonTile]":
     return TritonTile
 
 
-def _triton_problem(device: torch.device, dtype: torch.dtype) -> str | None:
+def triton_problem(device: torch.device, dtype: torch.dtype) -> str | None:
     """Return why Triton's tile op cannot run on `device`; None if it can."""
     if not _is_triton_installed():
         return "triton is not installed"

@@ -213,4 +213,7 @@ def block_size(vocab: int) -> int:
 
 def _on(device: torch.device) -> AbstractContextManager:
     """Return a context in which kernels start on `device`: Triton uses the current device, not that of the tensors."""
-    return nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)
+    if device.type == "cpu":
+        return nullcontext()
+    module = torch.get_device_module(device)
+    return nullcontext() if device.index == module.current_device() else module.device(device)

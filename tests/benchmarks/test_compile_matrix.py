@@ -32,7 +32,8 @@ def builds(tmp_path_factory):
 
 
 def describe(build):
-    return f"{build['kernel']} ({build['variant']}, {build['dtype']}, V = {build['vocab']}) for {build['target']}"
+    vocab = "" if build["vocab"] is None else f", V = {build['vocab']}"
+    return f"{build['kernel']} ({build['variant']}, {build['dtype']}{vocab}) for {build['target']}"
 
 
 def test_every_kernel_builds_for_every_target_in_every_dtype(builds):
@@ -56,16 +57,21 @@ def test_every_variant_builds_for_every_target(builds, option, capped):
     assert {b["target"] for b in builds if b["variant"] == option + capped} == TARGETS
 
 
+@pytest.mark.parametrize("variant", ["NF4", "NF4, 8-bit scales"])
+def test_nf4_builds_for_every_target_whether_or_not_its_scales_are_quantized(builds, variant):
+    assert {b["target"] for b in builds if b["variant"] == variant} == TARGETS
+
+
 def test_no_register_is_spilled_and_no_local_memory_used(builds):
     assert [describe(b) for b in builds if b["stack_bytes"] or b["local_bytes"]] == []
 
 
 def test_loads_are_16_bytes_wide_for_any_vocabulary(builds):
-    narrow = [b for b in builds if b["vocab"] > 1 and b["target"].startswith("sm_") and b["access_bytes"] != 16]
+    narrow = [b for b in builds if b["vocab"] != 1 and b["target"].startswith("sm_") and b["access_bytes"] != 16]
     assert [describe(b) for b in narrow] == []
 
 
-def test_rows_beyond_2_to_the_31_logits_have_64_bit_offsets(builds):
+def test_tiles_and_weights_beyond_2_to_the_31_numbers_have_64_bit_offsets(builds):
     assert [describe(b) for b in builds if not b["wide_offsets"]] == []
 
 
