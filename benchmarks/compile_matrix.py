@@ -34,7 +34,8 @@ from rich.console import Console
 from rich.table import Table
 from triton.backends.compiler import GPUTarget
 
-from saro_kernels import triton_nf4, triton_tile
+from saro_kernels import triton_gate, triton_nf4, triton_tile
+from saro_kernels.gated_activation import ACTIVATIONS
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),  # A100
@@ -58,9 +59,9 @@ class Build:
     Attributes:
         target: GPU generation, a key of TARGETS.
         kernel: name of the kernel function.
-        variant: what the tile op computes, see `_variants`; or how the scales of an NF4 weight are stored.
-        dtype: dtype of the hidden states, which the gradient has (products are float32); or of the dequantized weight.
-        vocab: columns of the tile; None for NF4.
+        variant: what the kernel computes, see `build`.
+        dtype: dtype of the hidden states, which the gradient has (products are float32); or of the other kernels' results.
+        vocab: columns of the tile; None for other kernels.
         registers: 32-bit registers per thread.
         stack_bytes: stack per thread; registers that do not fit are spilled there.
         local_bytes: local memory per thread, also for spilled registers.
@@ -139,6 +140,14 @@ def build(name: str) -> list[Build]:
         packed, state = _nf4_weight(dtype, double)
         compiled = _compile(triton_nf4, "nf4_kernel", partial(triton_nf4.dequantize_nf4, packed, state))
         builds.append(_describe(compiled, name, "NF4, 8-bit scales" if double else "NF4", dtype))
+    for dtype, activation in product(DTYPES, ACTIVATIONS):
+        x = torch.zeros(2, triton_gate.BLOCK, dtype=dtype)
+        forward = partial(triton_gate.triton_gated_product, activation, x, x)
+        backward = partial(triton_gate.triton_gated_product_backward, activation, x, x, x)
+        compiled = _compile(triton_gate, "gate_kernel", forward)
+        builds.append(_describe(compiled, name, f"gated product, {activation}", dtype))
+        compiled = _compile(triton_gate, "gate_backward_kernel", backward)
+        builds.append(_describe(compiled, name, f"gated product, {activation}, backward", dtype))
     return builds
 
 
@@ -244,7 +253,7 @@ def markdown(builds: list[Build]) -> str:
     head, *body = rows(builds)
     aligned = ["---", "---", *["---:"] * (len(head) - 2)]
     lines = ["| " + " | ".join(row) + " |" for row in (head, aligned, *body)]
-    warps = f"{triton_tile.WARPS} warps, {triton_nf4.WARPS} for NF4"
+    warps = f"{triton_tile.WARPS} warps, {triton_nf4.WARPS} for NF4, {triton_gate.WARPS} for the gated product"
     version = f"Triton {triton.__version__}, {warps}, vocabulary {VOCABULARY}"
     return "\n".join([BEGIN, "", f"Registers per thread ({version}):", "", *lines, "", END])
 

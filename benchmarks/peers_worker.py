@@ -10,7 +10,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import redirect_stdout
 from dataclasses import asdict
 from datetime import date
@@ -64,7 +64,7 @@ class StepClock:
     def observe(self, pack: Pack, sums: Sums) -> None:
         pass
 
-    def watch(self, step: int) -> None:
+    def watch(self, step: int, means: Mapping[str, float]) -> None:
         synchronize(self._device)
         self.marks.append(time.perf_counter())
 

@@ -207,9 +207,7 @@ def main() -> int:
     parser.add_argument("--packs", type=int, nargs="+", default=[8192, 2048, 4096, 16384], help="Tokens of the packs.")
     parser.add_argument("--seconds", type=float, default=150, help="No case is started later than this.")
     parser.add_argument("--trace", help="Write a trace of the second case to this file, gzipped.")
-    parser.add_argument(
-        "--liger", action="store_true", help="Let liger-kernel compute norms, rotary embedding and MLP."
-    )
+    parser.add_argument("--without_liger", action="store_true", help="Leave liger-kernel's layers out.")
     options = parser.parse_args()
     begin = time.monotonic()
     runtime = Runtime.start()
