@@ -6,7 +6,7 @@ linear layer. Every call checks this again, so that PEFT's own forward computes 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from types import MappingProxyType, MethodType
@@ -54,7 +54,7 @@ def lora_layers(model: nn.Module) -> tuple[LoraLayer, ...]:
 
 
 @contextmanager
-def cast_adapters(layers: Sequence[LoraLayer], dtype: torch.dtype) -> Iterator[None]:
+def cast_adapters(layers: Iterable[LoraLayer], dtype: torch.dtype) -> Iterator[None]:
     """Cast the active adapters of those layers that are fused to ``dtype`` at once, for all forwards in this context.
 
     Outside it, each layer casts A and B itself, in its forward and again in its backward: a kernel for each matrix. The

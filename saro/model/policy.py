@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from peft import PeftModel
@@ -50,7 +51,8 @@ class Policy(nn.Module):
         self.head = head
         self.autocast = autocast
         self.logits = logit_options(self.causal_lm.config)
-        self._lora_layers = lora_layers(model)
+        # Weak references, because ``merge`` replaces the layers one by one to free their memory.
+        self._lora_layers = WeakSet(lora_layers(model))
         use_packed_attention(self.causal_lm)
 
     @property

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -210,9 +212,9 @@ def test_a_layer_that_is_called_outside_a_forward_sees_every_change_too(tiny_mod
 
 def load_copy(policy: Policy, folder: str) -> Policy:
     """Load the policy again, with the adapter that it has now."""
-    copy = load(folder, dtype="bfloat16", lora_rank=RANK)
-    set_peft_model_state_dict(copy.model, get_peft_model_state_dict(policy.model))
-    return copy
+    loaded = load(folder, dtype="bfloat16", lora_rank=RANK)
+    set_peft_model_state_dict(loaded.model, get_peft_model_state_dict(policy.model))
+    return loaded
 
 
 def test_the_casts_follow_the_adapters_to_another_device(tiny_model):
@@ -294,6 +296,27 @@ def test_nothing_is_cast_at_once_where_peft_computes_the_layers(tiny_model, reas
     with torch.no_grad(), contexts.get(reason, nullcontext()), CastCounter() as counter:
         policy(a_pack())
     assert counter.calls["all"] == 0
+
+
+def test_a_layer_that_is_replaced_is_freed(tiny_model):
+    """Merging an adapter replaces all layers, and the memory may hold no second model."""
+    policy = make_policy(tiny_model())
+    outcome(policy)
+    decoder = policy.causal_lm.get_decoder()
+    replaced = weakref.ref(decoder.get_submodule("layers.0.self_attn.q_proj"))
+    decoder.set_submodule("layers.0.self_attn.q_proj", nn.Linear(32, 32, dtype=torch.bfloat16))
+    gc.collect()
+    assert replaced() is None
+    outcome(policy)
+
+
+def test_a_deep_copy_computes_with_its_own_adapters(tiny_model, expected):
+    policy = make_policy(tiny_model())
+    copied = copy.deepcopy(policy)
+    edit_in_place(copied)
+    outcome(policy)
+    assert is_equal(outcome(copied), expected(copied))
+    assert not torch.equal(outcome(copied)["logps"], outcome(policy)["logps"])
 
 
 @pytest.fixture
