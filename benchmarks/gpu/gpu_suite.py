@@ -116,7 +116,7 @@ def list_steps(folders: Folders) -> list[Step]:
     packs = (64, 128) if DRY else (8192, 2048, 4096, 16384)
     matrix = python(
         "benchmarks/gpu/step_matrix.py", folders.models / large, results("step_matrix"), "--packs", *packs,
-        "--trace", folders.results / "trace.json.gz", "--seconds", 100 * SLOWNESS,
+        "--trace", folders.results / "trace.json.gz", "--seconds", 80 * SLOWNESS,
     )  # fmt: skip
     without_liger = python(
         "benchmarks/gpu/step_matrix.py", folders.models / large, results("step_matrix_without_liger"), "--packs", *packs[:2],
