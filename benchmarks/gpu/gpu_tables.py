@@ -139,33 +139,26 @@ def heads_part(heads: dict) -> str:
 
 
 def peers_part(peers: dict) -> str:
+    """Return the table of each task, from the results of its rounds: it is right also where a measurement was stopped."""
     parts = []
     for task, entry in peers["tasks"].items():
         rows = []
-        for side, f in entry["figures"].items():
-            ratio = f.get("records_per_second_ratio")
-            rows.append(
-                [
-                    side,
-                    f"{f['records_per_second']:.2f}",
-                    f"{f['tokens_per_second']:,.0f}",
-                    f"{f['read_share']:.2f}",
-                    "" if f["reference_seconds"] is None else f"{f['reference_seconds']:.1f}",
-                    f"{f['peak_gib']:.2f}",
-                    "" if f.get("reserved_gib") is None else f"{f['reserved_gib']:.2f}",
-                    "" if ratio is None else f"{ratio:.2f}",
-                ]
-            )
-        header = [
-            task.upper(),
-            "records/s",
-            "tokens/s",
-            "read share",
-            "reference, s",
-            "GiB",
-            "reserved",
-            "of the baseline",
-        ]
+        for side, rounds in entry["rounds"].items():
+            for result in rounds:
+                seconds = sum(result["seconds"])
+                reference = result["reference_seconds"]
+                rows.append(
+                    [
+                        side,
+                        f"{result['records'] / seconds:.2f}",
+                        f"{result['tokens'] / seconds:,.0f}",
+                        f"{result['read_tokens'] / result['tokens']:.2f}",
+                        "" if reference is None else f"{reference:.1f}",
+                        f"{result['loaded_gib']:.2f}",
+                        f"{result['peak_gib']:.2f}",
+                    ]
+                )
+        header = [task.upper(), "records/s", "tokens/s", "read share", "reference, s", "loaded, GiB", "peak, GiB"]
         errors = "".join(f"\n- {side} failed: {error[:300]}" for side, error in entry.get("errors", {}).items())
         parts.append("### Beside TRL\n\n" + table(header, rows) + errors + "\n")
     return "\n".join(parts)
