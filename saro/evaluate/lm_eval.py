@@ -116,12 +116,13 @@ def measure(options: Options) -> dict[str, Any]:
     from lm_eval import simple_evaluate
 
     from saro.evaluate.lm_eval_tasks import CheckedTasks
-    from saro.evaluate.measured_model import MeasuredModel
     from saro.evaluate.saro_lm import SaroLM
+    from saro.evaluate.subjects import find_measured
+    from saro.runs.finished import this_device
 
     quiet_libraries()
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    model = MeasuredModel.find(options.run, options.model)
+    model = find_measured(options.run, options.model)
     tasks = CheckedTasks(options.include_path)
     names = find_tasks(options.task_names, tasks.all_tasks)
     lm = SaroLM.of(model, no_think=options.no_think, max_tokens=options.max_tokens, pack_tokens=options.pack_tokens)
@@ -138,7 +139,14 @@ def measure(options: Options) -> dict[str, Any]:
     results = make_results(found, lm.counts)
     manifest = {
         "saro": saro.__version__,
-        "model": model.describe(),
+        "model": {
+            "name": model.name,
+            "model": model.source.identity(),
+            "method": model.options.method,
+            "dtype": model.options.dtype,
+            "device": str(this_device()),
+            **model.describe_format(),
+        },
         "options": asdict(options),
         "seeds": _SEEDS,
         "versions": {name: version(name) for name in ("lm_eval", "transformers", "torch", "datasets")},
