@@ -39,8 +39,8 @@ from saro.evaluate.continuations import (
     plan_trees,
     score_continuations,
 )
-from saro.evaluate.generate_answers import Question, StoppedAnswer, generate_answers
 from saro.evaluate.options import LoadOptions
+from saro.evaluate.stopped_answers import AnswerRequest, StoppedAnswer, draw_answers
 from saro.evaluate.subjects import Subject, find_measured
 from saro.model.policy import Policy
 from saro.model.source import template_hash
@@ -238,7 +238,7 @@ class SaroLM(LM):
         """
         encoder = TextEncoder(self.tokenizer, self._is_rendered)
         repeats: Counter[Request] = Counter()
-        questions = []
+        wanted = []
         num_cut = 0
         for request in requests:
             context, gen_kwargs = request.args
@@ -250,10 +250,10 @@ class SaroLM(LM):
             # lm-eval repeats a request to have several draws. Greedy ones are all the same.
             number = repeats[asked] if sampling.temperature > 0 else 0
             repeats[asked] += 1
-            may_think = self._is_rendered and not self._no_think
-            questions.append(Question(replace(asked, number=number), stop, self._is_open(context), may_think))
+            may_think = self._is_open(context) or (self._is_rendered and not self._no_think)
+            wanted.append(AnswerRequest(replace(asked, number=number), stop, may_think))
         self._count_cut_contexts(num_cut, len(requests))
-        answers = generate_answers(self._generating(), self._chat, questions)
+        answers = draw_answers(self._generating(), self._chat, wanted)
         self._count_answers(answers)
         for request, answer in zip(requests, answers, strict=True):
             self.cache_hook.add_partial("generate_until", request.args, answer.text)
