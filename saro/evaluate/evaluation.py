@@ -128,7 +128,7 @@ def evaluate(options: Options, runtime: Runtime) -> dict[str, Any] | None:
                 identity=judge_model.generator.identity,
             )
         folder.write_rows("verdicts.jsonl", verdicts)
-        check_abstentions(verdicts)
+        check_abstentions(verdicts, replies="verdicts.jsonl")
 
     # 4. Count.
     context = ScoreContext(
