@@ -14,9 +14,11 @@ from rich.console import Console
 from rich.table import Table
 
 from saro.errors import SaroError
+from saro.evaluate.bootstrap import RESAMPLES
 from saro.evaluate.judge import JudgeSpec, check_abstentions, judge_answers, read_judge
-from saro.evaluate.judge_gold import GOLD, LEVEL, RESAMPLES, as_answers, describe_files, measure_agreement, read_gold
+from saro.evaluate.judge_gold import GOLD, as_answers, describe_files, measure_agreement, read_gold
 from saro.evaluate.judge_spec import prompt_hashes
+from saro.evaluate.statistics import ALPHA
 from saro.files import atomic_write
 from saro.program import as_list, positional
 
@@ -88,7 +90,7 @@ def run(options: Options, console: Console) -> int:
         "model": identity,
         "prompt_hashes": prompt_hashes(spec),
         "files": describe_files(paths, [len(rows) for rows in files]),
-        "level": LEVEL,
+        "level": 1 - ALPHA,
         "resamples": RESAMPLES,
         "seed": options.seed,
         "agreement": measure_agreement(pairs, options.seed),

@@ -489,7 +489,7 @@ def test_the_error_of_abstentions_says_where_the_replies_are():
     many = verdicts_of("b", 0, 1)
     with pytest.raises(SaroError, match="its raw replies in the store of draws, and take another judge"):
         check_abstentions(many)
-    with pytest.raises(SaroError, match="its raw replies in verdicts.jsonl, and"):
+    with pytest.raises(SaroError, match=r"its raw replies in verdicts\.jsonl, and"):
         check_abstentions(many, replies="verdicts.jsonl")
 
 
