@@ -13,14 +13,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 import saro
 from saro.config import as_dict
 from saro.errors import SaroError
 from saro.evaluate.answers import write_rows
 from saro.evaluate.options import Options
-from saro.files import atomic_write
+from saro.files import atomic_write, lock_output
 
 _PACKAGES = ("torch", "transformers", "peft", "tokenizers", "numpy")
 
@@ -65,17 +65,8 @@ class EvaluationFolder:
         """
         if not self.is_main:
             return
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self.lock.acquire(timeout=0)
-        except Timeout as error:
-            raise SaroError(
-                f"{self.path}: another process evaluates in this folder; wait for it, or give another one with --output"
-            ) from error
-        except OSError as error:
-            raise SaroError(
-                f"{self.path}: cannot be made ({error.strerror}); give another folder with --output"
-            ) from error
+        busy = f"{self.path}: another process evaluates in this folder; wait for it, or give another one with --output"
+        lock_output(self.path, self.lock, busy)
         self._check_nothing_removed(manifest)
         # The scores of an earlier evaluation must not stand beside other answers, whenever this one is stopped.
         (self.path / "scores.json").unlink(missing_ok=True)

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import saro
+from saro.config import check_at_least
 from saro.errors import SaroError, nearest
 from saro.files import atomic_folder
 from saro.program import parse_tool, quiet_libraries, run_program
@@ -71,10 +72,8 @@ class Options:
     pack_tokens: int = 8192
 
     def __post_init__(self) -> None:
-        for name, least in (("limit", 1), ("num_fewshot", 0), ("max_tokens", 1), ("pack_tokens", 1)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise SaroError(f"--{name} is {value}; it must be at least {least}")
+        check_at_least(self, "--", 1, "limit", "max_tokens", "pack_tokens")
+        check_at_least(self, "--", 0, "num_fewshot")
         if not self.task_names:
             raise SaroError("--tasks names no task")
         if self.no_think and not self.apply_chat_template:

@@ -13,14 +13,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 import saro
 from saro.config import as_dict
 from saro.data.chat_format import ChatFormat
 from saro.data.records import parse_example, parse_pair
 from saro.errors import SaroError
-from saro.files import atomic_write, remove_temps
+from saro.files import atomic_write, lock_output, remove_temps
 from saro.synth.check_records import describe_lengths
 from saro.synth.funnel import Funnel
 from saro.synth.synth_options import Options
@@ -93,17 +93,8 @@ class SynthOutput:
         Raises:
             SaroError: another process writes this output, or there is one that was made from something else.
         """
-        try:
-            self.records.parent.mkdir(parents=True, exist_ok=True)
-            self.lock.acquire(timeout=0)
-        except Timeout as error:
-            raise SaroError(
-                f"{self.records}: another process writes this output; wait for it, or give another one with --output"
-            ) from error
-        except OSError as error:
-            raise SaroError(
-                f"{self.records.parent}: cannot be written ({error.strerror}); give another --output"
-            ) from error
+        busy = f"{self.records}: another process writes this output; wait for it, or give another one with --output"
+        lock_output(self.records.parent, self.lock, busy)
         if not self.overwrite:
             self._check_same(made_from)
 

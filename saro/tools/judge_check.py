@@ -13,6 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from saro.config import check_at_least
 from saro.errors import SaroError
 from saro.evaluate.bootstrap import RESAMPLES
 from saro.evaluate.judge import JudgeSpec, check_abstentions, judge_answers, read_judge
@@ -59,10 +60,8 @@ class Options:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.batch < 1:
-            raise SaroError(f"--batch is {self.batch}; it must be at least 1")
-        if self.seed < 0:
-            raise SaroError(f"--seed is {self.seed}; it must be at least 0")
+        check_at_least(self, "--", 1, "batch")
+        check_at_least(self, "--", 0, "seed")
 
 
 def run(options: Options, console: Console) -> int:
