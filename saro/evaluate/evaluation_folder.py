@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import shlex
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +19,7 @@ from saro.errors import SaroError
 from saro.evaluate.answers import write_rows
 from saro.evaluate.options import Options
 from saro.files import atomic_write, lock_output
-
-_PACKAGES = ("torch", "transformers", "peft", "tokenizers", "numpy")
+from saro.manifest import package_versions
 
 
 @dataclass(frozen=True)
@@ -131,7 +128,7 @@ def make_manifest(
         "saro": saro.__version__,
         "evaluation": 1,
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in _PACKAGES},
+        "versions": package_versions(),
         "models": dict(models),
         "suites": dict(suites),
         "attacks": dict(attacks),

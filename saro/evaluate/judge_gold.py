@@ -16,6 +16,7 @@ from saro.data.jsonl import decode, fault, open_data, parse_id, parse_text, read
 from saro.data.records import Message
 from saro.errors import SaroError, nearest
 from saro.evaluate.answers import Answer, Verdict
+from saro.evaluate.attacks import NO_ATTACK
 from saro.evaluate.bootstrap import RESAMPLES
 from saro.evaluate.discrimination import kappa
 from saro.evaluate.statistics import ALPHA
@@ -145,7 +146,7 @@ def as_answers(gold: Sequence[Gold], name: str) -> tuple[list[Answer], dict[tupl
             key=f"{name}/{g.id}",
             model=g.group,
             suite=name,
-            attack="none",
+            attack=NO_ATTACK.id,
             item=g.id,
             number=0,
             draw="",

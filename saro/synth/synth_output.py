@@ -5,11 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import platform
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +19,11 @@ from saro.data.chat_format import ChatFormat
 from saro.data.records import parse_example, parse_pair
 from saro.errors import SaroError
 from saro.files import atomic_write, lock_output, remove_temps
+from saro.manifest import package_versions
 from saro.synth.check_records import describe_lengths
 from saro.synth.funnel import Funnel
 from saro.synth.synth_options import Options
 
-_PACKAGES = ("torch", "transformers", "peft", "tokenizers", "numpy")
 # Options that say where something is, or how it is asked, and decide no record. The manifest has the hash of what is there,
 # so the same content at another path gives the same bytes. How prompts become tokens is told with the generator.
 _NOT_IN_CONFIG = frozenset(
@@ -191,7 +189,7 @@ def describe_making(options: Options, **parts: Any) -> dict[str, Any]:
         "saro": saro.__version__,
         "synth": 1,
         "stage": options.stage,
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in _PACKAGES},
+        "versions": package_versions(),
         **parts,
         "config": _without(as_dict(options), _NOT_IN_CONFIG | {"stage"}),
     }
