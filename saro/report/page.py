@@ -106,6 +106,7 @@ class _Drawn:
 
     @classmethod
     def of(cls, evaluations: Sequence[Evaluation], runs: Sequence[TrainingRun]) -> _Drawn:
+        """Draw what the evaluations and runs have data for."""
         evaluation = evaluations[0]
         models = evaluation.models
         panels = page_data.tradeoff_panels(evaluations)
@@ -141,6 +142,7 @@ class _Drawn:
         )
 
     def all(self) -> list[Figure]:
+        """Return all figures that were drawn."""
         single = [self.tradeoff, self.think_off, self.tokens, self.turns]
         return [*(figure for figure in single if figure), *self.heat_maps, *self.recoveries, *self.runs]
 
