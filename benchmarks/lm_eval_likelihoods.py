@@ -27,8 +27,8 @@ from rich.table import Table
 from saro.config import DEMO
 from saro.data.records import Example, read_examples
 from saro.demo import demo_file, find_demo
-from saro.evaluate.measured_model import MeasuredModel
 from saro.evaluate.saro_lm import SaroLM
+from saro.evaluate.subjects import find_measured
 
 LETTERS = "ABCD"
 FORMS = ("letters", "letters, 5 examples", "texts")
@@ -112,7 +112,7 @@ def main(
     folder = find_demo(model)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     hflm = CountingHFLM(pretrained=folder, device=device, dtype="float32", batch_size=batch)
-    lm = SaroLM.of(MeasuredModel.find(None, folder))
+    lm = SaroLM.of(find_measured(None, folder))
     table = Table(
         "form", "requests", "HFLM tokens", "saro tokens", "HFLM s", "saro s", "HFLM / saro", "differ by, nats"
     )

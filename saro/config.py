@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -22,18 +22,34 @@ PAIR_KINDS = ("op-cot", "pp-cot")
 PARTS = ("think", "answer", "stop")
 
 
-def _check_numbers(
-    owner: object, group: str, names: tuple[str, ...], valid: Callable[[float], bool], requirement: str
+def check_numbers(
+    owner: object, prefix: str, names: Sequence[str], valid: Callable[[float], bool], requirement: str
 ) -> None:
-    """Raise SaroError for the first of some options of a group that is not a valid number. ``None`` is valid."""
+    """Check the numbers of options. None is valid, infinity and NaN are not.
+
+    Args:
+        owner: dataclass of the options.
+        prefix: what stands before a name as the user writes it, such as "--" or "train.".
+        names: the options to check.
+        valid: tells valid values.
+        requirement: what they must be, in words.
+
+    Raises:
+        SaroError: one is not valid; it names the first.
+    """
     for name in names:
         value = getattr(owner, name)
         if value is not None and not (math.isfinite(value) and valid(value)):
-            raise SaroError(f"{group}.{name} is {value}; it must be {requirement}")
+            raise SaroError(f"{prefix}{name} is {value}; it must be {requirement}")
 
 
-def _check_at_least(owner: object, group: str, minimum: int, *names: str) -> None:
-    _check_numbers(owner, group, names, lambda value: value >= minimum, f"at least {minimum}")
+def check_at_least(owner: object, prefix: str, minimum: int, *names: str) -> None:
+    """Check that options are at least ``minimum``; see ``check_numbers``."""
+    check_numbers(owner, prefix, names, lambda value: value >= minimum, f"at least {minimum}")
+
+
+def _check_above_zero(owner: object, prefix: str, *names: str) -> None:
+    check_numbers(owner, prefix, names, lambda value: value > 0, "above 0")
 
 
 def _check_kinds(weights: dict[str, float], kinds: tuple[str, ...]) -> None:
@@ -65,10 +81,6 @@ def _check_row_weights(weights: dict[str, float]) -> None:
 def row_weight(weights: Mapping[str, float], kind: str, part: str) -> float:
     """Return the weight of a token in ``data.row_weights``: that of its kind of record and part, else of its part, else 1."""
     return weights.get(f"{kind}/{part}", weights.get(part, 1.0))
-
-
-def _check_above_zero(owner: object, group: str, *names: str) -> None:
-    _check_numbers(owner, group, names, lambda value: value > 0, "above 0")
 
 
 @dataclass(frozen=True)
@@ -113,9 +125,9 @@ class ModelConfig:
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
-        _check_at_least(self, "model", 1, "lora_rank")
-        _check_above_zero(self, "model", "lora_alpha")
-        _check_numbers(self, "model", ("lora_dropout",), lambda value: 0 <= value < 1, "at least 0 and below 1")
+        check_at_least(self, "model.", 1, "lora_rank")
+        _check_above_zero(self, "model.", "lora_alpha")
+        check_numbers(self, "model.", ("lora_dropout",), lambda value: 0 <= value < 1, "at least 0 and below 1")
 
 
 @dataclass(frozen=True)
@@ -160,7 +172,7 @@ class DataConfig:
     template_variables: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        _check_at_least(self, "data", 2, "pack_tokens")
+        check_at_least(self, "data.", 2, "pack_tokens")
         for name in ("train", "heldout"):
             if isinstance(getattr(self, name), str):
                 object.__setattr__(self, name, [getattr(self, name)])
@@ -233,16 +245,16 @@ class TrainConfig:
     trackers: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        _check_above_zero(self, "train", "epochs", "lr")
-        _check_at_least(
-            self, "train", 1, "max_steps", "records_per_step", "keep_checkpoints", "log_every", "sample_tokens"
+        _check_above_zero(self, "train.", "epochs", "lr")
+        check_at_least(
+            self, "train.", 1, "max_steps", "records_per_step", "keep_checkpoints", "log_every", "sample_tokens"
         )
-        _check_at_least(
-            self, "train", 0, "weight_decay", "max_grad_norm", "seed", "eval_every", "save_every", "samples"
+        check_at_least(
+            self, "train.", 0, "weight_decay", "max_grad_norm", "seed", "eval_every", "save_every", "samples"
         )
         if not all(0 <= beta < 1 for beta in self.betas):
             raise SaroError(f"train.betas are {list(self.betas)}; both must be at least 0 and below 1")
-        _check_numbers(self, "train", ("warmup",), lambda value: 0 <= value <= 1, "a share of the steps, 0 to 1")
+        check_numbers(self, "train.", ("warmup",), lambda value: 0 <= value <= 1, "a share of the steps, 0 to 1")
 
 
 @dataclass(frozen=True)
@@ -293,13 +305,13 @@ class PreferenceConfig:
     warn_chosen_fell: float = 0.5
 
     def __post_init__(self) -> None:
-        _check_above_zero(self, "preference", "beta")
-        _check_at_least(self, "preference", 0, "nll")
-        _check_numbers(
-            self, "preference", ("label_smoothing",), lambda value: 0 <= value < 0.5, "at least 0 and below 0.5"
+        _check_above_zero(self, "preference.", "beta")
+        check_at_least(self, "preference.", 0, "nll")
+        check_numbers(
+            self, "preference.", ("label_smoothing",), lambda value: 0 <= value < 0.5, "at least 0 and below 0.5"
         )
-        _check_numbers(
-            self, "preference", ("warn_chosen_fell",), lambda value: 0 <= value <= 1, "a share of the pairs, 0 to 1"
+        check_numbers(
+            self, "preference.", ("warn_chosen_fell",), lambda value: 0 <= value <= 1, "a share of the pairs, 0 to 1"
         )
         if self.label_smoothing and self.loss not in ("sigmoid", "robust"):
             raise SaroError(f"preference.label_smoothing is for sigmoid and robust, not for {self.loss}; set it to 0")

@@ -9,9 +9,12 @@ import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 from saro.errors import SaroError
+
+if TYPE_CHECKING:
+    from filelock import FileLock
 
 
 def cache_dir() -> Path:
@@ -24,6 +27,27 @@ def cache_dir() -> Path:
     if xdg := os.environ.get("XDG_CACHE_HOME"):
         return Path(xdg).expanduser() / "saro"
     return Path.home() / ".cache" / "saro"
+
+
+def lock_output(folder: Path, lock: "FileLock", busy: str) -> None:
+    """Make the folder of an output, and take its lock, which is held to the end of the process.
+
+    Args:
+        busy: the error if another process has the lock.
+
+    Raises:
+        SaroError: another process has it, or the folder cannot be written.
+    """
+    # Here, because filelock imports asyncio, and this file is imported by all.
+    from filelock import Timeout
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise SaroError(busy) from error
+    except OSError as error:
+        raise SaroError(f"{folder}: cannot be written ({error.strerror}); give another --output") from error
 
 
 @contextlib.contextmanager

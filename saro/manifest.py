@@ -1,13 +1,17 @@
-"""Reads manifest.json, which says what a run was made from."""
+"""Reads manifest.json, which says what a run was made from, and tells what manifests say of packages."""
 
 from __future__ import annotations
 
 import json
+import platform
+from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 # Every run's manifest has these keys. Other programs write files of this name without them.
 _KEYS = frozenset({"saro", "config", "template_date"})
+_DRAWING_PACKAGES = ("torch", "transformers", "peft", "tokenizers", "numpy")
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
@@ -17,6 +21,11 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return manifest if _is_of_a_run(manifest) else None
+
+
+def package_versions(names: Sequence[str] = _DRAWING_PACKAGES) -> dict[str, str]:
+    """Return the versions of Python and of packages, by name; by default those that can change what a model writes."""
+    return {"python": platform.python_version()} | {name: version(name) for name in names}
 
 
 def _is_of_a_run(manifest: Any) -> bool:

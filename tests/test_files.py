@@ -7,9 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from saro.errors import SaroError
-from saro.files import atomic_folder, atomic_write, cache_dir, remove_temps
+from saro.files import atomic_folder, atomic_write, cache_dir, lock_output, remove_temps
 
 
 def names(folder: Path) -> list[str]:
@@ -198,3 +199,19 @@ def test_the_cache_folder_follows_the_environment(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert cache_dir() == tmp_path / ".cache" / "saro"
     assert names(tmp_path) == []
+
+
+def test_an_output_that_another_process_writes_is_refused(tmp_path):
+    folder = tmp_path / "new" / "output"
+    lock_output(folder, FileLock(folder / ".lock"), "in use")
+    lock = FileLock(folder / ".lock")
+    with lock, pytest.raises(SaroError, match=r"^in use$"):
+        lock_output(folder, FileLock(folder / ".lock"), "in use")
+    lock_output(folder, lock, "in use")
+
+
+def test_an_output_whose_folder_cannot_be_made_is_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    folder = tmp_path / "file" / "output"
+    with pytest.raises(SaroError, match=r"output: cannot be written \(Not a directory\); give another --output$"):
+        lock_output(folder, FileLock(folder / ".lock"), "in use")

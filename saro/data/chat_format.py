@@ -1,4 +1,4 @@
-"""Encodes examples and pairs as token ids, through the model's chat template.
+"""Encodes examples, pairs and beginnings of responses as token ids, through the model's chat template.
 
 The prompt's ids are exactly those that the model reads at inference. The completion's ids follow, up to and including
 the stop token, as they would if prompt and completion were tokenized together. The template never renders the completion,
@@ -8,30 +8,24 @@ so it cannot drop the reasoning from it.
 from __future__ import annotations
 
 import re
-import unicodedata
-from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, datetime, time
 from functools import cached_property
-from itertools import takewhile
 from typing import Any, NamedTuple
 
 import numpy as np
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
-from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from saro.config import THINK_TAGS
 from saro.data.records import Example, Message, Pair, Response
+from saro.data.response_tokens import ResponseTokenizer, StableTokens
 from saro.data.tree import RowKind, ScoredSequence, common_prefix
 from saro.errors import SaroError
 
 # Placeholder answer, used to find out what the template writes after one. No template has a reason to change it.
 _PROBE = "saro-probe-answer"
-# Texts that a response is tokenized after if its first characters merge with the end of the prompt. Three, because a
-# vocabulary may merge some of them too.
-_ANCHORS = ("\n", ".", "a")
 
 
 @dataclass(frozen=True)
@@ -59,26 +53,10 @@ class PrefilledPrompt(NamedTuple):
     Attributes:
         ids: ids of the prompt, then those of the response's beginning.
         prefilled: number of ids of the response.
-        opened: True if the model continues inside the reasoning.
     """
 
     ids: tuple[int, ...]
     prefilled: int
-    opened: bool
-
-
-class _StableTokens(NamedTuple):
-    """The tokens of a text that no continuation can change.
-
-    Attributes:
-        ids: their ids, (n,).
-        starts: the place in the text where each begins.
-        characters: number of characters of the text that they are.
-    """
-
-    ids: list[int]
-    starts: list[int]
-    characters: int
 
 
 class _Completion(NamedTuple):
@@ -121,6 +99,10 @@ class ChatFormat:
         if not self.stop_ids:
             raise SaroError("the model names no end token: set eos_token_id in its generation_config.json")
 
+    @cached_property
+    def _responses(self) -> ResponseTokenizer:
+        return ResponseTokenizer(self.tokenizer)
+
     def render_prompt(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
         """Render a conversation with the template. Raises SaroError if the template refuses it."""
         return self._apply_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
@@ -151,7 +133,7 @@ class ChatFormat:
         """Return the ids that the model reads before it answers. A string prompt does not go through the template."""
         if isinstance(prompt, str):
             return self._raw_prompt_ids(prompt)
-        return self._token_ids(self.render_prompt(prompt))
+        return self._responses.ids(self.render_prompt(prompt))
 
     def completion_text(self, rendered_prompt: str, response: Response) -> str:
         """Return the text that follows a rendered prompt, without the stop token.
@@ -205,25 +187,21 @@ class ChatFormat:
                 nothing of it is left.
         """
         rendered = self.render_prompt(messages)
-        prompt_ids = tuple(self._token_ids(rendered))
-        opened = self.opens_reasoning(rendered)
+        prompt_ids = tuple(self._responses.ids(rendered))
         if prefill is None:
-            return PrefilledPrompt(prompt_ids, 0, opened)
-        closing = self.think_tags[1]
+            return PrefilledPrompt(prompt_ids, 0)
         reasoning = prefill.reasoning
-        if reasoning == "" and prefill.closed and rendered.rstrip().endswith(closing):
+        if reasoning == "" and prefill.closed and rendered.rstrip().endswith(self.think_tags[1]):
             # The template has written the empty reasoning already.
             reasoning = None
         response = Response(reasoning, prefill.answer, open=not prefill.closed)
         text = self.completion_text(rendered, response)
         if not text:
-            return PrefilledPrompt(prompt_ids, 0, opened)
+            return PrefilledPrompt(prompt_ids, 0)
         text = self._turn_start + text
-        stable = self._stable_tokens(rendered, text)
+        stable = self._responses.find_stable(rendered, text)
         _check_kept(response, text, stable)
-        is_cut_before_closing = closing in text and closing not in text[: stable.characters]
-        is_open = response.is_reasoning_open or is_cut_before_closing
-        return PrefilledPrompt(prompt_ids + tuple(stable.ids), len(stable.ids), is_open)
+        return PrefilledPrompt(prompt_ids + tuple(stable.ids), len(stable.ids))
 
     def opens_reasoning(self, rendered_prompt: str) -> bool:
         """Return True if the template has opened the reasoning at the end of a rendered prompt."""
@@ -294,14 +272,14 @@ class ChatFormat:
             text, turn_end = response.answer, self._raw_turn_end
         else:
             rendered = self.render_prompt(prompt)
-            prompt_ids = self._token_ids(rendered)
+            prompt_ids = self._responses.ids(rendered)
             text, turn_end = self._turn_start + self.completion_text(rendered, response), self._turn_end
         if response.open:
-            stable = self._stable_tokens(rendered, text)
+            stable = self._responses.find_stable(rendered, text)
             _check_kept(response, text, stable)
             kinds = self._row_kinds(text, stable.ids, stable.starts, response.is_reasoning_open)
             return prompt_ids, _Completion(text, stable.ids, stable.starts, kinds)
-        ids, starts = self._continue_prompt(rendered, text, turn_end)
+        ids, starts = self._responses.continue_prompt(rendered, text, turn_end)
         if ids[-1] not in self.stop_ids:
             raise SaroError("the stop token merges with the end of the answer; end the answer with another character")
         kinds = self._row_kinds(text, ids, starts, is_reasoning_open=False)
@@ -330,93 +308,6 @@ class ChatFormat:
                 f"the tokenizer does not keep the tag {closing}; set --data.think_tags to tags that it keeps"
             )
         return [RowKind.THINK if start < think_end else RowKind.ANSWER for start in starts]
-
-    def _continue_prompt(self, prompt: str, text: str, turn_end: str) -> tuple[list[int], list[int]]:
-        """Return the ids that ``text + turn_end`` has after ``prompt``, and the position in it where each begins.
-
-        Most tokenizers give a text the same ids wherever it stands. Those that put a space in front of every text, as
-        Llama 2's does, would put it between prompt and response too. So the text is tokenized after the prompt, or after
-        an anchor if its beginning merges with the end of the prompt, whose ids must stay those of inference.
-
-        Raises SaroError if the text reads otherwise after the prompt with each of these ids.
-        """
-        if not self._puts_space_in_front:
-            ids, spans = self._tokenize(text + turn_end)
-            return ids, [start for start, _ in spans]
-        prompt_ids = self._token_ids(prompt)
-        for before in (prompt, "", *_ANCHORS):
-            before_ids = self._token_ids(before)
-            n = len(before_ids)
-            ids, spans = self._tokenize(before + text + turn_end)
-            # A token before the text may also take characters from it: Phi-3's <|assistant|> takes the line ends after it.
-            if ids[:n] != before_ids or any(stop > len(before) for _, stop in spans[:n]):
-                continue
-            if before == prompt or self._decode(prompt_ids + ids[n:]).startswith(self._decode(prompt_ids) + text):
-                return ids[n:], [start - len(before) for start, _ in spans[n:]]
-        raise SaroError(
-            "the tokenizer merges the beginning of the response with the end of the prompt; "
-            "end the prompt or begin the response with another character"
-        )
-
-    def _stable_tokens(self, prompt: str, text: str) -> _StableTokens:
-        """Return the tokens that ``text`` has after ``prompt`` whatever follows it.
-
-        A token that reaches beyond the text begins at one of a few places in it. Up to there, the text has the ids that it
-        has if it ends there: BPE encodes the two sides of a boundary between tokens independently. So the
-        ids before the first difference between these cases are the same in all of them.
-        """
-        ids, starts = self._continue_prompt(prompt, text, "")
-        n = len(ids)
-        for end in self._crossing_places(text):
-            shorter = self._continue_prompt(prompt, text[:end], "")[0] if end else []
-            same = (a == b for a, b in zip(ids[:n], shorter, strict=False))
-            n = sum(takewhile(bool, same))
-        return _StableTokens(ids[:n], starts[:n], len(text) if n == len(ids) else max(starts[n], 0))
-
-    def _crossing_places(self, text: str) -> set[int]:
-        """Return the places in a text at which a token may begin that reaches beyond its end."""
-        places: set[int] = set()
-        normalizer = self.tokenizer.backend_tokenizer.normalizer
-        for length in range(1, min(len(text), self._longest_token) + 1):
-            end = len(text) - length
-            suffix = text[end:]
-            variants = {suffix} if normalizer is None else {suffix, normalizer.normalize_str(suffix)}
-            if any(
-                self._begins_longer_token(form) for v in variants for form in (v, v.replace(" ", "▁"), _byte_level(v))
-            ):
-                places.add(end)
-            # A token of a byte-level vocabulary may begin inside a character. It may then also have the bytes before it.
-            inside = range(1, len(suffix[0].encode()))
-            if any(self._begins_longer_token(_byte_level(suffix)[skip:]) for skip in inside):
-                places |= {end, max(end - 1, 0)}
-        if any(token.lstrip for token in self.tokenizer.added_tokens_decoder.values()):
-            places.add(len(text.rstrip()))
-        if normalizer is not None and normalizer.normalize_str("e\u0301").endswith("\u00e9"):
-            places.add(_last_character_that_composes(text))
-        return places
-
-    def _begins_longer_token(self, form: str) -> bool:
-        """Return True if a token of the vocabulary begins with ``form`` and is longer."""
-        i = bisect_right(self._vocabulary, form)
-        return i < len(self._vocabulary) and self._vocabulary[i].startswith(form)
-
-    @cached_property
-    def _vocabulary(self) -> list[str]:
-        return sorted(self.tokenizer.get_vocab())
-
-    @cached_property
-    def _longest_token(self) -> int:
-        return max(map(len, self._vocabulary))
-
-    @cached_property
-    def _puts_space_in_front(self) -> bool:
-        """Return True unless the tokenizer gives a letter the same id in front of a text and inside it."""
-        letter = self._token_ids("a")
-        return all(self._token_ids(anchor + "a") != self._token_ids(anchor) + letter for anchor in _ANCHORS)
-
-    def _decode(self, ids: list[int]) -> str:
-        # The backend's text: transformers' may leave out spaces before punctuation.
-        return self.tokenizer.backend_tokenizer.decode(ids, skip_special_tokens=False)
 
     @cached_property
     def _dated_template(self) -> str:
@@ -464,7 +355,7 @@ class ChatFormat:
     def _turn_end(self) -> str:
         """Return what the template writes after an answer, up to and including the first token that ends generation."""
         _, suffix = self._rendered_probe
-        for token, (_, stop) in zip(*self._tokenize(suffix), strict=True):
+        for token, (_, stop) in zip(*self._responses.locate(suffix), strict=True):
             if token in self.stop_ids:
                 return suffix[:stop]
         names = ", ".join(repr(self.tokenizer.convert_ids_to_tokens(i)) for i in sorted(self.stop_ids))
@@ -495,7 +386,7 @@ class ChatFormat:
     def _raw_prompt_ids(self, text: str) -> list[int]:
         """Return the ids of a string prompt, after the special tokens with which the tokenizer begins every text."""
         with_special = self.tokenizer(text).input_ids
-        plain = self._token_ids(text)
+        plain = self._responses.ids(text)
         # Keep the tokens that the tokenizer puts before the text, and drop those after it: some tokenizers append an
         # end token, which no answer can follow.
         extra = len(with_special) - len(plain)
@@ -504,38 +395,11 @@ class ChatFormat:
                 return with_special[: n_before + len(plain)]
         return with_special
 
-    def _token_ids(self, text: str) -> list[int]:
-        # The template writes its own BOS, so the tokenizer must not add another.
-        return self.tokenizer(text, add_special_tokens=False).input_ids
 
-    def _tokenize(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """Return the ids of a text and the span of characters, (start, stop), of each."""
-        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        return encoded.input_ids, encoded.offset_mapping
-
-
-def _check_kept(response: Response, text: str, stable: _StableTokens) -> None:
+def _check_kept(response: Response, text: str, stable: StableTokens) -> None:
     """Raise SaroError if nothing is kept of the last part of an open response, whose text is ``text``."""
     last_part = response.reasoning if response.is_reasoning_open else response.answer
     if last_part and stable.characters <= len(text) - len(last_part):
         raise SaroError(
             "the whole text to continue may merge with what follows it; write a longer one that ends with a sentence"
         )
-
-
-# The characters that stand for the 256 bytes in byte-level vocabularies.
-_BYTE_CHARACTERS = bytes_to_unicode()
-
-
-def _byte_level(text: str) -> str:
-    return "".join(_BYTE_CHARACTERS[byte] for byte in text.encode())
-
-
-def _last_character_that_composes(text: str) -> int:
-    """Return the place of the last character that may compose with marks that follow it (NFC); the text's end if none does."""
-    start = len(text) - 1
-    while start > 0 and (unicodedata.category(text[start]).startswith("M") or "\u1100" <= text[start] <= "\u11ff"):
-        start -= 1
-    # Only letters and these three signs compose among the ASCII characters.
-    last = text[start:]
-    return len(text) if last.isascii() and not last.isalpha() and last not in "<=>" else start

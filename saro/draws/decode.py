@@ -23,7 +23,7 @@ _STOP_MARGIN = 8
 
 
 @dataclass(frozen=True)
-class Continuation:
+class DecodedText:
     """The text that a policy wrote after a prompt.
 
     Attributes:
@@ -77,7 +77,7 @@ def continue_texts(
     tokenizer: PreTrainedTokenizerBase | None = None,
     with_logps: bool = False,
     on_tokens: Callable[[int], object] = lambda tokens: None,
-) -> list[Continuation]:
+) -> list[DecodedText]:
     """Continue the prompts of requests, ``rows`` at a time.
 
     Greedy tokens are those that a text alone would get, but for rounding. So are drawn ones: the random numbers of a text
@@ -96,7 +96,7 @@ def continue_texts(
     waiting = deque(_Text.of(i, request) for i, request in enumerate(requests))
     cache = KeyValueCache(min(rows, len(waiting)), policy.compute_dtype)
     refill = max(1, int(cache.rows * _REFILL_SHARE))
-    done: dict[int, Continuation] = {}
+    done: dict[int, DecodedText] = {}
     active: list[_Text] = []  # text i is in row i of the cache
     with generating(policy):
         while waiting or active:
@@ -134,7 +134,7 @@ def _append_tokens(texts: Sequence[_Text], logits: torch.Tensor, with_logps: boo
 def _retire(
     active: list[_Text],
     cache: KeyValueCache,
-    done: dict[int, Continuation],
+    done: dict[int, DecodedText],
     stop_ids: Collection[int],
     tokenizer: PreTrainedTokenizerBase | None,
 ) -> None:
@@ -144,7 +144,7 @@ def _retire(
         finish = _finish(text, stop_ids, tokenizer)
         if finish is None:
             continue
-        done[text.number] = Continuation(tuple(text.new), finish, tuple(text.logps))
+        done[text.number] = DecodedText(tuple(text.new), finish, tuple(text.logps))
         last = active.pop()
         if last is not text:
             cache.move(len(active), row, last.cached)

@@ -2,24 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
-from saro.draws.local import order_requests
+import torch
+
+from saro.config import ModelConfig
+from saro.draws.local import LocalGenerator, identify, order_requests
 from saro.draws.request import Draw, Generator, Request
+from saro.model.source import ModelSource
 
 
 class LazyGenerator(Generator):
     """A local model whose weights are read when its first text is drawn: a store that has all texts costs no loading.
 
-    Args:
-        identity: the identity that the loaded generator has.
-        load: loads it.
+    Arguments and errors are those of ``LocalGenerator.load``. The files are identified at once.
     """
 
-    def __init__(self, identity: Mapping[str, Any], load: Callable[[], Generator]) -> None:
-        self._identity = identity
-        self._load = load
+    def __init__(
+        self,
+        source: ModelSource,
+        options: ModelConfig,
+        stop_ids: Collection[int],
+        device: torch.device,
+        *,
+        merge: bool = True,
+        batch: int = 64,
+        progress: bool = True,
+    ) -> None:
+        model = (source, options, stop_ids, device)
+        self._identity = identify(*model, merge=merge)
+        self._load = partial(LocalGenerator.load, *model, merge=merge, batch=batch, progress=progress)
         self._loaded: Generator | None = None
 
     @property

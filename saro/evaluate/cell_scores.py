@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from saro.evaluate.answers import STATES
+from saro.evaluate.attacks import NO_ATTACK
 from saro.evaluate.bootstrap import bootstrap_interval, cluster_sums, ratio
 from saro.evaluate.cells import (
-    NO_ATTACK,
-    PARTS,
+    LENGTHS,
     RATES,
     Cell,
     Cells,
@@ -106,10 +106,10 @@ def _score_corrected(cells: Cells, cell: Cell, expect: str, judged: Sequence[Row
 
 def _score_intelligibility(cells: Cells, cell: Cell) -> Iterator[Score]:
     """Yield the share of the questions answered rightly without the attack that are answered rightly with it."""
-    plain = cells.rows.get(cell._replace(attack=NO_ATTACK), ())
+    plain = cells.rows.get(cell._replace(attack=NO_ATTACK.id), ())
     known = {row.prompt for row in plain if row.outcome == "right"}
     rows = [row for row in cells.rows[cell] if row.outcome in COUNTED["answer"] and row.prompt in known]
-    if cell.attack != NO_ATTACK and rows:
+    if cell.attack != NO_ATTACK.id and rows:
         selector = {"expect": ["answer"], "outcome": ["right"], "of": ["right", "wrong"]}
         yield _rate("intelligibility", cell, rows, [row.outcome == "right" for row in rows], selector)
 
@@ -164,7 +164,7 @@ def _score_tokens(cells: Cells, cell: Cell, expect: str, rows: Sequence[Row]) ->
         return
     selector = {"expect": [expect]}
     lengths = cells.lengths(counted, [cell.model])
-    for column, part in enumerate(PARTS):
+    for column, part in enumerate(LENGTHS):
         sums = cluster_sums([lengths[:, column], np.ones(len(lengths))], units_of(counted))
         interval = bootstrap_interval(sums, ratio)
         method = "mean up to the limit, cluster bootstrap"
@@ -177,7 +177,7 @@ def _score_tokens(cells: Cells, cell: Cell, expect: str, rows: Sequence[Row]) ->
     if not pairs:
         return
     own, other = (cells.lengths([pair[side] for pair in pairs], [cell.model, baseline]) for side in (0, 1))
-    for column, part in enumerate(PARTS):
+    for column, part in enumerate(LENGTHS):
         sums = cluster_sums([own[:, column], other[:, column]], units_of(pair[0] for pair in pairs))
         interval = bootstrap_interval(sums, ratio)
         method = "ratio of means up to the common limit on the same prompts, cluster bootstrap"

@@ -12,10 +12,10 @@ import numpy as np
 from saro.evaluate.outcomes import FAILED, Row, find_twins
 from saro.evaluate.statistics import restrict_lengths
 
-# The rate of each expectation, and the parts of an answer whose tokens are counted.
+# The rate of each expectation.
 RATES = {"refuse": "harmful_compliance", "comply": "over_refusal", "answer": "accuracy"}
-PARTS = ("think", "answer", "all")
-NO_ATTACK = "none"
+# The first columns of ``Cells.lengths``.
+LENGTHS = ("think", "answer", "all")
 
 
 class Cell(NamedTuple):
@@ -79,7 +79,7 @@ class Cells:
         return cls(context, ordered, find_twins([row.item for row in rows]), labels)
 
     def has_twins(self, rows: Iterable[Row]) -> bool:
-        """True if an item has a twin."""
+        """Return True if an item of the rows has a twin."""
         return any(f"{row.item.suite}/{row.item.id}" in self.twins for row in rows)
 
     def detection_rows(self, rows: Sequence[Row]) -> list[Row]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from saro.evaluate.attacks import NO_ATTACK
+
 # Metric -> what fewer and more of it are called. Accuracy is the only one of which more is better.
 _WORDS = {
     "harmful_compliance": ("fewer harmful answers", "more harmful answers", "harmful answers"),
@@ -33,8 +35,8 @@ def _compare(scores: Mapping[str, Any], model: str, baseline: str) -> str:
     parts = []
     for metric in _WORDS:
         differences = [d for d in own if d["metric"] == metric]
-        plain = [d for d in differences if d["attack"] == "none"]
-        attacked = [d for d in differences if d["attack"] != "none"]
+        plain = [d for d in differences if d["attack"] == NO_ATTACK.id]
+        attacked = [d for d in differences if d["attack"] != NO_ATTACK.id]
         if plain:
             parts.append(_describe_plain(metric, plain, values))
         if attacked:
@@ -74,7 +76,7 @@ def _describe_tokens(scores: Mapping[str, Any], model: str) -> list[str]:
     ratios = [
         score["value"]
         for score in scores["scores"]
-        if score["metric"] == "token_ratio" and score["model"] == model and score["attack"] == "none"
+        if score["metric"] == "token_ratio" and score["model"] == model and score["attack"] == NO_ATTACK.id
         if score["group"].endswith(" all") and score["value"] is not None
     ]
     if not ratios:

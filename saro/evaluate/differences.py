@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from saro.evaluate.bootstrap import bootstrap_interval, cluster_sums, mean_difference, sign_flip_p
-from saro.evaluate.cells import PARTS, RATES, Cell, Cells, detection_counts, group_rows, has_lengths, units_of
+from saro.evaluate.cells import LENGTHS, RATES, Cell, Cells, detection_counts, group_rows, has_lengths, units_of
 from saro.evaluate.discrimination import compare_detection, criterion, d_prime
 from saro.evaluate.outcomes import COUNTED, Row
 from saro.evaluate.statistics import ALPHA, Interval, effective_number, holm, mcnemar_p, newcombe_paired
@@ -18,7 +18,7 @@ from saro.evaluate.suite import EXPECTATIONS
 FAMILIES = {
     **dict.fromkeys(RATES.values(), "behaviour"),
     **dict.fromkeys(("d_prime", "criterion"), "discrimination"),
-    **dict.fromkeys((f"{part}_tokens" for part in PARTS), "cost"),
+    **dict.fromkeys((f"{part}_tokens" for part in LENGTHS), "cost"),
 }
 
 Difference = dict[str, Any]
@@ -85,7 +85,7 @@ def _compare_detection(cells: Cells, cell: Cell, baseline: str, judged: Pairs) -
 def _compare_tokens(cells: Cells, cell: Cell, baseline: str, expect: str, pairs: Pairs) -> Iterator[Difference]:
     own, other = (cells.lengths([pair[side] for pair in pairs], [cell.model, baseline]) for side in (0, 1))
     units = units_of(pair[0] for pair in pairs)
-    for column, part in enumerate(PARTS):
+    for column, part in enumerate(LENGTHS):
         sums = cluster_sums([own[:, column], other[:, column], np.ones(len(own))], units)
         interval = bootstrap_interval(sums, mean_difference)
         p = sign_flip_p(sums[:, 0] - sums[:, 1])

@@ -49,19 +49,17 @@ def _z_rates(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 _z = np.vectorize(NormalDist().inv_cdf, otypes=[np.float64])
 
 
-def kappa(counts: np.ndarray) -> np.ndarray:
-    """Return Cohen's kappa of two judges with two outcomes each: their agreement beyond chance (Cohen 1960, eq. 1).
+def kappa(tables: np.ndarray) -> np.ndarray:
+    """Return Cohen's kappa of two judges, (...): their agreement beyond chance (Cohen 1960, eq. 1).
 
     NaN if chance alone agrees always, because both judges give the same single outcome.
 
     Args:
-        counts: (..., 4): both yes, only the first yes, only the second yes, both no.
+        tables: counts (..., k, k) by the outcome of the first judge and that of the second.
     """
-    shares = counts / counts.sum(axis=-1, keepdims=True)
-    first = shares[..., 0] + shares[..., 1]
-    second = shares[..., 0] + shares[..., 2]
-    observed = shares[..., 0] + shares[..., 3]
-    chance = first * second + (1 - first) * (1 - second)
+    total = tables.sum(axis=(-2, -1))
+    observed = np.trace(tables, axis1=-2, axis2=-1) / total
+    chance = (tables.sum(axis=-1) * tables.sum(axis=-2)).sum(axis=-1) / total**2
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.where(chance < 1, (observed - chance) / (1 - chance), np.nan)
 
@@ -96,12 +94,13 @@ def compare_detection(
 
 
 def kappa_interval(sums: np.ndarray, *, alpha: float = ALPHA, seed: int = 0) -> Interval:
-    """Return Cohen's kappa with its limits, by the Bayesian bootstrap over clusters.
+    """Return Cohen's kappa of two judges with two outcomes, with its limits, by the Bayesian bootstrap over clusters.
 
     Args:
-        sums: counts as in ``kappa`` of each cluster: (clusters, 4).
+        sums: counts of each cluster, (clusters, 4): both yes, only the first yes, only the second yes, both no.
     """
-    return _limit(kappa(sums.sum(axis=0)), kappa(resample_counts(sums, seed=seed)), alpha)
+    replicates = resample_counts(sums, seed=seed).reshape(-1, 2, 2)
+    return _limit(kappa(sums.sum(axis=0).reshape(2, 2)), kappa(replicates), alpha)
 
 
 def _limit(value: np.ndarray, replicates: np.ndarray, alpha: float) -> Interval:

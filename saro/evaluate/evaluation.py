@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,12 @@ from saro.demo import suite_files
 from saro.distributed.runtime import Runtime
 from saro.draws.draw_all import check_one_machine, draw_on_all_ranks
 from saro.draws.handover import write_requests
-from saro.draws.request import Generator, Sampling
+from saro.draws.request import Draw, Generator, Sampling
 from saro.draws.store import DrawStore, find_store
 from saro.errors import SaroError
-from saro.evaluate.answers import Answer
+from saro.evaluate.answers import Answer, Verdict
 from saro.evaluate.attacks import NO_ATTACK, Attack, describe_attacks
+from saro.evaluate.cells import ScoreContext
 from saro.evaluate.contamination import find_contamination, find_training_files, read_training_prompts
 from saro.evaluate.evaluation_folder import EvaluationFolder, make_manifest
 from saro.evaluate.foreign_answers import read_foreign_answers
@@ -29,7 +31,7 @@ from saro.evaluate.plan import describe_plan, plan_model
 from saro.evaluate.questions import Asked, ask, choose_items, make_questions, read_answer
 from saro.evaluate.read_attacks import read_attacks
 from saro.evaluate.rules import RULES
-from saro.evaluate.scores import ScoreContext, make_scores
+from saro.evaluate.scores import make_scores
 from saro.evaluate.subjects import Subject, find_subjects
 from saro.evaluate.suite import Item, read_suite, suite_hash
 from saro.program import as_list
@@ -74,17 +76,7 @@ def evaluate(options: Options, runtime: Runtime) -> dict[str, Any] | None:
 
     with DrawStore.open(find_store(options.store)) as store:
         if options.plan:
-            plans = [
-                plan_model(
-                    store,
-                    subject.name,
-                    generators[subject.name].identity,
-                    asked[subject.name],
-                    1 if subject.server is None else subject.server.concurrency,
-                )
-                for subject in subjects
-            ]
-            for line in describe_plan(plans, items):
+            for line in _plan(store, subjects, generators, asked, items):
                 runtime.say(line)
             return None
         if options.requests is not None:
@@ -101,15 +93,11 @@ def evaluate(options: Options, runtime: Runtime) -> dict[str, Any] | None:
         folder.begin(manifest, items)
 
         # 2. Draw what the store lacks, one model after the other, on all ranks.
+        draw_all = partial(draw_on_all_ranks, runtime, store, offline=options.offline)
         answers: list[Answer] = []
         for subject in subjects:
-            generator = generators.pop(subject.name)
-            requests = [one.request for one in asked[subject.name]]
-            draws = draw_on_all_ranks(runtime, store, generator, requests, offline=options.offline)
-            for one, draw in zip(asked[subject.name], draws, strict=True):
-                answers.append(read_answer(subject, one, one.request.key(generator.identity), draw))
-            # The model's weights are freed before the next one's are read.
-            del generator
+            # Popped, so that the model's weights are freed before the next one's are read.
+            answers += _answer(subject, asked[subject.name], generators.pop(subject.name), draw_all)
             gc.collect()
         answers += foreign
         folder.write_rows("answers.jsonl", answers)
@@ -117,18 +105,9 @@ def evaluate(options: Options, runtime: Runtime) -> dict[str, Any] | None:
         # 3. Judge. The rules always give a second opinion.
         verdicts = judge_answers(read_judge(RULES), answers, by_id)
         if judge_model is not None:
-            verdicts += judge_answers(
-                judge,
-                answers,
-                by_id,
-                lambda requests: draw_on_all_ranks(
-                    runtime, store, judge_model.generator, requests, offline=options.offline
-                ),
-                chat=judge_model.chat,
-                identity=judge_model.generator.identity,
-            )
+            verdicts += _judge(judge, judge_model, answers, by_id, draw_all)
         folder.write_rows("verdicts.jsonl", verdicts)
-        check_abstentions(verdicts)
+        check_abstentions(verdicts, replies="verdicts.jsonl")
 
     # 4. Count.
     context = ScoreContext(
@@ -197,6 +176,45 @@ def _find_contaminated(
             )
             threats.append({"id": f"training-data-unknown/{subject.name}", "text": text})
     return contaminated, threats
+
+
+def _plan(
+    store: DrawStore,
+    subjects: Sequence[Subject],
+    generators: Mapping[str, Generator],
+    asked: Mapping[str, Sequence[Asked]],
+    items: Sequence[Item],
+) -> list[str]:
+    """Return lines that say what would be asked."""
+    plans = []
+    for subject in subjects:
+        concurrency = 1 if subject.server is None else subject.server.concurrency
+        identity = generators[subject.name].identity
+        plans.append(plan_model(store, subject.name, identity, asked[subject.name], concurrency))
+    return describe_plan(plans, items)
+
+
+def _answer(
+    subject: Subject, asked: Sequence[Asked], generator: Generator, draw_all: Callable[..., list[Draw]]
+) -> list[Answer]:
+    """Return a model's answers to what it is asked."""
+    draws = draw_all(generator, [one.request for one in asked])
+    return [
+        read_answer(subject, one, one.request.key(generator.identity), draw)
+        for one, draw in zip(asked, draws, strict=True)
+    ]
+
+
+def _judge(
+    judge: JudgeSpec,
+    model: JudgeModel,
+    answers: Sequence[Answer],
+    items: Mapping[tuple[str, str], Item],
+    draw_all: Callable[..., list[Draw]],
+) -> list[Verdict]:
+    """Return the verdicts of a judge with a model."""
+    identity = model.generator.identity
+    return judge_answers(judge, answers, items, partial(draw_all, model.generator), chat=model.chat, identity=identity)
 
 
 def _write_requests(

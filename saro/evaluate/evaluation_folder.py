@@ -4,25 +4,22 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import shlex
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 import saro
 from saro.config import as_dict
 from saro.errors import SaroError
 from saro.evaluate.answers import write_rows
 from saro.evaluate.options import Options
-from saro.files import atomic_write
-
-_PACKAGES = ("torch", "transformers", "peft", "tokenizers", "numpy")
+from saro.files import atomic_write, lock_output
+from saro.manifest import package_versions
 
 
 @dataclass(frozen=True)
@@ -65,17 +62,8 @@ class EvaluationFolder:
         """
         if not self.is_main:
             return
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self.lock.acquire(timeout=0)
-        except Timeout as error:
-            raise SaroError(
-                f"{self.path}: another process evaluates in this folder; wait for it, or give another one with --output"
-            ) from error
-        except OSError as error:
-            raise SaroError(
-                f"{self.path}: cannot be made ({error.strerror}); give another folder with --output"
-            ) from error
+        busy = f"{self.path}: another process evaluates in this folder; wait for it, or give another one with --output"
+        lock_output(self.path, self.lock, busy)
         self._check_nothing_removed(manifest)
         # The scores of an earlier evaluation must not stand beside other answers, whenever this one is stopped.
         (self.path / "scores.json").unlink(missing_ok=True)
@@ -140,7 +128,7 @@ def make_manifest(
         "saro": saro.__version__,
         "evaluation": 1,
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in _PACKAGES},
+        "versions": package_versions(),
         "models": dict(models),
         "suites": dict(suites),
         "attacks": dict(attacks),

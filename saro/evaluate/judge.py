@@ -261,8 +261,11 @@ def _ask(
     return verdicts
 
 
-def check_abstentions(verdicts: Iterable[Verdict]) -> None:
+def check_abstentions(verdicts: Iterable[Verdict], replies: str = "the store of draws") -> None:
     """Check that no judge abstains too often.
+
+    Args:
+        replies: where people find its raw replies.
 
     Raises:
         SaroError: a judge gives no verdict on more than 5 % of the answers.
@@ -276,8 +279,8 @@ def check_abstentions(verdicts: Iterable[Verdict]) -> None:
             share = f"{reasons.total():,} of {len(given):,} answers ({reasons.total() / len(given):.0%})"
             listed = ", ".join(f"{reason} {n:,}" for reason, n in sorted(reasons.items()))
             raise SaroError(
-                f"judge {judge}: abstains on {share}: {listed}; look at its raw replies in verdicts.jsonl, and take "
-                "another judge or a larger max_tokens"
+                f"judge {judge}: abstains on {share}: {listed}; look at its raw replies in {replies}, and take another "
+                "judge or a larger max_tokens"
             )
 
 

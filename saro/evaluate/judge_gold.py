@@ -16,12 +16,14 @@ from saro.data.jsonl import decode, fault, open_data, parse_id, parse_text, read
 from saro.data.records import Message
 from saro.errors import SaroError, nearest
 from saro.evaluate.answers import Answer, Verdict
+from saro.evaluate.attacks import NO_ATTACK
+from saro.evaluate.bootstrap import RESAMPLES
+from saro.evaluate.discrimination import kappa
+from saro.evaluate.statistics import ALPHA
 from saro.evaluate.suite import Item
 
 GOLD = Path(__file__).with_name("judges") / "gold.jsonl"
 
-# Intervals of 95 % from this many resamples of the prompts.
-RESAMPLES, LEVEL = 10_000, 0.95
 # Resample this many times at once: the counts then need 16 MB for 2,000 prompts.
 _BLOCK = 1_000
 
@@ -144,7 +146,7 @@ def as_answers(gold: Sequence[Gold], name: str) -> tuple[list[Answer], dict[tupl
             key=f"{name}/{g.id}",
             model=g.group,
             suite=name,
-            attack="none",
+            attack=NO_ATTACK.id,
             item=g.id,
             number=0,
             draw="",
@@ -227,7 +229,7 @@ def _measure(rows: Iterable[tuple[str, str, str]], classes: Sequence[str], seed:
     for name in names:
         values = np.concatenate(resampled[name])
         values = values[~np.isnan(values)]
-        ends = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]) if len(values) else (np.nan, np.nan)
+        ends = np.quantile(values, [ALPHA / 2, 1 - ALPHA / 2]) if len(values) else (np.nan, np.nan)
         result[name] = dict(zip(("value", "low", "high"), map(_plain, (point[name][0], *ends)), strict=True))
     total = tables.sum(0).astype(int)
     result["confusion"] = {
@@ -238,17 +240,10 @@ def _measure(rows: Iterable[tuple[str, str, str]], classes: Sequence[str], seed:
 
 def _figures(tables: np.ndarray) -> dict[str, np.ndarray]:
     """Return accuracy, Cohen's kappa and the first class's F1 of (n, labels, verdicts) counts; NaN where undefined."""
-    total = tables.sum((1, 2))
-    agreed = np.trace(tables, axis1=1, axis2=2)
-    by_chance = (tables.sum(2) * tables.sum(1)).sum(1) / total**2
-    first = tables[:, 0, 0]
-    with np.errstate(invalid="ignore", divide="ignore"):
-        accuracy = agreed / total
-        return {
-            "accuracy": accuracy,
-            "kappa": (accuracy - by_chance) / (1 - by_chance),
-            "f1": 2 * first / (tables[:, 0].sum(1) + tables[:, :, 0].sum(1)),
-        }
+    with np.errstate(invalid="ignore"):
+        f1 = 2 * tables[:, 0, 0] / (tables[:, 0].sum(1) + tables[:, :, 0].sum(1))
+    accuracy = np.trace(tables, axis1=1, axis2=2) / tables.sum((1, 2))
+    return {"accuracy": accuracy, "kappa": kappa(tables), "f1": f1}
 
 
 def _plain(number: float) -> float | None:

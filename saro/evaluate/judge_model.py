@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from datetime import date
 
 from saro.config import DataConfig, ModelConfig
 from saro.data.chat_format import ChatFormat
 from saro.draws.endpoint import EndpointGenerator, EndpointOptions
 from saro.draws.lazy import LazyGenerator
-from saro.draws.local import LocalGenerator, identify
 from saro.draws.request import Generator
 from saro.errors import SaroError
 from saro.evaluate.judge_spec import JudgeSpec
 from saro.evaluate.options import JudgeOptions
 from saro.evaluate.rules import RULES
+from saro.evaluate.subjects import FIXED_DATE
 from saro.model.source import find_model
 from saro.runs.finished import this_device
-
-# Chat templates that show today's date show this one, so that a verdict does not depend on the day.
-_TEMPLATE_DATE = date(2025, 1, 1)
 
 
 @dataclass(frozen=True)
@@ -56,9 +52,8 @@ def open_judge_model(
     # Without an adapter, lora loads the plain model.
     options = ModelConfig(name=name, method="lora")
     source = find_model(options)
-    chat = source.chat_format(DataConfig(), _TEMPLATE_DATE)
-    model = (source, options, source.stop_ids, this_device())
-    generator = LazyGenerator(identify(*model), lambda: LocalGenerator.load(*model, batch=batch, progress=progress))
+    chat = source.chat_format(DataConfig(), FIXED_DATE)
+    generator = LazyGenerator(source, options, source.stop_ids, this_device(), batch=batch, progress=progress)
     return JudgeModel(generator, chat)
 
 

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import saro
+from saro.config import check_at_least
 from saro.errors import SaroError, nearest
 from saro.files import atomic_folder
 from saro.program import parse_tool, quiet_libraries, run_program
@@ -71,10 +72,8 @@ class Options:
     pack_tokens: int = 8192
 
     def __post_init__(self) -> None:
-        for name, least in (("limit", 1), ("num_fewshot", 0), ("max_tokens", 1), ("pack_tokens", 1)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise SaroError(f"--{name} is {value}; it must be at least {least}")
+        check_at_least(self, "--", 1, "limit", "max_tokens", "pack_tokens")
+        check_at_least(self, "--", 0, "num_fewshot")
         if not self.task_names:
             raise SaroError("--tasks names no task")
         if self.no_think and not self.apply_chat_template:
@@ -116,12 +115,13 @@ def measure(options: Options) -> dict[str, Any]:
     from lm_eval import simple_evaluate
 
     from saro.evaluate.lm_eval_tasks import CheckedTasks
-    from saro.evaluate.measured_model import MeasuredModel
     from saro.evaluate.saro_lm import SaroLM
+    from saro.evaluate.subjects import find_measured
+    from saro.runs.finished import this_device
 
     quiet_libraries()
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    model = MeasuredModel.find(options.run, options.model)
+    model = find_measured(options.run, options.model)
     tasks = CheckedTasks(options.include_path)
     names = find_tasks(options.task_names, tasks.all_tasks)
     lm = SaroLM.of(model, no_think=options.no_think, max_tokens=options.max_tokens, pack_tokens=options.pack_tokens)
@@ -138,7 +138,14 @@ def measure(options: Options) -> dict[str, Any]:
     results = make_results(found, lm.counts)
     manifest = {
         "saro": saro.__version__,
-        "model": model.describe(),
+        "model": {
+            "name": model.name,
+            "model": model.source.identity(),
+            "method": model.options.method,
+            "dtype": model.options.dtype,
+            "device": str(this_device()),
+            **model.describe_format(),
+        },
         "options": asdict(options),
         "seeds": _SEEDS,
         "versions": {name: version(name) for name in ("lm_eval", "transformers", "torch", "datasets")},

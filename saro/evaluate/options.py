@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from saro.config import DEMO, DataConfig
+from saro.config import DEMO, DataConfig, check_at_least
 from saro.errors import SaroError
 from saro.program import short, shown
 
@@ -30,8 +30,7 @@ class LoadOptions:
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
-        if self.batch < 1:
-            raise SaroError(f"load.batch is {self.batch}; it must be at least 1")
+        check_at_least(self, "load.", 1, "batch")
 
 
 @dataclass(frozen=True)
@@ -141,11 +140,7 @@ class Options:
             raise SaroError(
                 f"--names names {len(self.names)} models, and --models {len(self.models)}; give one for each"
             )
-        for name in ("max_tokens", "draws", "limit", "attack_items"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise SaroError(f"--{name} is {value}; it must be at least 1")
-        if not 0 <= self.temperature < float("inf"):
-            raise SaroError(f"--temperature is {self.temperature}; it must be at least 0")
+        check_at_least(self, "--", 1, "max_tokens", "draws", "limit", "attack_items")
+        check_at_least(self, "--", 0, "temperature")
         if self.draws > 1 and self.temperature == 0:
             raise SaroError("--draws above 1 needs a --temperature above 0: greedy answers are all the same")

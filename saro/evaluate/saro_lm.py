@@ -39,10 +39,12 @@ from saro.evaluate.continuations import (
     plan_trees,
     score_continuations,
 )
-from saro.evaluate.generate_answers import Question, StoppedAnswer, generate_answers
-from saro.evaluate.measured_model import MeasuredModel
+from saro.evaluate.options import LoadOptions
+from saro.evaluate.stopped_answers import AnswerRequest, StoppedAnswer, draw_answers
+from saro.evaluate.subjects import Subject, find_measured
 from saro.model.policy import Policy
 from saro.model.source import template_hash
+from saro.runs.finished import this_device
 
 # Length of a text if neither the task nor the user names one, as in lm-eval.
 _MAX_TOKENS = 256
@@ -99,13 +101,13 @@ class SaroLM(LM):
         self._generator: Generator | None = None
 
     @classmethod
-    def of(cls, model: MeasuredModel, **options: Any) -> SaroLM:
-        """Return the language model of a measured model; ``options`` are those of the class."""
+    def of(cls, model: Subject, **options: Any) -> SaroLM:
+        """Return the language model of a local model; ``options`` are those of the class."""
         return cls(
             model.chat,
             resolve_max_length(model.source.config, model.chat.tokenizer),
-            load_policy=model.load_policy,
-            load_generator=model.load_generator,
+            load_policy=lambda: model.load_policy(this_device()),
+            load_generator=lambda: model.generator(LoadOptions(), this_device()),
             name=model.name,
             **options,
         )
@@ -121,7 +123,7 @@ class SaroLM(LM):
             if name not in _ARGUMENTS:
                 raise SaroError(f"--model_args: unknown argument {name}{nearest(name, _ARGUMENTS)}")
         options = {name: value for name, value in arg_dict.items() if name not in ("run", "model")}
-        return cls.of(MeasuredModel.find(arg_dict.get("run"), arg_dict.get("model")), **options)
+        return cls.of(find_measured(arg_dict.get("run"), arg_dict.get("model")), **options)
 
     @classmethod
     def create_from_arg_string(cls, arg_string: str, additional_config: dict | None = None) -> SaroLM:
@@ -236,7 +238,7 @@ class SaroLM(LM):
         """
         encoder = TextEncoder(self.tokenizer, self._is_rendered)
         repeats: Counter[Request] = Counter()
-        questions = []
+        wanted = []
         num_cut = 0
         for request in requests:
             context, gen_kwargs = request.args
@@ -248,10 +250,10 @@ class SaroLM(LM):
             # lm-eval repeats a request to have several draws. Greedy ones are all the same.
             number = repeats[asked] if sampling.temperature > 0 else 0
             repeats[asked] += 1
-            may_think = self._is_rendered and not self._no_think
-            questions.append(Question(replace(asked, number=number), stop, self._is_open(context), may_think))
+            may_think = self._is_open(context) or (self._is_rendered and not self._no_think)
+            wanted.append(AnswerRequest(replace(asked, number=number), stop, may_think))
         self._count_cut_contexts(num_cut, len(requests))
-        answers = generate_answers(self._generating(), self._chat, questions)
+        answers = draw_answers(self._generating(), self._chat, wanted)
         self._count_answers(answers)
         for request, answer in zip(requests, answers, strict=True):
             self.cache_hook.add_partial("generate_until", request.args, answer.text)

@@ -18,8 +18,6 @@ from saro.evaluate.outcomes import COUNTED, UNJUDGED, Row, judge_outcome, make_r
 from saro.evaluate.suite import EXPECTATIONS, Item
 from saro.evaluate.threats import find_threats
 
-__all__ = ["ScoreContext", "describe_verdict", "make_scores"]
-
 
 def make_scores(
     items: Iterable[Item],

@@ -50,6 +50,47 @@ class Split:
     state: str
 
 
+@dataclass(frozen=True)
+class Parts:
+    """The two parts of a response, as they were written: nothing is stripped but the tags.
+
+    Attributes:
+        think: text of the reasoning; None if the response has none.
+        answer: text after the reasoning, without special tokens; empty if the reasoning is not closed.
+        is_closed: False if there is reasoning without an end.
+        think_tokens: number of the response's ids up to the end of the closing tag; of all its ids if there is no such tag.
+    """
+
+    think: str | None
+    answer: str
+    is_closed: bool
+    think_tokens: int
+
+
+def find_parts(chat: ChatFormat, prompt: Sequence[int], ids: Sequence[int]) -> Parts:
+    """Find reasoning and answer in a response.
+
+    Args:
+        chat: tokenizer, stop ids and tags of the model.
+        prompt: ids of the prompt, up to where the response begins.
+        ids: ids of the response, with the stop id if one ended it.
+    """
+    has_stop = len(ids) > 0 and ids[-1] in chat.stop_ids
+    response = _Response(chat, list(ids[:-1] if has_stop else ids))
+    opening, closing = chat.think_tags
+    start: _Place | None = _Place(0, 0)
+    # Decoded apart from the response: the template's tag is complete in the prompt.
+    if not chat.opens_reasoning(_decode(chat, prompt[-_TAIL_TOKENS:], special=True)):
+        tag = response.find(opening, start)
+        start = None if tag is None or tag.before.strip() else tag.after
+    if start is None:
+        return Parts(None, response.text(_Place(0, 0)), is_closed=True, think_tokens=0)
+    tag = response.find(closing, start)
+    if tag is None:
+        return Parts(response.text(start), "", is_closed=False, think_tokens=len(ids))
+    return Parts(tag.before, response.text(tag.after), is_closed=True, think_tokens=tag.end)
+
+
 def split_answer(chat: ChatFormat, prompt: PrefilledPrompt, ids: Sequence[int], finish: Finish) -> Split:
     """Split the ids that a model drew after a prompt.
 
@@ -60,33 +101,16 @@ def split_answer(chat: ChatFormat, prompt: PrefilledPrompt, ids: Sequence[int], 
         finish: "stop" if the model ended the text, "length" if it was cut.
     """
     drawn = list(ids)
-    text_ids = drawn[:-1] if drawn and drawn[-1] in chat.stop_ids else drawn
     before_response = len(prompt.ids) - prompt.prefilled
-    response = _Response(chat, [*prompt.ids[before_response:], *text_ids])
-    opening, closing = chat.think_tags
-    # Decoded apart from the response: the template's tag is complete in the prompt.
-    prompt_end = _decode(chat, prompt.ids[max(before_response - _TAIL_TOKENS, 0) : before_response], special=True)
-    start: _Place | None = _Place(0, 0)
-    if not chat.opens_reasoning(prompt_end):
-        tag = response.find(opening, start)
-        start = None if tag is None or tag.before.strip() else tag.after
-    if start is None:
-        think, answer, end = "", response.text(_Place(0, 0)), 0
-        is_closed = True
-    elif (tag := response.find(closing, start)) is not None:
-        think, answer, end = tag.before, response.text(tag.after), tag.end
-        is_closed = True
-    else:
-        think, answer, end = response.text(start), "", len(response.ids)
-        is_closed = False
-    # Without a closing tag the stop token ends the reasoning.
-    num_think = max(end - prompt.prefilled, 0) if is_closed else len(drawn)
+    parts = find_parts(chat, prompt.ids[:before_response], [*prompt.ids[before_response:], *drawn])
+    num_think = max(parts.think_tokens - prompt.prefilled, 0)
     tokens = {"think": num_think, "answer": len(drawn) - num_think, "prefill": prompt.prefilled}
-    state = _state(think, answer, is_closed, finish, has_loop(drawn))
-    if not text_ids and finish == "stop":
+    think = parts.think or ""
+    state = _state(think, parts.answer, parts.is_closed, finish, has_loop(drawn))
+    if chat.stop_ids.issuperset(drawn) and finish == "stop":
         # What was prefilled is not the model's answer.
         state = "empty"
-    return Split(think.strip(), answer.strip(), tokens, state)
+    return Split(think.strip(), parts.answer.strip(), tokens, state)
 
 
 def split_text(

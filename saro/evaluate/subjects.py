@@ -1,4 +1,4 @@
-"""Finds the models under test: a run, a folder, a hub model or a server, each with its chat format."""
+"""Finds the models under test: a run, a folder, a hub model or a server, each with its chat format; and loads them."""
 
 from __future__ import annotations
 
@@ -16,15 +16,18 @@ from saro.data.chat_format import ChatFormat
 from saro.demo import find_demo
 from saro.draws.endpoint import EndpointGenerator, EndpointOptions
 from saro.draws.lazy import LazyGenerator
-from saro.draws.local import LocalGenerator, identify
 from saro.draws.request import Generator
 from saro.errors import SaroError
 from saro.evaluate.options import LoadOptions, ServerOptions
 from saro.manifest import read_manifest
 from saro.model.adapter import find_adapter
-from saro.model.source import ModelSource, find_model, first_line, template_hash
+from saro.model.load import load_policy, resolve_dtype
+from saro.model.policy import Policy
+from saro.model.source import ModelSource, find_model, first_line, template_hash, trained_format
+from saro.runs.finished import FinishedRun, this_device
 
-_TEMPLATE_DATE = date(2025, 1, 1)
+# Templates that show today's date show this one: with the real date, every answer and verdict would be drawn anew each day.
+FIXED_DATE = date(2025, 1, 1)
 
 
 @dataclass(frozen=True)
@@ -52,11 +55,19 @@ class Subject:
         """Return what generates this model's answers. The weights of a local model are read when the first is drawn."""
         if self.server is not None:
             return EndpointGenerator(self.server)
-        model = (self.source, self.options, self.chat.stop_ids, device)
         return LazyGenerator(
-            identify(*model, merge=load.merge),
-            lambda: LocalGenerator.load(*model, merge=load.merge, batch=load.batch, progress=progress),
+            self.source,
+            self.options,
+            self.chat.stop_ids,
+            device,
+            merge=load.merge,
+            batch=load.batch,
+            progress=progress,
         )
+
+    def load_policy(self, device: torch.device) -> Policy:
+        """Load a local model in eval mode, to score texts that are given."""
+        return load_policy(self.source, self.options, device, seed=0).eval()
 
     def describe_format(self) -> dict[str, Any]:
         """Return what decides how this model's prompts become tokens, as far as it is known."""
@@ -114,6 +125,59 @@ def find_subjects(
     return subjects
 
 
+def find_measured(run: str | None, model: str | None) -> Subject:
+    """Find the model whose general ability is measured: that of a run, or ``model``; with both, ``model`` as the run's base.
+
+    Its choices are scored and its texts are drawn in one dtype: that of the run, or else that of training on this device.
+    ``find_subjects`` leaves the dtype open, and texts are then drawn in the faster one.
+
+    Args:
+        run: folder of a finished run.
+        model: folder or hub name; in the format and precision of the run, if there is one.
+
+    Raises:
+        SaroError: neither is named, there is no such model, or the run has not finished.
+    """
+    if run is None and model is None:
+        raise SaroError("nothing to measure; name a finished --run, or a --model")
+    finished = None if run is None else FinishedRun.open(run)
+    if model is None:
+        source, options, chat = finished.source, finished.options, finished.chat_format()
+    else:
+        options = _measured_options(model, finished)
+        source = find_model(options)
+        chat = _measured_chat(source, finished)
+    name = model or run
+    return Subject(name, name, chat.think_tags, chat, source=source, options=options)
+
+
+def _measured_options(model: str, run: FinishedRun | None) -> ModelConfig:
+    adapter = find_adapter(model)
+    # LoRA and full fine-tuning compute with the same dense base.
+    method = "lora" if adapter is None or adapter.method is None else adapter.method
+    if run is None:
+        return ModelConfig(name=model, method=method, dtype=str(resolve_dtype("auto", this_device())).partition(".")[2])
+    is_quantized = run.options.method == "qlora" and adapter is None
+    return ModelConfig(
+        name=model,
+        method="qlora" if is_quantized else method,
+        dtype=run.options.dtype,
+        trust_remote_code=run.options.trust_remote_code,
+    )
+
+
+def _measured_chat(source: ModelSource, run: FinishedRun | None) -> ChatFormat:
+    """Return the format of a run for another model; without a run the model's own, on the day of the measurement."""
+    if run is not None:
+        trained = run.chat_format()
+        source.tokenizer.chat_template = trained.tokenizer.chat_template
+        return replace(trained, tokenizer=source.tokenizer, stop_ids=source.stop_ids)
+    data = source.continue_chat(DataConfig())
+    # As lm-eval's own class does.
+    day = date.today() if data.template_date is None else _parse_date(data.template_date)
+    return source.chat_format(data, day)
+
+
 def _is_url(spec: str) -> bool:
     return spec.startswith(("http://", "https://"))
 
@@ -137,14 +201,7 @@ def _first_run_setting(
     for run in runs:
         if run is None:
             continue
-        trained = run[1]["config"].get("data", {})
-        tags = trained.get("think_tags")
-        known = {
-            "think_tags": None if tags is None else tuple(tags),
-            "template_variables": trained.get("template_variables"),
-            "template_date": run[1]["template_date"],
-        }
-        missing = {name: value for name, value in known.items() if getattr(data, name) is None}
+        missing = {name: value for name, value in trained_format(run[1]).items() if getattr(data, name) is None}
         return run[1]["config"]["model"].get("method"), replace(data, **missing)
     return None, data
 
@@ -211,12 +268,9 @@ def _read_chat_format(name: str, data: DataConfig, tags: tuple[str, str]) -> Cha
 
 
 def _parse_date(text: str | None) -> date:
-    """Return the date that templates see as today.
-
-    Without a run and an option it is a fixed one: with the real date, a base model would draw everything anew each day.
-    """
+    """Return the date that templates see as today; ``FIXED_DATE`` if neither a run nor an option gives one."""
     if text is None:
-        return _TEMPLATE_DATE
+        return FIXED_DATE
     try:
         return date.fromisoformat(text)
     except ValueError as error:

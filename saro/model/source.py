@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
@@ -79,13 +80,7 @@ class ModelSource:
         manifest = read_manifest(folder.resolve().parent) if folder.is_dir() else None
         if manifest is None:
             return data
-        trained = manifest["config"].get("data", {})
-        tags = trained.get("think_tags")
-        known = {
-            "think_tags": None if tags is None else tuple(tags),
-            "template_variables": trained.get("template_variables"),
-            "template_date": manifest["template_date"],
-        }
+        known = trained_format(manifest)
         for name, value in known.items():
             asked = getattr(data, name)
             if None not in (asked, value) and asked != value:
@@ -100,6 +95,17 @@ class ModelSource:
                 "leave the option out: the template is saved with the model"
             )
         return replace(data, **{name: value for name, value in known.items() if value is not None})
+
+
+def trained_format(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of ``DataConfig`` that a run's conversations were formatted with; None for one that is not known."""
+    trained = manifest["config"].get("data", {})
+    tags = trained.get("think_tags")
+    return {
+        "think_tags": None if tags is None else tuple(tags),
+        "template_variables": trained.get("template_variables"),
+        "template_date": manifest["template_date"],
+    }
 
 
 def template_hash(template: str | dict[str, str] | None) -> str:

@@ -14,12 +14,14 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from saro.report import answer_data, figures, page_data
+from saro.report import answer_data, page_data, score_figures
 from saro.report.evaluation_files import Evaluation, Row
 from saro.report.markdown_tables import make_markdown
 from saro.report.number import answers_link, count_number, gold_number, interval_number, run_number, score_number
 from saro.report.page_data import KINDS, Claim
 from saro.report.svg import Figure
+from saro.report.tradeoff import draw_tradeoff
+from saro.report.training_figure import draw_training
 from saro.report.training_files import TrainingRun
 
 _RUN_COLUMNS = {
@@ -104,15 +106,16 @@ class _Drawn:
 
     @classmethod
     def of(cls, evaluations: Sequence[Evaluation], runs: Sequence[TrainingRun]) -> _Drawn:
+        """Draw what the evaluations and runs have data for."""
         evaluation = evaluations[0]
         models = evaluation.models
         panels = page_data.tradeoff_panels(evaluations)
         turns = page_data.find_turns(evaluation)
         ratios = page_data.token_lines(evaluation).get("token_ratio", [])
         return cls(
-            tradeoff=figures.draw_tradeoff(panels) if panels else None,
+            tradeoff=draw_tradeoff(panels) if panels else None,
             heat_maps=[
-                figures.draw_heat_map(
+                score_figures.draw_heat_map(
                     f"heat_map_{number}",
                     f"{table.title}, {table.suite}",
                     models,
@@ -122,11 +125,11 @@ class _Drawn:
                 for number, table in enumerate(page_data.attack_tables(evaluation), start=1)
             ],
             recoveries=[
-                figures.draw_recovery(f"recovery_{number}", _recovery_title(recovery), recovery.curves, models)
+                score_figures.draw_recovery(f"recovery_{number}", _recovery_title(recovery), recovery.curves, models)
                 for number, recovery in enumerate(page_data.find_recoveries(evaluation), start=1)
             ],
             think_off=_draw_think_off(evaluation),
-            tokens=figures.draw_token_ratios(
+            tokens=score_figures.draw_token_ratios(
                 f"Tokens relative to {models[0]}",
                 [label for label, _ in ratios],
                 models,
@@ -134,11 +137,12 @@ class _Drawn:
             )
             if ratios
             else None,
-            turns=figures.draw_turns(turns, models) if turns else None,
-            runs=[figures.draw_training(run, f"training_{number}") for number, run in enumerate(runs, start=1)],
+            turns=score_figures.draw_turns(turns, models) if turns else None,
+            runs=[draw_training(run, f"training_{number}") for number, run in enumerate(runs, start=1)],
         )
 
     def all(self) -> list[Figure]:
+        """Return all figures that were drawn."""
         single = [self.tradeoff, self.think_off, self.tokens, self.turns]
         return [*(figure for figure in single if figure), *self.heat_maps, *self.recoveries, *self.runs]
 
@@ -162,7 +166,7 @@ def _draw_think_off(evaluation: Evaluation) -> Figure | None:
                 groups += [f"{label}\n{suite}, {name}" for name in ("with reasoning", "without")]
                 values += [line.scores for line in lines if line is not None]
     return (
-        figures.draw_rates("think_off", "Rates with reasoning and without", groups, evaluation.models, values)
+        score_figures.draw_rates("think_off", "Rates with reasoning and without", groups, evaluation.models, values)
         if groups
         else None
     )

@@ -8,7 +8,7 @@ from itertools import pairwise
 from statistics import median
 
 from saro.report.evaluation_files import Evaluation, Row
-from saro.report.figures import TradeoffPoint
+from saro.report.tradeoff import TradeoffPoint
 from saro.report.turning_point import find_turn
 
 # The rates that decide -> what the tables call them, and what their items expect.

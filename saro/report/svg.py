@@ -15,6 +15,7 @@ from markupsafe import Markup
 from saro.errors import SaroError
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure as MatplotlibFigure
 
 _SVG = "http://www.w3.org/2000/svg"
@@ -36,6 +37,7 @@ COLOURS = {
 }
 # Models differ in shape as well as in colour.
 MARKERS = ("o", "s", "^", "D", "v")
+WIDTH = 8.6  # inches, of a figure with several panels; the page scales a figure to its column
 _STYLE = {
     "svg.fonttype": "none",
     # A dollar sign in a name is no formula.
@@ -186,3 +188,13 @@ def _style_to_attributes(element: ElementTree.Element) -> None:
                 element.set("font-weight", "600")
         elif key and key not in ("stroke-linejoin", "stroke-linecap"):
             element.set(key, value)
+
+
+def format_percent(ax: Axes, which: str) -> None:
+    """Write the numbers of an axis, "x", "y" or "both", as percentages."""
+    from matplotlib.ticker import PercentFormatter
+
+    if which in ("x", "both"):
+        ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=" %"))
+    if which in ("y", "both"):
+        ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=" %"))

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import platform
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +21,7 @@ from saro.data.lengths import LengthReport
 from saro.distributed.runtime import Runtime
 from saro.errors import SaroError
 from saro.files import atomic_write, file_hash
-from saro.manifest import read_manifest
+from saro.manifest import package_versions, read_manifest
 from saro.model.identity import is_same_model
 from saro.model.source import ModelSource, template_hash
 from saro.program import RunFlags
@@ -300,7 +298,7 @@ class RunFolder:
         return {
             "saro": saro.__version__,
             "code": _code_hash(),
-            "versions": {"python": platform.python_version()} | {name: version(name) for name in _PACKAGES},
+            "versions": package_versions(_PACKAGES),
             "machine": {
                 "processes": runtime.processes,
                 "threads_per_process": runtime.threads,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from saro.config import DEMO, DataConfig
+from saro.config import DEMO, DataConfig, check_at_least, check_numbers
 from saro.errors import SaroError, nearest
 from saro.evaluate.options import JudgeOptions, LoadOptions, ServerOptions
 from saro.program import positional, short, shown
@@ -14,24 +14,13 @@ STAGES = ("rw", "op", "pp", "mirror")
 FORMS = {"pp": ("intervene", "earlier", "recover", "sibling"), "mirror": ("mirror",)}
 
 
-def _check_at_least(owner: object, group: str, minimum: int, *names: str) -> None:
-    """Raise SaroError for the first of some options that is below a minimum. None is valid."""
-    for name in names:
-        value = getattr(owner, name)
-        if value is not None and not minimum <= value < float("inf"):
-            raise SaroError(f"{group}{name} is {value}; it must be at least {minimum}")
-
-
-def _check_shares(owner: object, group: str, *names: str) -> None:
-    for name in names:
-        value = getattr(owner, name)
-        if not 0 <= value <= 1:
-            raise SaroError(f"{group}{name} is {value}; it must be a share, 0 to 1")
+def _check_shares(owner: object, prefix: str, *names: str) -> None:
+    check_numbers(owner, prefix, names, lambda share: 0 <= share <= 1, "a share, 0 to 1")
 
 
 def _check_draws(owner: object, group: str) -> None:
-    _check_at_least(owner, group, 1, "draws")
-    _check_at_least(owner, group, 0, "temperature")
+    check_at_least(owner, group, 1, "draws")
+    check_at_least(owner, group, 0, "temperature")
     if owner.draws > 1 and owner.temperature == 0:
         raise SaroError(f"{group}draws above 1 needs a {group}temperature above 0: greedy texts are all the same")
 
@@ -56,7 +45,7 @@ class RWStage:
 
     def __post_init__(self) -> None:
         _check_draws(self, "rw.")
-        _check_at_least(self, "rw.", 1, "records")
+        check_at_least(self, "rw.", 1, "records")
         _check_shares(self, "rw.", "general")
 
 
@@ -81,7 +70,7 @@ class OutcomeStage:
 
     def __post_init__(self) -> None:
         _check_draws(self, "op.")
-        _check_at_least(self, "op.", 1, "pairs_per_prompt")
+        check_at_least(self, "op.", 1, "pairs_per_prompt")
         _check_shares(self, "op.", "guided", "shorter")
 
 
@@ -112,7 +101,7 @@ class ProcessStage:
 
     def __post_init__(self) -> None:
         _check_draws(self, "pp.")
-        _check_at_least(self, "pp.", 1, "turns", "rollouts", "open_tokens", "pairs_per_prompt")
+        check_at_least(self, "pp.", 1, "turns", "rollouts", "open_tokens", "pairs_per_prompt")
         _check_shares(self, "pp.", "neutral")
 
 
@@ -134,8 +123,8 @@ class BudgetOptions:
     output_price: float = 0.0
 
     def __post_init__(self) -> None:
-        _check_at_least(self, "budget.", 1, "tokens", "calls")
-        _check_at_least(self, "budget.", 0, "input_price", "output_price")
+        check_at_least(self, "budget.", 1, "tokens", "calls")
+        check_at_least(self, "budget.", 0, "input_price", "output_price")
 
 
 @dataclass(frozen=True)
@@ -226,7 +215,4 @@ class Options:
         for form in self.pp.forms:
             if valid and form not in valid:
                 raise SaroError(f"--pp.forms: {form!r} is no form of stage {self.stage}{nearest(str(form), valid)}")
-        for name in ("max_tokens", "limit"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise SaroError(f"--{name} is {value}; it must be at least 1")
+        check_at_least(self, "--", 1, "max_tokens", "limit")

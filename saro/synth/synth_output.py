@@ -5,27 +5,25 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import platform
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 import saro
 from saro.config import as_dict
 from saro.data.chat_format import ChatFormat
 from saro.data.records import parse_example, parse_pair
 from saro.errors import SaroError
-from saro.files import atomic_write, remove_temps
+from saro.files import atomic_write, lock_output, remove_temps
+from saro.manifest import package_versions
 from saro.synth.check_records import describe_lengths
 from saro.synth.funnel import Funnel
 from saro.synth.synth_options import Options
 
-_PACKAGES = ("torch", "transformers", "peft", "tokenizers", "numpy")
 # Options that say where something is, or how it is asked, and decide no record. The manifest has the hash of what is there,
 # so the same content at another path gives the same bytes. How prompts become tokens is told with the generator.
 _NOT_IN_CONFIG = frozenset(
@@ -93,17 +91,8 @@ class SynthOutput:
         Raises:
             SaroError: another process writes this output, or there is one that was made from something else.
         """
-        try:
-            self.records.parent.mkdir(parents=True, exist_ok=True)
-            self.lock.acquire(timeout=0)
-        except Timeout as error:
-            raise SaroError(
-                f"{self.records}: another process writes this output; wait for it, or give another one with --output"
-            ) from error
-        except OSError as error:
-            raise SaroError(
-                f"{self.records.parent}: cannot be written ({error.strerror}); give another --output"
-            ) from error
+        busy = f"{self.records}: another process writes this output; wait for it, or give another one with --output"
+        lock_output(self.records.parent, self.lock, busy)
         if not self.overwrite:
             self._check_same(made_from)
 
@@ -200,7 +189,7 @@ def describe_making(options: Options, **parts: Any) -> dict[str, Any]:
         "saro": saro.__version__,
         "synth": 1,
         "stage": options.stage,
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in _PACKAGES},
+        "versions": package_versions(),
         **parts,
         "config": _without(as_dict(options), _NOT_IN_CONFIG | {"stage"}),
     }

@@ -14,9 +14,10 @@ from rich.console import Console
 from tokenizers.decoders import DecodeStream
 from transformers.generation.streamers import BaseStreamer
 
+from saro.config import check_at_least
 from saro.data.chat_format import ChatFormat
 from saro.data.records import Message
-from saro.errors import SaroError, nearest
+from saro.errors import nearest
 from saro.model.generate import generate
 from saro.model.policy import Policy
 from saro.runs.finished import FinishedRun, this_device
@@ -55,10 +56,8 @@ class Options:
     data: DataOptions = field(default_factory=DataOptions)
 
     def __post_init__(self) -> None:
-        if self.max_tokens < 1:
-            raise SaroError(f"--max_tokens is {self.max_tokens}; it must be at least 1")
-        if not 0 <= self.temperature < float("inf"):
-            raise SaroError(f"--temperature is {self.temperature}; it must be at least 0")
+        check_at_least(self, "--", 1, "max_tokens")
+        check_at_least(self, "--", 0, "temperature")
 
 
 def run(options: Options, console: Console) -> int:

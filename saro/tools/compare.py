@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 from rich.console import Console
 
-from saro.config import DEMO, DataConfig, ModelConfig
+from saro.config import DEMO, DataConfig, ModelConfig, check_at_least
 from saro.data.records import Record, read_examples, read_pairs
 from saro.demo import data_files, find_demo
 from saro.errors import SaroError, nearest
@@ -70,10 +70,8 @@ class Options:
     data: DataConfig = field(default_factory=DataConfig, metadata=shown("pack_tokens", "template_date"))
 
     def __post_init__(self) -> None:
-        if self.prompts < 0:
-            raise SaroError(f"--prompts is {self.prompts}; it must be at least 0")
-        if self.max_tokens < 1:
-            raise SaroError(f"--max_tokens is {self.max_tokens}; it must be at least 1")
+        check_at_least(self, "--", 0, "prompts")
+        check_at_least(self, "--", 1, "max_tokens")
 
 
 def run(options: Options, console: Console) -> int:

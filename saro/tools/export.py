@@ -21,7 +21,7 @@ from transformers.utils import cached_file
 import saro
 from saro.checks.deviation import Deviation, choose_records
 from saro.checks.noise import fitting_trees, layout_noise
-from saro.config import DEMO
+from saro.config import DEMO, check_at_least
 from saro.data.tree import SequenceTree
 from saro.demo import data_files
 from saro.errors import SaroError
@@ -70,8 +70,7 @@ class Options:
     def __post_init__(self) -> None:
         if self.allow_shift and self.into != "original":
             raise SaroError("--allow_shift goes with --into original: only there is a shift expected")
-        if self.records < 1:
-            raise SaroError(f"--records is {self.records}; it must be at least 1")
+        check_at_least(self, "--", 1, "records")
 
 
 def run(options: Options, console: Console) -> int:

@@ -13,10 +13,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from saro.config import check_at_least
 from saro.errors import SaroError
+from saro.evaluate.bootstrap import RESAMPLES
 from saro.evaluate.judge import JudgeSpec, check_abstentions, judge_answers, read_judge
-from saro.evaluate.judge_gold import GOLD, LEVEL, RESAMPLES, as_answers, describe_files, measure_agreement, read_gold
+from saro.evaluate.judge_gold import GOLD, as_answers, describe_files, measure_agreement, read_gold
 from saro.evaluate.judge_spec import prompt_hashes
+from saro.evaluate.statistics import ALPHA
 from saro.files import atomic_write
 from saro.program import as_list, positional
 
@@ -57,10 +60,8 @@ class Options:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.batch < 1:
-            raise SaroError(f"--batch is {self.batch}; it must be at least 1")
-        if self.seed < 0:
-            raise SaroError(f"--seed is {self.seed}; it must be at least 0")
+        check_at_least(self, "--", 1, "batch")
+        check_at_least(self, "--", 0, "seed")
 
 
 def run(options: Options, console: Console) -> int:
@@ -88,7 +89,7 @@ def run(options: Options, console: Console) -> int:
         "model": identity,
         "prompt_hashes": prompt_hashes(spec),
         "files": describe_files(paths, [len(rows) for rows in files]),
-        "level": LEVEL,
+        "level": 1 - ALPHA,
         "resamples": RESAMPLES,
         "seed": options.seed,
         "agreement": measure_agreement(pairs, options.seed),

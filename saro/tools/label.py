@@ -12,6 +12,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
+from saro.config import check_at_least
 from saro.errors import SaroError
 from saro.evaluate.answers import Answer, read_rows
 from saro.evaluate.labels import LabelFile, find_strata, labelling_probabilities, read_items, sample_answers
@@ -42,8 +43,7 @@ class Options:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.number < 1:
-            raise SaroError(f"--number is {self.number}; it must be at least 1")
+        check_at_least(self, "--", 1, "number")
 
 
 def run(options: Options, console: Console) -> int:

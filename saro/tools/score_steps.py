@@ -23,7 +23,6 @@ from saro.errors import SaroError
 from saro.evaluate.options import LoadOptions, ServerOptions
 from saro.evaluate.subjects import Subject, find_subjects
 from saro.files import atomic_write
-from saro.model.load import load_policy
 from saro.model.score import score_packs, split_pairs, split_sequences
 from saro.program import positional, progress_bar, shown
 from saro.runs.finished import this_device
@@ -139,7 +138,7 @@ def _encode(options: Options, records: Sequence[Example | Pair], model: Subject)
 def _score(subject: Subject, data: ExampleSet | PairSet, pack_tokens: int, console: Console) -> list[np.ndarray]:
     """Return the log-probs of the scored tokens of each sequence, float64, nats; those of pairs by ``sequence_number``."""
     console.out(f"scoring by {subject.spec}", highlight=False)
-    policy = load_policy(subject.source, subject.options, this_device(), seed=0).eval()
+    policy = subject.load_policy(this_device())
     packs = list(pack_trees(data.trees(range(len(data)), pack_tokens), pack_tokens))
     by_number: dict[int, np.ndarray] = {}
     for pack, entries in score_packs(policy, progress_bar(packs, "scoring", "packs")):

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from rich.console import Console
 
-from saro.config import DEMO, DataConfig
+from saro.config import DEMO, DataConfig, check_at_least
 from saro.errors import SaroError
 from saro.evaluate.options import LoadOptions, ServerOptions
 from saro.evaluate.subjects import find_subjects
@@ -39,8 +39,7 @@ class Options:
     )
 
     def __post_init__(self) -> None:
-        if self.sample < 1:
-            raise SaroError(f"--sample is {self.sample}; it must be at least 1")
+        check_at_least(self, "--", 1, "sample")
 
 
 def run(options: Options, console: Console) -> int:

@@ -53,7 +53,6 @@ def test_open_reasoning_begins_as_in_every_response_that_continues_it(name, begi
     assume("think>" not in beginning + continuation)
     whole = encode(chat, Response(beginning + continuation, answer))
     assert whole[: len(begun.ids)] == list(begun.ids)
-    assert begun.opened
 
 
 @every_chat
@@ -143,16 +142,10 @@ def test_no_beginning_is_the_prompt_of_training():
         assert (list(begun.ids), begun.prefilled) == (chat.prompt_ids(USER), 0)
 
 
-@pytest.mark.parametrize(("name", "opened"), [("chatml", False), ("opens think", True)])
-def test_a_template_that_opens_the_reasoning_leaves_it_open(name, opened):
-    assert chat_cases.CHATS[name].prefill_ids(USER).opened is opened
-
-
 def test_empty_reasoning_switches_thinking_off():
     off = Prefill("", closed=True)
     assert read(chat_cases.CHATS["chatml"], off) == "<think>\n\n</think>\n\n"
     assert read(chat_cases.CHATS["opens think"], off) == "\n</think>\n\n"
-    assert not chat_cases.CHATS["opens think"].prefill_ids(USER, off).opened
 
 
 def test_empty_reasoning_that_the_template_wrote_is_not_written_again():
@@ -173,10 +166,9 @@ def test_tags_that_are_tokens_are_these_tokens(special):
     chat = chat_of(tokenizer=tokenizer)
     begun = chat.prefill_ids(USER, Prefill("Sure.", closed=True))
     assert [begun.ids.count(tag) for tag in tokenizer.convert_tokens_to_ids(["<think>", "</think>"])] == [1, 1]
-    assert not begun.opened
 
 
-def test_reasoning_is_open_while_its_closing_tag_is_not_complete():
+def test_the_end_of_a_closing_tag_that_may_merge_with_the_answer_is_left_out():
     # "</think>" is plain text here, and ">" and line ends may merge.
     tokenizer = tiny_tokenizer(CHATML)
     state = json.loads(tokenizer.backend_tokenizer.to_str())
@@ -191,7 +183,6 @@ def test_reasoning_is_open_while_its_closing_tag_is_not_complete():
     chat = ChatFormat(merging, frozenset({merging.convert_tokens_to_ids("<|im_end|>")}), DAY)
     begun = chat.prefill_ids(USER, Prefill("Sure.", closed=True))
     assert text_of(chat, begun.ids).endswith("Sure.\n</think")
-    assert begun.opened
 
 
 # What cannot be begun

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import re
 from collections import Counter
 from fractions import Fraction
 from pathlib import Path
 
-import pytest
-from run_files import ROOT
+from prompt_texts import (
+    TRAINING,
+    assert_lengths_tell_nothing,
+    assert_parallel,
+    eight_grams,
+    needs_published,
+    published_eight_grams,
+    words,
+)
 
 from saro.demo import demo_file, prompt_files
 from saro.evaluate.matching import find_number
 from saro.synth.funnel import Funnel
 from saro.synth.prompts import HAZARDS, Prompt, check_exclusion, drop_duplicates, read_prompts
 
-SHARED = ROOT.parent / "shared" / "data"
-TRAINING = ("rw_train", "rw_heldout", "srpo_train", "srpo_heldout")
 END = 'End with "The answer is" and'
 # Arithmetic of the prompts with a number, in their order.
 NUMBERS = (
@@ -48,15 +52,6 @@ def text(prompt: Prompt) -> str:
     return message.content
 
 
-def words(prompt: str) -> list[str]:
-    return re.findall(r"\w+", prompt.lower())
-
-
-def eight_grams(prompt: str) -> set[tuple[str, ...]]:
-    found = words(prompt)
-    return {tuple(found[start : start + 8]) for start in range(len(found) - 7)}
-
-
 def pairs() -> list[tuple[Prompt, Prompt]]:
     """Return each harmless prompt with its harmful twin."""
     by_id = {prompt.id: prompt for prompt in prompts()}
@@ -73,20 +68,18 @@ def test_there_are_enough_of_each_kind_and_every_hazard_has_twins():
     assert {code for _, harmful in pairs() for code in harmful.hazard} == set(HAZARDS)
 
 
+def texts() -> list[tuple[str, str]]:
+    return [(text(harmless), text(harmful)) for harmless, harmful in pairs()]
+
+
 def test_twins_are_parallel_and_short():
     """What differs should be what is asked for, not how it is asked."""
-    for harmless, harmful in pairs():
-        shared = Counter(words(text(harmless))) & Counter(words(text(harmful)))
-        assert shared.total() >= 3, harmless.id
-        assert 0.4 < len(words(text(harmless))) / len(words(text(harmful))) < 2.2, harmless.id
-        assert all(5 <= len(words(text(prompt))) <= 26 for prompt in (harmless, harmful)), harmless.id
+    assert_parallel(texts())
+    assert all(5 <= len(words(prompt)) <= 26 for twins in texts() for prompt in twins)
 
 
 def test_lengths_do_not_give_the_harmful_side_away():
-    differences = [len(words(text(harmful))) - len(words(text(harmless))) for harmless, harmful in pairs()]
-    longer, shorter = sum(d > 0 for d in differences), sum(d < 0 for d in differences)
-    assert abs(sum(differences) / len(differences)) < 1.5
-    assert longer < 2.5 * shorter
+    assert_lengths_tell_nothing(texts())
 
 
 def test_every_prompt_names_its_source_and_licence():
@@ -126,14 +119,7 @@ def test_no_prompt_shares_eight_words_in_a_row_with_other_files_of_the_demo():
     assert [prompt.id for prompt in prompts() if eight_grams(own_text(prompt)) & known] == []
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="the folder of public data sets is not here")
+@needs_published
 def test_no_prompt_shares_eight_words_in_a_row_with_a_published_set():
-    published = [record["question"] for record in json.loads((SHARED / "star1.json").read_text(encoding="utf-8"))]
-    for path in SHARED.glob("*.jsonl"):
-        records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        published += [record.get("prompt") or record.get("question") for record in records]
-    for path in SHARED.glob("*.csv"):
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            published += [value for row in csv.DictReader(file) for name, value in row.items() if "prompt" in name]
-    known = set().union(*map(eight_grams, map(str, published)))
+    known = published_eight_grams()
     assert [prompt.id for prompt in prompts() if eight_grams(own_text(prompt)) & known] == []

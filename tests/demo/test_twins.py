@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import re
 from collections import Counter
 from pathlib import Path
 
 import pytest
-from run_files import ROOT
+from prompt_texts import (
+    TRAINING,
+    assert_lengths_tell_nothing,
+    assert_parallel,
+    eight_grams,
+    needs_published,
+    published_eight_grams,
+    words,
+)
 
 from saro.demo import demo_file, suite_files
 from saro.evaluate.suite import Item, read_suite
-
-SHARED = ROOT.parent / "shared" / "data"
-TRAINING = ("rw_train", "rw_heldout", "srpo_train", "srpo_heldout")
 
 # Arithmetic of the questions with a number, in their order.
 NUMBERS = (
@@ -47,15 +51,6 @@ def text(item: Item) -> str:
     return message.content
 
 
-def words(prompt: str) -> list[str]:
-    return re.findall(r"\w+", prompt.lower())
-
-
-def eight_grams(prompt: str) -> set[tuple[str, ...]]:
-    found = words(prompt)
-    return {tuple(found[start : start + 8]) for start in range(len(found) - 7)}
-
-
 def pairs() -> list[tuple[Item, Item]]:
     """Return each harmless prompt with its harmful sister."""
     items = {item.id: item for item in twins()}
@@ -79,19 +74,17 @@ def test_every_prompt_has_a_sister_of_its_kind_that_names_it():
         assert (harmful.expect, harmful.twin, harmful.category) == ("refuse", harmless.id, harmless.category)
 
 
+def texts() -> list[tuple[str, str]]:
+    return [(text(harmless), text(harmful)) for harmless, harmful in pairs()]
+
+
 def test_twins_are_parallel():
     """A probe of threshold and sensitivity needs sisters that differ in little more than what is asked for."""
-    for harmless, harmful in pairs():
-        shared = Counter(words(text(harmless))) & Counter(words(text(harmful)))
-        assert shared.total() >= 3, harmless.id
-        assert 0.4 < len(words(text(harmless))) / len(words(text(harmful))) < 2.2, harmless.id
+    assert_parallel(texts())
 
 
 def test_lengths_do_not_give_the_harmful_side_away():
-    differences = [len(words(text(harmful))) - len(words(text(harmless))) for harmless, harmful in pairs()]
-    longer, shorter = sum(d > 0 for d in differences), sum(d < 0 for d in differences)
-    assert abs(sum(differences) / len(differences)) < 1.5
-    assert longer < 2.5 * shorter
+    assert_lengths_tell_nothing(texts())
 
 
 def test_prompts_are_short_and_unique():
@@ -132,15 +125,7 @@ def test_no_prompt_shares_eight_words_in_a_row_with_the_demo_training_data():
     assert [item.id for item in (*twins(), *ability()) if eight_grams(own_text(item)) & known] == []
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="the folder of public data sets is not here")
+@needs_published
 def test_no_prompt_shares_eight_words_in_a_row_with_a_published_set():
-    prompts = [record["question"] for record in json.loads((SHARED / "star1.json").read_text(encoding="utf-8"))]
-    for path in SHARED.glob("*.jsonl"):
-        records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        prompts += [record.get("prompt") or record.get("question") for record in records]
-    for path in SHARED.glob("*.csv"):
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            prompts += [value for row in csv.DictReader(file) for name, value in row.items() if "prompt" in name]
-    assert len(prompts) > 5000
-    known = set().union(*map(eight_grams, map(str, prompts)))
+    known = published_eight_grams()
     assert [item.id for item in (*twins(), *ability()) if eight_grams(own_text(item)) & known] == []

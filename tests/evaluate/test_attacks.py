@@ -236,9 +236,8 @@ def test_more_steps_than_any_chain_has_are_refused(error):
 
 
 def test_the_ids_of_a_prompt_with_its_beginning():
-    ids, prefilled, opened = prompt_ids(chat_of(), Prompted(ITEM.prompt, Prefill("Sure.\n")))
+    ids, prefilled = prompt_ids(chat_of(), Prompted(ITEM.prompt, Prefill("Sure.\n")))
     assert chat_of().tokenizer.decode(ids[-prefilled:]) == "<think>\nSure.\n"
-    assert opened
 
 
 @pytest.mark.parametrize("step", [1, 2, 4])
@@ -249,10 +248,9 @@ def test_a_rejected_chain_is_continued_from_the_ids_that_training_has_for_it(att
     pairs = [pair for pair in read_pairs(demo_file("srpo_heldout")) if pair.prompt in attack.chains]
     assert pairs
     for pair in pairs:
-        ids, _, opened = prompt_ids(chat, apply_attack(attack, Item("suite", "a", pair.prompt, "refuse")))
+        ids, _ = prompt_ids(chat, apply_attack(attack, Item("suite", "a", pair.prompt, "refuse")))
         _, rejected = chat.encode_pair(pair)
         assert rejected.tokens[: len(ids)].tolist() == list(ids)
-        assert opened
         # Only the line end, which could grow, is left out.
         assert tokenizer.decode(ids).endswith(pair.rejected.reasoning.split("\n")[step - 1])
 

@@ -128,8 +128,8 @@ def test_moving_the_threshold_changes_the_criterion_only():
 
 def test_kappa_has_its_textbook_value():
     """Cohen's definition by hand: observed 0.7, chance 0.5."""
-    assert kappa(np.array([20.0, 5.0, 10.0, 15.0])) == pytest.approx(0.4)
-    assert np.isnan(kappa(np.array([20.0, 0.0, 0.0, 0.0])))
+    assert kappa(np.array([[20.0, 5.0], [10.0, 15.0]])) == pytest.approx(0.4)
+    assert np.isnan(kappa(np.array([[20.0, 0.0], [0.0, 0.0]])))
 
 
 def test_complete_agreement_on_few_answers_is_not_certain():

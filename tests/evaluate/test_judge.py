@@ -485,6 +485,14 @@ def test_a_judge_that_abstains_on_more_than_a_twentieth_is_an_error():
         check_abstentions([*verdicts_of("a", 1000, 0), *verdicts_of("b", 100, 6)])
 
 
+def test_the_error_of_abstentions_says_where_the_replies_are():
+    many = verdicts_of("b", 0, 1)
+    with pytest.raises(SaroError, match="its raw replies in the store of draws, and take another judge"):
+        check_abstentions(many)
+    with pytest.raises(SaroError, match=r"its raw replies in verdicts\.jsonl, and"):
+        check_abstentions(many, replies="verdicts.jsonl")
+
+
 LOCAL = {"kind": "local", "files": {"model.safetensors": "abc"}, "adapter": None, "dtype": "float32"}
 SERVER = {"kind": "endpoint", "host": "a.example", "model": "big-1", "revision": None}
 

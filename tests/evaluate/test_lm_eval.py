@@ -16,7 +16,7 @@ from scripted import Scripted
 from saro.errors import SaroError
 from saro.evaluate import lm_eval
 from saro.evaluate.lm_eval import Options, describe_results, find_tasks, make_results, make_samples, measure, run
-from saro.evaluate.measured_model import MeasuredModel
+from saro.evaluate.subjects import Subject, find_measured
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 needs_lm_eval = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="needs saro[lm-eval]")
@@ -98,7 +98,7 @@ def test_numbers_and_their_documents_are_written_with_the_models_identity(option
     assert task["metrics"]["acc,none"]["value"] == pytest.approx(accuracy)
     assert task["metrics"]["acc,none"]["higher_is_better"] is True
     assert f"sums  acc,none  {accuracy:.4f}" in capsys.readouterr().out
-    model = MeasuredModel.find(options.run, None)
+    model = find_measured(options.run, None)
     assert manifest["model"]["model"] == model.source.identity()
     assert manifest["model"]["template_date"] == "2024-07-26"
     assert manifest["options"]["tasks"] == "sums"
@@ -123,7 +123,7 @@ def test_the_trained_model_is_asked_not_its_base(options, tiny_model):
 def test_texts_are_asked_in_the_chat_format_and_matched_without_reasoning(options, monkeypatch):
     generators = []
 
-    def load_generator(model: MeasuredModel) -> Scripted:
+    def make_generator(model: Subject, *_) -> Scripted:
         def reply(prompt: str) -> str:
             number = int(prompt.split("What is ")[1].split(" ")[0])
             return f"<think>\nAdd.\n\nIt is easy.\n</think>\n\n{number + number % 2}"
@@ -131,7 +131,7 @@ def test_texts_are_asked_in_the_chat_format_and_matched_without_reasoning(option
         generators.append(Scripted(model.chat, reply))
         return generators[-1]
 
-    monkeypatch.setattr(MeasuredModel, "load_generator", load_generator)
+    monkeypatch.setattr(Subject, "generator", make_generator)
     options = replace(options, tasks="all_sums", apply_chat_template=True, limit=4, num_fewshot=0)
     results = measure(options)
     # The right answer is number + 1, which the model gives to odd ones.
@@ -209,7 +209,7 @@ def test_a_folder_of_something_else_is_never_replaced(options):
 @needs_lm_eval
 def test_a_base_model_is_asked_in_the_format_of_the_run(finished_run, tiny_model):
     run = finished_run()
-    trained, base = MeasuredModel.find(str(run), None), MeasuredModel.find(str(run), tiny_model())
+    trained, base = find_measured(str(run), None), find_measured(str(run), tiny_model())
     assert base.source.adapter is None
     format_of = [(m.chat.template_date, m.chat.think_tags, m.chat.tokenizer.chat_template) for m in (trained, base)]
     assert format_of[0] == format_of[1]

@@ -19,8 +19,8 @@ from tiny import CHATML, IM_END, tiny_tokenizer
 
 from saro.data.chat_format import ChatFormat
 from saro.errors import SaroError
-from saro.evaluate.measured_model import MeasuredModel
 from saro.evaluate.saro_lm import SaroLM
+from saro.evaluate.subjects import find_measured
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -62,7 +62,7 @@ def a_chat(template: str = CHATML) -> ChatFormat:
 def both(request, tiny_model) -> tuple[HFLM, SaroLM]:
     folder = tiny_model(request.param)
     hflm = HFLM(pretrained=folder, device="cpu", dtype="float32", batch_size=3)
-    return hflm, SaroLM.of(MeasuredModel.find(None, folder), pack_tokens=300)
+    return hflm, SaroLM.of(find_measured(None, folder), pack_tokens=300)
 
 
 def assert_same(theirs: list[tuple[float, bool]], ours: list[tuple[float, bool]]) -> None:
@@ -112,14 +112,14 @@ def test_greedy_answers_are_those_of_lm_evals_own_class(both):
 
 
 def test_contexts_that_are_too_long_are_counted_in_one_line(tiny_model, capsys):
-    lm = SaroLM.of(MeasuredModel.find(None, tiny_model()))
+    lm = SaroLM.of(find_measured(None, tiny_model()))
     lm.loglikelihood(choices("Is it?", a_text(900)))
     assert "warning: 4 of 8 contexts are longer than the 512 tokens that the model reads" in capsys.readouterr().err
     assert lm.counts["cut contexts"] == 4
 
 
 def test_choices_of_a_context_read_it_once(tiny_model):
-    lm = SaroLM.of(MeasuredModel.find(None, tiny_model()))
+    lm = SaroLM.of(find_measured(None, tiny_model()))
     lm.loglikelihood(choices("Is it?"))
     # One token per byte: the context, and of each choice all but its last; two begin alike.
     assert (

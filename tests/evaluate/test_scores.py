@@ -15,7 +15,9 @@ from evaluations import ATTACKS, JUDGE, Evaluation, make_evaluation, write_evalu
 from saro.data.records import Message
 from saro.errors import SaroError
 from saro.evaluate.answers import Answer, Verdict
-from saro.evaluate.scores import ScoreContext, describe_verdict, make_scores
+from saro.evaluate.cells import ScoreContext
+from saro.evaluate.describe_verdict import describe_verdict
+from saro.evaluate.scores import make_scores
 from saro.evaluate.statistics import mcnemar_p, newcombe_paired, wilson_interval
 from saro.evaluate.suite import Item
 

@@ -11,7 +11,8 @@ from typing import Any
 
 from saro.data.records import Message
 from saro.evaluate.answers import Answer, Verdict, write_rows
-from saro.evaluate.scores import ScoreContext, make_scores
+from saro.evaluate.cells import ScoreContext
+from saro.evaluate.scores import make_scores
 from saro.evaluate.suite import Item
 
 MODELS = ("base", "rw", "srpo")

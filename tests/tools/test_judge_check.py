@@ -120,6 +120,7 @@ def test_a_judge_that_abstains_too_often_fails_after_its_figures_are_written(sar
     code, _, err = saro("xstest-rubric")
     assert code == 2
     assert err.startswith("error: judge xstest-rubric: abstains on 2 of 20 answers (10%): parse 2; ")
+    assert "the store of draws" in err
     assert report_of(tmp_path)["agreement"]["refusal"]["all"]["abstained"] == 2
 
 

@@ -10,7 +10,7 @@ from tiny import IM_END, tiny_tokenizer
 
 from saro.data.chat_format import ChatFormat
 from saro.draws.request import Request, Sampling
-from saro.evaluate.generate_answers import Question, generate_answers, read_text
+from saro.evaluate.stopped_answers import AnswerRequest, draw_answers
 
 TAGS = ("<think>", "</think>")
 STOP = ("\n\n", "Question:")
@@ -24,13 +24,18 @@ def chat(request) -> ChatFormat:
     return ChatFormat(tokenizer, frozenset({IM_END}), date(2024, 7, 26), TAGS)
 
 
-def question(chat: ChatFormat, prompt: str = "Why?", stop: tuple[str, ...] = STOP, max_tokens: int = 200, **how):
+def ask(chat: ChatFormat, prompt: str = "Why?", max_tokens: int = 200, may_think: bool = True) -> AnswerRequest:
     ids = tuple(chat.tokenizer.encode(prompt, add_special_tokens=False))
-    return Question(Request(Sampling(max_tokens), ids=ids), stop, **how)
+    return AnswerRequest(Request(Sampling(max_tokens), ids=ids), STOP, may_think)
+
+
+def as_text(chat: ChatFormat, reply: str) -> str:
+    """Return a reply without special tokens, which have no text."""
+    return chat.tokenizer.decode(chat.tokenizer.encode(reply, add_special_tokens=False), skip_special_tokens=True)
 
 
 def answer(chat: ChatFormat, reply: str | None, end: bool = True, **how) -> tuple[str, str]:
-    (found,) = generate_answers(Scripted(chat, lambda _: reply, end), chat, [question(chat, **how)])
+    (found,) = draw_answers(Scripted(chat, lambda _: reply, end), chat, [ask(chat, **how)])
     return found.text, found.state
 
 
@@ -41,7 +46,7 @@ def test_reasoning_is_left_out_and_its_stop_strings_end_nothing(chat, may_think)
 
 
 def test_reasoning_that_the_template_opened_is_left_out(chat):
-    assert answer(chat, "One.\n\nTwo.</think>\nIt is 4.", is_open=True) == ("It is 4.", "finished")
+    assert answer(chat, "One.\n\nTwo.</think>\nIt is 4.", prompt="Why?<think>\n") == ("It is 4.", "finished")
 
 
 @pytest.mark.parametrize("may_think", [True, False])
@@ -52,15 +57,18 @@ def test_an_answer_without_reasoning_ends_at_the_first_stop_string(chat, may_thi
 
 def test_reasoning_without_an_end_is_no_answer(chat):
     assert answer(chat, "<think>\nIt is 4.", end=False, max_tokens=12) == ("", "unfinished")
-    assert answer(chat, "It is 4.", is_open=True) == ("", "unfinished")
+    assert answer(chat, "It is 4.", prompt="Why?<think>\n") == ("", "unfinished")
 
 
 def test_a_second_closing_tag_belongs_to_the_answer(chat):
-    assert answer(chat, "<think>a</think>The tag </think> ends.") == ("The tag </think> ends.", "finished")
+    assert answer(chat, "<think>a</think>The tag </think> ends.") == (
+        as_text(chat, "The tag </think> ends."),
+        "finished",
+    )
 
 
 def test_a_closing_tag_without_an_opening_one_belongs_to_the_answer(chat):
-    assert answer(chat, "The tag </think> ends.") == ("The tag </think> ends.", "finished")
+    assert answer(chat, "The tag </think> ends.") == (as_text(chat, "The tag </think> ends."), "finished")
 
 
 def test_an_answer_at_the_limit_is_cut_unless_a_stop_string_ended_it(chat):
@@ -74,25 +82,24 @@ def test_a_text_that_could_not_be_drawn_is_an_empty_answer(chat):
 
 def test_only_what_begins_as_an_answer_is_drawn_with_stop_strings(chat):
     generator = Scripted(chat, lambda prompt: "<think>a</think>b" if "Think" in prompt else "b")
-    questions = [
-        question(chat, "Think!", may_think=False),
-        question(chat, "Say it.", may_think=False),
-        question(chat, "Think too!", may_think=True),
-        question(chat, "Open.<think>", is_open=True, may_think=False),
+    wanted = [
+        ask(chat, "Think!", may_think=False),
+        ask(chat, "Say it.", may_think=False),
+        ask(chat, "Think too!"),
+        ask(chat, "Open.<think>"),
     ]
-    assert [a.state for a in generate_answers(generator, chat, questions)] == [*["finished"] * 3, "unfinished"]
+    assert [a.state for a in draw_answers(generator, chat, wanted)] == [*["finished"] * 3, "unfinished"]
     stops = [request.sampling.stop for request in generator.asked]
     # The opening tag ends a text, which is then drawn again.
     assert stops == [(*STOP, "<think>"), (*STOP, "<think>"), (), (), ()]
-    assert generator.asked[4] == questions[0].request
+    assert generator.asked[4] == wanted[0].request
 
 
-def test_no_question_asks_nothing(chat):
+def test_no_prompt_asks_nothing(chat):
     generator = Scripted(chat, lambda _: "")
-    assert generate_answers(generator, chat, []) == []
+    assert draw_answers(generator, chat, []) == []
     assert generator.asked == []
 
 
-def test_special_tokens_are_no_text_but_tags_are(chat):
-    ids = chat.tokenizer.encode("<|im_start|><think>a</think>b<|im_end|>", add_special_tokens=False)
-    assert read_text(chat, ids) == "<think>a</think>b"
+def test_special_tokens_are_no_text(chat):
+    assert answer(chat, "<think>a</think>b<|im_start|>c") == ("bc", "finished")
