@@ -29,8 +29,8 @@ def _check_shares(owner: object, group: str, *names: str) -> None:
             raise SaroError(f"{group}{name} is {value}; it must be a share, 0 to 1")
 
 
-def _check_draws(owner: object, group: str) -> None:
-    _check_at_least(owner, group, 1, "draws")
+def _check_draws(owner: object, group: str, least: int = 1) -> None:
+    _check_at_least(owner, group, least, "draws")
     _check_at_least(owner, group, 0, "temperature")
     if owner.draws > 1 and owner.temperature == 0:
         raise SaroError(f"{group}draws above 1 needs a {group}temperature above 0: greedy texts are all the same")
@@ -41,7 +41,7 @@ class RWStage:
     """Stage rw: chains for Reasoning-style Warmup, drawn with the policy in view and kept without it.
 
     Attributes:
-        draws: Texts drawn for each prompt.
+        draws: Texts drawn for each prompt; 0 draws none, and all records are from --rw.fill.
         temperature: 0 takes the likeliest token each time.
         fill: JSONL files of RW records, such as converted public chains, that fill up what the model cannot write.
         records: Number of records to keep, balanced over hazard, source, outcome and level; default all accepted ones.
@@ -55,7 +55,7 @@ class RWStage:
     general: float = 0.25
 
     def __post_init__(self) -> None:
-        _check_draws(self, "rw.")
+        _check_draws(self, "rw.", least=0)
         _check_at_least(self, "rw.", 1, "records")
         _check_shares(self, "rw.", "general")
 
@@ -164,10 +164,12 @@ class Options:
             harmless prompts, in which the chosen chain comes back from needless caution.
         prompts: JSONL files of prompts (`saro convert` makes them from public sets); "demo" is those that come with saro.
         exclude: Suites whose prompts may not be among them; "demo" is always one.
+        drop_excluded: Leave such prompts out, and list them in NAME.left_out.jsonl; otherwise they are an error.
         policy: YAML file of the policy; "saro" is the one that comes with saro.
         generator: Model that writes: a run's folder, a model, or a server as URL#MODEL.
         output: File of the records, NAME.jsonl. NAME.manifest.json and NAME.left_out.jsonl are written beside it.
         heldout: Share of the prompts whose records go to NAME.heldout.jsonl instead, drawn with --seed, twins together.
+        allow_empty: Write an empty file if no record is left; otherwise that is an error.
         overwrite: Replace an output that was made from other options, prompts, models or by another version.
         max_tokens: Longest text in tokens, with its reasoning.
         limit: Use only this many prompts of each file, drawn with --seed, twins together.
@@ -190,10 +192,12 @@ class Options:
     stage: str = field(metadata=positional(choices=STAGES))
     prompts: list[str] | str = field(default_factory=lambda: [DEMO])
     exclude: list[str] | str = field(default_factory=list)
+    drop_excluded: bool = False
     policy: str = "saro"
     generator: str = DEMO
     output: str = "output/synth/records.jsonl"
     heldout: float = 0.0
+    allow_empty: bool = False
     overwrite: bool = False
     max_tokens: int = 1024
     limit: int | None = None

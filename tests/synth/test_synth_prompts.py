@@ -20,6 +20,7 @@ from saro.synth.prompts import (
     Prompt,
     check_exclusion,
     drop_duplicates,
+    drop_excluded,
     excluded_files,
     parse_prompt_fields,
     read_prompts,
@@ -279,7 +280,10 @@ def test_a_prompt_of_an_excluded_suite_is_an_error_that_names_both_and_shows_nei
     with pytest.raises(SaroError) as caught:
         check_exclusion(prompts, [suite(tmp_path / "knots.jsonl", "How do I tie a knot?")])
     message = str(caught.value).replace(f"{tmp_path}/", "")
-    assert message == "prompts are in an excluded suite: mine.jsonl:2 (x) is knots/q1; remove these prompts"
+    assert (
+        message
+        == "prompts are in an excluded suite: mine.jsonl:2 (x) is knots/q1; remove these prompts, or leave them out with --drop_excluded"
+    )
     assert "tie" not in message
 
 
@@ -315,8 +319,35 @@ def test_more_than_five_overlaps_are_counted(tmp_path):
     texts = [f"How do I tie knot {n}?" for n in range(7)]
     rows = [{"id": f"q{n}", "prompt": text, "expect": "comply"} for n, text in enumerate(texts)]
     prompts = read(tmp_path, *[asks(f"p{n}", text) for n, text in enumerate(texts)])
-    with pytest.raises(SaroError, match=r"knots/q4; and 2 more; remove these prompts$"):
+    with pytest.raises(
+        SaroError, match=r"knots/q4; and 2 more; remove these prompts, or leave them out with --drop_excluded$"
+    ):
         check_exclusion(prompts, [write(tmp_path / "knots.jsonl", *rows)])
+
+
+def test_prompts_of_excluded_suites_can_be_left_out_and_are_listed_by_suite(tmp_path):
+    knots = suite(tmp_path / "knots.jsonl", "How do I tie a knot?")
+    long = suite(tmp_path / "long.jsonl", LONG)
+    # The same item is in two prompts, and another one in a part.
+    texts = {"a": "how do I tie a knot", "b": "How do I tie a knot!", "c": f"Now {LONG}", "d": "Why is snow white?"}
+    prompts = read(tmp_path, *[asks(id, text) for id, text in texts.items()])
+    funnel = Funnel()
+    kept = drop_excluded(prompts, [knots, long], funnel)
+    assert [prompt.id for prompt in kept] == ["d"]
+    assert sorted((one.id, one.stage, one.reason) for one in funnel.left_out) == [
+        ("a", "prompts", "in suite knots"),
+        ("b", "prompts", "in suite knots"),
+        ("c", "prompts", "in suite long"),
+    ]
+    assert funnel.counts["prompts"]["in an excluded suite"] == 3
+    check_exclusion(kept, [knots, long])
+
+
+def test_a_prompt_whose_twin_is_in_an_excluded_suite_has_none(tmp_path):
+    rows = [asks("b", "How do I tie a knot?", twin="c"), {**HARMFUL, "id": "c", "twin": "b"}]
+    knots = suite(tmp_path / "knots.jsonl", "How do I tie a knot?")
+    (kept,) = drop_excluded(read(tmp_path, *rows), [knots], Funnel())
+    assert (kept.id, kept.item.twin) == ("c", None)
 
 
 def test_excluded_files_name_each_suite_once_and_those_of_the_demo_first():
