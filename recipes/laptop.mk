@@ -8,9 +8,9 @@
 #
 # All files are in $(OUTPUT)/saro. Stop it at any moment: the same command goes on with the stage that was interrupted, and
 # with what that stage has done. A target is a file that its stage writes last, complete or not at all. Options that
-# changed make nothing again: delete a stage's output to make it and all that follows again.
+# changed make nothing again: delete the output of a stage, data/NAME.jsonl or a folder, and those of all stages after it.
 #
-# Budget with DATA, for the demo model on 2 CPU cores with nothing else running: 3 hours 30 minutes, and 5 GB of disk. The
+# Budget with DATA, for the demo model on 2 CPU cores with nothing else running: 3 hours 20 minutes, and 5 GB of disk. The
 # speeds were measured. The number of pairs, and so the tokens of pp, mirror and srpo, depends on what the model writes.
 #
 #   stage       what there is to do                                     tokens     a second   minutes
@@ -18,9 +18,9 @@
 #   rw data     published chains on 1,175 prompts are read and chosen        –            –         1
 #   rw          860 records, two epochs                                600,000          190        53
 #   op          1,144 prompts, four texts each                       1,370,000          500        46
-#   pp          300 prompts, steps and continuations at their forks    500,000          500        17
+#   pp          180 prompts, steps and continuations at their forks    370,000          500        12
 #   mirror      98 harmless prompts, likewise                          120,000          500         4
-#   srpo        700 pairs once, and their reference                    700,000          290        40
+#   srpo        650 pairs once, and their reference                    650,000          290        37
 #   evaluate    three models, 1,533 answers each                     1,330,000          500        44
 
 MODEL ?= demo
@@ -47,7 +47,7 @@ CHAINS := $(PUBLIC)/star1.jsonl $(PUBLIC)/gsm8k.jsonl
 RW_DATA := --rw.fill $(call list,$(CHAINS))
 PAIR_PROMPTS := $(PUBLIC)/coconot.jsonl $(PUBLIC)/star1-pairs.jsonl $(PUBLIC)/gsm8k-pairs.jsonl
 # Values of steps take many rollouts, so pp reads fewer prompts of each file than op.
-PP := --limit 100
+PP := --limit 60
 MIRROR := --limit 200
 else
 SUITES := demo
@@ -87,14 +87,14 @@ saro: $(REPORT)
 stage = @printf '%-6s %-10s %-80s %8s\n' '$(if $(wildcard $(1)),done,to do)' '$(2)' '$(3)' '$(4)'
 
 saro-plan:
-	@echo 'make saro MODEL=$(MODEL) DATA=$(DATA) SEED=$(SEED), in $(RUN); minutes on 2 CPU cores with the demo model:'
+	@echo 'make saro MODEL=$(MODEL) DATA=$(DATA) SEED=$(SEED), in $(RUN); on 2 CPU cores and the demo model $(if $(DATA),3 hours 20,40) minutes in all:'
 	$(if $(DATA),$(call stage,$(PUBLIC)/gsm8k-200.jsonl,convert,public sets -> prompts$(comma) chains and suites,2))
 	$(call stage,$(RUN)/data/rw.jsonl,rw data,prompts -> chains: $(if $(DATA),public ones on the bare prompts,the model writes with the policy in view),$(if $(DATA),1,2))
 	$(call stage,$(RW_MODEL),rw,chains -> a model that reasons (full fine-tuning),$(if $(DATA),53,9))
 	$(call stage,$(RUN)/data/op.jsonl,op,texts of this model -> outcome pairs,$(if $(DATA),46,4))
-	$(call stage,$(RUN)/data/pp.jsonl,pp,its chains -> process pairs,$(if $(DATA),17,5))
+	$(call stage,$(RUN)/data/pp.jsonl,pp,its chains -> process pairs,$(if $(DATA),12,5))
 	$(call stage,$(RUN)/data/mirror.jsonl,mirror,its over-cautious chains -> process pairs on harmless prompts,$(if $(DATA),4,2))
-	$(call stage,$(SRPO_MODEL),srpo,pairs -> the trained model (LoRA),$(if $(DATA),40,5))
+	$(call stage,$(SRPO_MODEL),srpo,pairs -> the trained model (LoRA),$(if $(DATA),37,5))
 	$(call stage,$(RUN)/evaluation/scores.json,evaluate,base$(comma) RW and SRPO: harm$(comma) refusals$(comma) ability$(comma) cost,$(if $(DATA),44,8))
 	$(call stage,$(REPORT),report,one page,0)
 
@@ -147,11 +147,13 @@ $(PUBLIC)/gsm8k-200.jsonl: $(PUBLIC)/gsm8k-test.jsonl
 
 # 1. Chains for RW, and RW. Recipes go on with the run that their folder holds.
 
-# Join files of records, those of held-out prompts too. A stage without held-out records has no file of them.
+# Join files of records, those of held-out prompts too. A stage without held-out records has no file of them. As the files
+# that they are made from, only their owner can read them.
 define merge
-	for file in $(1:.jsonl=.heldout.jsonl) $(3); do test ! -e $$file || cat $$file; done > $(basename $@)-heldout.tmp
-	cat $(1) $(2) > $@.tmp
-	mv $(basename $@)-heldout.tmp $(basename $@)-heldout.jsonl
+	@umask 077; for file in $(1:.jsonl=.heldout.jsonl) $(3); do test ! -e $$file || cat $$file; done > $(basename $@)-heldout.tmp
+	@umask 077; cat $(1) $(2) > $@.tmp
+	@test -s $@.tmp || { echo 'error: no record in $(1); their manifests say why; change options, delete them and go on' >&2; exit 2; }
+	@mv $(basename $@)-heldout.tmp $(basename $@)-heldout.jsonl
 	mv $@.tmp $@
 endef
 # As a list, empty if the file is.

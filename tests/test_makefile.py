@@ -44,7 +44,7 @@ elif stage == "check":
     print("FAIL lengths")
     sys.exit(int(os.environ.get("CHECK", 0)))
 elif name == "synth":
-    write(options["--output"], stage + "\\n")
+    write(options["--output"], "" if stage in os.environ.get("EMPTY", "") else stage + "\\n")
     if stage == "op":
         write(options["--output"].replace(".jsonl", ".heldout.jsonl"), "held op\\n")
 elif name.startswith("recipes/"):
@@ -198,6 +198,20 @@ def test_the_pairs_of_all_stages_and_people_are_joined_and_heldout_ones_apart(ma
     assert (folder / "pairs.jsonl").read_text() == f"op\npp\nmirror\n{written}"
     assert (folder / "pairs-heldout.jsonl").read_text().startswith("held op\n")
     assert done.options("recipes/srpo.py")["--data.heldout"] == f"[{folder}/pairs-heldout.jsonl]"
+
+
+def test_joined_records_are_only_for_their_owner(make, tmp_path):
+    make("saro")
+    for name in ("examples", "examples-heldout", "pairs", "pairs-heldout"):
+        assert (tmp_path / "out" / "saro" / f"{name}.jsonl").stat().st_mode & 0o077 == 0
+
+
+def test_no_pairs_at_all_is_an_error_that_says_where_to_look(make, public, tmp_path):
+    done = make("saro", public, EMPTY="op pp mirror")
+    assert done.code == 2
+    assert done.stages[-1] == "mirror"
+    assert f"error: no record in {tmp_path}/out/saro/data/op.jsonl " in done.err
+    assert not (tmp_path / "out" / "saro" / "pairs.jsonl").exists()
 
 
 def test_without_heldout_records_none_are_named(make, public, tmp_path):

@@ -306,14 +306,17 @@ def _describe_reasons(funnel: Funnel) -> str:
 
 
 def describe_result(manifest: Mapping[str, Any], path: str) -> list[str]:
-    """Return lines for people: what was made, and why the rest was not."""
+    """Return lines for people: what was made, what each step counted, and why the rest was left out."""
     result = manifest["result"]
-    forms = ", ".join(f"{name} {number:,}" for name, number in result["forms"].items())
+    forms = _list(result["forms"])
     more = f", {number:,} held out" if (number := result["heldout"]["records"]) else ""
     lines = [f"{result['records']:,} records in {path}{more}{f' ({forms})' if forms else ''}"]
-    for stage, reasons in result["funnel"]["left_out"].items():
-        listed = ", ".join(f"{reason} {number:,}" for reason, number in reasons.items())
-        lines.append(f"left out, {stage}: {listed}")
+    lines += [f"{stage}: {_list(counts)}" for stage, counts in result["funnel"]["counts"].items()]
+    lines += [f"left out, {stage}: {_list(reasons)}" for stage, reasons in result["funnel"]["left_out"].items()]
     if lengths := result.get("lengths"):
         lines.append(describe_lengths(lengths))
     return lines
+
+
+def _list(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} {number:,}" for name, number in counts.items())
