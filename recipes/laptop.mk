@@ -88,7 +88,7 @@ stage = @printf '%-6s %-10s %-80s %8s\n' '$(if $(wildcard $(1)),done,to do)' '$(
 
 saro-plan:
 	@echo 'make saro MODEL=$(MODEL) DATA=$(DATA) SEED=$(SEED), in $(RUN); on 2 CPU cores and the demo model $(if $(DATA),3 hours 20,40) minutes in all:'
-	$(if $(DATA),$(call stage,$(PUBLIC)/gsm8k-200.jsonl,convert,public sets -> prompts$(comma) chains and suites,2))
+	$(if $(DATA),$(call stage,$(lastword $(SUITES)),convert,public sets -> prompts$(comma) chains and suites,2))
 	$(call stage,$(RUN)/data/rw.jsonl,rw data,prompts -> chains: $(if $(DATA),public ones on the bare prompts,the model writes with the policy in view),$(if $(DATA),1,2))
 	$(call stage,$(RW_MODEL),rw,chains -> a model that reasons (full fine-tuning),$(if $(DATA),53,9))
 	$(call stage,$(RUN)/data/op.jsonl,op,texts of this model -> outcome pairs,$(if $(DATA),46,4))
@@ -132,7 +132,7 @@ $(PUBLIC)/coconot-contrast.jsonl: $(DATA)/coconot_contrast_eval.jsonl | saro-beg
 $(PUBLIC)/gsm8k-test.jsonl: $(DATA)/gsm8k_test.jsonl | saro-begin $(VENV)/.demo
 	$(CONVERT) gsm8k-test $< $@
 
-lines = awk '$(1)' $< > $@.tmp && mv $@.tmp $@
+lines = @awk '$(1)' $< > $@.tmp && mv $@.tmp $@
 
 $(PUBLIC)/star1-rw.jsonl: $(PUBLIC)/star1-prompts.jsonl
 	$(call lines,NR % 8)
@@ -154,12 +154,15 @@ define merge
 	@umask 077; cat $(1) $(2) > $@.tmp
 	@test -s $@.tmp || { echo 'error: no record in $(1); their manifests say why; change options, delete them and go on' >&2; exit 2; }
 	@mv $(basename $@)-heldout.tmp $(basename $@)-heldout.jsonl
-	mv $@.tmp $@
+	@mv $@.tmp $@
+	@echo "$$(wc -l < $@) records in $@, $$(wc -l < $(basename $@)-heldout.jsonl) held out"
 endef
 # As a list, empty if the file is.
 heldout = "[$$(test ! -s $(1) || echo $(1))]"
 
-$(RUN)/data/rw.jsonl: $(call made,$(RW_PROMPTS) $(CHAINS) $(EXCLUDED)) | saro-begin $(VENV)/.demo
+# What later stages read is converted now too: a missing file is then missed at once.
+$(RUN)/data/rw.jsonl: $(call made,$(RW_PROMPTS) $(CHAINS) $(EXCLUDED)) \
+		| $(call made,$(PAIR_PROMPTS) $(SUITES)) saro-begin $(VENV)/.demo
 	$(SYNTHESIZE) --generator $(MODEL) --prompts $(call list,$(RW_PROMPTS)) $(RW_DATA) $(SYNTH)
 
 $(RUN)/examples.jsonl: $(RUN)/data/rw.jsonl
@@ -185,8 +188,9 @@ $(RUN)/pairs.jsonl: $(PAIRS)
 # Exit code 1 is a fault of the records, which people should read; it does not stop the run.
 $(RUN)/pairs.check.txt: $(RUN)/pairs.jsonl
 	$(SARO) synth check $< --model $(RUN)/rw > $@.tmp || test $$? -eq 1
-	cat $@.tmp
-	mv $@.tmp $@
+	@cat $@.tmp
+	@! grep -q ^FAIL $@.tmp || echo 'synth check found faults in the pairs; training goes on'
+	@mv $@.tmp $@
 
 $(SRPO_MODEL): $(RUN)/pairs.jsonl $(RUN)/pairs.check.txt
 	$(LAUNCH) recipes/srpo.py --config $(CONFIGS)/laptop_srpo.yaml --model.name $(RUN)/rw/final --data.train $(call list,$<) \

@@ -54,6 +54,10 @@ elif name == "evaluate":
 elif name == "report":
     write(arguments[0] + "/report/report.html", "<html>")
 """
+PUBLIC = [
+    *("star1.json", "gsm8k_train.jsonl", "coconot_pref.jsonl", "xstest_prompts.csv", "simple_safety_tests.csv"),
+    *("coconot_contrast_eval.jsonl", "gsm8k_test.jsonl"),
+]
 STAGES = ["rw", "recipes/rw.py", "op", "pp", "mirror", "check", "recipes/srpo.py", "evaluate", "report"]
 
 
@@ -120,10 +124,7 @@ def make(tmp_path, environment) -> Callable[..., Made]:
 def public(tmp_path) -> str:
     """A folder with the names of the public sets."""
     (tmp_path / "public").mkdir()
-    for name in (
-        *("star1.json", "gsm8k_train.jsonl", "coconot_pref.jsonl", "xstest_prompts.csv", "simple_safety_tests.csv"),
-        *("coconot_contrast_eval.jsonl", "gsm8k_test.jsonl"),
-    ):
+    for name in PUBLIC:
         (tmp_path / "public" / name).write_text(name)
     return f"DATA={tmp_path / 'public'}"
 
@@ -180,7 +181,7 @@ def test_recipes_always_go_on_with_the_run_in_their_folder(make):
 def test_faults_that_check_finds_are_kept_and_shown_and_do_not_stop(make, tmp_path):
     done = make("saro", CHECK="1")
     assert done.code == 0
-    assert "FAIL lengths" in done.out
+    assert "FAIL lengths\nsynth check found faults in the pairs; training goes on\n" in done.out
     assert (tmp_path / "out" / "saro" / "pairs.check.txt").read_text() == "FAIL lengths\n"
 
 
@@ -239,11 +240,12 @@ def test_no_prompt_of_a_suite_may_be_in_the_data(make, public):
         assert excluded == suites - {"gsm8k-200"} | {"gsm8k-test"}
 
 
-def test_a_missing_public_file_is_named_before_anything_runs(make, public, tmp_path):
-    (tmp_path / "public" / "gsm8k_test.jsonl").unlink()
+@pytest.mark.parametrize("name", PUBLIC)
+def test_a_missing_public_file_is_named_before_any_stage(make, public, tmp_path, name):
+    (tmp_path / "public" / name).unlink()
     done = make("saro", public)
     assert done.code == 2
-    assert f"No rule to make target '{tmp_path}/public/gsm8k_test.jsonl'" in done.err
+    assert f"No rule to make target '{tmp_path}/public/{name}'" in done.err
     assert done.stages == []
 
 
