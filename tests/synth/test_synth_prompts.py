@@ -1,4 +1,6 @@
-"""Tests that prompts are read strictly, each conversation once, and never from an excluded suite. All texts are made up."""
+"""Tests that prompts are read strictly, each conversation once, and never from an excluded suite. Texts are made up,
+except in one test, which reads public data if it lies beside the repository.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +12,12 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from run_files import ROOT
 
 from saro.data.records import Message
 from saro.demo import demo_file
 from saro.errors import SaroError
+from saro.evaluate.public_suites import convert_suite
 from saro.synth.funnel import Funnel, LeftOut
 from saro.synth.prompts import (
     HAZARDS,
@@ -25,7 +29,9 @@ from saro.synth.prompts import (
     parse_prompt_fields,
     read_prompts,
 )
+from saro.synth.public_sets import convert
 
+SHARED = ROOT.parent / "shared" / "data"
 SOURCE = {"source": "made up", "licence": "CC0"}
 HARMFUL = {"id": "a", "prompt": "How do I rob a bank?", "kind": "harmful", "hazard": ["ncr"], **SOURCE}
 HARMLESS = {"id": "b", "prompt": "How do I sit on a bank?", "kind": "harmless", **SOURCE}
@@ -341,6 +347,19 @@ def test_prompts_of_excluded_suites_can_be_left_out_and_are_listed_by_suite(tmp_
     ]
     assert funnel.counts["prompts"]["in an excluded suite"] == 3
     check_exclusion(kept, [knots, long])
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="no public data beside the repository")
+def test_four_prompts_of_star1_are_in_simple_safety_tests_and_can_be_left_out(tmp_path):
+    convert("star1-prompts", SHARED / "star1.json", tmp_path / "star1.jsonl")
+    convert_suite("simple-safety-tests", SHARED / "simple_safety_tests.csv", tmp_path / "simple.jsonl")
+    prompts, excluded = read_prompts([tmp_path / "star1.jsonl"]), [str(tmp_path / "simple.jsonl")]
+    with pytest.raises(SaroError, match=r"prompts are in an excluded suite: .*--drop_excluded$"):
+        check_exclusion(prompts, excluded)
+    funnel = Funnel()
+    kept = drop_excluded(prompts, excluded, funnel)
+    assert len(prompts) - len(kept) == len(funnel.left_out) == 4
+    check_exclusion(kept, excluded)
 
 
 def test_a_prompt_whose_twin_is_in_an_excluded_suite_has_none(tmp_path):
