@@ -1,6 +1,7 @@
 # Each of these commands also installs what it needs into $(VENV).
 #
 #   make demo   runs both stages on the demo data, compares base, RW and SRPO, evaluates them and writes a report
+#   make saro   the whole method: data, RW, pairs of its own texts, SRPO, evaluation, report; recipes/laptop.mk
 #   make test   runs the tests
 #   make trl    installs TRL and lm-eval and runs the tests that compare with them; without these, `make test` skips them
 #   make lint   checks style and format
@@ -61,3 +62,5 @@ $(VENV)/.test: $(VENV)/.torch setup.py pyproject.toml
 $(VENV)/.bench: $(VENV)/.test
 	$(PIP) --editable '.[bench]'
 	touch $@
+
+include recipes/laptop.mk

@@ -1,4 +1,4 @@
-"""Defines the prompts that data is made from, reads them, and checks that no evaluation needs them."""
+"""Defines the prompts that data is made from, reads them, and finds those that an evaluation needs."""
 
 from __future__ import annotations
 
@@ -270,22 +270,51 @@ def check_exclusion(prompts: Sequence[Prompt], suites: Sequence[str] = ()) -> No
     Args:
         suites: JSONL files of suites; "demo" stands for those of the demo, which are always excluded.
     """
-    items = [item for file in excluded_files(suites) for item in read_suite(file)]
-    overlaps = find_contamination(items, _texts(prompts))
+    overlaps = find_contamination(_excluded_items(suites), _texts(prompts))
     if overlaps:
         shared = "; ".join(_describe_overlap(overlap) for overlap in overlaps[:_MOST_OVERLAPS])
         more = f"; and {len(overlaps) - _MOST_OVERLAPS:,} more" if len(overlaps) > _MOST_OVERLAPS else ""
-        raise SaroError(f"prompts are in an excluded suite: {shared}{more}; remove these prompts")
+        raise SaroError(
+            f"prompts are in an excluded suite: {shared}{more}; remove these prompts, or leave them out with "
+            "--drop_excluded"
+        )
+
+
+def drop_excluded(prompts: Sequence[Prompt], suites: Sequence[str], funnel: Funnel) -> list[Prompt]:
+    """Return the prompts that ``check_exclusion`` accepts, in order; the funnel learns which suite has the others.
+
+    A prompt whose twin is left out has none.
+    """
+    items = _excluded_items(suites)
+    kept = list(prompts)
+    dropped: set[str] = set()
+    # Each overlap names one prompt of an item, and several may hold it: search until none is left.
+    while overlaps := find_contamination(items, _texts(kept)):
+        suite_of = {overlap.record: overlap.suite for overlap in reversed(overlaps)}
+        for prompt in kept:
+            if (suite := suite_of.get(_place(prompt))) is not None:
+                funnel.leave_out(prompt.id, "prompts", f"in suite {suite}")
+                dropped.add(prompt.id)
+        kept = [prompt for prompt in kept if prompt.id not in dropped]
+    funnel.count("prompts", "in an excluded suite", len(dropped))
+    return [_without_twin(prompt) if prompt.item.twin in dropped else prompt for prompt in kept]
+
+
+def _excluded_items(suites: Sequence[str]) -> list[Item]:
+    return [item for file in excluded_files(suites) for item in read_suite(file)]
+
+
+def _place(prompt: Prompt) -> str:
+    return f"{prompt.where} ({prompt.id})"
 
 
 def _texts(prompts: Sequence[Prompt]) -> Iterator[tuple[str, str]]:
     """Yield (place and id, text) for the user turns of each prompt, together and one by one."""
     for prompt in prompts:
-        name = f"{prompt.where} ({prompt.id})"
         turns = [turn.content for turn in prompt.item.prompt if turn.role == "user"]
-        yield name, "\n".join(turns)
+        yield _place(prompt), "\n".join(turns)
         for text in turns if len(turns) > 1 else ():
-            yield name, text
+            yield _place(prompt), text
 
 
 def _describe_overlap(overlap: Contamination) -> str:

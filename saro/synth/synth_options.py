@@ -18,11 +18,11 @@ def _check_shares(owner: object, prefix: str, *names: str) -> None:
     check_numbers(owner, prefix, names, lambda share: 0 <= share <= 1, "a share, 0 to 1")
 
 
-def _check_draws(owner: object, group: str) -> None:
-    check_at_least(owner, group, 1, "draws")
-    check_at_least(owner, group, 0, "temperature")
+def _check_draws(owner: object, prefix: str, least: int = 1) -> None:
+    check_at_least(owner, prefix, least, "draws")
+    check_at_least(owner, prefix, 0, "temperature")
     if owner.draws > 1 and owner.temperature == 0:
-        raise SaroError(f"{group}draws above 1 needs a {group}temperature above 0: greedy texts are all the same")
+        raise SaroError(f"{prefix}draws above 1 needs a {prefix}temperature above 0: greedy texts are all the same")
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class RWStage:
     """Stage rw: chains for Reasoning-style Warmup, drawn with the policy in view and kept without it.
 
     Attributes:
-        draws: Texts drawn for each prompt.
+        draws: Texts drawn for each prompt; 0 draws none, and all records are from --rw.fill.
         temperature: 0 takes the likeliest token each time.
         fill: JSONL files of RW records, such as converted public chains, that fill up what the model cannot write.
         records: Number of records to keep, balanced over hazard, source, outcome and level; default all accepted ones.
@@ -44,7 +44,7 @@ class RWStage:
     general: float = 0.25
 
     def __post_init__(self) -> None:
-        _check_draws(self, "rw.")
+        _check_draws(self, "rw.", least=0)
         check_at_least(self, "rw.", 1, "records")
         _check_shares(self, "rw.", "general")
 
@@ -153,10 +153,12 @@ class Options:
             harmless prompts, in which the chosen chain comes back from needless caution.
         prompts: JSONL files of prompts (`saro convert` makes them from public sets); "demo" is those that come with saro.
         exclude: Suites whose prompts may not be among them; "demo" is always one.
+        drop_excluded: Leave such prompts out, and list them in NAME.left_out.jsonl; otherwise they are an error.
         policy: YAML file of the policy; "saro" is the one that comes with saro.
         generator: Model that writes: a run's folder, a model, or a server as URL#MODEL.
         output: File of the records, NAME.jsonl. NAME.manifest.json and NAME.left_out.jsonl are written beside it.
         heldout: Share of the prompts whose records go to NAME.heldout.jsonl instead, drawn with --seed, twins together.
+        allow_empty: Write an empty file if no record is left; otherwise that is an error.
         overwrite: Replace an output that was made from other options, prompts, models or by another version.
         max_tokens: Longest text in tokens, with its reasoning.
         limit: Use only this many prompts of each file, drawn with --seed, twins together.
@@ -179,10 +181,12 @@ class Options:
     stage: str = field(metadata=positional(choices=STAGES))
     prompts: list[str] | str = field(default_factory=lambda: [DEMO])
     exclude: list[str] | str = field(default_factory=list)
+    drop_excluded: bool = False
     policy: str = "saro"
     generator: str = DEMO
     output: str = "output/synth/records.jsonl"
     heldout: float = 0.0
+    allow_empty: bool = False
     overwrite: bool = False
     max_tokens: int = 1024
     limit: int | None = None

@@ -28,8 +28,8 @@ from saro.synth.synth_options import Options
 # so the same content at another path gives the same bytes. How prompts become tokens is told with the generator.
 _NOT_IN_CONFIG = frozenset(
     {
-        *("prompts", "exclude", "policy", "generator", "output", "overwrite", "store", "plan", "offline"),
-        *("allow_self_judge", "budget", "data", "rw.fill", "load.trust_remote_code"),
+        *("prompts", "exclude", "drop_excluded", "policy", "generator", "output", "overwrite", "store"),
+        *("plan", "offline", "allow_empty", "allow_self_judge", "budget", "data", "rw.fill", "load.trust_remote_code"),
         *("server.key_env", "server.tokenizer", "server.concurrency", "server.timeout"),
         *("judge.name", "judge.model", "judge.endpoint", "judge.key_env", "judge.gold"),
         *("steps.model", "steps.endpoint", "steps.key_env"),
@@ -50,6 +50,7 @@ class SynthOutput:
         left_out: NAME.left_out.jsonl: id, stage, reason and draw of what was left out; no text.
         lock: held to the end of the process, so that two processes never write one output.
         overwrite: replace an output that was made from something else.
+        allow_empty: write NAME.jsonl without a record, too.
     """
 
     records: Path
@@ -58,9 +59,10 @@ class SynthOutput:
     left_out: Path
     lock: FileLock
     overwrite: bool
+    allow_empty: bool
 
     @classmethod
-    def open(cls, path: str, overwrite: bool = False) -> SynthOutput:
+    def open(cls, path: str, overwrite: bool = False, allow_empty: bool = False) -> SynthOutput:
         """Look at the output without writing.
 
         Raises:
@@ -78,6 +80,7 @@ class SynthOutput:
             left_out=records.with_suffix(".left_out.jsonl"),
             lock=FileLock(records.with_name(f".{records.name}.lock")),
             overwrite=overwrite,
+            allow_empty=allow_empty,
         )
 
     def begin(self, made_from: Mapping[str, Any]) -> None:
@@ -128,7 +131,7 @@ class SynthOutput:
             chat: format of the model that is to be trained; None if only a server knows it, and then none is encoded.
 
         Raises:
-            SaroError: no record is left to train on. The manifest and the reasons are written.
+            SaroError: no record is left to train on, unless ``allow_empty``. The manifest and the reasons are written.
         """
         readable = list(_keep_readable(records, funnel, chat))
         lines, heldout_lines = [], []
@@ -158,7 +161,7 @@ class SynthOutput:
             file.write("\n")
         with atomic_write(self.left_out) as file:
             file.writelines(json.dumps(asdict(one)) + "\n" for one in funnel.left_out)
-        if not lines:
+        if not (lines or self.allow_empty):
             raise SaroError(
                 f"{self.records}: no record is left{_describe_reasons(funnel)}; {self.manifest.name} counts what came of the "
                 f"texts, {self.left_out.name} names them"
@@ -292,14 +295,17 @@ def _describe_reasons(funnel: Funnel) -> str:
 
 
 def describe_result(manifest: Mapping[str, Any], path: str) -> list[str]:
-    """Return lines for people: what was made, and why the rest was not."""
+    """Return lines for people: what was made, what each step counted, and why the rest was left out."""
     result = manifest["result"]
-    forms = ", ".join(f"{name} {number:,}" for name, number in result["forms"].items())
+    forms = _list(result["forms"])
     more = f", {number:,} held out" if (number := result["heldout"]["records"]) else ""
     lines = [f"{result['records']:,} records in {path}{more}{f' ({forms})' if forms else ''}"]
-    for stage, reasons in result["funnel"]["left_out"].items():
-        listed = ", ".join(f"{reason} {number:,}" for reason, number in reasons.items())
-        lines.append(f"left out, {stage}: {listed}")
+    lines += [f"{stage}: {_list(counts)}" for stage, counts in result["funnel"]["counts"].items()]
+    lines += [f"left out, {stage}: {_list(reasons)}" for stage, reasons in result["funnel"]["left_out"].items()]
     if lengths := result.get("lengths"):
         lines.append(describe_lengths(lengths))
     return lines
+
+
+def _list(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} {number:,}" for name, number in counts.items())

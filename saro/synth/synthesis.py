@@ -30,7 +30,15 @@ from saro.synth.budget import Budget, BudgetedGenerator
 from saro.synth.check_records import measure_lengths
 from saro.synth.funnel import Funnel
 from saro.synth.judgement import Judge
-from saro.synth.prompts import Prompt, check_exclusion, choose_heldout, drop_duplicates, excluded_files, read_prompts
+from saro.synth.prompts import (
+    Prompt,
+    check_exclusion,
+    choose_heldout,
+    drop_duplicates,
+    drop_excluded,
+    excluded_files,
+    read_prompts,
+)
 from saro.synth.safety_policy import Policy, read_policy
 from saro.synth.step_judge import StepJudge
 from saro.synth.synth_options import Options
@@ -111,7 +119,10 @@ def synthesize(options: Options, runtime: Runtime) -> dict[str, Any] | None:
     policy = read_policy(options.policy)
     files = prompt_files(as_list(options.prompts))
     prompts = drop_duplicates(read_prompts(files, options.limit, options.seed), funnel)
-    check_exclusion(prompts, as_list(options.exclude))
+    if options.drop_excluded:
+        prompts = drop_excluded(prompts, as_list(options.exclude), funnel)
+    else:
+        check_exclusion(prompts, as_list(options.exclude))
     (subject,) = find_subjects([options.generator], [], options.load, options.server, options.data)
     budget = Budget.of_rank(options.budget.tokens, options.budget.calls, runtime.rank, runtime.processes)
     generator = BudgetedGenerator(
@@ -131,7 +142,7 @@ def synthesize(options: Options, runtime: Runtime) -> dict[str, Any] | None:
     for model in (judge_model, step_model):
         if model is not None:
             check_not_self(model.generator.identity, {subject.name: generator.identity}, options.allow_self_judge)
-    output = SynthOutput.open(options.output, options.overwrite)
+    output = SynthOutput.open(options.output, options.overwrite, options.allow_empty)
 
     with DrawStore.open(find_store(options.store)) as store:
         author = Author(subject, generator, store, runtime, options.offline)

@@ -27,7 +27,8 @@ def test_the_stage_is_the_first_argument_or_an_option_of_a_file(stage, tmp_path)
     [
         ([], "missing stage"),
         (["pq"], "unknown stage 'pq'; "),
-        (["rw", "--rw.draws", "0"], "--rw.draws is 0; it must be at least 1"),
+        (["rw", "--rw.draws", "-1"], "--rw.draws is -1; it must be at least 0"),
+        (["op", "--op.draws", "0"], "--op.draws is 0; it must be at least 1"),
         (
             ["rw", "--rw.temperature", "0"],
             "--rw.draws above 1 needs a rw.temperature above 0: greedy texts are all the same",

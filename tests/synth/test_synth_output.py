@@ -64,7 +64,12 @@ def test_records_manifest_and_reasons_are_written(tmp_path):
     assert result["licences"] == {"Apache-2.0": 1}
     assert result["forms"] == {"guided": 1}
     assert result["funnel"]["left_out"] == {"gates": {"unfinished": 1}}
-    assert "left out, gates: unfinished 1" in describe_result(manifest, "r.jsonl")
+    assert describe_result(manifest, "r.jsonl") == [
+        "1 records in r.jsonl (guided 1)",
+        "gates: passed 2",
+        "output: records 1",
+        "left out, gates: unfinished 1",
+    ]
 
 
 def test_records_of_heldout_prompts_are_written_apart(tmp_path):

@@ -1,4 +1,6 @@
-"""Tests that prompts are read strictly, each conversation once, and never from an excluded suite. All texts are made up."""
+"""Tests that prompts are read strictly, each conversation once, and never from an excluded suite. Texts are made up,
+except in one test, which reads public data if it lies beside the repository.
+"""
 
 from __future__ import annotations
 
@@ -10,21 +12,26 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from run_files import ROOT
 
 from saro.data.records import Message
 from saro.demo import demo_file
 from saro.errors import SaroError
+from saro.evaluate.public_suites import convert_suite
 from saro.synth.funnel import Funnel, LeftOut
 from saro.synth.prompts import (
     HAZARDS,
     Prompt,
     check_exclusion,
     drop_duplicates,
+    drop_excluded,
     excluded_files,
     parse_prompt_fields,
     read_prompts,
 )
+from saro.synth.public_sets import convert
 
+SHARED = ROOT.parent / "shared" / "data"
 SOURCE = {"source": "made up", "licence": "CC0"}
 HARMFUL = {"id": "a", "prompt": "How do I rob a bank?", "kind": "harmful", "hazard": ["ncr"], **SOURCE}
 HARMLESS = {"id": "b", "prompt": "How do I sit on a bank?", "kind": "harmless", **SOURCE}
@@ -279,7 +286,10 @@ def test_a_prompt_of_an_excluded_suite_is_an_error_that_names_both_and_shows_nei
     with pytest.raises(SaroError) as caught:
         check_exclusion(prompts, [suite(tmp_path / "knots.jsonl", "How do I tie a knot?")])
     message = str(caught.value).replace(f"{tmp_path}/", "")
-    assert message == "prompts are in an excluded suite: mine.jsonl:2 (x) is knots/q1; remove these prompts"
+    assert (
+        message
+        == "prompts are in an excluded suite: mine.jsonl:2 (x) is knots/q1; remove these prompts, or leave them out with --drop_excluded"
+    )
     assert "tie" not in message
 
 
@@ -315,8 +325,48 @@ def test_more_than_five_overlaps_are_counted(tmp_path):
     texts = [f"How do I tie knot {n}?" for n in range(7)]
     rows = [{"id": f"q{n}", "prompt": text, "expect": "comply"} for n, text in enumerate(texts)]
     prompts = read(tmp_path, *[asks(f"p{n}", text) for n, text in enumerate(texts)])
-    with pytest.raises(SaroError, match=r"knots/q4; and 2 more; remove these prompts$"):
+    with pytest.raises(
+        SaroError, match=r"knots/q4; and 2 more; remove these prompts, or leave them out with --drop_excluded$"
+    ):
         check_exclusion(prompts, [write(tmp_path / "knots.jsonl", *rows)])
+
+
+def test_prompts_of_excluded_suites_can_be_left_out_and_are_listed_by_suite(tmp_path):
+    knots = suite(tmp_path / "knots.jsonl", "How do I tie a knot?")
+    long = suite(tmp_path / "long.jsonl", LONG)
+    # The same item is in two prompts, and another one in a part.
+    texts = {"a": "how do I tie a knot", "b": "How do I tie a knot!", "c": f"Now {LONG}", "d": "Why is snow white?"}
+    prompts = read(tmp_path, *[asks(id, text) for id, text in texts.items()])
+    funnel = Funnel()
+    kept = drop_excluded(prompts, [knots, long], funnel)
+    assert [prompt.id for prompt in kept] == ["d"]
+    assert sorted((one.id, one.stage, one.reason) for one in funnel.left_out) == [
+        ("a", "prompts", "in suite knots"),
+        ("b", "prompts", "in suite knots"),
+        ("c", "prompts", "in suite long"),
+    ]
+    assert funnel.counts["prompts"]["in an excluded suite"] == 3
+    check_exclusion(kept, [knots, long])
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="no public data beside the repository")
+def test_four_prompts_of_star1_are_in_simple_safety_tests_and_can_be_left_out(tmp_path):
+    convert("star1-prompts", SHARED / "star1.json", tmp_path / "star1.jsonl")
+    convert_suite("simple-safety-tests", SHARED / "simple_safety_tests.csv", tmp_path / "simple.jsonl")
+    prompts, excluded = read_prompts([tmp_path / "star1.jsonl"]), [str(tmp_path / "simple.jsonl")]
+    with pytest.raises(SaroError, match=r"prompts are in an excluded suite: .*--drop_excluded$"):
+        check_exclusion(prompts, excluded)
+    funnel = Funnel()
+    kept = drop_excluded(prompts, excluded, funnel)
+    assert len(prompts) - len(kept) == len(funnel.left_out) == 4
+    check_exclusion(kept, excluded)
+
+
+def test_a_prompt_whose_twin_is_in_an_excluded_suite_has_none(tmp_path):
+    rows = [asks("b", "How do I tie a knot?", twin="c"), {**HARMFUL, "id": "c", "twin": "b"}]
+    knots = suite(tmp_path / "knots.jsonl", "How do I tie a knot?")
+    (kept,) = drop_excluded(read(tmp_path, *rows), [knots], Funnel())
+    assert (kept.id, kept.item.twin) == ("c", None)
 
 
 def test_excluded_files_name_each_suite_once_and_those_of_the_demo_first():

@@ -210,6 +210,40 @@ def test_prompts_of_an_evaluation_are_refused_before_anything_is_drawn(make, wri
     assert writers == []
 
 
+def test_prompts_of_an_evaluation_can_be_left_out_and_the_output_stays_the_same(make, writers, tmp_path):
+    row = make_prompts(1, 0)[0]
+    item = {"id": "i1", "prompt": row["prompt"].upper(), "expect": "refuse", "source": "t", "licence": "t"}
+    suite = write_lines(tmp_path / "suite.jsonl", [item])
+    make("rw", "--drop_excluded", exclude=suite)
+    left_out = [json.loads(line) for line in (tmp_path / "out" / "rw.left_out.jsonl").read_text().splitlines()]
+    assert left_out[0] == {"id": "h0", "stage": "prompts", "reason": "in suite suite", "draw": None}
+    assert all(record.id != "h0" for record in read_examples(tmp_path / "out" / "rw.jsonl"))
+    # Without such prompts the flag decides nothing, and the output may be made again without it.
+    make("op", "--drop_excluded")
+    first = (tmp_path / "out" / "op.jsonl").read_bytes()
+    make("op")
+    assert (tmp_path / "out" / "op.jsonl").read_bytes() == first
+
+
+def test_without_draws_stage_rw_asks_nothing_and_is_filled(make, writers, tmp_path):
+    make("rw", output=tmp_path / "first" / "rw.jsonl")
+    written = tmp_path / "first" / "rw.jsonl"
+    manifest = make("rw", rw__draws=0, rw__fill=written)
+    assert writers[1].asked == []
+    assert manifest["result"]["forms"] == {"fill": manifest["result"]["records"]}
+    assert {record.id for record in read_examples(tmp_path / "out" / "rw.jsonl")} <= {
+        record.id for record in read_examples(written)
+    }
+
+
+def test_a_stage_without_records_is_an_error_unless_it_may_be_empty(make, tmp_path):
+    with pytest.raises(SaroError, match="no record is left"):
+        make("rw", rw__draws=0)
+    manifest = make("rw", "--allow_empty", rw__draws=0)
+    assert manifest["result"]["records"] == 0
+    assert (tmp_path / "out" / "rw.jsonl").read_bytes() == b""
+
+
 def test_a_prompt_of_the_demo_suites_is_always_refused(make, tmp_path):
     demo = Path(synthesize.__code__.co_filename).parents[1] / "demo" / "twins.jsonl"
     text = json.loads(demo.read_text(encoding="utf-8").splitlines()[0])["prompt"]
