@@ -1,6 +1,6 @@
 # Each of these commands also installs what it needs into $(VENV).
 #
-#   make demo   runs both stages on the demo data, compares base, RW and SRPO, evaluates them and writes a report
+#   make demo   runs both stages on the demo data, evaluates base, RW and SRPO, and writes a report
 #   make saro   the whole method: data, RW, pairs of its own texts, SRPO, evaluation, report; recipes/laptop.mk
 #   make test   runs the tests
 #   make trl    installs TRL and lm-eval and runs the tests that compare with them; without these, `make test` skips them
@@ -26,8 +26,6 @@ demo: $(VENV)/.demo
 	$(LAUNCH) recipes/rw.py --config recipes/configs/demo_rw.yaml --train.output $(OUTPUT)/demo-rw --overwrite $(DEMO)
 	$(LAUNCH) recipes/srpo.py --config recipes/configs/demo_srpo.yaml --model.name $(OUTPUT)/demo-rw/final \
 		--train.output $(OUTPUT)/demo-srpo --overwrite $(DEMO)
-	$(VENV)/bin/saro compare --models '["demo", "$(OUTPUT)/demo-rw/final", "$(OUTPUT)/demo-srpo/final"]' \
-		--names '[base, RW, SRPO]' --show '[heldout-pp-harmless-003, heldout-pp-harmful-001]'
 	$(VENV)/bin/saro evaluate --models '["demo", "$(OUTPUT)/demo-rw", "$(OUTPUT)/demo-srpo"]' --names '[base, RW, SRPO]' \
 		--suites demo --attacks prefill --attack_items 12 --max_tokens 160 --output $(OUTPUT)/demo-evaluation $(DEMO_EVALUATE)
 	$(VENV)/bin/saro report $(OUTPUT)/demo-evaluation --runs '["$(OUTPUT)/demo-rw", "$(OUTPUT)/demo-srpo"]' --overwrite
