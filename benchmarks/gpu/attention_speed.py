@@ -22,7 +22,8 @@ CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 DTYPE = torch.bfloat16 if CUDA else torch.float32
 HEADS, GROUPS, SIZE = (32, 8, 128) if CUDA else (4, 2, 16)
-TOKENS, SHORT = (8192, 256) if CUDA else (64, 16)
+# Tokens of a pack, and of the sequences that fill it: which backend is faster depends on their length.
+TOKENS, LENGTHS = (8192, (256, 1024, 2048, 4096, 8192)) if CUDA else (64, (16, 64))
 LONG_PAIRS = Lengths(
     prompt=Part(256, 0.5, 1024),
     shared=Part(384, 0.6, 1024),
@@ -41,11 +42,8 @@ class Causal(torch.nn.Module):
 def make_packs() -> dict[str, Pack]:
     """Return the packs that are measured, by description."""
     pairs = generate_pairs(4, 1000, 2, 0, LONG_PAIRS if CUDA else Lengths())
-    return {
-        f"{TOKENS // SHORT} sequences of {SHORT}": random_pack(TOKENS, 1000, SHORT, 0.5),
-        f"one sequence of {TOKENS}": random_pack(TOKENS, 1000, TOKENS, 0.5),
-        "trees of 4 pairs": lay_out(pairs.trees(range(4), 2**31)),
-    }
+    packs = {f"{TOKENS // length} sequences of {length}": random_pack(TOKENS, 1000, length, 0.5) for length in LENGTHS}
+    return {**packs, "trees of 4 pairs": lay_out(pairs.trees(range(4), 2**31))}
 
 
 def measure(pack: Pack) -> dict:
