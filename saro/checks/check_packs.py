@@ -126,7 +126,7 @@ def _raise_if_different(policy: Policy, quantity: str, where: str, difference: f
             f"packed {quantity} differ from the model's own by {difference:.3g} {where}, and two runs of its own by "
             f"{floor:.3g}: packed training would be wrong for this model and backend; try --model.attention sdpa, "
             "--model.head reference and --model.fused_lora false"
-            + (", leave --model.liger out" if uses_liger(policy.causal_lm) else "")
+            + (", set --model.liger false" if uses_liger(policy.causal_lm) else "")
             + ", and report it"
         )
 

@@ -268,8 +268,9 @@ def _load(
     if is_plain:
         return load_plain(source, options, device, dtype)
     # The base has the dtype that it was trained in: only the sum is rounded to the new one. Fused layers would look for the
-    # adapter in each forward after the merge.
-    policy = load_policy(source, replace(options, fused_lora=False), device, seed=0)
+    # adapter in each forward after the merge. liger-kernel's layers would compute this model and not its base, and its
+    # rotary embedding, which it replaces for all models of a type, the models that are loaded later.
+    policy = load_policy(source, replace(options, fused_lora=False, liger=False), device, seed=0)
     merged = merge_adapter(policy, source.config, dtype)
     return inference_policy(merged.to(device), options)
 

@@ -97,6 +97,8 @@ def export(options: Options, say: Callable[[str], None]) -> str:
             export is off by more than a tenth of what training changed and more than rounding explains.
     """
     run = FinishedRun.open(options.run)
+    # liger-kernel's rotary embedding would stay for the written model, which other programs compute without it.
+    run = replace(run, options=replace(run.options, liger=False))
     if not options.merge and not run.is_full:
         if options.into is not None:
             raise SaroError("--into is for a merged model; add --merge")

@@ -264,6 +264,8 @@ def add_gradients(
         meter.add(sums.metrics)
         if log is not None:
             log.observe(pack, sums)
+        # Their graph holds what the layers keep beside saved tensors, such as casts of all adapters, until it is freed.
+        del sums, loss
     return total
 
 

@@ -565,6 +565,27 @@ def test_fails_on_one_wrong_row_of_the_model_itself(tiny_model, monkeypatch):
         check_packs(policy, DATA)
 
 
+@pytest.mark.parametrize(
+    ("uses_liger", "end"),
+    [
+        (True, "--model.fused_lora false, set --model.liger false, and report it"),
+        (False, "--model.fused_lora false, and report it"),
+    ],
+)
+def test_the_error_says_how_to_turn_off_the_layers_of_liger_kernel(tiny_model, monkeypatch, uses_liger, end):
+    """Left out, the option would leave them on."""
+    monkeypatch.setattr("saro.checks.check_packs.uses_liger", lambda model: uses_liger)
+    policy = load(tiny_model("llama"), dtype="bfloat16")
+    original = policy_module.Policy.forward
+
+    def forward(self, pack, isolated=True):
+        return original(self, pack, isolated) - 0.5 * (self is policy)
+
+    monkeypatch.setattr(policy_module.Policy, "forward", forward)
+    with pytest.raises(SaroError, match=f"{end}$"):
+        check_packs(policy, DATA)
+
+
 # Models that packed training would train wrongly. Their configs are refused earlier; this check would find them too.
 
 _SHAPE = {

@@ -10,6 +10,7 @@ import pytest
 import torch
 from loaded import CPU, load
 from tiny import IM_END, save_tiny_model, tiny_tokenizer
+from transformers.models.llama import modeling_llama
 
 from saro.config import ModelConfig
 from saro.draws import local
@@ -18,6 +19,7 @@ from saro.draws.decode import continue_texts
 from saro.draws.local import LocalGenerator, fit_rows, generation_dtype
 from saro.draws.request import Request, Sampling
 from saro.errors import SaroError
+from saro.model import liger
 from saro.model.source import find_model
 from saro.model.unmodified import unmodified
 from saro.runs.finished import FinishedRun
@@ -98,6 +100,17 @@ def test_merging_leaves_plain_layers_in_the_dtype_that_was_asked_for(finished_ru
     assert not any("lora" in name for name, _ in generator.policy.named_modules())
     assert generator.identity["dtype"] == "bfloat16"
     assert not any(p.requires_grad for p in generator.policy.parameters())
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_a_merged_model_and_its_base_are_computed_by_the_same_layers(finished_run, monkeypatch, method):
+    """Were liger-kernel's put in, as in training, its rotary embedding would also stay for each model loaded later."""
+    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", own_rotary := modeling_llama.apply_rotary_pos_emb)
+    monkeypatch.setattr(liger, "why_not_liger", lambda model_type, device: None)
+    run = FinishedRun.open(str(finished_run(method)))
+    generator = LocalGenerator.load(run.source, run.options, STOPS, CPU, progress=False)
+    assert not liger.uses_liger(generator.policy.causal_lm)
+    assert modeling_llama.apply_rotary_pos_emb is own_rotary
 
 
 def test_the_identity_is_that_of_the_files_and_of_how_they_compute(tiny_model, tmp_path, finished_run):

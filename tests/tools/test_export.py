@@ -15,12 +15,14 @@ from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file, save_file
 from tiny import IM_END, save_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers.models.llama import modeling_llama
 
 import saro.tools.export
 from saro.checks.deviation import choose_records
 from saro.demo import demo_file
 from saro.errors import SaroError
 from saro.files import file_hash
+from saro.model import liger
 from saro.model.load import load_policy
 from saro.model.merge import merge
 from saro.model.policy import Policy
@@ -254,6 +256,25 @@ def wrong_merge(monkeypatch):
 @pytest.mark.parametrize("method", ["lora", "qlora", "full"])
 def test_a_merge_that_is_not_what_was_trained_leaves_nothing(finished_run, wrong_merge, method):
     refused(finished_run(method), r"export: not written, it is off by .* of the .* that training changed", merge=True)
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_the_written_model_is_verified_with_the_rotary_embedding_of_transformers(exported, monkeypatch, method):
+    """liger-kernel's, which a GPU has by default, would stay for the written model. A fault of it would not be seen."""
+    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", own_rotary := modeling_llama.apply_rotary_pos_emb)
+    monkeypatch.setattr(liger, "why_not_liger", lambda model_type, device: None)
+    calls = []
+    for original in (score_trees, score_natively):
+
+        def score(*args, original=original):
+            # Before it is run: liger-kernel's layers cannot run on a CPU.
+            assert modeling_llama.apply_rotary_pos_emb is own_rotary
+            calls.append(original)
+            return original(*args)
+
+        monkeypatch.setattr(saro.tools.export, original.__name__, score)
+    exported(method, merge=True)
+    assert calls == [score_trees, score_trees, score_natively]
 
 
 def test_the_written_files_are_verified_and_not_the_model_in_memory(finished_run, monkeypatch):

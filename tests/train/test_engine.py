@@ -6,6 +6,7 @@ import json
 import math
 import os
 import signal
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -18,6 +19,7 @@ from tiny import Training
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+import saro.model.fused_lora
 from saro.data.dataset import ExampleSet
 from saro.data.packs import Pack, pack_trees
 from saro.data.steps import Step, Steps
@@ -28,7 +30,7 @@ from saro.train import engine
 from saro.train.checkpoint import find_intact_checkpoint, list_checkpoints
 from saro.train.engine import evaluate
 from saro.train.objective import RWObjective
-from saro_kernels import TokenStatistics
+from saro_kernels import LoraLinear, TokenStatistics
 
 METHODS = ("full", "lora", "qlora")
 
@@ -131,6 +133,25 @@ def test_only_the_rows_that_the_objective_names_are_asked_for_a_gradient(trainin
     (pack,) = run.steps[0].packs
     run.fit(runtime, 1)
     assert policy.gradient_rows == pack.rows - 3
+
+
+def test_a_pack_begins_when_the_casts_of_the_pack_before_are_freed(training, runtime, monkeypatch):
+    """They are as large as the adapters, and the start-up check of memory runs one pack only."""
+    run = training(model={"dtype": "bfloat16"}, pack_tokens=256, records_per_step=8)
+    assert len(run.steps[0].packs) > 1
+    casts, alive = [], []
+    original = saro.model.fused_lora._parts
+
+    def parts(layer: nn.Module) -> LoraLinear:
+        made = original(layer)
+        casts.append(weakref.ref(made.a_cast))
+        return made
+
+    monkeypatch.setattr(saro.model.fused_lora, "_parts", parts)
+    run.policy.register_forward_pre_hook(lambda *_: alive.append(sum(cast() is not None for cast in casts)))
+    run.fit(runtime, 1)
+    assert casts
+    assert alive == [0] * len(run.steps[0].packs)
 
 
 def test_the_loss_is_the_average_over_all_scored_tokens_of_the_step(training, runtime):
