@@ -65,7 +65,8 @@ def use_liger(model: PreTrainedModel) -> None:
     activations. Other models of this type in the process get liger-kernel's rotary embedding too.
 
     Raises:
-        SaroError: the model brings its own code, which may compute something else than liger-kernel's layers.
+        SaroError: the model brings its own code, which may compute something else than liger-kernel's layers, or this
+            version of liger-kernel lacks what it needs for the model's type. The model is unchanged.
     """
     if brings_own_code(model):
         raise SaroError(f"{type(model).__name__} brings its own code; leave --model.liger out")
@@ -75,6 +76,8 @@ def use_liger(model: PreTrainedModel) -> None:
     before = dict(vars(file))
     try:
         _apply_liger_kernel_to_instance(model, cross_entropy=False, fused_linear_cross_entropy=False)
+    except ImportError as error:  # a type's layers are imported only now, before anything is replaced
+        raise SaroError(f"--model.liger: {error}; leave it out") from error
     finally:
         # liger-kernel also replaces the classes in the file. Restore them, or other models of this type would use them.
         for name in before.keys() - {_ROTARY}:

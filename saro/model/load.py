@@ -52,7 +52,11 @@ def load_policy(source: ModelSource, options: ModelConfig, device: torch.device,
     model = _load_base(source, options, device, stored_dtype)
     _check_head(model)
     if liger and (options.liger or not brings_own_code(model)):
-        use_liger(model)
+        try:
+            use_liger(model)
+        except SaroError:
+            if options.liger:
+                raise
     if options.method == "full":
         model.requires_grad_(True)
     else:

@@ -179,6 +179,20 @@ def test_a_version_that_is_incompatible_with_transformers_is_refused(monkeypatch
         choose_liger(True, "llama", CUDA)
 
 
+def test_a_type_whose_layers_cannot_be_imported_is_left_alone_unless_liger_was_asked_for(
+    tiny_model, anywhere, monkeypatch
+):
+    def broken(model: PreTrainedModel, **options: bool) -> None:
+        raise ImportError("cannot import name 'LigerOutput'")
+
+    monkeypatch.setattr("liger_kernel.transformers._apply_liger_kernel_to_instance", broken)
+    lm = load(tiny_model(), "full").causal_lm
+    assert not uses_liger(lm)
+    assert rotary(lm).startswith("transformers.")
+    with pytest.raises(SaroError, match=r"^--model\.liger: cannot import name 'LigerOutput'; leave it out$"):
+        load(tiny_model(), "full", liger=True)
+
+
 def test_a_model_with_its_own_code_is_refused_and_transformers_stays_unchanged(tiny_model):
     class OwnLlama(LlamaForCausalLM):
         pass
