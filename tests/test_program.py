@@ -12,7 +12,9 @@ import yaml
 
 from saro.config import RWConfig, SRPOConfig, as_dict
 from saro.errors import SaroError
-from saro.program import RunFlags, as_list, parse_recipe, progress_bar, run_program
+from saro.evaluate.options import Options as EvaluateOptions
+from saro.program import RunFlags, as_list, parse_recipe, parse_tool, progress_bar, run_program
+from saro.synth.synth_options import Options as SynthOptions
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -149,8 +151,15 @@ def test_the_config_of_a_run_can_be_given_back(yaml_file):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes/configs").glob("*.yaml")), ids=lambda path: path.name)
 def test_the_configs_of_the_repository_are_valid(path):
-    config, _ = parse("--config", str(path))
-    assert config.train.output
+    given = yaml.safe_load(path.read_text())
+    if path.stem.endswith("_evaluate"):
+        options = parse_tool(EvaluateOptions, "evaluate.py", "Evaluate.", ["--config", str(path)])
+    elif path.stem.endswith("_synth"):
+        options = parse_tool(SynthOptions, "synth.py", "Make data.", ["op", "--config", str(path)])
+    else:
+        options = parse("--config", str(path))[0]
+        assert options.train.output == given["train"]["output"]
+    assert as_dict(options).keys() >= given.keys()
 
 
 def test_help_names_every_option_with_its_meaning(capsys):

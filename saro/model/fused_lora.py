@@ -19,7 +19,6 @@ from torch import nn
 from transformers.activations import GELUTanh, SiLUActivation
 
 from saro.model.architectures import GATED_MLPS
-from saro.model.liger import replaced_forward
 from saro_kernels import FrozenLinear, LoraLinear, lora_gated_mlp, lora_linear
 
 _ACTIVATIONS: dict[type, str] = {nn.SiLU: "silu", SiLUActivation: "silu", GELUTanh: "gelu_tanh"}
@@ -72,7 +71,7 @@ def cast_adapters(layers: Iterable[LoraLayer], dtype: torch.dtype) -> Iterator[N
 
 def _fused_matrices(layer: LoraLayer) -> tuple[nn.Parameter, ...]:
     """Return A and B of the adapter that our forward would compute; nothing if PEFT's forward computes the layer."""
-    name = _exact_adapter(layer) if replaced_forward(layer) is _linear_forward else None
+    name = _exact_adapter(layer) if layer.forward.__func__ is _linear_forward else None
     return () if name is None else (layer.lora_A[name].weight, layer.lora_B[name].weight)
 
 
