@@ -84,8 +84,9 @@ def examples() -> list[dict[str, object]]:
 
 @pytest.fixture
 def environment() -> dict[str, str]:
-    """Return the environment for processes that tests start, without the variables of a surrounding launcher."""
+    """Return the environment for processes that tests start, without the variables of a surrounding launcher or make."""
     dropped = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    dropped += ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")
     return {k: v for k, v in os.environ.items() if k not in dropped}
 
 
