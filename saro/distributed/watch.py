@@ -104,6 +104,8 @@ class Watch:
         # In this thread nothing blocks but the event, so that Ctrl-C works.
         self._ready.wait()
         if self._failure is not None:
+            # This thread ends the process: where the others are slow, the watch would print the same line once more.
+            self._claim_end()
             raise SaroError(self._failure.text if self._failure.rank == self.rank else str(self._failure))
 
     def leave(self) -> None:
