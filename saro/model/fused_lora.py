@@ -57,7 +57,7 @@ def cast_adapters(layers: Iterable[LoraLayer], dtype: torch.dtype) -> Iterator[N
     """Cast the active adapters of those layers that are fused to ``dtype`` at once, for all forwards in this context.
 
     Outside it, each layer casts A and B itself, in its forward and again in its backward: a kernel for each matrix. The
-    casts are made anew in each context, so they are those of the parameters. Nothing writes to them afterwards. They live
+    casts are made in each context, so they have the values of the parameters. Nothing writes to them afterwards. They live
     until the backward is done: 2 bytes for each parameter in bfloat16, and nothing if the adapters have ``dtype`` already.
     """
     matrices = [matrix for layer in layers for matrix in _fused_matrices(layer) if matrix.dtype != dtype]

@@ -17,7 +17,7 @@ from saro.model.adapter import continued_adapter, new_adapter
 from saro.model.architectures import dropout_options
 from saro.model.attention import choose_backend
 from saro.model.fused_lora import CHECKPOINTING, fuse_lora
-from saro.model.liger import brings_own_code, choose_liger, use_liger
+from saro.model.liger import choose_liger, use_liger
 from saro.model.policy import Policy
 from saro.model.source import ModelSource, first_line
 from saro_kernels import choose_impl
@@ -51,7 +51,7 @@ def load_policy(source: ModelSource, options: ModelConfig, device: torch.device,
     stored_dtype = torch.float32 if options.method == "full" else dtype
     model = _load_base(source, options, device, stored_dtype)
     _check_head(model)
-    if liger and (options.liger or not brings_own_code(model)):
+    if liger:
         try:
             use_liger(model)
         except SaroError:

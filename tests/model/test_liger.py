@@ -154,7 +154,7 @@ def test_liger_is_left_out_if_the_user_says_so():
 
 
 def test_without_an_answer_a_model_with_its_own_code_is_left_alone(tiny_model, anywhere, monkeypatch):
-    monkeypatch.setattr(saro.model.load, "brings_own_code", lambda model: True)
+    monkeypatch.setattr(liger, "brings_own_code", lambda model: True)
     assert not uses_liger(load(tiny_model(), "full").causal_lm)
 
 
