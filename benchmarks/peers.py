@@ -314,7 +314,7 @@ def main() -> int:
     console = Console()
     # Find the model here: fetching the demo model would count as memory of a measurement.
     model = find_model(ModelConfig(name=find_demo(options.model))).path
-    report: dict = {"options": vars(options), "tasks": {}}
+    report: dict = {"options": {k: v for k, v in vars(options).items() if k != "json"}, "tasks": {}}
 
     def write(task: str, entry: dict) -> None:
         report["tasks"][task] = entry

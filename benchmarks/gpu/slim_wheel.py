@@ -21,7 +21,7 @@ def is_kept(name: str) -> bool:
 
 
 def slim(source: Path, target: Path) -> None:
-    """Copy a wheel without the other libraries; its RECORD is written anew."""
+    """Copy a wheel without the other libraries; its RECORD lists what is left."""
     options = {"compress_type": zipfile.ZIP_DEFLATED, "compresslevel": 9}
     with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
         record = next(name for name in old.namelist() if name.endswith(".dist-info/RECORD"))
