@@ -27,7 +27,7 @@ from saro.synth.author import Author, Task
 from saro.synth.branch import find_fork
 from saro.synth.chain_parts import Chain, Run, has_outcome, label_chains
 from saro.synth.funnel import Funnel
-from saro.synth.gates import check_form
+from saro.synth.gates import find_unfit_form
 from saro.synth.judgement import Judge
 from saro.synth.prompts import Prompt
 from saro.synth.safety_policy import Policy
@@ -145,7 +145,7 @@ def _draw_chains(run: Run, prompts: Sequence[Prompt]) -> dict[str, list[Chain]]:
     for one in judged:
         answer = one.drawn.answer
         reason = None if has_outcome(one) else one.outcome
-        reason = reason or check_form(one.drawn.task.prompt, answer.think, answer.answer, run.chat)
+        reason = reason or find_unfit_form(one.drawn.task.prompt, answer.think, answer.answer, run.chat)
         if reason is None:
             known.append(one)
             run.funnel.count("chains", one.outcome)

@@ -24,7 +24,7 @@ from saro.program import as_list
 from saro.synth.author import Author, Task
 from saro.synth.bands import BANDS, band_distance
 from saro.synth.funnel import Funnel
-from saro.synth.gates import check_parts, pass_gates
+from saro.synth.gates import Gates
 from saro.synth.judgement import Judge, Judged
 from saro.synth.prompts import Prompt
 from saro.synth.safety_policy import Policy
@@ -116,11 +116,10 @@ def write_guided(
     prompts: Sequence[Prompt], author: Author, judge: Judge, policy: Policy, options: Options, funnel: Funnel
 ) -> dict[str, list[Judged]]:
     """Return the accepted guided texts of each prompt by its id, after gates and judge; only prompts that have some."""
-    tags = author.subject.think_tags
-    tasks = plan_tasks(prompts, policy, options, tags)
+    tasks = plan_tasks(prompts, policy, options, author.subject.think_tags)
     drawn = author.write(tasks, Sampling(options.max_tokens, options.rw.temperature))
     funnel.count("guided draws", "written", len(drawn))
-    passed = pass_gates(drawn, author.subject.chat, policy, funnel, tags=tags, steady=True)
+    passed = Gates.of(author.subject, policy, steady=True).select(drawn, funnel)
     accepted = []
     for text in judge.judge(passed):
         if text.is_good:
@@ -187,6 +186,7 @@ def _keep_shortest(texts: Sequence[Judged], policy: Policy, judge: Judge, funnel
 def _fill(prompts: Sequence[Prompt], author: Author, policy: Policy, options: Options, funnel: Funnel) -> list[_Kept]:
     """Return published texts on prompts that lack one, the nearest to its band and then the shortest of each."""
     by_text = {_as_text(prompt.item.prompt): prompt for prompt in prompts}
+    gates = Gates.of(author.subject, policy, steady=True)
     passed: dict[str, list[_Published]] = {}
     for file in as_list(options.rw.fill):
         digest = None
@@ -196,7 +196,7 @@ def _fill(prompts: Sequence[Prompt], author: Author, policy: Policy, options: Op
             prompt = by_text.get(_as_text(example.prompt))
             if prompt is None:
                 funnel.count("fill", "on no prompt that lacks a text")
-            elif reason := _check_published(prompt, example.response, author, policy):
+            elif reason := _find_fault(prompt, example.response, gates):
                 funnel.leave_out(prompt.id, "fill", reason)
             else:
                 origin = _describe_origin(file, digest, fields)
@@ -220,10 +220,10 @@ def _describe_origin(file: str, digest: str, fields: Mapping[str, Any]) -> dict[
     return {"file": Path(file).name, "sha256": digest, "source": source or Path(file).name, "licence": licence}
 
 
-def _check_published(prompt: Prompt, response: Response, author: Author, policy: Policy) -> str | None:
+def _find_fault(prompt: Prompt, response: Response, gates: Gates) -> str | None:
     """Return the first reason against a published text, or None."""
-    think, tags = response.reasoning or "", author.subject.think_tags
-    reason = check_parts(prompt, think, response.answer, author.subject.chat, policy, tags=tags, steady=True)
+    think = response.reasoning or ""
+    reason = gates.find_fault_of_parts(prompt, think, response.answer)
     if reason is not None or prompt.item.expect != "answer":
         return reason
     answer = Answer(
