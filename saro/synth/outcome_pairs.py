@@ -29,7 +29,7 @@ from saro.evaluate.answers import Answer
 from saro.synth.author import Author, Drawn, Task
 from saro.synth.funnel import Funnel
 from saro.synth.gates import Gates, find_unfit_form
-from saro.synth.judgement import Judge, Judged
+from saro.synth.judgement import Judge, Judged, JudgedGate
 from saro.synth.prompts import Prompt
 from saro.synth.rw_examples import write_guided
 from saro.synth.safety_policy import Policy
@@ -116,11 +116,20 @@ def count_followups(prompts: Sequence[Prompt], options: Options) -> int:
 
 
 def make_outcome_pairs(
-    prompts: Sequence[Prompt], author: Author, judge: Judge, policy: Policy, options: Options, funnel: Funnel
+    prompts: Sequence[Prompt],
+    author: Author,
+    judge: Judge,
+    policy: Policy,
+    options: Options,
+    funnel: Funnel,
+    judged_gates: Sequence[JudgedGate] = (),
 ) -> list[dict[str, Any]]:
     """Return pairs of whole texts, sorted by prompt, form and number; at most ``options.op.pairs_per_prompt`` a prompt.
 
-    The guided texts are those of stage rw: the same number, temperature and template.
+    The guided texts are those of stage rw: the same number, temperature, template and gates.
+
+    Args:
+        judged_gates: as in ``write_guided``; only guided texts pass them.
 
     Raises SaroError if texts cannot be drawn or judged.
     """
@@ -136,7 +145,7 @@ def make_outcome_pairs(
     # Guidance by a safety policy cannot make a wrong sum right.
     hopeless = [p for p in prompts if p.kind != "general" and texts[p.id].bad and not texts[p.id].good]
     if hopeless and options.op.guided > 0:
-        guided = write_guided(hopeless, author, judge, policy, options, funnel)
+        guided = write_guided(hopeless, author, judge, policy, options, funnel, judged_gates)
         for prompt in hopeless:
             pairs += _pair_outcomes(prompt, "guided", guided.get(prompt.id, ()), texts[prompt.id].bad, most)
     kept = _cap(pairs, options, funnel)

@@ -25,7 +25,7 @@ from saro.synth.author import Author, Task
 from saro.synth.bands import BANDS, band_distance
 from saro.synth.funnel import Funnel
 from saro.synth.gates import Gates
-from saro.synth.judgement import Judge, Judged
+from saro.synth.judgement import Judge, Judged, JudgedGate
 from saro.synth.prompts import Prompt
 from saro.synth.safety_policy import Policy
 from saro.synth.select_records import Candidate, cell_of, choose_balanced, find_shortest, sort_texts
@@ -113,9 +113,19 @@ def guided_tasks(prompt: Prompt, policy: Policy, options: Options, tags: tuple[s
 
 
 def write_guided(
-    prompts: Sequence[Prompt], author: Author, judge: Judge, policy: Policy, options: Options, funnel: Funnel
+    prompts: Sequence[Prompt],
+    author: Author,
+    judge: Judge,
+    policy: Policy,
+    options: Options,
+    funnel: Funnel,
+    judged_gates: Sequence[JudgedGate] = (),
 ) -> dict[str, list[Judged]]:
-    """Return the accepted guided texts of each prompt by its id, after gates and judge; only prompts that have some."""
+    """Return the accepted guided texts of each prompt by its id, after gates and judge; only prompts that have some.
+
+    Args:
+        judged_gates: asked in their order, each about the good texts that those before it accept.
+    """
     tasks = plan_tasks(prompts, policy, options, author.subject.think_tags)
     drawn = author.write(tasks, Sampling(options.max_tokens, options.rw.temperature))
     funnel.count("guided draws", "written", len(drawn))
@@ -127,18 +137,29 @@ def write_guided(
         else:
             funnel.leave_out(text.drawn.task.prompt.id, "judge", text.outcome, text.drawn.key)
     funnel.count("judge", "good guided draws", len(accepted))
+    for gate in judged_gates:
+        accepted = gate.select(accepted, funnel)
     by_prompt = groupby(sort_texts(accepted), key=lambda text: text.drawn.task.prompt.id)
     return {id: list(texts) for id, texts in by_prompt}
 
 
 def make_examples(
-    prompts: Sequence[Prompt], author: Author, judge: Judge, policy: Policy, options: Options, funnel: Funnel
+    prompts: Sequence[Prompt],
+    author: Author,
+    judge: Judge,
+    policy: Policy,
+    options: Options,
+    funnel: Funnel,
+    judged_gates: Sequence[JudgedGate] = (),
 ) -> list[dict[str, Any]]:
     """Return RW records, at most one for each prompt, sorted by id. They hold the bare prompt, without the policy.
 
     A prompt without an accepted text is filled from ``options.rw.fill`` if a record there has the same conversation. Such
     a text passes the same gates, but the judge does not read it, since those who published it did. Only a right answer
     is checked. Then as many are kept as the options say.
+
+    Args:
+        judged_gates: as in ``write_guided``.
 
     Raises:
         SaroError: the chat template closes the reasoning, texts cannot be drawn or judged, or a file of
@@ -148,7 +169,7 @@ def make_examples(
     if author.subject.chat is not None and prompts:
         _check_template(author.subject.chat, prompts[0])
     funnel.count("prompts", "given", len(prompts))
-    accepted = write_guided(prompts, author, judge, policy, options, funnel)
+    accepted = write_guided(prompts, author, judge, policy, options, funnel, judged_gates)
     kept = [_keep_shortest(texts, policy, judge, funnel) for texts in accepted.values()]
     empty = [prompt for prompt in prompts if prompt.id not in accepted]
     kept += _fill(empty, author, policy, options, funnel)
