@@ -83,6 +83,16 @@ class _Published:
         )
 
 
+def check_template(prompts: Sequence[Prompt], chat: ChatFormat | None) -> None:
+    """Raise SaroError if no record could hold reasoning, because the chat template closes it.
+
+    Args:
+        chat: format of the model that is to be trained; None if only a server knows it, and then nothing is checked.
+    """
+    if chat is not None and prompts:
+        chat.completion_text(chat.render_prompt(prompts[0].item.prompt), Response("So.", "Yes."))
+
+
 def plan_tasks(
     prompts: Sequence[Prompt], policy: Policy, options: Options, tags: tuple[str, str] | None = None
 ) -> list[Task]:
@@ -162,12 +172,9 @@ def make_examples(
         judged_gates: as in ``write_guided``.
 
     Raises:
-        SaroError: the chat template closes the reasoning, texts cannot be drawn or judged, or a file of
-            ``options.rw.fill`` is faulty.
+        SaroError: texts cannot be drawn or judged, or a file of ``options.rw.fill`` is faulty.
     """
     prompts = sorted(prompts, key=lambda prompt: prompt.id)
-    if author.subject.chat is not None and prompts:
-        _check_template(author.subject.chat, prompts[0])
     funnel.count("prompts", "given", len(prompts))
     accepted = write_guided(prompts, author, judge, policy, options, funnel, judged_gates)
     kept = [_keep_shortest(texts, policy, judge, funnel) for texts in accepted.values()]
@@ -179,11 +186,6 @@ def make_examples(
             funnel.leave_out(prompt.id, "select", "no accepted text")
     chosen = _choose(kept, options, funnel)
     return [make_example_record(one.prompt, one.think, one.answer, one.synth) for one in chosen]
-
-
-def _check_template(chat: ChatFormat, prompt: Prompt) -> None:
-    """Raise SaroError if no record could hold reasoning, which would show only after all texts are paid for."""
-    chat.completion_text(chat.render_prompt(prompt.item.prompt), Response("So.", "Yes."))
 
 
 def _keep_shortest(texts: Sequence[Judged], policy: Policy, judge: Judge, funnel: Funnel) -> _Kept:

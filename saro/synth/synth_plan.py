@@ -71,7 +71,7 @@ def plan_stage(
     followups: int = 0,
     max_tokens: int,
     judges: int = 0,
-    gold: int = 0,
+    more_read: int = 0,
     concurrency: int = 1,
 ) -> Plan:
     """Return what a stage would ask. Nothing is sent.
@@ -82,7 +82,8 @@ def plan_stage(
         followups: most texts of later rounds.
         max_tokens: longest text, in tokens.
         judges: number of judges that are models: each reads each text, and once more if its reply cannot be read.
-        gold: number of answers on which a judge is tried first.
+        more_read: what some judges read beside, each once or twice: answers on which one is tried first, guided texts
+            that have to pass gates, prompts that get hazards.
         concurrency: how many draws are under way at a time, whose times overlap.
     """
     by_key = {one.request.key(identity): one.request for one in asked}
@@ -100,7 +101,7 @@ def plan_stage(
         followups=followups,
         followup_tokens=followups * max_tokens,
         followup_prompt_tokens=followups * (longest + max_tokens),
-        verdicts=2 * (judges * (len(by_key) + followups) + gold),
+        verdicts=2 * (judges * (len(by_key) + followups) + more_read),
         speed=speed,
         mean_tokens=mean_tokens,
     )

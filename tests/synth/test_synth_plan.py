@@ -69,8 +69,8 @@ def test_a_stored_failure_counts_only_if_it_would_not_be_drawn_again(store, fail
     assert found.drawn_tokens == 16 * sum(map(len, again.asked))
 
 
-def test_a_judge_is_asked_about_each_text_and_each_gold_answer_at_most_twice(store):
-    assert plan(store, [of_ids(1)], followups=2, judges=1, gold=20).verdicts == 2 * (1 + 2) + 2 * 20
+def test_a_judge_is_asked_about_each_text_and_whatever_else_is_read_at_most_twice(store):
+    assert plan(store, [of_ids(1)], followups=2, judges=1, more_read=20).verdicts == 2 * (1 + 2) + 2 * 20
     assert plan(store, [of_ids(1)], followups=2).verdicts == 0
 
 
