@@ -349,6 +349,24 @@ def test_a_server_writes_each_stage_and_is_asked_nothing_twice(make, served, tmp
     )
 
 
+@pytest.mark.parametrize("stage", ["rw", "pp"])
+def test_a_server_is_asked_in_the_order_of_a_trie_which_changes_no_byte(make, served, tmp_path, monkeypatch, stage):
+    server, options = served
+    options |= {"server__concurrency": 1}
+    make(stage, **options)
+    first = [json.dumps(body.get("messages", body.get("prompt"))) for _, _, body in server.requests]
+    server.requests.clear()
+    monkeypatch.delattr(EndpointGenerator, "order")
+    other = {"output": tmp_path / "other" / f"{stage}.jsonl", "store": tmp_path / "other.sqlite3"}
+    make(stage, **options, **other)
+    second = [json.dumps(body.get("messages", body.get("prompt"))) for _, _, body in server.requests]
+    assert sorted(first) == sorted(second)
+    assert first != second
+    if stage == "rw":  # one round
+        assert first == sorted(first)
+    assert files_of(tmp_path / "other") == files_of(tmp_path / "out")
+
+
 def test_process_pairs_of_a_server_need_its_tokenizer(make, served):
     _, options = served
     with pytest.raises(SaroError, match=r"--server\.tokenizer"):
