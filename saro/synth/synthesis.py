@@ -68,7 +68,7 @@ class Stage:
         templates: what models are asked with.
         reads_steps: True if a judge of steps works too; ``make`` then takes it after the judge.
         guided: texts that are written with the policy in view: all, those of later rounds, or none. If there are some,
-            ``make`` takes their judged gates last.
+            ``make`` takes ``judged_gates``.
     """
 
     make: Callable[..., list[dict[str, Any]]]
@@ -197,8 +197,9 @@ def synthesize(options: Options, runtime: Runtime) -> dict[str, Any] | None:
             JudgedGate(name, Judge(gate, model, store, runtime, options.offline, option=f"--gates.{name}"))
             for name, (gate, model) in gates.items()
         ]
-        more = [judged_gates] if judged_gates else []
-        records = stage.make(prompts, author, *judges, policy, options, funnel, *more)
+        # Only stages with guided texts take gates, and the options refuse them for others.
+        gated = {"judged_gates": judged_gates} if judged_gates else {}
+        records = stage.make(prompts, author, *judges, policy, options, funnel, **gated)
         judge.finish(funnel)
         for gate in judged_gates:
             gate.finish(funnel)
