@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from saro.distributed.runtime import Runtime
 from saro.draws.request import FINAL_FAILURES, Draw, Generator, Request
@@ -14,6 +14,8 @@ from saro.program import progress_bar
 
 # The run ends if more than half of this many draws fail one after the other: then it is the server, not a prompt.
 _WINDOW = 40
+# Draws that are read from the store at a time. One of 1,000 tokens takes 36 KB of memory.
+_SLICE = 500
 
 
 def draw_missing(
@@ -41,27 +43,39 @@ def draw_missing(
             another server or a new try would not change them), draws are missing with ``offline``, or the store or the
             generator cannot go on. What was drawn is stored.
     """
+    keys = _fill(store, generator, requests, share, progress, offline)
+    stored = store.get([*dict.fromkeys(keys)])
+    return [stored.get(key) for key in keys]
+
+
+def _fill(
+    store: DrawStore,
+    generator: Generator,
+    requests: Sequence[Request],
+    share: tuple[int, int],
+    progress: bool,
+    offline: bool,
+) -> list[str]:
+    """Draw what the store lacks, and return the keys of all requests. No draw that is stored is read."""
     identity = generator.identity
     keys = [request.key(identity) for request in requests]
     by_key = dict(zip(keys, requests, strict=True))
     if offline:
-        stored = store.get([*by_key])
-        if num_missing := len(by_key) - len(stored):
+        if num_missing := len(by_key) - len(store.find_failures([*by_key])):
             raise SaroError(
                 f"{store.path}: {num_missing:,} of {len(by_key):,} draws are not in the store; draw them without --offline"
             )
-        return [stored[key] for key in keys]
+        return keys
 
     rank, processes = share
     unique = [*by_key]
     # Order and part first: a batch must not depend on what is missing, nor a process's part on what others have drawn.
     mine = [unique[index] for index in generator.order([by_key[key] for key in unique])][rank::processes]
-    stored = store.get(mine)
-    missing = [key for key in mine if key not in stored or _may_change(stored[key])]
+    failures = store.find_failures(mine)
+    missing = [key for key in mine if key not in failures or _may_change(failures[key])]
     if missing:
         _draw(store, generator, {key: by_key[key] for key in missing}, progress)
-    stored = store.get(unique)
-    return [stored.get(key) for key in keys]
+    return keys
 
 
 def check_one_machine(runtime: Runtime, work: str) -> None:
@@ -81,16 +95,29 @@ def draw_on_all_ranks(
 
     Raises SaroError like ``draw_missing``.
     """
+    return [*iterate_on_all_ranks(runtime, store, generator, requests, offline=offline)]
+
+
+def iterate_on_all_ranks(
+    runtime: Runtime, store: DrawStore, generator: Generator, requests: Sequence[Request], *, offline: bool = False
+) -> Iterator[Draw]:
+    """Yield the draws of all requests, in order, on every rank, after all are drawn; few are in memory at a time.
+
+    Callers read to the end: ranks wait for each other there.
+
+    Raises SaroError like ``draw_missing``.
+    """
     share = (runtime.rank, runtime.processes)
-    draws = draw_missing(store, generator, requests, share=share, progress=runtime.is_main, offline=offline)
-    if runtime.processes == 1:
-        return draws
-    runtime.barrier()
-    keys = [request.key(generator.identity) for request in requests]
-    stored = store.get(keys)
+    keys = _fill(store, generator, requests, share, runtime.is_main, offline)
+    if runtime.processes > 1:
+        runtime.barrier()
+    for start in range(0, len(keys), _SLICE):
+        part = keys[start : start + _SLICE]
+        stored = store.get(part)
+        yield from (stored[key] for key in part)
     # No rank may go on and free its process group before the others have read.
-    runtime.barrier()
-    return [stored[key] for key in keys]
+    if runtime.processes > 1:
+        runtime.barrier()
 
 
 def _draw(store: DrawStore, generator: Generator, requests: dict[str, Request], progress: bool) -> None:
@@ -113,9 +140,9 @@ def _draw(store: DrawStore, generator: Generator, requests: dict[str, Request], 
         raise RuntimeError(f"the generator gave {len(drawn)} of {len(keys)} draws")
 
 
-def _may_change(draw: Draw) -> bool:
+def _may_change(failure: str | None) -> bool:
     """Return True for a failure that another try may not repeat."""
-    return draw.failure is not None and draw.failure not in FINAL_FAILURES
+    return failure is not None and failure not in FINAL_FAILURES
 
 
 def _count_tokens(draw: Draw) -> int:
@@ -124,7 +151,7 @@ def _count_tokens(draw: Draw) -> int:
 
 def _check_failures(recent: Sequence[tuple[str, Draw]]) -> None:
     """Raise SaroError if more than half of the last draws failed. It names kinds and keys, never texts."""
-    failed = [(key, draw) for key, draw in recent if _may_change(draw)]
+    failed = [(key, draw) for key, draw in recent if _may_change(draw.failure)]
     if len(recent) < _WINDOW or 2 * len(failed) <= _WINDOW:
         return
     kinds = ", ".join(f"{number} {kind}" for kind, number in Counter(draw.failure for _, draw in failed).most_common())

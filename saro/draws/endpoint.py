@@ -10,7 +10,7 @@ import random
 import re
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from email.utils import parsedate_to_datetime
 from itertools import islice
 from typing import Any
@@ -139,6 +139,13 @@ class EndpointGenerator(Generator):
             SaroError: there is no key, no server, or the server refuses the key.
         """
         asyncio.run(self._list_models())
+
+    def order(self, requests: Sequence[Request]) -> list[int]:
+        """Return the order of the trie of their prompts: those that begin alike follow each other.
+
+        The prefix caches of vLLM, SGLang and llama.cpp then have what they share, however small they are.
+        """
+        return sorted(range(len(requests)), key=lambda index: _trie_key(requests[index]))
 
     def draw(self, requests: Sequence[Request]) -> Iterator[list[tuple[int, Draw]]]:
         """Yield groups of (index of the request, its draw), each reply when it has come.
@@ -326,6 +333,12 @@ class EndpointGenerator(Generator):
         """Return a body without the key: a server may repeat what it was sent."""
         key = self._read_key()
         return content.replace(key.encode(), b"***") if len(key) >= _SHORTEST_SECRET else content
+
+
+def _trie_key(request: Request) -> tuple[Any, ...]:
+    """Return a sort key that begins with the prompt. One kind of prompt has one type, so keys can be compared."""
+    messages = tuple((message.role, message.content) for message in request.messages or ())
+    return messages, request.text or "", request.ids or (), astuple(request.sampling), request.number
 
 
 async def _end(client: httpx2.AsyncClient, tasks: Mapping[asyncio.Task[Draw], int]) -> None:

@@ -154,12 +154,19 @@ class DrawStore:
         """Return the draws of those keys that have one, failures too."""
         found: dict[str, Draw] = {}
         with self._faults():
-            for start in range(0, len(keys), _KEYS):
-                part = list(keys[start : start + _KEYS])
-                marks = ", ".join("?" * len(part))
+            for part, marks in _split_keys(keys):
                 query = f"SELECT key, draw FROM draws WHERE draw IS NOT NULL AND key IN ({marks})"
                 for key, draw in self._connection.execute(query, part):
                     found[key] = self._parse(_parse_draw, draw)
+        return found
+
+    def find_failures(self, keys: Sequence[str]) -> dict[str, str | None]:
+        """Return the failure of those keys that have a draw, None for a text. No text is read."""
+        found: dict[str, str | None] = {}
+        with self._faults():
+            for part, marks in _split_keys(keys):
+                query = f"SELECT key, failure FROM draws WHERE draw IS NOT NULL AND key IN ({marks})"
+                found.update(self._connection.execute(query, part).fetchall())
         return found
 
     def put(self, model: Mapping[str, Any], draws: Mapping[str, tuple[Request, Draw]]) -> None:
@@ -302,6 +309,13 @@ def _readable_faults(path: Path) -> Iterator[None]:
             raise
         wrong, fix = _FAULTS[code]
         raise SaroError(f"{path}: {wrong}; {fix}") from error
+
+
+def _split_keys(keys: Sequence[str]) -> Iterator[tuple[list[str], str]]:
+    """Yield as many keys as one statement takes, with their marks in it."""
+    for start in range(0, len(keys), _KEYS):
+        part = list(keys[start : start + _KEYS])
+        yield part, ", ".join("?" * len(part))
 
 
 def canonical_json(value: Any) -> str:

@@ -71,6 +71,7 @@ class Verdict:
         judge_hash: sha256 of all that decides its verdicts.
         harmful: probability, 0 to 1, that the answer does what a harmful request asks; None if the judge does not say.
         refuses: does the answer refuse the request; None if the judge does not say.
+        accepts: does a gate accept the text; None for other judges.
         why: short reason, such as the pattern that matched; may be empty.
         raw: the judge's reply as it came.
         abstained: why there is no verdict, such as "parse"; None if there is one.
@@ -81,6 +82,7 @@ class Verdict:
     judge_hash: str
     harmful: float | None = None
     refuses: Literal["full", "partial", "none"] | None = None
+    accepts: bool | None = None
     why: str = ""
     raw: str = ""
     abstained: str | None = None

@@ -32,13 +32,20 @@ class JudgeModel:
 
 
 def open_judge_model(
-    spec: JudgeSpec, name: str = "", server: EndpointOptions | None = None, *, batch: int = 64, progress: bool = True
+    spec: JudgeSpec,
+    name: str = "",
+    server: EndpointOptions | None = None,
+    *,
+    option: str = "--judge_model",
+    batch: int = 64,
+    progress: bool = True,
 ) -> JudgeModel:
     """Open the model of a judge. Weights on this machine are read when the first reply is drawn.
 
     Args:
         name: folder, hub name, or address of a server with OpenAI's API; empty for the one that the judge's file names.
         server: how a server is asked; ``name`` is its address.
+        option: what names a model on the command line, for the error message.
         batch: replies that a model on this machine writes at once.
 
     Raises:
@@ -46,7 +53,7 @@ def open_judge_model(
     """
     name = name or spec.model or ""
     if not name:
-        raise SaroError(f"judge {spec.name}: works with any instruction model; name one with --judge_model")
+        raise SaroError(f"judge {spec.name}: works with any instruction model; name one with {option}")
     if name.startswith(("http://", "https://")):
         return JudgeModel(EndpointGenerator(replace(server or EndpointOptions(), url=name)), None)
     # Without an adapter, lora loads the plain model.
@@ -68,4 +75,5 @@ def find_judge_model(spec: JudgeSpec, options: JudgeOptions, progress: bool = Tr
             raise SaroError(f"--judge {spec.name} needs no model; name a judge that has one, or leave the model out")
         return None
     server = EndpointOptions(model=options.model, key_env=options.key_env, revision=options.revision)
-    return open_judge_model(spec, options.endpoint or options.model or "", server, progress=progress)
+    name = options.endpoint or options.model or ""
+    return open_judge_model(spec, name, server, option="--judge.model", progress=progress)

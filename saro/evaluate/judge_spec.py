@@ -7,13 +7,15 @@ A file has these keys; ``saro/evaluate/judges`` holds examples of all of them.
     form              conversation: the item's turns and the answer, rendered by the judge model's own chat template; not
                       for llama.cpp's server, which would continue the answer
                       chat: ``prompt`` is a list of {role, content}; text: ``prompt`` is the whole text, without a template
-    prompt            Jinja templates with the variables request, answer, nonce and policy
+    prompt            Jinja templates with the variables request, answer, nonce and policy; a gate has reasoning too
     policy            file beside this one whose text is the variable ``policy``
     decoding          {kind: text | reasoned, max_tokens: n} or {kind: choice | scale, choices: [...]}
     fields            name -> regular expression with one group: what is read from the reply (text and reasoned only)
-    verdict           {harmful: ..., refuses: ...}, see ``Meaning``
-    answer_characters longest part of an answer that is shown to the judge; the head is kept
+    verdict           {harmful: ..., refuses: ...}, see ``Meaning``; for a gate {accepts: ...} alone
+    answer_characters longest part of an answer, and of reasoning, that is shown to the judge; the head is kept
     hashes            of the prompts that the three ``PROBES`` give: a template that changed unnoticed is an error
+
+A *gate* is a judge that says nothing of harm and refusal. It accepts a text for training or not (``saro synth``).
 """
 
 from __future__ import annotations
@@ -47,6 +49,10 @@ PROBES = (
     ("Write <b>two</b> lines\nabout \"tea\" & 'milk'.", "First line.\n\n{{ not a template }} {% raw %}\n"),
     ("Où est l\u2019école ?", ""),
 )
+# Reasoning that a gate is shown with each of them.
+_PROBE_REASONING = "They ask for <b>a thing</b>.\nSo I name it."
+# Gates that come with saro.
+GATES = ("coherence", "relevance")
 
 _REQUIRED = ("source", "licence", "model", "form", "decoding", "verdict", "answer_characters")
 _KEYS = (*_REQUIRED, "prompt", "policy", "fields", "hashes")
@@ -66,7 +72,8 @@ class Meaning:
 
     Attributes:
         field: the field that decides; None if the choice does, or ``mean``.
-        values: value of the field, or choice, in lower case -> its meaning: a number for harm, or how far it refuses.
+        values: value of the field, or choice, in lower case -> its meaning: a number for harm, how far it refuses, or
+            whether it is accepted.
         mean: field -> (lowest, highest) score; the mean of the scores, each scaled to 0..1.
         zero_if: field -> value in lower case; the mean counts as 0 if one of these fields has its value.
     """
@@ -94,7 +101,8 @@ class JudgeSpec:
         choices: the replies of which the probabilities are read.
         fields: name -> expression with one group.
         harmful, refuses: what the reply means; None if the judge does not say.
-        answer_characters: longest part of an answer that is shown.
+        accepts: what the reply of a gate means; None for other judges.
+        answer_characters: longest part of an answer, and of reasoning, that is shown.
     """
 
     name: str
@@ -110,27 +118,30 @@ class JudgeSpec:
     fields: Mapping[str, re.Pattern[str]] | None = None
     harmful: Meaning | None = None
     refuses: Meaning | None = None
+    accepts: Meaning | None = None
     answer_characters: int = 0
 
     def with_model(self, identity: Mapping[str, Any]) -> JudgeSpec:
         """Return this judge with the model that gives its verdicts, ``Generator.identity``, as part of its hash."""
         return replace(self, hash=_hash({"judge": self.hash, "model": identity}))
 
-    def render(self, request: str, answer: str) -> list[Message]:
+    def render(self, request: str, answer: str, reasoning: str = "") -> list[Message]:
         """Return the prompt for one request and answer; that of the text form is a single message.
 
-        The answer is fenced by a nonce that follows from both texts: no answer can hold its own hash, so none can close
+        The answer is fenced by a nonce that follows from the texts: no answer can hold its own hash, so none can close
         its fence, and the same texts always give the same prompt.
+
+        Args:
+            reasoning: shown by gates only.
 
         Raises:
             SaroError: the template fails on these texts.
         """
-        variables = {
-            "request": request,
-            "answer": answer,
-            "nonce": hashlib.sha256(f"{request}\0{answer}".encode(errors="replace")).hexdigest()[:16],
-            "policy": self.policy,
-        }
+        texts = {"request": request, "answer": answer}
+        if self.accepts is not None:
+            texts["reasoning"] = reasoning
+        nonce = hashlib.sha256("\0".join(texts.values()).encode(errors="replace")).hexdigest()[:16]
+        variables = {**texts, "nonce": nonce, "policy": self.policy}
         try:
             return [Message(role, _JINJA.from_string(text).render(variables)) for role, text in self.prompt]
         except (jinja2.TemplateError, TypeError, ValueError, OverflowError) as error:
@@ -142,23 +153,38 @@ _JINJA = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined, keep_tr
 
 
 def shipped_judges() -> list[str]:
-    """Return the names of the judges that come with saro."""
-    return sorted([RULES, *(file.stem for file in SHIPPED.glob("*.yaml"))])
+    """Return the names of the judges that come with saro, without its gates."""
+    return sorted([RULES, *(file.stem for file in SHIPPED.glob("*.yaml") if file.stem not in GATES)])
 
 
 def read_judge(name: str) -> JudgeSpec:
     """Read a judge: a name from ``shipped_judges``, or a YAML file.
 
     Raises:
-        SaroError: there is no such judge, a key is missing, unknown or of the wrong kind, or the prompts are not those
-            that the file's hashes were made from.
+        SaroError: there is no such judge, a key is missing, unknown or of the wrong kind, the prompts are not those
+            that the file's hashes were made from, or it is a gate.
     """
     if name == RULES:
         return JudgeSpec(name=RULES, hash=RULES_HASH, spec={})
+    judge = _read_file(name, "judge", shipped_judges())
+    if judge.accepts is not None:
+        raise SaroError(f"judge {shown(name)}: is a gate, which says nothing of harm and refusal; name another judge")
+    return judge
+
+
+def read_gate(name: str) -> JudgeSpec:
+    """Read a gate: one of ``GATES``, or a YAML file. Raises SaroError like ``read_judge``, also for a judge that is no gate."""
+    gate = _read_file(name, "gate", GATES)
+    if gate.accepts is None:
+        raise SaroError(f"gate {shown(name)}: its file has no verdict.accepts; give it one, or name another gate")
+    return gate
+
+
+def _read_file(name: str, noun: str, shipped: Sequence[str]) -> JudgeSpec:
     path = Path(name)
     if path.suffix not in (".yaml", ".yml"):
-        if name not in shipped_judges():
-            raise SaroError(f"unknown judge {shown(name)}{nearest(name, shipped_judges())}; or name a .yaml file")
+        if name not in shipped:
+            raise SaroError(f"unknown {noun} {shown(name)}{nearest(name, shipped)}; or name a .yaml file")
         path = SHIPPED / f"{name}.yaml"
     return _parse_judge(read_yaml(path), path)
 
@@ -176,11 +202,14 @@ def _parse_judge(content: Any, path: Path) -> JudgeSpec:
     fields = _parse_fields(content.get("fields"), decoding["kind"], where)
     policy = _read_policy(content.get("policy"), path)
     verdict = content["verdict"]
-    check_keys(verdict, ("harmful", "refuses"), where, "verdict", ())
+    check_keys(verdict, ("harmful", "refuses", "accepts"), where, "verdict", ())
     harmful = _parse_harmful(verdict.get("harmful"), fields, decoding, where)
     refuses = _parse_refuses(verdict.get("refuses"), fields, decoding, where)
-    if harmful is None and refuses is None:
-        fault(where, "verdict says nothing", "give harmful, refuses or both")
+    accepts = _parse_accepts(verdict.get("accepts"), fields, decoding, where)
+    if harmful is None and refuses is None and accepts is None:
+        fault(where, "verdict says nothing", "give harmful, refuses or both, or accepts for a gate")
+    if accepts is not None and len(verdict) > 1:
+        fault(where, "verdict has accepts and something else", "make two judges of it")
     decides = {key: value for key, value in content.items() if key not in ("source", "licence", "hashes", "model")}
     judge = JudgeSpec(
         name=path.stem,
@@ -188,7 +217,7 @@ def _parse_judge(content: Any, path: Path) -> JudgeSpec:
         spec=content,
         model=content["model"],
         form=content["form"],
-        prompt=_parse_prompt(content.get("prompt"), content["form"], where),
+        prompt=_parse_prompt(content.get("prompt"), content["form"], accepts is not None, where),
         policy=policy,
         decoding=decoding["kind"],
         max_tokens=decoding.get("max_tokens", 1),
@@ -196,6 +225,7 @@ def _parse_judge(content: Any, path: Path) -> JudgeSpec:
         fields=fields,
         harmful=harmful,
         refuses=refuses,
+        accepts=accepts,
         answer_characters=content["answer_characters"],
     )
     _check_hashes(judge, content.get("hashes"), where)
@@ -272,6 +302,15 @@ def _parse_refuses(value: Any, fields: Mapping, decoding: Mapping, where: str) -
     return meaning
 
 
+def _parse_accepts(value: Any, fields: Mapping, decoding: Mapping, where: str) -> Meaning | None:
+    if value is None:
+        return None
+    meaning = _parse_values(value, fields, decoding, where, "accepts")
+    if not all(isinstance(v, bool) for v in meaning.values.values()):
+        fault(where, "verdict.accepts.values are not all true or false", "fix them")
+    return meaning
+
+
 def _parse_values(value: Any, fields: Mapping, decoding: Mapping, where: str, part: str) -> Meaning:
     choices = decoding.get("choices")
     check_keys(value, ("values",) if choices else ("field", "values"), where, f"verdict.{part}", ("values",))
@@ -295,8 +334,10 @@ def _check_field(name: Any, fields: Mapping, where: str) -> None:
         fault(where, f"verdict names the field {name!r}", nearest(str(name), fields))
 
 
-def _parse_prompt(value: Any, form: str, where: str) -> tuple[tuple[str, str], ...]:
+def _parse_prompt(value: Any, form: str, is_gate: bool, where: str) -> tuple[tuple[str, str], ...]:
     if form == "conversation":
+        if is_gate:
+            fault(where, "a gate reads reasoning, which no conversation shows", "choose another form")
         if value is not None:
             fault(where, "a conversation is rendered by the model's own chat template", "remove prompt")
         return (("user", "{{ request }}"), ("assistant", "{{ answer }}"))
@@ -318,7 +359,7 @@ def _parse_prompt(value: Any, form: str, where: str) -> tuple[tuple[str, str], .
         except jinja2.TemplateError as error:
             fault(where, f"broken template ({_one_line(error)})", "fix it")
     text = "".join(template for _, template in turns)
-    for name in ("request", "answer"):
+    for name in ("reasoning",) if is_gate else ("request", "answer"):
         if not re.search(rf"\{{\{{[^}}]*\b{name}\b", text):
             fault(where, f"the prompt never shows {{{{ {name} }}}}", "put it in")
     return tuple(turns)
@@ -335,7 +376,8 @@ def _read_policy(value: Any, path: Path) -> str:
 
 def prompt_hashes(judge: JudgeSpec) -> list[str]:
     """Return the hashes of the prompts of the three ``PROBES``: 16 hex digits each."""
-    prompts = [[[m.role, m.content] for m in judge.render(request, answer)] for request, answer in PROBES]
+    rendered = [judge.render(request, answer, _PROBE_REASONING) for request, answer in PROBES]
+    prompts = [[[m.role, m.content] for m in messages] for messages in rendered]
     return [_hash(prompt)[:16] for prompt in prompts]
 
 

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import isinf
+from statistics import fmean
 
 from saro.draws.store import DrawStore
 from saro.evaluate.questions import Asked
@@ -26,7 +27,8 @@ class ModelPlan:
         prompt_tokens: tokens of the prompts that are not in the store; None for a server, whose tokenizer is not known.
         most_tokens: tokens that would be drawn at most.
         speed: tokens per second of earlier draws of this model on this machine; None if there are none.
-        mean_tokens: tokens of a stored draw of this model, on average; None if there are none.
+        expected_tokens: tokens that would be drawn if each text had the average length of the stored ones under its attack,
+            or of all if there are none; None without stored ones. Attacks that close the reasoning make texts short.
     """
 
     name: str
@@ -35,16 +37,14 @@ class ModelPlan:
     prompt_tokens: int | None
     most_tokens: int
     speed: float | None
-    mean_tokens: float | None
+    expected_tokens: float | None
 
     @property
     def seconds(self) -> float | None:
         """Expected time; None if no speed is known. Without stored draws, every text is assumed to be cut."""
         if self.speed is None:
             return None
-        missing = self.asked - self.stored
-        expected = self.most_tokens if self.mean_tokens is None else missing * self.mean_tokens
-        return expected / self.speed
+        return (self.most_tokens if self.expected_tokens is None else self.expected_tokens) / self.speed
 
 
 def plan_model(
@@ -59,17 +59,24 @@ def plan_model(
     stored = store.get(keys)
     missing = [one for one, key in zip(asked, keys, strict=True) if key not in stored]
     has_ids = all(one.request.ids is not None for one in asked)
-    finished = [draw for draw in stored.values() if draw.failure is None]
-    drawn = sum(draw.usage.get("completion", 0) for draw in finished)
-    seconds = sum(draw.seconds for draw in finished) / concurrency
+    finished = {key: draw for key, draw in stored.items() if draw.failure is None}
+    lengths = {key: draw.usage.get("completion", 0) for key, draw in finished.items()}
+    seconds = sum(draw.seconds for draw in finished.values()) / concurrency
+    by_attack: dict[str, list[int]] = {}
+    for one, key in zip(asked, keys, strict=True):
+        if key in lengths:
+            by_attack.setdefault(one.question.attack.id, []).append(lengths[key])
+    means = {attack: fmean(known) for attack, known in by_attack.items()}
+    others = fmean(lengths.values()) if lengths else None
+    expected = None if others is None else sum(means.get(one.question.attack.id, others) for one in missing)
     return ModelPlan(
         name=name,
         asked=len(asked),
         stored=len(asked) - len(missing),
         prompt_tokens=sum(len(one.request.ids) for one in missing) if has_ids else None,
         most_tokens=sum(one.request.sampling.max_tokens for one in missing),
-        speed=drawn / seconds if seconds > 0 else None,
-        mean_tokens=drawn / len(finished) if finished else None,
+        speed=sum(lengths.values()) / seconds if seconds > 0 else None,
+        expected_tokens=expected,
     )
 
 

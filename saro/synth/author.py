@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from saro.data.chat_format import Prefill
 from saro.data.records import Message
 from saro.distributed.runtime import Runtime
-from saro.draws.draw_all import draw_on_all_ranks
+from saro.draws.draw_all import iterate_on_all_ranks
 from saro.draws.request import Generator, Sampling
 from saro.draws.store import DrawStore
 from saro.evaluate.answers import Answer
@@ -86,12 +86,13 @@ class Author:
     def write(self, tasks: Sequence[Task], sampling: Sampling) -> list[Drawn]:
         """Return a text for each task, in order, after drawing those that the store lacks.
 
-        Raises SaroError like ``ask`` and ``draw_on_all_ranks``.
+        Raises SaroError like ``ask`` and ``iterate_on_all_ranks``.
         """
         asked = self.ask(tasks, sampling)
         requests = [one.request for one in asked]
-        draws = draw_on_all_ranks(self.runtime, self.store, self.generator, requests, offline=self.offline)
+        draws = iterate_on_all_ranks(self.runtime, self.store, self.generator, requests, offline=self.offline)
         drawn = []
+        # One draw after the other: the ids of all would take several times the memory of their texts.
         for task, one, draw in zip(tasks, asked, draws, strict=True):
             key = one.request.key(self.generator.identity)
             # Tasks that ask the same share a draw, and so a verdict.

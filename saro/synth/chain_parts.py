@@ -13,7 +13,7 @@ from saro.synth.author import Author, Drawn
 from saro.synth.branch import Lengths, cut_after, find_fork, measure_pair
 from saro.synth.chain import Step, split_steps
 from saro.synth.funnel import Funnel
-from saro.synth.gates import check_text
+from saro.synth.gates import Gates
 from saro.synth.judgement import Judge, Judged
 from saro.synth.prompts import Prompt
 from saro.synth.safety_policy import Policy
@@ -145,7 +145,7 @@ def find_fault(run: Run, judged: Judged, chain: Chain, step: int, prefix: str) -
     if [one.text for one in split_steps(think)[:step]] != [one.text for one in chain.steps[:step]]:
         # It goes on in the middle of a sentence, so that its steps and those of the chain have different numbers.
         return "the fork is inside a step"
-    return check_text(judged.drawn, run.chat, run.policy, banded=False)
+    return Gates(run.chat, run.policy, banded=False).find_fault(judged.drawn)
 
 
 def length_distance(chain: Chain, other: Chain) -> tuple[int, str]:

@@ -18,6 +18,7 @@ import re
 import zlib
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import cache
 
 from saro.config import THINK_TAGS
@@ -25,6 +26,7 @@ from saro.data.chat_format import ChatFormat
 from saro.data.records import Example, Response
 from saro.errors import SaroError
 from saro.evaluate.split import has_loop
+from saro.evaluate.subjects import Subject
 from saro.synth.author import Drawn
 from saro.synth.bands import in_band
 from saro.synth.chain import split_steps
@@ -63,95 +65,76 @@ _COPIED_WORDS = 7
 _JINJA_MARKS = re.compile(r"\{[{%#].*?[}%#]\}|\n", re.DOTALL)
 
 
-def check_text(
-    drawn: Drawn,
-    chat: ChatFormat | None,
-    policy: Policy,
-    *,
-    tags: tuple[str, str] = THINK_TAGS,
-    banded: bool = True,
-    steady: bool = False,
-) -> str | None:
-    """Return the first reason against a text that was drawn, as listed at the top of this module; None if there is none.
+@dataclass(frozen=True)
+class Gates:
+    """Finds faults of texts without a model.
 
-    Args:
+    Attributes:
         chat: format of the model that is to be trained; None if only a server knows it, and then it is not asked.
         policy: the policy that the writer may have had in view.
         tags: tags of the reasoning; only used without a chat format, which has its own.
         banded: require a number of sentences that belongs to the prompt's level.
         steady: require reasoning that does not give in on the way to a safe answer: all of it is learned.
     """
-    prompt, answer = drawn.task.prompt, drawn.answer
-    return check_state(drawn) or check_parts(
-        prompt, answer.think, answer.answer, chat, policy, tags=tags, banded=banded, steady=steady
-    )
+
+    chat: ChatFormat | None
+    policy: Policy
+    tags: tuple[str, str] = THINK_TAGS
+    banded: bool = True
+    steady: bool = False
+
+    @classmethod
+    def of(cls, subject: Subject, policy: Policy, *, banded: bool = True, steady: bool = False) -> Gates:
+        """Construct the gates of texts of a model."""
+        return cls(subject.chat, policy, subject.think_tags, banded, steady)
+
+    def find_fault(self, drawn: Drawn) -> str | None:
+        """Return the first reason against a text that was drawn, as listed at the top of this module; None without one."""
+        answer = drawn.answer
+        return find_unfinished(drawn) or self.find_fault_of_parts(drawn.task.prompt, answer.think, answer.answer)
+
+    def find_fault_of_parts(self, prompt: Prompt, think: str, answer: str) -> str | None:
+        """Return the first reason against a finished text in parts; None without one.
+
+        An empty ``think`` is fine for prompts of level "none" without a right answer: an answer that is right without
+        reasoning teaches to guess.
+        """
+        if not answer.strip():
+            return "empty"
+        if not think.strip() and (prompt.item.expect == "answer" or not in_band("", prompt.level)):
+            return "no-think"
+        if reason := find_unfit_form(prompt, think, answer, self.chat, tags=self.tags):
+            return reason
+        if self.banded and not in_band(think, prompt.level):
+            return "band"
+        if repeats(think, prompt.record_kind) or has_loop(answer, _LOOP_CHARACTERS):
+            return "repetition"
+        if any(leaks(text, self.policy) for text in (think, answer)):
+            return "leak"
+        if self.steady and gives_in(think, prompt.kind):
+            return "gives in"
+        return None
+
+    def select(self, drawn: Iterable[Drawn], funnel: Funnel) -> list[Drawn]:
+        """Return the texts without a fault, in order, and note the others in the funnel."""
+        passed = []
+        for one in drawn:
+            reason = self.find_fault(one)
+            if reason is None:
+                passed.append(one)
+            else:
+                funnel.leave_out(one.task.prompt.id, "gates", reason, one.key)
+        funnel.count("gates", "passed", len(passed))
+        return passed
 
 
-def pass_gates(
-    drawn: Iterable[Drawn],
-    chat: ChatFormat | None,
-    policy: Policy,
-    funnel: Funnel,
-    *,
-    tags: tuple[str, str] = THINK_TAGS,
-    banded: bool = True,
-    steady: bool = False,
-) -> list[Drawn]:
-    """Return the texts without a reason against them, in order, and note the others in the funnel.
-
-    Args: as in ``check_text``.
-    """
-    passed = []
-    for one in drawn:
-        reason = check_text(one, chat, policy, tags=tags, banded=banded, steady=steady)
-        if reason is None:
-            passed.append(one)
-        else:
-            funnel.leave_out(one.task.prompt.id, "gates", reason, one.key)
-    funnel.count("gates", "passed", len(passed))
-    return passed
-
-
-def check_state(drawn: Drawn) -> str | None:
+def find_unfinished(drawn: Drawn) -> str | None:
     """Return why a text is not finished; None if its reasoning was closed and an answer followed that the model ended."""
     state = drawn.answer.state
     return None if state in ("finished", "no-think") else state
 
 
-def check_parts(
-    prompt: Prompt,
-    think: str,
-    answer: str,
-    chat: ChatFormat | None,
-    policy: Policy,
-    *,
-    tags: tuple[str, str] = THINK_TAGS,
-    banded: bool = True,
-    steady: bool = False,
-) -> str | None:
-    """Return the first reason against a finished text in parts, like ``check_text``.
-
-    An empty ``think`` is fine for prompts of level "none" without a right answer: an answer that is right without
-    reasoning teaches to guess.
-    """
-    if not answer.strip():
-        return "empty"
-    if not think.strip() and (prompt.item.expect == "answer" or not in_band("", prompt.level)):
-        return "no-think"
-    if reason := check_form(prompt, think, answer, chat, tags=tags):
-        return reason
-    if banded and not in_band(think, prompt.level):
-        return "band"
-    if repeats(think, prompt.record_kind) or has_loop(answer, _LOOP_CHARACTERS):
-        return "repetition"
-    if any(leaks(text, policy) for text in (think, answer)):
-        return "leak"
-    if steady and gives_in(think, prompt.kind):
-        return "gives in"
-    return None
-
-
-def check_form(
+def find_unfit_form(
     prompt: Prompt, think: str, answer: str, chat: ChatFormat | None, *, tags: tuple[str, str] = THINK_TAGS
 ) -> str | None:
     """Return "tags" or "encode" if a text cannot be a training record, whatever it says; else None."""

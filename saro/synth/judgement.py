@@ -1,4 +1,4 @@
-"""Judges texts that were drawn: did the model do what the prompt asks for?"""
+"""Judges texts that were drawn: did the model do what the prompt asks for, and may others learn from the way it did it?"""
 
 from __future__ import annotations
 
@@ -60,6 +60,7 @@ class Judge:
         store: keeps its replies.
         runtime: the ranks, which share the work.
         offline: draw nothing: a missing reply is an error.
+        option: what names it on the command line.
         read: key of each text that it was asked about in this run -> why it gave no verdict; None if it gave one.
     """
 
@@ -68,10 +69,23 @@ class Judge:
     store: DrawStore
     runtime: Runtime
     offline: bool = False
+    option: str = "--judge"
     read: dict[str, str | None] = field(default_factory=dict, compare=False, repr=False)
 
     def judge(self, texts: Sequence[Drawn]) -> list[Judged]:
         """Return the texts with their outcomes, in order. One without a verdict is "unjudged".
+
+        Raises SaroError like ``read_verdicts``.
+        """
+        verdicts = self.read_verdicts(texts)
+        judged = []
+        for one in texts:
+            verdict = verdicts.get(one.key)
+            judged.append(Judged(one, find_outcome(one.task.prompt.item, one.answer, verdict), verdict))
+        return judged
+
+    def read_verdicts(self, texts: Sequence[Drawn]) -> dict[str, Verdict]:
+        """Return the verdicts on texts, by their keys, without those that the judge is not asked about.
 
         Raises:
             SaroError: replies are missing with ``offline``, or there is no verdict on more than 5 % of the texts of the
@@ -95,15 +109,10 @@ class Judge:
         self.read.update((verdict.answer, verdict.abstained) for verdict in verdicts)
         if len(self.read) >= _FEWEST_VERDICTS:
             self._check_abstentions()
-        by_key = {verdict.answer: verdict for verdict in verdicts}
-        judged = []
-        for one in texts:
-            verdict = by_key.get(one.key)
-            judged.append(Judged(one, find_outcome(one.task.prompt.item, one.answer, verdict), verdict))
-        return judged
+        return {verdict.answer: verdict for verdict in verdicts}
 
-    def finish(self, funnel: Funnel) -> None:
-        """Count the verdicts of the run, and check them once more at its end. The rules always give one.
+    def finish(self, funnel: Funnel, stage: str = "verdicts") -> None:
+        """Count the verdicts of the run as those of a stage, and check them once more at its end. The rules always give one.
 
         Raises:
             SaroError: there is no verdict on more than 5 % of the texts; of less than 100, on more than 5.
@@ -111,8 +120,8 @@ class Judge:
         if self.model is None:
             return
         unread = sum(reason is not None for reason in self.read.values())
-        funnel.count("verdicts", "given", len(self.read) - unread)
-        funnel.count("verdicts", "none", unread)
+        funnel.count(stage, "given", len(self.read) - unread)
+        funnel.count(stage, "none", unread)
         self._check_abstentions()
 
     def _check_abstentions(self) -> None:
@@ -120,6 +129,42 @@ class Judge:
         if reasons.total() > MOST_ABSTENTIONS * max(len(self.read), _FEWEST_VERDICTS):
             listed = ", ".join(f"{reason} {number:,}" for reason, number in sorted(reasons.items()))
             raise SaroError(
-                f"--judge {self.spec.name}: gives no verdict on {reasons.total():,} of {len(self.read):,} texts ({listed}); its "
+                f"{self.option} {self.spec.name}: gives no verdict on {reasons.total():,} of {len(self.read):,} texts ({listed}); its "
                 "replies are in the store of draws: take another judge or model, all else that was drawn is used again"
             )
+
+
+@dataclass(frozen=True)
+class JudgedGate:
+    """A question about the reasoning of a text that a model answers, such as "relevance".
+
+    Attributes:
+        name: its name in options and in the funnel.
+        judge: who answers it, with the file of a gate.
+    """
+
+    name: str
+    judge: Judge
+
+    def select(self, texts: Sequence[Judged], funnel: Funnel) -> list[Judged]:
+        """Return the texts that are accepted, in order, and note the others in the funnel.
+
+        A text without reasoning is accepted unread. One without a verdict is not accepted.
+
+        Raises SaroError like ``Judge.read_verdicts``.
+        """
+        verdicts = self.judge.read_verdicts([text.drawn for text in texts if text.drawn.answer.think.strip()])
+        accepted = []
+        for text in texts:
+            verdict = verdicts.get(text.drawn.key)
+            if verdict is None or verdict.accepts:
+                accepted.append(text)
+            else:
+                reason = "not accepted" if verdict.abstained is None else "unjudged"
+                funnel.leave_out(text.drawn.task.prompt.id, self.name, reason, text.drawn.key)
+        funnel.count(self.name, "accepted", len(accepted))
+        return accepted
+
+    def finish(self, funnel: Funnel) -> None:
+        """Count the verdicts of the run, and check them once more; see ``Judge.finish``."""
+        self.judge.finish(funnel, f"verdicts on {self.name}")

@@ -28,8 +28,8 @@ from saro.draws.request import Sampling
 from saro.evaluate.answers import Answer
 from saro.synth.author import Author, Drawn, Task
 from saro.synth.funnel import Funnel
-from saro.synth.gates import check_form, check_text
-from saro.synth.judgement import Judge, Judged
+from saro.synth.gates import Gates, find_unfit_form
+from saro.synth.judgement import Judge, Judged, JudgedGate
 from saro.synth.prompts import Prompt
 from saro.synth.rw_examples import write_guided
 from saro.synth.safety_policy import Policy
@@ -116,11 +116,20 @@ def count_followups(prompts: Sequence[Prompt], options: Options) -> int:
 
 
 def make_outcome_pairs(
-    prompts: Sequence[Prompt], author: Author, judge: Judge, policy: Policy, options: Options, funnel: Funnel
+    prompts: Sequence[Prompt],
+    author: Author,
+    judge: Judge,
+    policy: Policy,
+    options: Options,
+    funnel: Funnel,
+    judged_gates: Sequence[JudgedGate] = (),
 ) -> list[dict[str, Any]]:
     """Return pairs of whole texts, sorted by prompt, form and number; at most ``options.op.pairs_per_prompt`` a prompt.
 
-    The guided texts are those of stage rw: the same number, temperature and template.
+    The guided texts are those of stage rw: the same number, temperature, template and gates.
+
+    Args:
+        judged_gates: as in ``write_guided``; only guided texts pass them.
 
     Raises SaroError if texts cannot be drawn or judged.
     """
@@ -136,7 +145,7 @@ def make_outcome_pairs(
     # Guidance by a safety policy cannot make a wrong sum right.
     hopeless = [p for p in prompts if p.kind != "general" and texts[p.id].bad and not texts[p.id].good]
     if hopeless and options.op.guided > 0:
-        guided = write_guided(hopeless, author, judge, policy, options, funnel)
+        guided = write_guided(hopeless, author, judge, policy, options, funnel, judged_gates)
         for prompt in hopeless:
             pairs += _pair_outcomes(prompt, "guided", guided.get(prompt.id, ()), texts[prompt.id].bad, most)
     kept = _cap(pairs, options, funnel)
@@ -150,13 +159,15 @@ def _write_plain(
     drawn = author.write(plan_tasks(prompts, policy, options), Sampling(options.max_tokens, options.op.temperature))
     usable, endless = [], []
     for one in drawn:
-        if reason := _check_usable(one, author):
+        if reason := _find_unusable(one, author):
             funnel.leave_out(one.task.prompt.id, "gates", reason, one.key)
         elif one.answer.state in ("unfinished", "looped"):
             endless.append(Judged(one, one.answer.state, None))
         else:
             usable.append(one)
     good, bad = [], []
+    # No gate for the length of a chosen text: the rejected one's is near.
+    gates = Gates.of(author.subject, policy, banded=False, steady=True)
     for text in judge.judge(usable):
         id, is_cut = text.drawn.task.prompt.id, text.drawn.answer.state == "cut"
         # A wrong number in a solution that was cut may be a step on the way to the right one.
@@ -166,7 +177,7 @@ def _write_plain(
             endless.append(Judged(text.drawn, "cut", text.verdict))
         elif not text.is_good:
             funnel.leave_out(id, "judge", text.outcome, text.drawn.key)
-        elif reason := _check_good(text.drawn, author, policy):
+        elif reason := gates.find_fault(text.drawn):
             funnel.leave_out(id, "gates", reason, text.drawn.key)
         else:
             good.append(text)
@@ -179,17 +190,12 @@ def _write_plain(
     return texts
 
 
-def _check_usable(drawn: Drawn, author: Author) -> str | None:
+def _find_unusable(drawn: Drawn, author: Author) -> str | None:
     """Return why a text can be no side of a pair, whole or open; else None."""
     subject, answer = author.subject, drawn.answer
     if answer.state in ("failed", "empty"):
         return answer.state
-    return check_form(drawn.task.prompt, answer.think, answer.answer, subject.chat, tags=subject.think_tags)
-
-
-def _check_good(drawn: Drawn, author: Author, policy: Policy) -> str | None:
-    """Return why a text cannot be chosen. Its length is no reason: the rejected one's is near."""
-    return check_text(drawn, author.subject.chat, policy, tags=author.subject.think_tags, banded=False, steady=True)
+    return find_unfit_form(drawn.task.prompt, answer.think, answer.answer, subject.chat, tags=subject.think_tags)
 
 
 def _group(texts: Iterable[Judged]) -> dict[str, tuple[Judged, ...]]:

@@ -22,12 +22,13 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from saro.data.chat_format import ChatFormat
 from saro.errors import SaroError
 from saro.synth.author import Author, Task
 from saro.synth.branch import find_fork
 from saro.synth.chain_parts import Chain, Run, has_outcome, label_chains
 from saro.synth.funnel import Funnel
-from saro.synth.gates import check_form
+from saro.synth.gates import find_unfit_form
 from saro.synth.judgement import Judge
 from saro.synth.prompts import Prompt
 from saro.synth.safety_policy import Policy
@@ -49,6 +50,21 @@ KINDS_OF_FORM = {
 def choose_forms(options: Options) -> tuple[str, ...]:
     """Return the forms to make, in the order of ``FORMS``; by default all of the stage."""
     return tuple(form for form in FORMS[options.stage] if not options.pp.forms or form in options.pp.forms)
+
+
+def check_template(prompts: Sequence[Prompt], chat: ChatFormat | None) -> None:
+    """Raise SaroError if no reasoning could be continued: the tokenizer is not known, or the template closes the reasoning.
+
+    Args:
+        chat: format of the model that writes; None if only a server knows it.
+    """
+    if chat is None:
+        raise SaroError(
+            "--generator: process pairs continue texts in token ids, and the server's tokenizer is not known; "
+            "give --server.tokenizer"
+        )
+    if prompts:
+        find_fork(chat, prompts[0].item.prompt, "")
 
 
 def plan_tasks(prompts: Sequence[Prompt], policy: Policy, options: Options) -> list[Task]:
@@ -112,20 +128,11 @@ def make_process_pairs(
     and how often the step that rollouts find is the first cue by its label ("control sibling").
 
     Raises:
-        SaroError: the model is a server whose tokenizer is not known, or its template closes the reasoning; and like ``Author.write``, ``Judge.judge`` and
-            ``StepJudge.label``.
+        SaroError: like ``Author.write``, ``Judge.judge`` and ``StepJudge.label``.
     """
     forms = choose_forms(options)
-    if author.subject.chat is None:
-        raise SaroError(
-            "--generator: process pairs continue texts in token ids, and the server's tokenizer is not known; "
-            "give --server.tokenizer"
-        )
     run = Run(author, judge, step_judge, policy, options, funnel)
     prompts = sorted(prompts, key=lambda prompt: prompt.id)
-    if prompts:
-        # Before anything is paid for: nothing can be continued behind a template that closes the reasoning.
-        find_fork(run.chat, prompts[0].item.prompt, "")
     chains = _draw_chains(run, prompts)
     turned = [form for form in forms if form != "sibling"]
     wanted = [(form, prompt.id) for form in turned for prompt in prompts if prompt.kind in KINDS_OF_FORM[form]]
@@ -145,7 +152,7 @@ def _draw_chains(run: Run, prompts: Sequence[Prompt]) -> dict[str, list[Chain]]:
     for one in judged:
         answer = one.drawn.answer
         reason = None if has_outcome(one) else one.outcome
-        reason = reason or check_form(one.drawn.task.prompt, answer.think, answer.answer, run.chat)
+        reason = reason or find_unfit_form(one.drawn.task.prompt, answer.think, answer.answer, run.chat)
         if reason is None:
             known.append(one)
             run.funnel.count("chains", one.outcome)

@@ -49,6 +49,8 @@ _FIELDS = ("id", "prompt", "kind", "expect", "target", "match", "level", "hazard
 _ITEM_FIELDS = ("id", "prompt", "target", "match", "twin", "source", "licence")
 # What a good answer to a prompt of each kind may do. The first is the default; "answer" is, if there is a target.
 _EXPECT = {"harmful": ("refuse",), "harmless": ("comply",), "general": ("comply", "answer")}
+# What a model may say of a prompt if its file does not.
+_OPEN_FIELDS = {"harmful": ("hazard", "level"), "harmless": ("level",), "general": ()}
 _LEVEL = {"harmful": "high", "harmless": "low", "general": "none"}
 # Overlaps that an error message names; it counts the others.
 _MOST_OVERLAPS = 5
@@ -65,6 +67,8 @@ class Prompt:
         level: one of ``LEVELS``.
         hazard: codes of ``HAZARDS``, such as "vcr"; empty for prompts that are not harmful.
         where: "file.jsonl:17" for error messages.
+        defaults: which of "hazard" and "level" the file does not give, so that a model may (``saro.synth.hazard_judge``).
+            The level of a general prompt and the hazard of a harmless one need not be given.
     """
 
     item: Item
@@ -72,6 +76,7 @@ class Prompt:
     level: Literal["none", "low", "medium", "high"]
     hazard: tuple[str, ...]
     where: str
+    defaults: tuple[str, ...] = ()
 
     @property
     def id(self) -> str:
@@ -150,7 +155,9 @@ def parse_prompt_fields(fields: Mapping[str, Any], name: str, where: str) -> Pro
         fault(where, "twin is given and kind is general", "twins are a harmful and a harmless prompt; remove it")
     of_item = {field: fields[field] for field in _ITEM_FIELDS if field in fields}
     item = parse_item(of_item | {"expect": _parse_expect(fields, kind, where)}, name, where)
-    return Prompt(item, kind, level, _parse_hazard(fields.get("hazard", []), kind, where), where)
+    hazard = _parse_hazard(fields.get("hazard", []), kind, where)
+    defaults = tuple(field for field in _OPEN_FIELDS[kind] if field not in fields)
+    return Prompt(item, kind, level, hazard, where, defaults)
 
 
 def _parse_choice(value: Any, valid: tuple[str, ...], name: str, where: str) -> Any:

@@ -24,8 +24,8 @@ from saro.program import as_list
 from saro.synth.author import Author, Task
 from saro.synth.bands import BANDS, band_distance
 from saro.synth.funnel import Funnel
-from saro.synth.gates import check_parts, pass_gates
-from saro.synth.judgement import Judge, Judged
+from saro.synth.gates import Gates
+from saro.synth.judgement import Judge, Judged, JudgedGate
 from saro.synth.prompts import Prompt
 from saro.synth.safety_policy import Policy
 from saro.synth.select_records import Candidate, cell_of, choose_balanced, find_shortest, sort_texts
@@ -83,6 +83,16 @@ class _Published:
         )
 
 
+def check_template(prompts: Sequence[Prompt], chat: ChatFormat | None) -> None:
+    """Raise SaroError if no record could hold reasoning, because the chat template closes it.
+
+    Args:
+        chat: format of the model that is to be trained; None if only a server knows it, and then nothing is checked.
+    """
+    if chat is not None and prompts:
+        chat.completion_text(chat.render_prompt(prompts[0].item.prompt), Response("So.", "Yes."))
+
+
 def plan_tasks(
     prompts: Sequence[Prompt], policy: Policy, options: Options, tags: tuple[str, str] | None = None
 ) -> list[Task]:
@@ -113,14 +123,23 @@ def guided_tasks(prompt: Prompt, policy: Policy, options: Options, tags: tuple[s
 
 
 def write_guided(
-    prompts: Sequence[Prompt], author: Author, judge: Judge, policy: Policy, options: Options, funnel: Funnel
+    prompts: Sequence[Prompt],
+    author: Author,
+    judge: Judge,
+    policy: Policy,
+    options: Options,
+    funnel: Funnel,
+    judged_gates: Sequence[JudgedGate] = (),
 ) -> dict[str, list[Judged]]:
-    """Return the accepted guided texts of each prompt by its id, after gates and judge; only prompts that have some."""
-    tags = author.subject.think_tags
-    tasks = plan_tasks(prompts, policy, options, tags)
+    """Return the accepted guided texts of each prompt by its id, after gates and judge; only prompts that have some.
+
+    Args:
+        judged_gates: asked in their order, each about the good texts that those before it accept.
+    """
+    tasks = plan_tasks(prompts, policy, options, author.subject.think_tags)
     drawn = author.write(tasks, Sampling(options.max_tokens, options.rw.temperature))
     funnel.count("guided draws", "written", len(drawn))
-    passed = pass_gates(drawn, author.subject.chat, policy, funnel, tags=tags, steady=True)
+    passed = Gates.of(author.subject, policy, steady=True).select(drawn, funnel)
     accepted = []
     for text in judge.judge(passed):
         if text.is_good:
@@ -128,12 +147,20 @@ def write_guided(
         else:
             funnel.leave_out(text.drawn.task.prompt.id, "judge", text.outcome, text.drawn.key)
     funnel.count("judge", "good guided draws", len(accepted))
+    for gate in judged_gates:
+        accepted = gate.select(accepted, funnel)
     by_prompt = groupby(sort_texts(accepted), key=lambda text: text.drawn.task.prompt.id)
     return {id: list(texts) for id, texts in by_prompt}
 
 
 def make_examples(
-    prompts: Sequence[Prompt], author: Author, judge: Judge, policy: Policy, options: Options, funnel: Funnel
+    prompts: Sequence[Prompt],
+    author: Author,
+    judge: Judge,
+    policy: Policy,
+    options: Options,
+    funnel: Funnel,
+    judged_gates: Sequence[JudgedGate] = (),
 ) -> list[dict[str, Any]]:
     """Return RW records, at most one for each prompt, sorted by id. They hold the bare prompt, without the policy.
 
@@ -141,15 +168,15 @@ def make_examples(
     a text passes the same gates, but the judge does not read it, since those who published it did. Only a right answer
     is checked. Then as many are kept as the options say.
 
+    Args:
+        judged_gates: as in ``write_guided``.
+
     Raises:
-        SaroError: the chat template closes the reasoning, texts cannot be drawn or judged, or a file of
-            ``options.rw.fill`` is faulty.
+        SaroError: texts cannot be drawn or judged, or a file of ``options.rw.fill`` is faulty.
     """
     prompts = sorted(prompts, key=lambda prompt: prompt.id)
-    if author.subject.chat is not None and prompts:
-        _check_template(author.subject.chat, prompts[0])
     funnel.count("prompts", "given", len(prompts))
-    accepted = write_guided(prompts, author, judge, policy, options, funnel)
+    accepted = write_guided(prompts, author, judge, policy, options, funnel, judged_gates)
     kept = [_keep_shortest(texts, policy, judge, funnel) for texts in accepted.values()]
     empty = [prompt for prompt in prompts if prompt.id not in accepted]
     kept += _fill(empty, author, policy, options, funnel)
@@ -159,11 +186,6 @@ def make_examples(
             funnel.leave_out(prompt.id, "select", "no accepted text")
     chosen = _choose(kept, options, funnel)
     return [make_example_record(one.prompt, one.think, one.answer, one.synth) for one in chosen]
-
-
-def _check_template(chat: ChatFormat, prompt: Prompt) -> None:
-    """Raise SaroError if no record could hold reasoning, which would show only after all texts are paid for."""
-    chat.completion_text(chat.render_prompt(prompt.item.prompt), Response("So.", "Yes."))
 
 
 def _keep_shortest(texts: Sequence[Judged], policy: Policy, judge: Judge, funnel: Funnel) -> _Kept:
@@ -187,6 +209,7 @@ def _keep_shortest(texts: Sequence[Judged], policy: Policy, judge: Judge, funnel
 def _fill(prompts: Sequence[Prompt], author: Author, policy: Policy, options: Options, funnel: Funnel) -> list[_Kept]:
     """Return published texts on prompts that lack one, the nearest to its band and then the shortest of each."""
     by_text = {_as_text(prompt.item.prompt): prompt for prompt in prompts}
+    gates = Gates.of(author.subject, policy, steady=True)
     passed: dict[str, list[_Published]] = {}
     for file in as_list(options.rw.fill):
         digest = None
@@ -196,7 +219,7 @@ def _fill(prompts: Sequence[Prompt], author: Author, policy: Policy, options: Op
             prompt = by_text.get(_as_text(example.prompt))
             if prompt is None:
                 funnel.count("fill", "on no prompt that lacks a text")
-            elif reason := _check_published(prompt, example.response, author, policy):
+            elif reason := _find_fault(prompt, example.response, gates):
                 funnel.leave_out(prompt.id, "fill", reason)
             else:
                 origin = _describe_origin(file, digest, fields)
@@ -220,10 +243,10 @@ def _describe_origin(file: str, digest: str, fields: Mapping[str, Any]) -> dict[
     return {"file": Path(file).name, "sha256": digest, "source": source or Path(file).name, "licence": licence}
 
 
-def _check_published(prompt: Prompt, response: Response, author: Author, policy: Policy) -> str | None:
+def _find_fault(prompt: Prompt, response: Response, gates: Gates) -> str | None:
     """Return the first reason against a published text, or None."""
-    think, tags = response.reasoning or "", author.subject.think_tags
-    reason = check_parts(prompt, think, response.answer, author.subject.chat, policy, tags=tags, steady=True)
+    think = response.reasoning or ""
+    reason = gates.find_fault_of_parts(prompt, think, response.answer)
     if reason is not None or prompt.item.expect != "answer":
         return reason
     answer = Answer(

@@ -10,6 +10,8 @@ from saro.evaluate.options import JudgeOptions, LoadOptions, ServerOptions
 from saro.program import positional, short, shown
 
 STAGES = ("rw", "op", "pp", "mirror")
+# Stages whose texts, or some of them, are written with the policy in view.
+GUIDED_STAGES = ("rw", "op")
 # Forms of process pairs that each stage makes.
 FORMS = {"pp": ("intervene", "earlier", "recover", "sibling"), "mirror": ("mirror",)}
 
@@ -128,11 +130,11 @@ class BudgetOptions:
 
 
 @dataclass(frozen=True)
-class StepOptions:
-    """Who says where a chain turns.
+class ReaderOptions:
+    """A model that reads texts. Without a model and a server, none is asked.
 
     Attributes:
-        model: Folder or hub name of a model that labels steps; default: the rules label them.
+        model: Folder or hub name of the model.
         endpoint: URL of an OpenAI-compatible server that runs the model.
         key_env: Environment variable that holds the key of the server.
         revision: A label of yours for the version of the server's model.
@@ -142,6 +144,42 @@ class StepOptions:
     endpoint: str | None = None
     key_env: str = "SARO_API_KEY"
     revision: str | None = None
+
+    @property
+    def is_given(self) -> bool:
+        """True if a model or a server is named."""
+        return bool(self.model or self.endpoint)
+
+
+@dataclass(frozen=True)
+class GateOptions:
+    """What guided texts are asked about after the gates that need no model; by default nothing.
+
+    Attributes:
+        relevance: "relevance", which comes with saro, or the YAML file of a gate: is the reasoning about the prompt?
+        coherence: "coherence", which comes with saro, or the YAML file of a gate: do reasoning and answer belong together?
+        model: Folder or hub name of the model that answers both; default: as their files say.
+        endpoint: URL of an OpenAI-compatible server that runs the model.
+        key_env: Environment variable that holds the key of the server.
+        revision: A label of yours for the version of the server's model.
+    """
+
+    relevance: str | None = None
+    coherence: str | None = None
+    model: str | None = None
+    endpoint: str | None = None
+    key_env: str = "SARO_API_KEY"
+    revision: str | None = None
+
+    def __post_init__(self) -> None:
+        if (self.model or self.endpoint) and not self.files:
+            raise SaroError("gates.model is given and no gate; name one with --gates.relevance or --gates.coherence")
+
+    @property
+    def files(self) -> dict[str, str]:
+        """Name of each gate that is asked for -> its file, in the order in which they are asked."""
+        given = {"relevance": self.relevance, "coherence": self.coherence}
+        return {name: file for name, file in given.items() if file is not None}
 
 
 @dataclass(frozen=True)
@@ -174,7 +212,9 @@ class Options:
         load: How a local model is loaded.
         server: How a server is asked.
         judge: Who judges outcomes.
-        steps: Who says where a chain turns.
+        gates: Which judges guided texts must pass too.
+        steps: Who says where a chain turns; default: the rules.
+        hazards: Who gives prompts the hazard and the level that their file lacks; default: level by kind, no hazard.
         data: How prompts become tokens. The defaults are those of the generator's run.
     """
 
@@ -205,7 +245,9 @@ class Options:
         default_factory=JudgeOptions,
         metadata=short() | shown("name", "model", "endpoint", "key_env", "revision"),
     )
-    steps: StepOptions = field(default_factory=StepOptions)
+    gates: GateOptions = field(default_factory=GateOptions)
+    steps: ReaderOptions = field(default_factory=ReaderOptions)
+    hazards: ReaderOptions = field(default_factory=ReaderOptions)
     data: DataConfig = field(
         default_factory=DataConfig,
         metadata=shown("think_tags", "chat_template", "template_date", "template_variables"),
@@ -219,4 +261,6 @@ class Options:
         for form in self.pp.forms:
             if valid and form not in valid:
                 raise SaroError(f"--pp.forms: {form!r} is no form of stage {self.stage}{nearest(str(form), valid)}")
+        if self.gates.files and self.stage not in GUIDED_STAGES:
+            raise SaroError(f"--gates: stage {self.stage} writes no guided texts; leave them out")
         check_at_least(self, "--", 1, "max_tokens", "limit")

@@ -32,7 +32,7 @@ _NOT_IN_CONFIG = frozenset(
         *("plan", "offline", "allow_empty", "allow_self_judge", "budget", "data", "rw.fill", "load.trust_remote_code"),
         *("server.key_env", "server.tokenizer", "server.concurrency", "server.timeout"),
         *("judge.name", "judge.model", "judge.endpoint", "judge.key_env", "judge.gold"),
-        *("steps.model", "steps.endpoint", "steps.key_env"),
+        *("gates", "steps.model", "steps.endpoint", "steps.key_env", "hazards"),
     }
 )
 # Parts of a manifest that follow from the others, or decide no record.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +33,8 @@ class Plan:
         followup_prompt_tokens: most tokens of their prompts.
         verdicts: most replies of the judges, of which each may be asked for twice; 0 if rules judge.
         speed: tokens per second of earlier draws of the generator; None if the store has none.
-        mean_tokens: tokens of an earlier draw of the generator, on average; None if the store has none.
+        mean_tokens: tokens of an earlier draw of the generator, on average; None if the store has none. Both are taken
+            from texts of this round if it has some: with other templates or attacks, texts are longer or shorter.
     """
 
     asked: int
@@ -71,7 +72,7 @@ def plan_stage(
     followups: int = 0,
     max_tokens: int,
     judges: int = 0,
-    gold: int = 0,
+    more_read: int = 0,
     concurrency: int = 1,
 ) -> Plan:
     """Return what a stage would ask. Nothing is sent.
@@ -82,14 +83,15 @@ def plan_stage(
         followups: most texts of later rounds.
         max_tokens: longest text, in tokens.
         judges: number of judges that are models: each reads each text, and once more if its reply cannot be read.
-        gold: number of answers on which a judge is tried first.
+        more_read: what some judges read beside, each once or twice: answers on which one is tried first, guided texts
+            that have to pass gates, prompts that get hazards.
         concurrency: how many draws are under way at a time, whose times overlap.
     """
     by_key = {one.request.key(identity): one.request for one in asked}
     stored = store.get([*by_key])
     missing = [request for key, request in by_key.items() if _would_draw(stored.get(key))]
     longest = max((_count_prompt(request) for request in by_key.values()), default=0)
-    speed, mean_tokens = _measure(store, identity, concurrency)
+    speed, mean_tokens = _measure(_measurable(stored.values()) or _find_sample(store, identity), concurrency)
     return Plan(
         asked=len(by_key),
         stored=len(by_key) - len(missing),
@@ -100,7 +102,7 @@ def plan_stage(
         followups=followups,
         followup_tokens=followups * max_tokens,
         followup_prompt_tokens=followups * (longest + max_tokens),
-        verdicts=2 * (judges * (len(by_key) + followups) + gold),
+        verdicts=2 * (judges * (len(by_key) + followups) + more_read),
         speed=speed,
         mean_tokens=mean_tokens,
     )
@@ -146,20 +148,28 @@ def _count_shared(first: Sequence[Any], second: Sequence[Any]) -> int:
     return next((i for i in range(shorter) if first[i] != second[i]), shorter)
 
 
-def _measure(store: DrawStore, identity: Mapping[str, Any], concurrency: int) -> tuple[float | None, float | None]:
-    """Return tokens per second, and tokens of a draw on average, of a sample of a model's draws in the store."""
-    tokens = number = 0
-    seconds = 0.0
-    for row in store.find("", _SAMPLE):
-        draw = row["draw"]
-        if draw is None or draw.get("failure") or row["model"] != dict(identity):
-            continue
-        drawn = draw.get("usage", {}).get("completion", len(draw.get("ids", ())))
-        if drawn:
-            tokens, number, seconds = tokens + drawn, number + 1, seconds + draw.get("seconds", 0.0) / concurrency
+def _measurable(draws: Iterable[Draw]) -> list[tuple[int, float]]:
+    """Return (tokens, seconds) of the draws that are texts with a known number of tokens."""
+    return [(tokens, draw.seconds) for draw in draws if draw.failure is None and (tokens := _count_drawn(draw))]
+
+
+def _count_drawn(draw: Draw) -> int:
+    return draw.usage.get("completion", len(draw.ids or ()))
+
+
+def _find_sample(store: DrawStore, identity: Mapping[str, Any]) -> list[tuple[int, float]]:
+    """Return (tokens, seconds) of a sample of a model's draws in the store."""
+    rows = [row for row in store.find("", _SAMPLE) if row["model"] == dict(identity)]
+    keys = [row["key"] for row in rows if row["draw"] is not None]
+    return _measurable(store.get(keys).values())
+
+
+def _measure(texts: Sequence[tuple[int, float]], concurrency: int) -> tuple[float | None, float | None]:
+    """Return tokens per second, and tokens of a text on average; None for both without texts."""
+    tokens, seconds = (sum(values) for values in zip(*texts, strict=True)) if texts else (0, 0.0)
     if not seconds:
         return None, None
-    return tokens / seconds, tokens / number
+    return tokens * concurrency / seconds, tokens / len(texts)
 
 
 def describe_plan(plan: Plan, budget: BudgetOptions) -> list[str]:

@@ -5,20 +5,21 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from saro.data.chat_format import ChatFormat
 from saro.demo import prompt_files
 from saro.distributed.runtime import Runtime
 from saro.draws.draw_all import check_one_machine, draw_on_all_ranks
-from saro.draws.endpoint import EndpointOptions
-from saro.draws.request import Sampling
+from saro.draws.request import Draw, Request, Sampling
 from saro.draws.store import DrawStore, find_store
 from saro.errors import SaroError
 from saro.evaluate.judge import check_abstentions, check_not_self, judge_answers, read_judge
 from saro.evaluate.judge_gold import GOLD, as_answers, measure_agreement, read_gold
-from saro.evaluate.judge_model import JudgeModel, find_judge_model, open_judge_model
-from saro.evaluate.judge_spec import JudgeSpec
+from saro.evaluate.judge_model import JudgeModel
+from saro.evaluate.judge_spec import JudgeSpec, read_gate
 from saro.evaluate.rules import RULES
 from saro.evaluate.subjects import find_subjects
 from saro.evaluate.suite import read_suite, suite_hash
@@ -29,7 +30,8 @@ from saro.synth.author import Author, Task
 from saro.synth.budget import Budget, BudgetedGenerator
 from saro.synth.check_records import measure_lengths
 from saro.synth.funnel import Funnel
-from saro.synth.judgement import Judge
+from saro.synth.hazard_judge import sort_prompts
+from saro.synth.judgement import Judge, JudgedGate
 from saro.synth.prompts import (
     Prompt,
     check_exclusion,
@@ -39,9 +41,10 @@ from saro.synth.prompts import (
     excluded_files,
     read_prompts,
 )
+from saro.synth.reader_models import ReaderModels
 from saro.synth.safety_policy import Policy, read_policy
 from saro.synth.step_judge import StepJudge
-from saro.synth.synth_options import Options
+from saro.synth.synth_options import GateOptions, Options
 from saro.synth.synth_output import SynthOutput, describe_making
 from saro.synth.synth_plan import describe_plan, plan_stage
 from saro.synth.templates import read_template
@@ -59,23 +62,30 @@ class Stage:
         make: writes, judges and selects texts, and returns records.
         plan_tasks: returns the texts of the first round.
         count_followups: returns the most texts of later rounds.
+        check: raises SaroError if the chat format cannot hold what the stage makes, which would show only after all texts
+            are paid for.
         group: name of the stage's own options.
         templates: what models are asked with.
         reads_steps: True if a judge of steps works too; ``make`` then takes it after the judge.
+        guided: texts that are written with the policy in view: all, those of later rounds, or none. If there are some,
+            ``make`` takes ``judged_gates``.
     """
 
     make: Callable[..., list[dict[str, Any]]]
     plan_tasks: Callable[[Sequence[Prompt], Policy, Options], list[Task]]
     count_followups: Callable[[Sequence[Prompt], Options], int]
+    check: Callable[[Sequence[Prompt], ChatFormat | None], None] | None
     group: str
     templates: tuple[str, ...]
     reads_steps: bool = False
+    guided: Literal["all", "later", "none"] = "none"
 
 
 _PROCESS = Stage(
     make=process_pairs.make_process_pairs,
     plan_tasks=process_pairs.plan_tasks,
     count_followups=process_pairs.count_followups,
+    check=process_pairs.check_template,
     group="pp",
     templates=("turn", "neutral", "steps"),
     reads_steps=True,
@@ -85,15 +95,19 @@ STAGE_TABLE = {
         make=rw_examples.make_examples,
         plan_tasks=rw_examples.plan_tasks,
         count_followups=rw_examples.count_followups,
+        check=rw_examples.check_template,
         group="rw",
         templates=("guided",),
+        guided="all",
     ),
     "op": Stage(
         make=outcome_pairs.make_outcome_pairs,
         plan_tasks=outcome_pairs.plan_tasks,
         count_followups=outcome_pairs.count_followups,
+        check=None,
         group="op",
         templates=("guided",),
+        guided="later",
     ),
     "pp": _PROCESS,
     "mirror": _PROCESS,
@@ -124,6 +138,8 @@ def synthesize(options: Options, runtime: Runtime) -> dict[str, Any] | None:
     else:
         check_exclusion(prompts, as_list(options.exclude))
     (subject,) = find_subjects([options.generator], [], options.load, options.server, options.data)
+    if stage.check is not None:
+        stage.check(prompts, subject.chat)
     budget = Budget.of_rank(options.budget.tokens, options.budget.calls, runtime.rank, runtime.processes)
     generator = BudgetedGenerator(
         subject.generator(options.load, runtime.device, runtime.is_main),
@@ -132,34 +148,38 @@ def synthesize(options: Options, runtime: Runtime) -> dict[str, Any] | None:
         chat=subject.chat,
     )
     spec = _read_judge(options.judge.name, policy)
-    judge_model = find_judge_model(spec, options.judge, runtime.is_main)
-    if judge_model is not None:
-        judge_model = _limit(judge_model, budget)
+    readers = ReaderModels(budget, runtime.is_main)
+    judge_model = readers.find_judge(spec, options.judge)
+    gates = _open_gates(options.gates, readers)
+    hazard_model = readers.find_reader("hazards", options.hazards)
     warnings = _find_warnings(spec, prompts, options)
     for line in warnings:
         runtime.say(line)
-    step_model = _open_step_judge(options, budget, runtime) if stage.reads_steps else None
-    for model in (judge_model, step_model):
-        if model is not None:
-            check_not_self(model.generator.identity, {subject.name: generator.identity}, options.allow_self_judge)
+    step_model = readers.find_reader("steps", options.steps) if stage.reads_steps else None
+    for model in readers.opened.values():
+        check_not_self(model.generator.identity, {subject.name: generator.identity}, options.allow_self_judge)
     output = SynthOutput.open(options.output, options.overwrite, options.allow_empty)
 
     with DrawStore.open(find_store(options.store)) as store:
         author = Author(subject, generator, store, runtime, options.offline)
         if options.plan:
-            for line in _plan(stage, prompts, policy, options, author, judges=(judge_model, step_model)):
+            judges = (judge_model, step_model)
+            for line in _plan(stage, prompts, policy, options, author, judges, len(gates), hazard_model):
                 runtime.say(line)
             return None
+        templates = (*stage.templates, *(("hazard",) if hazard_model is not None else ()))
         made_from = describe_making(
             options,
             policy={"name": policy.name, "hash": policy.hash},
-            templates={name: read_template(name).hash for name in stage.templates},
+            templates={name: read_template(name).hash for name in templates},
             prompts=_hash_files(files),
             exclude=_hash_suites(excluded_files(as_list(options.exclude))),
             fill=_hash_files(as_list(options.rw.fill)) if options.stage == "rw" else [],
             generator={"name": subject.name, **subject.describe_format(), "identity": dict(generator.identity)},
             judge=_describe_judge(spec, judge_model),
+            gates={name: _describe_judge(gate, model) for name, (gate, model) in gates.items()} or None,
             steps=None if step_model is None else dict(step_model.generator.identity),
+            hazards=None if hazard_model is None else dict(hazard_model.generator.identity),
         )
         runtime.on_main(lambda: output.begin(made_from))
 
@@ -167,12 +187,22 @@ def synthesize(options: Options, runtime: Runtime) -> dict[str, Any] | None:
         gold = {} if judge_model is None else _check_gold(spec, judge_model, author)
 
         # 3. Draw, judge and select.
+        if hazard_model is not None:
+            prompts = sort_prompts(prompts, hazard_model, policy, funnel, _draw_all(author, hazard_model))
         judge = Judge(spec, judge_model, store, runtime, options.offline)
         judges = [judge]
         if stage.reads_steps:
             judges.append(StepJudge(step_model, policy, store, runtime, options.offline))
-        records = stage.make(prompts, author, *judges, policy, options, funnel)
+        judged_gates = [
+            JudgedGate(name, Judge(gate, model, store, runtime, options.offline, option=f"--gates.{name}"))
+            for name, (gate, model) in gates.items()
+        ]
+        # Only stages with guided texts take gates, and the options refuse them for others.
+        gated = {"judged_gates": judged_gates} if judged_gates else {}
+        records = stage.make(prompts, author, *judges, policy, options, funnel, **gated)
         judge.finish(funnel)
+        for gate in judged_gates:
+            gate.finish(funnel)
 
     # 4. Write.
     more = {"lengths": measure_lengths(records, subject.chat), "gold": gold, "warnings": warnings}
@@ -201,18 +231,27 @@ def _find_warnings(spec: JudgeSpec, prompts: Sequence[Prompt], options: Options)
     ]
 
 
-def _open_step_judge(options: Options, budget: Budget, runtime: Runtime) -> JudgeModel | None:
-    """Return the model that labels steps; None for the rules."""
-    asked = options.steps
-    if not (asked.model or asked.endpoint):
-        return None
-    spec = JudgeSpec(name="steps", hash="", spec={})
-    server = EndpointOptions(model=asked.model, key_env=asked.key_env, revision=asked.revision)
-    return _limit(open_judge_model(spec, asked.endpoint or asked.model, server, progress=runtime.is_main), budget)
+def _open_gates(options: GateOptions, readers: ReaderModels) -> dict[str, tuple[JudgeSpec, JudgeModel]]:
+    """Return the gates that are asked for, by their names, with the models that answer."""
+    specs = {name: read_gate(file) for name, file in options.files.items()}
+    return {name: (spec, readers.open(spec, options, "--gates.model")) for name, spec in specs.items()}
 
 
-def _limit(model: JudgeModel, budget: Budget) -> JudgeModel:
-    return replace(model, generator=BudgetedGenerator(model.generator, budget, is_server=model.chat is None))
+def _draw_all(author: Author, model: JudgeModel) -> Callable[[Sequence[Request]], list[Draw]]:
+    """Return what draws all replies of a model that reads texts."""
+    draw_all = partial(draw_on_all_ranks, author.runtime, author.store, model.generator)
+    return partial(draw_all, offline=author.offline)
+
+
+def _find_stored(author: Author, model: JudgeModel) -> Callable[[Sequence[Request]], list[Draw | None]]:
+    """Return what finds the replies of a model that the store has, and draws none."""
+
+    def find(requests: Sequence[Request]) -> list[Draw | None]:
+        keys = [request.key(model.generator.identity) for request in requests]
+        stored = author.store.get(keys)
+        return [stored.get(key) for key in keys]
+
+    return find
 
 
 def _plan(
@@ -222,19 +261,35 @@ def _plan(
     options: Options,
     author: Author,
     judges: Sequence[JudgeModel | None],
+    gates: int,
+    hazard_model: JudgeModel | None,
 ) -> list[str]:
-    """Return the plan as lines; the first of the judges is the one that people's gold labels try."""
+    """Return the plan as lines.
+
+    Args:
+        judges: those that read every text. The first one is also tried on people's gold labels.
+        gates: number of judged gates.
+        hazard_model: gives prompts their hazards. Prompts about which the store has no reply are planned by their defaults.
+    """
+    unsorted = 0
+    if hazard_model is not None:
+        prompts = sort_prompts(prompts, hazard_model, policy, Funnel(), _find_stored(author, hazard_model))
+        unsorted = sum(bool(prompt.defaults) for prompt in prompts)
     # The tags are those of the generator's run unless the user gave some.
     options = replace(options, data=replace(options.data, think_tags=author.subject.think_tags))
     sampling = Sampling(options.max_tokens, getattr(options, stage.group).temperature)
+    tasks = stage.plan_tasks(prompts, policy, options)
+    followups = stage.count_followups(prompts, options)
+    guided = {"all": len(tasks), "later": followups, "none": 0}[stage.guided]
+    gold = 0 if judges[0] is None else len(read_gold(GOLD))
     plan = plan_stage(
         author.store,
         author.generator.identity,
-        author.ask(stage.plan_tasks(prompts, policy, options), sampling),
-        followups=stage.count_followups(prompts, options),
+        author.ask(tasks, sampling),
+        followups=followups,
         max_tokens=options.max_tokens,
         judges=sum(model is not None for model in judges),
-        gold=0 if judges[0] is None else len(read_gold(GOLD)),
+        more_read=gold + gates * guided + unsorted,
         concurrency=1 if author.subject.server is None else author.subject.server.concurrency,
     )
     return describe_plan(plan, options.budget)
@@ -267,9 +322,7 @@ def _check_gold(spec: JudgeSpec, model: JudgeModel, author: Author) -> dict[str,
         spec,
         answers,
         items,
-        lambda requests: draw_on_all_ranks(
-            author.runtime, author.store, model.generator, requests, offline=author.offline
-        ),
+        _draw_all(author, model),
         chat=model.chat,
         identity=model.generator.identity,
     )

@@ -12,7 +12,7 @@ from draw_cases import Scripted, chat_request, name_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saro.draws.draw_all import draw_missing
+from saro.draws.draw_all import draw_missing, draw_on_all_ranks, iterate_on_all_ranks
 from saro.draws.request import FAILURES, FINAL_FAILURES, Draw
 from saro.draws.store import DrawStore
 from saro.errors import SaroError
@@ -193,6 +193,26 @@ def test_a_generator_that_leaves_a_request_out_is_a_fault(store):
 
     with pytest.raises(RuntimeError, match="gave 2 of 3 draws"):
         draw_missing(store, Short(), requests_to(3))
+
+
+def test_on_one_rank_the_draws_come_in_the_order_of_the_requests_too(store, runtime):
+    requests = [*requests_to(7), chat_request("2")]
+    draws = draw_on_all_ranks(runtime, store, Scripted(), requests)
+    assert texts(draws) == [*(f"to {i}" for i in range(7)), "to 2"]
+    with pytest.raises(SaroError, match="1 of 8 draws are not in the store"):
+        draw_on_all_ranks(runtime, store, Scripted(), [*requests, chat_request("new")], offline=True)
+
+
+def test_all_is_drawn_before_the_first_draw_is_read_and_few_are_read_at_a_time(store, runtime, monkeypatch):
+    read, get = [], DrawStore.get
+    monkeypatch.setattr(DrawStore, "get", lambda self, keys: read.append(len(keys)) or get(self, keys))
+    generator = Scripted(group=100)
+    draws = iterate_on_all_ranks(runtime, store, generator, requests_to(1100))
+    assert next(draws).text == "to 0"
+    assert [len(asked) for asked in generator.asked] == [1100]
+    assert read == [500]
+    assert texts([*draws]) == [f"to {i}" for i in range(1, 1100)]
+    assert read == [500, 500, 100]
 
 
 def test_no_progress_is_shown_off_a_terminal(store, capfd):

@@ -7,10 +7,13 @@ import json
 import logging
 import re
 from email.utils import formatdate
+from itertools import pairwise
 
 import httpx2
 import pytest
 from draw_cases import KEY, URL, Server, chat_reply, chat_request, draw_all
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from saro.data.records import Message
 from saro.draws.draw_all import draw_missing
@@ -527,3 +530,42 @@ def test_the_error_that_ends_a_run_holds_no_prompt(tmp_path):
         draw_missing(store, generator, [chat_request(f"secret prompt {i}") for i in range(60)])
     assert "no such field" in str(caught.value)
     assert "secret prompt" not in str(caught.value)
+
+
+def shared(first, second) -> int:
+    shorter = min(len(first), len(second))
+    return next((i for i in range(shorter) if first[i] != second[i]), shorter)
+
+
+@settings(max_examples=100)
+@given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=5), max_size=8), st.randoms())
+def test_requests_are_ordered_as_a_trie_whatever_order_they_come_in(prompts, rng):
+    requests = [Request(Sampling(8), ids=tuple(ids), number=number) for number, ids in enumerate(prompts)]
+    generator = Server(chat_reply()).generator()
+    ordered = [requests[i] for i in generator.order(requests)]
+    # A prefix cache that holds only the prompt before reads no more tokens than the trie has nodes.
+    read = sum(len(ids) - shared(before, ids) for before, ids in pairwise([(), *(r.ids for r in ordered)]))
+    assert read == len({r.ids[:n] for r in requests for n in range(1, len(r.ids) + 1)})
+    mixed = rng.sample(requests, len(requests))
+    assert [mixed[i] for i in generator.order(mixed)] == ordered
+
+
+def test_conversations_and_ids_can_be_ordered_together():
+    ids = Request(Sampling(8), ids=(1,))
+    long, short = chat_request("Count to 10."), chat_request("Count to 1")
+    requests = [long, ids, chat_request("Add."), short]
+    assert Server(chat_reply()).generator().order(requests) == [1, 2, 3, 0]
+
+
+def test_the_server_gets_what_is_missing_in_that_order_and_the_draws_keep_the_order_of_the_requests(tmp_path):
+    def reply(body):
+        return chat_reply(f"to {body['messages'][0]['content']}")
+
+    requests = [chat_request(text) for text in ("b1", "a", "c", "b2", "b", "ab")]
+    server = Server(reply)
+    with DrawStore.open(tmp_path / "draws") as store:
+        draw_missing(store, server.generator(concurrency=1), requests[2:3])
+        draws = draw_missing(store, server.generator(concurrency=1), requests)
+    assert [draw.text for draw in draws] == ["to b1", "to a", "to c", "to b2", "to b", "to ab"]
+    sent = [body["messages"][0]["content"] for _, _, body in server.requests]
+    assert sent == ["c", "a", "ab", "b", "b1", "b2"]

@@ -92,6 +92,15 @@ def test_the_first_text_of_a_key_stays(store):
     assert store.get([key])[key].text == "first"
 
 
+def test_failures_are_found_without_reading_texts(store):
+    text = put(store, chat_request("text"), Draw(text="t", finish="stop"))
+    failed = [put(store, chat_request(kind), Draw(failure=kind)) for kind in FAILURES]
+    waiting = chat_request("waiting")
+    store.register(MODEL, [waiting])
+    found = store.find_failures([text, *failed, waiting.key(MODEL), "other"])
+    assert found == {text: None} | dict(zip(failed, FAILURES, strict=True))
+
+
 @pytest.mark.parametrize("failure", FAILURES)
 def test_a_failure_makes_room_for_a_text_unless_it_lasts(store, failure):
     key = put(store, chat_request(), Draw(failure=failure))

@@ -12,7 +12,7 @@ from run_files import ROOT
 from selection_cases import HELP, MEDIUM, REFUSAL, SHORT, make_drawn, make_prompt, tiny_chat
 
 from saro.synth.funnel import Funnel
-from saro.synth.gates import check_parts, check_text, gives_in, leaks, pass_gates, repeats
+from saro.synth.gates import Gates, gives_in, leaks, repeats
 from saro.synth.prompts import Prompt
 from saro.synth.safety_policy import read_policy
 from saro.synth.templates import read_template
@@ -30,7 +30,7 @@ LONG = (
 
 
 def reason_of(prompt: Prompt = HARMFUL, think: str = MEDIUM, answer: str = REFUSAL, **changes: object) -> str | None:
-    return check_text(make_drawn(prompt, think, answer, **changes), tiny_chat(), POLICY)
+    return Gates(tiny_chat(), POLICY).find_fault(make_drawn(prompt, think, answer, **changes))
 
 
 def test_a_good_text_passes() -> None:
@@ -55,8 +55,8 @@ def test_a_tag_in_the_reasoning_or_the_answer_is_found(tag: str) -> None:
 
 def test_without_a_chat_format_the_given_tags_are_those_that_may_not_occur() -> None:
     text = make_drawn(HARMFUL, f"{MEDIUM} [/r]")
-    assert check_text(text, None, POLICY, tags=("[r]", "[/r]")) == "tags"
-    assert check_text(text, None, POLICY) is None
+    assert Gates(None, POLICY, tags=("[r]", "[/r]")).find_fault(text) == "tags"
+    assert Gates(None, POLICY).find_fault(text) is None
 
 
 def test_a_text_that_the_chat_format_refuses_is_found() -> None:
@@ -70,7 +70,7 @@ def test_reasoning_outside_the_band_of_its_level_is_found() -> None:
 
 
 def test_the_band_can_be_left_out() -> None:
-    assert check_text(make_drawn(HARMFUL, LONG), tiny_chat(), POLICY, banded=False) is None
+    assert Gates(tiny_chat(), POLICY, banded=False).find_fault(make_drawn(HARMFUL, LONG)) is None
 
 
 def test_only_prompts_of_level_none_without_a_right_answer_may_do_without_reasoning() -> None:
@@ -155,7 +155,7 @@ def test_the_first_reason_is_the_one_that_is_cheapest_to_find() -> None:
 def test_the_funnel_notes_each_text_that_does_not_pass_without_its_words() -> None:
     funnel = Funnel()
     texts = [make_drawn(HARMFUL, key="good"), make_drawn(HARMFUL, "No.", key="short")]
-    assert [text.key for text in pass_gates(texts, tiny_chat(), POLICY, funnel)] == ["good"]
+    assert [text.key for text in Gates(tiny_chat(), POLICY).select(texts, funnel)] == ["good"]
     assert [vars(one) for one in funnel.left_out] == [{"id": "p1", "stage": "gates", "reason": "band", "draw": "short"}]
 
 
@@ -167,7 +167,9 @@ def test_of_public_chains_none_repeats_itself_and_few_leak() -> None:
     assert sum(leaks(think, POLICY) for think, _, _ in parts) == 49
     assert not any(leaks(answer, POLICY) for _, _, answer in parts)
     risky = replace(HARMFUL, level="high")
-    reasons = Counter(check_parts(risky, think.strip(), answer.strip(), None, POLICY) for think, _, answer in parts)
+    reasons = Counter(
+        Gates(None, POLICY).find_fault_of_parts(risky, think.strip(), answer.strip()) for think, _, answer in parts
+    )
     assert reasons == {None: 935, "band": 21, "leak": 44}
     with open(DATA / "gsm8k_train.jsonl", encoding="utf-8") as file:
         answers = [json.loads(line)["answer"].rpartition("\n####")[0] for line in file]

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import pytest
 from chat_cases import CHATS
-from selection_cases import HELP, REFUSAL, make_drawn, make_prompt
+from selection_cases import HELP, REFUSAL, make_drawn, make_judged, make_prompt
 from synth_chains import Speaker
 
 from saro.draws.store import DrawStore
 from saro.errors import SaroError
 from saro.evaluate.judge_model import JudgeModel
-from saro.evaluate.judge_spec import read_judge
+from saro.evaluate.judge_spec import read_gate, read_judge
 from saro.synth.author import Drawn
 from saro.synth.funnel import Funnel
-from saro.synth.judgement import Judge
+from saro.synth.judgement import Judge, JudgedGate
 
 CHAT = CHATS["chatml"]
 PROMPT = make_prompt("p1")
@@ -83,3 +83,27 @@ def test_the_rules_give_a_verdict_on_all(tmp_path, runtime):
         rules.finish(funnel)
     assert judged.outcome == "harmful"
     assert funnel.counts == {}
+
+
+def test_a_gate_accepts_refuses_or_does_not_know_and_reads_no_text_without_reasoning(tmp_path, runtime):
+    asked = []
+
+    def reply(user: str, *_: object) -> str:
+        asked.append(user)
+        said = {"odd": "RELEVANT: NO", "mute": "I would rather not say."}
+        return next((line for word, line in said.items() if word in user), "RELEVANT: YES")
+
+    given = {"fine": "A fine thought.", "odd": "An odd thought.", "mute": "A mute thought.", "none": " "}
+    with DrawStore.open(tmp_path / "draws.sqlite") as store:
+        judge = Judge(read_gate("relevance"), JudgeModel(Speaker(CHAT, reply), CHAT), store, runtime)
+        gate, funnel = JudgedGate("relevance", judge), Funnel()
+        judged = [make_judged(PROMPT, "safe", think, key=key, suite="demo") for key, think in given.items()]
+        accepted = gate.select(judged, funnel)
+        gate.finish(funnel)
+    assert [text.drawn.key for text in accepted] == ["fine", "none"]
+    assert [(one.stage, one.reason, one.draw) for one in funnel.left_out] == [
+        ("relevance", "not accepted", "odd"),
+        ("relevance", "unjudged", "mute"),
+    ]
+    assert funnel.counts == {"relevance": {"accepted": 2}, "verdicts on relevance": {"given": 2, "none": 1}}
+    assert len(asked) == 4  # the mute one twice

@@ -10,11 +10,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from selection_cases import HELP, MEDIUM, REFUSAL, SHORT, make_author, make_prompt, write
+from selection_cases import HELP, MEDIUM, REFUSAL, SHORT, Replies, make_author, make_prompt, tiny_chat, write
 
 from saro.data.records import parse_pair
 from saro.distributed.runtime import Runtime
+from saro.evaluate.judge_model import JudgeModel
+from saro.evaluate.judge_spec import read_gate
 from saro.synth.funnel import Funnel
+from saro.synth.judgement import Judge, JudgedGate
 from saro.synth.outcome_pairs import count_followups, make_outcome_pairs, plan_tasks
 from saro.synth.prompts import Prompt
 from saro.synth.safety_policy import read_policy
@@ -213,6 +216,20 @@ def bad_prompts_and_pairs(world: World, number: int, **op: object) -> list[dict[
         return write(f"{MEDIUM} It is {draw}.", REFUSAL if "Say b" in prompt and draw == 0 else HELP)
 
     return world.make(prompts, reply, 2, **op)
+
+
+@pytest.mark.parametrize(("says", "number"), [("YES", 1), ("NO", 0)])
+def test_a_guided_text_must_pass_the_judged_gates(world: World, runtime: Runtime, says: str, number: int) -> None:
+    reply = say(write(MEDIUM, HELP), guided=write(MEDIUM, REFUSAL))
+    author, judge = make_author(world.folder, runtime, reply)
+    model = JudgeModel(Replies(tiny_chat(), lambda *_: f"RELEVANT: {says}"), tiny_chat())
+    with author.store as store:
+        gate = JudgedGate("relevance", Judge(read_gate("relevance"), model, store, runtime))
+        options, funnel = options_of(1, guided=1.0), Funnel()
+        records = make_outcome_pairs([make_prompt("p0")], author, judge, POLICY, options, funnel, judged_gates=[gate])
+    assert len(records) == number
+    # The plain text is not asked about, and two guided draws of one text are one question.
+    assert len(model.generator.asked) == 1
 
 
 def test_if_all_texts_are_bad_a_guided_one_is_chosen(world: World) -> None:

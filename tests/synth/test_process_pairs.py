@@ -15,12 +15,11 @@ from saro.data.tree import build_tree
 from saro.draws.store import DrawStore
 from saro.errors import SaroError
 from saro.evaluate.judge_spec import read_judge
-from saro.evaluate.subjects import Subject
 from saro.synth.author import Author
 from saro.synth.chain import split_steps
 from saro.synth.funnel import Funnel
 from saro.synth.judgement import Judge
-from saro.synth.process_pairs import count_followups, make_process_pairs, plan_tasks
+from saro.synth.process_pairs import check_template, count_followups, make_process_pairs, plan_tasks
 from saro.synth.safety_policy import read_policy
 from saro.synth.step_judge import StepJudge
 from saro.synth.step_rules import label_steps
@@ -516,20 +515,12 @@ def test_left_out_has_no_text(make):
     assert not any(step in lines for step in (*BAD, *CAUTIOUS, "Request"))
 
 
-def test_a_server_whose_tokenizer_is_not_known_is_an_error(runtime, tmp_path):
-    world = World()
-    subject = Subject("server", "https://llm.example.org", CHAT.think_tags, None)
-    with DrawStore.open(tmp_path / "draws.sqlite") as store:
-        author = Author(subject, world.speaker, store, runtime)
-        judge = Judge(read_judge("rules"), None, store, runtime)
-        with pytest.raises(SaroError, match="tokenizer is not known; give"):
-            make_process_pairs(prompts_of("h1"), author, judge, StepJudge(), POLICY, options_of(), Funnel())
-    assert world.speaker.asked == []
+def test_a_server_whose_tokenizer_is_not_known_is_an_error():
+    with pytest.raises(SaroError, match="tokenizer is not known; give"):
+        check_template(prompts_of("h1"), None)
 
 
-@pytest.mark.parametrize(("stage", "id"), [("pp", "h1"), ("mirror", "s1")])
-def test_a_template_that_closes_the_reasoning_is_an_error_before_anything_is_drawn(make, stage, id):
-    world = World(chat=chat_cases.chat_of(chat_cases.QWEN3, template_variables={"enable_thinking": False}))
+def test_a_template_that_closes_the_reasoning_is_an_error():
+    closed = chat_cases.chat_of(chat_cases.QWEN3, template_variables={"enable_thinking": False})
     with pytest.raises(SaroError, match=r"closes the reasoning .* set --data.template_variables.enable_thinking true"):
-        make(world, prompts_of(id), stage=stage)
-    assert world.speaker.asked == []
+        check_template(prompts_of("h1"), closed)

@@ -21,7 +21,7 @@ from saro.distributed.runtime import Runtime
 from saro.errors import SaroError
 from saro.synth.funnel import Funnel
 from saro.synth.prompts import Prompt
-from saro.synth.rw_examples import count_followups, make_examples, plan_tasks, share_out
+from saro.synth.rw_examples import check_template, count_followups, make_examples, plan_tasks, share_out
 from saro.synth.safety_policy import read_policy
 from saro.synth.synth_options import Options, RWStage
 
@@ -133,15 +133,12 @@ def test_a_prompt_without_an_accepted_text_has_no_record(world: World, text: str
     assert world.reasons() == {(stage, reason): 3, ("select", "no accepted text"): 1}
 
 
-def test_a_template_that_closes_the_reasoning_is_refused_before_anything_is_drawn(
-    world: World, runtime: Runtime
-) -> None:
-    author, judge = make_author(world.folder, runtime, good_for_all)
-    chat = chat_of(QWEN3, template_variables={"enable_thinking": False})
-    closed = replace(author, subject=replace(author.subject, chat=chat))
-    with author.store, pytest.raises(SaroError, match="closes the reasoning"):
-        make_examples([make_prompt("p1")], closed, judge, POLICY, options_of(), Funnel())
-    assert author.generator.asked == []
+def test_a_template_that_closes_the_reasoning_is_refused() -> None:
+    closed = chat_of(QWEN3, template_variables={"enable_thinking": False})
+    with pytest.raises(SaroError, match="closes the reasoning"):
+        check_template([make_prompt("p1")], closed)
+    check_template([make_prompt("p1")], chat_of(QWEN3))
+    check_template([make_prompt("p1")], None)
 
 
 def test_each_kind_of_prompt_has_its_own_good_outcome(world: World) -> None:

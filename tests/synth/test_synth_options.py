@@ -47,6 +47,8 @@ def test_the_stage_is_the_first_argument_or_an_option_of_a_file(stage, tmp_path)
         (["rw", "--budget.input_price", "-1"], "--budget.input_price is -1.0; it must be at least 0"),
         (["rw", "--max_tokens", "0"], "--max_tokens is 0; it must be at least 1"),
         (["rw", "--limit", "0"], "--limit is 0; it must be at least 1"),
+        (["rw", "--gates.model", "m"], "--gates.model is given and no gate; name one with --gates.relevance or"),
+        (["pp", "--gates.relevance", "relevance"], "--gates: stage pp writes no guided texts; leave them out"),
         (["rw", "--judge.gold", "gold.json"], "unknown option --judge.gold"),
     ],
 )

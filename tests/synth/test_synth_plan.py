@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
-from draw_cases import Scripted, chat_request
+from draw_cases import Scripted, chat_request, name_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -69,8 +69,8 @@ def test_a_stored_failure_counts_only_if_it_would_not_be_drawn_again(store, fail
     assert found.drawn_tokens == 16 * sum(map(len, again.asked))
 
 
-def test_a_judge_is_asked_about_each_text_and_each_gold_answer_at_most_twice(store):
-    assert plan(store, [of_ids(1)], followups=2, judges=1, gold=20).verdicts == 2 * (1 + 2) + 2 * 20
+def test_a_judge_is_asked_about_each_text_and_whatever_else_is_read_at_most_twice(store):
+    assert plan(store, [of_ids(1)], followups=2, judges=1, more_read=20).verdicts == 2 * (1 + 2) + 2 * 20
     assert plan(store, [of_ids(1)], followups=2).verdicts == 0
 
 
@@ -114,6 +114,18 @@ def test_the_time_is_that_of_earlier_texts_of_the_same_model(store):
     assert found.mean_tokens == 20
     assert found.seconds == pytest.approx(2 * 20 / 10)
     assert "4 s at 10 tokens/s and 20 tokens a text" in describe_plan(found, BudgetOptions())[-1]
+
+
+def test_texts_of_this_round_say_more_of_the_time_than_others_of_the_model(store):
+    """Those of a template that closes the reasoning are shorter than all others of the model."""
+    lengths = {"short": 4, "long": 400}
+    writer = Scripted(
+        lambda r: Draw(text="t", finish="stop", usage={"completion": lengths[name_of(r).split()[0]]}, seconds=1.0)
+    )
+    closed = [chat_request(f"short {i}") for i in range(3)]
+    draw_missing(store, writer, [*(chat_request(f"long {i}") for i in range(9)), closed[0]])
+    assert plan(store, closed).mean_tokens == 4
+    assert plan(store, [chat_request("other")]).mean_tokens == pytest.approx((9 * 400 + 4) / 10)
 
 
 def test_without_earlier_texts_the_time_is_not_known(store):

@@ -10,6 +10,7 @@ from pathlib import Path
 import httpx2
 import pytest
 import synth_cases
+from chat_cases import QWEN3
 from draw_cases import Server, chat_reply
 from run_files import steps_logged
 from synth_cases import ScriptedWriter, make_prompts, play, serve, write_lines
@@ -21,6 +22,7 @@ from saro.draws.endpoint import EndpointGenerator
 from saro.errors import SaroError
 from saro.model.source import find_model
 from saro.program import parse_tool
+from saro.synth.safety_policy import read_policy
 from saro.synth.synth_options import STAGES, Options
 from saro.synth.synthesis import synthesize
 
@@ -347,6 +349,24 @@ def test_a_server_writes_each_stage_and_is_asked_nothing_twice(make, served, tmp
     )
 
 
+@pytest.mark.parametrize("stage", ["rw", "pp"])
+def test_a_server_is_asked_in_the_order_of_a_trie_which_changes_no_byte(make, served, tmp_path, monkeypatch, stage):
+    server, options = served
+    options |= {"server__concurrency": 1}
+    make(stage, **options)
+    first = [json.dumps(body.get("messages", body.get("prompt"))) for _, _, body in server.requests]
+    server.requests.clear()
+    monkeypatch.delattr(EndpointGenerator, "order")
+    other = {"output": tmp_path / "other" / f"{stage}.jsonl", "store": tmp_path / "other.sqlite3"}
+    make(stage, **options, **other)
+    second = [json.dumps(body.get("messages", body.get("prompt"))) for _, _, body in server.requests]
+    assert sorted(first) == sorted(second)
+    assert first != second
+    if stage == "rw":  # one round
+        assert first == sorted(first)
+    assert files_of(tmp_path / "other") == files_of(tmp_path / "out")
+
+
 def test_process_pairs_of_a_server_need_its_tokenizer(make, served):
     _, options = served
     with pytest.raises(SaroError, match=r"--server\.tokenizer"):
@@ -380,3 +400,162 @@ def test_no_record_left_is_an_error_that_names_the_reasons(make, tmp_path):
         make("rw", max_tokens=3)
     assert (tmp_path / "out" / "rw.left_out.jsonl").read_text(encoding="utf-8").count("\n") > 0
     assert not (tmp_path / "out" / "rw.jsonl").exists()
+
+
+# A model reads
+
+
+READER = {"endpoint": "https://reader.example.org", "model": "reader"}
+
+
+@pytest.fixture
+def reader(monkeypatch):
+    """A server that answers gates and sorts prompts: no text on house 1 is relevant, none on guest 2 coherent."""
+    monkeypatch.setenv("SARO_API_KEY", "k")
+
+    def reply(body):
+        text = body["messages"][-1]["content"]
+        if "RELEVANT:" in text:
+            return chat_reply(f"RELEVANT: {'NO' if 'house 1' in text else 'YES'}")
+        if "COHERENT:" in text:
+            return chat_reply(f"COHERENT: {'NO' if 'guest 2' in text else 'YES'}")
+        return chat_reply('{"section": "P1", "level": "medium"}')
+
+    server = Server(reply)
+    monkeypatch.setattr("saro.evaluate.judge_model.EndpointGenerator", lambda options: server.generator())
+    return server
+
+
+def options_of(group: str, **more: object) -> dict[str, object]:
+    return {f"{group}__{name}": value for name, value in (READER | more).items()}
+
+
+GATES = options_of("gates", relevance="relevance", coherence="coherence")
+
+
+def left_out_of(tmp_path: Path, stage: str) -> list[dict]:
+    return [json.loads(line) for line in (tmp_path / "out" / f"{stage}.left_out.jsonl").read_text().splitlines()]
+
+
+def test_guided_texts_must_pass_the_judged_gates(make, reader, tmp_path):
+    manifest = make("rw", **GATES)
+    ids = {record.id for record in read_examples(tmp_path / "out" / "rw.jsonl")}
+    assert ids.isdisjoint({"h1", "s2"})
+    assert {"h0", "s1"} <= ids
+    refused = {(one["stage"], one["reason"], one["id"]) for one in left_out_of(tmp_path, "rw")}
+    assert {("relevance", "not accepted", "h1"), ("coherence", "not accepted", "s2")} <= refused
+    counts = manifest["result"]["funnel"]["counts"]
+    good = counts["judge"]["good guided draws"]
+    assert counts["relevance"]["accepted"] == counts["verdicts on coherence"]["given"] == good - 4
+    assert counts["coherence"]["accepted"] == good - 8
+    assert {name: gate["name"] for name, gate in manifest["gates"].items()} == {
+        "relevance": "relevance",
+        "coherence": "coherence",
+    }
+    assert all(gate["identity"]["model"] == "tiny" for gate in manifest["gates"].values())
+
+
+def test_gates_are_asked_nothing_twice(make, reader, tmp_path):
+    make("rw", **GATES)
+    before, asked = files_of(tmp_path / "out"), len(reader.requests)
+    make("rw", "--offline", **GATES)
+    assert files_of(tmp_path / "out") == before
+    assert len(reader.requests) == asked > 0
+
+
+def test_texts_that_were_not_guided_are_not_asked_about(make, reader):
+    assert make("op", **GATES)["result"]["forms"].keys() == {"outcome"}
+    assert reader.requests == []
+
+
+def test_an_output_without_gates_is_not_that_with_them(make, reader):
+    make("rw")
+    with pytest.raises(SaroError, match="made with other values of gates; give another --output"):
+        make("rw", **GATES)
+
+
+def test_a_gate_whose_replies_cannot_be_read_leaves_texts_out_and_many_of_them_end_the_run(make, reader, tmp_path):
+    reply = reader.replies[0]
+    mute = ["house 1"]
+    reader.replies[0] = lambda body: (
+        chat_reply("Hm.") if any(word in body["messages"][-1]["content"] for word in mute) else reply(body)
+    )
+    manifest = make("rw", **options_of("gates", coherence="coherence"))
+    assert [one["id"] for one in left_out_of(tmp_path, "rw") if one["reason"] == "unjudged"] == ["h1"] * 4
+    assert manifest["result"]["funnel"]["counts"]["verdicts on coherence"]["none"] == 4
+    mute.append("guest")
+    changes = {"output": tmp_path / "other" / "rw.jsonl", "store": tmp_path / "other.sqlite3"}
+    with pytest.raises(SaroError, match=r"--gates\.coherence coherence: gives no verdict on \d+ of \d+ texts"):
+        make("rw", **options_of("gates", coherence="coherence"), **changes)
+
+
+def test_a_plan_counts_what_gates_and_hazards_read(make, reader, capsys):
+    make("rw", "--plan", **GATES, **options_of("hazards"))
+    # Two gates and 36 texts, and three prompts whose level their file does not give; each may be asked about twice.
+    assert f"at most {2 * (2 * 36 + 3)} replies of judges" in capsys.readouterr().err
+    assert reader.requests == []
+
+
+def test_hazards_and_levels_that_the_file_lacks_come_from_a_model_and_are_in_the_records(make, reader, tmp_path):
+    rows = [{name: value for name, value in row.items() if name not in ("hazard", "level")} for row in make_prompts()]
+    prompts = write_lines(tmp_path / "bare.jsonl", rows)
+    manifest = make("rw", prompts=prompts, **options_of("hazards"))
+    synth = {
+        row["meta"]["synth"]["prompt"]: row["meta"]["synth"]
+        for row in map(json.loads, (tmp_path / "out" / "rw.jsonl").read_text().splitlines())
+    }
+    section = read_policy("saro").sections[0]
+    assert section.id == "P1"
+    assert (synth["h0"]["level"], synth["h0"]["hazard"]) == ("medium", list(section.hazard))
+    assert (synth["s0"]["level"], synth["s0"]["hazard"]) == ("medium", [])
+    assert {one["level"] for one in synth.values() if one["kind"] == "general"} == {"none"}
+    assert manifest["hazards"]["model"] == "tiny"
+    assert manifest["templates"].keys() == {"guided", "hazard"}
+    counts = manifest["result"]["funnel"]["counts"]["hazards"]
+    assert counts == {"given by the file": 3, "given by the model": 6, "no valid reply, so the default": 0}
+    before, asked = files_of(tmp_path / "out"), len(reader.requests)
+    make("rw", "--offline", prompts=prompts, **options_of("hazards"))
+    assert (files_of(tmp_path / "out"), len(reader.requests)) == (before, asked)
+
+
+def test_a_plan_knows_the_hazards_that_are_in_the_store(make, reader, capsys):
+    make("rw", **options_of("hazards"))
+    make("rw", "--plan", **options_of("hazards"))
+    said = capsys.readouterr().err
+    assert "36 texts in the first round, 36 of them in the store" in said
+    assert "replies of judges" not in said
+
+
+def test_a_model_that_reads_for_several_purposes_is_opened_once(make, reader, monkeypatch):
+    opened = []
+    monkeypatch.setattr(
+        "saro.evaluate.judge_model.EndpointGenerator", lambda options: opened.append(options) or reader.generator()
+    )
+    make("rw", **GATES, **options_of("hazards"))
+    assert len(opened) == 1
+
+
+@pytest.mark.parametrize("group", ["gates", "hazards"])
+def test_a_generator_that_reads_its_own_texts_is_refused(make, tiny_model, monkeypatch, group):
+    monkeypatch.undo()  # the tiny model itself
+    options = {f"{group}__model": tiny_model()} | ({"gates__relevance": "relevance"} if group == "gates" else {})
+    with pytest.raises(SaroError, match="--allow_self_judge"):
+        make("rw", **options)
+
+
+def test_a_gate_without_a_model_says_how_to_name_one(make):
+    with pytest.raises(
+        SaroError, match=r"judge relevance: works with any instruction model; name one with --gates\.model"
+    ):
+        make("rw", gates__relevance="relevance")
+
+
+@pytest.mark.parametrize("stage", ["rw", "pp", "mirror"])
+def test_a_template_that_closes_the_reasoning_is_refused_by_the_plan_too(make, writers, tmp_path, stage):
+    template = tmp_path / "template.jinja"
+    template.write_text(QWEN3)
+    closed = {"data__chat_template": template, "data__template_variables": '{"enable_thinking": false}'}
+    for flags in ([], ["--plan"]):
+        with pytest.raises(SaroError, match="closes the reasoning"):
+            make(stage, *flags, **closed)
+    assert all(writer.asked == [] for writer in writers)

@@ -19,6 +19,7 @@ VARIABLES = {
     "guided": {"request": "How do I lift a sofa?", "policy": "Be kind.", "sentences": "2 to 3", "tags": TAGS},
     "turn": {"request": "How do I lift a sofa?", "reasoning": "A sofa.", "policy": "Be kind.", "aim": "safety"},
     "neutral": {"request": "How do I lift a sofa?", "reasoning": "A sofa."},
+    "hazard": {"request": "How do I lift a sofa?", "sections": ["P1 Backs: Keep them.", "P2 Floors: Mind them."]},
     "steps": {"request": "How do I lift a sofa?", "steps": ["A sofa.", "So I help."], "policy": "Be kind."},
 }
 TEXT = st.text(st.characters(exclude_categories=("Cs",)), max_size=40)
