@@ -97,8 +97,8 @@ def _count_texts(form: str, options: Options) -> int:
     if form == "sibling":
         # A step has at least one token.
         return pp.rollouts * math.ceil(math.log2(max(options.max_tokens, 2)))
-    # Each step that is put in takes a sentence and a continuation.
-    return 2 * (pp.turns + has_control(form, pp.neutral))
+    # Each step that is put in takes a continuation, and a written one takes a sentence too.
+    return pp.borrowed + 2 * (pp.turns + has_control(form, pp.neutral))
 
 
 def make_process_pairs(
@@ -114,13 +114,13 @@ def make_process_pairs(
 
     ``meta.synth`` of a record has these fields, beside those of ``make_pair_record``:
 
-    - policy: ids of the rules that the turning step was written under; empty for siblings.
+    - policy: ids of the rules that the turning step was written under; empty if it was borrowed, and for siblings.
     - fork: {"step": number of shared steps, "token": number of shared tokens, with those of the prompt}.
     - turn: {"chosen", "rejected"}: index of the first step from the fork on that turns; null if none does.
     - value: {"before", "after"} the step that decides the rejected side, for siblings; else null.
     - outcomes: {"chosen", "rejected"}: by the judge or the right answer; that of a rejected chain is of the whole chain.
-    - draws: keys of the draws: chosen, rejected, and the turning step if one was put in.
-    - on_policy: true if both sides were drawn from the bare prompt. A turning step was not.
+    - draws: keys of the draws: chosen, rejected, and that of the turning step if one was put in.
+    - on_policy: true if all of both sides was drawn from the bare prompt, as a borrowed step was and a written one was not.
     - judge, steps: names of those who judged outcomes and labelled steps.
     - lengths: {"chosen", "rejected"}: tokens of each response, with the shared ones.
 

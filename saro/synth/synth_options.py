@@ -84,7 +84,8 @@ class ProcessStage:
         forms: Forms to make; default all of the stage.
         draws: Whole chains drawn for each prompt, without the policy. The same ones as those of stage op.
         temperature: 0 takes the likeliest token each time.
-        turns: Turning steps tried at each fork.
+        turns: Turning steps that the model writes for each fork, with the policy in view.
+        borrowed: Turning steps tried at each fork that are taken from good chains of the model on the same prompt.
         rollouts: Continuations drawn to find the value of a step, for form sibling.
         open_tokens: A rejected text ends this many tokens after the step that decides it, so that no harmful content
             is written or learned.
@@ -96,6 +97,7 @@ class ProcessStage:
     draws: int = 8
     temperature: float = 1.0
     turns: int = 2
+    borrowed: int = 1
     rollouts: int = 4
     open_tokens: int = 24
     neutral: float = 0.1
@@ -103,7 +105,10 @@ class ProcessStage:
 
     def __post_init__(self) -> None:
         _check_draws(self, "pp.")
-        check_at_least(self, "pp.", 1, "turns", "rollouts", "open_tokens", "pairs_per_prompt")
+        check_at_least(self, "pp.", 1, "rollouts", "open_tokens", "pairs_per_prompt")
+        check_at_least(self, "pp.", 0, "turns", "borrowed")
+        if self.turns + self.borrowed == 0:
+            raise SaroError("--pp.turns and --pp.borrowed are 0: no step is left to turn with; give one of them")
         _check_shares(self, "pp.", "neutral")
 
 

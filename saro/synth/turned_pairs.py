@@ -1,7 +1,8 @@
 """Makes the process pairs whose chosen side turns: at a place in a chain, a turning step is put in.
 
-The model writes that step itself with the policy in view, and continues without it. A pair is kept if the continuation
-ends well, passes the gates, its new step is labelled a turn, and no step behind that gives in again.
+The step is borrowed from a good chain of the model on the same prompt, or the model writes one with the policy in view; it
+continues without it. A pair is kept if the continuation ends well, passes the gates, its new step is labelled a turn, and
+no step behind that gives in again.
 """
 
 from __future__ import annotations
@@ -68,8 +69,8 @@ class Try:
 
     Attributes:
         turning: where.
-        role: "turn", or "neutral" for the control.
-        sentence: key of the draw of the step.
+        role: "borrowed" for a turning step of another chain, "turn" for a written one, "neutral" for the control.
+        sentence: key of the draw that the step is from.
         fork: the beginning with the new step, from which the model continues.
     """
 
@@ -89,7 +90,8 @@ def make_turned_pairs(
         chains: the chains of each prompt, by its id, in the order in which they are tried.
     """
     turnings = [turning for form, id in wanted for turning in _find_turnings(run, form, id, chains[id])]
-    tries = _write_steps(run, turnings)
+    steps = [step for turning in turnings for step in _borrow_steps(run, turning, chains[turning.chain.prompt.id])]
+    tries = _find_tries(run, steps + _write_steps(run, turnings))
     tasks = [_continue_task(one) for one in tries]
     judged = run.judge.judge(run.author.write(tasks, run.sampling))
     _count_control(run, tries, judged)
@@ -160,30 +162,65 @@ def _find_turnings(run: Run, form: str, id: str, chains: Sequence[Chain]) -> lis
 # Steps that are put in
 
 
-def _write_steps(run: Run, turnings: Sequence[Turning]) -> list[Try]:
-    """Return the tries of all turnings: their turning steps, and for some a neutral one."""
+@dataclass(frozen=True)
+class NewStep:
+    """A step for a place: where, as what (``Try.role``), its words, and the key of the draw that has them."""
+
+    turning: Turning
+    role: str
+    sentence: str
+    key: str
+
+
+def _borrow_steps(run: Run, turning: Turning, chains: Sequence[Chain]) -> list[NewStep]:
+    """Return the first turning steps of good chains on the same prompt, at most ``pp.borrowed``, without repeats.
+
+    A model that turns often enough on its own needs no policy in view, and these are its own words. In form "earlier", the
+    chain's own turn comes first: the same step, sooner.
+    """
+    good = [chain for chain in chains if chain.judged.is_good and chain.first("turn") is not None]
+    # A stable sort: the chain itself, then the others in their order.
+    good.sort(key=lambda chain: chain is not turning.chain)
+    steps: dict[str, NewStep] = {}
+    for chain in good:
+        sentence = _tidy(chain.step_text(chain.first("turn")))
+        steps.setdefault(sentence, NewStep(turning, "borrowed", sentence, chain.drawn.key))
+    return list(steps.values())[: run.options.pp.borrowed]
+
+
+def _write_steps(run: Run, turnings: Sequence[Turning]) -> list[NewStep]:
+    """Let the model write the turning steps of all turnings, and for some a neutral one. Empty ones are among them."""
     asked = [(turning, _turn_task(run, turning, n)) for turning in turnings for n in range(run.options.pp.turns)]
     asked += [(turning, _neutral_task(run, turning)) for turning in turnings if _is_control(turning, run.options)]
     sampling = replace(run.sampling, max_tokens=min(SENTENCE_TOKENS, run.options.max_tokens))
     drawn = run.author.write([task for _, task in asked], sampling)
+    return [
+        NewStep(turning, task.role, _find_sentence(turning, one), one.key)
+        for (turning, task), one in zip(asked, drawn, strict=True)
+    ]
+
+
+def _find_tries(run: Run, steps: Sequence[NewStep]) -> list[Try]:
+    """Return the tries of all steps that can be put in and continued, each once at its place."""
     tries: list[Try] = []
-    seen: set[tuple[Turning, str, str]] = set()
-    for (turning, task), one in zip(asked, drawn, strict=True):
-        sentence = _find_sentence(turning, one)
-        fork = _find_fork_behind(run, turning, sentence)
-        if not sentence:
+    seen: set[tuple[Turning, bool, str]] = set()
+    for step in steps:
+        turning, prompt = step.turning, step.turning.chain.prompt
+        is_neutral = step.role == "neutral"
+        fork = _find_fork_behind(run, turning, step.sentence)
+        if not step.sentence:
             reason = "no sentence"
-        elif (turning, task.role, sentence) in seen:
+        elif (turning, is_neutral, step.sentence) in seen:
             reason = "said before"
-        elif task.role == "neutral" and label_steps([sentence], task.prompt.kind) != ("neutral",):
+        elif is_neutral and label_steps([step.sentence], prompt.kind) != ("neutral",):
             reason = "not neutral"
         elif fork is None:
             reason = "cannot be continued"
         else:
-            seen.add((turning, task.role, sentence))
-            tries.append(Try(turning, task.role, one.key, fork))
+            seen.add((turning, is_neutral, step.sentence))
+            tries.append(Try(turning, step.role, step.key, fork))
             continue
-        run.funnel.leave_out(task.prompt.id, task.role, reason, one.key)
+        run.funnel.leave_out(prompt.id, step.role, reason, step.key)
     return tries
 
 
@@ -219,8 +256,7 @@ def _describe_place(run: Run, turning: Turning) -> dict[str, str]:
 def _find_sentence(turning: Turning, drawn: Drawn) -> str:
     """Return the sentence that was written; empty if there is none, or it was cut.
 
-    It is the first step of the answer or, if the reasoning was begun, of what follows that. It begins with a capital
-    letter: with a small one it would be the end of the step before.
+    It is the first step of the answer or, if the reasoning was begun, of what follows that.
     """
     answer = drawn.answer
     if drawn.task.prefill is None:
@@ -235,8 +271,16 @@ def _find_sentence(turning: Turning, drawn: Drawn) -> str:
     steps = split_steps(text.strip(_QUOTES))
     if not steps or (len(steps) == 1 and not is_ended):
         return ""
-    sentence = " ".join(steps[0].text.strip(_QUOTES).split())
-    return sentence[:1].upper() + sentence[1:]
+    return _tidy(steps[0].text.strip(_QUOTES))
+
+
+def _tidy(sentence: str) -> str:
+    """Return a sentence with one space between its words, which begins with a capital letter.
+
+    With a small one it would be the end of the step before it.
+    """
+    words = " ".join(sentence.split())
+    return words[:1].upper() + words[1:]
 
 
 def _find_fork_behind(run: Run, turning: Turning, sentence: str) -> Fork | None:
@@ -258,11 +302,11 @@ def _continue_task(one: Try) -> Task:
 
 
 def _accept(run: Run, tries: Sequence[Try], judged: Sequence[Judged]) -> dict[Turning, list[tuple[Try, Chain]]]:
-    """Return the turning tries of each turning that are accepted, the best first."""
+    """Return the tries of each turning that are accepted, the best first. Neutral steps are none."""
     accepted: dict[Turning, list[tuple[Try, Chain]]] = {one.turning: [] for one in tries}
     passed: list[tuple[Try, Judged]] = []
     for one, text in zip(tries, judged, strict=True):
-        if one.role == "turn":
+        if one.role != "neutral":
             reason = find_fault(run, text, one.turning.chain, one.turning.step, one.fork.text)
             if reason is None:
                 passed.append((one, text))
@@ -318,10 +362,11 @@ def _make_record(run: Run, one: Try, chosen: Chain, number: int) -> dict[str, An
         rejected_side=open_side(run, chain, find_cue(chain)) if is_open else whole_side(chain.drawn),
         step=one.turning.step,
         synth={
-            "policy": list(run.policy.rule_ids(chain.prompt)),
+            "policy": list(run.policy.rule_ids(chain.prompt)) if one.role == "turn" else [],
             "value": None,
             "draws": [chosen.drawn.key, chain.drawn.key, one.sentence],
-            "on_policy": False,
+            # The chosen side then has nothing that the model wrote with the policy in view.
+            "on_policy": one.role == "borrowed",
         },
     )
 

@@ -116,7 +116,8 @@ def make(tmp_path, runtime):
 
 
 def options_of(*forms: str, stage: str = "pp", max_tokens: int = 2000, **changes) -> Options:
-    pp = ProcessStage(**{"forms": list(forms), "draws": 4, "neutral": 0.0} | changes)
+    # Most tests are about turning steps that are written.
+    pp = ProcessStage(**{"forms": list(forms), "draws": 4, "neutral": 0.0, "borrowed": 0} | changes)
     return Options(stage=stage, max_tokens=max_tokens, pp=pp)
 
 
@@ -194,6 +195,45 @@ def test_mirror_comes_back_to_help_behind_needless_caution(make):
     assert steps_of(record["rejected"]) == [*CAUTIOUS]
     assert record["rejected"]["answer"] == SAFE
     assert synth_of(record)["turn"]["chosen"] == 2
+
+
+@pytest.mark.parametrize(
+    ("id", "stage", "form"), [("h1", "pp", "intervene"), ("h1", "pp", "recover"), ("s1", "mirror", "mirror")]
+)
+def test_a_turn_is_borrowed_from_a_good_chain_on_the_same_prompt(make, id, stage, form):
+    world = World()
+    (record,), _ = make(world, prompts_of(id), form, stage=stage, turns=0, borrowed=1)
+    synth = synth_of(record)
+    kind = {"h": "harmful", "s": "harmless"}[id[0]]
+    assert steps_of(record["chosen"])[synth["fork"]["step"]] == TURNS[kind]
+    assert synth["on_policy"] is True
+    assert synth["policy"] == []
+    # Chains and continuations are asked for; no step is.
+    assert world.begun == []
+    assert [len(asked) for asked in world.speaker.asked] == [4, 1]
+
+
+def test_the_chain_lends_its_own_turn_to_be_made_earlier(make):
+    (record,), _ = make(World(decides=4), prompts_of("h1"), "earlier", turns=0, borrowed=1)
+    turn = synth_of(record)["turn"]
+    assert steps_of(record["chosen"])[turn["chosen"]] == steps_of(record["rejected"])[turn["rejected"]]
+    assert synth_of(record)["draws"][1] == synth_of(record)["draws"][2]
+
+
+def test_the_same_turn_is_borrowed_once(make):
+    # Both good chains turn with the same words.
+    _, funnel = make(World(), prompts_of("h1"), "intervene", turns=0, borrowed=4, neutral=1.0)
+    assert funnel.counts["control intervene"]["borrowed judged"] == 1
+
+
+def test_without_a_good_chain_the_turn_is_written(make):
+    class NeverTurns(World):
+        def continue_chain(self, kind, begun, number):
+            return super().continue_chain(kind, begun, number if begun else 1)
+
+    (record,), _ = make(NeverTurns(), prompts_of("h1"), "intervene", borrowed=2)
+    assert synth_of(record)["on_policy"] is False
+    assert synth_of(record)["policy"]
 
 
 @pytest.mark.parametrize("decides", range(1, HARMFUL + 1))

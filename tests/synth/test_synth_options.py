@@ -37,6 +37,10 @@ def test_the_stage_is_the_first_argument_or_an_option_of_a_file(stage, tmp_path)
         (["rw", "--rw.general", "1.5"], "--rw.general is 1.5; it must be a share, 0 to 1"),
         (["op", "--op.guided", "-0.1"], "--op.guided is -0.1; it must be a share, 0 to 1"),
         (["op", "--op.pairs_per_prompt", "0"], "--op.pairs_per_prompt is 0; it must be at least 1"),
+        (
+            ["pp", "--pp.turns", "0", "--pp.borrowed", "0"],
+            "--pp.turns and --pp.borrowed are 0: no step is left to turn with",
+        ),
         (["pp", "--pp.open_tokens", "0"], "--pp.open_tokens is 0; it must be at least 1"),
         (
             ["pp", "--pp.forms", "[intervened]"],
