@@ -6,8 +6,8 @@ input, such as queries, keys and values. `lora_gated_mlp` does it for a gated ML
 neither the activation nor the input of the down layer, and with `chunk_rows` only its own input.
 
 Products with A and B are bound by memory, so they are arranged to read and write less of it. Layers with one input share
-one product with their A, stacked, and one for its gradient. The rank-r part of a sum is written first, and the large
-product is added to it: its kernel reads the sum while it computes, and rounds it once.
+one product with their A, stacked, and one for its gradient. In the backward the rank-r part of a sum is written first, and
+the large products are added to it: their kernels read the sum while they compute.
 """
 
 from __future__ import annotations
@@ -316,15 +316,14 @@ def _backward_mlp(
 
 def _forward(rows: Tensor, product: Tensor, layer: LoraLinear, out: Tensor | None = None) -> Tensor:
     """Return a layer's output (N, out) from its rank-r product (N, r); it is written to ``out``, if that is given."""
-    b = _cast(layer.b, layer.b_cast, rows.dtype).t()
-    bias = layer.base.bias
-    if out is None:
-        out = rows.new_empty(len(rows), b.shape[1])
-    if bias is None:
-        torch.mm(product, b, out=out)
+    # The large product first, as PEFT's layers have it: both then round it to the same bits, and packs can be compared with
+    # the unmodified model more closely.
+    weight = layer.base.dense(rows.dtype).t()
+    if layer.base.bias is None:
+        out = torch.mm(rows, weight, out=out)
     else:
-        torch.addmm(bias.to(rows.dtype), product, b, out=out)
-    return out.addmm_(rows, layer.base.dense(rows.dtype).t())
+        out = torch.addmm(layer.base.bias.to(rows.dtype), rows, weight, out=out)
+    return out.addmm_(product, _cast(layer.b, layer.b_cast, rows.dtype).t())
 
 
 def _backward_to_products(

@@ -6,9 +6,10 @@ linear layer. Every call checks this again, so that PEFT's own forward computes 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType, MethodType
 
 import bitsandbytes as bnb
@@ -18,15 +19,42 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers.activations import GELUTanh, SiLUActivation
 
-from saro.model.architectures import GATED_MLPS
-from saro_kernels import FrozenLinear, LoraLinear, lora_gated_mlp, lora_linear
+from saro.model.architectures import GATED_MLPS, QKV_ATTENTIONS, WITH_LAST_NORM
+from saro_kernels import FrozenLinear, LoraLinear, lora_gated_mlp, lora_linear, lora_linears
 
 _ACTIVATIONS: dict[type, str] = {nn.SiLU: "silu", SiLUActivation: "silu", GELUTanh: "gelu_tanh"}
 # A call without gradient on fewer tokens than this is a generation step. PEFT's forward computes it, because
 # bitsandbytes has kernels for few tokens.
 _FEW_ROWS = 8
-# What ``cast_adapters`` has cast, by parameter. Each thread has its own, and autograd runs the backward in another thread.
-_CASTS: ContextVar[Mapping[nn.Parameter, torch.Tensor]] = ContextVar("casts", default=MappingProxyType({}))
+# An MLP that is recomputed is computed by chunks of rows, such that its intermediate tensors take at most this many bytes.
+# 256 MiB are enough rows for a GPU to be busy: 1,792 of Llama-3-8B's.
+_CHUNK_BYTES = 2**28
+# Intermediate tensors that an MLP's backward holds: the outputs of gate and up, their product, and two gradients.
+_NUM_INTERMEDIATES = 5
+
+
+@dataclass(frozen=True)
+class _Casts:
+    """What ``cast_adapters`` has cast.
+
+    Attributes:
+        matrices: the cast of each parameter.
+        stacks: the casts of several layers' A, one below another, by these A. Their casts are views of it.
+        recomputed: True in a layer that gradient checkpointing recomputes.
+    """
+
+    matrices: Mapping[nn.Parameter, torch.Tensor] = field(default_factory=dict)
+    stacks: Mapping[tuple[nn.Parameter, ...], torch.Tensor] = field(default_factory=dict)
+    recomputed: bool = False
+
+
+_NO_CASTS = _Casts()
+# Each thread has its own, and autograd runs the backward in another thread.
+_CASTS: ContextVar[_Casts] = ContextVar("casts", default=_NO_CASTS)
+
+
+class _Group:
+    """Marks layers whose A are cast into one stack."""
 
 
 def fuse_lora(model: PeftModel) -> int:
@@ -38,13 +66,33 @@ def fuse_lora(model: PeftModel) -> int:
     for layer in layers:
         layer.forward = MethodType(_linear_forward, layer)
     fused = {id(layer) for layer in layers}
+
+    def are_fused(*parts: nn.Module) -> bool:
+        # With dropout, no training step could use them together, and liger-kernel's MLP may be in place already.
+        return all(id(part) in fused and not _has_dropout(part) for part in parts)
+
     for module in model.modules():
-        if type(module).__name__ in GATED_MLPS and type(module.act_fn) in _ACTIVATIONS:
-            parts = (module.gate_proj, module.up_proj, module.down_proj)
-            # With dropout, no training step could use the fused MLP, and liger-kernel's may be in its place already.
-            if all(id(part) in fused and not _has_dropout(part) for part in parts):
+        kind = type(module).__name__
+        if kind in GATED_MLPS and type(module.act_fn) in _ACTIVATIONS:
+            if are_fused(module.gate_proj, module.up_proj, module.down_proj):
                 module.forward = MethodType(_mlp_forward, module)
+                _group(module.gate_proj, module.up_proj)
+        elif kind in QKV_ATTENTIONS and are_fused(*_projections(module)):
+            module.forward = MethodType(_attention_forward, module)
+            _group(*_projections(module))
     return len(layers)
+
+
+def _group(*layers: LoraLayer) -> None:
+    """Let ``cast_adapters`` stack the A of these layers, in this order."""
+    group = _Group()
+    for place, layer in enumerate(layers):
+        layer.saro_group = (group, place)
+
+
+def _projections(attention: nn.Module) -> tuple[nn.Module, nn.Module, nn.Module]:
+    """Return the layers that read the input of attention."""
+    return attention.q_proj, attention.k_proj, attention.v_proj
 
 
 def lora_layers(model: nn.Module) -> tuple[LoraLayer, ...]:
@@ -60,12 +108,26 @@ def cast_adapters(layers: Iterable[LoraLayer], dtype: torch.dtype) -> Iterator[N
     casts are made in each context, so they have the values of the parameters. Nothing writes to them afterwards. They live
     until the backward is done: 2 bytes for each parameter in bfloat16, and nothing if the adapters have ``dtype`` already.
     """
-    matrices = [matrix for layer in layers for matrix in _fused_matrices(layer) if matrix.dtype != dtype]
+    groups: dict[object, list[tuple[int, LoraLayer]]] = {}
+    for layer in layers:
+        group, place = getattr(layer, "saro_group", (layer, 0))
+        groups.setdefault(group, []).append((place, layer))
+    casts: dict[nn.Parameter, torch.Tensor] = {}
+    stacks: dict[tuple[nn.Parameter, ...], torch.Tensor] = {}
+    for group in groups.values():
+        pairs = [_fused_matrices(layer) for _, layer in sorted(group, key=lambda member: member[0])]
+        pairs = [pair for pair in pairs if pair]
+        matrices = tuple(a for a, _ in pairs)
+        if len(pairs) > 1 and all(a.dtype != dtype for a in matrices):
+            stack = matrices[0].new_empty(sum(map(len, matrices)), matrices[0].shape[1], dtype=dtype)  # (R, in)
+            casts |= zip(matrices, stack.split([len(a) for a in matrices]), strict=True)
+            stacks[matrices] = stack
+        others = (matrix for pair in pairs for matrix in pair if matrix.dtype != dtype and matrix not in casts)
+        casts |= {matrix: torch.empty_like(matrix, dtype=dtype, requires_grad=False) for matrix in others}
     with torch.no_grad():
-        casts = [torch.empty_like(matrix, dtype=dtype) for matrix in matrices]
         if casts:
-            torch._foreach_copy_(casts, matrices)
-    with _Casts(dict(zip(matrices, casts, strict=True))):
+            torch._foreach_copy_(list(casts.values()), list(casts))
+    with _set_casts(_Casts(casts, stacks)):
         yield
 
 
@@ -75,10 +137,10 @@ def _fused_matrices(layer: LoraLayer) -> tuple[nn.Parameter, ...]:
     return () if name is None else (layer.lora_A[name].weight, layer.lora_B[name].weight)
 
 
-class _Casts:
-    """A context in which fused layers find these casts, by parameter. It can be entered many times, but not within itself."""
+class _set_casts:
+    """A context in which fused layers find these casts. It can be entered many times, but not within itself."""
 
-    def __init__(self, casts: Mapping[nn.Parameter, torch.Tensor]) -> None:
+    def __init__(self, casts: _Casts) -> None:
         self._casts = casts
 
     def __enter__(self) -> None:
@@ -90,7 +152,8 @@ class _Casts:
 
 def _keep_casts() -> tuple[AbstractContextManager, AbstractContextManager]:
     """Return the contexts of a checkpointed forward and of its recomputation, which finds the casts of the forward."""
-    return nullcontext(), _Casts(_CASTS.get())
+    casts = replace(_CASTS.get(), recomputed=True)
+    return _set_casts(casts), _set_casts(casts)
 
 
 # Arguments of ``torch.utils.checkpoint.checkpoint``. Without our contexts each layer would cast in its recomputation.
@@ -110,7 +173,9 @@ def _has_dropout(layer: LoraLayer) -> bool:
 
 
 def _can_run_fused(layer: LoraLayer, x: torch.Tensor) -> bool:
-    """Return True if our forward is exact for this call. False for a generation step."""
+    """Return True if our forward is exact for this call. False for a generation step, and for a layer that was replaced."""
+    if not isinstance(layer, LoraLayer):
+        return False
     if not torch.is_grad_enabled() and x.numel() < _FEW_ROWS * x.shape[-1]:
         return False
     return _exact_adapter(layer) is not None
@@ -133,7 +198,7 @@ def _parts(layer: LoraLayer) -> LoraLinear:
     base = layer.get_base_layer()
     (name,) = layer.active_adapters
     a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
-    casts = _CASTS.get()
+    casts = _CASTS.get().matrices
     return LoraLinear(
         base=FrozenLinear(base.weight, getattr(base.weight, "quant_state", None), base.bias),
         a=a,
@@ -144,18 +209,67 @@ def _parts(layer: LoraLayer) -> LoraLinear:
     )
 
 
+def _find_stack(parts: Sequence[LoraLinear]) -> torch.Tensor | None:
+    """Return the stack of the A of these layers, if ``cast_adapters`` has made it."""
+    return _CASTS.get().stacks.get(tuple(part.a for part in parts))
+
+
 def _linear_forward(self: LoraLayer, x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+    projected = self.__dict__.pop("saro_projected", None)
+    if projected is not None and projected[0] is x:
+        return projected[1]
     if args or kwargs or not _can_run_fused(self, x):
         return type(self).forward(self, x, *args, **kwargs)
     return lora_linear(x, _parts(self))
+
+
+def _attention_forward(self: nn.Module, hidden_states: torch.Tensor, *args: object, **kwargs: object) -> object:
+    """Compute queries, keys and values together, and hand them to the layers that the module will ask for them."""
+    projections = _projections(self)
+    if not all(_can_run_fused(layer, hidden_states) for layer in projections):
+        return type(self).forward(self, hidden_states, *args, **kwargs)
+    outputs = project(self, hidden_states)
+    try:
+        for layer, output in zip(projections, outputs, strict=True):
+            layer.saro_projected = (hidden_states, output)
+        del outputs, output
+        return type(self).forward(self, hidden_states, *args, **kwargs)
+    finally:
+        for layer in projections:
+            layer.__dict__.pop("saro_projected", None)
+
+
+def project(attention: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Return queries, keys and values of an attention module whose projections are fused: (..., out) each."""
+    parts = [_parts(layer) for layer in _projections(attention)]
+    return lora_linears(x, parts, _find_stack(parts))
 
 
 def _mlp_forward(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
     layers = (self.gate_proj, self.up_proj, self.down_proj)
     if not all(_can_run_fused(layer, x) for layer in layers):
         return type(self).forward(self, x)
-    return lora_gated_mlp(x, *map(_parts, layers), _ACTIVATIONS[type(self.act_fn)])
+    gate, up, down = map(_parts, layers)
+    chunk_rows = None
+    if _CASTS.get().recomputed and type(self).__name__ not in WITH_LAST_NORM:
+        chunk_rows = _chunk_rows(x, self.gate_proj.out_features)
+    return lora_gated_mlp(
+        x,
+        gate,
+        up,
+        down,
+        _ACTIVATIONS[type(self.act_fn)],
+        a_stack=_find_stack((gate, up)),
+        chunk_rows=chunk_rows,
+    )
+
+
+def _chunk_rows(x: torch.Tensor, width: int) -> int:
+    """Return how many rows of x (..., D) an MLP of this intermediate width may compute at a time; its chunks have equal size."""
+    rows = max(1, x.numel() // x.shape[-1])
+    num_chunks = -(-rows * width * x.element_size() * _NUM_INTERMEDIATES // _CHUNK_BYTES)
+    return -(-rows // num_chunks)
 
 
 # The forwards that ``fuse_lora`` binds to modules.
-FUSED_FORWARDS = (_linear_forward, _mlp_forward)
+FUSED_FORWARDS = (_linear_forward, _mlp_forward, _attention_forward)
