@@ -230,7 +230,7 @@ class _ChunkedMlp(torch.autograd.Function):
         ctx.a_stack, ctx.chunk_rows = a_stack, chunk_rows
         rows = _flatten(x)
         layers = _unpack(layers, rows.dtype)
-        out = rows.new_empty(len(rows), layers[2].b.shape[0])
+        out = rows.new_empty(rows.shape[0], layers[2].b.shape[0])
         for part, out_part in zip(rows.split(chunk_rows), out.split(chunk_rows), strict=True):
             gated, lifted, _ = _forward_gate_and_up(part, layers, a_stack)
             hidden = gated_product(activation, gated, lifted)
@@ -248,7 +248,7 @@ class _ChunkedMlp(torch.autograd.Function):
         layers = _unpack(ctx.layers, rows.dtype)
         d_rows = rows.new_empty(rows.shape) if ctx.needs_x else None
         totals: list[Tensor] = []
-        for start in range(0, max(1, len(rows)), ctx.chunk_rows):
+        for start in range(0, max(1, rows.shape[0]), ctx.chunk_rows):
             chunk = slice(start, start + ctx.chunk_rows)
             part = rows[chunk]
             gated, lifted, products = _forward_gate_and_up(part, layers, ctx.a_stack)
@@ -341,7 +341,7 @@ def _backward_to_products(
 
 def _backward_to_a(d_products: Tensor, rows: Tensor, layers: Sequence[LoraLinear]) -> list[Tensor]:
     """Return the gradient of each A, in float32 or wider, from those of x A^T, (N, R)."""
-    return list(_outer(d_products, rows).split([len(layer.a) for layer in layers]))
+    return list(_outer(d_products, rows).split([layer.a.shape[0] for layer in layers]))
 
 
 def _backward_to_rows(
@@ -375,16 +375,16 @@ def _stack(layers: Sequence[LoraLinear], a_stack: Tensor | None, dtype: torch.dt
 
 def _columns(products: Tensor, layers: Sequence[LoraLinear]) -> tuple[Tensor, ...]:
     """Return each layer's part of the products (N, R): views (N, r)."""
-    return (products,) if len(layers) == 1 else products.split([len(layer.a) for layer in layers], 1)
+    return (products,) if len(layers) == 1 else products.split([layer.a.shape[0] for layer in layers], 1)
 
 
 def _project_down(rows: Tensor, stack: Tensor, layers: Sequence[LoraLinear]) -> Tensor:
     """Return scaling * x A^T of all layers, side by side: (N, R)."""
-    products = rows.new_empty(len(rows), len(stack))
+    products = rows.new_empty(rows.shape[0], stack.shape[0])
     if len({layer.scaling for layer in layers}) == 1:
         return _scaled_mm(rows, stack.t(), layers[0].scaling, products)
     for product, a, layer in zip(
-        _columns(products, layers), stack.split([len(layer.a) for layer in layers]), layers, strict=True
+        _columns(products, layers), stack.split([layer.a.shape[0] for layer in layers]), layers, strict=True
     ):
         _scaled_mm(rows, a.t(), layer.scaling, product)
     return products
@@ -405,7 +405,7 @@ def _project(rows: Tensor, matrix: Tensor, scaling: float, out: Tensor | None = 
     if matrix.device.type == "cpu" and matrix.shape[1] < _THIN_RANK:
         matrix = matrix.t().contiguous().t()  # same values, column-major: MKL is fast on it
     if out is None:
-        out = rows.new_empty(len(rows), matrix.shape[1])
+        out = rows.new_empty(rows.shape[0], matrix.shape[1])
     return _scaled_mm(rows, matrix, scaling, out)
 
 

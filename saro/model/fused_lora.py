@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType, MethodType
+from typing import NamedTuple
 
 import bitsandbytes as bnb
 import torch
@@ -33,28 +34,42 @@ _CHUNK_BYTES = 2**28
 _NUM_INTERMEDIATES = 5
 
 
+class _Adapter(NamedTuple):
+    """The adapter of a layer that our forward computes, and the casts of its parameters if ``cast_adapters`` has made them."""
+
+    name: str
+    a: nn.Parameter
+    b: nn.Parameter
+    a_cast: torch.Tensor | None = None
+    b_cast: torch.Tensor | None = None
+
+
+class _Group(NamedTuple):
+    """Layers with one input, whose A are cast into one stack. Each of them has it as its attribute ``saro_group``."""
+
+    name: str
+    size: int
+
+
 @dataclass(frozen=True)
 class _Casts:
-    """What ``cast_adapters`` has cast.
+    """What ``cast_adapters`` has found and cast.
 
     Attributes:
-        matrices: the cast of each parameter.
-        stacks: the casts of several layers' A, one below another, by these A. Their casts are views of it.
+        adapters: the adapter of each layer that our forward computes.
+        stacks: the casts of a group's A, one below another, in the order of its layers, by the first of them. The casts of
+            these A are views of it.
         recomputed: True in a layer that gradient checkpointing recomputes.
     """
 
-    matrices: Mapping[nn.Parameter, torch.Tensor] = field(default_factory=dict)
-    stacks: Mapping[tuple[nn.Parameter, ...], torch.Tensor] = field(default_factory=dict)
+    adapters: Mapping[LoraLayer, _Adapter] = field(default_factory=dict)
+    stacks: Mapping[LoraLayer, torch.Tensor] = field(default_factory=dict)
     recomputed: bool = False
 
 
 _NO_CASTS = _Casts()
 # Each thread has its own, and autograd runs the backward in another thread.
 _CASTS: ContextVar[_Casts] = ContextVar("casts", default=_NO_CASTS)
-
-
-class _Group:
-    """Marks layers whose A are cast into one stack."""
 
 
 def fuse_lora(model: PeftModel) -> int:
@@ -71,23 +86,22 @@ def fuse_lora(model: PeftModel) -> int:
         # With dropout, no training step could use them together, and liger-kernel's MLP may be in place already.
         return all(id(part) in fused and not _has_dropout(part) for part in parts)
 
-    for module in model.modules():
+    for name, module in model.named_modules():
         kind = type(module).__name__
         if kind in GATED_MLPS and type(module.act_fn) in _ACTIVATIONS:
             if are_fused(module.gate_proj, module.up_proj, module.down_proj):
                 module.forward = MethodType(_mlp_forward, module)
-                _group(module.gate_proj, module.up_proj)
+                _group(name, module.gate_proj, module.up_proj)
         elif kind in QKV_ATTENTIONS and are_fused(*_projections(module)):
             module.forward = MethodType(_attention_forward, module)
-            _group(*_projections(module))
+            _group(name, *_projections(module))
     return len(layers)
 
 
-def _group(*layers: LoraLayer) -> None:
+def _group(name: str, *layers: LoraLayer) -> None:
     """Let ``cast_adapters`` stack the A of these layers, in this order."""
-    group = _Group()
     for place, layer in enumerate(layers):
-        layer.saro_group = (group, place)
+        layer.saro_group = (_Group(name, len(layers)), place)
 
 
 def _projections(attention: nn.Module) -> tuple[nn.Module, nn.Module, nn.Module]:
@@ -108,36 +122,56 @@ def cast_adapters(layers: Iterable[LoraLayer], dtype: torch.dtype) -> Iterator[N
     casts are made in each context, so they have the values of the parameters. Nothing writes to them afterwards. They live
     until the backward is done: 2 bytes for each parameter in bfloat16, and nothing if the adapters have ``dtype`` already.
     """
-    groups: dict[object, list[tuple[int, LoraLayer]]] = {}
-    for layer in layers:
-        group, place = getattr(layer, "saro_group", (layer, 0))
-        groups.setdefault(group, []).append((place, layer))
-    casts: dict[nn.Parameter, torch.Tensor] = {}
-    stacks: dict[tuple[nn.Parameter, ...], torch.Tensor] = {}
-    for group in groups.values():
-        pairs = [_fused_matrices(layer) for _, layer in sorted(group, key=lambda member: member[0])]
-        pairs = [pair for pair in pairs if pair]
-        matrices = tuple(a for a, _ in pairs)
-        if len(pairs) > 1 and all(a.dtype != dtype for a in matrices):
+    adapters = {layer: adapter for layer in layers if (adapter := _active_adapter(layer)) is not None}
+    sources: list[nn.Parameter] = []
+    casts: list[torch.Tensor] = []
+
+    def make_cast(matrix: nn.Parameter, out: torch.Tensor | None = None) -> torch.Tensor:
+        sources.append(matrix)
+        casts.append(torch.empty_like(matrix, dtype=dtype, requires_grad=False) if out is None else out)
+        return casts[-1]
+
+    stacks = {}
+    a_casts: dict[LoraLayer, torch.Tensor] = {}
+    for members in _whole_groups(adapters):
+        matrices = [adapters[layer].a for layer in members]
+        if all(a.dtype != dtype for a in matrices):
             stack = matrices[0].new_empty(sum(map(len, matrices)), matrices[0].shape[1], dtype=dtype)  # (R, in)
-            casts |= zip(matrices, stack.split([len(a) for a in matrices]), strict=True)
-            stacks[matrices] = stack
-        others = (matrix for pair in pairs for matrix in pair if matrix.dtype != dtype and matrix not in casts)
-        casts |= {matrix: torch.empty_like(matrix, dtype=dtype, requires_grad=False) for matrix in others}
-    with torch.no_grad():
-        if casts:
-            torch._foreach_copy_(list(casts.values()), list(casts))
-    with _set_casts(_Casts(casts, stacks)):
+            parts = stack.split([len(a) for a in matrices])
+            a_casts |= {layer: make_cast(*pair) for layer, *pair in zip(members, matrices, parts, strict=True)}
+            stacks[members[0]] = stack
+    for layer, adapter in adapters.items():
+        a_cast = a_casts.get(layer)
+        if a_cast is None and adapter.a.dtype != dtype:
+            a_cast = make_cast(adapter.a)
+        b_cast = None if adapter.b.dtype == dtype else make_cast(adapter.b)
+        adapters[layer] = adapter._replace(a_cast=a_cast, b_cast=b_cast)
+    if casts:
+        with torch.no_grad():
+            torch._foreach_copy_(casts, sources)
+    with _CastsSet(_Casts(adapters, stacks)):
         yield
 
 
-def _fused_matrices(layer: LoraLayer) -> tuple[nn.Parameter, ...]:
-    """Return A and B of the adapter that our forward would compute; nothing if PEFT's forward computes the layer."""
-    name = _exact_adapter(layer) if layer.forward.__func__ is _linear_forward else None
-    return () if name is None else (layer.lora_A[name].weight, layer.lora_B[name].weight)
+def _whole_groups(layers: Iterable[LoraLayer]) -> list[list[LoraLayer]]:
+    """Return the layers of each group, in its order, if all of them are among these layers."""
+    groups: dict[_Group, dict[int, LoraLayer]] = {}
+    for layer in layers:
+        group, place = getattr(layer, "saro_group", (None, 0))
+        if group is not None:
+            groups.setdefault(group, {})[place] = layer
+    return [[found[i] for i in range(group.size)] for group, found in groups.items() if len(found) == group.size]
 
 
-class _set_casts:
+def _active_adapter(layer: LoraLayer) -> _Adapter | None:
+    """Return the adapter that our forward would compute; None if PEFT's forward computes the layer."""
+    if layer.forward.__func__ is not _linear_forward:
+        return None
+    name = _exact_adapter(layer)
+    return None if name is None else _Adapter(name, layer.lora_A[name].weight, layer.lora_B[name].weight)
+
+
+class _CastsSet:
     """A context in which fused layers find these casts. It can be entered many times, but not within itself."""
 
     def __init__(self, casts: _Casts) -> None:
@@ -153,7 +187,7 @@ class _set_casts:
 def _keep_casts() -> tuple[AbstractContextManager, AbstractContextManager]:
     """Return the contexts of a checkpointed forward and of its recomputation, which finds the casts of the forward."""
     casts = replace(_CASTS.get(), recomputed=True)
-    return _set_casts(casts), _set_casts(casts)
+    return _CastsSet(casts), _CastsSet(casts)
 
 
 # Arguments of ``torch.utils.checkpoint.checkpoint``. Without our contexts each layer would cast in its recomputation.
@@ -174,11 +208,10 @@ def _has_dropout(layer: LoraLayer) -> bool:
 
 def _can_run_fused(layer: LoraLayer, x: torch.Tensor) -> bool:
     """Return True if our forward is exact for this call. False for a generation step, and for a layer that was replaced."""
-    if not isinstance(layer, LoraLayer):
-        return False
     if not torch.is_grad_enabled() and x.numel() < _FEW_ROWS * x.shape[-1]:
         return False
-    return _exact_adapter(layer) is not None
+    # Within a forward of the policy, ``cast_adapters`` has looked at the layer.
+    return layer in _CASTS.get().adapters or (isinstance(layer, LoraLayer) and _exact_adapter(layer) is not None)
 
 
 def _exact_adapter(layer: LoraLayer) -> str | None:
@@ -196,22 +229,25 @@ def _exact_adapter(layer: LoraLayer) -> str | None:
 def _parts(layer: LoraLayer) -> LoraLinear:
     """Return a layer's weights and its active adapter as ``saro_kernels`` takes them."""
     base = layer.get_base_layer()
-    (name,) = layer.active_adapters
+    weight = base.weight
+    adapter = _CASTS.get().adapters.get(layer)
+    name = layer.active_adapters[0] if adapter is None else adapter.name
+    # Read the parameters now: a layer may have got others since they were cast, such as those of all ranks.
     a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
-    casts = _CASTS.get().matrices
     return LoraLinear(
-        base=FrozenLinear(base.weight, getattr(base.weight, "quant_state", None), base.bias),
+        base=FrozenLinear(weight, getattr(weight, "quant_state", None), base.bias),
         a=a,
         b=b,
         scaling=layer.scaling[name],
-        a_cast=casts.get(a),
-        b_cast=casts.get(b),
+        a_cast=adapter.a_cast if adapter is not None and adapter.a is a else None,
+        b_cast=adapter.b_cast if adapter is not None and adapter.b is b else None,
     )
 
 
-def _find_stack(parts: Sequence[LoraLinear]) -> torch.Tensor | None:
-    """Return the stack of the A of these layers, if ``cast_adapters`` has made it."""
-    return _CASTS.get().stacks.get(tuple(part.a for part in parts))
+def _find_stack(layers: Sequence[LoraLayer], parts: Sequence[LoraLinear]) -> torch.Tensor | None:
+    """Return the stack of the A of a group's layers, if ``cast_adapters`` has made it of these parameters."""
+    stack = _CASTS.get().stacks.get(layers[0])
+    return stack if stack is not None and all(part.a_cast is not None for part in parts) else None
 
 
 def _linear_forward(self: LoraLayer, x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
@@ -231,7 +267,7 @@ def _attention_forward(self: nn.Module, hidden_states: torch.Tensor, *args: obje
     outputs = project(self, hidden_states)
     try:
         for layer, output in zip(projections, outputs, strict=True):
-            layer.saro_projected = (hidden_states, output)
+            layer.__dict__["saro_projected"] = (hidden_states, output)  # setattr would run Module's code
         del outputs, output
         return type(self).forward(self, hidden_states, *args, **kwargs)
     finally:
@@ -241,8 +277,9 @@ def _attention_forward(self: nn.Module, hidden_states: torch.Tensor, *args: obje
 
 def project(attention: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Return queries, keys and values of an attention module whose projections are fused: (..., out) each."""
-    parts = [_parts(layer) for layer in _projections(attention)]
-    return lora_linears(x, parts, _find_stack(parts))
+    layers = _projections(attention)
+    parts = [_parts(layer) for layer in layers]
+    return lora_linears(x, parts, _find_stack(layers, parts))
 
 
 def _mlp_forward(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -259,7 +296,7 @@ def _mlp_forward(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
         up,
         down,
         _ACTIVATIONS[type(self.act_fn)],
-        a_stack=_find_stack((gate, up)),
+        a_stack=_find_stack(layers[:2], (gate, up)),
         chunk_rows=chunk_rows,
     )
 

@@ -138,10 +138,22 @@ def test_a_of_layers_with_one_input_are_cast_into_one_stack(tiny_model):
     with cast_adapters(lora_layers(policy.model), torch.bfloat16):
         for members in (attention, (layer.mlp.gate_proj, layer.mlp.up_proj)):
             parts = [saro.model.fused_lora._parts(member) for member in members]
-            stack = saro.model.fused_lora._find_stack(parts)
+            stack = saro.model.fused_lora._find_stack(members, parts)
             assert torch.equal(stack, torch.cat([part.a_cast for part in parts]))
             assert stack.data_ptr() == parts[0].a_cast.data_ptr()
-        assert saro.model.fused_lora._find_stack(parts[::-1]) is None
+
+
+def test_a_parameter_that_is_exchanged_after_the_casts_is_read_itself(tiny_model):
+    """Where ranks share parameters, a layer's are put in its place just before its forward."""
+    policy = make_policy(tiny_model())
+    attention = policy.causal_lm.get_decoder().layers[0].self_attn
+    x = torch.randn(1, 30, 32, dtype=torch.bfloat16)
+    with cast_adapters(lora_layers(policy.model), torch.bfloat16):
+        matrix = attention.k_proj.lora_A["default"]
+        matrix.weight = nn.Parameter(matrix.weight.detach() * -3)
+        inside = saro.model.fused_lora.project(attention, x)
+    outside = saro.model.fused_lora.project(attention, x)
+    assert all(torch.equal(ours, expected) for ours, expected in zip(inside, outside, strict=True))
 
 
 def make_step(policy: Policy) -> None:
