@@ -75,7 +75,8 @@ _CASTS: ContextVar[_Casts] = ContextVar("casts", default=_NO_CASTS)
 def fuse_lora(model: PeftModel) -> int:
     """Let ``saro_kernels`` compute a model's LoRA layers.
 
-    Gated MLPs, and the layers that make queries, keys and values, are computed in one piece if they have no dropout. Layers that are not plain LoRA keep PEFT's forward. Returns the number of layers that are fused.
+    Gated MLPs, and the layers that make queries, keys and values, are computed in one piece if they have no dropout.
+    Layers that are not plain LoRA keep PEFT's forward. Returns the number of layers that are fused.
     """
     layers = [layer for layer in lora_layers(model) if _can_fuse(layer)]
     for layer in layers:
