@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from saro.checks.noise import KERNEL_FACTOR
 from saro.errors import SaroError
-from saro.model.fused_lora import FUSED_FORWARDS
+from saro.model.fused_lora import FUSED_FORWARDS, project
 from saro.model.liger import replaced_forward
 from saro.model.policy import Policy
 from saro_kernels import FrozenLinear, LoraLinear, token_logps
@@ -66,7 +66,8 @@ def _checks(policy: Policy) -> Iterator[tuple[Callable[[], float], str, str]]:
         yield partial(head_error, policy, kernel, trainable), f"the head {policy.head}", "set --model.head reference"
     by_name: dict[str, list[str]] = {}
     fused = {name: m for name, m in policy.model.named_modules() if replaced_forward(m) in FUSED_FORWARDS}
-    for name in fused:
+    # Attention modules come last: a single layer that errs is then named, and not those that are computed with it.
+    for name in sorted(fused, key=lambda name: hasattr(fused[name], "q_proj")):
         by_name.setdefault(name.rpartition(".")[2], []).append(name)
     for names in by_name.values():
         for name in dict.fromkeys([names[0], names[-1]]):
@@ -109,17 +110,21 @@ def head_error(policy: Policy, kernel: Callable[..., Tensor], trainable: bool) -
 
 
 def _lora_error(module: nn.Module, policy: Policy) -> float:
-    """Return the error of a fused linear layer or gated MLP of the model, in units of the plain path's."""
+    """Return the error of a fused linear layer, gated MLP, or projection to queries, keys and values, in units of the plain path's."""
     dtype = policy.compute_dtype
+    ours, width = module, None
     if hasattr(module, "gate_proj"):
         layers = [module.gate_proj, module.up_proj, module.down_proj]
         plain = partial(plain_mlp, module.act_fn)
+    elif hasattr(module, "q_proj"):
+        layers, plain = [module.q_proj, module.k_proj, module.v_proj], _plain_projections
+        ours, width = _projections_of(module), sum(layer.out_features for layer in layers)
     else:
         layers, plain = [module], plain_linear
     parts = [_parts(layer) for layer in layers]
     generator = torch.Generator().manual_seed(0)
     rows = _normal(generator, _ROWS, layers[0].in_features).to(policy.causal_lm.device, dtype)
-    upstream = _normal(generator, _ROWS, layers[-1].out_features).to(rows)
+    upstream = _normal(generator, _ROWS, width or layers[-1].out_features).to(rows)
 
     def run(kernel: Callable[..., Tensor], dtype: torch.dtype, parts: Sequence[LoraLinear]) -> list[Tensor]:
         """Return the output, and the gradients of the input and of each layer's A and B."""
@@ -130,7 +135,7 @@ def _lora_error(module: nn.Module, policy: Policy) -> float:
 
     in_float64 = [in_float64_of(part, dtype) for part in parts]
     return worst_ratio(
-        ours=run(module, dtype, parts),
+        ours=run(ours, dtype, parts),
         plain=run(lambda x: plain(x, *parts), dtype, parts),
         exact=run(lambda x: plain(x, *in_float64), torch.float64, in_float64),
     )
@@ -164,6 +169,16 @@ def plain_mlp(
 ) -> Tensor:
     """Compute a gated MLP with LoRA by its definition."""
     return plain_linear(activation(plain_linear(x, gate)) * plain_linear(x, up), down)
+
+
+def _projections_of(attention: nn.Module) -> Callable[[Tensor], Tensor]:
+    """Return the function that computes queries, keys and values as training does, one after the other."""
+    return lambda x: torch.cat(project(attention, x), dim=-1)
+
+
+def _plain_projections(x: Tensor, *layers: LoraLinear) -> Tensor:
+    """Compute several layers with LoRA by their definition, one after the other."""
+    return torch.cat([plain_linear(x, layer) for layer in layers], dim=-1)
 
 
 def worst_ratio(

@@ -22,6 +22,21 @@ REFUSED_ROPE = frozenset({"dynamic", "longrope"})
 GATED_MLPS = frozenset(
     {"LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP", "SmolLM3MLP", "GemmaMLP", "Gemma2MLP", "Gemma3MLP"}
 )
+# Those in a layer that has a norm after the MLP, whose input the backward needs.
+WITH_LAST_NORM = frozenset({"Gemma2MLP", "Gemma3MLP"})
+# Attention modules that call q_proj, k_proj and v_proj on their input, each once; a test looks at each.
+QKV_ATTENTIONS = frozenset(
+    {
+        "LlamaAttention",
+        "MistralAttention",
+        "Qwen2Attention",
+        "Qwen3Attention",
+        "SmolLM3Attention",
+        "GemmaAttention",
+        "Gemma2Attention",
+        "Gemma3Attention",
+    }
+)
 # Options by which a model scales its logits. The same name means a factor in one model and a divisor in another, so
 # each model type is listed with the power of the option that is its factor.
 _SCALES = {

@@ -6,10 +6,12 @@ linear layer. Every call checks this again, so that PEFT's own forward computes 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType, MethodType
+from typing import NamedTuple
 
 import bitsandbytes as bnb
 import torch
@@ -18,33 +20,94 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers.activations import GELUTanh, SiLUActivation
 
-from saro.model.architectures import GATED_MLPS
-from saro_kernels import FrozenLinear, LoraLinear, lora_gated_mlp, lora_linear
+from saro.model.architectures import GATED_MLPS, QKV_ATTENTIONS, WITH_LAST_NORM
+from saro_kernels import FrozenLinear, LoraLinear, lora_gated_mlp, lora_linear, lora_linears
 
 _ACTIVATIONS: dict[type, str] = {nn.SiLU: "silu", SiLUActivation: "silu", GELUTanh: "gelu_tanh"}
 # A call without gradient on fewer tokens than this is a generation step. PEFT's forward computes it, because
 # bitsandbytes has kernels for few tokens.
 _FEW_ROWS = 8
-# What ``cast_adapters`` has cast, by parameter. Each thread has its own, and autograd runs the backward in another thread.
-_CASTS: ContextVar[Mapping[nn.Parameter, torch.Tensor]] = ContextVar("casts", default=MappingProxyType({}))
+# An MLP that is recomputed is computed by chunks of rows, such that its intermediate tensors take at most this many bytes.
+# 256 MiB are enough rows for a GPU to be busy: 1,792 of Llama-3-8B's.
+_CHUNK_BYTES = 2**28
+# Intermediate tensors that an MLP's backward holds: the outputs of gate and up, their product, and two gradients.
+_NUM_INTERMEDIATES = 5
+
+
+class _Adapter(NamedTuple):
+    """The adapter of a layer that our forward computes, and the casts of its parameters if ``cast_adapters`` has made them."""
+
+    name: str
+    a: nn.Parameter
+    b: nn.Parameter
+    a_cast: torch.Tensor | None = None
+    b_cast: torch.Tensor | None = None
+
+
+class _Group(NamedTuple):
+    """Layers with one input, whose A are cast into one stack. Each of them has it as its attribute ``saro_group``."""
+
+    name: str
+    size: int
+
+
+@dataclass(frozen=True)
+class _Casts:
+    """What ``cast_adapters`` has found and cast.
+
+    Attributes:
+        adapters: the adapter of each layer that our forward computes.
+        stacks: the casts of a group's A, one below another, in the order of its layers, by the first of them. The casts of
+            these A are views of it.
+        recomputed: True in a layer that gradient checkpointing recomputes.
+    """
+
+    adapters: Mapping[LoraLayer, _Adapter] = field(default_factory=dict)
+    stacks: Mapping[LoraLayer, torch.Tensor] = field(default_factory=dict)
+    recomputed: bool = False
+
+
+_NO_CASTS = _Casts()
+# Each thread has its own, and autograd runs the backward in another thread.
+_CASTS: ContextVar[_Casts] = ContextVar("casts", default=_NO_CASTS)
 
 
 def fuse_lora(model: PeftModel) -> int:
-    """Let ``saro_kernels`` compute a model's LoRA layers, and its gated MLPs in one piece if they have no dropout.
+    """Let ``saro_kernels`` compute a model's LoRA layers.
 
+    Gated MLPs, and the layers that make queries, keys and values, are computed in one piece if they have no dropout.
     Layers that are not plain LoRA keep PEFT's forward. Returns the number of layers that are fused.
     """
     layers = [layer for layer in lora_layers(model) if _can_fuse(layer)]
     for layer in layers:
         layer.forward = MethodType(_linear_forward, layer)
     fused = {id(layer) for layer in layers}
-    for module in model.modules():
-        if type(module).__name__ in GATED_MLPS and type(module.act_fn) in _ACTIVATIONS:
-            parts = (module.gate_proj, module.up_proj, module.down_proj)
-            # With dropout, no training step could use the fused MLP, and liger-kernel's may be in its place already.
-            if all(id(part) in fused and not _has_dropout(part) for part in parts):
+
+    def are_fused(*parts: nn.Module) -> bool:
+        # With dropout, no training step could use them together, and liger-kernel's MLP may be in place already.
+        return all(id(part) in fused and not _has_dropout(part) for part in parts)
+
+    for name, module in model.named_modules():
+        kind = type(module).__name__
+        if kind in GATED_MLPS and type(module.act_fn) in _ACTIVATIONS:
+            if are_fused(module.gate_proj, module.up_proj, module.down_proj):
                 module.forward = MethodType(_mlp_forward, module)
+                _group(name, module.gate_proj, module.up_proj)
+        elif kind in QKV_ATTENTIONS and are_fused(*_projections(module)):
+            module.forward = MethodType(_attention_forward, module)
+            _group(name, *_projections(module))
     return len(layers)
+
+
+def _group(name: str, *layers: LoraLayer) -> None:
+    """Let ``cast_adapters`` stack the A of these layers, in this order."""
+    for place, layer in enumerate(layers):
+        layer.saro_group = (_Group(name, len(layers)), place)
+
+
+def _projections(attention: nn.Module) -> tuple[nn.Module, nn.Module, nn.Module]:
+    """Return the layers that read the input of attention."""
+    return attention.q_proj, attention.k_proj, attention.v_proj
 
 
 def lora_layers(model: nn.Module) -> tuple[LoraLayer, ...]:
@@ -60,25 +123,59 @@ def cast_adapters(layers: Iterable[LoraLayer], dtype: torch.dtype) -> Iterator[N
     casts are made in each context, so they have the values of the parameters. Nothing writes to them afterwards. They live
     until the backward is done: 2 bytes for each parameter in bfloat16, and nothing if the adapters have ``dtype`` already.
     """
-    matrices = [matrix for layer in layers for matrix in _fused_matrices(layer) if matrix.dtype != dtype]
-    with torch.no_grad():
-        casts = [torch.empty_like(matrix, dtype=dtype) for matrix in matrices]
-        if casts:
-            torch._foreach_copy_(casts, matrices)
-    with _Casts(dict(zip(matrices, casts, strict=True))):
+    adapters = {layer: adapter for layer in layers if (adapter := _active_adapter(layer)) is not None}
+    sources: list[nn.Parameter] = []
+    casts: list[torch.Tensor] = []
+
+    def make_cast(matrix: nn.Parameter, out: torch.Tensor | None = None) -> torch.Tensor:
+        sources.append(matrix)
+        casts.append(torch.empty_like(matrix, dtype=dtype, requires_grad=False) if out is None else out)
+        return casts[-1]
+
+    stacks = {}
+    a_casts: dict[LoraLayer, torch.Tensor] = {}
+    for members in _whole_groups(adapters):
+        matrices = [adapters[layer].a for layer in members]
+        if all(a.dtype != dtype for a in matrices):
+            stack = matrices[0].new_empty(sum(map(len, matrices)), matrices[0].shape[1], dtype=dtype)  # (R, in)
+            parts = stack.split([len(a) for a in matrices])
+            a_casts |= {layer: make_cast(*pair) for layer, *pair in zip(members, matrices, parts, strict=True)}
+            stacks[members[0]] = stack
+    for layer, adapter in adapters.items():
+        a_cast = a_casts.get(layer)
+        if a_cast is None and adapter.a.dtype != dtype:
+            a_cast = make_cast(adapter.a)
+        b_cast = None if adapter.b.dtype == dtype else make_cast(adapter.b)
+        adapters[layer] = adapter._replace(a_cast=a_cast, b_cast=b_cast)
+    if casts:
+        with torch.no_grad():
+            torch._foreach_copy_(casts, sources)
+    with _CastsSet(_Casts(adapters, stacks)):
         yield
 
 
-def _fused_matrices(layer: LoraLayer) -> tuple[nn.Parameter, ...]:
-    """Return A and B of the adapter that our forward would compute; nothing if PEFT's forward computes the layer."""
-    name = _exact_adapter(layer) if layer.forward.__func__ is _linear_forward else None
-    return () if name is None else (layer.lora_A[name].weight, layer.lora_B[name].weight)
+def _whole_groups(layers: Iterable[LoraLayer]) -> list[list[LoraLayer]]:
+    """Return the layers of each group, in its order, if all of them are among these layers."""
+    groups: dict[_Group, dict[int, LoraLayer]] = {}
+    for layer in layers:
+        group, place = getattr(layer, "saro_group", (None, 0))
+        if group is not None:
+            groups.setdefault(group, {})[place] = layer
+    return [[found[i] for i in range(group.size)] for group, found in groups.items() if len(found) == group.size]
 
 
-class _Casts:
-    """A context in which fused layers find these casts, by parameter. It can be entered many times, but not within itself."""
+def _active_adapter(layer: LoraLayer) -> _Adapter | None:
+    """Return the adapter that our forward would compute; None if PEFT's forward computes the layer."""
+    if layer.forward.__func__ is not _linear_forward:
+        return None
+    name = _exact_adapter(layer)
+    return None if name is None else _Adapter(name, layer.lora_A[name].weight, layer.lora_B[name].weight)
 
-    def __init__(self, casts: Mapping[nn.Parameter, torch.Tensor]) -> None:
+
+class _CastsSet:
+    """A context in which fused layers find these casts. It can be entered many times, but not within itself."""
+
+    def __init__(self, casts: _Casts) -> None:
         self._casts = casts
 
     def __enter__(self) -> None:
@@ -90,7 +187,8 @@ class _Casts:
 
 def _keep_casts() -> tuple[AbstractContextManager, AbstractContextManager]:
     """Return the contexts of a checkpointed forward and of its recomputation, which finds the casts of the forward."""
-    return nullcontext(), _Casts(_CASTS.get())
+    casts = replace(_CASTS.get(), recomputed=True)
+    return _CastsSet(casts), _CastsSet(casts)
 
 
 # Arguments of ``torch.utils.checkpoint.checkpoint``. Without our contexts each layer would cast in its recomputation.
@@ -110,10 +208,11 @@ def _has_dropout(layer: LoraLayer) -> bool:
 
 
 def _can_run_fused(layer: LoraLayer, x: torch.Tensor) -> bool:
-    """Return True if our forward is exact for this call. False for a generation step."""
+    """Return True if our forward is exact for this call. False for a generation step, and for a layer that was replaced."""
     if not torch.is_grad_enabled() and x.numel() < _FEW_ROWS * x.shape[-1]:
         return False
-    return _exact_adapter(layer) is not None
+    # Within a forward of the policy, ``cast_adapters`` has looked at the layer.
+    return layer in _CASTS.get().adapters or (isinstance(layer, LoraLayer) and _exact_adapter(layer) is not None)
 
 
 def _exact_adapter(layer: LoraLayer) -> str | None:
@@ -131,31 +230,84 @@ def _exact_adapter(layer: LoraLayer) -> str | None:
 def _parts(layer: LoraLayer) -> LoraLinear:
     """Return a layer's weights and its active adapter as ``saro_kernels`` takes them."""
     base = layer.get_base_layer()
-    (name,) = layer.active_adapters
+    weight = base.weight
+    adapter = _CASTS.get().adapters.get(layer)
+    name = layer.active_adapters[0] if adapter is None else adapter.name
+    # Read the parameters now: a layer may have got others since they were cast, such as those of all ranks.
     a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
-    casts = _CASTS.get()
     return LoraLinear(
-        base=FrozenLinear(base.weight, getattr(base.weight, "quant_state", None), base.bias),
+        base=FrozenLinear(weight, getattr(weight, "quant_state", None), base.bias),
         a=a,
         b=b,
         scaling=layer.scaling[name],
-        a_cast=casts.get(a),
-        b_cast=casts.get(b),
+        a_cast=adapter.a_cast if adapter is not None and adapter.a is a else None,
+        b_cast=adapter.b_cast if adapter is not None and adapter.b is b else None,
     )
 
 
+def _find_stack(layers: Sequence[LoraLayer], parts: Sequence[LoraLinear]) -> torch.Tensor | None:
+    """Return the stack of the A of a group's layers, if ``cast_adapters`` has made it of these parameters."""
+    stack = _CASTS.get().stacks.get(layers[0])
+    return stack if stack is not None and all(part.a_cast is not None for part in parts) else None
+
+
 def _linear_forward(self: LoraLayer, x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+    projected = self.__dict__.pop("saro_projected", None)
+    if projected is not None and projected[0] is x:
+        return projected[1]
     if args or kwargs or not _can_run_fused(self, x):
         return type(self).forward(self, x, *args, **kwargs)
     return lora_linear(x, _parts(self))
+
+
+def _attention_forward(self: nn.Module, hidden_states: torch.Tensor, *args: object, **kwargs: object) -> object:
+    """Compute queries, keys and values together, and hand them to the layers that the module will ask for them."""
+    projections = _projections(self)
+    if not all(_can_run_fused(layer, hidden_states) for layer in projections):
+        return type(self).forward(self, hidden_states, *args, **kwargs)
+    outputs = project(self, hidden_states)
+    try:
+        for layer, output in zip(projections, outputs, strict=True):
+            layer.__dict__["saro_projected"] = (hidden_states, output)  # setattr would run Module's code
+        del outputs, output
+        return type(self).forward(self, hidden_states, *args, **kwargs)
+    finally:
+        for layer in projections:
+            layer.__dict__.pop("saro_projected", None)
+
+
+def project(attention: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Return queries, keys and values of an attention module whose projections are fused: (..., out) each."""
+    layers = _projections(attention)
+    parts = [_parts(layer) for layer in layers]
+    return lora_linears(x, parts, _find_stack(layers, parts))
 
 
 def _mlp_forward(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
     layers = (self.gate_proj, self.up_proj, self.down_proj)
     if not all(_can_run_fused(layer, x) for layer in layers):
         return type(self).forward(self, x)
-    return lora_gated_mlp(x, *map(_parts, layers), _ACTIVATIONS[type(self.act_fn)])
+    gate, up, down = map(_parts, layers)
+    chunk_rows = None
+    if _CASTS.get().recomputed and type(self).__name__ not in WITH_LAST_NORM:
+        chunk_rows = _chunk_rows(x, self.gate_proj.out_features)
+    return lora_gated_mlp(
+        x,
+        gate,
+        up,
+        down,
+        _ACTIVATIONS[type(self.act_fn)],
+        a_stack=_find_stack(layers[:2], (gate, up)),
+        chunk_rows=chunk_rows,
+    )
+
+
+def _chunk_rows(x: torch.Tensor, width: int) -> int:
+    """Return how many rows of x (..., D) an MLP of this intermediate width may compute at a time; its chunks have equal size."""
+    rows = max(1, x.numel() // x.shape[-1])
+    num_chunks = -(-rows * width * x.element_size() * _NUM_INTERMEDIATES // _CHUNK_BYTES)
+    return -(-rows // num_chunks)
 
 
 # The forwards that ``fuse_lora`` binds to modules.
-FUSED_FORWARDS = (_linear_forward, _mlp_forward)
+FUSED_FORWARDS = (_linear_forward, _mlp_forward, _attention_forward)

@@ -22,11 +22,10 @@ AttentionPlan.of = lambda pack, backend, isolated=True: isolated_plan(pack, back
 """
 WRONG_ADAPTER_GRADIENT = """
 from saro_kernels import lora
-backward = lora._backward
-def halved(*arguments, **options):
-    d_rows, d_a, d_b = backward(*arguments, **options)
-    return d_rows, d_a, d_b / 2
-lora._backward = halved
+gradients = lora._matrix_gradients
+def halved(layers, d_as, d_bs):
+    return gradients(layers, d_as, [d_b / 2 for d_b in d_bs])
+lora._matrix_gradients = halved
 """
 TRACEBACK = """
 from saro.model.policy import Policy

@@ -182,14 +182,17 @@ def gradient_of(name, change):
     """Return a function that sabotages one gradient of the fused LoRA layers: "rows", "a" or "b"."""
 
     def sabotage(patch):
-        original = lora._backward
+        to_rows, to_matrices = lora._backward_to_rows, lora._matrix_gradients
 
-        def backward(*args, **kw):
-            gradients = dict(zip(("rows", "a", "b"), original(*args, **kw), strict=True))
-            gradients[name] = change(gradients[name])
-            return tuple(gradients.values())
+        def matrix_gradients(layers, d_as, d_bs):
+            gradients = {"a": d_as, "b": d_bs}
+            gradients[name] = list(map(change, gradients[name]))
+            return to_matrices(layers, *gradients.values())
 
-        patch.setattr(lora, "_backward", backward)
+        if name == "rows":
+            patch.setattr(lora, "_backward_to_rows", lambda *args, **kw: change(to_rows(*args, **kw)))
+        else:
+            patch.setattr(lora, "_matrix_gradients", matrix_gradients)
 
     return sabotage
 
@@ -240,7 +243,7 @@ SABOTAGES = {
     ),
     "no gradient of B": (gradient_of("b", torch.zeros_like), "^the fused .* errs by", ADAPTERS),
     "a gradient of the input that lacks the adapter's": (
-        gradient_of("rows", lambda gradient: None if gradient is None else gradient * 0.9),
+        gradient_of("rows", lambda gradient: gradient * 0.9),
         "^the fused .* errs by",
         ADAPTERS,
     ),

@@ -7,9 +7,20 @@ import torch
 from loaded import a_pack, load
 from peft import LoraConfig, get_peft_model
 from tiny import KINDS_OF_MODEL, tiny_config
-from transformers import AutoModelForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GemmaConfig,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+    SmolLM3Config,
+)
 
 import saro.model.fused_lora
+from saro.model.architectures import GATED_MLPS, QKV_ATTENTIONS, WITH_LAST_NORM
 from saro.model.fused_lora import fuse_lora
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -35,14 +46,14 @@ def outcome(policy) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
 def calls(monkeypatch) -> list[str]:
     """Record the names of our functions as they are called."""
     found: list[str] = []
-    for name in ("lora_linear", "lora_gated_mlp"):
-        original = getattr(saro.model.fused_lora, name)
+    for function in ("lora_linear", "lora_linears", "lora_gated_mlp"):
+        original = getattr(saro.model.fused_lora, function)
 
-        def counting(*arguments, name=name, original=original):
-            found.append(name)
-            return original(*arguments)
+        def counting(*arguments, function=function, original=original, **options):
+            found.append(function)
+            return original(*arguments, **options)
 
-        monkeypatch.setattr(saro.model.fused_lora, name, counting)
+        monkeypatch.setattr(saro.model.fused_lora, function, counting)
     return found
 
 
@@ -50,10 +61,9 @@ def calls(monkeypatch) -> list[str]:
 @pytest.mark.parametrize("kind", KINDS_OF_MODEL)
 def test_log_probs_and_gradients_equal_those_of_pefts_layers(tiny_model, kind, method, calls):
     logps, gradients = outcome(wake(load(tiny_model(kind), method)))
-    assert calls.count("lora_linear") == 2 * 4
-    assert calls.count("lora_gated_mlp") == 2
+    assert calls == ["lora_linears", "lora_linear", "lora_gated_mlp"] * 2  # q, k and v; o; the MLP
     expected_logps, expected = outcome(wake(load(tiny_model(kind), method, fused_lora=False)))
-    assert len(calls) == 10
+    assert len(calls) == 6
     torch.testing.assert_close(logps, expected_logps, rtol=1e-5, atol=1e-5)
     whole, theirs = (torch.cat([g.flatten() for g in of.values()]) for of in (gradients, expected))
     assert (whole - theirs).norm() < 1e-5 * theirs.norm()
@@ -64,6 +74,115 @@ def test_in_float64_both_agree_to_the_last_digits(tiny_model):
     torch.testing.assert_close(runs[0][0], runs[1][0], rtol=1e-11, atol=1e-11)
     for name, gradient in runs[0][1].items():
         torch.testing.assert_close(gradient, runs[1][1][name], rtol=1e-7, atol=1e-9)
+
+
+FAMILIES = {
+    "Llama": LlamaConfig,
+    "Mistral": MistralConfig,
+    "Qwen2": Qwen2Config,
+    "Qwen3": Qwen3Config,
+    "SmolLM3": SmolLM3Config,
+    "Gemma": GemmaConfig,
+    "Gemma2": Gemma2Config,
+    "Gemma3": Gemma3TextConfig,
+}
+
+
+def test_the_families_are_those_that_are_computed_in_one_piece():
+    assert {name + "MLP" for name in FAMILIES} == GATED_MLPS
+    assert {name + "Attention" for name in FAMILIES} == QKV_ATTENTIONS
+    assert {name + "MLP" for name in FAMILIES if hasattr(decoder_layer(name), "post_feedforward_layernorm")} == (
+        WITH_LAST_NORM
+    )
+
+
+def decoder_layer(family: str) -> torch.nn.Module:
+    config = FAMILIES[family](
+        vocab_size=16,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        pad_token_id=0,
+    )
+    return AutoModelForCausalLM.from_config(config).get_decoder().layers[0]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_attention_projects_its_input_to_queries_keys_and_values_once_each(family):
+    layer = decoder_layer(family)
+    assert type(layer.self_attn).__name__ == f"{family}Attention"
+    inputs = []
+    for name in ("q_proj", "k_proj", "v_proj"):
+        getattr(layer.self_attn, name).register_forward_pre_hook(
+            lambda _, args, name=name: inputs.append((name, *args))
+        )
+    x = torch.randn(1, 3, 16)
+    layer.self_attn(x, position_embeddings=(torch.ones(1, 3, 8), torch.zeros(1, 3, 8)), attention_mask=None)
+    assert sorted(name for name, _ in inputs) == ["k_proj", "q_proj", "v_proj"]
+    assert all(seen is x for _, seen in inputs)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_gated_mlp_is_its_activation_times_up_through_down(family):
+    mlp = decoder_layer(family).mlp
+    assert type(mlp).__name__ == f"{family}MLP"
+    x = torch.randn(3, 16)
+    assert torch.equal(mlp(x), mlp.down_proj(mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x)))
+
+
+def test_a_projection_that_attention_asks_for_another_input_computes_that_one(tiny_model, calls):
+    """What was computed for the input is dropped, also if attention fails."""
+    policy = wake(load(tiny_model()))
+    attention = policy.causal_lm.get_decoder().layers[0].self_attn
+    x, other = torch.randn(1, 30, 32), torch.randn(1, 30, 32)
+    asked = {}
+
+    def forward(self, hidden_states):
+        asked["k"] = self.k_proj(other)
+        asked["q"] = self.q_proj(hidden_states)
+        raise KeyError
+
+    plain = type(attention).forward
+    type(attention).forward = forward
+    try:
+        with pytest.raises(KeyError):
+            attention(x)
+    finally:
+        type(attention).forward = plain
+    assert calls == ["lora_linears", "lora_linear"]
+    assert torch.equal(asked["k"], attention.k_proj(other))
+    assert torch.equal(asked["q"], attention.q_proj(x))
+    assert not any("saro_projected" in module.__dict__ for module in policy.modules())
+
+
+def test_projections_are_computed_one_by_one_if_one_of_them_has_no_adapter(tiny_model, calls):
+    outcome(load(tiny_model(), lora_targets=["q_proj", "v_proj"]))
+    assert calls == ["lora_linear"] * 4
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+def test_a_recomputed_mlp_is_computed_by_chunks(tiny_model, kind, monkeypatch):
+    """In a layer with a norm after the MLP it is recomputed as a whole: chunks would then compute it three times."""
+    options = []
+    original = saro.model.fused_lora.lora_gated_mlp
+
+    def recording(*arguments, chunk_rows, **others):
+        options.append(chunk_rows)
+        return original(*arguments, chunk_rows=chunk_rows, **others)
+
+    monkeypatch.setattr(saro.model.fused_lora, "lora_gated_mlp", recording)
+    # 27 tokens, 5 tensors of 64 numbers of 4 bytes: three chunks of at most 10 rows, and of equal size.
+    monkeypatch.setattr(saro.model.fused_lora, "_CHUNK_BYTES", 10 * 64 * 4 * 5)
+    expected = outcome(wake(load(tiny_model(kind))))
+    assert options == [None, None]
+    logps, gradients = outcome(wake(load(tiny_model(kind), gradient_checkpointing=True)))
+    assert options[2:] == ([9] * 4 if kind == "llama" else [None] * 4)
+    torch.testing.assert_close(logps, expected[0], rtol=1e-5, atol=1e-5)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected[1][name], rtol=1e-4, atol=1e-4)
 
 
 def test_a_layer_is_fused_even_if_its_neighbours_have_no_adapter(tiny_model, calls):

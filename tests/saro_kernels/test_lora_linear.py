@@ -11,8 +11,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.autograd import gradcheck
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 
-from saro_kernels import FrozenLinear, LoraLinear, lora_gated_mlp, lora_linear
+from saro_kernels import FrozenLinear, LoraLinear, lora_gated_mlp, lora_linear, lora_linears
 from saro_kernels.gated_activation import ACTIVATIONS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -71,13 +74,111 @@ def test_linear_equals_its_definition(shape, r, bias):
         torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
 
 
+def side_by_side(function, **options):
+    """Return the function with its outputs, one for each layer, side by side."""
+    return lambda x, *layers: torch.cat(function(x, layers, **options), -1)
+
+
+def each_plain(x, layers):
+    """The definition of `lora_linears`."""
+    return [plain(x, layer) for layer in layers]
+
+
+def three_layers(ranks=(3, 3, 3), bias=False, **options) -> list[LoraLinear]:
+    """Return layers of unequal widths that read one input."""
+    widths = (10, 4, 6)
+    return [
+        make_layer(12, n, r, bias=bias, seed=i, **options) for i, (n, r) in enumerate(zip(widths, ranks, strict=True))
+    ]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("ranks", [(1, 1, 1), (3, 5, 2), (16, 16, 16), (20, 3, 16)])
+@pytest.mark.parametrize("shape", [(7, 12), (0, 12), (2, 3, 12)])
+def test_layers_with_one_input_equal_their_definitions(shape, ranks, bias):
+    layers, x = three_layers(ranks, bias), random_rows(*shape)
+    results = output_and_gradients(side_by_side(lora_linears), x, *layers)
+    for ours, expected in zip(results, output_and_gradients(side_by_side(each_plain), x, *layers), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_each_layer_with_one_input_has_a_scaling_of_its_own():
+    layers = [replace(layer, scaling=s) for layer, s in zip(three_layers((3, 1, 5)), (0.5, 2.0, -1.0), strict=True)]
+    x = random_rows(7, 12)
+    results = output_and_gradients(side_by_side(lora_linears), x, *layers)
+    for ours, expected in zip(results, output_and_gradients(side_by_side(each_plain), x, *layers), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_an_output_that_is_not_used_gives_its_layer_a_zero_gradient():
+    layers, x = three_layers(), random_rows(7, 12).requires_grad_()
+    outputs = lora_linears(x, layers)
+    d_x, d_b, d_unused = torch.autograd.grad(outputs[0].sum(), (x, layers[0].b, layers[1].b))
+    expected = torch.autograd.grad(plain(x, layers[0]).sum(), (x, layers[0].b))
+    torch.testing.assert_close((d_x, d_b), expected, rtol=1e-12, atol=1e-12)
+    assert not d_unused.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("r", [8, 16])
+def test_layers_with_one_input_err_at_most_twice_as_much_as_plain_layers(dtype, r):
+    layers = [make_layer(96, n, r, seed=n) for n in (80, 40, 24)]
+    layers = [replace(layer, base=FrozenLinear(layer.base.weight.to(dtype).double())) for layer in layers]
+    for layer in layers:
+        layer.a.data, layer.b.data = layer.a.data.float().double(), layer.b.data.float().double()
+    x, weight = (random_rows(64, n, seed=n).to(dtype).double() for n in (96, 144))
+    truth = output_and_gradients(side_by_side(each_plain), x, *layers, weight=weight)
+    ours = _errors(side_by_side(lora_linears), x, layers, dtype, truth)
+    theirs = _errors(side_by_side(each_plain), x, layers, dtype, truth)
+    for error, budget in zip(ours, theirs, strict=True):
+        assert error <= 2 * budget
+
+
+def count_calls(operator, run) -> int:
+    """Return how often `run` calls an operator."""
+
+    class Counter(TorchDispatchMode):
+        calls = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.calls += function is operator
+            return function(*args, **kwargs or {})
+
+    with Counter() as counter:
+        run()
+    return counter.calls
+
+
+@pytest.mark.parametrize("r", [3, 16])
+def test_a_stack_of_the_caller_gives_the_same_bits_and_is_not_copied(r):
+    layers = three_layers((r, r, r), dtype=torch.bfloat16, adapter_dtype=torch.float32)
+    x = random_rows(7, 12).bfloat16()
+    stack = torch.cat([layer.a.detach() for layer in layers]).bfloat16()
+    runs = {}
+
+    def run(name, **options):
+        function = side_by_side(lora_linears, **options)
+        runs[name] = output_and_gradients(function, x, *layers)
+
+    with_stack = count_calls(torch.ops.aten.cat.default, lambda: run("stack", a_stack=stack))
+    without = count_calls(torch.ops.aten.cat.default, lambda: run("without"))
+    assert without == with_stack + 2  # in the forward and in the backward
+    assert all(torch.equal(ours, expected) for ours, expected in zip(runs["stack"], runs["without"], strict=True))
+    run("zero", a_stack=torch.zeros_like(stack))
+    base = output_and_gradients(side_by_side(lora_linears), x, *(replace(layer, scaling=0.0) for layer in layers))
+    assert all(torch.equal(ours, expected) for ours, expected in zip(runs["zero"][:2], base[:2], strict=True))
+    run("other dtype", a_stack=torch.full_like(stack, torch.nan, dtype=torch.float16))
+    assert all(torch.equal(o, expected) for o, expected in zip(runs["other dtype"], runs["without"], strict=True))
+
+
+@pytest.mark.parametrize("chunk_rows", [None, 1, 3, 7, 100])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("shape", [(7, 12), (0, 12), (2, 3, 12)])
-def test_mlp_equals_its_definition(shape, activation):
-    layers = make_layer(12, 20, seed=1), make_layer(12, 20, seed=2), make_layer(20, 12, seed=3)
+def test_mlp_equals_its_definition(shape, activation, chunk_rows):
+    layers = make_layer(12, 20, seed=1, bias=True), make_layer(12, 20, seed=2), make_layer(20, 12, seed=3, bias=True)
 
     def ours(x, *layers):
-        return lora_gated_mlp(x, *layers, activation)
+        return lora_gated_mlp(x, *layers, activation, chunk_rows=chunk_rows)
 
     def expected(x, *layers):
         return plain_mlp(x, *layers, activation)
@@ -96,14 +197,16 @@ def test_gradcheck():
     )
 
 
+@pytest.mark.parametrize("chunk_rows", [None, 2])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_gradcheck_of_the_mlp(activation):
+def test_gradcheck_of_the_mlp(activation, chunk_rows):
     layers = make_layer(4, 6, r=2, seed=1), make_layer(4, 6, r=2, seed=2), make_layer(6, 4, r=2, seed=3)
     matrices = [m for layer in layers for m in (layer.a, layer.b)]
 
     def mlp(x, *matrices):
         pairs = zip(layers, matrices[0::2], matrices[1::2], strict=True)
-        return lora_gated_mlp(x, *(LoraLinear(layer.base, a, b, layer.scaling) for layer, a, b in pairs), activation)
+        parts = (LoraLinear(layer.base, a, b, layer.scaling) for layer, a, b in pairs)
+        return lora_gated_mlp(x, *parts, activation, chunk_rows=chunk_rows)
 
     assert gradcheck(mlp, (random_rows(3, 4).requires_grad_(), *matrices))
 
@@ -140,8 +243,9 @@ def test_linear_errs_at_most_twice_as_much_as_the_plain_layer(dtype, r, shape):
         assert error <= 2 * budget
 
 
+@pytest.mark.parametrize("chunk_rows", [None, 16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_mlp_errs_at_most_twice_as_much_as_plain_layers(dtype):
+def test_mlp_errs_at_most_twice_as_much_as_plain_layers(dtype, chunk_rows):
     layers = [make_layer(48, 96, 8, seed=1), make_layer(48, 96, 8, seed=2), make_layer(96, 48, 8, seed=3)]
     layers = [
         LoraLinear(FrozenLinear(layer.base.weight.to(dtype).double()), layer.a, layer.b, layer.scaling)
@@ -151,7 +255,7 @@ def test_mlp_errs_at_most_twice_as_much_as_plain_layers(dtype):
         layer.a.data, layer.b.data = layer.a.data.float().double(), layer.b.data.float().double()
     x, weight = random_rows(64, 48).to(dtype).double(), random_rows(64, 48, seed=9).to(dtype).double()
     truth = output_and_gradients(lambda x, *ls: plain_mlp(x, *ls, "silu"), x, *layers, weight=weight)
-    ours = _errors(lambda x, *ls: lora_gated_mlp(x, *ls, "silu"), x, layers, dtype, truth)
+    ours = _errors(lambda x, *ls: lora_gated_mlp(x, *ls, "silu", chunk_rows=chunk_rows), x, layers, dtype, truth)
     theirs = _errors(lambda x, *ls: plain_mlp(x, *ls, "silu"), x, layers, dtype, truth)
     for error, budget in zip(ours, theirs, strict=True):
         assert error <= 2 * budget
@@ -283,6 +387,111 @@ def test_mlp_keeps_two_intermediate_tensors_and_separate_layers_keep_four():
         return lora_linear(F.silu(lora_linear(x, gate)) * lora_linear(x, up), down)
 
     assert saved_numbers(separate, x, *layers) >= 4 * 50 * 160
+
+
+def mlp_layers(dtype=torch.float32) -> list[LoraLinear]:
+    return [make_layer(*shape, 4, dtype, seed=s) for s, shape in enumerate(((64, 160), (64, 160), (160, 64)))]
+
+
+def test_an_mlp_by_chunks_keeps_only_its_input():
+    x = random_rows(50, 64, dtype=torch.float32).requires_grad_()
+    assert saved_numbers(lambda x, *ls: lora_gated_mlp(x, *ls, "silu", chunk_rows=16), x, *mlp_layers()) == 0
+
+
+class LargestWidth(TorchDispatchMode):
+    """Sees how many rows the largest tensor of a width has that any operator makes."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width, self.rows = width, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **kwargs or {})
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and tensor.dim() == 2 and tensor.shape[1] == self.width:
+                self.rows = max(self.rows, tensor.shape[0])
+        return out
+
+
+@pytest.mark.parametrize(("chunk_rows", "rows"), [(None, 500), (150, 150)])
+def test_an_mlp_by_chunks_makes_no_tensor_of_more_rows(chunk_rows, rows):
+    layers, x = mlp_layers(), random_rows(500, 64, dtype=torch.float32)
+    with LargestWidth(160) as largest:
+        output_and_gradients(lambda x, *ls: lora_gated_mlp(x, *ls, "silu", chunk_rows=chunk_rows), x, *layers)
+    assert largest.rows == rows
+
+
+@pytest.mark.parametrize("chunk_rows", [10, 50])
+def test_an_mlp_by_chunks_dequantizes_each_weight_once_in_the_forward_and_once_in_the_backward(chunk_rows, monkeypatch):
+    from saro_kernels import nf4
+
+    calls, original = [], nf4.dequantize
+    monkeypatch.setattr(nf4, "dequantize", lambda *args: calls.append(args) or original(*args))
+    layers = []
+    for layer in mlp_layers():
+        packed = bnb.nn.Params4bit(layer.base.weight, requires_grad=False, quant_type="nf4").to("cpu")
+        layers.append(replace(layer, base=FrozenLinear(packed, packed.quant_state)))
+    x = random_rows(50, 64, dtype=torch.float32)
+    output_and_gradients(lambda x, *ls: lora_gated_mlp(x, *ls, "silu", chunk_rows=chunk_rows), x, *layers)
+    assert len(calls) == 3 + 3
+
+
+def test_an_mlp_by_chunks_may_have_an_input_that_needs_no_gradient():
+    layers, x = mlp_layers(torch.float64), random_rows(50, 64)
+    matrices = [m for layer in layers for m in (layer.a, layer.b)]
+    ours = torch.autograd.grad(lora_gated_mlp(x, *layers, "silu", chunk_rows=16).sum(), matrices)
+    expected = torch.autograd.grad(plain_mlp(x, *layers, "silu").sum(), matrices)
+    torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_an_mlp_by_chunks_gives_the_same_without_gradients():
+    layers, x = mlp_layers(), random_rows(50, 64, dtype=torch.float32)
+    with torch.no_grad():
+        out = lora_gated_mlp(x, *layers, "silu", chunk_rows=16)
+    assert torch.equal(out, lora_gated_mlp(x, *layers, "silu", chunk_rows=16))
+    assert not out.requires_grad
+
+
+def test_gradient_checkpointing_does_not_recompute_an_mlp_by_chunks():
+    """Its backward does, chunk by chunk. The product with down's weight is computed once, in the forward."""
+    layers, x = mlp_layers(), random_rows(50, 64, dtype=torch.float32).requires_grad_()
+    gradients = {}
+
+    def step(name, chunk_rows):
+        def block(x):
+            return x + lora_gated_mlp(x.sin(), *layers, "silu", chunk_rows=chunk_rows)
+
+        out = checkpoint(block, x, use_reentrant=False)
+        gradients[name] = torch.autograd.grad(out.sum(), [x, layers[0].a, layers[2].b])
+
+    def count_down_products(chunk_rows) -> int:
+        """Count the products of (50, 160) and (160, 64), which only down's forward has."""
+        found = []
+
+        class Products(TorchDispatchMode):
+            def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+                if function._schema.name == "aten::mm" and [t.shape for t in args[:2]] == [(50, 160), (160, 64)]:
+                    found.append(function)
+                return function(*args, **kwargs or {})
+
+        with Products():
+            step("whole" if chunk_rows is None else "chunked", chunk_rows)
+        return len(found)
+
+    assert count_down_products(None) == 2
+    assert count_down_products(50) == 1
+    for ours, expected in zip(gradients["chunked"], gradients["whole"], strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("change", ["a", "b"])
+def test_an_mlp_by_chunks_refuses_a_matrix_that_changed_before_the_backward(change):
+    layers = mlp_layers()
+    out = lora_gated_mlp(random_rows(50, 64, dtype=torch.float32), *layers, "silu", chunk_rows=16)
+    with torch.no_grad():
+        getattr(layers[1], change).mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
 
 
 @pytest.mark.parametrize("function", ["linear", "mlp"])
