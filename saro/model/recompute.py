@@ -30,6 +30,12 @@ def count_recomputed(lm: PreTrainedModel) -> int:
     return sum(layer.gradient_checkpointing for layer in recomputable_layers(lm))
 
 
+def offloads_inputs(lm: PreTrainedModel) -> bool:
+    """Return True if the inputs of recomputed layers are kept in host memory."""
+    functions = [getattr(layer, "_gradient_checkpointing_func", None) for layer in recomputable_layers(lm)]
+    return any(getattr(function, "func", None) is _checkpoint_on_host for function in functions)
+
+
 def enable_recomputation(lm: PreTrainedModel, offload: bool = False) -> None:
     """Recompute all layers of a model in the backward. Between forward and backward only their inputs are kept.
 
