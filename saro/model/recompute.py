@@ -51,6 +51,9 @@ def enable_recomputation(lm: PreTrainedModel, offload: bool = False) -> None:
             "leave it out, and lower --data.pack_tokens instead"
         )
     lm.activation_checkpointing_enable(activation_checkpointing_kwargs=CHECKPOINTING)
+    # It also lets the embeddings' output require a gradient, which only reentrant checkpointing needs. That gradient would be
+    # computed and kept, and with it the output.
+    lm.disable_input_require_grads()
     if offload:
         run = partial(_checkpoint_on_host, InputsOnHost())
         for layer in recomputable_layers(lm):
@@ -79,6 +82,11 @@ def _checkpoint_on_host(hooks: InputsOnHost, function, *args):
     # Within ``checkpoint`` its own hooks are in force: of the tensors here, only its arguments are saved under ours.
     with hooks:
         return checkpoint(function, *args, **CHECKPOINTING)
+
+
+def empty_on_host(tensor: torch.Tensor) -> torch.Tensor:
+    """Make a tensor like this one in host memory, pinned if this one is on another device: copies then need not be waited for."""
+    return torch.empty_like(tensor, device="cpu", pin_memory=tensor.device.type != "cpu")
 
 
 class _Parked:
@@ -123,9 +131,7 @@ class InputsOnHost(saved_tensors_hooks):
         # ``checkpoint`` of torch before 2.13 also saves a tensor without elements.
         if tensor.numel() == 0:
             return tensor
-        is_pinned = tensor.device.type != "cpu"
-        host = torch.empty_like(tensor, device="cpu", pin_memory=is_pinned)
-        tensor = tensor.detach()
+        host, tensor = empty_on_host(tensor), tensor.detach()
         parked = _Parked(host, tensor, self._copy(tensor, host), self._newest)
         self._newest = weakref.ref(parked)
         self._leaving.append(self._newest)
