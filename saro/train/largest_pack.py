@@ -5,6 +5,7 @@ It also decides how many layers are recomputed, if the options leave that to mem
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -74,7 +75,8 @@ def recompute_as_needed(
 ) -> None:
     """Recompute as few layers as the largest pack needs, the same number on all ranks. On a CPU none is recomputed.
 
-    The pack is run with a few numbers of layers, as ``try_pack`` runs it. See ``find_most_kept``.
+    The pack is run with a few numbers of layers, as ``try_pack`` runs it. See ``find_most_kept``. Memory and peaks are those
+    of the rank where they are worst, so that all ranks try the same numbers.
 
     Args:
         policy: the policy, not wrapped for several ranks, and without gradients. Its layers are changed, but no result.
@@ -94,12 +96,13 @@ def recompute_as_needed(
         recompute_layers(lm, layers - kept)
         _forget_peak(runtime.device)
         failure = _run_out_of_memory(policy, objective, largest, runtime, optimizer)
-        return _peak_bytes(runtime.device) if failure is None else None
+        peaks = runtime.gather([_peak_bytes(runtime.device) if failure is None else None])
+        return None if None in peaks else max(peaks)
 
-    fitting = find_most_kept(layers, peak, _USED * usable)
+    limit = _USED * min(runtime.gather([usable]))
+    fitting = find_most_kept(layers, peak, limit)
     # If not even a pack without kept layers is within the limit, it may still fit: ``try_pack`` says so.
     most = max(fitting, default=0)
-    most = min(runtime.gather([most]))
     recompute_layers(lm, layers - most)
     _forget_peak(runtime.device)
     line = ""
@@ -107,9 +110,7 @@ def recompute_as_needed(
         (before, lower), (after, highest) = list(fitting.items())[-2:]
         per_token = (highest - lower) / (after - before) / largest.pack.tokens
         line = f"; keeping the activations of one more takes {per_token / 2**10:.1f} KiB per token"
-    runtime.say(
-        f"{layers - most} of {layers} layers are recomputed, for a peak within {_USED * usable / 2**30:.1f} GiB{line}"
-    )
+    runtime.say(f"{layers - most} of {layers} layers are recomputed, for a peak within {limit / 2**30:.1f} GiB{line}")
 
 
 def try_pack(
@@ -166,6 +167,8 @@ def _usable_bytes(device: torch.device) -> int | None:
 def _forget_peak(device: torch.device) -> None:
     """Count a GPU's peak memory from now on, and give back what the allocator keeps of earlier work."""
     if device.type == "cuda":
+        # What ran out of memory may hang in reference cycles.
+        gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
 
