@@ -18,7 +18,7 @@ import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from unittest import mock
 
@@ -68,6 +68,8 @@ NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 TRAINED_BYTES = 12
 # CUDA's allocator rounds up to this.
 BLOCK_BYTES = 512
+# Numbers of layers that are run: more than the two whose inputs are still on the device when they are kept on the host.
+RUN_LAYERS = (4, 6)
 H100_L2_BYTES = 50 * 2**20
 
 
@@ -235,14 +237,34 @@ PACKS: dict[str, Callable[[int, int], tuple[Pack, int]]] = {"rw": rw_pack, "srpo
 def predict(shape: str, task: str, tokens: Sequence[int], way: str) -> list[Prediction]:
     """Predict the memory of QLoRA steps on a GPU.
 
+    All layers are alike, so that all figures lie on a line over their number. Few layers are run, and the line is extended.
+
     Args:
         shape: name of a shape of ``random_model.py``.
         task: one of ``TASKS``.
         tokens: sizes of the pack.
-        way: one of ``WAYS``: how many layers are recomputed; ``offloaded``: all, with their inputs on the host.
+        way: one of ``WAYS``.
     """
+    layers = SHAPES[shape]().num_hidden_layers
+    few, more = (run_layers(shape, task, tokens, way, number) for number in RUN_LAYERS)
+    return [
+        Prediction(*(extend(RUN_LAYERS, ends, layers) for ends in zip(astuple(left), astuple(right), strict=True)))
+        for left, right in zip(few, more, strict=True)
+    ]
+
+
+def extend(at: tuple[int, int], values: tuple[int, int], to: int) -> int:
+    """Return the value at ``to`` of the line through two points."""
+    return values[1] + (values[1] - values[0]) * (to - at[1]) // (at[1] - at[0])
+
+
+def run_layers(shape: str, task: str, tokens: Sequence[int], way: str, layers: int) -> list[Prediction]:
+    """Run steps of a model with this number of layers on fake tensors; see ``predict``."""
     config = SHAPES[shape]()
-    layers = config.num_hidden_layers
+    config.num_hidden_layers = layers
+    # Models that list the types of their layers have the same for all.
+    if getattr(config, "layer_types", None) is not None:
+        config.layer_types = config.layer_types[:1] * layers
     recomputed = {"none": 0, "half": layers // 2, "all": layers, "offloaded": layers}[way]
     with fake_tensors(), as_on_gpu():
         policy = make_policy(config, recomputed, way == "offloaded", "varlen", torch.bfloat16)
@@ -307,6 +329,7 @@ class _Norm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
+        # A layer is recomputed when its backward first reads what it saved.
         _ = ctx.saved_tensors
         return gradient, None
 
@@ -366,21 +389,29 @@ def tokens_at(limit: float, sizes: Sequence[int], peaks: Sequence[float]) -> int
 
 
 def peaks_table(found: Found, task: str) -> str:
-    """Return the peaks of a task by model, way and size of the pack."""
+    """Return the peaks of a task by model, way and size of the pack; cells are empty for sizes that were left out."""
     sizes = sorted({size for _, of_task, _, size in found if of_task == task})
     rows = []
-    for shape, way in dict.fromkeys((shape, way) for shape, of_task, way, _ in found if of_task == task):
-        peaks = [found[shape, task, way, size].peak for size in sizes]
-        reached = f"{tokens_at(CARD_BYTES, sizes, peaks):,}" if len(sizes) > 1 else ""
-        rows.append([f"{MODELS.get(shape, shape)}, {LABELS[way]}", *map(gib, peaks), reached])
+    for shape, way in sorted({(shape, way) for shape, of_task, way, _ in found if of_task == task}, key=_in_order):
+        peaks = {size: found[shape, task, way, size].peak for size in sizes if (shape, task, way, size) in found}
+        cells = [gib(peaks[size]) if size in peaks else "" for size in sizes]
+        reached = f"{tokens_at(CARD_BYTES, list(peaks), list(peaks.values())):,}" if len(peaks) > 1 else ""
+        rows.append([f"{MODELS.get(shape, shape)}, {LABELS[way]}", *cells, reached])
     return table([task.upper(), *(f"{size:,}" for size in sizes), "tokens at 24 GiB"], rows)
+
+
+def _in_order(case: tuple[str, str]) -> tuple[int, int]:
+    """Order models and ways as they are listed above; other models come first."""
+    shape, way = case
+    return list(MODELS).index(shape) if shape in MODELS else -1, WAYS.index(way)
 
 
 def parts_table(found: Found, size: int) -> str:
     """Return the parts of the peaks of RW steps on packs of one size."""
     rows = []
-    for (shape, task, way, tokens), p in found.items():
-        if (task, tokens) == ("rw", size):
+    for shape, way in sorted({(shape, way) for shape, task, way, _ in found if task == "rw"}, key=_in_order):
+        p = found.get((shape, "rw", way, size))
+        if p is not None:
             parts = (p.model, p.trained, p.layers, p.head, p.peak)
             rows.append([f"{MODELS.get(shape, shape)}, {LABELS[way]}", *map(gib, parts)])
     header = [f"{size:,} tokens", "model", "adapters, optimizer", "kept by the layers", "head", "peak"]
@@ -413,7 +444,7 @@ def measured_table(found: Found, results: Sequence[Path]) -> str:
 def render(found: Found, results: Sequence[Path]) -> str:
     """Return all tables as Markdown."""
     size = min({size for *_, size in found}, key=lambda size: abs(size - PARTS_AT))
-    parts = [peaks_table(found, task) for task in dict.fromkeys(task for _, task, _, _ in found)]
+    parts = [peaks_table(found, task) for task in TASKS if any(task == of_task for _, of_task, _, _ in found)]
     return "\n".join([*parts, parts_table(found, size), measured_table(found, results)])
 
 
@@ -436,7 +467,7 @@ def read_found(file: Path) -> Found:
 
 def write_found(file: Path, found: Found) -> None:
     names = ("model_shape", "task", "way", "tokens")
-    entries = [dict(zip(names, key, strict=True)) | vars(prediction) for key, prediction in found.items()]
+    entries = [dict(zip(names, key, strict=True)) | vars(found[key]) for key in sorted(found)]
     with atomic_write(file) as out:
         out.write(json.dumps(entries, indent=1) + "\n")
 

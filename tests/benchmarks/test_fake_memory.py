@@ -195,7 +195,8 @@ def test_a_document_without_markers_is_refused():
 def test_8b_models_fit_into_10_gib_at_8k_tokens_and_into_24_gib_at_24k(shape, task):
     found = read_found(COMMITTED)
     assert found[shape, task, "all", 8192].peak <= 10.5 * GIB
-    assert found[shape, task, "all", 24576].peak <= 24 * GIB
+    peaks = {key[-1]: value.peak for key, value in found.items() if key[:-1] == (shape, task, "all")}
+    assert tokens_at(24 * GIB, sorted(peaks), [peaks[size] for size in sorted(peaks)]) >= 24_576
 
 
 def test_predictions_are_within_five_per_cent_of_what_an_h100_measured():
