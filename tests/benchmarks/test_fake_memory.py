@@ -20,6 +20,7 @@ from fake_memory import (
     NF4_BYTES,
     PACKS,
     Meter,
+    extend,
     fake_tensors,
     insert,
     liger_stand_ins,
@@ -29,6 +30,7 @@ from fake_memory import (
     predict,
     read_found,
     render,
+    run_layers,
     tokens_at,
 )
 from run_files import ROOT
@@ -109,6 +111,13 @@ def test_all_inputs_but_two_are_on_the_host():
     )
     bytes_of_input = 256 * tiny_config().hidden_size * 4
     assert on_device.layers - on_host.layers == 2 * bytes_of_input
+
+
+@pytest.mark.parametrize("way", LABELS)
+def test_all_figures_lie_on_a_line_over_the_number_of_layers(way):
+    four, six, eight = (run_layers("tiny-qwen3", "srpo", [256], way, layers)[0] for layers in (4, 6, 8))
+    for name in ("model", "trained", "layers", "head", "peak"):
+        assert extend((4, 6), (getattr(four, name), getattr(six, name)), 8) == getattr(eight, name), name
 
 
 def test_views_and_freed_tensors_do_not_count():
