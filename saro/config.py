@@ -104,7 +104,11 @@ class ModelConfig:
         liger: Let liger-kernel compute norms, rotary embedding and gated MLP; default: on CUDA, where it is installed and
             knows the model's type.
         dropout: Use the dropout that the model's own config sets; if false, the model has none.
-        gradient_checkpointing: Recompute activations in the backward pass; saves memory, takes about a third more time.
+        gradient_checkpointing: Recompute activations in the backward pass; saves memory, takes about a third more time. true
+            recomputes all layers, a number only so many; auto recomputes as few as the largest pack of the run needs to fit
+            into the GPU's memory.
+        activation_offloading: Keep the inputs of recomputed layers in the host's memory instead of the GPU's. They are copied
+            while the GPU computes.
         trust_remote_code: Run code that comes with the model.
     """
 
@@ -121,13 +125,21 @@ class ModelConfig:
     fused_lora: bool = True
     liger: bool | None = None
     dropout: bool = False
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: Literal["auto"] | bool | int = False
+    activation_offloading: bool = False
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
         check_at_least(self, "model.", 1, "lora_rank")
         _check_above_zero(self, "model.", "lora_alpha")
         check_numbers(self, "model.", ("lora_dropout",), lambda value: 0 <= value < 1, "at least 0 and below 1")
+        if self.gradient_checkpointing != "auto":
+            check_at_least(self, "model.", 0, "gradient_checkpointing")
+        if self.activation_offloading and not self.gradient_checkpointing:
+            raise SaroError(
+                "model.activation_offloading is for the inputs of recomputed layers, and none is recomputed; "
+                "set --model.gradient_checkpointing true, or leave it out"
+            )
 
 
 @dataclass(frozen=True)

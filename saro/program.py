@@ -82,7 +82,9 @@ class Parser(ArgumentParser):
         message = re.sub(r"<class '(\w+)'>", r"\1", message).replace("typing.", "")
         message = " ".join(message.split())
         optional = r"Does not validate against any of the Union subtypes Subtypes: \[(.*?), NoneType\].* Given value: "
-        return re.sub(optional, r"Expected a \1. Got value: ", message)
+        message = re.sub(optional, r"Expected a \1. Got value: ", message)
+        union = r"Does not validate against any of the Union subtypes Subtypes: \[(.*)\] Errors: .* Given value: "
+        return re.sub(union, r"Expected one of \1. Got value: ", message)
 
     def _suggestion(self, given: str) -> str:
         """Return the end of a message about an unknown option: its spelling, or near names; empty for a stray value."""

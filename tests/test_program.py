@@ -230,6 +230,7 @@ def test_options_may_not_be_abbreviated(args):
         ("train.betas", "[0.9]", "tuple with 2 elements"),
         ("model.dropout", "maybe", "bool"),
         ("model.method", "loraa", "'lora'"),
+        ("model.gradient_checkpointing", "some", "'auto'"),
         ("train.schedule", "cosin", "'cosine'"),
         ("data.too_long", "cut", "'drop'"),
         ("data.weights", "5", "dict"),
@@ -240,8 +241,19 @@ def test_a_value_of_the_wrong_type_is_refused_with_the_option_and_its_type(yaml_
     group, name = option.split(".")
     text = yaml.safe_dump({group: {name: yaml.safe_load(value)}})
     for message in (refusal(f"--{option}", value), refusal("--config", yaml_file(text))):
-        assert message.startswith(f"--{option}: Expected a")
+        assert re.match(f"--{option}: Expected (an?|one of) ", message)
         assert wanted in message
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("true", True), ("false", False), ("auto", "auto"), ("1", 1), ("0", 0), ("20", 20)]
+)
+def test_recomputation_is_on_or_off_or_automatic_or_a_number_of_layers(yaml_file, text, value):
+    file = yaml_file(f"model: {{gradient_checkpointing: {text}}}")
+    for args in (["--model.gradient_checkpointing", text], ["--config", file]):
+        parsed = parse_recipe(RWConfig, "rw.py", "", args)[0].model.gradient_checkpointing
+        assert parsed == value
+        assert type(parsed) is type(value)
 
 
 @pytest.mark.parametrize(

@@ -139,6 +139,7 @@ def list_steps(folders: Folders) -> list[Step]:
         "tests/saro_kernels/test_gated_activation.py",
         "tests/saro_kernels/test_nf4.py",
         "tests/model/test_liger.py",
+        "tests/model/test_recompute.py",
     )
     few_tests = ("-k", "test_rows_are_aligned or test_kinds_that_it_knows") if DRY else ()
     all_tests = ("-k", "test_tile_height") if DRY else ("--maxfail", "60")

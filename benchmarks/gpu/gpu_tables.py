@@ -62,9 +62,13 @@ def matrix_part(matrix: dict) -> str:
     rows = []
     for case in matrix["cases"]:
         layers = case["layers"] + (f", {case['attention']}" if case["attention"] else "")
+        recomputation = ", recomputation" if case["checkpointing"] else ""
+        # Results from before there was the option lack it.
+        if case.get("offload"):
+            recomputation += ", inputs on the host"
         rows.append(
             [
-                f"{layers}, {case['pack_tokens']:,} tokens" + (", recomputation" if case["checkpointing"] else ""),
+                f"{layers}, {case['pack_tokens']:,} tokens{recomputation}",
                 f"{case['seconds']:.3f}",
                 *(f"{case['parts'][part]:.3f}" for part in ("forward", "head", "backward", "optimizer")),
                 f"{case['tokens_per_second']:,.0f}",

@@ -31,9 +31,9 @@ from yardstick import gemm_per_second
 from saro.config import ModelConfig, TrainConfig
 from saro.distributed.runtime import Runtime
 from saro.files import atomic_write
-from saro.model.fused_lora import CHECKPOINTING
 from saro.model.load import load_policy
 from saro.model.policy import Policy
+from saro.model.recompute import enable_recomputation, recompute_layers
 from saro.model.source import find_model
 from saro.model.unmodified import own_layers
 from saro.train.losses import nll_sum
@@ -54,12 +54,14 @@ class Case:
         checkpointing: recompute activations in the backward.
         layers: "saro", or "peft" for PEFT's own LoRA layers.
         attention: None for the backend that `auto` chooses.
+        offload: keep the inputs of recomputed layers in host memory.
     """
 
     pack_tokens: int
     checkpointing: bool
     layers: str = "saro"
     attention: str | None = None
+    offload: bool = False
 
 
 def list_cases(packs: list[int]) -> list[Case]:
@@ -67,31 +69,26 @@ def list_cases(packs: list[int]) -> list[Case]:
     first, *others = packs
     cases = [Case(first, True), Case(first, False)]
     cases += [Case(others[0], False)] if others else []
+    cases += [Case(first, True, offload=True)]
     cases += [Case(first, True, layers="peft"), Case(first, True, attention="sdpa")]
     cases += [Case(tokens, checkpointing) for tokens in others[1:] for checkpointing in (False, True)]
     return cases
-
-
-def set_checkpointing(policy: Policy, on: bool) -> None:
-    lm = policy.causal_lm
-    if on:
-        lm.activation_checkpointing_enable(activation_checkpointing_kwargs=CHECKPOINTING)
-    elif lm.is_activation_checkpointing:
-        lm.activation_checkpointing_disable()
 
 
 @contextmanager
 def case_applied(policy: Policy, case: Case) -> Iterator[None]:
     """Set the policy up for a case, in this context only."""
     attention = policy.attention
-    set_checkpointing(policy, case.checkpointing)
+    if case.checkpointing:
+        enable_recomputation(policy.causal_lm, case.offload)
     policy.attention = case.attention or attention
     try:
         with own_layers(policy.causal_lm) if case.layers == "peft" else nullcontext():
             yield
     finally:
         policy.attention = attention
-        set_checkpointing(policy, False)
+        if case.checkpointing:
+            recompute_layers(policy.causal_lm, 0)
 
 
 def memory_gib() -> dict[str, float]:

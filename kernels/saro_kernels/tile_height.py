@@ -76,8 +76,13 @@ def l2_bytes(device: torch.device) -> int | None:
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Return the `free_bytes` argument of `tile_rows` for a device: what the driver and torch's allocator can give."""
+    """Return the `free_bytes` argument of `tile_rows` for a device: what the driver and torch's allocator can give.
+
+    `torch.cuda.set_per_process_memory_fraction` limits what the allocator may have of the device.
+    """
     if device.type != "cuda":
         return None
-    free, _ = torch.cuda.mem_get_info(device)
-    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    free, total = torch.cuda.mem_get_info(device)
+    reserved = torch.cuda.memory_reserved(device)
+    allowed = int(torch.cuda.get_per_process_memory_fraction(device) * total)
+    return max(0, min(free + reserved, allowed) - torch.cuda.memory_allocated(device))

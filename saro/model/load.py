@@ -16,9 +16,10 @@ from saro.errors import SaroError
 from saro.model.adapter import continued_adapter, new_adapter
 from saro.model.architectures import dropout_options
 from saro.model.attention import choose_backend
-from saro.model.fused_lora import CHECKPOINTING, fuse_lora
+from saro.model.fused_lora import fuse_lora
 from saro.model.liger import choose_liger, use_liger
 from saro.model.policy import Policy
+from saro.model.recompute import enable_recomputation, recompute_layers
 from saro.model.source import ModelSource, first_line
 from saro_kernels import choose_impl
 
@@ -67,11 +68,17 @@ def load_policy(source: ModelSource, options: ModelConfig, device: torch.device,
             model = continued_adapter(model, source.adapter, options)
         if options.fused_lora:
             fuse_lora(model)
-    if options.gradient_checkpointing:
+    recomputation = options.gradient_checkpointing
+    if recomputation:
         lm = model.get_base_model() if isinstance(model, PeftModel) else model
-        lm.activation_checkpointing_enable(activation_checkpointing_kwargs=CHECKPOINTING)
+        enable_recomputation(lm, options.activation_offloading)
+        # True is an int too.
+        if type(recomputation) is int:
+            recompute_layers(lm, recomputation)
     autocast = dtype if options.method == "full" and dtype != torch.float32 else None
-    return Policy(model, attention=attention, head=head, autocast=autocast)
+    return Policy(
+        model, attention=attention, head=head, autocast=autocast, recomputes_as_needed=recomputation == "auto"
+    )
 
 
 def load_plain(source: ModelSource, options: ModelConfig, device: torch.device, dtype: torch.dtype) -> Policy:

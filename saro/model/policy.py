@@ -17,6 +17,7 @@ from saro.model.architectures import logit_options
 from saro.model.attention import AttentionPlan, use_packed_attention
 from saro.model.fused_lora import cast_adapters, lora_layers
 from saro.model.liger import uses_liger
+from saro.model.recompute import count_recomputed, recomputable_layers
 from saro_kernels import TokenStatistics, token_logps, token_statistics
 from saro_kernels.float32_products import add_product, precise_products
 
@@ -29,6 +30,7 @@ class Policy(nn.Module):
         attention: "sdpa" or "varlen".
         head: implementation of ``token_logps``, by name.
         autocast: dtype of the products if the parameters are fp32 master weights; else None.
+        recomputes_as_needed: all layers are recomputed only until training says how many must be.
 
     Raises:
         ValueError: the adapter puts virtual tokens before each sequence (prompt learning), where packs have no room.
@@ -41,6 +43,7 @@ class Policy(nn.Module):
         attention: str = "sdpa",
         head: str = "auto",
         autocast: torch.dtype | None = None,
+        recomputes_as_needed: bool = False,
     ) -> None:
         super().__init__()
         adapters = model.peft_config.values() if isinstance(model, PeftModel) else ()
@@ -50,6 +53,7 @@ class Policy(nn.Module):
         self.attention = attention
         self.head = head
         self.autocast = autocast
+        self.recomputes_as_needed = recomputes_as_needed
         self.logits = logit_options(self.causal_lm.config)
         # Weak references, because ``merge`` replaces the layers one by one to free their memory.
         self._lora_layers = WeakSet(lora_layers(model))
@@ -164,4 +168,7 @@ class Policy(nn.Module):
             total += size
             trainable += size if parameter.requires_grad else 0
         layers = ", layers of liger-kernel" if uses_liger(self.model) else ""
+        recomputed = count_recomputed(self.causal_lm)
+        if recomputed and not self.recomputes_as_needed:
+            layers += f", {recomputed} of {len(recomputable_layers(self.causal_lm))} layers recomputed"
         return f"{trainable:,} of {total:,} parameters trainable, attention {self.attention}, head {self.head}{layers}"

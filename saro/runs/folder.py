@@ -37,6 +37,7 @@ _FREE_ON_RESUME = frozenset(
         "model.fused_lora",
         "model.liger",
         "model.gradient_checkpointing",
+        "model.activation_offloading",
         "data.allow_overlap",
         "data.pack_tokens",
         "data.too_long",

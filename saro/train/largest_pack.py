@@ -1,7 +1,11 @@
-"""Tries the largest pack of a run before its first step, so that running out of memory takes a minute and not a night."""
+"""Tries the largest pack of a run before its first step, so that running out of memory takes a minute and not a night.
+
+It also decides how many layers are recomputed, if the options leave that to memory.
+"""
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -13,14 +17,20 @@ from saro.data.steps import Step, Steps
 from saro.distributed.runtime import Runtime
 from saro.errors import SaroError
 from saro.model.policy import Policy
+from saro.model.recompute import count_recomputed, offloads_inputs, recomputable_layers, recompute_layers
 from saro.train.engine import add_gradients
+from saro.train.fit_recomputation import find_most_kept
 from saro.train.objective import Meter, Objective
 from saro.train.optim import optimizer_state_bytes
+from saro_kernels.tile_height import free_bytes
 
 # Lay out the packs of steps with this many records in all: about half a second, however many records the run has.
 _LAID_OUT_RECORDS = 1024
 # The error names at most this many records, so that it stays one readable line.
 _NAMED = 5
+# Share of a GPU's memory that the peak of the largest pack may take if the number of recomputed layers is chosen by it. The
+# allocator needs a few per cent more than tensors hold (5 % at most on an H100), and other packs are laid out differently.
+_USED = 0.9
 
 
 @dataclass(frozen=True)
@@ -46,7 +56,7 @@ class LargestPack:
 def try_largest_pack(
     runtime: Runtime, policy: Policy, objective: Objective, steps: Steps, total_steps: int, optimizer: str
 ) -> None:
-    """Find the largest pack of a run, and try it.
+    """Find the largest pack of a run, and try it; first decide how many layers are recomputed, if that is left to memory.
 
     It takes as long as that pack takes in training, also on a CPU: there the system may end a process that runs out of
     memory without an error that could be caught, but then it does so in the first minute.
@@ -55,7 +65,52 @@ def try_largest_pack(
         SaroError: see ``try_pack``.
     """
     largest = find_largest_pack(steps, total_steps, runtime.processes)
+    if policy.recomputes_as_needed:
+        recompute_as_needed(runtime, policy, objective, largest, optimizer)
     try_pack(runtime, policy, objective, largest, steps, optimizer)
+
+
+def recompute_as_needed(
+    runtime: Runtime, policy: Policy, objective: Objective, largest: LargestPack, optimizer: str
+) -> None:
+    """Recompute as few layers as the largest pack needs, the same number on all ranks. On a CPU none is recomputed.
+
+    The pack is run with a few numbers of layers, as ``try_pack`` runs it. See ``find_most_kept``. Memory and peaks are those
+    of the rank where they are worst, so that all ranks try the same numbers.
+
+    Args:
+        policy: the policy, not wrapped for several ranks, and without gradients. Its layers are changed, but no result.
+    """
+    lm = policy.causal_lm
+    layers = len(recomputable_layers(lm))
+    usable = _usable_bytes(runtime.device)
+    if usable is None:
+        recompute_layers(lm, 0)
+        runtime.say(
+            "--model.gradient_checkpointing auto recomputes no layer here: it needs CUDA to measure memory; if memory is "
+            "short, give true or a number of layers"
+        )
+        return
+
+    def peak(kept: int) -> int | None:
+        recompute_layers(lm, layers - kept)
+        _forget_peak(runtime.device)
+        failure = _run_out_of_memory(policy, objective, largest, runtime, optimizer)
+        peaks = runtime.gather([_peak_bytes(runtime.device) if failure is None else None])
+        return None if None in peaks else max(peaks)
+
+    limit = _USED * min(runtime.gather([usable]))
+    fitting = find_most_kept(layers, peak, limit)
+    # If not even a pack without kept layers is within the limit, it may still fit: ``try_pack`` says so.
+    most = max(fitting, default=0)
+    recompute_layers(lm, layers - most)
+    _forget_peak(runtime.device)
+    line = ""
+    if len(fitting) > 1:
+        (before, lower), (after, highest) = list(fitting.items())[-2:]
+        per_token = (highest - lower) / (after - before) / largest.pack.tokens
+        line = f"; keeping the activations of one more takes {per_token / 2**10:.1f} KiB per token"
+    runtime.say(f"{layers - most} of {layers} layers are recomputed, for a peak within {limit / 2**30:.1f} GiB{line}")
 
 
 def try_pack(
@@ -78,9 +133,8 @@ def try_pack(
     Raises:
         SaroError: the pack does not fit into the memory of this rank or of another one.
     """
-    if runtime.device.type == "cuda":
-        # Do not count the peak of earlier work, such as loading.
-        torch.cuda.reset_peak_memory_stats(runtime.device)
+    # Do not count the peak of earlier work, such as loading.
+    _forget_peak(runtime.device)
     failure = _run_out_of_memory(policy, objective, largest, runtime, optimizer)
     # All ranks must know, or some would wait for the others in the first exchange of gradients.
     failed = runtime.sum_(torch.tensor(float(failure is not None), device=runtime.device)).item()
@@ -91,9 +145,37 @@ def try_pack(
         raise SaroError(
             f"out of memory ({failure or 'on another rank'}): the largest pack of the run does not fit ({size}, in step "
             f"{largest.number + 1}: {', '.join(ids[:_NAMED])}{others}); lower --data.pack_tokens, now {steps.pack_tokens} "
-            f"and at least {steps.data.lengths.max()} for the longest record, or set --model.gradient_checkpointing true"
+            f"and at least {steps.data.lengths.max()} for the longest record{_advise(policy)}"
         )
     runtime.say(f"the largest pack fits ({size}): peak memory {runtime.memory():.2f} GiB")
+
+
+def _advise(policy: Policy) -> str:
+    """Return the end of an error: what else than smaller packs saves memory. Empty if all of it is done."""
+    lm = policy.causal_lm
+    if count_recomputed(lm) < len(recomputable_layers(lm)):
+        return ", or set --model.gradient_checkpointing true"
+    return "" if offloads_inputs(lm) else ", or set --model.activation_offloading true"
+
+
+def _usable_bytes(device: torch.device) -> int | None:
+    """Return how many bytes this process can have on a GPU, with those that it has; None on a CPU."""
+    free = free_bytes(device)
+    return None if free is None else free + torch.cuda.memory_allocated(device)
+
+
+def _forget_peak(device: torch.device) -> None:
+    """Count a GPU's peak memory from now on, and give back what the allocator keeps of earlier work."""
+    if device.type == "cuda":
+        # What ran out of memory may hang in reference cycles.
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def _peak_bytes(device: torch.device) -> int:
+    """Return the peak memory on a GPU."""
+    return torch.cuda.max_memory_allocated(device)
 
 
 def find_largest_pack(steps: Steps, total_steps: int, processes: int) -> LargestPack:

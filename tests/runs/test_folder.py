@@ -384,6 +384,7 @@ def test_options_of_output_and_length_may_change(folder, source, data_file, chan
         {"fused_lora": False},
         {"liger": True},
         {"gradient_checkpointing": True},
+        {"gradient_checkpointing": "auto", "activation_offloading": True},
     ],
     ids=lambda changes: next(iter(changes)),
 )

@@ -124,10 +124,29 @@ def test_heights_of_llamas_head_with_little_free_memory():
     assert tile_rows(8192, 128256, 4096, 2, 50 * MIB, 10 * MIB) == MIN_ROWS
 
 
-def test_memory_that_torch_has_reserved_and_not_allocated_is_free(monkeypatch):
+@pytest.mark.parametrize(("vocab", "width"), [(128256, 4096), (151936, 4096), (152064, 3584)])
+def test_heights_on_a_card_of_24_gib(vocab, width):
+    """Llama-3-8B, Qwen3-8B and Qwen2.5-7B in 4 bits, with packs of 8,192 tokens.
+
+    15 GiB are free if all layers are recomputed. If just 1 GiB is left, because most are kept, the tile takes a quarter.
+    """
+    enough = tile_rows(8192, vocab, width, 2, 72 * MIB)
+    assert tile_rows(8192, vocab, width, 2, 72 * MIB, 15 * 1024 * MIB) == enough
+    short = tile_rows(8192, vocab, width, 2, 72 * MIB, 1024 * MIB)
+    assert enough / 3 < short <= enough / 2
+    assert short * vocab * 4 <= 256 * MIB
+
+
+@pytest.mark.parametrize(
+    ("fraction", "free"),
+    [(1.0, 13), (0.5, 10), (0.25, 0)],
+    ids=["the whole device", "half of it", "less than it has"],
+)
+def test_memory_that_torch_may_have_and_has_not_allocated_is_free(monkeypatch, fraction, free):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3 * MIB, 80 * MIB))
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: fraction)
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 40 * MIB)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 30 * MIB)
-    assert free_bytes(torch.device("cuda")) == 13 * MIB
+    assert free_bytes(torch.device("cuda")) == free * MIB
     assert free_bytes(torch.device("cpu")) is None
     assert free_bytes(torch.device("xpu")) is None

@@ -20,6 +20,7 @@ from saro.data.packs import PairLogps
 from saro.data.steps import Schedule, Share, Steps
 from saro.distributed.runtime import Runtime
 from saro.errors import SaroError
+from saro.model.recompute import count_recomputed
 from saro.train import engine, largest_pack
 from saro.train.largest_pack import LargestPack, find_largest_pack, try_largest_pack, try_pack
 from saro.train.objective import SRPOObjective
@@ -220,6 +221,109 @@ def test_the_largest_pack_is_found_and_tried_on_a_cpu_too(training, runtime, cap
     try_largest_pack(runtime, run.policy, run.objective, run.steps, 3, "adamw")
     assert packs == [largest.pack.tokens]
     assert f"the largest pack fits ({largest.pack.tokens} tokens" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "advice"),
+    [
+        ({}, ", or set --model.gradient_checkpointing true"),
+        ({"gradient_checkpointing": 1}, ", or set --model.gradient_checkpointing true"),
+        ({"gradient_checkpointing": True}, ", or set --model.activation_offloading true"),
+        ({"gradient_checkpointing": True, "activation_offloading": True}, " for the longest record"),
+    ],
+    ids=["none", "one layer", "all", "inputs on the host"],
+)
+def test_the_error_advises_what_is_not_done_yet(training, runtime, options, advice):
+    run = training(model=options)
+    next(iter(run.policy.trainable().values())).register_hook(out_of_memory)
+    with pytest.raises(SaroError) as caught:
+        try_it(runtime, run)
+    assert str(caught.value).endswith(advice)
+
+
+# As many recomputed layers as memory needs.
+
+
+class Gpu:
+    """Stands for a GPU on which the tiny model's pack takes 100 bytes, and 10 more for each layer that is kept."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, usable: int, memory: int = 10**9) -> None:
+        self.memory = memory
+        self.peaks: list[int] = []
+        self.policy = None
+        monkeypatch.setattr(largest_pack, "_usable_bytes", lambda device: usable)
+        monkeypatch.setattr(largest_pack, "_peak_bytes", lambda device: self.peaks[-1])
+
+    def watch(self, run: Training) -> None:
+        """Let a run's packs take memory here."""
+        lm = run.policy.causal_lm
+
+        def allocate(*_: object) -> None:
+            self.peaks.append(100 + 10 * (2 - count_recomputed(lm)))
+            if self.peaks[-1] > self.memory:
+                out_of_memory()
+
+        run.policy.register_forward_pre_hook(allocate)
+
+
+@pytest.mark.parametrize(
+    ("usable", "memory", "recomputed"),
+    [(200, 200, 0), (134, 200, 0), (133, 200, 1), (122, 200, 2), (200, 115, 1), (105, 200, 2)],
+)
+def test_as_few_layers_are_recomputed_as_memory_needs(
+    training, runtime, monkeypatch, capsys, usable, memory, recomputed
+):
+    """A peak may take nine tenths of the memory: 120 bytes of 134, if no layer is recomputed."""
+    run = training(model={"gradient_checkpointing": "auto"})
+    assert count_recomputed(run.policy.causal_lm) == 2
+    Gpu(monkeypatch, usable, memory).watch(run)
+    try_largest_pack(runtime, run.policy, run.objective, run.steps, 3, "adamw")
+    assert count_recomputed(run.policy.causal_lm) == recomputed
+    said = capsys.readouterr().err
+    assert f"{recomputed} of 2 layers are recomputed, for a peak within " in said
+    assert "the largest pack fits (" in said
+
+
+def test_a_pack_that_does_not_fit_with_all_layers_recomputed_is_refused(training, runtime, monkeypatch):
+    run = training(model={"gradient_checkpointing": "auto"})
+    Gpu(monkeypatch, usable=90, memory=99).watch(run)
+    with pytest.raises(
+        SaroError, match=r"the largest pack of the run does not fit .* --model.activation_offloading true$"
+    ):
+        try_largest_pack(runtime, run.policy, run.objective, run.steps, 3, "adamw")
+    assert count_recomputed(run.policy.causal_lm) == 2
+
+
+def test_a_number_of_layers_is_not_changed(training, runtime, monkeypatch):
+    run = training(model={"gradient_checkpointing": 1})
+    gpu = Gpu(monkeypatch, usable=10**9)
+    gpu.watch(run)
+    try_largest_pack(runtime, run.policy, run.objective, run.steps, 3, "adamw")
+    assert gpu.peaks == [110]
+
+
+def test_on_a_cpu_no_layer_is_recomputed_and_one_line_says_why(training, runtime, capsys):
+    run = training(model={"gradient_checkpointing": "auto"})
+    capsys.readouterr()
+    try_largest_pack(runtime, run.policy, run.objective, run.steps, 3, "adamw")
+    assert count_recomputed(run.policy.causal_lm) == 0
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.startswith("--model.gradient_checkpointing auto recomputes no layer here: it needs CUDA")
+    assert second.startswith("the largest pack fits (")
+
+
+def test_a_run_may_be_resumed_with_another_number_of_recomputed_layers(training, runtime, monkeypatch):
+    """Memory may be another on the machine that resumes it. No bit of the weights changes."""
+    same_rates = {"schedule": "constant", "warmup": 0}
+    whole = training("whole", **same_rates)
+    whole.fit(runtime, 4)
+    training("parts", model={"gradient_checkpointing": 1}, **same_rates).fit(runtime, 2)
+    run = training("parts", model={"gradient_checkpointing": "auto"}, **same_rates)
+    Gpu(monkeypatch, usable=100).watch(run)
+    try_largest_pack(runtime, run.policy, run.objective, run.steps, 4, "adamw")
+    assert count_recomputed(run.policy.causal_lm) == 2
+    assert run.fit(runtime, 4, resume=True).step == 4
+    assert all(torch.equal(weight, run.weights()[name]) for name, weight in whole.weights().items())
 
 
 def two_ranks(records: str, folder: str, output: str) -> int:
