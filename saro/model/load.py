@@ -100,7 +100,11 @@ def inference_policy(model: PreTrainedModel, options: ModelConfig) -> Policy:
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Resolve "auto": bfloat16 on CUDA, float32 elsewhere. Raises SaroError on a GPU without bfloat16."""
+    """Resolve "auto": bfloat16 on CUDA, float32 elsewhere. A run on a CPU decides with ``decide_dtype`` before it loads.
+
+    Raises:
+        SaroError: the GPU has no bfloat16.
+    """
     if name == "auto":
         name = "bfloat16" if device.type == "cuda" else "float32"
     if name == "bfloat16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
