@@ -26,7 +26,7 @@ class Policy(nn.Module):
 
     Args:
         model: a transformers causal LM, or a PEFT model around one.
-        attention: "sdpa" or "varlen".
+        attention: "sdpa", "varlen", or ``EITHER`` of them for each pack.
         head: implementation of ``token_logps``, by name.
         autocast: dtype of the products if the parameters are fp32 master weights; else None.
 

@@ -112,7 +112,7 @@ def _backend_advice(runtime: Runtime, subjects: Sequence[Subject], findings: Seq
     """Recommend dtype and attention: the fast ones if their checks passed here."""
     dtype = _fast_dtype(runtime, subjects)
     varlen_passed = any(finding.name == ATTENTION and finding.ok for finding in findings)
-    attention = "varlen" if varlen_passed and dtype == "bfloat16" else "sdpa"
+    attention = "auto" if varlen_passed and dtype == "bfloat16" else "sdpa"
     return [f"dtype: {dtype} (--model.dtype)", f"attention: {attention} (--model.attention)"]
 
 
