@@ -108,7 +108,13 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
         name = "bfloat16" if device.type == "cuda" else "float32"
     if name == "bfloat16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        raise SaroError(f"{torch.cuda.get_device_name(device)} has no bfloat16; set --model.dtype float32")
+        # A gradient scaler would not help: it prevents underflow in the backward, and these overflow in the forward.
+        raise SaroError(
+            f"{torch.cuda.get_device_name(device)} has no bfloat16, and in float16 the hidden states of some models that "
+            "were trained in bfloat16 overflow; set --model.dtype float32, which is exact, but computes products without "
+            "tensor cores, up to 8 times as slowly as half precision, and takes twice the memory for activations; "
+            "with --model.method qlora the weights keep 4 bits"
+        )
     return getattr(torch, name)
 
 
