@@ -6,6 +6,7 @@ import os
 import shutil
 from dataclasses import replace
 from datetime import date
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -183,7 +184,7 @@ def test_the_manifest_names_the_inputs_of_the_run(folder, source, data_file):
         "data": options["data"] | decided,
     }
     assert manifest["machine"] == {"processes": 1, "threads_per_process": 2, "device": "cpu"}
-    assert manifest["versions"]["torch"] == torch.__version__
+    assert manifest["versions"]["torch"] == version("torch")
     assert len(manifest["code"]) == 64
 
 
