@@ -109,8 +109,7 @@ def time_round(policy: Policy, pack: Pack, optimizer: torch.optim.Optimizer, pef
         with policy.model.disable_adapter(), embeddings_with_gradient(policy):
             bare = time_step(policy, pack, optimizer).step
     device = pack.input_ids.device
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    return replace(ours, gemm_rate=gemm_per_second(device, dtype), peft_step=theirs, bare_step=bare)
+    return replace(ours, gemm_rate=gemm_per_second(device, policy.compute_dtype), peft_step=theirs, bare_step=bare)
 
 
 @contextmanager
@@ -137,6 +136,7 @@ def write_trace(policy: Policy, pack: Pack, optimizer: torch.optim.Optimizer, pa
 def main(
     model: str = "demo",
     method: str = "lora",
+    dtype: str = "auto",
     rank: int = 16,
     pack_tokens: int = 2048,
     sequence_tokens: int = 256,
@@ -154,6 +154,7 @@ def main(
     Args:
         model: Folder or hub name of a causal LM.
         method: full, lora or qlora.
+        dtype: float32 or bfloat16; auto is float32 on a CPU, unlike in the recipes, and bfloat16 on a GPU.
         rank: Rank of the adapters.
         pack_tokens: Tokens of the pack.
         sequence_tokens: Tokens of each sequence in it.
@@ -170,6 +171,7 @@ def main(
     options = ModelConfig(
         name=find_demo(model),
         method=method,
+        dtype=dtype,
         lora_rank=rank,
         gradient_checkpointing=gradient_checkpointing,
         fused_lora=fused_lora,
@@ -200,6 +202,7 @@ def main(
     result = {
         "model": model,
         "method": method,
+        "dtype": str(policy.compute_dtype).removeprefix("torch."),
         "rank": rank,
         "device": torch.cuda.get_device_name() if runtime.device.type == "cuda" else "cpu",
         "threads": runtime.threads,
@@ -231,7 +234,9 @@ def show(result: dict) -> None:
     """Print the figures of a result."""
     console = Console()
     seconds = result["seconds"]
-    table = Table(title=f"{result['model']}, {result['method']}, {result['tokens']} tokens, {result['device']}")
+    table = Table(
+        title=f"{result['model']}, {result['method']}, {result['dtype']}, {result['tokens']} tokens, {result['device']}"
+    )
     table.add_column("part")
     table.add_column("seconds", justify="right")
     table.add_column("share", justify="right")

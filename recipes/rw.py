@@ -50,6 +50,7 @@ def main() -> int:
     run = RunFolder.open(config, train_options.output, flags, data_options.template_date, runtime)
     model_options = replace(config.model, name=find_demo(config.model.name))
     source = find_model(model_options)
+    model_options = run.decide_dtype(runtime, source, model_options)
     chat = run.chat_format(source, data_options)
 
     # 2. Records -> token ids. Prompts are exactly those of inference, nothing is cut, and a wrong record is an error.
@@ -61,7 +62,7 @@ def main() -> int:
     reports = {name: LengthReport.of(data, train) for name, data in sets.items()}
     for name, report in reports.items():
         print_lengths(console, name, report.as_dict())
-    manifest = run.manifest(runtime, source, chat, None, train_files + heldout_files, reports)
+    manifest = run.manifest(runtime, source, chat, model_options.dtype, None, train_files + heldout_files, reports)
     # Refuse to resume on other data or another model here, before the model is loaded.
     run.check_unchanged(runtime, manifest)
     check_same_inputs(runtime, manifest, sets)

@@ -55,6 +55,7 @@ def main() -> int:
     start = runtime.broadcast(run.start or find_start(config.model.name, runtime.say))
     model_options = replace(config.model, name=find_demo(start))
     source = find_model(model_options)
+    model_options = run.decide_dtype(runtime, source, model_options)
     reference_source = None
     if preference.reference != START:
         reference_options = other_reference_options(model_options, find_demo(preference.reference))
@@ -71,7 +72,9 @@ def main() -> int:
     reports = {name: LengthReport.of(data, train) for name, data in sets.items()}
     for name, report in reports.items():
         print_lengths(console, name, report.as_dict())
-    manifest = run.manifest(runtime, source, chat, reference_source, train_files + heldout_files, reports)
+    manifest = run.manifest(
+        runtime, source, chat, model_options.dtype, reference_source, train_files + heldout_files, reports
+    )
     # Refuse to resume on other data or another model here, before the model is loaded.
     run.check_unchanged(runtime, manifest)
     check_same_inputs(runtime, manifest, sets)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,17 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return manifest if _is_of_a_run(manifest) else None
+
+
+def trained_dtype(manifest: Mapping[str, Any]) -> str:
+    """Return the name of the dtype that a run computes in.
+
+    Manifests of older versions have the option as it was given: "auto" was bfloat16 on a GPU and float32 on a CPU.
+    """
+    dtype = manifest["config"]["model"]["dtype"]
+    if dtype != "auto":
+        return dtype
+    return "bfloat16" if manifest["machine"]["device"].startswith("cuda") else "float32"
 
 
 def package_versions(names: Sequence[str] = _DRAWING_PACKAGES) -> dict[str, str]:

@@ -244,7 +244,7 @@ class Recipes:
 
     def close(self) -> None:
         self._server.stdin.close()
-        self._server.wait(timeout=10)
+        self._server.wait(timeout=120)  # on a busy machine it may still be importing
 
 
 @pytest.fixture(scope="session")

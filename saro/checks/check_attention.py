@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -13,16 +14,17 @@ from transformers import PretrainedConfig
 
 from saro.checks.noise import KERNEL_FACTOR
 from saro.data.packs import lay_out
-from saro.data.tree import SequenceTree
+from saro.data.tree import SequenceTree, build_tree
 from saro.errors import SaroError
 from saro.model.architectures import attention_softcap, layer_head_sizes, sliding_window
-from saro.model.attention import AttentionPlan, packed_attention
+from saro.model.attention import EITHER, AttentionPlan, packed_attention
 from saro.model.policy import Policy
 
 # Compare about this many rows of each pack: float64 scores of all rows would take memory quadratic in its tokens.
 _ROWS = 64
 # The plain path's error counts as at least one rounding to the precision, and this many to float32.
 _FLOAT32_ROUNDINGS = 64
+_OTHER = {"sdpa": "varlen", "varlen": "sdpa"}
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class HeadShape:
 
 
 def check_attention(policy: Policy, trees: Sequence[SequenceTree]) -> float:
-    """Run random queries, keys and values of a pack of trees through the policy's attention backend.
+    """Run random queries, keys and values of a pack of trees through the policy's attention backend, or both backends.
 
     About 64 rows are compared with float64, those at the ends of segments among them. The error of each row's output may
     be twice the error that plain attention makes there in the same precision: attention over one row's keys, gathered by
@@ -57,18 +59,26 @@ def check_attention(policy: Policy, trees: Sequence[SequenceTree]) -> float:
     Raises:
         SaroError: an error is too large.
     """
-    plan = AttentionPlan.of(lay_out(trees).to(policy.causal_lm.device), policy.attention)
+    packs = [trees]
+    if policy.attention == EITHER:
+        longest = max((sequence for tree in trees for sequence in tree.sequences), key=lambda s: len(s.tokens))
+        alone = build_tree([longest])
+        packs = [[alone], [*trees, alone]]  # one for each backend
+    device = policy.causal_lm.device
+    plans = [AttentionPlan.of(lay_out(pack).to(device), policy.attention) for pack in packs]
     worst = 0.0
-    for shape in head_shapes(policy.causal_lm.config):
-        if shape.softcap is not None and plan.backend == "varlen":
+    for plan, shape in itertools.product(plans, head_shapes(policy.causal_lm.config)):
+        backend = plan.backend_of(shape.window)
+        if shape.softcap is not None and backend == "varlen":
             continue
         for name, ratio in _errors(plan, shape, policy.compute_dtype).items():
             # Not "ratio > ...", because NaN must fail too.
             if not ratio <= KERNEL_FACTOR:
+                way_out = "" if policy.attention == "sdpa" else f"set --model.attention {_OTHER[backend]}, and "
                 raise SaroError(
-                    f"the {plan.backend} attention of packs is wrong on this machine: its {name} over {shape.heads} "
+                    f"the {backend} attention of packs is wrong on this machine: its {name} over {shape.heads} "
                     f"heads of size {shape.size} in {policy.compute_dtype} err by {ratio:.3g} times as much as plain "
-                    "attention; set --model.attention sdpa, and report it"
+                    f"attention; {way_out}report it"
                 )
             worst = max(worst, ratio)
     return worst

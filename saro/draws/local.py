@@ -24,6 +24,7 @@ from saro.model.load import inference_policy, load_plain, load_policy, resolve_d
 from saro.model.merge import merge as merge_adapter
 from saro.model.policy import Policy
 from saro.model.source import ModelSource
+from saro.model.training_dtype import has_bfloat16_instructions
 from saro.program import progress_bar
 
 # Part of every key: increase it when a change of the engine changes the texts that it draws by more than rounding.
@@ -323,15 +324,11 @@ def free_memory(device: torch.device) -> int:
 def generation_dtype(name: str, device: torch.device) -> torch.dtype:
     """Resolve the dtype in which texts are drawn: "auto" is bfloat16 where that is fast, else float32.
 
+    Nothing is measured: the dtype is part of the key under which a text is found again.
+
     Raises:
         SaroError: the GPU has no bfloat16.
     """
-    if name == "auto" and device.type == "cpu" and _has_fast_bfloat16():
+    if name == "auto" and device.type == "cpu" and has_bfloat16_instructions():
         return torch.bfloat16
     return resolve_dtype(name, device)
-
-
-def _has_fast_bfloat16() -> bool:
-    """Return True if this CPU multiplies bfloat16 by instructions of its own."""
-    capabilities = torch.cpu.get_capabilities()
-    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))

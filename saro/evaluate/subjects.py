@@ -128,7 +128,7 @@ def find_subjects(
 def find_measured(run: str | None, model: str | None) -> Subject:
     """Find the model whose general ability is measured: that of a run, or ``model``; with both, ``model`` as the run's base.
 
-    Its choices are scored and its texts are drawn in one dtype: that of the run, or else that of training on this device.
+    Its choices are scored and its texts are drawn in one dtype: that of the run, or else bfloat16 on a GPU and float32 on a CPU.
     ``find_subjects`` leaves the dtype open, and texts are then drawn in the faster one.
 
     Args:

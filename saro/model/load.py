@@ -107,11 +107,21 @@ def inference_policy(model: PreTrainedModel, options: ModelConfig) -> Policy:
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Resolve "auto": bfloat16 on CUDA, float32 elsewhere. Raises SaroError on a GPU without bfloat16."""
+    """Resolve "auto": bfloat16 on CUDA, float32 elsewhere. A run on a CPU decides with ``decide_dtype`` before it loads.
+
+    Raises:
+        SaroError: the GPU has no bfloat16.
+    """
     if name == "auto":
         name = "bfloat16" if device.type == "cuda" else "float32"
     if name == "bfloat16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        raise SaroError(f"{torch.cuda.get_device_name(device)} has no bfloat16; set --model.dtype float32")
+        # A gradient scaler would not help: it prevents underflow in the backward, and these overflow in the forward.
+        raise SaroError(
+            f"{torch.cuda.get_device_name(device)} has no bfloat16, and in float16 the hidden states of some models that "
+            "were trained in bfloat16 overflow; set --model.dtype float32, which is exact, but computes products without "
+            "tensor cores, up to 8 times as slowly as half precision, and takes twice the memory for activations; "
+            "with --model.method qlora the weights keep 4 bits"
+        )
     return getattr(torch, name)
 
 

@@ -27,7 +27,7 @@ class Policy(nn.Module):
 
     Args:
         model: a transformers causal LM, or a PEFT model around one.
-        attention: "sdpa" or "varlen".
+        attention: "sdpa", "varlen", or ``EITHER`` of them for each pack.
         head: implementation of ``token_logps``, by name.
         autocast: dtype of the products if the parameters are fp32 master weights; else None.
         recomputes_as_needed: all layers are recomputed only until training says how many must be.

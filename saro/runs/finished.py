@@ -12,7 +12,7 @@ import torch
 from saro.config import DataConfig, ModelConfig
 from saro.data.chat_format import ChatFormat
 from saro.errors import SaroError, nearest
-from saro.manifest import read_manifest
+from saro.manifest import read_manifest, trained_dtype
 from saro.model.identity import is_same_model
 from saro.model.load import load_policy
 from saro.model.policy import Policy
@@ -49,15 +49,12 @@ class FinishedRun:
         if not (path / "final").is_dir():
             raise SaroError(f"{folder}: the run has not finished (no final/); continue it with --resume")
         trained = manifest["config"]["model"]
-        dtype = trained["dtype"]
-        if dtype == "auto":
-            dtype = "bfloat16" if manifest["machine"]["device"].startswith("cuda") else "float32"
         options = ModelConfig(
             name=str(path / "final"),
             # The base that the run used, even if the hub has a newer one.
             revision=manifest["model"]["commit"] or trained["revision"],
             method=trained["method"],
-            dtype=dtype,
+            dtype=trained_dtype(manifest),
             trust_remote_code=trained["trust_remote_code"],
         )
         return cls(path, manifest, options, find_model(options))

@@ -21,9 +21,10 @@ from saro.data.lengths import LengthReport
 from saro.distributed.runtime import Runtime
 from saro.errors import SaroError
 from saro.files import atomic_write, file_hash
-from saro.manifest import package_versions, read_manifest
+from saro.manifest import package_versions, read_manifest, trained_dtype
 from saro.model.identity import is_same_model
 from saro.model.source import ModelSource, template_hash
+from saro.model.training_dtype import decide_dtype
 from saro.program import RunFlags
 from saro.train.checkpoint import check_not_past
 
@@ -67,8 +68,8 @@ _COMPARED_BY_CONTENT = frozenset(
     }
 )
 _GROUPS = {"model": ModelConfig, "data": DataConfig, "preference": PreferenceConfig, "train": TrainConfig}
-# If these options are not given, a resumed run keeps those with which it began.
-_KEPT_ON_RESUME = frozenset({"data.think_tags", "data.template_variables"})
+# If these options are not given, or leave the choice open, a resumed run keeps what it began with.
+_KEPT_ON_RESUME = frozenset({"model.dtype", "data.think_tags", "data.template_variables"})
 # Values of options that a run did not know, because it began with an older version.
 _DEFAULTS = {group: as_dict(options()) for group, options in _GROUPS.items()}
 
@@ -156,6 +157,20 @@ class RunFolder:
             )
         day = self.template_date if data.template_date is None else date.fromisoformat(data.template_date)
         return source.chat_format(data, day)
+
+    def decide_dtype(self, runtime: Runtime, source: ModelSource, options: ModelConfig) -> ModelConfig:
+        """Return the options with the dtype that the run computes in; a resumed run keeps that with which it began.
+
+        Raises:
+            SaroError: the GPU has no bfloat16.
+        """
+        if self.began is not None:
+            return replace(options, dtype=trained_dtype(self.began))
+        # Rank 0 decides: another rank's measurement may give another answer.
+        dtype = runtime.on_main(lambda: decide_dtype(options.dtype, source.config, runtime.device))
+        if options.dtype == "auto" and dtype == "bfloat16" and runtime.device.type == "cpu":
+            runtime.say("computing in bfloat16, which is faster on this CPU; for float32 set --model.dtype float32")
+        return replace(options, dtype=dtype)
 
     def check_unchanged(self, runtime: Runtime, manifest: dict[str, Any]) -> None:
         """Take the lock of a resumed run, and check that it continues from what it began with. A new run passes.
@@ -282,6 +297,7 @@ class RunFolder:
         runtime: Runtime,
         source: ModelSource,
         chat: ChatFormat,
+        dtype: str,
         reference: ModelSource | None,
         files: list[str],
         reports: dict[str, LengthReport],
@@ -290,11 +306,13 @@ class RunFolder:
 
         Args:
             chat: format of the run's conversations. What options left open, the manifest has as it was decided.
+            dtype: name of the dtype that the run computes in.
             reference: stage 2's reference model, if it is not the model that training starts from; else None.
             files: data files.
             reports: the lengths of each set of records.
         """
         tags, variables = list(chat.think_tags), dict(chat.template_variables or {})
+        model_options = self.config["model"] | {"dtype": dtype}
         data_options = self.config["data"] | {"think_tags": tags, "template_variables": variables}
         return {
             "saro": saro.__version__,
@@ -312,7 +330,7 @@ class RunFolder:
             "reference": None if reference is None else reference.identity(),
             "data": {name: file_hash(Path(name)) for name in files},
             "records": {name: report.as_dict() for name, report in reports.items()},
-            "config": self.config | {"data": data_options},
+            "config": self.config | {"model": model_options, "data": data_options},
         }
 
 
@@ -359,7 +377,7 @@ def _parse_date(text: str) -> date:
 def _check_same_options(folder: str, began: dict[str, Any], now: dict[str, Any]) -> None:
     """Raise SaroError for the first option that is not as the run began, unless a resumed run may change it."""
     for option, (old, new) in _changed_options(began, now).items():
-        is_kept = option in _KEPT_ON_RESUME and new is None
+        is_kept = option in _KEPT_ON_RESUME and new in (None, "auto")
         if not is_kept and option not in _FREE_ON_RESUME | _COMPARED_BY_CONTENT:
             raise SaroError(
                 f"{folder}: the run began with {option} {old}, not {new}; "

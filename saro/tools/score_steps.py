@@ -44,7 +44,7 @@ class Options:
         beta: Scale of the rewards; give that of the training, --preference.beta.
         output: JSONL file of the scores; default that of the records with .scores.jsonl at its end.
         overwrite: Replace the file if it exists.
-        dtype: Dtype that the models compute in; auto is bfloat16 on a GPU and float32 on a CPU, as in training.
+        dtype: Dtype that the models compute in; auto is bfloat16 on a GPU and float32 on a CPU.
         load: How the models are loaded.
         data: How the records become tokens. The default day, tags and template variables are those of the first run among
             the models.

@@ -6,6 +6,7 @@ import json
 
 import lora_linear
 import pytest
+import torch
 import train_step
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -29,6 +30,19 @@ def test_a_tiny_step_writes_its_figures(tiny_model, tmp_path):
     assert result["share_of_gemm_rate"] > 0
     assert result["peak_memory_gib"] > 0
     assert result["peak_reserved_gib"] is None  # on a CPU no allocator reserves memory
+
+
+@pytest.mark.parametrize(("dtype", "computed"), [("auto", "float32"), ("bfloat16", "bfloat16")])
+def test_a_step_and_its_gemm_are_measured_in_the_dtype_that_was_asked_for(
+    tiny_model, tmp_path, monkeypatch, dtype, computed
+):
+    gemms = []
+    monkeypatch.setattr(train_step, "gemm_per_second", lambda device, dtype: gemms.append(dtype) or 1e9)
+    file = tmp_path / "figures.json"
+    small = {"pack_tokens": 64, "sequence_tokens": 16, "steps": 1, "warmup": 0}
+    train_step.main(model=tiny_model(), dtype=dtype, json_file=str(file), **small)
+    assert json.loads(file.read_text())["dtype"] == computed
+    assert gemms == [getattr(torch, computed)]
 
 
 def test_the_share_is_a_median_of_the_ratios_within_a_round(tiny_model, tmp_path, monkeypatch):

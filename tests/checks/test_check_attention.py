@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
+from attention_cases import VarlenOnCPU
 from loaded import DATA, examples_of, load
 from sets import pairs_by_hand
 from tiny import tiny_config
+from torch.nn.attention import varlen
 
 from saro.checks.check_attention import HeadShape, check_attention, head_shapes
 from saro.data.tree import build_tree
 from saro.errors import SaroError
 from saro.model import attention
+from saro.model.attention import EITHER
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -120,3 +123,43 @@ def test_it_leaves_the_random_numbers_alone(tiny_model):
     state = torch.get_rng_state()
     check_attention(policy, TREES)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+# A policy that chooses the backend for each pack: both are checked, whatever the trees are.
+
+
+@pytest.fixture
+def either(tiny_model, monkeypatch):
+    """A policy whose attention is either backend, on a CPU."""
+    monkeypatch.setattr(varlen, "varlen_attn", stand_in := VarlenOnCPU())
+    policy = load(tiny_model(), dtype="bfloat16")
+    policy.attention = EITHER
+    return policy, stand_in.calls
+
+
+@pytest.mark.parametrize("trees", [TREES, [build_tree([examples_of(40).sequence(0)])]], ids=["trees", "one sequence"])
+def test_either_backend_is_checked_whatever_the_trees_are(either, monkeypatch, trees):
+    policy, varlen_calls = either
+    assert 0 < check_attention(policy, trees) < 2
+    assert varlen_calls
+    in_bfloat16_only(scale_off_by_five_percent)(monkeypatch)
+    with pytest.raises(
+        SaroError, match=r"^the sdpa attention of packs is wrong .*; set --model.attention varlen, and report it"
+    ):
+        check_attention(policy, trees)
+
+
+@pytest.mark.parametrize("trees", [TREES, [build_tree([examples_of(40).sequence(0)])]], ids=["trees", "one sequence"])
+def test_a_wrong_varlen_backend_is_refused_whatever_the_trees_are(either, monkeypatch, trees):
+    policy, _ = either
+    right = varlen.varlen_attn
+
+    def wrong(query, *arguments, **options):
+        return right(query * 1.05, *arguments, **options)
+
+    monkeypatch.setattr(varlen, "varlen_attn", wrong)
+    monkeypatch.setattr(attention, "_has_enable_gqa", lambda _: True)
+    with pytest.raises(
+        SaroError, match=r"^the varlen attention of packs is wrong .*; set --model.attention sdpa, and report it"
+    ):
+        check_attention(policy, trees)

@@ -22,6 +22,7 @@ import saro.model.attention as attention
 from saro.data.packs import lay_out
 from saro.data.tree import ScoredSequence, build_tree
 from saro.model.attention import (
+    EITHER,
     PACKED,
     AttentionPlan,
     choose_backend,
@@ -265,6 +266,42 @@ def test_the_varlen_window_does_not_count_the_token_itself(window, passed, varle
     pack = lay_out([build_tree([sequence(*range(7))])])
     packed_attention(CAUSAL, *tensors(pack), None, plan=AttentionPlan.of(pack, "varlen"), sliding_window=window)
     assert [call.window for call in varlen_calls] == [passed]
+
+
+@pytest.mark.parametrize(
+    ("rows", "window", "backend"),
+    [
+        ([[1, 2, 3, 4, 5, 0]], None, "sdpa"),
+        ([[1, 2, 3, 4, 5, 0]], 5, "sdpa"),
+        ([[1, 2, 3, 4, 5, 0]], 4, "varlen"),  # SDPA would need a mask
+        ([[1, 2, 3, 0], [4, 5, 0]], None, "varlen"),
+        ([[1, 2, 3, 0], [1, 2, 4, 0]], None, "varlen"),
+        ([[1, 2, 3, 0], [4, 0]], 5, "varlen"),
+    ],
+    ids=["one sequence", "within the window", "beyond the window", "two sequences", "a tree", "two within the window"],
+)
+def test_either_backend_is_sdpa_for_one_sequence_and_varlen_for_all_else(rows, window, backend, varlen_calls):
+    trees = [build_tree([sequence(*row) for row in rows])] if rows[0][:2] == rows[-1][:2] else None
+    pack = lay_out(trees or [build_tree([sequence(*row)]) for row in rows])
+    plan = AttentionPlan.of(pack, EITHER)
+    assert plan.backend_of(window) == backend
+    inputs = tensors(pack)
+    output, _ = packed_attention(CAUSAL, *inputs, None, plan=plan, sliding_window=window)
+    assert len(varlen_calls) == (backend == "varlen")
+    expected, _ = packed_attention(CAUSAL, *inputs, None, plan=AttentionPlan.of(pack, "sdpa"), sliding_window=window)
+    assert_same([output], [expected], 1e-12)
+
+
+def test_a_layer_with_a_window_and_one_without_may_run_different_backends(varlen_calls):
+    plan = AttentionPlan.of(lay_out([build_tree([sequence(1, 2, 3, 4, 5, 0)])]), EITHER)
+    assert [plan.backend_of(window) for window in (None, 2)] == ["sdpa", "varlen"]
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "varlen"])
+def test_a_backend_that_was_asked_for_runs_all_packs(backend):
+    for rows in ([[1, 2, 0]], [[1, 2, 0], [3, 0]]):
+        plan = AttentionPlan.of(lay_out([build_tree([sequence(*row)]) for row in rows]), backend)
+        assert {plan.backend_of(window) for window in (None, 1)} == {backend}
 
 
 def test_varlen_gets_int32_bounds_and_the_longest_query_and_key(varlen_calls):
@@ -524,7 +561,7 @@ def test_saving_in_packed_mode_leaves_no_trace_of_it(model, tmp_path):
         ("auto", "cpu", torch.float32, "sdpa"),
         ("auto", "cpu", torch.bfloat16, "sdpa"),
         ("auto", "cuda", torch.float32, "sdpa"),
-        ("auto", "cuda", torch.bfloat16, "varlen"),
+        ("auto", "cuda", torch.bfloat16, EITHER),
         ("sdpa", "cuda", torch.bfloat16, "sdpa"),
         ("varlen", "cuda", torch.bfloat16, "varlen"),
     ],
@@ -566,7 +603,7 @@ def test_head_sizes_that_varlen_does_not_support_use_the_sdpa_backend(config, si
 
 @pytest.mark.parametrize("size", [64, 128, 192, 232, 256])
 def test_head_sizes_that_flash_attention_supports_use_varlen(size):
-    assert choose_backend("auto", torch.device("cuda"), torch.bfloat16, LlamaConfig(head_dim=size)) == "varlen"
+    assert choose_backend("auto", torch.device("cuda"), torch.bfloat16, LlamaConfig(head_dim=size)) == EITHER
 
 
 def test_a_softcap_uses_the_sdpa_backend():

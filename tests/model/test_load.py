@@ -346,8 +346,12 @@ def test_auto_dtype_is_fp32_on_a_cpu_and_bf16_on_a_gpu(monkeypatch):
 def test_a_gpu_that_only_emulates_bf16_is_refused(monkeypatch, name):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla T4")
-    with pytest.raises(SaroError, match=r"Tesla T4 has no bfloat16; set --model.dtype float32"):
+    with pytest.raises(
+        SaroError,
+        match=r"Tesla T4 has no bfloat16, and .* overflow; set --model.dtype float32, which .* tensor cores, .* qlora",
+    ) as error:
         resolve_dtype(name, torch.device("cuda"))
+    assert "\n" not in str(error.value)
 
 
 def test_varlen_attention_is_refused_on_a_cpu(tiny_model):

@@ -269,6 +269,21 @@ def test_a_resumed_run_may_use_a_different_number_of_samples(recipes, rw_argumen
     assert done.code == 0, done.err
 
 
+def test_a_run_begun_in_bfloat16_is_resumed_in_it_without_being_told(recipes, rw_arguments, tmp_path):
+    def of(folder: str, *flags: str, **options: object) -> list[str]:
+        return rw_arguments(*flags, train_output=tmp_path / folder, **options)
+
+    parts = [
+        recipes.run(*of("parts", model_dtype="bfloat16", train_max_steps=2, train_schedule="constant")),
+        recipes.run(*of("parts", "--resume", train_max_steps=4, train_schedule="constant")),
+    ]
+    straight = recipes.run(*of("straight", model_dtype="bfloat16", train_schedule="constant"))
+    assert [p.code for p in (*parts, straight)] == [0, 0, 0], parts[1].err
+    assert_same_run(tmp_path / "straight", tmp_path / "parts")
+    manifest = json.loads((tmp_path / "parts" / "manifest.json").read_text())
+    assert manifest["config"]["model"]["dtype"] == "bfloat16"
+
+
 def test_a_resume_with_other_options_is_refused(recipes, rw_arguments, tmp_path):
     assert recipes.run(*rw_arguments(train_max_steps=1)).code == 0
     done = recipes.run(*rw_arguments("--resume", train_max_steps=1, train_lr=1e-3))

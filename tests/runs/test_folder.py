@@ -6,6 +6,7 @@ import os
 import shutil
 from dataclasses import replace
 from datetime import date
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,6 +22,7 @@ from saro.errors import SaroError
 from saro.files import file_hash
 from saro.model.source import ModelSource
 from saro.program import RunFlags, parse_recipe
+from saro.runs import folder as run_folder
 from saro.runs.folder import RunFolder
 
 
@@ -76,7 +78,8 @@ def open_run(folder: Path, config: RWConfig | None = None, **options) -> RunFold
 
 def manifest_of(run: RunFolder, source: ModelSource, files: list[object], reports=None) -> dict[str, object]:
     chat = run.chat_format(source, DataConfig(**run.config["data"]))
-    return run.manifest(OneProcess(), source, chat, None, [str(file) for file in files], reports or {})
+    dtype = run.decide_dtype(OneProcess(), source, ModelConfig(**run.config["model"])).dtype
+    return run.manifest(OneProcess(), source, chat, dtype, None, [str(file) for file in files], reports or {})
 
 
 def begin(folder: Path, source: ModelSource, data_file: Path, config: RWConfig | None = None, **options) -> RunFolder:
@@ -175,9 +178,13 @@ def test_the_manifest_names_the_inputs_of_the_run(folder, source, data_file):
     assert manifest["model"]["files"] == {"model.safetensors": sha256(b"weights")}
     assert manifest["data"] == {str(data_file): sha256(data_file.read_bytes())}
     decided = {"think_tags": ["<think>", "</think>"], "template_variables": {}}
-    assert manifest["config"] == as_dict(RWConfig()) | {"data": as_dict(RWConfig().data) | decided}
+    options = as_dict(RWConfig())
+    assert manifest["config"] == options | {
+        "model": options["model"] | {"dtype": "float32"},
+        "data": options["data"] | decided,
+    }
     assert manifest["machine"] == {"processes": 1, "threads_per_process": 2, "device": "cpu"}
-    assert manifest["versions"]["torch"] == torch.__version__
+    assert manifest["versions"]["torch"] == version("torch")
     assert len(manifest["code"]) == 64
 
 
@@ -392,6 +399,71 @@ def test_options_that_change_results_only_by_rounding_may_change(folder, source,
     begin(folder, source, data_file)
     assert open_run(folder, RWConfig(model=ModelConfig(**changes)), resume=True).resumed
     assert open_run(folder, RWConfig(data=DataConfig(pack_tokens=4096)), resume=True).resumed
+
+
+# The dtype that a run computes in
+
+
+@pytest.fixture
+def fast_bfloat16(monkeypatch):
+    """Return a function that makes "auto" choose bfloat16 on this CPU, or float32."""
+
+    def choose(is_fast: bool) -> None:
+        chosen = {True: "bfloat16", False: "float32"}[is_fast]
+        monkeypatch.setattr(run_folder, "decide_dtype", lambda name, *_: chosen if name == "auto" else name)
+
+    return choose
+
+
+def decided(run: RunFolder, source: ModelSource, **options) -> tuple[str, list[str]]:
+    """Return the dtype that a run decides on, and what it said."""
+    runtime = OneProcess()
+    return run.decide_dtype(runtime, source, ModelConfig(**options)).dtype, runtime.said
+
+
+def test_a_choice_of_bfloat16_on_a_cpu_is_told_with_the_way_out_of_it(folder, source, fast_bfloat16):
+    fast_bfloat16(True)
+    dtype, said = decided(open_run(folder), source)
+    assert dtype == "bfloat16"
+    assert said == ["computing in bfloat16, which is faster on this CPU; for float32 set --model.dtype float32"]
+    assert decided(open_run(folder), source, dtype="bfloat16") == ("bfloat16", [])
+    assert decided(open_run(folder), source, dtype="float32") == ("float32", [])
+    fast_bfloat16(False)
+    assert decided(open_run(folder), source) == ("float32", [])
+
+
+@pytest.mark.parametrize(("began", "other"), [(True, "float32"), (False, "bfloat16")])
+def test_a_resumed_run_keeps_its_dtype_although_the_machine_would_choose_another(
+    folder, source, data_file, fast_bfloat16, began, other
+):
+    fast_bfloat16(began)
+    begin(folder, source, data_file).lock.release(force=True)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    dtype = "bfloat16" if began else "float32"
+    assert manifest["config"]["model"]["dtype"] == dtype
+    assert yaml.safe_load((folder / "config.yaml").read_text())["model"]["dtype"] == "auto"
+    fast_bfloat16(not began)
+    assert decided(open_run(folder, resume=True), source) == (dtype, [])
+    same = RWConfig(model=ModelConfig(dtype=dtype))
+    assert open_run(folder, same, resume=True).resumed
+    assert f"the run began with model.dtype {dtype}, not {other}" in refusal(
+        folder, RWConfig(model=ModelConfig(dtype=other)), resume=True
+    )
+    begin(folder, source, data_file, resume=True)
+    assert json.loads((folder / "manifest.json").read_text()) == manifest
+
+
+@pytest.mark.parametrize(("device", "dtype"), [("cpu", "float32"), ("cuda:0", "bfloat16")])
+def test_a_run_of_an_older_version_that_recorded_no_choice_keeps_what_auto_meant(
+    folder, source, data_file, fast_bfloat16, device, dtype
+):
+    begin(folder, source, data_file)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["config"]["model"]["dtype"] = "auto"
+    manifest["machine"]["device"] = device
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    fast_bfloat16(dtype == "float32")
+    assert decided(open_run(folder, resume=True), source)[0] == dtype
 
 
 def test_a_run_that_did_not_know_an_option_began_with_its_default(folder, source, data_file):

@@ -18,6 +18,7 @@ from saro.config import DataConfig, ModelConfig
 from saro.distributed.runtime import Runtime
 from saro.errors import SaroError
 from saro.model import attention, fused_lora
+from saro.tools.doctor import doctor as doctor_module
 from saro.tools.doctor import kernel_checks as kernels
 from saro.tools.doctor import memory_check as memory
 from saro.tools.doctor import model_checks as model
@@ -82,6 +83,22 @@ def test_all_checks_pass_on_a_tiny_model(examine, method):
     assert "FAILED" not in screen
     assert all(line in screen for line in advice)
     assert findings["resume after two steps"].limit == "the same bits"
+
+
+def test_on_a_cpu_that_is_faster_in_bfloat16_the_model_is_checked_in_it_and_it_is_advised(examine, monkeypatch):
+    for module in (subject_module, doctor_module):
+        monkeypatch.setattr(module, "decide_dtype", lambda name, *_: "bfloat16" if name == "auto" else name)
+    loaded, load = [], subject_module.load_policy
+
+    def load_policy(source, options, *arguments, **keywords):
+        loaded.append(options.dtype)
+        return load(source, options, *arguments, **keywords)
+
+    monkeypatch.setattr(subject_module, "load_policy", load_policy)
+    code, findings, advice, _ = examine()
+    assert code == 0, failed(findings)
+    assert advice[0] == "dtype: bfloat16 (--model.dtype)"
+    assert loaded == ["bfloat16"]
 
 
 @pytest.mark.parametrize("kind", ["mistral", "gemma3", "gemma3 with a softcap", "granite", "qwen3"])

@@ -15,6 +15,7 @@ from saro.config import DataConfig, ModelConfig
 from saro.distributed.runtime import Runtime
 from saro.errors import SaroError
 from saro.files import atomic_write
+from saro.model.training_dtype import decide_dtype
 from saro.program import shown
 from saro.report.tables import doctor_table
 from saro.tools.doctor.finding import Check, Finding, guarded
@@ -85,7 +86,7 @@ def doctor(runtime: Runtime, options: Options, console: Console) -> int:
             checks = [*kernel_checks(subject.policy), *model_checks(subject), *training_checks(subject, Path(folder))]
             findings += _run(runtime, checks)
         findings += _run(runtime, [Check(MEMORY, partial(memory_check, subject, advice.append))])
-    advice = [*_backend_advice(runtime, findings), *advice]
+    advice = [*_backend_advice(runtime, subjects, findings), *advice]
     failed = any(finding.ok is False for finding in findings)
     console.print(doctor_table([asdict(finding) for finding in findings]))
     for line in advice:
@@ -107,9 +108,17 @@ def _run(runtime: Runtime, checks: Iterable[Check], user_errors: tuple[type[Exce
     return findings
 
 
-def _backend_advice(runtime: Runtime, findings: Sequence[Finding]) -> list[str]:
+def _backend_advice(runtime: Runtime, subjects: Sequence[Subject], findings: Sequence[Finding]) -> list[str]:
     """Recommend dtype and attention: the fast ones if their checks passed here."""
-    dtype = "bfloat16" if has_bf16(runtime.device) else "float32"
+    dtype = _fast_dtype(runtime, subjects)
     varlen_passed = any(finding.name == ATTENTION and finding.ok for finding in findings)
-    attention = "varlen" if varlen_passed and dtype == "bfloat16" else "sdpa"
+    attention = "auto" if varlen_passed and dtype == "bfloat16" else "sdpa"
     return [f"dtype: {dtype} (--model.dtype)", f"attention: {attention} (--model.attention)"]
+
+
+def _fast_dtype(runtime: Runtime, subjects: Sequence[Subject]) -> str:
+    """Return the name of the dtype in which the model's products are fastest here; float32 if no model was loaded on a CPU."""
+    if runtime.device.type == "cpu":
+        chosen = [decide_dtype("auto", subject.policy.causal_lm.config, runtime.device) for subject in subjects]
+        return chosen[0] if chosen else "float32"
+    return "bfloat16" if has_bf16(runtime.device) else "float32"

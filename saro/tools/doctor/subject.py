@@ -18,6 +18,7 @@ from saro.errors import SaroError
 from saro.model.load import load_policy
 from saro.model.policy import Policy
 from saro.model.source import ModelSource, find_model
+from saro.model.training_dtype import decide_dtype
 
 # Examples, and pairs: enough for every check, and seconds on a CPU.
 _RECORDS = 3
@@ -57,6 +58,7 @@ class Subject:
         """
         model = replace(model, name=find_demo(model.name))
         source = find_model(model)
+        model = replace(model, dtype=decide_dtype(model.dtype, source.config, runtime.device))
         examples, pairs, records = _records(source)
         policy = load_policy(source, model, runtime.device, seed=0)
         return cls(runtime, model, policy, examples, pairs, records, pack_tokens)
