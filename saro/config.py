@@ -207,6 +207,8 @@ class TrainConfig:
         max_steps: Stop after this many optimizer steps, even if epochs asks for more. A resumed run may change both; the
             learning rate then follows the schedule over the new number of steps.
         records_per_step: Records in one optimizer step, over all ranks.
+        shard: How the ranks of a run with several processes hold the model: none, each all of it; full, each a part of
+            every weight, gradient and optimizer state (FSDP2); hybrid, each machine all of it and its ranks a part each.
         optimizer: adamw is torch's fused AdamW; adamw8bit and paged_adamw8bit are from bitsandbytes.
         lr: Peak learning rate.
         schedule: Shape of the learning rate after the warm-up.
@@ -228,6 +230,7 @@ class TrainConfig:
     epochs: float = 1.0
     max_steps: int | None = None
     records_per_step: int = 16
+    shard: Literal["none", "full", "hybrid"] = "none"
     optimizer: Literal["adamw", "adamw8bit", "paged_adamw8bit"] = "adamw"
     lr: float = 2e-4
     schedule: Literal["linear", "cosine", "constant"] = "cosine"

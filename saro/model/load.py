@@ -12,6 +12,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from saro.config import ModelConfig
+from saro.distributed.shard import DeviceMesh
 from saro.errors import SaroError
 from saro.model.adapter import continued_adapter, new_adapter
 from saro.model.architectures import dropout_options
@@ -23,7 +24,9 @@ from saro.model.source import ModelSource, first_line
 from saro_kernels import choose_impl
 
 
-def load_policy(source: ModelSource, options: ModelConfig, device: torch.device, seed: int) -> Policy:
+def load_policy(
+    source: ModelSource, options: ModelConfig, device: torch.device, seed: int, mesh: DeviceMesh | None = None
+) -> Policy:
     """Load the weights and make them trainable as ``options`` say.
 
     Trainable parameters are fp32 in every mode. Under LoRA and QLoRA the base stays in the compute dtype. If the source
@@ -32,6 +35,7 @@ def load_policy(source: ModelSource, options: ModelConfig, device: torch.device,
     Args:
         device: the model is loaded onto this device.
         seed: seed of a new adapter's initial values.
+        mesh: ranks that share the weights; None for a model of this rank only.
 
     Raises:
         SaroError: the model cannot be loaded, or cannot be trained as ``options`` say.
@@ -71,7 +75,10 @@ def load_policy(source: ModelSource, options: ModelConfig, device: torch.device,
         lm = model.get_base_model() if isinstance(model, PeftModel) else model
         lm.activation_checkpointing_enable(activation_checkpointing_kwargs=CHECKPOINTING)
     autocast = dtype if options.method == "full" and dtype != torch.float32 else None
-    return Policy(model, attention=attention, head=head, autocast=autocast)
+    policy = Policy(model, attention=attention, head=head, autocast=autocast)
+    if mesh is not None:
+        policy.shard(mesh)
+    return policy
 
 
 def load_plain(source: ModelSource, options: ModelConfig, device: torch.device, dtype: torch.dtype) -> Policy:

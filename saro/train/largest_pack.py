@@ -156,7 +156,7 @@ def _run_out_of_memory(
                 # The gradients of the step's other packs, or the buckets in which ranks exchange them.
                 for parameter in parameters:
                     parameter.grad = torch.zeros_like(parameter)
-            add_gradients(policy, objective, largest.step, Meter(), None, device, processes=1)
+            add_gradients(policy, objective, largest.step, Meter(), None, device, averaging=1)
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
     except (RuntimeError, MemoryError) as error:
