@@ -22,6 +22,14 @@ PAIR_KINDS = ("op-cot", "pp-cot")
 PARTS = ("think", "answer", "stop")
 
 
+def cannot_shard(optimizer: str) -> str:
+    """Return the error for an optimizer that cannot work on parts of parameters."""
+    return (
+        f"train.optimizer {optimizer} works on whole parameters, of which ranks that share them hold parts; "
+        "set --train.optimizer adamw, whose state is shared among the ranks too"
+    )
+
+
 def check_numbers(
     owner: object, prefix: str, names: Sequence[str], valid: Callable[[float], bool], requirement: str
 ) -> None:
@@ -255,6 +263,8 @@ class TrainConfig:
         check_at_least(
             self, "train.", 0, "weight_decay", "max_grad_norm", "seed", "eval_every", "save_every", "samples"
         )
+        if self.shard != "none" and self.optimizer != "adamw":
+            raise SaroError(cannot_shard(self.optimizer))
         if not all(0 <= beta < 1 for beta in self.betas):
             raise SaroError(f"train.betas are {list(self.betas)}; both must be at least 0 and below 1")
         check_numbers(self, "train.", ("warmup",), lambda value: 0 <= value <= 1, "a share of the steps, 0 to 1")

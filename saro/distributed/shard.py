@@ -108,6 +108,11 @@ def exchanging_gradients(module: nn.Module, is_last: bool) -> Iterator[None]:
         yield
 
 
+def is_part(tensor: torch.Tensor) -> bool:
+    """Return True if this rank holds only a part of the tensor."""
+    return isinstance(tensor, DTensor)
+
+
 def local(tensor: torch.Tensor) -> torch.Tensor:
     """Return this rank's part of a sharded tensor, which shares its memory; another tensor as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from saro.data.steps import Schedule
 from saro.distributed.runtime import Runtime
-from saro.distributed.shard import local
+from saro.distributed.shard import is_part, local
 from saro.model.policy import Policy
 from saro.train.checkpoint import (
     apply_checkpoint,
@@ -134,16 +134,16 @@ def _hash_bits(runtime: Runtime, tensors: Mapping[str, torch.Tensor]) -> str:
 
     Of a tensor that ranks share, it is the sum over their parts: equal unless machines hold different copies.
     """
-    sums, is_part = [], []
+    sums, are_parts = [], []
     for tensor in tensors.values():
         sums += [_sum_bits(local(part)) for part in (tensor, *_quantization(tensor))]
-        is_part += [local(tensor) is not tensor] * (len(sums) - len(is_part))
+        are_parts += [is_part(tensor)] * (len(sums) - len(are_parts))
     if not sums:
         return hashlib.sha256(repr(list(tensors)).encode()).hexdigest()
     # Some parts are on the CPU although the model is not: what a 4-bit weight packs as bytes.
     own = torch.stack([part.to(runtime.device) for part in sums])
     # One read of the device.
-    totals = own.where(~torch.tensor(is_part, device=own.device), runtime.sum_parts(own)).tolist()
+    totals = own.where(~torch.tensor(are_parts, device=own.device), runtime.sum_parts(own)).tolist()
     return hashlib.sha256(repr((list(tensors), totals)).encode()).hexdigest()
 
 
