@@ -150,7 +150,7 @@ def _parts(layer: nn.Module) -> LoraLinear:
     """Return the weights of PEFT's layer, read from its attributes and not as ``fuse_lora`` reads them: that is what is checked."""
     base = layer.get_base_layer()
     (name,) = layer.active_adapters
-    frozen = FrozenLinear(base.weight, getattr(base.weight, "quant_state", None), base.bias)
+    frozen = FrozenLinear(base.weight, getattr(base, "quant_state", None), base.bias)
     return LoraLinear(frozen, layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name])
 
 

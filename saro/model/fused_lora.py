@@ -135,7 +135,8 @@ def _parts(layer: LoraLayer) -> LoraLinear:
     a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
     casts = _CASTS.get()
     return LoraLinear(
-        base=FrozenLinear(base.weight, getattr(base.weight, "quant_state", None), base.bias),
+        # The layer has the state too. A weight that was gathered from ranks has lost it.
+        base=FrozenLinear(base.weight, getattr(base, "quant_state", None), base.bias),
         a=a,
         b=b,
         scaling=layer.scaling[name],

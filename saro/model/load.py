@@ -53,7 +53,9 @@ def load_policy(
         raise SaroError(str(error)) from error
     liger = choose_liger(options.liger, source.config.model_type, device)
     stored_dtype = torch.float32 if options.method == "full" else dtype
-    model = _load_base(source, options, device, stored_dtype)
+    # Ranks can share only weights of a floating dtype: it then stores the bytes of 4-bit weights.
+    packed_dtype = torch.uint8 if mesh is None else torch.bfloat16
+    model = _load_base(source, options, device, stored_dtype, packed_dtype)
     _check_head(model)
     if liger:
         try:
@@ -115,7 +117,13 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     return getattr(torch, name)
 
 
-def _load_base(source: ModelSource, options: ModelConfig, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+def _load_base(
+    source: ModelSource,
+    options: ModelConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    packed_dtype: torch.dtype = torch.uint8,
+) -> PreTrainedModel:
     """Load the base model in ``dtype``, or in NF4 with products in ``dtype``, and check that no weight is missing."""
     config = deepcopy(source.config)
     if not options.dropout:
@@ -129,6 +137,7 @@ def _load_base(source: ModelSource, options: ModelConfig, device: torch.device, 
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
+            bnb_4bit_quant_storage=packed_dtype,
             llm_int8_skip_modules=["lm_head"],
         )
     try:

@@ -172,10 +172,14 @@ class Policy(nn.Module):
     def summary(self) -> str:
         """Return a line with the numbers of trainable and of all parameters, and the attention, head and layers that run."""
         total = trainable = 0
+        # A 4-bit weight is packed: it holds more numbers than it has elements.
+        packed = {
+            id(m.weight): m.quant_state.shape
+            for m in self.model.modules()
+            if getattr(m, "quant_state", None) is not None
+        }
         for parameter in self.model.parameters():
-            quant_state = getattr(parameter, "quant_state", None)
-            # A 4-bit weight is packed: it holds more numbers than it has elements.
-            size = parameter.numel() if quant_state is None else quant_state.shape.numel()
+            size = packed.get(id(parameter), parameter.shape).numel()
             total += size
             trainable += size if parameter.requires_grad else 0
         layers = ", layers of liger-kernel" if uses_liger(self.model) else ""

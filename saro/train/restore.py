@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -95,6 +95,10 @@ def check_same_start(runtime: Runtime, policy: Policy, schedule: Schedule, total
         return
     trainable = policy.trainable()
     frozen = {name: p for name, p in policy.named_parameters() if not p.requires_grad} | dict(policy.named_buffers())
+    for name, module in policy.named_modules():
+        # Scales and code books of a 4-bit weight.
+        state = getattr(module, "quant_state", None)
+        frozen |= {} if state is None else {f"{name}.{key}": x for key, x in state.as_dict(packed=True).items()}
     values = {
         "the schedule of records": _hash_schedule(schedule, total_steps),
         "the step it starts at": str(start),
@@ -134,23 +138,14 @@ def _hash_bits(runtime: Runtime, tensors: Mapping[str, torch.Tensor]) -> str:
 
     Of a tensor that ranks share, it is the sum over their parts: equal unless machines hold different copies.
     """
-    sums, are_parts = [], []
-    for tensor in tensors.values():
-        sums += [_sum_bits(local(part)) for part in (tensor, *_quantization(tensor))]
-        are_parts += [is_part(tensor)] * (len(sums) - len(are_parts))
-    if not sums:
-        return hashlib.sha256(repr(list(tensors)).encode()).hexdigest()
-    # Some parts are on the CPU although the model is not: what a 4-bit weight packs as bytes.
-    own = torch.stack([part.to(runtime.device) for part in sums])
-    # One read of the device.
-    totals = own.where(~torch.tensor(are_parts, device=own.device), runtime.sum_parts(own)).tolist()
+    totals: list[int] = []
+    if tensors:
+        # Some are on the CPU although the model is not: what a 4-bit weight packs as bytes.
+        own = torch.stack([_sum_bits(local(tensor)).to(runtime.device) for tensor in tensors.values()])
+        are_parts = torch.tensor([is_part(tensor) for tensor in tensors.values()], device=own.device)
+        # One read of the device.
+        totals = runtime.sum_parts(own).where(are_parts, own).tolist()
     return hashlib.sha256(repr((list(tensors), totals)).encode()).hexdigest()
-
-
-def _quantization(tensor: torch.Tensor) -> Iterable[torch.Tensor]:
-    """Return the scales and code books of a 4-bit weight; nothing for another tensor."""
-    quant_state = getattr(tensor, "quant_state", None)
-    return () if quant_state is None else quant_state.as_dict(packed=True).values()
 
 
 def _sum_bits(tensor: torch.Tensor) -> torch.Tensor:

@@ -23,6 +23,9 @@ CASES = {
     "lora, recomputed": ("llama", {"gradient_checkpointing": True}),
     "lora, bfloat16": ("llama", {"dtype": "bfloat16"}),
     "lora by PEFT": ("qwen3", {"fused_lora": False}),
+    "qlora": ("llama", {"method": "qlora"}),
+    "qlora, recomputed": ("llama", {"method": "qlora", "gradient_checkpointing": True, "dtype": "bfloat16"}),
+    "qlora by PEFT": ("qwen3", {"method": "qlora", "fused_lora": False}),
     "full": ("llama", {"method": "full"}),
     "full, recomputed": ("llama", {"method": "full", "gradient_checkpointing": True}),
     "full, bfloat16": ("llama", {"method": "full", "dtype": "bfloat16"}),
@@ -91,11 +94,11 @@ def add(parts: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     return {name: torch.stack([part[name] for part in parts]).sum(0) for name in parts[0]}
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [2, 3, 4])
 def test_gradients_of_ranks_that_share_the_weights_are_those_of_one_process(
     recipes, records_file, examples, folders, runtime, tmp_path, ranks
 ):
-    """They are the sum over the ranks: bit for bit on two, and in another order on four. Ranks have unequal packs."""
+    """They are the sum over the ranks: bit for bit on two, and in another order on more. Ranks have unequal packs."""
     records, output = records_file(examples), tmp_path / "out"
     done = recipes.run_ranks(ranks, records, folders, output, call=f"{__file__}:two_steps")
     assert [p.code for p in done] == [0] * ranks, done[0].err + done[1].err

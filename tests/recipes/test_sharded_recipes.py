@@ -14,6 +14,7 @@ from run_files import metrics_of, weights_of
 from saro.train.part_files import has_parts
 
 LORA = {"model_method": "lora"}
+QLORA = {"model_method": "qlora"}
 FULL = {"model_method": "full", "train_lr": 1e-3}
 
 
@@ -45,7 +46,7 @@ def assert_near_weights(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) 
         assert (a[name] - b[name]).norm() <= 1e-2 * a[name].norm(), name
 
 
-@pytest.mark.parametrize("options", [LORA, FULL], ids=["lora", "full"])
+@pytest.mark.parametrize("options", [LORA, QLORA, FULL], ids=["lora", "qlora", "full"])
 def test_a_sharded_run_is_that_of_one_process(recipes, rw_arguments, tmp_path, options):
     """With evaluations and answers, and in steps in which the ranks have unequal numbers of packs."""
     options = {"train_eval_every": 2, "train_samples": 2, "train_sample_tokens": 6, "data_pack_tokens": 110} | options
