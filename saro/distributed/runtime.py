@@ -8,6 +8,7 @@ import secrets
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any, TypeVar
 import psutil
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
+from accelerate import Accelerator, init_empty_weights
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, gather_object
 from torch import nn
@@ -339,6 +340,11 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(-1, 2**31 - 1)
         mallopt(-3, 2**30)
+
+
+def empty_weights() -> AbstractContextManager[None]:
+    """Return a context in which modules are made with parameters on the meta device. Their buffers have their values."""
+    return init_empty_weights(include_buffers=False)
 
 
 def _stop_with_launcher() -> None:

@@ -7,7 +7,7 @@ the same number of forwards, with or without gradient, and packs without trees f
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -45,7 +45,13 @@ def make_mesh(shard: str, processes: int, device: torch.device, environment: Map
     return init_device_mesh(device.type, (processes // local, local), mesh_dim_names=("copy", "shard"))
 
 
-def shard_module(module: nn.Module, layers: Iterable[nn.Module], mesh: DeviceMesh, methods: Sequence[str]) -> None:
+def shard_module(
+    module: nn.Module,
+    layers: Iterable[nn.Module],
+    mesh: DeviceMesh,
+    methods: Sequence[str],
+    fill: Callable[[nn.Module], None] | None = None,
+) -> None:
     """Shard a module in place. Afterwards its parameters are DTensors, of which each rank holds a part.
 
     Each layer is gathered for its forward and again for its backward. All other weights, such as embedding and head, are one
@@ -53,8 +59,11 @@ def shard_module(module: nn.Module, layers: Iterable[nn.Module], mesh: DeviceMes
 
     Args:
         methods: names of the methods besides ``forward`` that use the weights of that group.
+        fill: reads the weights of a layer, and at last those of the module, just before they are shared.
     """
     for part in (*layers, module):
+        if fill is not None:
+            fill(part)
         fully_shard(part, mesh=mesh, reshard_after_forward=True)
         # The engine divides the loss by the counts of the whole step. gloo has no reduction that divides either.
         part.set_gradient_divide_factor(1.0)

@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 
 from saro.config import ModelConfig
 from saro.distributed.shard import DeviceMesh
@@ -18,6 +18,7 @@ from saro.model.adapter import continued_adapter, new_adapter
 from saro.model.architectures import dropout_options
 from saro.model.attention import choose_backend
 from saro.model.fused_lora import CHECKPOINTING, fuse_lora
+from saro.model.layerwise import Skeleton, make_skeleton
 from saro.model.liger import choose_liger, use_liger
 from saro.model.policy import Policy
 from saro.model.source import ModelSource, first_line
@@ -53,9 +54,8 @@ def load_policy(
         raise SaroError(str(error)) from error
     liger = choose_liger(options.liger, source.config.model_type, device)
     stored_dtype = torch.float32 if options.method == "full" else dtype
-    # Ranks can share only weights of a floating dtype: it then stores the bytes of 4-bit weights.
-    packed_dtype = torch.uint8 if mesh is None else torch.bfloat16
-    model = _load_base(source, options, device, stored_dtype, packed_dtype)
+    skeleton = None if mesh is None else _shared_base(source, options, device, stored_dtype)
+    model = _load_base(source, options, device, stored_dtype, mesh is not None) if skeleton is None else skeleton.model
     _check_head(model)
     if liger:
         try:
@@ -79,7 +79,7 @@ def load_policy(
     autocast = dtype if options.method == "full" and dtype != torch.float32 else None
     policy = Policy(model, attention=attention, head=head, autocast=autocast)
     if mesh is not None:
-        policy.shard(mesh)
+        policy.shard(mesh, None if skeleton is None else skeleton.fill)
     return policy
 
 
@@ -122,24 +122,11 @@ def _load_base(
     options: ModelConfig,
     device: torch.device,
     dtype: torch.dtype,
-    packed_dtype: torch.dtype = torch.uint8,
+    shared: bool = False,
 ) -> PreTrainedModel:
     """Load the base model in ``dtype``, or in NF4 with products in ``dtype``, and check that no weight is missing."""
-    config = deepcopy(source.config)
-    if not options.dropout:
-        for name in dropout_options(config):
-            setattr(config, name, 0.0)
-    quantization = {}
-    if options.method == "qlora":
-        # Only linear layers are quantized; lm_head is one of them and is excluded by name.
-        quantization["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-            bnb_4bit_quant_storage=packed_dtype,
-            llm_int8_skip_modules=["lm_head"],
-        )
+    config = _changed_config(source, options)
+    quantization = _quantization(options, dtype, shared=shared)
     try:
         model, loading = AutoModelForCausalLM.from_pretrained(
             source.path,
@@ -152,7 +139,7 @@ def _load_base(
             device_map={"": device},
             output_loading_info=True,
             ignore_mismatched_sizes=True,
-            **quantization,
+            **({} if quantization is None else {"quantization_config": quantization}),
         )
     except (OSError, ValueError, SafetensorError) as error:
         raise SaroError(f"{options.name}: {first_line(error)}") from error
@@ -164,12 +151,60 @@ def _load_base(
             f"{options.name}: the files hold no weight of the right shape for {wrong[0]}{others}; "
             "they are incomplete, or another model's; fetch or save the model again"
         )
+    _keep_packing(model)
+    return model
+
+
+def _shared_base(
+    source: ModelSource, options: ModelConfig, device: torch.device, dtype: torch.dtype
+) -> Skeleton | None:
+    """Return the base model of ranks that share its weights, to be filled layer by layer; None if it cannot be."""
+    config = _changed_config(source, options)
+    try:
+        skeleton = make_skeleton(
+            source.path, config, options, device, dtype, _quantization(options, dtype, shared=True)
+        )
+    except (OSError, ValueError, SafetensorError) as error:
+        raise SaroError(f"{options.name}: {first_line(error)}") from error
+    if skeleton is not None:
+        _keep_packing(skeleton.model)
+    return skeleton
+
+
+def _changed_config(source: ModelSource, options: ModelConfig) -> PretrainedConfig:
+    """Return a copy of the model's config, without dropout unless it was asked for."""
+    config = deepcopy(source.config)
+    if not options.dropout:
+        for name in dropout_options(config):
+            setattr(config, name, 0.0)
+    return config
+
+
+def _quantization(options: ModelConfig, dtype: torch.dtype, *, shared: bool) -> BitsAndBytesConfig | None:
+    """Return how the base model is quantized, with products in ``dtype``; None if it is not.
+
+    ``shared``: ranks share the weights. They can only if a floating dtype stores the bytes of 4-bit weights.
+    """
+    if options.method != "qlora":
+        return None
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_storage=torch.bfloat16 if shared else torch.uint8,
+        # Only linear layers are quantized; lm_head is one of them and is excluded by name.
+        llm_int8_skip_modules=["lm_head"],
+    )
+
+
+def _keep_packing(model: PreTrainedModel) -> None:
+    """Keep bitsandbytes from changing how 4-bit weights are packed."""
     for layer in model.modules():
         # On CPUs with AVX512-BF16 bitsandbytes repacks the weight in place in the first pass without gradient. Every
         # gradient after that would be wrong.
         if hasattr(layer, "support_avx512bf16_for_cpu"):
             layer.support_avx512bf16_for_cpu = False
-    return model
 
 
 def _check_head(model: PreTrainedModel) -> None:

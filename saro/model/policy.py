@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 from weakref import WeakSet
@@ -161,9 +161,12 @@ class Policy(nn.Module):
         """Return this rank's part of each trainable parameter by name: all of it, if the ranks do not share weights."""
         return {name: local(p.detach()) for name, p in self.trainable().items()}
 
-    def shard(self, mesh: DeviceMesh) -> None:
-        """Share the weights among ranks. From then on all of them must make the same number of forwards."""
-        shard_module(self, decoder_layers(self.causal_lm), mesh, ("statistics", "next_logits"))
+    def shard(self, mesh: DeviceMesh, fill: Callable[[nn.Module], None] | None = None) -> None:
+        """Share the weights among ranks. From then on all of them must make the same number of forwards.
+
+        ``fill``: reads the weights of a part of a model that has none yet, see ``Skeleton``.
+        """
+        shard_module(self, decoder_layers(self.causal_lm), mesh, ("statistics", "next_logits"), fill)
 
     def gathered(self, part: nn.Module) -> AbstractContextManager[None]:
         """Return a context in which a part of the model can run, and be read, outside ``forward``; see ``shard.gathered``."""
