@@ -120,3 +120,13 @@ def test_data_parallelism_and_its_precisions_pass(variables):
 def test_a_switch_is_read_as_accelerate_reads_it():
     with pytest.raises(SaroError, match="DeepSpeed"):
         check_launcher({"ACCELERATE_USE_DEEPSPEED": "TRUE"})
+
+
+def test_a_configuration_for_fsdp2_shares_the_weights(rw_arguments, tmp_path, environment):
+    """Without any option of ours."""
+    options = {"fsdp_config": {"fsdp_version": 2} | FSDP, "num_machines": 1, "use_cpu": True}
+    file = config_file(tmp_path, "FSDP", **(options | {"num_processes": 2}))
+    done = launch(file, rw_arguments(train_max_steps=1), environment)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "checkpoints" / "step_000001" / "parts").is_dir()
+    assert (tmp_path / "run" / "final" / "adapter_model.safetensors").is_file()

@@ -9,13 +9,16 @@ import pytest
 import torch
 from tiny import Training
 
+from saro.config import TrainConfig
 from saro.data.packs import Share
 from saro.data.steps import Step
 from saro.distributed.run_ranks import run_ranks
 from saro.distributed.runtime import Runtime
-from saro.distributed.shard import whole
+from saro.distributed.shard import make_mesh, whole
+from saro.errors import SaroError
 from saro.train.engine import add_gradients
 from saro.train.objective import Meter
+from saro.train.optim import make_optimizer
 
 # Kind of model and options of each case. The head of a llama is tied to its embedding, that of a qwen3 is not.
 CASES = {
@@ -126,3 +129,43 @@ def expected_gradients(run: Training, shares: list[Step], runtime: Runtime) -> d
         steps = [[replace(shares[0], packs=(pack,)) for pack in turn] for turn in turns]
         return add([add([gradients(run, step, runtime) for step in turn]) for turn in steps])
     return add([gradients(run, share, runtime) for share in shares])
+
+
+# What cannot be shared is refused.
+
+
+@pytest.mark.parametrize("optimizer", ["adamw8bit", "paged_adamw8bit"])
+def test_an_optimizer_of_whole_parameters_is_refused_before_anything_is_loaded(optimizer):
+    with pytest.raises(SaroError, match=f"^train.optimizer {optimizer} works on whole parameters, .* set .* adamw"):
+        TrainConfig(shard="full", optimizer=optimizer)
+
+
+def make_8_bit(records: str, folders: str, output: str) -> None:
+    """Ask for the optimizer when only the launcher asks for sharding."""
+
+    def main() -> int:
+        runtime = Runtime.start(shard="full")
+        run = make_run(records, Path(folders), "lora", Path(output), runtime)
+        make_optimizer(run.policy.trainable().values(), replace(run.options, optimizer="adamw8bit"))
+        return 0
+
+    run_ranks(main)
+
+
+def test_the_optimizer_itself_refuses_parts_of_parameters(recipes, records_file, examples, folders, tmp_path):
+    """The launcher may ask for sharding when no option does."""
+    done = recipes.run_ranks(2, records_file(examples), folders, tmp_path / "out", call=f"{__file__}:make_8_bit")
+    assert [p.code for p in done] == [2, 2]
+    assert all("train.optimizer adamw8bit works on whole parameters" in p.err for p in done)
+
+
+def test_hybrid_needs_as_many_ranks_on_each_machine():
+    with pytest.raises(
+        SaroError, match="^train.shard hybrid: 6 ranks are not a multiple of the 4 ranks of this machine"
+    ):
+        make_mesh("hybrid", 6, torch.device("cpu"), {"LOCAL_WORLD_SIZE": "4"})
+
+
+@pytest.mark.parametrize(("shard", "processes"), [("none", 2), ("full", 1), ("hybrid", 1)])
+def test_a_rank_of_its_own_shares_nothing(shard, processes):
+    assert make_mesh(shard, processes, torch.device("cpu"), {}) is None
