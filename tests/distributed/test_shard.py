@@ -161,7 +161,7 @@ def test_the_optimizer_itself_refuses_parts_of_parameters(recipes, records_file,
 
 def test_hybrid_needs_as_many_ranks_on_each_machine():
     with pytest.raises(
-        SaroError, match="^train.shard hybrid: 6 ranks are not a multiple of the 4 ranks of this machine"
+        SaroError, match=r"^train.shard hybrid: 6 ranks are not a multiple of the 4 ranks of this machine"
     ):
         make_mesh("hybrid", 6, torch.device("cpu"), {"LOCAL_WORLD_SIZE": "4"})
 

@@ -761,7 +761,7 @@ def test_an_optimizer_that_holds_other_tensors_than_the_models_is_noticed_in_the
 
     monkeypatch.setattr(engine, "make_optimizer", of_copies)
     run = training(log_every=10)
-    with pytest.raises(SaroError, match="^step 1: the optimizer changed no weight; raise --train.lr, or report it$"):
+    with pytest.raises(SaroError, match=r"^step 1: the optimizer changed no weight; raise --train.lr, or report it$"):
         run.fit(runtime, 2)
     assert not list_checkpoints(Path(run.options.output) / "checkpoints")
 
