@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
+import signal
 import socket
+import time
 from pathlib import Path
 
 import pytest
 import torch
-from run_files import metrics_of, weights_of
+from peft import PeftModel
+from run_files import metrics_of, steps_logged, wait_for, weights_of
+from transformers import AutoModelForCausalLM
 
 from saro.train.part_files import has_parts
 
@@ -53,6 +58,24 @@ def test_a_sharded_run_is_that_of_one_process(recipes, rw_arguments, tmp_path, o
     run_all(recipes, 2, rw_arguments(train_shard="full", **options))
     assert recipes.run(*rw_arguments(train_output=tmp_path / "one", **options)).code == 0
     assert_near(tmp_path / "one", tmp_path / "run")
+    for name in ("one", "run"):
+        assert_loads_elsewhere(tmp_path / name / "final")
+
+
+def assert_loads_elsewhere(final: Path) -> None:
+    """Check that PEFT or transformers load what was written, without a weight that is missing or of no use."""
+    if (final / "adapter_config.json").is_file():
+        base = json.loads((final / "adapter_config.json").read_text())["base_model_name_or_path"]
+        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(final))
+        loaded = {name: p for name, p in model.named_parameters() if "lora_" in name}
+        assert len(loaded) == len(weights_of(final.parent))
+        assert any(p.any() for name, p in loaded.items() if "lora_B" in name)
+        return
+    model, loading = AutoModelForCausalLM.from_pretrained(final, output_loading_info=True)
+    assert not loading["missing_keys"]
+    assert not loading["unexpected_keys"]
+    stored = weights_of(final.parent)
+    assert all(torch.equal(p, stored[name]) for name, p in model.named_parameters())
 
 
 def assert_same(a: Path, b: Path) -> None:
@@ -127,19 +150,56 @@ def test_machines_that_each_hold_all_weights_train_stage_2_as_one_process_does(
     assert_near(tmp_path / "one", tmp_path / "run")
 
 
-def test_ranks_that_cannot_write_a_checkpoint_together_are_refused(recipes, rw_arguments, tmp_path):
-    """Machines without a common file system see different folders of the same name."""
-    apart = [tmp_path / name for name in ("a", "b")]
-    ranks = []
+def test_ranks_may_have_caches_of_references_of_their_own(recipes, srpo_arguments, tmp_path):
+    """Rank 1 has none, or fewer than rank 0: yet all must score the same packs."""
+
+    def run(output: str) -> None:
+        arguments = srpo_arguments(train_shard="full", train_max_steps=1, train_output=tmp_path / output, **LORA)
+        variables = [{"SARO_CACHE": str(tmp_path / f"cache{rank}")} for rank in range(2)]
+        done = run_apart(recipes, arguments, variables, tmp_path, tmp_path, recipe="srpo")
+        assert [p.code for p in done] == [0, 0], done[0].err + done[1].err
+
+    run("first")
+    shutil.rmtree(tmp_path / "cache1")
+    run("again")
+    assert_same(tmp_path / "first", tmp_path / "again")
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_run_of_which_a_rank_is_killed_again_and_again_loses_nothing(recipes, rw_arguments, tmp_path, seed):
+    options = {"train_shard": "full", "train_epochs": 2, "train_max_steps": 12, "train_save_every": 1} | FULL
+    run_all(recipes, 2, rw_arguments(train_output=tmp_path / "unbroken", **options))
+    chance = random.Random(seed)
+    for stop in (2, 5, 9):
+        flags = ["--resume"] if stop > 2 else []
+        ranks = recipes.start_ranks(2, *rw_arguments(*flags, **options))
+        wait_for(lambda stop=stop: steps_logged(tmp_path / "run") >= stop, ranks[0])
+        time.sleep(chance.uniform(0, 0.1))
+        ranks[chance.randrange(2)].send(signal.SIGKILL)
+        assert all(process.wait().code != 0 for process in ranks)
+    run_all(recipes, 2, rw_arguments("--resume", **options))
+    assert_same(tmp_path / "unbroken", tmp_path / "run")
+
+
+def run_apart(recipes, arguments: list[str], variables: list[dict[str, str]], *folders: Path, **options) -> list:
+    """Run one rank in each folder, with its own variables, until all end."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    for rank, folder in enumerate(apart):
+    ranks = []
+    for rank, (own, folder) in enumerate(zip(variables, folders, strict=True)):
+        environment = group | own | {"RANK": str(rank), "LOCAL_RANK": "0"}
+        ranks.append(recipes.start(*arguments, environment=environment, folder=str(folder), **options))
+    return [process.wait() for process in ranks]
+
+
+def test_ranks_that_cannot_write_a_checkpoint_together_are_refused(recipes, rw_arguments, tmp_path):
+    """Machines without a common file system see different folders of the same name."""
+    apart = [tmp_path / name for name in ("a", "b")]
+    for folder in apart:
         folder.mkdir()
-        arguments = rw_arguments(train_shard="full", train_output="run")
-        variables = group | {"RANK": str(rank), "LOCAL_RANK": "0"}
-        ranks.append(recipes.start(*arguments, environment=variables, folder=str(folder)))
-    done = [process.wait() for process in ranks]
+    arguments = rw_arguments(train_shard="full", train_output="run")
+    done = run_apart(recipes, arguments, [{}, {}], *apart)
     assert [p.code for p in done] == [2, 2], done[0].err + done[1].err
     assert "error: run: rank 1 does not see this folder of rank 0; ranks that share the weights" in done[0].err
     assert not (apart[0] / "run" / "checkpoints").exists()
