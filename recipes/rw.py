@@ -30,7 +30,7 @@ from saro.model.source import find_model
 from saro.program import parse_recipe
 from saro.report.tables import before_after_tables, print_lengths
 from saro.runs.check_ranks import check_same_inputs
-from saro.runs.finish import BeforeAfter, end_run, save_final
+from saro.runs.finish import BeforeAfter, end_run, gather_weights, save_final
 from saro.runs.folder import RunFolder
 from saro.train.engine import evaluate, fit
 from saro.train.largest_pack import try_largest_pack
@@ -43,7 +43,7 @@ def main() -> int:
     config, flags = parse_recipe(RWConfig, "rw.py", __doc__)
     data_options, train_options = config.data, config.train
     pack_tokens = data_options.pack_tokens
-    runtime = Runtime.start(train_options.trackers, train_options.output)
+    runtime = Runtime.start(train_options.trackers, train_options.output, train_options.shard)
     console = Console(stderr=True, quiet=not runtime.is_main)
 
     # 1. The run's folder, and the model's tokenizer and config. The folder is not written yet.
@@ -79,7 +79,7 @@ def main() -> int:
     run.check_steps(runtime, total_steps)
 
     # 4. The policy, checked against the unmodified model.
-    policy = load_policy(source, model_options, runtime.device, train_options.seed)
+    policy = load_policy(source, model_options, runtime.device, train_options.seed, runtime.mesh)
     runtime.say(
         f"{config.model.name}: {config.model.method}, {policy.summary()}; "
         "checking packs against the model's own forward"
@@ -133,8 +133,10 @@ def main() -> int:
     after = measures.measure("after.json", outcome.step)
 
     # 7. Write the model that other programs load, and show the tables.
+    weights = gather_weights(runtime, policy.model)
     if runtime.is_main:
-        save_final(run.folder / "final", policy.model, source.tokenizer, dropout_options(source.config))
+        final, dropout = run.folder / "final", dropout_options(source.config)
+        save_final(final, policy.model, source.tokenizer, dropout, weights)
     labels = label_prompts(sampled, show_texts=data_options.heldout == [DEMO])
     for table in before_after_tables(before, after, labels, data_options.heldout):
         console.print(table)

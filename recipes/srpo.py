@@ -31,7 +31,7 @@ from saro.model.source import find_model
 from saro.program import parse_recipe
 from saro.report.tables import before_after_tables, print_lengths
 from saro.runs.check_ranks import check_same_inputs
-from saro.runs.finish import BeforeAfter, end_run, save_final
+from saro.runs.finish import BeforeAfter, end_run, gather_weights, save_final
 from saro.runs.folder import RunFolder
 from saro.train.check_start import check_start
 from saro.train.engine import fit
@@ -46,7 +46,7 @@ def main() -> int:
     config, flags = parse_recipe(SRPOConfig, "srpo.py", __doc__)
     data_options, preference, train_options = config.data, config.preference, config.train
     pack_tokens = data_options.pack_tokens
-    runtime = Runtime.start(train_options.trackers, train_options.output)
+    runtime = Runtime.start(train_options.trackers, train_options.output, train_options.shard)
     console = Console(stderr=True, quiet=not runtime.is_main)
 
     # 1. The run's folder, the model that training starts from, and the reference model if it is another one. The folder
@@ -99,7 +99,7 @@ def main() -> int:
     if reference_source is not None:
         # Load, score and free this model before the policy is loaded, so that two models need not fit into memory.
         references = load_other_references(runtime, reference_source, reference_options, chat, sets, pack_tokens)
-    policy = load_policy(source, model_options, runtime.device, train_options.seed)
+    policy = load_policy(source, model_options, runtime.device, train_options.seed, runtime.mesh)
     runtime.say(f"{start}: {config.model.method}, {policy.summary()}; checking packs against the model's own forward")
     check = check_packs(policy, train)
     runtime.say(
@@ -165,8 +165,10 @@ def main() -> int:
     after = measures.measure("after.json", outcome.step)
 
     # 7. Write the model that other programs load, and show the tables.
+    weights = gather_weights(runtime, policy.model)
     if runtime.is_main:
-        save_final(run.folder / "final", policy.model, source.tokenizer, dropout_options(source.config))
+        final, dropout = run.folder / "final", dropout_options(source.config)
+        save_final(final, policy.model, source.tokenizer, dropout, weights)
     labels = label_prompts(sampled, show_texts=data_options.heldout == [DEMO])
     for table in before_after_tables(before, after, labels, data_options.heldout):
         console.print(table)

@@ -22,6 +22,14 @@ PAIR_KINDS = ("op-cot", "pp-cot")
 PARTS = ("think", "answer", "stop")
 
 
+def cannot_shard(optimizer: str) -> str:
+    """Return the error for an optimizer that cannot work on parts of parameters."""
+    return (
+        f"train.optimizer {optimizer} works on whole parameters, of which ranks that share them hold parts; "
+        "set --train.optimizer adamw, whose state is shared among the ranks too"
+    )
+
+
 def check_numbers(
     owner: object, prefix: str, names: Sequence[str], valid: Callable[[float], bool], requirement: str
 ) -> None:
@@ -221,6 +229,8 @@ class TrainConfig:
         max_steps: Stop after this many optimizer steps, even if epochs asks for more. A resumed run may change both; the
             learning rate then follows the schedule over the new number of steps.
         records_per_step: Records in one optimizer step, over all ranks.
+        shard: How the ranks of a run with several processes hold the model: none, each all of it; full, each a part of
+            every weight, gradient and optimizer state (FSDP2); hybrid, each machine all of it and its ranks a part each.
         optimizer: adamw is torch's fused AdamW; adamw8bit and paged_adamw8bit are from bitsandbytes.
         lr: Peak learning rate.
         schedule: Shape of the learning rate after the warm-up.
@@ -242,6 +252,7 @@ class TrainConfig:
     epochs: float = 1.0
     max_steps: int | None = None
     records_per_step: int = 16
+    shard: Literal["none", "full", "hybrid"] = "none"
     optimizer: Literal["adamw", "adamw8bit", "paged_adamw8bit"] = "adamw"
     lr: float = 2e-4
     schedule: Literal["linear", "cosine", "constant"] = "cosine"
@@ -266,6 +277,8 @@ class TrainConfig:
         check_at_least(
             self, "train.", 0, "weight_decay", "max_grad_norm", "seed", "eval_every", "save_every", "samples"
         )
+        if self.shard != "none" and self.optimizer != "adamw":
+            raise SaroError(cannot_shard(self.optimizer))
         if not all(0 <= beta < 1 for beta in self.betas):
             raise SaroError(f"train.betas are {list(self.betas)}; both must be at least 0 and below 1")
         check_numbers(self, "train.", ("warmup",), lambda value: 0 <= value <= 1, "a share of the steps, 0 to 1")

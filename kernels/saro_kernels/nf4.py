@@ -23,9 +23,12 @@ def dequantize(packed: Tensor, state: "QuantState") -> Tensor:
     """Return the weight (out, in) in `state.dtype`, by our kernel if it can run, else by bitsandbytes. Both give the same bits.
 
     Args:
-        packed: the 4-bit numbers, as `bitsandbytes.functional.quantize_4bit` returns them.
+        packed: the 4-bit numbers, as `bitsandbytes.functional.quantize_4bit` returns them, as bytes or as another dtype.
         state: the state that it returns with them.
     """
+    if packed.dtype != torch.uint8:
+        # Ranks that share a weight store its bytes as a floating dtype.
+        packed = packed.detach().view(torch.uint8).view(-1, 1)
     # bitsandbytes' parameters would run a Python function each time that one of their attributes is read.
     with torch._C.DisableTorchFunctionSubclass():
         if why_not_triton(packed, state) is None:

@@ -79,8 +79,13 @@ def head_error(policy: Policy, kernel: Callable[..., Tensor], trainable: bool) -
 
     ``trainable``: the gradient of the head is compared too.
     """
-    device, dtype = policy.causal_lm.device, policy.compute_dtype
     head = policy.causal_lm.get_output_embeddings()
+    with policy.gathered(head):
+        return _head_error(policy, head, kernel, trainable)
+
+
+def _head_error(policy: Policy, head: nn.Linear, kernel: Callable[..., Tensor], trainable: bool) -> float:
+    device, dtype = policy.causal_lm.device, policy.compute_dtype
     # Take only as many columns of a very large head as float64 has memory for.
     weight = head.weight.detach()[:, : max(1, _NUMBERS // len(head.weight))].contiguous()
     generator = torch.Generator().manual_seed(0)
@@ -111,6 +116,11 @@ def head_error(policy: Policy, kernel: Callable[..., Tensor], trainable: bool) -
 
 def _lora_error(module: nn.Module, policy: Policy) -> float:
     """Return the error of a fused linear layer, gated MLP, or projection to queries, keys and values, in units of the plain path's."""
+    with policy.gathered(module):
+        return _gathered_lora_error(module, policy)
+
+
+def _gathered_lora_error(module: nn.Module, policy: Policy) -> float:
     dtype = policy.compute_dtype
     ours, width = module, None
     if hasattr(module, "gate_proj"):
@@ -145,7 +155,7 @@ def _parts(layer: nn.Module) -> LoraLinear:
     """Return the weights of PEFT's layer, read from its attributes and not as ``fuse_lora`` reads them: that is what is checked."""
     base = layer.get_base_layer()
     (name,) = layer.active_adapters
-    frozen = FrozenLinear(base.weight, getattr(base.weight, "quant_state", None), base.bias)
+    frozen = FrozenLinear(base.weight, getattr(base, "quant_state", None), base.bias)
     return LoraLinear(frozen, layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name])
 
 
@@ -208,7 +218,7 @@ def _normal(generator: torch.Generator, *shape: int) -> Tensor:
 @contextmanager
 def nonzero_adapter(policy: Policy) -> Iterator[None]:
     """Give a new adapter small non-zero weights: at zero, its errors would not show. Restores the zeros at the end."""
-    zero_parameters = [p for name, p in policy.trainable().items() if "lora_B" in name and not p.any()]
+    zero_parameters = [p for name, p in policy.trainable_parts().items() if "lora_B" in name and not p.any()]
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in zero_parameters:

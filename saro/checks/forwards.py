@@ -137,17 +137,18 @@ def _run_natively(policy: Policy, sequences: Sequence[ScoredSequence], rows: tor
     can_choose = is_transformers and "logits_to_keep" in signature(lm.forward).parameters
     if can_choose:
         arguments["logits_to_keep"] = rows.to(lm.device)
-    with _captured_embeddings(policy) as captured, policy.precision():
-        logits = lm(input_ids=ids.to(lm.device), use_cache=False, **arguments).logits
-        if not can_choose:
-            logits = logits[:, rows.to(lm.device)]
-    logps = []
-    for i, s in enumerate(sequences):
-        own_rows = rows[rows < len(s.tokens) - 1]
-        targets = torch.from_numpy(s.tokens.astype(np.int64))[own_rows + 1].to(lm.device)
-        logps.append(logits[i, : len(own_rows)].to(softmax).log_softmax(-1).gather(1, targets[:, None])[:, 0])
-    result = torch.cat(logps)
-    (gradient,) = torch.autograd.grad(result.sum(), captured)
+    with policy.gathered(lm):
+        with _captured_embeddings(policy) as captured, policy.precision():
+            logits = lm(input_ids=ids.to(lm.device), use_cache=False, **arguments).logits
+            if not can_choose:
+                logits = logits[:, rows.to(lm.device)]
+        logps = []
+        for i, s in enumerate(sequences):
+            own_rows = rows[rows < len(s.tokens) - 1]
+            targets = torch.from_numpy(s.tokens.astype(np.int64))[own_rows + 1].to(lm.device)
+            logps.append(logits[i, : len(own_rows)].to(softmax).log_softmax(-1).gather(1, targets[:, None])[:, 0])
+        result = torch.cat(logps)
+        (gradient,) = torch.autograd.grad(result.sum(), captured)
     return Run(result.detach(), torch.cat([gradient[i, : len(s.tokens) - 1] for i, s in enumerate(sequences)]))
 
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import nn
 
 from saro.data.packs import SIDES, Pack, lay_out
 from saro.data.tree import ScoredSequence, SequenceTree, build_tree, common_prefix
+from saro.model.architectures import decoder_layers
 from saro.model.policy import Policy
 from saro.model.score import score_packs
 
@@ -151,17 +151,10 @@ def perturbed(policy: Policy) -> Iterator[None]:
 
     handles = [
         layer.register_forward_hook(lambda _, __, output, index=index: perturb(index, output))
-        for index, layer in enumerate(_decoder_layers(policy))
+        for index, layer in enumerate(decoder_layers(policy.causal_lm))
     ]
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _decoder_layers(policy: Policy) -> list[nn.Module]:
-    """Return the decoder's layers: the members of every module list that is as long as the decoder is deep."""
-    num_layers = policy.causal_lm.config.num_hidden_layers
-    lists = [m for m in policy.causal_lm.modules() if isinstance(m, nn.ModuleList) and len(m) == num_layers]
-    return [layer for layers in lists for layer in layers]

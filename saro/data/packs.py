@@ -132,10 +132,16 @@ class PairLogps:
 
 @dataclass(frozen=True)
 class Share:
-    """The part of the work that rank ``rank`` of ``processes`` ranks does."""
+    """The part of the work that rank ``rank`` of ``processes`` ranks does.
+
+    Attributes:
+        is_even: all ranks run as many packs as the rank with most. Ranks that share a model's weights must: each forward
+            gathers weights from all of them.
+    """
 
     rank: int = 0
     processes: int = 1
+    is_even: bool = False
 
 
 ALL_WORK = Share()
@@ -146,6 +152,9 @@ def pack_trees(trees: Sequence[SequenceTree], pack_tokens: int, share: Share = A
     plan = plan_step([tree.tokens for tree in trees], pack_tokens, share.processes)
     for items in plan[share.rank]:
         yield lay_out([trees[i] for i in items])
+    if share.is_even:
+        for _ in range(max(map(len, plan)) - len(plan[share.rank])):
+            yield lay_out([])
 
 
 def lay_out(trees: Sequence[SequenceTree]) -> Pack:

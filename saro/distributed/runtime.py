@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import ctypes
 import os
+import secrets
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import psutil
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
+from accelerate import Accelerator, init_empty_weights
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, gather_object
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
 from saro.data.packs import Share
-from saro.distributed.check_launcher import check_launcher
+from saro.distributed.check_launcher import asks_for_fsdp, check_launcher
+from saro.distributed.shard import is_sharded, make_mesh
 from saro.errors import SaroError, nearest
 from saro.program import quiet_libraries
 
@@ -39,22 +44,31 @@ class Runtime:
         rank: number of this rank, from 0 to processes - 1.
         processes: number of ranks: each is a process of its own.
         threads: number of CPU threads of this rank.
+        mesh: the ranks that share a model's weights; None if each holds all of them.
     """
 
     accelerator: Accelerator
     rank: int
     processes: int
     threads: int
+    mesh: DeviceMesh | None = None
 
     @classmethod
-    def start(cls, trackers: list[str] | None = None, output: str | None = None) -> Runtime:
+    def start(cls, trackers: list[str] | None = None, output: str | None = None, shard: str = "none") -> Runtime:
         """Join the process group that the launcher describes.
+
+        Args:
+            shard: ``--train.shard``. A launcher that is configured for FSDP2 turns none into full.
 
         Raises:
             SaroError: the number of processes is not the one that the launcher promised, it asks for what a run would
                 not do (see ``check_launcher``), or a tracker is missing.
         """
         check_launcher(os.environ)
+        # accelerate would wrap the model in its own way, which does not know packs.
+        if asks_for_fsdp(os.environ):
+            del os.environ["ACCELERATE_USE_FSDP"]
+            shard = "full" if shard == "none" else shard
         quiet_libraries()
         keep_freed_memory()
         _stop_with_launcher()
@@ -82,7 +96,8 @@ class Runtime:
         cores = min(_count_allowed_cpus(), psutil.cpu_count(logical=False) or 1)
         threads = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         torch.set_num_threads(threads)
-        return cls(accelerator, accelerator.process_index, accelerator.num_processes, threads)
+        mesh = make_mesh(shard, accelerator.num_processes, accelerator.device, os.environ)
+        return cls(accelerator, accelerator.process_index, accelerator.num_processes, threads, mesh)
 
     @property
     def device(self) -> torch.device:
@@ -97,15 +112,20 @@ class Runtime:
     @property
     def share(self) -> Share:
         """This rank's share of the work."""
-        return Share(self.rank, self.processes)
+        return Share(self.rank, self.processes, is_even=self.mesh is not None)
+
+    @property
+    def averaging(self) -> int:
+        """Number of ranks over which an exchange of gradients averages: 1 if it sums them, as under sharding."""
+        return self.processes if self.mesh is None else 1
 
     def wrap(self, module: nn.Module) -> nn.Module:
-        """Return the module to train: wrapped in DistributedDataParallel if there are several ranks.
+        """Return the module to train: wrapped in DistributedDataParallel if there are several ranks and it is not sharded.
 
         Raises:
             SaroError: the launcher asks for another kind of parallelism.
         """
-        if self.processes == 1:
+        if self.processes == 1 or is_sharded(module):
             return module
         wrapped = self.accelerator.prepare_model(module)
         if not isinstance(wrapped, DistributedDataParallel):
@@ -120,6 +140,13 @@ class Runtime:
         if self.processes > 1:
             dist.all_reduce(tensor)
         return tensor
+
+    def sum_parts(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return the sum of a tensor over the ranks that share the weights, without those that hold other copies of them."""
+        summed = tensor.clone()
+        if self.mesh is not None:
+            dist.all_reduce(summed, group=self.mesh.get_group("shard"))
+        return summed
 
     def gather(self, items: list[Any]) -> list[Any]:
         """Return the lists of all ranks as one list, in the order of ranks, on every rank."""
@@ -196,6 +223,27 @@ class Runtime:
                     f"rank {others[0]} differs" if len(others) == 1 else f"ranks {', '.join(map(str, others))} differ"
                 )
                 raise SaroError(f"{ranks} from rank 0 in {name}; {fix}")
+
+    def check_common_folder(self, folder: Path) -> None:
+        """Check that all ranks see a folder of rank 0, into which each of them will write.
+
+        Raises:
+            SaroError: on every rank, if one of them does not see it.
+        """
+
+        def leave_mark() -> Path:
+            mark = folder / f".{secrets.token_hex(8)}.tmp"
+            mark.touch()
+            return mark
+
+        mark = self.on_main(leave_mark)
+        blind = [rank for rank, sees in enumerate(self.gather([mark.exists()])) if not sees]
+        self.on_main(mark.unlink)
+        if blind:
+            raise SaroError(
+                f"{folder}: rank {blind[0]} does not see this folder of rank 0; ranks that share the weights write "
+                "checkpoints together: give a folder on a file system that all machines share, with --train.output"
+            )
 
     def barrier(self) -> None:
         """Wait for all ranks."""
@@ -292,6 +340,11 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(-1, 2**31 - 1)
         mallopt(-3, 2**30)
+
+
+def empty_weights() -> AbstractContextManager[None]:
+    """Return a context in which modules are made with parameters on the meta device. Their buffers have their values."""
+    return init_empty_weights(include_buffers=False)
 
 
 def _stop_with_launcher() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
@@ -183,3 +184,10 @@ def _rope_types(parameters: dict) -> Iterator[str]:
             yield from _rope_types(value)
     if "rope_type" in parameters:
         yield parameters["rope_type"]
+
+
+def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """Return the decoder's layers: the members of every module list that is as long as the decoder is deep."""
+    num_layers = model.config.num_hidden_layers
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == num_layers]
+    return [layer for layers in lists for layer in layers]

@@ -236,7 +236,8 @@ def _parts(layer: LoraLayer) -> LoraLinear:
     # Read the parameters now: a layer may have got others since they were cast, such as those of all ranks.
     a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
     return LoraLinear(
-        base=FrozenLinear(weight, getattr(weight, "quant_state", None), base.bias),
+        # The layer has the state too. A weight that was gathered from ranks has lost it.
+        base=FrozenLinear(weight, getattr(base, "quant_state", None), base.bias),
         a=a,
         b=b,
         scaling=layer.scaling[name],

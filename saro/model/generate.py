@@ -50,7 +50,7 @@ def generate(
     )
     if temperature > 0:
         options.update(temperature=temperature, top_k=0, top_p=1.0)
-    with policy.evaluating(), native_attention(lm), policy.precision():
+    with policy.evaluating(), native_attention(lm), policy.precision(), policy.gathered(lm):
         output = lm.generate(input_ids=ids, attention_mask=mask, generation_config=options, streamer=streamer)
     return [_cut_padding(row, stop_ids) for row in output[:, longest:].tolist()]
 

@@ -9,14 +9,16 @@ import torch
 from peft import PeftModel
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 
 from saro.config import ModelConfig
+from saro.distributed.shard import DeviceMesh
 from saro.errors import SaroError
 from saro.model.adapter import continued_adapter, new_adapter
 from saro.model.architectures import dropout_options
 from saro.model.attention import choose_backend
 from saro.model.fused_lora import fuse_lora
+from saro.model.layerwise import Skeleton, make_skeleton
 from saro.model.liger import choose_liger, use_liger
 from saro.model.policy import Policy
 from saro.model.recompute import enable_recomputation, recompute_layers
@@ -24,7 +26,9 @@ from saro.model.source import ModelSource, first_line
 from saro_kernels import choose_impl
 
 
-def load_policy(source: ModelSource, options: ModelConfig, device: torch.device, seed: int) -> Policy:
+def load_policy(
+    source: ModelSource, options: ModelConfig, device: torch.device, seed: int, mesh: DeviceMesh | None = None
+) -> Policy:
     """Load the weights and make them trainable as ``options`` say.
 
     Trainable parameters are fp32 in every mode. Under LoRA and QLoRA the base stays in the compute dtype. If the source
@@ -33,6 +37,7 @@ def load_policy(source: ModelSource, options: ModelConfig, device: torch.device,
     Args:
         device: the model is loaded onto this device.
         seed: seed of a new adapter's initial values.
+        mesh: ranks that share the weights; None for a model of this rank only.
 
     Raises:
         SaroError: the model cannot be loaded, or cannot be trained as ``options`` say.
@@ -50,7 +55,8 @@ def load_policy(source: ModelSource, options: ModelConfig, device: torch.device,
         raise SaroError(str(error)) from error
     liger = choose_liger(options.liger, source.config.model_type, device)
     stored_dtype = torch.float32 if options.method == "full" else dtype
-    model = _load_base(source, options, device, stored_dtype)
+    skeleton = None if mesh is None else _shared_base(source, options, device, stored_dtype)
+    model = _load_base(source, options, device, stored_dtype, mesh is not None) if skeleton is None else skeleton.model
     _check_head(model)
     if liger:
         try:
@@ -76,9 +82,12 @@ def load_policy(source: ModelSource, options: ModelConfig, device: torch.device,
         if type(recomputation) is int:
             recompute_layers(lm, recomputation)
     autocast = dtype if options.method == "full" and dtype != torch.float32 else None
-    return Policy(
+    policy = Policy(
         model, attention=attention, head=head, autocast=autocast, recomputes_as_needed=recomputation == "auto"
     )
+    if mesh is not None:
+        policy.shard(mesh, None if skeleton is None else skeleton.fill)
+    return policy
 
 
 def load_plain(source: ModelSource, options: ModelConfig, device: torch.device, dtype: torch.dtype) -> Policy:
@@ -125,22 +134,16 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     return getattr(torch, name)
 
 
-def _load_base(source: ModelSource, options: ModelConfig, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+def _load_base(
+    source: ModelSource,
+    options: ModelConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    shared: bool = False,
+) -> PreTrainedModel:
     """Load the base model in ``dtype``, or in NF4 with products in ``dtype``, and check that no weight is missing."""
-    config = deepcopy(source.config)
-    if not options.dropout:
-        for name in dropout_options(config):
-            setattr(config, name, 0.0)
-    quantization = {}
-    if options.method == "qlora":
-        # Only linear layers are quantized; lm_head is one of them and is excluded by name.
-        quantization["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-            llm_int8_skip_modules=["lm_head"],
-        )
+    config = _changed_config(source, options)
+    quantization = _quantization(options, dtype, shared=shared)
     try:
         model, loading = AutoModelForCausalLM.from_pretrained(
             source.path,
@@ -153,7 +156,7 @@ def _load_base(source: ModelSource, options: ModelConfig, device: torch.device, 
             device_map={"": device},
             output_loading_info=True,
             ignore_mismatched_sizes=True,
-            **quantization,
+            **({} if quantization is None else {"quantization_config": quantization}),
         )
     except (OSError, ValueError, SafetensorError) as error:
         raise SaroError(f"{options.name}: {first_line(error)}") from error
@@ -165,12 +168,60 @@ def _load_base(source: ModelSource, options: ModelConfig, device: torch.device, 
             f"{options.name}: the files hold no weight of the right shape for {wrong[0]}{others}; "
             "they are incomplete, or another model's; fetch or save the model again"
         )
+    _keep_packing(model)
+    return model
+
+
+def _shared_base(
+    source: ModelSource, options: ModelConfig, device: torch.device, dtype: torch.dtype
+) -> Skeleton | None:
+    """Return the base model of ranks that share its weights, to be filled layer by layer; None if it cannot be."""
+    config = _changed_config(source, options)
+    try:
+        skeleton = make_skeleton(
+            source.path, config, options, device, dtype, _quantization(options, dtype, shared=True)
+        )
+    except (OSError, ValueError, SafetensorError) as error:
+        raise SaroError(f"{options.name}: {first_line(error)}") from error
+    if skeleton is not None:
+        _keep_packing(skeleton.model)
+    return skeleton
+
+
+def _changed_config(source: ModelSource, options: ModelConfig) -> PretrainedConfig:
+    """Return a copy of the model's config, without dropout unless it was asked for."""
+    config = deepcopy(source.config)
+    if not options.dropout:
+        for name in dropout_options(config):
+            setattr(config, name, 0.0)
+    return config
+
+
+def _quantization(options: ModelConfig, dtype: torch.dtype, *, shared: bool) -> BitsAndBytesConfig | None:
+    """Return how the base model is quantized, with products in ``dtype``; None if it is not.
+
+    ``shared``: ranks share the weights. They can only if a floating dtype stores the bytes of 4-bit weights.
+    """
+    if options.method != "qlora":
+        return None
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_storage=torch.bfloat16 if shared else torch.uint8,
+        # Only linear layers are quantized; lm_head is one of them and is excluded by name.
+        llm_int8_skip_modules=["lm_head"],
+    )
+
+
+def _keep_packing(model: PreTrainedModel) -> None:
+    """Keep bitsandbytes from changing how 4-bit weights are packed."""
     for layer in model.modules():
         # On CPUs with AVX512-BF16 bitsandbytes repacks the weight in place in the first pass without gradient. Every
         # gradient after that would be wrong.
         if hasattr(layer, "support_avx512bf16_for_cpu"):
             layer.support_avx512bf16_for_cpu = False
-    return model
 
 
 def _check_head(model: PreTrainedModel) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 from weakref import WeakSet
 
@@ -13,7 +13,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from saro.data.packs import Pack
-from saro.model.architectures import logit_options
+from saro.distributed.shard import DeviceMesh, gathered, is_sharded, local, shard_module
+from saro.model.architectures import decoder_layers, logit_options
 from saro.model.attention import AttentionPlan, use_packed_attention
 from saro.model.fused_lora import cast_adapters, lora_layers
 from saro.model.liger import uses_liger
@@ -113,7 +114,9 @@ class Policy(nn.Module):
     def _hidden_states(self, pack: Pack, isolated: bool) -> torch.Tensor:
         """Run the decoder and return the last hidden states of the pack's tokens, (T, D)."""
         plan = AttentionPlan.of(pack, self.attention, isolated)
-        with self.precision(), cast_adapters(self._lora_layers, self.compute_dtype):
+        # Sharded adapters are gathered layer by layer: each layer casts its own.
+        layers = () if is_sharded(self) else self._lora_layers
+        with self.precision(), cast_adapters(layers, self.compute_dtype):
             output = self.causal_lm.get_decoder()(
                 input_ids=pack.input_ids[None],
                 position_ids=pack.position_ids[None],
@@ -158,13 +161,32 @@ class Policy(nn.Module):
         """Return the trainable parameters by name, tied ones once."""
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
+    def trainable_parts(self) -> dict[str, torch.Tensor]:
+        """Return this rank's part of each trainable parameter by name: all of it, if the ranks do not share weights."""
+        return {name: local(p.detach()) for name, p in self.trainable().items()}
+
+    def shard(self, mesh: DeviceMesh, fill: Callable[[nn.Module], None] | None = None) -> None:
+        """Share the weights among ranks. From then on all of them must make the same number of forwards.
+
+        ``fill``: reads the weights of a part of a model that has none yet, see ``Skeleton``.
+        """
+        shard_module(self, decoder_layers(self.causal_lm), mesh, ("statistics", "next_logits"), fill)
+
+    def gathered(self, part: nn.Module) -> AbstractContextManager[None]:
+        """Return a context in which a part of the model can run, and be read, outside ``forward``; see ``shard.gathered``."""
+        return gathered(self, part)
+
     def summary(self) -> str:
         """Return a line with the numbers of trainable and of all parameters, and the attention, head and layers that run."""
         total = trainable = 0
+        # A 4-bit weight is packed: it holds more numbers than it has elements.
+        packed = {
+            id(m.weight): m.quant_state.shape
+            for m in self.model.modules()
+            if getattr(m, "quant_state", None) is not None
+        }
         for parameter in self.model.parameters():
-            quant_state = getattr(parameter, "quant_state", None)
-            # A 4-bit weight is packed: it holds more numbers than it has elements.
-            size = parameter.numel() if quant_state is None else quant_state.shape.numel()
+            size = packed.get(id(parameter), parameter.shape).numel()
             total += size
             trainable += size if parameter.requires_grad else 0
         layers = ", layers of liger-kernel" if uses_liger(self.model) else ""

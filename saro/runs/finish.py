@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from saro.data.chat_format import ChatFormat
 from saro.data.records import Message
 from saro.distributed.runtime import Runtime
+from saro.distributed.shard import whole
 from saro.files import atomic_folder, follow_umask, remove_temps
 from saro.model.generate import answer_prompts
 from saro.model.policy import Policy
@@ -26,7 +28,7 @@ class BeforeAfter:
 
     Attributes:
         runtime, run, policy, chat: the run, its model and the model's chat format.
-        prompts: prompts that rank 0 answers.
+        prompts: prompts that rank 0 answers; if the ranks share the weights, all of them do, as they must.
         max_tokens: longest answer, in tokens.
         heldout_metrics: returns the held-out metrics, given the number of finished steps.
     """
@@ -49,7 +51,7 @@ class BeforeAfter:
     def _measure(self, step: int) -> dict[str, Any]:
         metrics = self.heldout_metrics(step)
         answers = []
-        if self.runtime.is_main:
+        if self.runtime.is_main or self.runtime.mesh is not None:
             answers = answer_prompts(self.policy, self.chat, self.prompts, self.max_tokens)
         return {"metrics": metrics, "answers": answers}
 
@@ -59,10 +61,11 @@ def save_final(
     model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     original_options: Mapping[str, Any] | None = None,
+    weights: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
     """Write the model that other programs load: a PEFT adapter or a full model, with its tokenizer.
 
-    The folder is complete or absent. ``original_options`` are written into the config of a full model: they are options
+    ``weights``: those of ``gather_weights``; default the model's own. The folder is complete or absent. ``original_options`` are written into the config of a full model: they are options
     that were changed only for training, such as its dropout.
     """
     if not isinstance(model, PeftModel):
@@ -72,9 +75,32 @@ def save_final(
     with atomic_folder(folder, replace=True) as temp:
         # By default, "auto", peft would ask the hub whether the vocabulary was changed. It never is here.
         options = {"save_embedding_layers": False} if isinstance(model, PeftModel) else {}
-        model.save_pretrained(temp, **options)
+        model.save_pretrained(temp, state_dict=weights, **options)
         tokenizer.save_pretrained(temp)
         follow_umask(temp)
+
+
+def gather_weights(runtime: Runtime, model: PreTrainedModel | PeftModel) -> dict[str, torch.Tensor] | None:
+    """Return the weights that ``save_final`` writes, whole and on the CPU, on rank 0; nothing on the others.
+
+    None if each rank holds whole weights. All ranks must call this.
+    """
+    if runtime.mesh is None:
+        return None
+    gathered: dict[str, torch.Tensor] = {}
+    by_source: dict[int, torch.Tensor] = {}  # a tied weight has several names, and is written once
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if isinstance(model, PeftModel) and not tensor.requires_grad:
+            continue
+        if id(tensor) not in by_source:
+            by_source[id(tensor)] = _keep_on_main(runtime, whole(tensor.detach()))
+        gathered[name] = by_source[id(tensor)]
+    return gathered
+
+
+def _keep_on_main(runtime: Runtime, tensor: torch.Tensor) -> torch.Tensor:
+    """Return the tensor on the CPU; on other ranks than 0 an empty one, so that theirs is freed."""
+    return tensor.cpu() if runtime.is_main else tensor.new_empty(0)
 
 
 def end_run(runtime: Runtime, run: RunFolder, outcome: Outcome) -> int:

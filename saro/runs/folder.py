@@ -45,6 +45,7 @@ _FREE_ON_RESUME = frozenset(
         "data.template_date",
         "preference.warn_chosen_fell",
         "train.output",
+        "train.shard",
         "train.epochs",
         "train.max_steps",
         "train.eval_every",

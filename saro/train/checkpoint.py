@@ -11,6 +11,7 @@ import json
 import shutil
 import zipfile
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
+from saro.distributed.runtime import Runtime
+from saro.distributed.shard import part_like
 from saro.errors import SaroError
 from saro.files import atomic_folder, follow_umask
+from saro.train.part_files import find_damaged_part, has_parts, read_parts, write_parts
 
 _WEIGHTS, _OPTIMIZER, _STATE = "trainable.safetensors", "optimizer.pt", "state.json"
 
@@ -93,6 +97,9 @@ def _find_damage(folder: Path, step: int) -> str | None:
             return f"{_STATE} is not that of step {step}"
     except (OSError, ValueError):
         return f"{_STATE} cannot be read"
+    if has_parts(folder):
+        part = find_damaged_part(folder, state["parts"])
+        return None if part is None else f"{part} is not what was written"
     try:
         # Opening compares the file's size with its header.
         with safe_open(folder / _WEIGHTS, "pt"):
@@ -124,11 +131,8 @@ def save_checkpoint(
     keep: int,
 ) -> None:
     """Write a checkpoint after ``step`` finished steps, then remove all but the newest ``keep`` checkpoints."""
-    root.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(root)
     folder = checkpoint_folder(root, step)
-    # Remove the leftovers of killed runs for every step: the step of a half-removed checkpoint is never saved again.
-    for leftover in root.glob(".step_*.tmp"):
-        shutil.rmtree(leftover)
     if not folder.exists():
         with atomic_folder(folder) as temp:
             weights = {name: p.detach().cpu().contiguous() for name, p in trainable.items()}
@@ -138,6 +142,50 @@ def save_checkpoint(
             state = {"step": step, "weights": _content_hash(temp / _WEIGHTS)}
             (temp / _STATE).write_text(json.dumps(state) + "\n")
             follow_umask(temp)
+    _remove_old(root, keep)
+
+
+def save_parts(
+    runtime: Runtime,
+    root: Path,
+    step: int,
+    trainable: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    scheduler: LRScheduler,
+    keep: int,
+) -> None:
+    """Write a checkpoint as ``save_checkpoint`` does, of ranks that share the weights. All ranks must call this.
+
+    Each rank writes its parts into a folder that rank 0 makes, and that appears under its name when all have done so.
+    """
+    folder = checkpoint_folder(root, step)
+
+    def is_new() -> bool:
+        _remove_leftovers(root)
+        return not folder.exists()
+
+    if runtime.on_main(is_new):
+        with atomic_folder(folder) if runtime.is_main else nullcontext() as made:
+            temp = runtime.broadcast(made)
+            parts = write_parts(runtime, temp, trainable, optimizer)
+            if runtime.is_main:
+                state = {"step": step, "scheduler": scheduler.state_dict(), "parts": parts}
+                (temp / _STATE).write_text(json.dumps(state) + "\n")
+                follow_umask(temp)
+    if runtime.is_main:
+        _remove_old(root, keep)
+
+
+def _remove_leftovers(root: Path) -> None:
+    """Make the folder of checkpoints, and remove what killed runs have left in it."""
+    root.mkdir(parents=True, exist_ok=True)
+    # For every step: the step of a half-removed checkpoint is never saved again.
+    for leftover in root.glob(".step_*.tmp"):
+        shutil.rmtree(leftover)
+
+
+def _remove_old(root: Path, keep: int) -> None:
+    """Remove all but the newest ``keep`` checkpoints."""
     for _, old in list_checkpoints(root)[:-keep]:
         # Rename first: a kill during rmtree must not leave a partial checkpoint under a valid name.
         doomed = old.with_name(f".{old.name}.00000000.tmp")
@@ -156,16 +204,59 @@ def load_checkpoint(
     Raises:
         SaroError: its weights do not belong to this model.
     """
-    weights = load_file(folder / _WEIGHTS)
+    if has_parts(folder):
+        return load_parts(folder, trainable, optimizer, scheduler, is_alone=True)
+    return apply_checkpoint(folder, read_checkpoint(folder), trainable, optimizer, scheduler)
+
+
+def read_checkpoint(folder: Path) -> dict[str, Any]:
+    """Return the step, weights and states of a checkpoint of whole tensors, on the CPU."""
+    state: dict[str, Any] = torch.load(folder / _OPTIMIZER, map_location="cpu", weights_only=True)
+    step = int(json.loads((folder / _STATE).read_text())["step"])
+    return {"step": step, "weights": load_file(folder / _WEIGHTS), **state}
+
+
+def apply_checkpoint(
+    folder: Path,
+    stored: Mapping[str, Any],
+    trainable: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    scheduler: LRScheduler,
+) -> int:
+    """Restore what ``read_checkpoint`` returned, of which each rank takes its part, and return its step.
+
+    Raises:
+        SaroError: its weights do not belong to this model.
+    """
+    weights = stored["weights"]
     if {k: v.shape for k, v in weights.items()} != {k: p.shape for k, p in trainable.items()}:
         raise SaroError(f"{folder}: made with another model or other adapters; start over with --overwrite")
     with torch.no_grad():
         for name, parameter in trainable.items():
-            parameter.copy_(weights[name])
-    state: dict[str, Any] = torch.load(folder / _OPTIMIZER, map_location="cpu", weights_only=True)
-    load_optimizer(optimizer, state["optimizer"])
+            parameter.copy_(part_like(parameter, weights[name]))
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    states = {
+        index: {key: part_like(parameters[index], value) for key, value in state.items()}
+        for index, state in stored["optimizer"]["state"].items()
+    }
+    load_optimizer(optimizer, stored["optimizer"] | {"state": states})
+    scheduler.load_state_dict(stored["scheduler"])
+    return stored["step"]
+
+
+def load_parts(
+    folder: Path,
+    trainable: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    scheduler: LRScheduler,
+    *,
+    is_alone: bool,
+) -> int:
+    """Restore a checkpoint of ranks that shared the weights, see ``read_parts``, and return its step."""
+    state = json.loads((folder / _STATE).read_text())
+    read_parts(folder, trainable, optimizer, is_alone=is_alone)
     scheduler.load_state_dict(state["scheduler"])
-    return int(json.loads((folder / _STATE).read_text())["step"])
+    return int(state["step"])
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:

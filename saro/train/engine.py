@@ -6,7 +6,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -20,10 +20,11 @@ from saro.config import TrainConfig
 from saro.data.packs import Pack
 from saro.data.steps import Step, Steps
 from saro.distributed.runtime import Runtime
+from saro.distributed.shard import exchanging_gradients, local, whole
 from saro.errors import SaroError
 from saro.model.policy import Policy
 from saro.program import progress_bar
-from saro.train.checkpoint import check_not_past, save_checkpoint, set_aside_later_checkpoints
+from saro.train.checkpoint import check_not_past, save_checkpoint, save_parts, set_aside_later_checkpoints
 from saro.train.metrics import MetricsFile, Progress, drop_later_results, format_metrics
 from saro.train.objective import Meter, Objective, Sums, average
 from saro.train.optim import make_optimizer, make_scheduler, step_unless
@@ -93,7 +94,8 @@ def fit(
         resume: continue from the newest intact checkpoint in the output folder, if there are checkpoints.
 
     Raises:
-        SaroError: the loss or the gradient is not finite; the step has not changed the weights. Or all checkpoints are
+        SaroError: the loss or the gradient is not finite; the step has not changed the weights. Or the first step has
+            changed none of them. Or all checkpoints are
             damaged, the run has made more steps than ``total_steps``, or a rank has another model, schedule or start
             than rank 0, or other weights at a checkpoint.
     """
@@ -102,6 +104,8 @@ def fit(
     parameters = list(trainable.values())
     optimizer = make_optimizer(parameters, options)
     scheduler = make_scheduler(optimizer, options, total_steps)
+    if runtime.mesh is not None:
+        runtime.check_common_folder(output)
     if resume:
         runtime.on_main(lambda: check_not_past(output / "checkpoints", total_steps))
     start = restore_newest(runtime, output / "checkpoints", trainable, optimizer, scheduler) if resume else 0
@@ -147,19 +151,24 @@ def fit(
             # Seed each step, so that a resumed run draws the same dropout although no random state is stored.
             torch.manual_seed(_step_seed(options.seed, step, runtime.rank))
             with clock:
-                loss = add_gradients(module, objective, batch, meter, log, device, runtime.processes)
+                loss = add_gradients(module, objective, batch, meter, log, device, runtime.averaging)
                 norm = _clip(parameters, options.max_grad_norm)
                 # Loss and signals are summed over ranks, so that a signal to any rank stops all of them.
                 sums = runtime.sum_(torch.stack([loss, torch.full_like(loss, len(received))]))
                 is_due = (step + 1) % options.log_every == 0
-                before = probe.copy() if is_due else None
+                # The first step is always looked at: an optimizer made of other tensors than the model's trains nothing.
+                before = probe.copy() if is_due or step == start else None
                 lr = scheduler.get_last_lr()[0]
                 step_unless(optimizer, ~(sums[0].isfinite() & norm.isfinite()))
                 optimizer.zero_grad(set_to_none=True)
                 numbers = [sums, norm.reshape(1).to(sums)]
+                if before is not None:
+                    changes = probe.count_changes(before).to(sums)  # (2,) changed, compared
+                    # Ranks that share the weights have different elements.
+                    numbers.append(changes if runtime.mesh is None else runtime.sum_(changes))
                 if is_due:
                     metrics = meter.take(runtime)
-                    numbers += [probe.count_changed(before).reshape(1).to(sums), metrics.table.flatten()]
+                    numbers.append(metrics.table.flatten())
                 # Lay out the next step's packs and send them while the device works, and only then wait for it.
                 has_next = _runs_ahead(device) and step + 1 < total_steps
                 upcoming = steps[step + 1].to(device) if has_next else None
@@ -173,13 +182,19 @@ def fit(
                         f"the weights were not changed. Records of the step: {records}. "
                         "Lower --train.lr, or look at them"
                     )
+                if before is not None:
+                    num_changed, num_compared, *logged = logged
+                    if step == start and not num_changed:
+                        progress.close()
+                        raise SaroError(
+                            f"step {step + 1}: the optimizer changed no weight; raise --train.lr, or report it"
+                        )
                 scheduler.step()
             step += 1
             clock.tokens += batch.tokens
             progress.step()
             if is_due:
-                num_changed, *table = logged
-                means = objective.combine(average(metrics.names, table))
+                means = objective.combine(average(metrics.names, logged))
                 values = {
                     "loss": means["loss"],
                     "grad_norm": norm_value,
@@ -188,7 +203,7 @@ def fit(
                     "tokens_per_second": clock.rate(),
                     "peak_memory_gib": runtime.memory(),
                     **_reserved_memory(device),
-                    "changed_parameters": num_changed / len(before),
+                    "changed_parameters": num_changed / num_compared,
                     **{name: mean for name, mean in means.items() if name != "loss"},
                 }
                 report(values)
@@ -200,10 +215,11 @@ def fit(
             # The checkpoint comes before a due evaluation, which may take longer than a cluster waits after SIGTERM.
             if stop is not None or (options.save_every and step % options.save_every == 0) or step == total_steps:
                 check_same_weights(runtime, step, trainable)
-                if runtime.is_main:
-                    save_checkpoint(
-                        output / "checkpoints", step, trainable, optimizer, scheduler, keep=options.keep_checkpoints
-                    )
+                saved = (output / "checkpoints", step, trainable, optimizer, scheduler, options.keep_checkpoints)
+                if runtime.mesh is not None:
+                    save_parts(runtime, *saved)
+                elif runtime.is_main:
+                    save_checkpoint(*saved)
                 runtime.barrier()
             if stop is None and is_evaluation_due():
                 report_evaluation()
@@ -244,9 +260,12 @@ def add_gradients(
     meter: Meter,
     log: PackLog | None,
     device: torch.device,
-    processes: int,
+    averaging: int,
 ) -> torch.Tensor:
-    """Add up the gradients of one step. Returns this rank's share of the loss: a float64 scalar without gradient."""
+    """Add up the gradients of one step. Returns this rank's share of the loss: a float64 scalar without gradient.
+
+    ``averaging``: number of ranks over which the module averages gradients, see ``Runtime.averaging``.
+    """
     module.train()
     counts = objective.counts(batch.trees)
     total = torch.zeros((), dtype=torch.float64, device=device)
@@ -254,12 +273,11 @@ def add_gradients(
         pack = pack.to(device)
         # Ranks exchange gradients once per step, in the backward of the last pack.
         is_last = index == len(batch.packs) - 1
-        exchange = nullcontext() if is_last or processes == 1 else module.no_sync()
-        with exchange:
+        with exchanging_gradients(module, is_last):
             sums = objective(module(pack, gradient_rows=objective.gradient_rows(pack)), pack)
             loss = torch.stack([value / counts[name] for name, value in sums.losses.items()]).sum()
             # DDP averages gradients over ranks; we want the sum.
-            (loss * processes).backward()
+            (loss * averaging).backward()
         total += loss.detach()
         meter.add(sums.metrics)
         if log is not None:
@@ -296,7 +314,7 @@ def evaluate(
 
 def _clip(parameters: list[nn.Parameter], max_norm: float) -> torch.Tensor:
     """Clip the gradient to ``max_norm``, or not at all if that is 0. Returns the norm before clipping."""
-    return nn.utils.clip_grad_norm_(parameters, max_norm or float("inf"))
+    return whole(nn.utils.clip_grad_norm_(parameters, max_norm or float("inf")))
 
 
 # Compare this many elements of each parameter: enough to notice updates lost to bf16, too few to cost memory.
@@ -308,15 +326,16 @@ class _Probe:
 
     def __init__(self, parameters: list[nn.Parameter]) -> None:
         # view() raises an error where flatten() would copy.
-        self._first = [p.detach().view(-1)[:_PROBED] for p in parameters]
+        self._first = [local(p.detach()).view(-1)[:_PROBED] for p in parameters]
 
     def copy(self) -> torch.Tensor:
         """Return a copy of the elements as they are now."""
         return torch.cat(self._first)
 
-    def count_changed(self, before: torch.Tensor) -> torch.Tensor:
-        """Return how many of the elements differ from an earlier copy, a scalar."""
-        return (self.copy() != before).sum()
+    def count_changes(self, before: torch.Tensor) -> torch.Tensor:
+        """Return how many of the elements differ from an earlier copy, and how many there are: (2,)."""
+        changed = (self.copy() != before).sum()
+        return torch.stack([changed, torch.full_like(changed, len(before))])
 
 
 class _Clock:

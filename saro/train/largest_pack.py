@@ -15,6 +15,7 @@ import torch
 from saro.data.packs import Pack, lay_out, plan_step
 from saro.data.steps import Step, Steps
 from saro.distributed.runtime import Runtime
+from saro.distributed.shard import local
 from saro.errors import SaroError
 from saro.model.policy import Policy
 from saro.model.recompute import count_recomputed, offloads_inputs, recomputable_layers, recompute_layers
@@ -136,8 +137,10 @@ def try_pack(
     # Do not count the peak of earlier work, such as loading.
     _forget_peak(runtime.device)
     failure = _run_out_of_memory(policy, objective, largest, runtime, optimizer)
-    # All ranks must know, or some would wait for the others in the first exchange of gradients.
-    failed = runtime.sum_(torch.tensor(float(failure is not None), device=runtime.device)).item()
+    # All ranks must know, or some would wait for the others in the first exchange of gradients. Those that share the
+    # weights wait already, for those of this rank: its error ends them.
+    is_waited_for = runtime.mesh is not None and failure is not None
+    failed = is_waited_for or runtime.sum_(torch.tensor(float(failure is not None), device=runtime.device)).item()
     pack, ids = largest.pack, [steps.data.ids[record] for record in largest.step.records]
     size = f"{pack.tokens:,} tokens, {pack.rows:,} of them scored, {len(ids)} records"
     if failed:
@@ -232,13 +235,14 @@ def _run_out_of_memory(
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             # The optimizer allocates its state in the first step. From then on it is there.
             state += [
-                torch.empty(optimizer_state_bytes(p, optimizer), dtype=torch.uint8, device=device) for p in parameters
+                torch.empty(optimizer_state_bytes(local(p), optimizer), dtype=torch.uint8, device=device)
+                for p in parameters
             ]
             if runtime.processes > 1 or not largest.is_alone:
                 # The gradients of the step's other packs, or the buckets in which ranks exchange them.
                 for parameter in parameters:
                     parameter.grad = torch.zeros_like(parameter)
-            add_gradients(policy, objective, largest.step, Meter(), None, device, processes=1)
+            add_gradients(policy, objective, largest.step, Meter(), None, device, averaging=1)
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
     except (RuntimeError, MemoryError) as error:

@@ -10,15 +10,23 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from saro.config import TrainConfig
+from saro.config import TrainConfig, cannot_shard
+from saro.distributed.shard import is_part
+from saro.errors import SaroError
 
 # bitsandbytes keeps smaller tensors in fp32, and one fp32 scale for each block of the others.
 _LEAST_8_BIT, _BLOCK_8_BIT = 4096, 256
 
 
 def make_optimizer(parameters: Iterable[nn.Parameter], options: TrainConfig) -> torch.optim.Optimizer:
-    """Make an AdamW optimizer (Loshchilov & Hutter 2019) for fp32 parameters, with weight decay on matrices only."""
+    """Make an AdamW optimizer (Loshchilov & Hutter 2019) for fp32 parameters, with weight decay on matrices only.
+
+    Raises:
+        SaroError: it is one of bitsandbytes, and ranks share the parameters.
+    """
     parameters = list(parameters)
+    if options.optimizer != "adamw" and any(map(is_part, parameters)):
+        raise SaroError(cannot_shard(options.optimizer))
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": options.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},

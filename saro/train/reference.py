@@ -73,7 +73,7 @@ def load_other_references(
         )
     if source.adapter is not None and options.method == "full":
         options = replace(options, method="lora")
-    policy = load_policy(source, options, runtime.device, seed=0)
+    policy = load_policy(source, options, runtime.device, seed=0, mesh=runtime.mesh)
     check_packs(policy, next(iter(sets.values())))
     references = load_references(runtime, policy, source, sets, pack_tokens)
     del policy
@@ -100,6 +100,9 @@ def load_reference(
     keys = [sequence_key(sequence) for i in range(len(pairs)) for sequence in pairs.sequences(i)]
     missing = _find_missing(cache, keys)
     cached = np.setdiff1d(np.arange(len(pairs)), missing)
+    if runtime.mesh is not None:
+        # Ranks that share the weights must score the same pairs again.
+        cached = runtime.broadcast(cached)
     # The ranks share out what rank 0 misses: shares of different lists would leave out some pairs and repeat others.
     to_score, share = runtime.broadcast(missing), runtime.share
     if _any_rank_misses(runtime, missing):
@@ -108,12 +111,17 @@ def load_reference(
         _score_into_cache(cache, policy, pairs, to_score, keys, pack_tokens, share=share, shown=runtime.is_main)
         runtime.barrier()
         missing = _find_missing(cache, keys)
-        # Without a shared file system, a rank still misses what other ranks wrote. It then scores all of that itself.
+        # Without a shared file system, a rank still misses what other ranks wrote. It then scores all of that itself, or, if
+        # the ranks share the weights, all score what any of them misses: they must run the same number of packs.
         to_score, share = missing, ALL_WORK
+        if runtime.mesh is not None:
+            to_score = np.unique(runtime.gather(missing.tolist())).astype(missing.dtype)
     logps, offsets = cache.load(keys, pairs.scored_tokens.tolist())
     reference = PairLogps(logps, offsets)
     if len(cached):
         spots = np.random.default_rng().choice(cached, min(_SPOT_PAIRS, len(cached)), replace=False)
+        if runtime.mesh is not None:
+            spots = runtime.broadcast(spots)
         _check_spots(policy, pairs, reference, sorted(spots.tolist()), cache, pack_tokens)
     return reference
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -12,8 +12,17 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from saro.data.steps import Schedule
 from saro.distributed.runtime import Runtime
+from saro.distributed.shard import is_part, local
 from saro.model.policy import Policy
-from saro.train.checkpoint import find_intact_checkpoint, load_checkpoint, load_optimizer
+from saro.train.checkpoint import (
+    apply_checkpoint,
+    find_intact_checkpoint,
+    load_checkpoint,
+    load_optimizer,
+    load_parts,
+    read_checkpoint,
+)
+from saro.train.part_files import has_parts
 
 # Integers of as many bytes as an element, to add up the bits of any dtype.
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -36,6 +45,8 @@ def restore_newest(
     Raises:
         SaroError: all checkpoints are damaged, or the weights do not belong to this model.
     """
+    if runtime.mesh is not None:
+        return _restore_shared(runtime, root, trainable, optimizer, scheduler)
 
     def load() -> int:
         folder = find_intact_checkpoint(root, runtime.say)
@@ -53,6 +64,24 @@ def restore_newest(
     return step
 
 
+def _restore_shared(
+    runtime: Runtime,
+    root: Path,
+    trainable: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    scheduler: LRScheduler,
+) -> int:
+    """Restore as ``restore_newest`` does, if the ranks share the weights: they read a common folder."""
+    folder = runtime.on_main(lambda: find_intact_checkpoint(root, runtime.say))
+    if folder is None:
+        return 0
+    if runtime.on_main(lambda: has_parts(folder)):
+        return load_parts(folder, trainable, optimizer, scheduler, is_alone=False)
+    # The run began with whole weights on every rank.
+    stored = runtime.broadcast_tensors(read_checkpoint(folder) if runtime.is_main else None)
+    return apply_checkpoint(folder, stored, trainable, optimizer, scheduler)
+
+
 def check_same_start(runtime: Runtime, policy: Policy, schedule: Schedule, total_steps: int, start: int) -> None:
     """Compare what the ranks train, before the first step.
 
@@ -66,11 +95,15 @@ def check_same_start(runtime: Runtime, policy: Policy, schedule: Schedule, total
         return
     trainable = policy.trainable()
     frozen = {name: p for name, p in policy.named_parameters() if not p.requires_grad} | dict(policy.named_buffers())
+    for name, module in policy.named_modules():
+        # Scales and code books of a 4-bit weight.
+        state = getattr(module, "quant_state", None)
+        frozen |= {} if state is None else {f"{name}.{key}": x for key, x in state.as_dict(packed=True).items()}
     values = {
         "the schedule of records": _hash_schedule(schedule, total_steps),
         "the step it starts at": str(start),
-        "the weights of the base model": _hash_bits(frozen),
-        "the trainable weights": _hash_bits(trainable),
+        "the weights of the base model": _hash_bits(runtime, frozen),
+        "the trainable weights": _hash_bits(runtime, trainable),
     }
     runtime.compare(values, "give every rank the same model and options")
 
@@ -84,7 +117,7 @@ def check_same_weights(runtime: Runtime, step: int, trainable: Mapping[str, nn.P
     if runtime.processes == 1:
         return
     runtime.compare(
-        {f"the trainable weights after step {step}": _hash_bits(trainable)},
+        {f"the trainable weights after step {step}": _hash_bits(runtime, trainable)},
         "no checkpoint was written; give all ranks the same kind of device, check their memory for faults, "
         "and continue with --resume",
     )
@@ -100,20 +133,19 @@ def _hash_schedule(schedule: Schedule, total_steps: int) -> str:
 
 
 @torch.no_grad()
-def _hash_bits(tensors: Mapping[str, torch.Tensor]) -> str:
-    """Return a hash of named tensors: for each, the sum of its bit patterns, computed on its device."""
-    sums = []
-    for tensor in tensors.values():
-        sums += [_sum_bits(part) for part in (tensor, *_quantization(tensor))]
-    # One read of the device. Some parts are on the CPU although the model is not: what a 4-bit weight packs as bytes.
-    totals = torch.stack([part.to(sums[0].device) for part in sums]).tolist() if sums else []
+def _hash_bits(runtime: Runtime, tensors: Mapping[str, torch.Tensor]) -> str:
+    """Return a hash of named tensors: for each, the sum of its bit patterns, computed on its device.
+
+    Of a tensor that ranks share, it is the sum over their parts: equal unless machines hold different copies.
+    """
+    totals: list[int] = []
+    if tensors:
+        # Some are on the CPU although the model is not: what a 4-bit weight packs as bytes.
+        own = torch.stack([_sum_bits(local(tensor)).to(runtime.device) for tensor in tensors.values()])
+        are_parts = torch.tensor([is_part(tensor) for tensor in tensors.values()], device=own.device)
+        # One read of the device.
+        totals = runtime.sum_parts(own).where(are_parts, own).tolist()
     return hashlib.sha256(repr((list(tensors), totals)).encode()).hexdigest()
-
-
-def _quantization(tensor: torch.Tensor) -> Iterable[torch.Tensor]:
-    """Return the scales and code books of a 4-bit weight; nothing for another tensor."""
-    quant_state = getattr(tensor, "quant_state", None)
-    return () if quant_state is None else quant_state.as_dict(packed=True).values()
 
 
 def _sum_bits(tensor: torch.Tensor) -> torch.Tensor:

@@ -19,6 +19,7 @@ FSDP = {
     "fsdp_offload_params": False,
     "fsdp_sync_module_states": True,
 }
+OFFLOAD = {"fsdp_offload_params": True}
 MEGATRON = {"megatron_lm_tp_degree": 1, "megatron_lm_pp_degree": 1, "megatron_lm_gradient_clipping": 1.0}
 
 
@@ -41,12 +42,12 @@ def launch(file: Path, arguments: list[str], environment: dict[str, str]) -> sub
     ("distributed_type", "options", "named"),
     [
         ("FSDP", {"fsdp_config": {"fsdp_version": 1} | FSDP}, "accelerate is configured for FSDP, "),
-        ("FSDP", {"fsdp_config": {"fsdp_version": 2} | FSDP}, "accelerate is configured for FSDP2, "),
+        ("FSDP", {"fsdp_config": {"fsdp_version": 2} | FSDP | OFFLOAD}, "FSDP2 with fsdp_offload_params true, "),
         ("MEGATRON_LM", {"megatron_lm_config": MEGATRON}, "accelerate is configured for Megatron-LM, "),
         ("NO", {"dynamo_config": {"dynamo_backend": "INDUCTOR"}}, "(dynamo backend inductor)"),
         ("NO", {"mixed_precision": "fp16"}, "mixed precision fp16"),
     ],
-    ids=["FSDP", "FSDP2", "Megatron-LM", "dynamo", "fp16"],
+    ids=["FSDP", "FSDP2 with offloading", "Megatron-LM", "dynamo", "fp16"],
 )
 def test_a_configuration_that_a_run_would_ignore_is_refused_by_name(
     distributed_type, options, named, rw_arguments, tmp_path, environment
@@ -56,7 +57,7 @@ def test_a_configuration_that_a_run_would_ignore_is_refused_by_name(
     assert done.returncode != 0
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert named in line
-    assert "which is not supported; " in line or "only data parallelism (DDP) is supported; " in line
+    assert "which is not supported; " in line or "only data parallelism (DDP) and FSDP2 are supported; " in line
     assert not (tmp_path / "run").exists()
 
 
@@ -119,3 +120,13 @@ def test_data_parallelism_and_its_precisions_pass(variables):
 def test_a_switch_is_read_as_accelerate_reads_it():
     with pytest.raises(SaroError, match="DeepSpeed"):
         check_launcher({"ACCELERATE_USE_DEEPSPEED": "TRUE"})
+
+
+def test_a_configuration_for_fsdp2_shares_the_weights(rw_arguments, tmp_path, environment):
+    """Without any option of ours."""
+    options = {"fsdp_config": {"fsdp_version": 2} | FSDP, "num_machines": 1, "use_cpu": True}
+    file = config_file(tmp_path, "FSDP", **(options | {"num_processes": 2}))
+    done = launch(file, rw_arguments(train_max_steps=1), environment)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "checkpoints" / "step_000001" / "parts").is_dir()
+    assert (tmp_path / "run" / "final" / "adapter_model.safetensors").is_file()

@@ -33,6 +33,7 @@ from saro.data.dataset import ExampleSet, encode_files
 from saro.data.packs import Share
 from saro.data.steps import Schedule, Steps
 from saro.distributed.runtime import Runtime
+from saro.distributed.shard import DeviceMesh
 from saro.model.load import load_policy
 from saro.model.source import find_model
 from saro.train.engine import Outcome, fit
@@ -178,6 +179,7 @@ class Training:
         policy: torch.nn.Module | None = None,
         rank: int = 0,
         processes: int = 1,
+        mesh: DeviceMesh | None = None,
         **train: object,
     ) -> Training:
         """Set up training of a model's folder on a records file, LoRA by default. ``train``: options of TrainConfig."""
@@ -188,10 +190,10 @@ class Training:
         defaults = {"output": str(output), "records_per_step": 4, "lr": 1e-2, "save_every": 0, "epochs": 100}
         options = TrainConfig(**defaults | train)
         if policy is None:
-            policy = load_policy(source, model_options, torch.device("cpu"), options.seed)
+            policy = load_policy(source, model_options, torch.device("cpu"), options.seed, mesh)
         output.mkdir(parents=True, exist_ok=True)
         schedule = Schedule(data.kinds, options.records_per_step, options.seed)
-        steps = Steps(data, schedule, pack_tokens, Share(rank, processes))
+        steps = Steps(data, schedule, pack_tokens, Share(rank, processes, is_even=mesh is not None))
         return cls(policy, data, RWObjective(data.kinds), steps, options)
 
     def fit(self, runtime: Runtime, total_steps: int, **options: object) -> Outcome:

@@ -20,6 +20,7 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import saro.model.fused_lora
+from saro.config import TrainConfig
 from saro.data.dataset import ExampleSet
 from saro.data.packs import Pack, pack_trees
 from saro.data.steps import Step, Steps
@@ -30,6 +31,7 @@ from saro.train import engine
 from saro.train.checkpoint import find_intact_checkpoint, list_checkpoints
 from saro.train.engine import evaluate
 from saro.train.objective import RWObjective
+from saro.train.optim import make_optimizer
 from saro_kernels import LoraLinear, TokenStatistics
 
 METHODS = ("full", "lora", "qlora")
@@ -744,6 +746,24 @@ def test_a_parameter_that_does_not_change_shows_in_the_metric(training, runtime)
     run.fit(runtime, 1)
     probed = sum(min(p.numel(), 1024) for p in trainable.values())
     assert lines_of(run)[0]["changed_parameters"] == pytest.approx(1 - min(stuck.numel(), 1024) / probed, abs=1e-3)
+
+
+def test_an_optimizer_that_holds_other_tensors_than_the_models_is_noticed_in_the_first_step(
+    training, runtime, monkeypatch
+):
+    """As one that was made before the model was wrapped: it would train nothing, without an error."""
+
+    def of_copies(parameters: list[nn.Parameter], options: TrainConfig) -> torch.optim.Optimizer:
+        copies = [nn.Parameter(p.detach().clone()) for p in parameters]
+        for copy in copies:
+            copy.grad = torch.ones_like(copy)
+        return make_optimizer(copies, options)
+
+    monkeypatch.setattr(engine, "make_optimizer", of_copies)
+    run = training(log_every=10)
+    with pytest.raises(SaroError, match=r"^step 1: the optimizer changed no weight; raise --train.lr, or report it$"):
+        run.fit(runtime, 2)
+    assert not list_checkpoints(Path(run.options.output) / "checkpoints")
 
 
 # Log lines.
