@@ -238,7 +238,7 @@ class RunFolder:
 
         ``resumed`` in the manifest keeps the old value and the new one of each option, one entry for each such resume.
         """
-        changed = _changed_options(self.began["config"], manifest["config"])
+        changed = _changed_options(_recorded_options(self.began), manifest["config"])
         if not changed or not runtime.is_main:
             return
         now = {part: manifest[part] for part in ("start", "model", "reference", "data", "records", "config")}
@@ -352,7 +352,7 @@ def _look(
     day = _parse_date(template_date) if template_date else date.today()
     if existing is None or not flags.resume:
         return day, None
-    _check_same_options(folder, existing["config"], options)
+    _check_same_options(folder, _recorded_options(existing), options)
     return date.fromisoformat(existing["template_date"]), existing
 
 
@@ -384,6 +384,14 @@ def _check_same_options(folder: str, began: dict[str, Any], now: dict[str, Any])
                 f"{folder}: the run began with {option} {old}, not {new}; "
                 "resume with the same, or start over with --overwrite"
             )
+
+
+def _recorded_options(manifest: dict[str, Any]) -> dict[str, Any]:
+    """Return the options of a run. An older version recorded the dtype "auto"; here it is what that meant."""
+    config = manifest["config"]
+    if config.get("model", {}).get("dtype") != "auto":
+        return config
+    return config | {"model": config["model"] | {"dtype": trained_dtype(manifest)}}
 
 
 def _changed_options(began: dict[str, Any], now: dict[str, Any]) -> dict[str, list[Any]]:

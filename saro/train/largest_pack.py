@@ -106,6 +106,9 @@ def recompute_as_needed(
     most = max(fitting, default=0)
     recompute_layers(lm, layers - most)
     _forget_peak(runtime.device)
+    if not fitting:
+        runtime.say(f"all {layers} layers are recomputed, and even so the peak is above {limit / 2**30:.1f} GiB")
+        return
     line = ""
     if len(fitting) > 1:
         (before, lower), (after, highest) = list(fitting.items())[-2:]
@@ -148,17 +151,22 @@ def try_pack(
         raise SaroError(
             f"out of memory ({failure or 'on another rank'}): the largest pack of the run does not fit ({size}, in step "
             f"{largest.number + 1}: {', '.join(ids[:_NAMED])}{others}); lower --data.pack_tokens, now {steps.pack_tokens} "
-            f"and at least {steps.data.lengths.max()} for the longest record{_advise(policy)}"
+            f"and at least {steps.data.lengths.max()} for the longest record{_advise(policy, runtime.device)}"
         )
     runtime.say(f"the largest pack fits ({size}): peak memory {runtime.memory():.2f} GiB")
 
 
-def _advise(policy: Policy) -> str:
-    """Return the end of an error: what else than smaller packs saves memory. Empty if all of it is done."""
+def _advise(policy: Policy, device: torch.device) -> str:
+    """Return the end of an error: what else than smaller packs saves memory. Empty if nothing does, or all of it is done."""
     lm = policy.causal_lm
+    if not lm.supports_gradient_checkpointing or not recomputable_layers(lm):
+        return ""
     if count_recomputed(lm) < len(recomputable_layers(lm)):
         return ", or set --model.gradient_checkpointing true"
-    return "" if offloads_inputs(lm) else ", or set --model.activation_offloading true"
+    # On a CPU the host's memory is the one that ran out.
+    if offloads_inputs(lm) or _usable_bytes(device) is None:
+        return ""
+    return ", or set --model.activation_offloading true"
 
 
 def _usable_bytes(device: torch.device) -> int | None:

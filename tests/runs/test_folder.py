@@ -464,6 +464,22 @@ def test_a_run_of_an_older_version_that_recorded_no_choice_keeps_what_auto_meant
     (folder / "manifest.json").write_text(json.dumps(manifest))
     fast_bfloat16(dtype == "float32")
     assert decided(open_run(folder, resume=True), source)[0] == dtype
+    other = {"float32": "bfloat16", "bfloat16": "float32"}[dtype]
+    assert open_run(folder, RWConfig(model=ModelConfig(dtype=dtype)), resume=True).resumed
+    assert f"the run began with model.dtype {dtype}, not {other}" in refusal(
+        folder, RWConfig(model=ModelConfig(dtype=other)), resume=True
+    )
+
+
+def test_a_run_of_an_older_version_is_not_said_to_resume_with_another_dtype(folder, source, data_file):
+    begin(folder, source, data_file).lock.release(force=True)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["config"]["model"]["dtype"] = "auto"
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    run, runtime = open_run(folder, resume=True), OneProcess()
+    run.begin(runtime, manifest_of(run, source, [data_file]))
+    assert runtime.said == []
+    assert "resumed" not in json.loads((folder / "manifest.json").read_text())
 
 
 def test_a_run_that_did_not_know_an_option_began_with_its_default(folder, source, data_file):

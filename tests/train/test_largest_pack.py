@@ -233,12 +233,28 @@ def test_the_largest_pack_is_found_and_tried_on_a_cpu_too(training, runtime, cap
     ],
     ids=["none", "one layer", "all", "inputs on the host"],
 )
-def test_the_error_advises_what_is_not_done_yet(training, runtime, options, advice):
+def test_the_error_advises_what_is_not_done_yet(training, runtime, monkeypatch, options, advice):
+    monkeypatch.setattr(largest_pack, "_usable_bytes", lambda device: 10**9)
     run = training(model=options)
     next(iter(run.policy.trainable().values())).register_hook(out_of_memory)
     with pytest.raises(SaroError) as caught:
         try_it(runtime, run)
     assert str(caught.value).endswith(advice)
+
+
+def test_the_error_does_not_advise_a_cpu_to_keep_inputs_in_the_memory_that_ran_out(training, runtime):
+    run = training(model={"gradient_checkpointing": True})
+    next(iter(run.policy.trainable().values())).register_hook(out_of_memory)
+    with pytest.raises(SaroError, match=r"for the longest record$"):
+        try_it(runtime, run)
+
+
+def test_the_error_does_not_advise_recomputation_to_a_model_without_it(training, runtime, monkeypatch):
+    run = training()
+    monkeypatch.setattr(type(run.policy.causal_lm), "supports_gradient_checkpointing", False)
+    next(iter(run.policy.trainable().values())).register_hook(out_of_memory)
+    with pytest.raises(SaroError, match=r"for the longest record$"):
+        try_it(runtime, run)
 
 
 # As many recomputed layers as memory needs.
@@ -268,7 +284,7 @@ class Gpu:
 
 @pytest.mark.parametrize(
     ("usable", "memory", "recomputed"),
-    [(200, 200, 0), (134, 200, 0), (133, 200, 1), (122, 200, 2), (200, 115, 1), (105, 200, 2)],
+    [(200, 200, 0), (134, 200, 0), (133, 200, 1), (122, 200, 2), (200, 115, 1)],
 )
 def test_as_few_layers_are_recomputed_as_memory_needs(
     training, runtime, monkeypatch, capsys, usable, memory, recomputed
@@ -281,6 +297,19 @@ def test_as_few_layers_are_recomputed_as_memory_needs(
     assert count_recomputed(run.policy.causal_lm) == recomputed
     said = capsys.readouterr().err
     assert f"{recomputed} of 2 layers are recomputed, for a peak within " in said
+    assert "the largest pack fits (" in said
+
+
+def test_a_peak_above_the_limit_with_all_layers_recomputed_is_not_said_to_be_within_it(
+    training, runtime, monkeypatch, capsys
+):
+    run = training(model={"gradient_checkpointing": "auto"})
+    Gpu(monkeypatch, usable=105, memory=200).watch(run)
+    try_largest_pack(runtime, run.policy, run.objective, run.steps, 3, "adamw")
+    assert count_recomputed(run.policy.causal_lm) == 2
+    said = capsys.readouterr().err
+    assert "all 2 layers are recomputed, and even so the peak is above " in said
+    assert "within" not in said
     assert "the largest pack fits (" in said
 
 
