@@ -123,7 +123,7 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     """
     if name == "auto":
         name = "bfloat16" if device.type == "cuda" else "float32"
-    if name == "bfloat16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+    if not has_dtype(name, device):
         # A gradient scaler would not help: it prevents underflow in the backward, and these overflow in the forward.
         raise SaroError(
             f"{torch.cuda.get_device_name(device)} has no bfloat16, and in float16 the hidden states of some models that "
@@ -132,6 +132,11 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
             "with --model.method qlora the weights keep 4 bits"
         )
     return getattr(torch, name)
+
+
+def has_dtype(name: str, device: torch.device) -> bool:
+    """Return False for bfloat16 on a GPU that only emulates it."""
+    return name != "bfloat16" or device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def _load_base(

@@ -23,6 +23,7 @@ from saro.errors import SaroError
 from saro.files import atomic_write, file_hash
 from saro.manifest import package_versions, read_manifest, trained_dtype
 from saro.model.identity import is_same_model
+from saro.model.load import has_dtype
 from saro.model.source import ModelSource, template_hash
 from saro.model.training_dtype import decide_dtype
 from saro.program import RunFlags
@@ -166,7 +167,13 @@ class RunFolder:
             SaroError: the GPU has no bfloat16.
         """
         if self.began is not None:
-            return replace(options, dtype=trained_dtype(self.began))
+            dtype = trained_dtype(self.began)
+            if not has_dtype(dtype, runtime.device):
+                raise SaroError(
+                    f"{self.folder}: the run computes in {dtype}, which this GPU has not; resume it where there is {dtype}, "
+                    "or begin another run with --model.dtype float32"
+                )
+            return replace(options, dtype=dtype)
         # Rank 0 decides: another rank's measurement may give another answer.
         dtype = runtime.on_main(lambda: decide_dtype(options.dtype, source.config, runtime.device))
         if options.dtype == "auto" and dtype == "bfloat16" and runtime.device.type == "cpu":

@@ -453,6 +453,18 @@ def test_a_resumed_run_keeps_its_dtype_although_the_machine_would_choose_another
     assert json.loads((folder / "manifest.json").read_text()) == manifest
 
 
+def test_a_run_in_bfloat16_is_not_resumed_on_a_gpu_without_it(folder, source, data_file, fast_bfloat16, monkeypatch):
+    fast_bfloat16(True)
+    begin(folder, source, data_file)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    old_gpu = OneProcess()
+    old_gpu.device = torch.device("cuda")
+    with pytest.raises(
+        SaroError, match="the run computes in bfloat16, which this GPU has not; resume it where there is bfloat16"
+    ):
+        open_run(folder, resume=True).decide_dtype(old_gpu, source, ModelConfig())
+
+
 @pytest.mark.parametrize(("device", "dtype"), [("cpu", "float32"), ("cuda:0", "bfloat16")])
 def test_a_run_of_an_older_version_that_recorded_no_choice_keeps_what_auto_meant(
     folder, source, data_file, fast_bfloat16, device, dtype
