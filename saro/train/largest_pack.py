@@ -74,9 +74,9 @@ def try_largest_pack(
 def recompute_as_needed(
     runtime: Runtime, policy: Policy, objective: Objective, largest: LargestPack, optimizer: str
 ) -> None:
-    """Recompute as few layers as the largest pack needs, the same number on all ranks. On a CPU none is recomputed.
+    """Recompute as few layers as the largest pack needs, the same number on all ranks.
 
-    The pack is run with a few numbers of layers, as ``try_pack`` runs it. See ``find_most_kept``. Memory and peaks are those
+    On a CPU none is recomputed, and if ranks share the weights, all are. The pack is run with a few numbers of layers, as ``try_pack`` runs it. See ``find_most_kept``. Memory and peaks are those
     of the rank where they are worst, so that all ranks try the same numbers.
 
     Args:
@@ -84,6 +84,13 @@ def recompute_as_needed(
     """
     lm = policy.causal_lm
     layers = len(recomputable_layers(lm))
+    if runtime.mesh is not None:
+        # Ranks that share the weights wait for each other in every layer: out of memory on one would stop the others there.
+        runtime.say(
+            "--model.gradient_checkpointing auto recomputes all layers here: memory cannot be tried while ranks share the "
+            "weights; give a number of layers to recompute fewer"
+        )
+        return
     usable = _usable_bytes(runtime.device)
     if usable is None:
         recompute_layers(lm, 0)

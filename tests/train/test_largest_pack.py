@@ -7,6 +7,7 @@ import random
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -339,6 +340,20 @@ def test_on_a_cpu_no_layer_is_recomputed_and_one_line_says_why(training, runtime
     first, second = capsys.readouterr().err.splitlines()
     assert first.startswith("--model.gradient_checkpointing auto recomputes no layer here: it needs CUDA")
     assert second.startswith("the largest pack fits (")
+
+
+def test_ranks_that_share_the_weights_recompute_all_layers_and_one_line_says_why(
+    training, runtime, monkeypatch, capsys
+):
+    run = training(model={"gradient_checkpointing": "auto"})
+    gpu = Gpu(monkeypatch, usable=10**9)
+    gpu.watch(run)
+    capsys.readouterr()
+    sharing = replace(runtime, mesh=SimpleNamespace())  # packs are run on this rank alone, which never asks the mesh
+    try_largest_pack(sharing, run.policy, run.objective, run.steps, 3, "adamw")
+    assert count_recomputed(run.policy.causal_lm) == 2
+    assert len(gpu.peaks) == 1
+    assert capsys.readouterr().err.startswith("--model.gradient_checkpointing auto recomputes all layers here: ")
 
 
 def test_a_run_may_be_resumed_with_another_number_of_recomputed_layers(training, runtime, monkeypatch):
