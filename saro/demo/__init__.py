@@ -11,6 +11,8 @@ from saro.manifest import read_manifest
 _RW_FOLDERS = (TrainConfig().output, "output/demo-rw")
 # Suites of the demo: harmless prompts with their harmful sisters, and questions with one right answer.
 _SUITES = ("twins", "ability")
+# Names of the prompts for data construction that come with saro, and their files.
+_PROMPTS = {DEMO: "prompts", "twins": "twin_prompts"}
 
 
 def demo_file(name: str) -> str:
@@ -32,8 +34,8 @@ def suite_files(names: Sequence[str]) -> list[str]:
 
 
 def prompt_files(names: Sequence[str]) -> list[str]:
-    """Return the file names of prompts for data construction, with "demo" replaced by the path of the demo's prompts."""
-    return data_files(names, "prompts")
+    """Return the file names of prompts for data construction, with "demo" and "twins" replaced by the paths of ours."""
+    return [demo_file(_PROMPTS[name]) if name in _PROMPTS else name for name in names]
 
 
 def find_start(model: str, say: Callable[[str], None]) -> str:

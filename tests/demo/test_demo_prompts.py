@@ -60,6 +60,7 @@ def pairs() -> list[tuple[Prompt, Prompt]]:
 
 def test_demo_stands_for_its_prompts():
     assert prompt_files(["mine.jsonl", "demo"]) == ["mine.jsonl", demo_file("prompts")]
+    assert prompt_files(["twins"]) == [demo_file("twin_prompts")]
 
 
 def test_there_are_enough_of_each_kind_and_every_hazard_has_twins():
