@@ -438,10 +438,17 @@ def test_an_unfinished_run_is_refused(own_run):
     refused(run, "the run has not finished .no final/.; continue it with --resume")
 
 
-@pytest.mark.parametrize(("device", "dtype"), [("cpu", "float32"), ("cuda:0", "bfloat16")])
-def test_the_precision_is_that_of_the_training_on_any_device(own_run, device, dtype):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_precision_is_that_of_the_training_on_any_device(own_run, dtype):
     run = own_run()
-    change_manifest(run, lambda m: m["machine"].update(device=device))
+    change_manifest(run, lambda m: m["config"]["model"].update(dtype=dtype))
+    assert FinishedRun.open(str(run)).options.dtype == dtype
+
+
+@pytest.mark.parametrize(("device", "dtype"), [("cpu", "float32"), ("cuda:0", "bfloat16")])
+def test_a_run_that_recorded_no_precision_had_that_of_its_device(own_run, device, dtype):
+    run = own_run()
+    change_manifest(run, lambda m: (m["machine"].update(device=device), m["config"]["model"].update(dtype="auto")))
     assert FinishedRun.open(str(run)).options.dtype == dtype
 
 
