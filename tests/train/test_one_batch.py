@@ -37,7 +37,8 @@ def listed() -> list[str]:
 def visited_files() -> Iterator[list[str]]:
     """Record the files of saro whose functions run, from the call of ``Steps.__getitem__`` to that of ``_clip``.
 
-    A ``PackLog`` would see the sums of each pack after its backward; it is not part of the path.
+    A ``PackLog`` would see the sums of each pack after its backward; it is not part of the path. Neither are collectives, which
+    do nothing in one process.
     """
     files: list[str] = []
     recording = False
@@ -51,7 +52,7 @@ def visited_files() -> Iterator[list[str]]:
         elif frame.f_code is engine._clip.__code__:
             recording = False
         file = Path(frame.f_code.co_filename)
-        if recording and PACKAGE in file.parents:
+        if recording and PACKAGE in file.parents and PACKAGE / "distributed" not in file.parents:
             name = f"saro/{file.relative_to(PACKAGE).as_posix()}"
             if name not in files:
                 files.append(name)
