@@ -143,6 +143,12 @@ def follow_umask(folder: Path) -> None:
             file.chmod(mode)
 
 
+def read_hash(path: Path) -> str:
+    """Return the sha256 of a file as it is on the disk now; ``file_hash`` would trust its times."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def file_hash(path: Path) -> str:
     """Return the sha256 of a file, cached by path, inode, size and modification time: large weights are read once."""
     stat = path.stat()
@@ -153,8 +159,7 @@ def file_hash(path: Path) -> str:
     except (OSError, ValueError):
         hashes = {}
     if key not in hashes:
-        with open(path, "rb") as file:
-            hashes[key] = hashlib.file_digest(file, "sha256").hexdigest()
+        hashes[key] = read_hash(path)
         # Cache only what takes time to read. If two processes overwrite each other's entry, or the cache is read-only,
         # the file is read once more.
         if stat.st_size > 2**20:

@@ -6,7 +6,6 @@ because random numbers are seeded by (seed, step, rank).
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import zipfile
@@ -24,7 +23,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from saro.distributed.runtime import Runtime
 from saro.distributed.shard import part_like
 from saro.errors import SaroError
-from saro.files import atomic_folder, follow_umask
+from saro.files import atomic_folder, follow_umask, read_hash
 from saro.train.part_files import find_damaged_part, has_parts, read_parts, write_parts
 
 _WEIGHTS, _OPTIMIZER, _STATE = "trainable.safetensors", "optimizer.pt", "state.json"
@@ -104,7 +103,7 @@ def _find_damage(folder: Path, step: int) -> str | None:
         # Opening compares the file's size with its header.
         with safe_open(folder / _WEIGHTS, "pt"):
             pass
-        if "weights" in state and _content_hash(folder / _WEIGHTS) != state["weights"]:
+        if "weights" in state and read_hash(folder / _WEIGHTS) != state["weights"]:
             return f"{_WEIGHTS} is not what was written"
     except (OSError, SafetensorError):
         return f"{_WEIGHTS} cannot be read"
@@ -114,12 +113,6 @@ def _find_damage(folder: Path, step: int) -> str | None:
     except (OSError, zipfile.BadZipFile):
         is_whole = False
     return None if is_whole else f"{_OPTIMIZER} cannot be read"
-
-
-def _content_hash(file: Path) -> str:
-    """Return the sha256 of a file as it is on the disk now; ``saro.files.file_hash`` would trust its times."""
-    with open(file, "rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def save_checkpoint(
@@ -139,7 +132,7 @@ def save_checkpoint(
             save_file(weights, temp / _WEIGHTS)
             torch.save({"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}, temp / _OPTIMIZER)
             # The optimizer's file has check sums of its own.
-            state = {"step": step, "weights": _content_hash(temp / _WEIGHTS)}
+            state = {"step": step, "weights": read_hash(temp / _WEIGHTS)}
             (temp / _STATE).write_text(json.dumps(state) + "\n")
             follow_umask(temp)
     _remove_old(root, keep)

@@ -6,7 +6,6 @@ is that of the unbroken one, bit for bit.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from torch import nn
 from saro.distributed.runtime import Runtime
 from saro.distributed.states import read_shapes, read_tensors, write_tensors
 from saro.errors import SaroError
+from saro.files import read_hash
 
 _FOLDER = "parts"
 # Names of tensors are weight/NAME, and KEY/NAME for each tensor of the optimizer, such as exp_avg.
@@ -38,7 +38,7 @@ def write_parts(
     runtime.barrier()
     files = sorted(file for file in (folder / _FOLDER).iterdir())
     own = files[runtime.rank :: runtime.processes]
-    return dict(runtime.gather([(file.name, _content_hash(file)) for file in own]))
+    return dict(runtime.gather([(file.name, read_hash(file)) for file in own]))
 
 
 def find_damaged_part(folder: Path, hashes: Mapping[str, str]) -> str | None:
@@ -46,7 +46,7 @@ def find_damaged_part(folder: Path, hashes: Mapping[str, str]) -> str | None:
     for name, expected in hashes.items():
         file = folder / _FOLDER / name
         try:
-            if _content_hash(file) != expected:
+            if read_hash(file) != expected:
                 return f"{_FOLDER}/{name}"
         except OSError:
             return f"{_FOLDER}/{name}"
@@ -84,8 +84,3 @@ def read_parts(
     order = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
     by_index = {index: states[name] for index, name in enumerate(order)}
     optimizer.load_state_dict({"state": by_index, "param_groups": optimizer.state_dict()["param_groups"]})
-
-
-def _content_hash(file: Path) -> str:
-    with open(file, "rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
