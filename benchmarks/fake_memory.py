@@ -24,7 +24,7 @@ from unittest import mock
 
 import numpy as np
 import torch
-from gpu_tables import table
+from gpu_tables import publish, table
 from peft.tuners.tuners_utils import BaseTunerLayer
 from random_model import SHAPES
 from torch import nn
@@ -37,7 +37,6 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from saro.config import ModelConfig
 from saro.data.packs import Pack, lay_out
 from saro.data.tree import RowKind, ScoredSequence, build_tree
-from saro.errors import SaroError
 from saro.files import atomic_write
 from saro.model import policy as policy_module
 from saro.model import recompute
@@ -48,7 +47,7 @@ from saro.model.recompute import enable_recomputation, recompute_layers
 from saro_kernels import lora, tiled, token_logps
 
 ROOT = Path(__file__).resolve().parents[1]
-BEGIN, END = "<!-- memory predictions: begin -->", "<!-- memory predictions: end -->"
+MARKERS = ("<!-- memory predictions: begin -->", "<!-- memory predictions: end -->")
 MODELS = {"llama-8b": "Llama-3-8B", "qwen3-8b": "Qwen3-8B", "qwen2.5-7b": "Qwen2.5-7B"}
 TOKENS = (2048, 4096, 8192, 16384, 24576, 32768)
 TASKS = ("rw", "srpo")
@@ -448,14 +447,6 @@ def render(found: Found, results: Sequence[Path]) -> str:
     return "\n".join([*parts, parts_table(found, size), measured_table(found, results)])
 
 
-def insert(document: str, tables: str) -> str:
-    """Return the document with ``tables`` between its markers. Raises SaroError if it has no markers."""
-    if BEGIN not in document or END not in document:
-        raise SaroError(f"the document lacks the lines {BEGIN} and {END}; put them where the tables belong")
-    head, rest = document.split(BEGIN, 1)
-    return f"{head}{BEGIN}\n\n{tables}\n{END}{rest.split(END, 1)[1]}"
-
-
 def read_found(file: Path) -> Found:
     if not file.exists():
         return {}
@@ -489,12 +480,7 @@ def main() -> None:
                 found |= {(shape, task, way, size): p for size, p in zip(missing, predictions, strict=True)}
                 write_found(options.file, found)
     tables = render(found, sorted((ROOT / "benchmarks/results/gpu").glob("*/results.json")))
-    if options.into is None:
-        print(tables)
-        return
-    document = insert(options.into.read_text(), tables)
-    with atomic_write(options.into) as out:
-        out.write(document)
+    publish(tables, options.into, MARKERS)
 
 
 if __name__ == "__main__":

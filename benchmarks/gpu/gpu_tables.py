@@ -15,7 +15,7 @@ from pathlib import Path
 from saro.errors import SaroError
 from saro.files import atomic_write
 
-BEGIN, END = "<!-- GPU results: begin -->", "<!-- GPU results: end -->"
+MARKERS = ("<!-- GPU results: begin -->", "<!-- GPU results: end -->")
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -216,12 +216,23 @@ def summarize(found: dict) -> str:
     return "\n".join(parts)
 
 
-def insert(document: str, tables: str) -> str:
-    """Return the document with ``tables`` between its markers. Raises SaroError if it has no markers."""
-    if BEGIN not in document or END not in document:
-        raise SaroError(f"the document lacks the lines {BEGIN} and {END}; put them where the tables belong")
-    head, rest = document.split(BEGIN, 1)
-    return f"{head}{BEGIN}\n\n{tables}\n{END}{rest.split(END, 1)[1]}"
+def insert(document: str, tables: str, markers: tuple[str, str]) -> str:
+    """Return the document with ``tables`` between two markers. Raises SaroError if it lacks one of them."""
+    begin, end = markers
+    if begin not in document or end not in document:
+        raise SaroError(f"the document lacks the lines {begin} and {end}; put them where the tables belong")
+    head, rest = document.split(begin, 1)
+    return f"{head}{begin}\n\n{tables}\n{end}{rest.split(end, 1)[1]}"
+
+
+def publish(tables: str, into: Path | None, markers: tuple[str, str]) -> None:
+    """Put tables between the markers of a document; print them if there is none."""
+    if into is None:
+        print(tables)
+        return
+    document = insert(into.read_text(), tables, markers)
+    with atomic_write(into) as out:
+        out.write(document)
 
 
 def main() -> None:
@@ -229,13 +240,7 @@ def main() -> None:
     parser.add_argument("results", type=Path, help="results.json of a run of the suite.")
     parser.add_argument("--into", type=Path, help="Document whose tables are replaced.")
     options = parser.parse_args()
-    tables = summarize(json.loads(options.results.read_text()))
-    if options.into is None:
-        print(tables)
-        return
-    document = insert(options.into.read_text(), tables)
-    with atomic_write(options.into) as out:
-        out.write(document)
+    publish(summarize(json.loads(options.results.read_text())), options.into, MARKERS)
 
 
 if __name__ == "__main__":

@@ -14,15 +14,13 @@ import fake_memory
 import pytest
 import torch
 from fake_memory import (
-    BEGIN,
-    END,
     LABELS,
+    MARKERS,
     NF4_BYTES,
     PACKS,
     Meter,
     extend,
     fake_tensors,
-    insert,
     liger_stand_ins,
     make_policy,
     measure_step,
@@ -33,6 +31,7 @@ from fake_memory import (
     run_layers,
     tokens_at,
 )
+from gpu_tables import insert
 from run_files import ROOT
 from tiny import tiny_config
 from torch import nn
@@ -191,9 +190,10 @@ def test_the_tokens_at_a_limit_are_on_a_line_through_the_peaks(limit, tokens):
 
 
 def test_a_document_without_markers_is_refused():
-    assert insert(f"a\n{BEGIN}\nold\n{END}\nb", "new") == f"a\n{BEGIN}\n\nnew\n{END}\nb"
+    begin, end = MARKERS
+    assert insert(f"a\n{begin}\nold\n{end}\nb", "new", MARKERS) == f"a\n{begin}\n\nnew\n{end}\nb"
     with pytest.raises(SaroError, match="lacks the lines"):
-        insert("a", "new")
+        insert("a", "new", MARKERS)
 
 
 # What is committed.
@@ -216,7 +216,7 @@ def test_predictions_are_within_five_per_cent_of_what_an_h100_measured():
 
 def test_the_tables_of_the_document_are_those_of_the_predictions():
     document = (ROOT / "benchmarks/README.md").read_text()
-    assert insert(document, render(read_found(COMMITTED), MEASURED)) == document
+    assert insert(document, render(read_found(COMMITTED), MEASURED), MARKERS) == document
 
 
 def test_the_script_names_files_that_exist():

@@ -12,7 +12,7 @@ from pathlib import Path
 import gpu_suite
 import pytest
 from gpu_suite import Folders, Step, Suite, group_steps, list_steps
-from gpu_tables import BEGIN, END, insert, summarize
+from gpu_tables import MARKERS, insert, summarize
 from random_model import SHAPES, split_shards, write_model
 from run_files import ROOT
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -143,14 +143,15 @@ def test_committed_results_make_tables(file):
 
 
 def test_tables_replace_what_is_between_the_markers():
-    document = f"before\n{BEGIN}\nold\n{END}\nafter"
-    changed = insert(document, "new")
+    begin, end = MARKERS
+    document = f"before\n{begin}\nold\n{end}\nafter"
+    changed = insert(document, "new", MARKERS)
     assert "old" not in changed
     assert changed.startswith("before\n")
     assert changed.endswith("\nafter")
-    assert insert(changed, "new") == changed
+    assert insert(changed, "new", MARKERS) == changed
     with pytest.raises(SaroError, match="lacks the lines"):
-        insert("no markers", "new")
+        insert("no markers", "new", MARKERS)
 
 
 def test_an_unknown_step_is_refused_by_name(tmp_path):
