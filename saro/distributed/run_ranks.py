@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 from functools import partial
@@ -30,12 +32,20 @@ def run_ranks(main: Callable[[], int]) -> NoReturn:
         traceback.print_exc()
         code = 1
     if code in (None, 0):
-        sys.exit(0)
+        _finish()
     sys.stdout.flush()
     sys.stderr.flush()
     watch.outlive_others()
-    # A normal exit would wait for the process group's threads, which may wait for ranks that are gone.
-    os._exit(code)
+    # Not a normal exit. After a failure it would wait for the process group's threads, which may wait for ranks that are
+    # gone. After success such a thread may still be freeing the tensors of the last collective, or the watch its store: a
+    # thread that comes back from C++ while the interpreter ends aborts the process ("terminate called without ...").
+    os._exit(code or 0)
+
+
+def _finish() -> None:
+    """Do what a normal exit does before the interpreter ends: wait for threads, then call the functions of ``atexit``."""
+    threading._shutdown()
+    atexit._run_exitfuncs()
 
 
 def _run_watched(main: Callable[[], int], watch: Watch) -> int:

@@ -293,8 +293,35 @@ _ACCELERATE = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_process
 _ACCELERATE += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
 
 
-def launch(options: list[str], folder: Path, environment: dict[str, str]) -> subprocess.CompletedProcess:
-    (folder / "script.py").write_text(_SCRIPT)
+# A thread of a library, such as one of a process group, is never out of C++ for long.
+_BUSY_SCRIPT = """
+import atexit, threading, time
+from torch.distributed import TCPStore
+from saro.distributed.run_ranks import run_ranks
+from saro.distributed.runtime import Runtime
+
+def main():
+    runtime = Runtime.start()
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+    def work():
+        while True:
+            store.set("key", "value")
+
+    threading.Thread(target=work, daemon=True).start()
+    threading.Thread(target=lambda: time.sleep(0.5) or print(f"thread {runtime.rank}", flush=True)).start()
+    atexit.register(lambda: print(f"atexit {runtime.rank}", flush=True))
+    runtime.end()
+    return 0
+
+run_ranks(main)
+"""
+
+
+def launch(
+    options: list[str], folder: Path, environment: dict[str, str], script: str = _SCRIPT
+) -> subprocess.CompletedProcess:
+    (folder / "script.py").write_text(script)
     command = [sys.executable, *options, str(folder / "script.py")]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
 
@@ -308,3 +335,12 @@ def test_under_a_launcher_a_failure_is_one_line_and_no_traceback_of_a_rank(launc
     # The launcher's own, which names the rank that failed first.
     assert done.stderr.count("Traceback") == 1
     assert "script.py FAILED" in done.stderr
+
+
+def test_ranks_that_are_done_wait_for_their_threads_and_are_not_aborted_by_those_of_libraries(tmp_path, environment):
+    """The interpreter's own end aborts a process whose thread comes back from C++."""
+    done = launch(_TORCHRUN, tmp_path, environment, _BUSY_SCRIPT)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    for rank in (0, 1):
+        assert [line for line in lines if line.endswith(str(rank))] == [f"thread {rank}", f"atexit {rank}"]
