@@ -49,6 +49,12 @@ def read_rows(
     return read_objects(path)
 
 
+def is_table(path: str | os.PathLike) -> bool:
+    """Return True for the name of a Parquet file or of a hub data set."""
+    name = os.fsdecode(path)
+    return name.startswith(_HUB) or name.endswith(".parquet")
+
+
 def hash_rows(path: str) -> str:
     """Return the sha256 of a file; for a hub data set, of the columns that records are made from."""
     if not path.startswith(_HUB):

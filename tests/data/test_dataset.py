@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import IM_END, tiny_tokenizer
 
+from saro.checks.check_masks import check_masks
 from saro.config import KINDS, DataConfig
 from saro.data.chat_format import ChatFormat
 from saro.data.dataset import ExampleSet, encode_files
