@@ -11,8 +11,8 @@ from saro.errors import nearest
 ROLES = ("system", "user", "assistant")
 # Only records may have these roles: not every chat template writes them, and ``ChatFormat`` checks that the model's does.
 RECORD_ROLES = (*ROLES, "developer", "tool")
-# Names under which published data and chat templates have the reasoning of an assistant turn.
-REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
+# Names under which published data has the reasoning of an assistant turn. transformers gives them to templates as the first.
+_REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
 
 
 @dataclass(frozen=True)
@@ -37,17 +37,15 @@ class ReasoningMessage(Message):
     """An assistant turn whose reasoning is in a field of its own.
 
     Attributes:
-        reasoning: the reasoning, exactly as in the file.
-        field: one of ``REASONING_FIELDS``, its name in the file. In an earlier turn of a prompt, the chat template gets it
-            under this name, as at inference, and decides whether the model reads it.
+        reasoning: the reasoning, exactly as in the file. In an earlier turn of a prompt, the chat template gets it as at
+            inference, and decides whether the model reads it.
     """
 
     reasoning: str
-    field: str = REASONING_FIELDS[0]
 
     def template_fields(self) -> dict[str, str]:
         """Return the turn as chat templates take it."""
-        return {"role": self.role, "content": self.content, self.field: self.reasoning}
+        return {"role": self.role, "content": self.content, _REASONING_FIELDS[0]: self.reasoning}
 
 
 def parse_messages(value: Any, name: str, where: str, *, in_record: bool = False) -> list[Message]:
@@ -129,7 +127,7 @@ def _parse_record_message(value: Any, name: str, where: str) -> Message:
     given = {key: item for key, item in value.items() if key in ("role", "content") or item not in (None, [])}
     if "tool_calls" in given:
         fault(where, f"{name} has tool_calls", "write the call into content as the model writes it, or drop the record")
-    fields = [key for key in REASONING_FIELDS if key in given]
+    fields = [key for key in _REASONING_FIELDS if key in given]
     if len(fields) > 1:
         fault(where, f"{name} has {' and '.join(fields)}", "keep one of them")
     reasoning = [given.pop(field) for field in fields]
@@ -139,4 +137,4 @@ def _parse_record_message(value: Any, name: str, where: str) -> Message:
     if message.role != "assistant":
         fault(where, f"{name}: a {message.role} turn has {fields[0]}", "only the assistant reasons; remove it")
     text = parse_text(reasoning[0], f"{name}: {fields[0]}", where, "write it, or leave the field out")
-    return ReasoningMessage(message.role, message.content, text, fields[0])
+    return ReasoningMessage(message.role, message.content, text)

@@ -7,7 +7,6 @@ import json
 import os
 import re
 from collections.abc import Collection, Iterator, Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -98,7 +97,6 @@ def _read_hub(name: str, columns: Collection[str] | None) -> Iterator[tuple[int,
         yield number, f"{name}:{number}", row | others
 
 
-@lru_cache
 def _load_hub(name: str) -> Dataset:
     """Load a split of a hub data set, from the cache of ``datasets`` if it is there."""
     parts = _HUB_NAME.fullmatch(name)
