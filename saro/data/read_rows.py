@@ -41,22 +41,26 @@ def read_rows(
     Raises SaroError for a file that cannot be read or has no records, and if it needs a library that is not installed.
     """
     name = os.fsdecode(path)
-    if name.startswith(_HUB):
+    if is_hub(name):
         return _read_hub(name, columns)
     if name.endswith(".parquet"):
         return _read_parquet(name, columns)
     return read_objects(path)
 
 
+def is_hub(path: str | os.PathLike) -> bool:
+    """Return True for the name of a hub data set."""
+    return os.fsdecode(path).startswith(_HUB)
+
+
 def is_table(path: str | os.PathLike) -> bool:
     """Return True for the name of a Parquet file or of a hub data set."""
-    name = os.fsdecode(path)
-    return name.startswith(_HUB) or name.endswith(".parquet")
+    return is_hub(path) or os.fsdecode(path).endswith(".parquet")
 
 
 def hash_rows(path: str) -> str:
     """Return the sha256 of a file; for a hub data set, of the columns that records are made from."""
-    if not path.startswith(_HUB):
+    if not is_hub(path):
         return file_hash(Path(path))
     digest = hashlib.sha256()
     for _, _, record in _read_hub(path, READ_COLUMNS):

@@ -160,7 +160,8 @@ def read(name: str, path: Path) -> None:
         convert(name, path, target, overwrite=True)
         for example in read_example_files([target]):
             chat.encode(example)
-    elif "chosen" in FORMATS[name][0]:
+        return
+    if "chosen" in FORMATS[name][0]:
         for pair in read_pairs(path):
             chat.encode_pair(pair)
     if "chosen" not in FORMATS[name][0] or name == "ultrafeedback":
