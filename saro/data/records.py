@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -195,12 +195,7 @@ def split_turns(example: Example) -> Iterator[Example]:
 def holds_pairs(path: str | os.PathLike) -> bool:
     """Return True if a file's first record has the fields of a pair. Raises SaroError like ``read_pairs``."""
     _, _, first = next(read_rows(path, READ_COLUMNS))
-    return is_pair(first)
-
-
-def is_pair(record: Mapping[str, Any]) -> bool:
-    """Return True if a record has the fields of a pair."""
-    return any(record.get(name) is not None for name in _SIDES)
+    return any(first.get(name) is not None for name in _SIDES)
 
 
 def parse_pair(record: dict[str, Any], where: str, default_id: str) -> Pair:
