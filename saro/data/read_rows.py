@@ -114,14 +114,14 @@ def _load_hub(name: str) -> Dataset:
         return datasets.load_dataset(**parts.groupdict())
     except datasets.exceptions.DatasetNotFoundError:
         fault(name, "the hub has no such data set, or it is private", "check the name, or log in: hf auth login")
-    except (ConnectionError, OSError) as error:
-        fault(
-            name, f"cannot be loaded ({type(error).__name__})", "check the connection, or give a file on this machine"
-        )
     except ValueError as error:
         # An unknown configuration or split: the message lists those that there are.
         message = " ".join(str(error).split())
         fault(name, f"cannot be loaded: {message[:300]}", f"write {_HUB_FORM}")
+    except Exception as error:
+        # Whatever the network and the readers of its files raise. Their messages may hold the text of records.
+        wrong = f"cannot be loaded ({type(error).__name__})"
+        fault(name, wrong, "check the connection and the data set, or give a file on this machine")
 
 
 def _choose_columns(

@@ -61,9 +61,9 @@ def test_pairs_of_a_parquet_file_may_have_sides_that_do_not_say_whether_they_are
 
 
 def test_records_without_ids_are_named_by_file_and_row(tmp_path):
-    path = write_parquet(tmp_path / "d.parquet", [{"prompt": "Hi", "answer": str(i)} for i in range(3000)])
+    path = write_parquet(tmp_path / "d.parquet", [{"prompt": "Hi", "answer": str(i)} for i in range(1100)])
     examples = list(read_examples(path))
-    assert (examples[2999].id, examples[2999].response.answer) == ("d:3000", "2999")
+    assert (examples[1099].id, examples[1099].response.answer) == ("d:1100", "1099")
 
 
 @pytest.mark.parametrize(
@@ -172,6 +172,17 @@ def test_an_unknown_split_is_an_error_that_names_those_that_there_are(hub):
         list(read_examples("hf://org/name:test"))
 
 
+def test_a_hub_data_set_whose_files_are_broken_is_an_error(hub, tmp_path):
+    (tmp_path / "train.jsonl").write_text('{"prompt": "do not print me')
+    with pytest.raises(SaroError, match=r"^hf://org/name:train: cannot be loaded \(\w+\); check the connection and"):
+        list(read_examples("hf://org/name:train"))
+
+
+def test_a_hub_data_set_without_records_of_a_split_is_an_error(hub, tmp_path):
+    with pytest.raises(SaroError, match="hf://org/name:train\\[2:1\\]: the split has no records; name another one"):
+        list(read_examples("hf://org/name:train[2:1]"))
+
+
 def test_a_hub_data_set_cannot_be_loaded_without_a_connection(monkeypatch):
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -179,5 +190,6 @@ def test_a_hub_data_set_cannot_be_loaded_without_a_connection(monkeypatch):
     with pytest.raises(SaroError) as caught:
         list(read_examples("hf://org/no-such-name:train"))
     assert str(caught.value) == (
-        "hf://org/no-such-name:train: cannot be loaded (ConnectionError); check the connection, or give a file on this machine"
+        "hf://org/no-such-name:train: cannot be loaded (ConnectionError); check the connection and the data set, or give "
+        "a file on this machine"
     )
