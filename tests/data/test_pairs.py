@@ -249,3 +249,13 @@ def test_no_demo_prompt_is_used_twice_in_either_stage():
     names = ("srpo_train", "srpo_heldout", "rw_train", "rw_heldout")
     prompts = Counter(json.dumps(r["prompt"]) for name in names for r in _demo(name))
     assert prompts.most_common(1)[0][1] == 1
+
+
+SHARED = Path(__file__).parents[3] / "shared" / "data" / "coconot_pref.jsonl"
+
+
+@pytest.mark.skipif(not SHARED.is_file(), reason="the folder of public data sets is not here")
+def test_a_published_set_of_pairs_is_read_and_its_other_fields_are_named():
+    pairs = list(read_pairs(SHARED))
+    assert len(pairs) == 927
+    assert {pair.ignored for pair in pairs} == {("category", "chosen_model", "rejected_model", "subcategory")}
