@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -83,9 +84,21 @@ class ExampleSet:
         return ScoredSequence(tokens, prompt, kinds, record)
 
     def trees(self, records: Iterable[int], budget: int) -> list[SequenceTree]:
-        """Return the records as trees of at most ``budget`` tokens. Turns of one conversation share a tree."""
-        groups = range(len(self)) if self.conversations is None else self.conversations
-        return _grow_trees(records, groups, lambda record: (self.sequence(record),), budget)
+        """Return one tree for each of the records, in their order; turns of one conversation share trees.
+
+        Such a tree has at most ``budget`` tokens, and a turn only once: other copies of it are in trees of their own.
+        """
+        if self.conversations is None:
+            return [build_tree([self.sequence(record)]) for record in records]
+        copies: dict[int, list[int]] = {}
+        seen: Counter[int] = Counter()
+        for record in records:
+            copies.setdefault(seen[record], []).append(record)
+            seen[record] += 1
+        trees: list[SequenceTree] = []
+        for turns in copies.values():
+            trees += _grow_trees(turns, self.conversations, lambda turn: (self.sequence(turn),), budget)
+        return trees
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,7 +169,7 @@ class PairSet:
 
 def _grow_trees(
     records: Iterable[int],
-    groups: Sequence[int] | np.ndarray,
+    groups: np.ndarray,
     sequences: Callable[[int], tuple[ScoredSequence, ...]],
     budget: int,
 ) -> list[SequenceTree]:

@@ -104,6 +104,14 @@ def test_a_tree_of_turns_stays_within_the_budget(conversations):
     assert sorted(s.record for tree in trees for s in tree.sequences) == list(range(len(data)))
 
 
+def test_a_turn_that_a_step_draws_twice_is_in_two_trees(conversations):
+    """In one tree, two copies of an example would look like the sides of a pair."""
+    data = encode_files([conversations], CHATS["chatml"], ALL)
+    trees = data.trees([0, 1, 0, 2, 1], 1024)
+    assert [sorted(s.record for s in tree.sequences) for tree in trees] == [[0, 1, 2], [0, 1]]
+    assert lay_out(trees).margin_rows == lay_out(trees).rows == 2 * data.scored_tokens[:2].sum() + data.scored_tokens[2]
+
+
 said = st.text("ab <>\n", min_size=1, max_size=6).filter(str.strip)
 
 
