@@ -8,7 +8,6 @@ Without options it trains the demo model on the demo data. The file is meant to 
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import chain
 
 from rich.console import Console
 
@@ -18,7 +17,7 @@ from saro.config import DEMO, RWConfig
 from saro.data.dataset import encode_files
 from saro.data.lengths import LengthReport
 from saro.data.packs import pack_trees
-from saro.data.records import read_examples
+from saro.data.records import read_example_files
 from saro.data.steps import Schedule, Steps
 from saro.demo import data_files, find_demo
 from saro.distributed.run_ranks import run_ranks
@@ -66,8 +65,8 @@ def main() -> int:
     # Refuse to resume on other data or another model here, before the model is loaded.
     run.check_unchanged(runtime, manifest)
     check_same_inputs(runtime, manifest, sets)
-    heldout_records = [record for file in heldout_files for record in read_examples(file)]
-    records = {"train": chain.from_iterable(map(read_examples, train_files)), "heldout": heldout_records}
+    heldout_records = list(read_example_files(heldout_files, data_options.train_on))
+    records = {"train": read_example_files(train_files, data_options.train_on), "heldout": heldout_records}
     check_data(sets, records, chat, source.config.vocab_size, data_options.allow_overlap)
     if heldout is None:
         runtime.say("no records are held out, so nothing is measured before and after; name a file with --data.heldout")

@@ -9,7 +9,6 @@ be read from top to bottom.
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import chain
 
 from rich.console import Console
 
@@ -19,7 +18,7 @@ from saro.config import DEMO, START, SRPOConfig
 from saro.data.dataset import encode_pair_files
 from saro.data.lengths import LengthReport
 from saro.data.packs import PairLogps
-from saro.data.records import read_pairs
+from saro.data.records import read_pair_files
 from saro.data.steps import Schedule, Steps
 from saro.demo import data_files, find_demo, find_start
 from saro.distributed.run_ranks import run_ranks
@@ -78,8 +77,8 @@ def main() -> int:
     # Refuse to resume on other data or another model here, before the model is loaded.
     run.check_unchanged(runtime, manifest)
     check_same_inputs(runtime, manifest, sets)
-    heldout_records = [record for file in heldout_files for record in read_pairs(file)]
-    records = {"train": chain.from_iterable(map(read_pairs, train_files)), "heldout": heldout_records}
+    heldout_records = list(read_pair_files(heldout_files))
+    records = {"train": read_pair_files(train_files), "heldout": heldout_records}
     check_data(sets, records, chat, source.config.vocab_size, data_options.allow_overlap)
     if heldout is None:
         runtime.say("no records are held out, so nothing is measured before and after; name a file with --data.heldout")

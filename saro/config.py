@@ -157,9 +157,13 @@ class DataConfig:
     """The records and how they become tokens.
 
     Attributes:
-        train: JSONL file or files to train on; "demo" is the data that comes with the project.
-        heldout: JSONL file or files to evaluate on, never trained on; [] for none. The default is "demo" if train is
+        train: File or files to train on: JSONL, Parquet (*.parquet), or splits of hub data sets, such as
+            hf://ORG/NAME@REVISION/CONFIG:SPLIT; "demo" is the data that comes with the project.
+        heldout: File or files, as for train, to evaluate on, never trained on; [] for none. The default is "demo" if train is
             "demo", and none for files of your own.
+        train_on: For RW: last trains on the last assistant turn of a conversation, all on each of them, after the prompt that
+            the model reads before that turn. Each turn then counts as a record. The turns of a conversation share a
+            tree, in which what they have in common is computed once.
         allow_overlap: Allow held-out records whose prompts are also in the training records.
         pack_tokens: Maximum number of tokens in one forward pass; no sequence may be longer.
         too_long: error stops at a record of more than pack_tokens tokens, drop leaves it out; nothing is ever cut.
@@ -182,6 +186,7 @@ class DataConfig:
 
     train: list[str] | str = field(default_factory=lambda: [DEMO])
     heldout: list[str] | str | None = None
+    train_on: Literal["last", "all"] = "last"
     allow_overlap: bool = False
     pack_tokens: int = 2048
     too_long: Literal["error", "drop"] = "error"
@@ -368,6 +373,8 @@ class SRPOConfig:
         _check_kinds(self.data.weights, PAIR_KINDS)
         if self.data.row_weights:
             raise SaroError("data.row_weights is for RW; weigh kinds of pairs with --data.weights")
+        if self.data.train_on != "last":
+            raise SaroError("data.train_on is for RW; a pair differs only in its last turn")
         object.__setattr__(self, "data", _with_heldout(self.data))
 
 

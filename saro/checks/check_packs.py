@@ -161,12 +161,18 @@ def _choose_trees(data: ExampleSet | PairSet, window: int | None) -> list[Sequen
 
 
 def _group_tree(data: ExampleSet | PairSet) -> list[SequenceTree]:
-    """Return one tree of several pairs on a prompt, cut some tokens after their forks; nothing without such pairs."""
-    if isinstance(data, ExampleSet):
+    """Return one tree of several pairs on a prompt, or of several turns of a conversation; nothing without such ones.
+
+    It is cut some tokens after the forks.
+    """
+    groups = data.prompts if isinstance(data, PairSet) else data.conversations
+    if groups is None:
         return []
-    group = np.flatnonzero(data.prompts == np.bincount(data.prompts).argmax())[:_GROUP].tolist()
+    group = np.flatnonzero(groups == np.bincount(groups).argmax())[:_GROUP].tolist()
     if len(group) == 1:
         return []
+    if isinstance(data, ExampleSet):
+        return [build_tree(_cut([data.sequence(turn) for turn in group]))]
     return [build_tree([sequence for pair in group for sequence in _cut(data.sequences(pair))])]
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date, datetime, time
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -19,7 +19,8 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from saro.config import THINK_TAGS
-from saro.data.records import Example, Message, Pair, Response
+from saro.data.messages import ROLES, Message
+from saro.data.records import Example, Pair, Response
 from saro.data.response_tokens import ResponseTokenizer, StableTokens
 from saro.data.tree import RowKind, ScoredSequence, common_prefix
 from saro.errors import SaroError
@@ -104,8 +105,18 @@ class ChatFormat:
         return ResponseTokenizer(self.tokenizer)
 
     def render_prompt(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
-        """Render a conversation with the template. Raises SaroError if the template refuses it."""
-        return self._apply_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+        """Render a conversation with the template. Raises SaroError if the template refuses it or leaves a role out."""
+        rendered = self._apply_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+        for i, turn in enumerate(messages):
+            # Templates write system, user and assistant turns. Many silently leave out turns of a role they do not know.
+            if turn.role not in ROLES:
+                probed = [*messages[:i], replace(turn, content=_PROBE), *messages[i + 1 :]]
+                if _PROBE not in self._apply_template(probed, tokenize=False):
+                    raise SaroError(
+                        f"the model's chat template leaves {turn.role} turns out; drop the record, or give a template that "
+                        "writes them with --data.chat_template FILE"
+                    )
+        return rendered
 
     def inference_prompt_ids(self, messages: Sequence[Message]) -> list[int]:
         """Return a prompt's ids as transformers makes them for generation; ``check_masks`` compares ours with them."""
@@ -119,7 +130,7 @@ class ChatFormat:
         variables = {"date_string": self.template_date.strftime("%d %b %Y")} | dict(self.template_variables or {})
         try:
             return self.tokenizer.apply_chat_template(
-                [{"role": m.role, "content": m.content} for m in messages],
+                [m.template_fields() for m in messages],
                 chat_template=self._dated_template,
                 **options,
                 **variables,

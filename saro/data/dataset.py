@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -11,9 +12,16 @@ import numpy as np
 
 from saro.config import DataConfig
 from saro.data.chat_format import ChatFormat
-from saro.data.jsonl import shown
 from saro.data.packs import CHOSEN, REJECTED
-from saro.data.records import KINDS, PAIR_KINDS, Pair, Record, read_examples, read_pairs
+from saro.data.records import (
+    KINDS,
+    PAIR_KINDS,
+    Example,
+    Pair,
+    Record,
+    read_example_files,
+    read_pair_files,
+)
 from saro.data.tree import RowKind, ScoredSequence, SequenceTree, build_tree, common_prefix
 from saro.errors import SaroError
 from saro.program import progress_bar
@@ -35,6 +43,9 @@ class ExampleSet:
         dropped: ids of the records that were left out because they are too long.
         is_open: (n,) bool, True for sequences without a stop token, which are only the beginning of a response; None if
             no sequence is open. Only a side of pairs may hold some.
+        conversations: (n,) int32, a number for each example's conversation: the turns of one have the same number. None if
+            each example is a record of its own.
+        ignored: names of the records' fields that were ignored.
     """
 
     tokens: np.ndarray
@@ -46,6 +57,8 @@ class ExampleSet:
     where: tuple[str, ...] = ()
     dropped: tuple[str, ...] = ()
     is_open: np.ndarray | None = None
+    conversations: np.ndarray | None = None
+    ignored: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -71,12 +84,21 @@ class ExampleSet:
         return ScoredSequence(tokens, prompt, kinds, record)
 
     def trees(self, records: Iterable[int], budget: int) -> list[SequenceTree]:
-        """Return one tree for each of the records, in their order.
+        """Return one tree for each of the records, in their order; turns of one conversation share trees.
 
-        ``budget`` has no effect, because examples share nothing; it is here so that ``PairSet.trees`` has the same
-        arguments.
+        Such a tree has at most ``budget`` tokens, and a turn only once: other copies of it are in trees of their own.
         """
-        return [build_tree([self.sequence(record)]) for record in records]
+        if self.conversations is None:
+            return [build_tree([self.sequence(record)]) for record in records]
+        copies: dict[int, list[int]] = {}
+        seen: Counter[int] = Counter()
+        for record in records:
+            copies.setdefault(seen[record], []).append(record)
+            seen[record] += 1
+        trees: list[SequenceTree] = []
+        for turns in copies.values():
+            trees += _grow_trees(turns, self.conversations, lambda turn: (self.sequence(turn),), budget)
+        return trees
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,22 +156,7 @@ class PairSet:
 
         Pairs that do not fit into one tree are divided between two or more, each of which begins with the prompt.
         """
-        by_prompt: dict[int, list[int]] = {}
-        for record in records:
-            by_prompt.setdefault(int(self.prompts[record]), []).append(record)
-        trees: list[SequenceTree] = []
-        for group in by_prompt.values():
-            tree = build_tree(self.sequences(group[0]))
-            for record in group[1:]:
-                pair = self.sequences(record)
-                larger = build_tree([*tree.sequences, *pair])
-                if larger.tokens <= budget:
-                    tree = larger
-                else:
-                    trees.append(tree)
-                    tree = build_tree(pair)
-            trees.append(tree)
-        return trees
+        return _grow_trees(records, self.prompts, self.sequences, budget)
 
     def divergent(self) -> PairSet:
         """Return the same pairs, scored only from where the two sides diverge: the shared part cancels in the margin."""
@@ -160,6 +167,30 @@ class PairSet:
         )
 
 
+def _grow_trees(
+    records: Iterable[int],
+    groups: np.ndarray,
+    sequences: Callable[[int], tuple[ScoredSequence, ...]],
+    budget: int,
+) -> list[SequenceTree]:
+    """Return the sequences of records as trees of at most ``budget`` tokens. Records of one group share a tree if they fit."""
+    members: dict[int, list[int]] = {}
+    for record in records:
+        members.setdefault(int(groups[record]), []).append(record)
+    trees: list[SequenceTree] = []
+    for group in members.values():
+        tree = build_tree(sequences(group[0]))
+        for record in group[1:]:
+            larger = build_tree([*tree.sequences, *sequences(record)])
+            if larger.tokens <= budget:
+                tree = larger
+            else:
+                trees.append(tree)
+                tree = build_tree(sequences(record))
+        trees.append(tree)
+    return trees
+
+
 def _score_from(data: ExampleSet, starts: np.ndarray) -> ExampleSet:
     """Return the set with all tokens before ``starts``, (n,) positions, unscored."""
     think = np.maximum(data.prompt_tokens + data.think_tokens - starts, 0).astype(np.int32)
@@ -167,7 +198,7 @@ def _score_from(data: ExampleSet, starts: np.ndarray) -> ExampleSet:
 
 
 def encode_files(paths: Sequence[str], chat: ChatFormat, options: DataConfig, *, progress: bool = False) -> ExampleSet:
-    """Read and encode JSONL files of examples.
+    """Read and encode files of examples: with ``options.train_on`` "all", each assistant turn of a conversation is one.
 
     Nothing is ever cut. A sequence of more than ``options.pack_tokens`` tokens is an error, or is dropped if
     ``options.too_long`` says so.
@@ -178,16 +209,26 @@ def encode_files(paths: Sequence[str], chat: ChatFormat, options: DataConfig, *,
     Raises:
         SaroError: names file and line of the first record that is wrong.
     """
-    examples = (example for path in paths for example in read_examples(path))
+    conversation_of_id: dict[str, str | None] = {}
+
+    def encode(example: Example) -> tuple[ScoredSequence]:
+        conversation_of_id[example.id] = example.conversation
+        return (chat.encode(example),)
+
     # An example is a record with one sequence, a pair one with two.
-    (encoded,) = _encode(examples, lambda example: (chat.encode(example),), KINDS, options, progress)
-    return encoded
+    (encoded,) = _encode(read_example_files(paths, options.train_on), encode, KINDS, options, progress)
+    conversations = [conversation_of_id[id] for id in encoded.ids]
+    if not any(conversations):
+        return encoded
+    number_of: dict[str, int] = {}
+    names = [conversation or id for conversation, id in zip(conversations, encoded.ids, strict=True)]
+    return replace(encoded, conversations=np.array([number_of.setdefault(n, len(number_of)) for n in names], np.int32))
 
 
 def encode_pair_files(
     paths: Sequence[str], chat: ChatFormat, options: DataConfig, *, progress: bool = False
 ) -> PairSet:
-    """Read and encode JSONL files of pairs, as ``encode_files`` does examples.
+    """Read and encode files of pairs, as ``encode_files`` does examples.
 
     A pair is as long as its tree. If that is longer than a pack, both sides are dropped, never only one.
     """
@@ -197,8 +238,7 @@ def encode_pair_files(
         form_of_id[pair.id] = pair.form
         return chat.encode_pair(pair)
 
-    pairs = (pair for path in paths for pair in read_pairs(path))
-    chosen, rejected = _encode(pairs, encode, PAIR_KINDS, options, progress)
+    chosen, rejected = _encode(read_pair_files(paths), encode, PAIR_KINDS, options, progress)
     forms = tuple(form_of_id[id] for id in chosen.ids)
     number_of_prompt: dict[bytes, int] = {}
     prompts = np.empty(len(chosen), np.int32)
@@ -222,13 +262,9 @@ def _encode(
     ids: list[str] = []
     where: list[str] = []
     dropped: list[str] = []
-    seen: dict[str, str] = {}
+    ignored: set[str] = set()
     for record in progress_bar(records, "encoding", "records", shown=progress):
-        if record.id in seen:
-            raise SaroError(
-                f"{record.where}: id {shown(record.id)} is already used at {seen[record.id]}; give each record its own id"
-            )
-        seen[record.id] = record.where
+        ignored.update(record.ignored)
         sequences = encode(record)
         # With the last token of each sequence, which the model does not read.
         tokens = sum(len(node.tokens) for node in build_tree(sequences).nodes)
@@ -250,7 +286,8 @@ def _encode(
         raise SaroError(
             f"all {len(dropped)} records are longer than {options.pack_tokens} tokens; raise --data.pack_tokens"
         )
-    return [side.as_set(np.frombuffer(kinds, np.uint8), tuple(ids), tuple(where), tuple(dropped)) for side in sides]
+    sets = (side.as_set(np.frombuffer(kinds, np.uint8), tuple(ids), tuple(where), tuple(dropped)) for side in sides)
+    return [replace(encoded, ignored=tuple(sorted(ignored))) for encoded in sets]
 
 
 class _Columns:

@@ -103,9 +103,10 @@ def shown(name: str) -> str:
 
 
 def type_name(value: Any) -> str:
-    """Return the type of a JSON value, for error messages."""
+    """Return the type of a value of JSON, or of a column of a table, for error messages."""
     names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
-    return names.get(type(value), "a number")
+    names |= {int: "a number", float: "a number"}
+    return names.get(type(value), f"a value of the type {type(value).__name__}")
 
 
 def parse_text(

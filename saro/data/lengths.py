@@ -66,6 +66,7 @@ class LengthReport:
             "scored", which includes the reasoning. Pairs have "chosen" and "rejected" (each with the prompt), "prompt",
             "shared reasoning" (the beginning of both responses) and "pair, shared part once".
         dropped: ids of the records that were too long.
+        ignored: names of the records' fields that were ignored.
         duplicates: number of records that repeat an earlier one, token by token; both sides of a pair must.
         trained_prompts: number of records with the prompt of a training record; 0 for the training records themselves.
         open_sides: number of sides of pairs that have no end.
@@ -79,6 +80,7 @@ class LengthReport:
     trained_prompts: int
     open_sides: int
     sharing: Sharing | None
+    ignored: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, data: ExampleSet | PairSet, train: ExampleSet | PairSet | None = None) -> LengthReport:
@@ -112,6 +114,7 @@ class LengthReport:
             trained_prompts=0 if train is None or train is data else len(find_overlap(data, train)),
             open_sides=open_sides,
             sharing=sharing,
+            ignored=data.ignored if isinstance(data, ExampleSet) else data.chosen.ignored,
         )
 
     def as_dict(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Reads data sets as their authors publish them, JSON and CSV, and checks where their conversions are written."""
+"""Reads data sets as their authors publish them, and checks where their conversions are written."""
 
 import csv
 import io
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from saro.data.jsonl import decode, fault, open_data, parse_json, parse_text, read_objects, shown
+from saro.data.read_rows import is_table, read_rows
 from saro.errors import SaroError
 
 _BOM = "\ufeff"
@@ -26,8 +27,11 @@ def check_target(src: str | os.PathLike, dst: str | os.PathLike, overwrite: bool
 
 
 def read_records(src: str | os.PathLike) -> Iterator[tuple[int, str, dict[str, Any]]]:
-    """Yield (number from 1, place for error messages, object) for each object of a JSON array or a JSONL file."""
+    """Yield (number from 1, place for error messages, object) for each object of a JSON array, or a file of ``read_rows``."""
     name = os.fsdecode(src)
+    if is_table(src):
+        yield from read_rows(src)
+        return
     with open_data(src) as file:
         first = next((raw.strip() for raw in file if raw.strip()), b"").removeprefix(_BOM.encode())
     if not first.startswith(b"["):

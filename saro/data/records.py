@@ -1,42 +1,23 @@
-"""Reads JSONL files as typed records. Every error names file:line and what to do, and never shows the record's text."""
+"""Reads files as typed records. Every error names file:line and what to do, and never shows the record's text."""
 
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from saro.config import KINDS, PAIR_KINDS
-from saro.data.jsonl import fault, parse_id, parse_kind, parse_text, read_objects, shown, type_name
+from saro.data.columns import EXAMPLE_FORMATS, PAIR_FORMATS, READ_COLUMNS, check_columns, find_format
+from saro.data.jsonl import fault, parse_id, parse_kind, parse_text, shown, type_name
+from saro.data.messages import Message, ReasoningMessage, check_prompt, parse_messages, parse_prompt
+from saro.data.read_rows import read_rows
 from saro.errors import nearest
 
-ROLES = ("system", "user", "assistant")
-
-# Fields by format. A record has the fields of exactly one format, and any of the common ones.
-_COMMON_FIELDS = ("id", "kind", "meta")
-_PAIR_FIELDS = ("prompt", "chosen", "rejected")
+_SIDES = ("chosen", "rejected")
 _SIDE_FIELDS = ("reasoning", "answer", "open")
 # A form becomes part of the names of metrics, in which a slash separates the parts.
 _FORM = r"[a-z0-9][a-z0-9_-]{0,31}"
-_EXAMPLE_FORMATS = {
-    "native": ("prompt", "reasoning", "answer"),
-    "prompt-completion": ("prompt", "completion"),
-    "messages": ("messages",),
-}
-
-
-@dataclass(frozen=True)
-class Message:
-    """One turn of a conversation.
-
-    Attributes:
-        role: one of ``ROLES``.
-        content: the turn's text, exactly as in the file.
-    """
-
-    role: str
-    content: str
 
 
 @dataclass(frozen=True)
@@ -68,9 +49,11 @@ class Example:
     Attributes:
         id: unique in its file; default "file-stem:17", with the line number.
         kind: one of ``KINDS``.
-        prompt: turns, the last one the user's. In TRL's string format a str: raw text, without a chat template.
+        prompt: turns, the last one the user's or a tool's. In TRL's string format a str: raw text, without a chat template.
         response: the response to train on.
         where: "file.jsonl:17" for error messages: the file as the user named it, and the line.
+        ignored: names of the record's fields that no format knows.
+        conversation: ``where`` of the record that this is one of several turns of; None for a whole record.
     """
 
     id: str
@@ -78,6 +61,8 @@ class Example:
     prompt: tuple[Message, ...] | str
     response: Response
     where: str
+    ignored: tuple[str, ...] = ()
+    conversation: str | None = None
 
 
 @dataclass(frozen=True)
@@ -92,6 +77,7 @@ class Pair:
         where: "file.jsonl:17" for error messages: the file as the user named it, and the line.
         form: how the pair was made, such as "intervene", from ``meta.synth.form``; None if the record does not say.
             Metrics are also reported by form.
+        ignored: as in ``Example``.
     """
 
     id: str
@@ -101,26 +87,42 @@ class Pair:
     rejected: Response
     where: str
     form: str | None = None
+    ignored: tuple[str, ...] = ()
 
 
 Record = TypeVar("Record", Example, Pair)
 
 
 def read_examples(path: str | os.PathLike) -> Iterator[Example]:
-    """Yield the examples of a JSONL file in order, reading line by line; blank lines are skipped.
+    """Yield the examples of a file in order.
 
-    Formats: ours (``prompt``, ``reasoning``, ``answer``) and TRL's (``prompt`` and ``completion``, as strings or as
-    messages; ``messages``, whose last turn is the response). Each may have ``id``, ``kind`` and ``meta`` (ignored).
+    Files are those of ``read_rows``. Formats: ours (``prompt``, ``reasoning``, ``answer``) and TRL's (``prompt`` and
+    ``completion``, as strings or as messages; ``messages``, whose last turn is the response). Each may have ``id`` and
+    ``kind``. Other fields are ignored, if they cannot change what the record means.
 
     Raises SaroError during iteration: for a file that cannot be read or is empty, and for the first faulty record.
     """
     return _read_records(path, parse_example)
 
 
+def read_pairs(path: str | os.PathLike) -> Iterator[Pair]:
+    """Yield the pairs of a file in order.
+
+    Formats: ours (``chosen`` and ``rejected`` are objects with ``reasoning`` and ``answer``) and TRL's (both are
+    strings, used without a chat template, or both are lists of messages). Lists are one assistant message, after a
+    ``prompt``; or they are two whole conversations, which differ only in their last message. The prompt is never guessed
+    from the text that two responses have in common. A side in our format may be ``open``: the beginning of a response,
+    which may end inside its reasoning, without an answer.
+
+    Raises SaroError during iteration: for a file that cannot be read or is empty, and for the first faulty record.
+    """
+    return _read_records(path, parse_pair)
+
+
 def _read_records(path: str | os.PathLike, parse: Callable[[dict[str, Any], str, str], Record]) -> Iterator[Record]:
     stem = Path(os.fsdecode(path)).stem
     first_line: dict[str, int] = {}
-    for line, where, fields in read_objects(path):
+    for line, where, fields in read_rows(path, READ_COLUMNS):
         record = parse(fields, where, f"{stem}:{line}")
         if (first := first_line.setdefault(record.id, line)) != line:
             wrong = f"id {shown(record.id)} is already used on line {first}"
@@ -128,52 +130,144 @@ def _read_records(path: str | os.PathLike, parse: Callable[[dict[str, Any], str,
         yield record
 
 
-def read_pairs(path: str | os.PathLike) -> Iterator[Pair]:
-    """Yield the pairs of a JSONL file in order, reading line by line; blank lines are skipped.
+def read_example_files(
+    paths: Iterable[str | os.PathLike], train_on: Literal["last", "all"] = "last"
+) -> Iterator[Example]:
+    """Yield the examples of several files. An id that an earlier file has is replaced by the record's place.
 
-    Formats: ours (``chosen`` and ``rejected`` are objects with ``reasoning`` and ``answer``) and TRL's (both are
-    strings, used without a chat template, or both are a list of one assistant message). The prompt is always a field of
-    its own: it is never guessed from what the two responses have in common. A side in our format may be ``open``: the
-    beginning of a response, which may end inside its reasoning, without an answer.
+    Args:
+        train_on: "all" yields each assistant turn of a conversation as an example of its own; see ``split_turns``.
 
-    Raises SaroError during iteration: for a file that cannot be read or is empty, and for the first faulty record.
+    Raises SaroError as ``read_examples`` does, and for a file that is given twice.
     """
-    return _read_records(path, parse_pair)
+    records = (record for path in paths for record in read_examples(path))
+    if train_on == "all":
+        records = (turn for record in records for turn in split_turns(record))
+    return _with_own_ids(records)
+
+
+def read_pair_files(paths: Iterable[str | os.PathLike]) -> Iterator[Pair]:
+    """Yield the pairs of several files, as ``read_example_files`` does examples."""
+    return _with_own_ids(record for path in paths for record in read_pairs(path))
+
+
+def _with_own_ids(records: Iterable[Record]) -> Iterator[Record]:
+    ids: set[str] = set()
+    places: set[str] = set()
+    for record in records:
+        if record.where in places:
+            fault(record.where, "the file is given twice", "name it once")
+        id = record.where if record.id in ids else record.id
+        if id in ids:
+            fault(
+                record.where,
+                f"id {shown(record.id)} is already used, and the place is the id of another record",
+                "rename it",
+            )
+        places.add(record.where)
+        ids.add(id)
+        yield record if id == record.id else replace(record, id=id)
+
+
+def split_turns(example: Example) -> Iterator[Example]:
+    """Yield an example for each assistant turn of a conversation, each after the prompt that inference would give it.
+
+    So a template that drops the reasoning of earlier turns drops it from the prompts of later turns, and from no response.
+    The last one keeps the record's id.
+
+    Raises SaroError for an assistant turn that answers nothing.
+    """
+    prompt = example.prompt
+    turns = [] if isinstance(prompt, str) else [i for i, turn in enumerate(prompt) if turn.role == "assistant"]
+    if not turns:
+        yield example
+        return
+    example = replace(example, conversation=example.where)
+    for i in turns:
+        where = f"{example.where}, message {i + 1}"
+        before = check_prompt(prompt[:i], "the turns before it", where)
+        yield replace(
+            example, id=f"{example.id}:message-{i + 1}", prompt=before, response=_as_response(prompt[i]), where=where
+        )
+    yield example
 
 
 def holds_pairs(path: str | os.PathLike) -> bool:
     """Return True if a file's first record has the fields of a pair. Raises SaroError like ``read_pairs``."""
-    _, _, first = next(read_objects(path))
-    return "chosen" in first or "rejected" in first
+    _, _, first = next(read_rows(path, READ_COLUMNS))
+    return any(first.get(name) is not None for name in _SIDES)
 
 
 def parse_pair(record: dict[str, Any], where: str, default_id: str) -> Pair:
-    """Parse a JSON object as a pair, in any of the formats. Raises SaroError at ``where`` if it is faulty."""
+    """Parse a record as a pair, in any of the formats. Raises SaroError at ``where`` if it is faulty."""
+    ignored = check_columns(record, where)
+    if record.get("messages") is not None and record["messages"] == record.get("chosen"):
+        # UltraFeedback: messages repeats the chosen conversation, for stage 1.
+        record = {name: value for name, value in record.items() if name != "messages"}
     for name in ("completion", "messages", "answer", "reasoning"):
-        if name in record:
+        if record.get(name) is not None:
             fault(where, f"field {shown(name)} makes this an example, not a pair", "give examples to stage 1 (RW)")
-    _find_format(record, {"pair": _PAIR_FIELDS}, where)
-    sides = [record[name] for name in ("chosen", "rejected")]
-    if all(isinstance(side, dict) for side in sides):
-        prompt = parse_prompt(record["prompt"], "prompt", where)
-        chosen, rejected = (_parse_pair_side(record[name], name, where) for name in ("chosen", "rejected"))
-    else:
-        for name in ("chosen", "rejected"):
-            if not isinstance(record[name], str | list):
-                fault(where, f"{name} is {type_name(record[name])}", "give both sides in one form")
-        prompt, chosen = _parse_prompt_and_completion(record["prompt"], record["chosen"], where, "chosen")
-        _, rejected = _parse_prompt_and_completion(record["prompt"], record["rejected"], where, "rejected")
+    find_format(record, PAIR_FORMATS, where)
+    prompt, chosen, rejected = _parse_sides(record, where)
     if chosen == rejected:
         fault(where, "chosen equals rejected", "drop this pair")
     id, kind = parse_id(record, where, default_id), parse_kind(record, PAIR_KINDS, where)
-    return Pair(id, kind, prompt, chosen, rejected, where, _parse_form(record, where))
+    return Pair(id, kind, prompt, chosen, rejected, where, _parse_form(record, where), ignored)
+
+
+def _parse_sides(record: dict[str, Any], where: str) -> tuple[tuple[Message, ...] | str, Response, Response]:
+    """Return the prompt, the chosen and the rejected response of a pair."""
+    sides = [record[name] for name in _SIDES]
+    if all(isinstance(side, list) for side in sides):
+        chosen, rejected = (parse_messages(record[name], name, where, in_record=True) for name in _SIDES)
+        if len(chosen) > 1 or len(rejected) > 1:
+            return _parse_conversations(record.get("prompt"), chosen, rejected, where)
+    if "prompt" not in record:
+        fault(where, 'field "prompt" is missing', "add it; it is never guessed from the text of the two sides")
+    if all(isinstance(side, dict) for side in sides):
+        prompt = parse_prompt(record["prompt"], "prompt", where, in_record=True)
+        return prompt, *(_parse_pair_side(record[name], name, where) for name in _SIDES)
+    for name in _SIDES:
+        if not isinstance(record[name], str | list):
+            fault(where, f"{name} is {type_name(record[name])}", "give both sides in one form")
+    prompt, chosen = _parse_prompt_and_completion(record["prompt"], record["chosen"], where, "chosen")
+    other, rejected = _parse_prompt_and_completion(record["prompt"], record["rejected"], where, "rejected")
+    if prompt != other:
+        fault(where, "one side is a string and the other a list", "give both sides in one form")
+    return prompt, chosen, rejected
+
+
+def _parse_conversations(
+    prompt: Any, chosen: list[Message], rejected: list[Message], where: str
+) -> tuple[tuple[Message, ...], Response, Response]:
+    """Return prompt and responses of two whole conversations, which differ only in their last messages."""
+    *turns, good = chosen
+    if turns != rejected[:-1] or {good.role, rejected[-1].role} != {"assistant"}:
+        wrong = "chosen and rejected are not one conversation with two last assistant turns"
+        fault(where, wrong, "give both the same messages before the last one")
+    turns = check_prompt(turns, "chosen before the last turn", where)
+    _check_repeated_prompt(prompt, turns, where)
+    return turns, _as_response(good), _as_response(rejected[-1])
+
+
+def _check_repeated_prompt(prompt: Any, turns: tuple[Message, ...], where: str) -> None:
+    """Check a prompt that is given beside whole conversations: it is the turns before the response, or one of the user's."""
+    if prompt is None:
+        return
+    if isinstance(prompt, str):
+        is_same = any(turn.role == "user" and turn.content == prompt for turn in turns)
+    else:
+        is_same = parse_prompt(prompt, "prompt", where, in_record=True) == turns
+    if not is_same:
+        fault(where, "prompt is not that of the conversation beside it", "fix it, or remove it")
 
 
 def _parse_pair_side(value: dict[str, Any], name: str, where: str) -> Response:
     for key in value:
         if key not in _SIDE_FIELDS:
             fault(where, f"{name} has the field {shown(key)}", nearest(key, _SIDE_FIELDS))
-    is_open = value.get("open", False)
+    # A table has the field for all sides: it is null for those that do not say.
+    is_open = False if value.get("open") is None else value["open"]
     if not isinstance(is_open, bool):
         fault(where, f"{name}: open is {type_name(is_open)}", "give true or false, or leave the field out")
     if is_open and value.get("reasoning") is not None and value.get("answer", "") == "":
@@ -202,72 +296,55 @@ def _parse_form(record: dict[str, Any], where: str) -> str | None:
 
 
 def parse_example(record: dict[str, Any], where: str, default_id: str) -> Example:
-    """Parse a JSON object as an example, in any of the formats. Raises SaroError at ``where`` if it is faulty."""
-    for name in ("chosen", "rejected"):
-        if name in record:
+    """Parse a record as an example, in any of the formats. Raises SaroError at ``where`` if it is faulty."""
+    ignored = check_columns(record, where)
+    if record.get("messages") is not None and record["messages"] == record.get("chosen"):
+        # UltraFeedback: the same conversation is an example, and the chosen side of a pair.
+        record = {name: value for name, value in record.items() if name not in _SIDES}
+        ignored = (*ignored, *_SIDES)
+    for name in _SIDES:
+        if record.get(name) is not None:
             fault(where, f"field {shown(name)} makes this a preference pair", "give pairs to stage 2 (SRPO)")
-    if "open" in record:
-        fault(where, 'only a side of a pair may be "open"', "finish the response and leave the field out")
-    form = _find_format(record, _EXAMPLE_FORMATS, where)
+    form = find_format(record, EXAMPLE_FORMATS, where)
     if form == "native":
-        prompt = parse_prompt(record["prompt"], "prompt", where)
+        prompt = parse_prompt(record["prompt"], "prompt", where, in_record=True)
         response = _parse_response(record, where)
     elif form == "prompt-completion":
         prompt, response = _parse_prompt_and_completion(record["prompt"], record["completion"], where)
     else:
-        *turns, last = parse_messages(record["messages"], "messages", where)
+        *turns, last = parse_messages(record["messages"], "messages", where, in_record=True)
         if last.role != "assistant":
             fault(where, f"the last turn of messages is the {last.role}'s", "end with the assistant turn to learn")
-        prompt = _parse_conversation(turns, "messages before the last turn", where)
-        response = Response(None, last.content)
+        prompt = check_prompt(turns, "messages before the last turn", where)
+        _check_repeated_prompt(record.get("prompt"), prompt, where)
+        response = _as_response(last)
     id, kind = parse_id(record, where, default_id), parse_kind(record, KINDS, where)
-    return Example(id, kind, prompt, response, where)
-
-
-def _find_format(record: dict[str, Any], formats: dict[str, tuple[str, ...]], where: str) -> str:
-    """Return the one format whose fields the record has. Raises SaroError for unknown, mixed and missing fields."""
-    valid = dict.fromkeys([*(name for fields in formats.values() for name in fields), *_COMMON_FIELDS])
-    for name in record:
-        if name not in valid:
-            fault(where, f'unknown field {shown(name)} (data of your own goes under "meta")', nearest(name, valid))
-    given = [name for name in record if name not in _COMMON_FIELDS]
-    fitting = [form for form, fields in formats.items() if set(given) <= set(fields)]
-    if not fitting:
-        listed = "; ".join(f"{', '.join(fields)} ({form})" for form, fields in formats.items())
-        fault(where, f"fields of two formats: {', '.join(given)}", f"give those of one: {listed}")
-    # A record with only a prompt fits two formats: name the field that is missing in the first, which is ours.
-    for name in formats[fitting[0]]:
-        if name not in record and name != "reasoning":
-            fault(where, f"field {shown(name)} is missing", "add it")
-    return fitting[0]
-
-
-def parse_prompt(value: Any, name: str, where: str) -> tuple[Message, ...]:
-    """Parse a prompt for the chat template: a string is one user turn. Raises SaroError at ``where`` if it is faulty."""
-    if isinstance(value, str):
-        return (Message("user", parse_text(value, name, where)),)
-    if not isinstance(value, list):
-        fault(where, f"{name} is {type_name(value)}", "give a string or a list of messages")
-    return _parse_conversation(parse_messages(value, name, where), name, where)
+    return Example(id, kind, prompt, response, where, ignored)
 
 
 def _parse_prompt_and_completion(
     prompt: Any, completion: Any, where: str, name: str = "completion"
 ) -> tuple[tuple[Message, ...] | str, Response]:
-    """Parse TRL's prompt and response (field ``name``): both strings, without a chat template, or both messages."""
+    """Parse TRL's prompt and response (field ``name``). Two strings are used without a chat template.
+
+    If the response is a list of messages, the chat template is used, and a string prompt is the user's turn.
+    """
     if isinstance(prompt, str) and isinstance(completion, str):
         return parse_text(prompt, "prompt", where), Response(None, parse_text(completion, name, where))
     for field, value in (("prompt", prompt), (name, completion)):
         if not isinstance(value, str | list):
             fault(where, f"{field} is {type_name(value)}", "give a string or a list of messages")
-    if not isinstance(prompt, list) or not isinstance(completion, list):
+    if isinstance(completion, str):
         wrong = f"prompt is {type_name(prompt)} and {name} is {type_name(completion)}"
         fault(where, wrong, "give both as strings or both as lists of messages")
-    turns = parse_messages(completion, name, where)
+    turns = parse_messages(completion, name, where, in_record=True)
     if [turn.role for turn in turns] != ["assistant"]:
         fault(where, f"{name} is not one assistant turn", "put the turns before it into the prompt")
-    messages = parse_messages(prompt, "prompt", where)
-    return _parse_conversation(messages, "prompt", where), Response(None, turns[0].content)
+    return parse_prompt(prompt, "prompt", where, in_record=True), _as_response(turns[0])
+
+
+def _as_response(turn: Message) -> Response:
+    return Response(turn.reasoning if isinstance(turn, ReasoningMessage) else None, turn.content)
 
 
 def _parse_response(value: dict[str, Any], where: str, prefix: str = "") -> Response:
@@ -288,44 +365,3 @@ def _parse_reasoning(value: dict[str, Any], where: str, prefix: str) -> str | No
     elif reasoning is not None:
         fault(where, f"{prefix}reasoning is {type_name(reasoning)}", "give a string or a list of steps")
     return reasoning
-
-
-def parse_messages(value: Any, name: str, where: str) -> list[Message]:
-    """Parse a list of messages; their order is not checked. Raises SaroError at ``where`` if one is faulty."""
-    if not isinstance(value, list):
-        fault(where, f"{name} is {type_name(value)}", "give a list of messages")
-    if not value:
-        fault(where, f"{name} is an empty list", "add its messages")
-    return [_parse_message(item, f"{name}: message {i}", where) for i, item in enumerate(value, start=1)]
-
-
-def _parse_message(value: Any, name: str, where: str) -> Message:
-    if not isinstance(value, dict):
-        fault(where, f"{name} is {type_name(value)}", 'give an object {"role", "content"}')
-    for key in value:
-        if key not in ("role", "content"):
-            fault(where, f"{name} has the field {shown(key)}", "a message has only role and content; remove it")
-    for key in ("role", "content"):
-        if key not in value:
-            fault(where, f"{name} has no {key}", "add it")
-    role = value["role"]
-    if role not in ROLES:
-        wrong = f"the role {shown(role)}" if isinstance(role, str) else f"a role that is {type_name(role)}"
-        fault(where, f"{name} has {wrong}", nearest(role, ROLES))
-    # Allow an empty system turn: people use it to switch off the system prompt that some templates insert.
-    return Message(role, parse_text(value["content"], f"{name}: content", where, may_be_empty=role == "system"))
-
-
-def _parse_conversation(turns: list[Message], name: str, where: str) -> tuple[Message, ...]:
-    """Check the turns of a prompt and return them. Only the first may be a system turn; the last must be the user's."""
-    for i, turn in enumerate(turns[1:], start=2):
-        if turn.role == "system":
-            fault(where, f"{name}: message {i} is a system turn", "only the first may be one; move it there")
-    if not turns:
-        fault(where, f"{name}: there are none", "add the user turn to answer")
-    last = turns[-1].role
-    if last == "assistant":
-        fault(where, f"{name}: the last turn is the assistant's", "put it into the response or drop it")
-    if last != "user":
-        fault(where, f"{name}: the last turn is the {last}'s", "add the user turn to answer")
-    return tuple(turns)

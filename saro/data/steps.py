@@ -120,7 +120,9 @@ class Schedule:
         is_pairs = isinstance(data, PairSet)
         names = PAIR_KINDS if is_pairs else KINDS
         weights = {kind: data_options.weights.get(name, 1.0) for kind, name in enumerate(names)}
-        groups = data.prompts if is_pairs and data_options.group_by_prompt else None
+        groups = data.prompts if is_pairs else data.conversations
+        if is_pairs and not data_options.group_by_prompt:
+            groups = None
         return cls(data.kinds, train.records_per_step, train.seed, weights, groups)
 
     def num_steps(self, train: TrainConfig) -> int:

@@ -32,7 +32,7 @@ import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from saro.data.jsonl import decode, fault, open_data, shown, type_name
-from saro.data.records import ROLES, Message
+from saro.data.messages import ROLES, Message
 from saro.data.yaml_files import check_keys, read_yaml
 from saro.errors import SaroError, nearest
 from saro.evaluate.rules import RULES, RULES_HASH

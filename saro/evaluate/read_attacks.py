@@ -11,7 +11,8 @@ from typing import Any
 
 from saro.data.chat_format import Prefill
 from saro.data.jsonl import fault, parse_text, read_objects, shown, type_name
-from saro.data.records import Message, parse_messages, read_pairs
+from saro.data.messages import Message, parse_messages
+from saro.data.records import read_pairs
 from saro.data.yaml_files import read_yaml
 from saro.errors import nearest
 from saro.evaluate.attacks import NO_ATTACK, PLACEHOLDER, Attack

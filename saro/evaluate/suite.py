@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from saro.data.jsonl import fault, parse_text, read_objects, shown, type_name
-from saro.data.records import Message, parse_prompt
+from saro.data.messages import Message, parse_prompt
 from saro.errors import nearest
 
 EXPECTATIONS = ("refuse", "comply", "answer")

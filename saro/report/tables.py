@@ -56,6 +56,9 @@ def print_lengths(console: Console, title: str, report: Mapping[str, Any]) -> No
     if report["trained_prompts"]:
         line += f"; {report['trained_prompts']:,} with the prompt of a training record"
     console.print(line, markup=False, highlight=False, soft_wrap=True)
+    if report["ignored"]:
+        line = f"{title}: ignored fields: {', '.join(report['ignored'])}"
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     table = Table()
     table.add_column("tokens")
     for column in ("least", "median", "95 %", "most", "total"):

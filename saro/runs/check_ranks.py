@@ -44,7 +44,7 @@ def _without_place(identity: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def _hash_records(data: ExampleSet | PairSet) -> str:
-    """Return the sha256 of all that training reads of the records: token ids, masks, kinds, ids, prompts and forms."""
+    """Return the sha256 of all that training reads of the records: tokens, masks, kinds, ids, prompts or turns, and forms."""
     digest = hashlib.sha256()
     is_pairs = isinstance(data, PairSet)
     for side in (data.chosen, data.rejected) if is_pairs else (data,):
@@ -54,4 +54,6 @@ def _hash_records(data: ExampleSet | PairSet) -> str:
     if is_pairs:
         digest.update(np.ascontiguousarray(data.prompts))
         digest.update(json.dumps(data.forms).encode())
+    elif data.conversations is not None:
+        digest.update(data.conversations)
     return digest.hexdigest()

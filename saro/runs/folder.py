@@ -18,9 +18,10 @@ import saro
 from saro.config import DataConfig, ModelConfig, PreferenceConfig, TrainConfig, as_dict
 from saro.data.chat_format import ChatFormat
 from saro.data.lengths import LengthReport
+from saro.data.read_rows import hash_rows
 from saro.distributed.runtime import Runtime
 from saro.errors import SaroError
-from saro.files import atomic_write, file_hash
+from saro.files import atomic_write
 from saro.manifest import package_versions, read_manifest, trained_dtype
 from saro.model.identity import is_same_model
 from saro.model.load import has_dtype
@@ -336,7 +337,7 @@ class RunFolder:
             "start": source.adapter or source.path,
             "model": source.identity(),
             "reference": None if reference is None else reference.identity(),
-            "data": {name: file_hash(Path(name)) for name in files},
+            "data": {name: hash_rows(name) for name in files},
             "records": {name: report.as_dict() for name, report in reports.items()},
             "config": self.config | {"model": model_options, "data": data_options},
         }

@@ -13,6 +13,7 @@ from saro.data.records import parse_example, parse_pair
 from saro.errors import SaroError, nearest
 from saro.evaluate.public_lines import make_id
 from saro.files import atomic_write
+from saro.synth.chat_sets import convert_alpaca, convert_sharegpt
 from saro.synth.prompts import parse_prompt_fields
 
 Record = dict[str, Any]
@@ -36,7 +37,7 @@ def convert(
 ) -> Converted:
     """Write the records, or the prompts, of a public data set as native JSONL.
 
-    ``src`` is the data set as published: a JSON array or JSONL. ``dst`` appears complete or not at all.
+    ``src`` is the data set as published: a JSON array, JSONL, Parquet or a hub data set. ``dst`` appears complete or not at all.
     The formats (``source_format``) and their fields:
 
     - "star1" (UCSC-VLAA/STAR-1): ``question``, ``response`` = ``<think>…</think>`` and the answer. Kind safety.
@@ -50,6 +51,7 @@ def convert(
       ``<|Output|>`` markers, ``source``, which decides the kind. A text without markers is an answer without reasoning.
     - "coconot-pairs" (CoCoNot's preference set, allenai/noncompliance): ``id``, ``prompt``, ``chosen`` = help and ``rejected`` = a
       needless refusal. Pairs of kind op-cot without reasoning.
+    - "alpaca" and "sharegpt", the formats of many sets: see ``convert_alpaca`` and ``convert_sharegpt``. Kind general.
 
     Formats of prompts, which ``read_prompts`` reads; source and licence are written with each:
 
@@ -82,7 +84,8 @@ def convert(
                 fault(where, f"its id {shown(record['id'])} is already used by {other}", "keep one of the two")
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
         if not first:
-            fault(os.fsdecode(src), "none of its records has a chain of steps", "check how it was written")
+            wrong = f"all of its records are {LEFT_OUT.get(source_format, 'left out')}"
+            fault(os.fsdecode(src), wrong, "check how it was written")
     return Converted(len(first), tuple(left_out))
 
 
@@ -260,7 +263,16 @@ FORMATS: dict[str, Callable[[Record, int, str], Record | None]] = {
     "gsm8k-pairs": _convert_gsm8k_pair,
     "stair-sft": _convert_stair_sft,
     "coconot-pairs": _convert_coconot_pair,
+    "alpaca": convert_alpaca,
+    "sharegpt": convert_sharegpt,
     **PROMPT_FORMATS,
+}
+
+# The records that a format leaves out.
+LEFT_OUT = {
+    "gsm8k-pairs": "without a chain of steps",
+    "alpaca": "without an output",
+    "sharegpt": "without a first turn of the user's or a last one of the assistant's",
 }
 
 

@@ -14,12 +14,11 @@ from typing import Any
 
 from saro.config import THINK_TAGS
 from saro.data.chat_format import ChatFormat
-from saro.data.jsonl import read_objects
+from saro.data.read_rows import hash_rows, read_rows
 from saro.data.records import Message, Response, read_examples
 from saro.draws.request import Sampling
 from saro.evaluate.answers import Answer
 from saro.evaluate.matching import is_right
-from saro.files import file_hash
 from saro.program import as_list
 from saro.synth.author import Author, Task
 from saro.synth.bands import BANDS, band_distance
@@ -214,8 +213,8 @@ def _fill(prompts: Sequence[Prompt], author: Author, policy: Policy, options: Op
     for file in as_list(options.rw.fill):
         digest = None
         # Both read the same lines; the second one has what a record says of itself.
-        for example, (_, _, fields) in zip(read_examples(file), read_objects(file), strict=True):
-            digest = digest or file_hash(Path(file))
+        for example, (_, _, fields) in zip(read_examples(file), read_rows(file), strict=True):
+            digest = digest or hash_rows(file)
             prompt = by_text.get(_as_text(example.prompt))
             if prompt is None:
                 funnel.count("fill", "on no prompt that lacks a text")

@@ -23,7 +23,7 @@ import jinja2.meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from saro.data.jsonl import fault, shown
-from saro.data.records import ROLES, Message
+from saro.data.messages import ROLES, Message
 from saro.data.yaml_files import check_keys, read_yaml
 from saro.errors import SaroError, nearest
 

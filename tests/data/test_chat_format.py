@@ -718,3 +718,40 @@ def test_a_line_end_at_the_start_of_a_template_with_a_date_is_kept():
 def test_the_date_is_also_fixed_in_the_text_before_the_stop_token():
     template = CHATML.replace("'<|im_end|>\n'", "strftime_now('(%Y)') + '<|im_end|>\n'")
     assert re.search(r"So\.\(1999\)<\|im_end\|>$", texts(chat_of(template), ask())[1])
+
+
+# Roles and reasoning of a record's turns
+
+ONLY_KNOWN_ROLES = (
+    "{% for m in messages %}{% if m['role'] in ('system', 'user', 'assistant') %}"
+    "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+TOOL_TURNS = [("user", "2 + 2?"), ("assistant", "add"), ("tool", "4")]
+
+
+@pytest.mark.parametrize("turns", [TOOL_TURNS, [("developer", "Be brief."), ("user", "Hi")]], ids=["tool", "developer"])
+def test_turns_of_roles_that_the_template_writes_are_in_the_prompt(turns):
+    chat, example = chat_of(), ask(turns)
+    assert chat.prompt_ids(example.prompt) == chat.inference_prompt_ids(example.prompt)
+    assert all(f"<|im_start|>{role}\n{text}<|im_end|>" in texts(chat, example)[0] for role, text in turns)
+
+
+@pytest.mark.parametrize("turns", [TOOL_TURNS, [("developer", "Be brief."), ("user", "Hi")]], ids=["tool", "developer"])
+def test_turns_of_roles_that_the_template_leaves_out_are_refused(turns):
+    role = next(role for role, _ in turns if role in ("tool", "developer"))
+    assert refusal(chat_of(ONLY_KNOWN_ROLES), ask(turns)) == (
+        f"the model's chat template leaves {role} turns out; drop the record, or give a template that writes them with "
+        "--data.chat_template FILE"
+    )
+    assert refusal(chat_of(MISTRAL), ask(turns)).startswith("the model's chat template refuses this conversation: Only")
+
+
+@pytest.mark.parametrize("field", ["reasoning_content", "reasoning", "thinking"])
+def test_the_template_decides_whether_the_reasoning_of_an_earlier_turn_is_in_the_prompt(field):
+    shows = CHATML.replace("m['content'] +", "m.get('reasoning_content', '') + m['content'] +")
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?", field: "Hm."}]
+    record = {"messages": [*turns, {"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]}
+    example = parse_example(record, "data.jsonl:7", "a")
+    assert "Hm.Yes?" in texts(chat_of(shows), example)[0]
+    assert "Hm." not in texts(chat_of(CHATML), example)[0]

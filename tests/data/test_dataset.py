@@ -10,10 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import IM_END, tiny_tokenizer
 
+from saro.checks.check_masks import check_masks
 from saro.config import KINDS, DataConfig
 from saro.data.chat_format import ChatFormat
 from saro.data.dataset import ExampleSet, encode_files
-from saro.data.records import read_examples
+from saro.data.records import read_example_files, read_examples
 from saro.data.tree import RowKind
 from saro.errors import SaroError
 
@@ -192,27 +193,23 @@ def test_a_faulty_record_is_an_error_even_if_long_ones_are_dropped(records_file)
 # Ids
 
 
-def test_an_id_in_two_files_is_an_error_with_both_places(records_file):
+def test_a_record_whose_id_an_earlier_file_has_is_named_by_its_place(records_file):
     one, two = records_file([record("a"), record("b")], "one.jsonl"), records_file([record("b")], "two.jsonl")
-    assert refusal([one, two]) == f'{two}:1: id "b" is already used at {one}:2; give each record its own id'
+    data = encode_files([one, two], CHAT, DataConfig(pack_tokens=512))
+    assert data.ids == ("a", "b", f"{two}:1")
+    # Each record is found by its id.
+    check_masks(data, CHAT, read_example_files([one, two]), 1000)
 
 
 def test_the_same_file_twice_is_an_error(records_file):
     path = records_file([record("a")])
-    assert refusal([path, path]).startswith(f'{path}:1: id "a" is already used at {path}:1')
+    assert refusal([path, path]) == f"{path}:1: the file is given twice; name it once"
 
 
-def test_the_id_of_a_dropped_record_cannot_be_used_again(records_file):
-    one, two = records_file([record("a", "x" * 99)], "one.jsonl"), records_file([record("a")], "two.jsonl")
-    assert f"is already used at {one}:1" in refusal([one, two], pack_tokens=100, too_long="drop")
-
-
-def test_an_id_that_looks_like_text_is_not_printed(records_file):
-    one, two = (records_file([record(SECRET)], name) for name in ("one.jsonl", "two.jsonl"))
-    assert (
-        refusal([one, two])
-        == f"{two}:1: id (15 characters of text) is already used at {one}:1; give each record its own id"
-    )
+def test_an_id_that_is_the_place_of_another_record_is_an_error(records_file, tmp_path):
+    place = f"{tmp_path}/two.jsonl:1"
+    one, two = records_file([record("a"), record(place)], "one.jsonl"), records_file([record("a")], "two.jsonl")
+    assert refusal([one, two]).startswith(f'{place}: id "a" is already used, and the place is the id of another record')
 
 
 def test_records_without_ids_are_named_by_file_and_line(records_file):

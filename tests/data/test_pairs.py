@@ -14,7 +14,7 @@ from tiny import IM_END, tiny_tokenizer
 from saro.config import DataConfig
 from saro.data.chat_format import ChatFormat
 from saro.data.dataset import encode_pair_files
-from saro.data.records import Message, Response, read_pairs
+from saro.data.records import Message, Response, read_examples, read_pairs
 from saro.demo import demo_file
 from saro.errors import SaroError
 
@@ -73,9 +73,37 @@ def test_trls_conversational_preference_format_is_read(records_file):
         ({"kind": "pp-cott"}, 'kind is "pp-cott"; did you mean pp-cot?'),
         ({"messages": USER}, 'field "messages" makes this an example, not a pair; give examples to stage 1 (RW)'),
         (
-            {"prompt": USER, "chosen": USER + _turn("a"), "rejected": USER + _turn("b")},
-            "chosen is not one assistant turn; put the turns before it into the prompt",
+            {"prompt": "Ho", "chosen": USER + _turn("a"), "rejected": USER + _turn("b")},
+            "prompt is not that of the conversation beside it; fix it, or remove it",
         ),
+        (
+            {"prompt": USER + USER, "chosen": USER + _turn("a"), "rejected": USER + _turn("b")},
+            "prompt is not that of the conversation beside it; fix it, or remove it",
+        ),
+        (
+            {"chosen": USER + _turn("a"), "rejected": USER + _turn("b") + USER + _turn("c")},
+            "chosen and rejected are not one conversation with two last assistant turns; give both the same messages "
+            "before the last one",
+        ),
+        (
+            {"prompt": USER, "chosen": _turn("a"), "rejected": USER + _turn("b")},
+            "chosen and rejected are not one conversation with two last assistant turns; give both the same messages "
+            "before the last one",
+        ),
+        (
+            {"chosen": USER + _turn("a"), "rejected": USER + USER},
+            "chosen and rejected are not one conversation with two last assistant turns; give both the same messages "
+            "before the last one",
+        ),
+        (
+            {"chosen": "a", "rejected": _turn("b")},
+            "one side is a string and the other a list; give both sides in one form",
+        ),
+        (
+            {"label": True},
+            'field "label" makes this an unpaired preference; keep the good ones, and rename it if it means another thing',
+        ),
+        ({"open": True}, 'only a side of a pair may be "open"; finish the response and leave the field out'),
     ],
 )
 def test_a_faulty_pair_is_an_error_with_its_line_and_what_to_do(records_file, change, message):
@@ -122,8 +150,52 @@ def test_a_set_keeps_the_form_of_each_pair_that_is_not_dropped(records_file):
 
 def test_a_pair_without_a_prompt_is_refused_and_the_prompt_is_not_guessed(records_file):
     """huggingface/trl#6472: the prompt was guessed from the text that both answers begin with."""
-    file = records_file([{"chosen": USER + _turn("a"), "rejected": USER + _turn("b")}])
-    assert 'field "prompt" is missing' in _refusal(file)
+    for sides in (("Yes, a", "Yes, b"), (_turn("Yes, a"), _turn("Yes, b")), ({"answer": "a"}, {"answer": "b"})):
+        file = records_file([dict(zip(("chosen", "rejected"), sides, strict=True))])
+        assert _refusal(file) == (
+            f'{file}:1: field "prompt" is missing; add it; it is never guessed from the text of the two sides'
+        )
+
+
+TALK = [{"role": "system", "content": "Be brief."}, *USER, *_turn("Yes?"), {"role": "user", "content": "Why?"}]
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [{}, {"prompt": TALK}, {"prompt": "Why?"}, {"prompt": "Hi", "score_chosen": 8.5, "prompt_id": "x", "source": None}],
+)
+def test_the_prompt_of_two_whole_conversations_is_the_messages_before_the_last(records_file, beside):
+    """As in UltraFeedback, whose prompt repeats the user's turn."""
+    sides = {"chosen": TALK + _turn("Yes, a"), "rejected": TALK + _turn("Yes, b")}
+    pair = _only(read_pairs(records_file([sides | beside])))
+    assert [(turn.role, turn.content) for turn in pair.prompt] == [(turn["role"], turn["content"]) for turn in TALK]
+    assert (pair.chosen, pair.rejected) == (Response(None, "Yes, a"), Response(None, "Yes, b"))
+
+
+def test_a_text_prompt_before_message_sides_is_the_users_turn(records_file):
+    pair = _only(read_pairs(records_file([{"prompt": "Hi", "chosen": _turn("yes"), "rejected": _turn("no")}])))
+    assert (pair.prompt, pair.chosen.answer) == ((Message("user", "Hi"),), "yes")
+
+
+def test_a_record_of_ultrafeedback_is_a_pair_and_its_messages_are_an_example(records_file):
+    chosen = USER + _turn("yes")
+    file = records_file([{"prompt": "Hi", "messages": chosen, "chosen": chosen, "rejected": USER + _turn("no")}])
+    pair, example = _only(read_pairs(file)), _only(read_examples(file))
+    assert (pair.prompt, pair.chosen) == (example.prompt, example.response)
+    assert example.ignored == ("chosen", "rejected")
+
+
+def test_messages_beside_a_pair_that_are_not_the_chosen_conversation_are_refused(records_file):
+    file = records_file([{"messages": USER + _turn("x"), "chosen": USER + _turn("a"), "rejected": USER + _turn("b")}])
+    assert 'field "messages" makes this an example' in _refusal(file)
+    with pytest.raises(SaroError, match='field "chosen" makes this a preference pair'):
+        list(read_examples(file))
+
+
+def test_the_reasoning_of_the_last_messages_is_the_reasoning_of_the_sides(records_file):
+    sides = {name: [{**_turn(name)[0], "reasoning_content": f"to {name}"}] for name in ("chosen", "rejected")}
+    pair = _only(read_pairs(records_file([{"prompt": USER} | sides])))
+    assert (pair.chosen, pair.rejected) == (Response("to chosen", "chosen"), Response("to rejected", "rejected"))
 
 
 def test_both_sides_are_encoded_on_the_same_prompt(records_file):
@@ -177,3 +249,13 @@ def test_no_demo_prompt_is_used_twice_in_either_stage():
     names = ("srpo_train", "srpo_heldout", "rw_train", "rw_heldout")
     prompts = Counter(json.dumps(r["prompt"]) for name in names for r in _demo(name))
     assert prompts.most_common(1)[0][1] == 1
+
+
+SHARED = Path(__file__).parents[3] / "shared" / "data" / "coconot_pref.jsonl"
+
+
+@pytest.mark.skipif(not SHARED.is_file(), reason="the folder of public data sets is not here")
+def test_a_published_set_of_pairs_is_read_and_its_other_fields_are_named():
+    pairs = list(read_pairs(SHARED))
+    assert len(pairs) == 927
+    assert {pair.ignored for pair in pairs} == {("category", "chosen_model", "rejected_model", "subcategory")}

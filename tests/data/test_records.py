@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from saro.data.messages import ReasoningMessage
 from saro.data.records import Example, Message, Response, read_examples
 from saro.errors import SaroError
 
@@ -112,6 +113,60 @@ def test_a_whole_number_id_becomes_text(tmp_path):
 def test_the_default_kind_is_general_and_the_default_id_names_the_line(tmp_path):
     first, second = read_examples(write(tmp_path / "my.data.jsonl", NATIVE, "", "  ", NATIVE))
     assert (first.kind, first.id, second.id) == ("general", "my.data:1", "my.data:4")
+
+
+def test_fields_that_no_format_knows_are_ignored_and_named(tmp_path):
+    example = only(tmp_path, {**NATIVE, "source": SECRET, "idx": 3, SECRET: 1, "label": None, "tools": []})
+    assert example.ignored == ("(15 characters of text)", "idx", "source")
+    assert example.response == Response("Because.", "So.")
+
+
+def test_fields_of_other_formats_that_are_null_are_absent(tmp_path):
+    """A table has the columns of all of its records."""
+    record = {**NATIVE, "completion": None, "messages": None, "chosen": None}
+    assert only(tmp_path, record) == only(tmp_path, NATIVE)
+
+
+@pytest.mark.parametrize("prompt", ["Hi", "Why?"])
+def test_a_prompt_beside_messages_repeats_one_of_the_users_turns(tmp_path, prompt):
+    """As in UltraChat and No Robots."""
+    messages = chat(("user", "Hi"), ("assistant", "Hello"), ("user", "Why?"), ("assistant", "So."))
+    alone = only(tmp_path, {"messages": messages})
+    assert only(tmp_path, {"messages": messages, "prompt": prompt}) == alone
+    assert only(tmp_path, {"messages": messages, "prompt": messages[:3]}) == alone
+
+
+def test_a_text_prompt_before_a_message_is_the_users_turn(tmp_path):
+    example = only(tmp_path, {"prompt": "Why?", "completion": chat(("assistant", "So."))})
+    assert (example.prompt, example.response) == ((Message("user", "Why?"),), Response(None, "So."))
+
+
+@pytest.mark.parametrize("field", ["reasoning_content", "reasoning", "thinking"])
+def test_the_reasoning_of_the_last_message_is_the_reasoning_of_the_response(tmp_path, field):
+    turn = {"role": "assistant", "content": "So.", field: "Because."}
+    for record in ({"messages": [*chat(("user", "Why?")), turn]}, {"prompt": "Why?", "completion": [turn]}):
+        assert only(tmp_path, record).response == Response("Because.", "So.")
+
+
+def test_the_reasoning_of_an_earlier_message_stays_in_the_prompt(tmp_path):
+    turns = [
+        *chat(("user", "Hi")),
+        {"role": "assistant", "content": "Hello", "thinking": "Hm."},
+        *chat(("user", "Why?")),
+    ]
+    prompt = only(tmp_path, {"messages": [*turns, *chat(("assistant", "So."))]}).prompt
+    assert prompt == (Message("user", "Hi"), ReasoningMessage("assistant", "Hello", "Hm."), Message("user", "Why?"))
+
+
+def test_fields_of_messages_that_are_null_or_empty_are_absent(tmp_path):
+    turn = {"role": "assistant", "content": "So.", "reasoning_content": None, "tool_calls": [], "name": None}
+    assert only(tmp_path, {"prompt": "Why?", "completion": [turn]}).response == Response(None, "So.")
+
+
+def test_developer_and_tool_turns_are_read(tmp_path):
+    turns = [("system", "Be brief."), ("developer", "Use tools."), ("user", "2 + 2?"), ("assistant", "add 2 2")]
+    turns += [("tool", "4"), ("tool", "four")]
+    assert only(tmp_path, {**NATIVE, "prompt": chat(*turns)}).prompt == tuple(Message(*turn) for turn in turns)
 
 
 # Bytes and lines
@@ -247,13 +302,32 @@ def test_a_line_that_is_not_a_json_object_is_an_error(tmp_path, line, expected):
             {**NATIVE, "anwser": SECRET},
             'unknown field "anwser" (data of your own goes under "meta"); did you mean answer?',
         ),
-        ({**NATIVE, "zzz": SECRET}, "; valid are prompt, reasoning, answer, completion, messages, id, kind, meta"),
-        ({**NATIVE, SECRET: 1}, "unknown field (15 characters of text)"),
+        ({**NATIVE, "Prompt": SECRET}, "did you mean prompt?"),
+        ({**NATIVE, "reasonning": SECRET}, "did you mean reasoning?"),
+        ({**NATIVE, "metta": SECRET, "completions": 1}, "did you mean completion?"),
+        ({**NATIVE, "open": False}, 'only a side of a pair may be "open"'),
+        ({**NATIVE, "tools": [{}]}, 'field "tools" would change the prompt'),
+        ({**NATIVE, "chat_template_kwargs": {"x": 1}}, 'field "chat_template_kwargs" would change the prompt'),
+        ({**NATIVE, "images": [SECRET]}, 'field "images" is not text'),
+        ({**NATIVE, "thinking": SECRET}, 'field "thinking" stands beside the messages'),
+        (
+            {"prompt": "Why?", "completion": "So.", "label": False},
+            'field "label" makes this an unpaired preference; keep the good ones',
+        ),
+        (
+            {"conversations": [{"from": "human", "value": SECRET}]},
+            'field "conversations" is that of another format; convert it: saro convert sharegpt',
+        ),
+        ({"instruction": "Why?", "output": "So."}, "convert it: saro convert alpaca"),
         (
             {**NATIVE, "completion": "So."},
             "fields of two formats: prompt, reasoning, answer, completion; give those of one",
         ),
-        ({"messages": chat(("user", "Why?"), ("assistant", "So.")), "prompt": "Why?"}, "fields of two formats"),
+        (
+            {"messages": chat(("user", "Why?"), ("assistant", "So.")), "prompt": "Who?"},
+            "prompt is not that of the conversation beside it; fix it, or remove it",
+        ),
+        ({"messages": chat(("user", "Why?"), ("assistant", "So.")), "completion": "So."}, "fields of two formats"),
         ({"prompt": "Why?", "chosen": NATIVE}, 'field "chosen" makes this a preference pair'),
     ],
 )
@@ -306,6 +380,28 @@ def test_a_faulty_value_is_named(tmp_path, change, expected):
         (chat(("user", "a"), ("system", "b"), ("user", "c")), "message 2 is a system turn; only the first may be one"),
         (chat(("user", "a"), ("assistant", "b")), "the last turn is the assistant's; put it into the response"),
         (chat(("system", "a")), "the last turn is the system's; add the user turn to answer"),
+        (chat(("developer", "a")), "the last turn is the developer's; add the user turn to answer"),
+        (
+            chat(("user", "a"), ("developer", "b"), ("user", "c")),
+            "message 2 is a developer turn; move it to the beginning",
+        ),
+        (chat(("tool", "a"), ("user", "c")), "the first turn is a tool's; begin with the user's"),
+        (chat(("user", "a"), ("tool", "b")), "message 2 is a tool turn after the user's; add the assistant's call"),
+        ([{"role": "user", "content": None}], "message 1: content is null; write the turn's text or drop the record"),
+        (
+            [{"role": "assistant", "content": None, "tool_calls": [{}]}],
+            "message 1 has tool_calls; write the call into content as the model writes it, or drop the record",
+        ),
+        (
+            [{"role": "assistant", "content": "a", "thinking": SECRET, "reasoning_content": SECRET}],
+            "message 1 has reasoning_content and thinking; keep one of them",
+        ),
+        (
+            [{"role": "user", "content": "a", "thinking": SECRET}],
+            "a user turn has thinking; only the assistant reasons",
+        ),
+        ([{"role": "assistant", "content": "a", "thinking": " "}], "message 1: thinking is empty; write it, or leave"),
+        ([{"role": "assistant", "content": "a", "thinking": ["b"]}], "message 1: thinking is a list; give a string"),
     ],
 )
 def test_a_faulty_conversation_is_named(tmp_path, turns, expected):
@@ -315,10 +411,6 @@ def test_a_faulty_conversation_is_named(tmp_path, turns, expected):
 @pytest.mark.parametrize(
     ("record", "expected"),
     [
-        (
-            {"prompt": "a", "completion": chat(("assistant", "b"))},
-            "prompt is a string and completion is a list; give both",
-        ),
         ({"prompt": chat(("user", "a")), "completion": "b"}, "prompt is a list and completion is a string; give both"),
         ({"prompt": "a", "completion": 1}, "completion is a number"),
         ({"prompt": "a", "completion": " "}, "completion is empty"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import date
 
 from hypothesis import strategies as st
-from tiny import CHATML, tiny_tokenizer
+from tiny import CHATML, SPECIAL, tiny_tokenizer
 
 from saro.data.chat_format import ChatFormat
 
@@ -59,7 +59,8 @@ def chat_of(template=CHATML, *, extra=TOKENS, stop=None, day=DAY, tokenizer=None
 
 
 CHATS = {name: chat_of(template) for name, template in TEMPLATES.items()}
-# Any text that people may write. Tags have tests of their own; a lone surrogate never passes the reader.
+# Any text that people may write. Tags and control tokens have tests of their own, and hypothesis draws both from the
+# constants of the source; a lone surrogate never passes the reader.
 written = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(
-    lambda t: t.strip() and "think>" not in t
+    lambda t: t.strip() and not any(other in t for other in ("think>", *SPECIAL, *TOKENS))
 )

@@ -128,7 +128,7 @@ def test_a_pair_whose_solution_is_only_a_number_is_left_out_and_named(tmp_path, 
 
 def test_leaving_out_every_record_is_an_error(tmp_path):
     message = error(tmp_path, "gsm8k-pairs", GSM8K_PAIR | {"correct": "26"})
-    assert message == "in.jsonl: none of its records has a chain of steps; check how it was written"
+    assert message == "in.jsonl: all of its records are without a chain of steps; check how it was written"
 
 
 def test_native_pairs_have_their_keys_in_order_and_lists_of_steps(tmp_path):

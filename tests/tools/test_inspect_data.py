@@ -69,6 +69,22 @@ def test_the_report_counts_duplicates(records_file, examples, tiny_model, pairs)
     assert "duplicates" not in _inspect([records_file(records)], tiny_model(), show=0, color=False)
 
 
+def test_the_report_names_the_fields_that_are_ignored_once(records_file, examples, tiny_model):
+    text = _inspect(
+        [records_file([record | {"source": "x"} for record in examples])], tiny_model(), show=0, color=False
+    )
+    assert text.count("ignored fields: source") == 1
+    assert "ignored" not in _inspect([records_file(examples)], tiny_model(), show=0, color=False)
+
+
+def test_inspect_shows_each_turn_that_is_trained_on(records_file, tiny_model):
+    turns = [("user", "Hi"), ("assistant", "Hello"), ("user", "Why?"), ("assistant", "So.")]
+    record = {"id": "talk", "messages": [{"role": role, "content": content} for role, content in turns]}
+    text = _inspect([records_file([record])], tiny_model(), show=9, color=False, train_on="all")
+    assert "talk:message-2:" in text
+    assert "talk:" in text.replace("talk:message-2:", "")
+
+
 def test_records_are_encoded_as_in_the_run_that_trained_the_model(saro, records_file, examples, finished_run):
     final = finished_run("full") / "final"
     arguments = ("--data.train", records_file(examples), "--model.name", str(final), "--show", "0")
