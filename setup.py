@@ -45,6 +45,9 @@ setup(
         "test": [
             # A real server on this machine for the tests: `transformers serve`.
             "fastapi>=0.165.0",
+            # Parquet files and data sets of the hub.
+            "datasets>=5.2.0",
+            "pyarrow>=26.0.1",
             "gguf>=0.19.0",
             # The tests insert and remove its layers on a CPU, but these run only on CUDA.
             "liger-kernel>=0.8.5",
@@ -60,6 +63,7 @@ setup(
             "triton>=3.7.1; platform_system == 'Linux'",
             "uvicorn>=0.54.0",
         ],
+        "data": ["datasets>=5.2.0", "pyarrow>=26.0.1"],
         "bench": ["lm_eval>=0.4.13", "matplotlib>=3.11.2", "trl==1.16.0"],
         "lm-eval": ["lm_eval>=0.4.13"],
         "report": ["matplotlib>=3.11.2"],
