@@ -36,7 +36,7 @@ from saro.runs.folder import RunFolder
 from saro.train.check_start import check_start
 from saro.train.engine import fit
 from saro.train.largest_pack import try_largest_pack
-from saro.train.objective import SRPOObjective, check_nll
+from saro.train.objective import SRPOObjective, check_forms
 from saro.train.pair_log import PairLog, evaluate_pairs
 from saro.train.reference import load_other_references, load_references, other_reference_options
 
@@ -66,7 +66,7 @@ def main() -> int:
     train_files = data_files(data_options.train, "srpo_train")
     heldout_files = data_files(data_options.heldout, "srpo_heldout")
     train = encode_pair_files(train_files, chat, data_options, progress=runtime.is_main)
-    check_nll(preference, train.forms)
+    check_forms(preference, train.forms)
     heldout = encode_pair_files(heldout_files, chat, data_options, progress=runtime.is_main) if heldout_files else None
     sets = {"train": train} if heldout is None else {"train": train, "heldout": heldout}
     reports = {name: LengthReport.of(data, train) for name, data in sets.items()}

@@ -305,47 +305,88 @@ class RWConfig:
 
 @dataclass(frozen=True)
 class PreferenceConfig:
-    """The loss on pairs and its reference.
+    """The loss on pairs, or on unpaired records, and its reference.
 
     Attributes:
-        loss: sigmoid is DPO (cDPO with label_smoothing); robust, hinge and ipo are named as in their papers and TRL.
-        beta: Strength of the pull towards the reference; tau in ipo.
-        label_smoothing: Share of labels assumed to be wrong, for sigmoid and robust; 0 to below 0.5.
-        nll: Weight of the chosen responses' negative log-likelihood per token, added to the loss (RPO). With scored
-            divergent it is that of the tokens after the two responses diverge, which the forms recover, mirror and sibling
-            need: they begin with steps that should not be learned.
+        loss: sigmoid is DPO (cDPO with label_smoothing); robust, hinge and ipo are named as in their papers and TRL. simpo
+            and orpo need no reference, and divide log-probs by the number of tokens. kto takes unpaired records (prompt,
+            completion, label) or pairs, of which each side is then a record.
+        beta: Strength of the pull towards the reference; tau in ipo, lambda in orpo. In simpo it scales the reward; the paper
+            takes 2 or more.
+        gamma: Target reward margin of simpo; default 0.5, as in TRL.
+        label_smoothing: Share of labels assumed to be wrong, for sigmoid, robust and simpo; 0 to below 0.5.
+        desirable_weight: Weight of desirable records in kto, lambda_D; default 1.
+        undesirable_weight: Weight of undesirable records in kto, lambda_U; default 1.
+        nll: Weight of the chosen responses' negative log-likelihood per token, added to the loss (RPO); default 1 for
+            orpo, whose paper has this term, else 0. With scored divergent it is that of the tokens after the two
+            responses diverge, which the forms recover, mirror and sibling need: they begin with steps that should not be
+            learned.
         length_normalize: Divide log-probs by the number of tokens first; with ipo this is TRL's form.
         scored: all scores every token of the responses; divergent scores only those after the two responses diverge.
             The margins are the same.
         reference: start is the model before the first step; otherwise folder or hub name of another model.
         warn_chosen_fell: Warn once when the chosen log-prob falls in more than this share of the pairs; off with scored
-            divergent, which does not score whole responses.
+            divergent, which does not score whole responses, and for losses without a reference.
     """
 
-    loss: Literal["sigmoid", "robust", "hinge", "ipo"] = "sigmoid"
+    loss: Literal["sigmoid", "robust", "hinge", "ipo", "simpo", "orpo", "kto"] = "sigmoid"
     beta: float = 0.1
+    gamma: float = 0.5
     label_smoothing: float = 0.0
-    nll: float = 0.0
+    desirable_weight: float = 1.0
+    undesirable_weight: float = 1.0
+    nll: float | None = None
     length_normalize: bool = False
     scored: Literal["all", "divergent"] = "all"
     reference: str = START
     warn_chosen_fell: float = 0.5
 
     def __post_init__(self) -> None:
-        _check_above_zero(self, "preference.", "beta")
-        check_at_least(self, "preference.", 0, "nll")
+        if self.nll is None:
+            object.__setattr__(self, "nll", 1.0 if self.loss == "orpo" else 0.0)
+        _check_above_zero(self, "preference.", "beta", "desirable_weight", "undesirable_weight")
+        check_at_least(self, "preference.", 0, "nll", "gamma")
         check_numbers(
             self, "preference.", ("label_smoothing",), lambda value: 0 <= value < 0.5, "at least 0 and below 0.5"
         )
         check_numbers(
             self, "preference.", ("warn_chosen_fell",), lambda value: 0 <= value <= 1, "a share of the pairs, 0 to 1"
         )
-        if self.label_smoothing and self.loss not in ("sigmoid", "robust"):
-            raise SaroError(f"preference.label_smoothing is for sigmoid and robust, not for {self.loss}; set it to 0")
+        if self.label_smoothing and self.loss not in ("sigmoid", "robust", "simpo"):
+            raise SaroError(
+                f"preference.label_smoothing is for sigmoid, robust and simpo, not for {self.loss}; set it to 0"
+            )
         if self.scored == "divergent" and self.length_normalize:
             raise SaroError("preference.scored divergent skips rows that length_normalize needs; set one of the two")
+        if self.scored == "divergent" and (self.is_length_normalized or self.is_unpaired):
+            raise SaroError(f"preference.scored divergent skips rows that {self.loss} needs; leave it at all")
         if not self.reference:
             raise SaroError("preference.reference is empty; give start, or the folder of a model")
+        if self.reference != START and not self.needs_reference:
+            raise SaroError(f"preference.loss {self.loss} has no reference; leave out --preference.reference")
+        if self.loss == "orpo" and not self.nll:
+            raise SaroError("preference.loss orpo has the NLL of chosen responses as a term; leave out --preference.nll")
+        if self.is_unpaired and (self.nll or self.length_normalize):
+            name = "nll" if self.nll else "length_normalize"
+            raise SaroError(f"preference.{name} is for losses on pairs, not for kto; leave it out")
+        for name, loss in (("gamma", "simpo"), ("desirable_weight", "kto"), ("undesirable_weight", "kto")):
+            if self.loss != loss and getattr(self, name) != getattr(type(self), name):
+                raise SaroError(f"preference.{name} is for {loss}, not for {self.loss}; leave it out")
+
+    @property
+    def needs_reference(self) -> bool:
+        """True if the loss compares the policy with a reference."""
+        return self.loss not in ("simpo", "orpo")
+
+    @property
+    def is_length_normalized(self) -> bool:
+        """True if the loss takes the mean of a response's log-probs, not their sum."""
+        return self.length_normalize or self.loss in ("simpo", "orpo")
+
+    @property
+    def is_unpaired(self) -> bool:
+        """True if the loss takes single responses with a label, not pairs."""
+        return self.loss == "kto"
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,14 @@ from typing import Protocol
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from saro.config import KINDS, PAIR_KINDS, PARTS, PreferenceConfig, row_weight
 from saro.data.packs import CHOSEN, REJECTED, SIDES, Pack, PairLogps, send
 from saro.data.tree import RowKind, SequenceTree
 from saro.distributed.runtime import Runtime
 from saro.errors import SaroError
-from saro.train.losses import PAIR_LOSSES, nll_sum
+from saro.train.losses import PAIR_LOSSES, log_odds, margins_of, nll_sum
 from saro_kernels import TokenStatistics
 
 # Forms of pairs whose shared beginning holds, or may hold, a step that nobody should learn: the chosen side comes back from it.
@@ -137,10 +138,10 @@ def average(names: Sequence[str], sums: Sequence[float]) -> dict[str, float]:
     return {name: total / count for name, total, count in triples if count}
 
 
-def check_nll(options: PreferenceConfig, forms: Sequence[str | None]) -> None:
-    """Check that the NLL term would not teach the wrong steps that some forms of pairs have before their fork.
+def check_forms(options: PreferenceConfig, forms: Sequence[str | None]) -> None:
+    """Check that the loss would not teach the wrong steps that some forms of pairs have before their fork.
 
-    In the margin these steps cancel. The NLL of whole chosen responses has them.
+    In the margin these steps cancel. The NLL of whole chosen responses has them, and so has a loss on single responses.
 
     Args:
         forms: form of each pair to train on, as in ``PairSet.forms``.
@@ -149,11 +150,13 @@ def check_nll(options: PreferenceConfig, forms: Sequence[str | None]) -> None:
         SaroError: it would.
     """
     found = sorted(set(_FORMS_WITH_CUE) & set(forms))
-    if options.nll and options.scored == "all" and found:
-        raise SaroError(
-            f"preference.nll would teach the wrong steps that {', '.join(found)} pairs have before their fork; "
-            "give --preference.scored divergent"
-        )
+    if not found or options.scored == "divergent":
+        return
+    steps = f"the wrong steps that {', '.join(found)} pairs have before their fork"
+    if options.loss in ("orpo", "kto"):
+        raise SaroError(f"preference.loss {options.loss} would teach {steps}; take a loss on the margin, such as sigmoid")
+    if options.nll:
+        raise SaroError(f"preference.nll would teach {steps}; give --preference.scored divergent")
 
 
 class RWObjective:
@@ -232,22 +235,26 @@ class SRPOObjective:
     The reference is subtracted token by token, before the sum: where policy and reference agree, the result is zero, not
     the difference of two rounded sums.
 
-    Metrics: rewards (``beta`` times the change of a log-prob), their margin and accuracy, the log-probs, and the
+    Metrics: rewards (``beta`` times the score, see ``losses``), their margin and accuracy, the log-probs, and the
     displacement: how far the log-probs moved, split into reasoning and the rest, and the share of pairs whose chosen
     response has fallen. All are averaged over all pairs, by kind of pair and by form. ``Sums.pairs`` has the margin and
     the changes of each pair, in nats. Evaluations add the entropy and the accuracy of the scored tokens of each side.
+    Losses without a reference have no displacement. ORPO adds the log odds ratio of the two sides, ``log_odds_chosen``,
+    and its log-sigmoid, ``log_odds_ratio``, as TRL names them.
 
     Args:
         kinds: (n,) the kind of each pair, as an index into ``PAIR_KINDS``.
-        reference: log-probs of the pairs' scored tokens under the reference model.
+        reference: log-probs of the pairs' scored tokens under the reference model; None for a loss without one.
         options: the loss and its parameters. If ``scored`` is divergent, the pairs are those of ``PairSet.divergent``,
             the nll term counts the chosen tokens after the fork, and metrics that need whole responses are left out.
         forms: (n,) the form of each pair, as in ``PairSet.forms``; empty if no pair has one.
     """
 
     def __init__(
-        self, kinds: np.ndarray, reference: PairLogps, options: PreferenceConfig, forms: Sequence[str | None] = ()
+        self, kinds: np.ndarray, reference: PairLogps | None, options: PreferenceConfig, forms: Sequence[str | None] = ()
     ) -> None:
+        if (reference is not None) != options.needs_reference:
+            raise ValueError(f"{options.loss} {'needs a' if options.needs_reference else 'has no'} reference")
         self.options = options
         self.reference = reference
         self._loss = PAIR_LOSSES[options.loss]
@@ -264,24 +271,25 @@ class SRPOObjective:
 
     def loss_of(self, margin: float) -> float:
         """Return a pair's loss at a given margin, without the nll term. At 0: ln 2 for sigmoid, 1 / (4 beta^2) for ipo."""
-        margins = torch.tensor([margin], dtype=torch.float64)
-        return self._loss(margins, self.options.beta, self.options.label_smoothing).item()
+        scores = torch.tensor([[margin, 0.0]], dtype=torch.float64)
+        return self._loss(scores, self.options).item()
 
     def gradient_rows(self, pack: Pack) -> int:
         # Averages over sides of different lengths do not cancel, nor does the NLL of the chosen side.
-        cancels = not self.options.nll and not self.options.length_normalize
+        cancels = not self.options.nll and not self.options.is_length_normalized
         return pack.margin_rows if cancels else pack.rows
 
     def __call__(self, logps: torch.Tensor, pack: Pack) -> Sums:
         entry_logps = logps.index_select(0, pack.entry_row)  # (E,)
-        reference = send(torch.from_numpy(self.reference.pack_logps(pack)), entry_logps.device).to(entry_logps.dtype)
-        entry_moved = entry_logps - reference
+        entry_moved = entry_logps
+        if self.reference is not None:
+            entry_moved = entry_logps - send_like(self.reference.pack_logps(pack), entry_logps)
         policy = _sum_sides(entry_logps, pack)  # (P, 2) chosen, rejected; as are moved and rows
         moved = _sum_sides(entry_moved, pack)
         rows = _sum_sides(torch.ones_like(entry_moved), pack)
-        scaled = moved / rows if self.options.length_normalize else moved
-        margins = scaled[:, CHOSEN] - scaled[:, REJECTED]  # (P,)
-        losses = self._loss(margins, self.options.beta, self.options.label_smoothing)
+        scores = moved / rows if self.options.is_length_normalized else moved
+        margins = margins_of(scores)  # (P,)
+        losses = self._loss(scores, self.options)
         terms = {"pairs": losses.sum()}
         if self.options.nll:
             # RPO (Pang et al. 2024, arXiv 2404.19733). The engine divides by the chosen rows of the step, not of this pack.
@@ -292,20 +300,25 @@ class SRPOObjective:
             values = {"loss": losses, "rewards/margins": beta * margins, "rewards/accuracies": margins > 0}
             pair_values = {"margin": margins}
             if self.options.scored == "all":
+                for side, name in enumerate(SIDES):
+                    values[f"rewards/{name}"] = beta * scores[:, side]
+                    values[f"logps/{name}"] = policy[:, side]
+            if self.options.scored == "all" and self.reference is not None:
                 entry_thinks = pack.row_kind.index_select(0, pack.entry_row) == RowKind.THINK
                 moved_think = _sum_sides(entry_moved * entry_thinks, pack)
                 for side, name in enumerate(SIDES):
-                    values[f"rewards/{name}"] = beta * scaled[:, side]
-                    values[f"logps/{name}"] = policy[:, side]
                     values[f"delta_logps/{name}"] = moved[:, side]
                     values[f"delta_logps/{name}/think"] = moved_think[:, side]
                     values[f"delta_logps/{name}/answer"] = moved[:, side] - moved_think[:, side]
                     pair_values[f"delta_logps/{name}"] = moved[:, side]
                 fell = moved[:, CHOSEN] < -FELL * rows[:, CHOSEN]
                 values["chosen_fell"] = pair_values["chosen_fell"] = fell
+            if self.options.loss == "orpo":
+                values["log_odds_chosen"] = margins_of(log_odds(scores))
+                values["log_odds_ratio"] = F.logsigmoid(values["log_odds_chosen"])
             members = send(self._members[list(pack.pairs)], logps.device)  # (P, groups)
             values = {name: v.detach().double() for name, v in values.items()}
-            metrics = _sum_overall_and_by_group(values, members, self._groups)
+            metrics = sum_overall_and_by_group(values, members, self._groups)
             if self.options.nll:
                 nll = {"loss/nll": (nll_sum(policy[:, CHOSEN]), rows[:, CHOSEN].sum())}
                 metrics = metrics.join(Metrics.of(nll))
@@ -321,7 +334,7 @@ class SRPOObjective:
             rows = _sum_sides(torch.ones_like(entries), pack)
             for side, side_name in enumerate(SIDES):
                 by_name = {f"{name}/{side_name}": sums[:, side]}
-                parts.append(_sum_overall_and_by_group(by_name, members, self._groups, rows[:, side]))
+                parts.append(sum_overall_and_by_group(by_name, members, self._groups, rows[:, side]))
         return reduce(Metrics.join, parts)
 
     def combine(self, means: dict[str, float]) -> dict[str, float]:
@@ -329,6 +342,11 @@ class SRPOObjective:
             return means
         minimised = means["loss"] + self.options.nll * means["loss/nll"]
         return means | {"loss": minimised, "loss/preference": means["loss"]}
+
+
+def send_like(values: np.ndarray, tensor: torch.Tensor) -> torch.Tensor:
+    """Return an array of the host on the device of a tensor, in its dtype."""
+    return send(torch.from_numpy(values), tensor.device).to(tensor.dtype)
 
 
 def _record_kinds(kinds: torch.Tensor, pack: Pack) -> torch.Tensor:
@@ -343,7 +361,7 @@ def _sum_sides(entries: torch.Tensor, pack: Pack) -> torch.Tensor:
     return sums.view(-1, len(SIDES))
 
 
-def _sum_overall_and_by_group(
+def sum_overall_and_by_group(
     values: dict[str, torch.Tensor], members: torch.Tensor, groups: Sequence[str], counts: torch.Tensor | None = None
 ) -> Metrics:
     """Sum (P,) values over all pairs as ``NAME``, and over the pairs of each group as ``GROUP/NAME``.
