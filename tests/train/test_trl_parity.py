@@ -1,10 +1,11 @@
-"""SRPO gives the numbers of TRL's DPOTrainer, step by step, from the same records, weights and options."""
+"""SRPO gives the numbers of TRL's trainers, step by step, from the same records, weights and options."""
 
 from __future__ import annotations
 
 import json
 import random
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from datetime import date
 from functools import cache
 from pathlib import Path
@@ -54,10 +55,36 @@ CASES = [
     PreferenceConfig("hinge"),
     PreferenceConfig("robust", label_smoothing=0.2),
     PreferenceConfig("ipo", length_normalize=True),
+    PreferenceConfig("simpo", beta=2.0, gamma=1.0),
+    PreferenceConfig("orpo", beta=0.5),
 ]
 each_loss = pytest.mark.parametrize("case", CASES, ids=lambda case: case.loss)
 
 Metrics = list[dict[str, float]]
+
+
+def trainer_of(trl: Any, case: PreferenceConfig) -> tuple[type, type, dict[str, Any]]:
+    """Return TRL's trainer for a loss, the class of its options, and those options that others do not have."""
+    if case.loss == "simpo":
+        from trl.experimental.cpo import CPOConfig, CPOTrainer
+
+        own = {"loss_type": "simpo", "simpo_gamma": case.gamma, "cpo_alpha": 0.0}
+        return CPOTrainer, CPOConfig, own | {"max_length": PACK_TOKENS}
+    if case.loss == "orpo":
+        from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+
+        class OnResponses(ORPOTrainer):
+            """Takes the NLL of responses, as the paper does, where TRL's own takes that of prompts too."""
+
+            def concatenated_forward(self, model: Any, batch: Any) -> tuple[torch.Tensor, ...]:
+                *others, _ = super().concatenated_forward(model, batch)
+                targets = batch["chosen_labels"][:, 1:]
+                logits = others[2][:, : targets.shape[1]]
+                return *others, torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+        return OnResponses, ORPOConfig, {"max_length": PACK_TOKENS}
+    own = {"loss_type": [case.loss], "label_smoothing": case.label_smoothing, "max_length": None}
+    return trl.DPOTrainer, trl.DPOConfig, own
 
 
 class Setting:
@@ -86,20 +113,23 @@ class Setting:
         """Make TRL's trainer on the records in our order."""
         from datasets import Dataset
 
-        class Trainer(self._trl.DPOTrainer):
+        kind, config, own = trainer_of(self._trl, case)
+
+        class Trainer(kind):
             def _send_telemetry(self) -> None:
                 pass
 
+        tokenizer = deepcopy(self.source.tokenizer)
+        if not case.needs_reference:
+            # Those trainers would put a BOS token in front of every prompt, which this model's tokenizer does not.
+            tokenizer.bos_token = None
         ours = self.policy()
         base = AutoModelForCausalLM.from_pretrained(self.source.path, dtype=torch.float32, attn_implementation="sdpa")
         model = get_peft_model(base, ours.model.peft_config["default"])
         set_peft_model_state_dict(model, get_peft_model_state_dict(ours.model))
-        options = self._trl.DPOConfig(
+        options = config(
             output_dir=str(self._output / "trl"),
-            loss_type=[case.loss],
             beta=case.beta,
-            label_smoothing=case.label_smoothing,
-            max_length=None,
             per_device_train_batch_size=PER_STEP,
             train_sampling_strategy="sequential",
             max_steps=STEPS,
@@ -113,12 +143,13 @@ class Setting:
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,
+            **own,
         )
         return Trainer(
             model=model,
             args=options,
             train_dataset=Dataset.from_list([RECORDS[r] for r in self.order]),
-            processing_class=self.source.tokenizer,
+            processing_class=tokenizer,
         )
 
     def train_trl(self, case: PreferenceConfig) -> Metrics:
@@ -133,7 +164,7 @@ class Setting:
         policy, folder = self.policy(), self._output / case.loss
         folder.mkdir()
         trees = self.pairs.trees(range(len(self.pairs)), PACK_TOKENS)
-        reference = score_pairs(policy, self.pairs, trees, PACK_TOKENS)
+        reference = score_pairs(policy, self.pairs, trees, PACK_TOKENS) if case.needs_reference else None
         objective = SRPOObjective(self.pairs.kinds, reference, case)
         options = TrainConfig(
             output=str(folder),
@@ -168,12 +199,16 @@ def values(metrics: Metrics, name: str) -> list[float]:
     return [line[name] for line in metrics]
 
 
-def test_saro_and_trl_read_and_score_the_same_tokens(setting):
-    rows = setting.trainer(CASES[0]).train_dataset
+@each_loss
+def test_saro_and_trl_read_and_score_the_same_tokens(setting, case):
+    rows = setting.trainer(case).train_dataset
     for record, row in zip(setting.order, rows, strict=True):
         for side, sequence in zip(("chosen", "rejected"), setting.pairs.sequences(record), strict=True):
-            assert row["prompt_ids"] == sequence.tokens[: sequence.scored_from].tolist()
-            assert row[f"{side}_ids"] == sequence.tokens[sequence.scored_from :].tolist()
+            if f"{side}_input_ids" in row:
+                ids, prompt = row[f"{side}_input_ids"], len(row["prompt_input_ids"])
+            else:
+                ids, prompt = row["prompt_ids"] + row[f"{side}_ids"], len(row["prompt_ids"])
+            assert (ids, prompt) == (sequence.tokens.tolist(), sequence.scored_from)
 
 
 @each_loss
@@ -190,7 +225,7 @@ def test_the_gradient_norm_of_every_step_equals_trls(runs, case):
     assert ours == pytest.approx(theirs, rel=1e-3)
 
 
-@each_loss
+@pytest.mark.parametrize("case", [case for case in CASES if case.needs_reference], ids=lambda case: case.loss)
 @pytest.mark.parametrize("side", ["chosen", "rejected"])
 def test_the_log_probs_of_every_step_equal_trls(runs, case, side):
     ours, theirs = (values(metrics, f"logps/{side}") for metrics in runs(case))
@@ -200,7 +235,7 @@ def test_the_log_probs_of_every_step_equal_trls(runs, case, side):
 @each_loss
 @pytest.mark.parametrize("side", ["chosen", "rejected"])
 def test_the_rewards_of_every_step_equal_trls(runs, case, side):
-    """TRL reports rewards before it divides by the number of tokens; ours are those that the loss sees."""
+    """In ipo, TRL reports rewards before it divides by the number of tokens; ours are those that the loss sees."""
     ours, theirs = runs(case)
     name, scale = (f"delta_logps/{side}", case.beta) if case.length_normalize else (f"rewards/{side}", 1.0)
     assert [scale * reward for reward in values(ours, name)] == pytest.approx(
@@ -216,7 +251,14 @@ def test_the_margins_of_every_step_equal_trls(runs, case):
 
 @each_loss
 def test_the_accuracies_equal_trls_once_there_is_a_margin(runs, case):
-    """In the first step the policy is the reference, so the sign of the margin is only rounding."""
+    """In the first step the policy is its reference, so the sign of the margin may be only rounding."""
     ours, theirs = (values(metrics, "rewards/accuracies")[1:] for metrics in runs(case))
     assert ours == theirs
     assert len(set(theirs)) > 1
+
+
+@pytest.mark.parametrize("name", ["log_odds_ratio", "log_odds_chosen"])
+def test_the_odds_of_every_step_equal_trls(runs, name):
+    (case,) = (case for case in CASES if case.loss == "orpo")
+    ours, theirs = (values(metrics, name) for metrics in runs(case))
+    assert ours == pytest.approx(theirs, rel=0, abs=1e-4)
