@@ -317,10 +317,9 @@ class PreferenceConfig:
         label_smoothing: Share of labels assumed to be wrong, for sigmoid, robust and simpo; 0 to below 0.5.
         desirable_weight: Weight of desirable records in kto, lambda_D; default 1.
         undesirable_weight: Weight of undesirable records in kto, lambda_U; default 1.
-        nll: Weight of the chosen responses' negative log-likelihood per token, added to the loss (RPO); default 1 for
-            orpo, whose paper has this term, else 0. With scored divergent it is that of the tokens after the two
-            responses diverge, which the forms recover, mirror and sibling need: they begin with steps that should not be
-            learned.
+        nll: Weight of the chosen responses' negative log-likelihood per token, added to the loss (RPO). With scored
+            divergent it is that of the tokens after the two responses diverge, which the forms recover, mirror and sibling
+            need: they begin with steps that should not be learned. orpo has this term, with weight 1, in any case.
         length_normalize: Divide log-probs by the number of tokens first; with ipo this is TRL's form.
         scored: all scores every token of the responses; divergent scores only those after the two responses diverge.
             The margins are the same.
@@ -335,15 +334,13 @@ class PreferenceConfig:
     label_smoothing: float = 0.0
     desirable_weight: float = 1.0
     undesirable_weight: float = 1.0
-    nll: float | None = None
+    nll: float = 0.0
     length_normalize: bool = False
     scored: Literal["all", "divergent"] = "all"
     reference: str = START
     warn_chosen_fell: float = 0.5
 
     def __post_init__(self) -> None:
-        if self.nll is None:
-            object.__setattr__(self, "nll", 1.0 if self.loss == "orpo" else 0.0)
         _check_above_zero(self, "preference.", "beta", "desirable_weight", "undesirable_weight")
         check_at_least(self, "preference.", 0, "nll", "gamma")
         check_numbers(
@@ -364,8 +361,10 @@ class PreferenceConfig:
             raise SaroError("preference.reference is empty; give start, or the folder of a model")
         if self.reference != START and not self.needs_reference:
             raise SaroError(f"preference.loss {self.loss} has no reference; leave out --preference.reference")
-        if self.loss == "orpo" and not self.nll:
-            raise SaroError("preference.loss orpo has the NLL of chosen responses as a term; leave out --preference.nll")
+        if self.loss == "orpo" and self.nll:
+            raise SaroError(
+                "preference.loss orpo has the NLL with weight 1; leave out --preference.nll, and change beta"
+            )
         if self.is_unpaired and (self.nll or self.length_normalize):
             name = "nll" if self.nll else "length_normalize"
             raise SaroError(f"preference.{name} is for losses on pairs, not for kto; leave it out")
@@ -377,6 +376,11 @@ class PreferenceConfig:
     def needs_reference(self) -> bool:
         """True if the loss compares the policy with a reference."""
         return self.loss not in ("simpo", "orpo")
+
+    @property
+    def nll_weight(self) -> float:
+        """Weight of the chosen responses' negative log-likelihood in the loss."""
+        return 1.0 if self.loss == "orpo" else self.nll
 
     @property
     def is_length_normalized(self) -> bool:

@@ -6,6 +6,7 @@ from array import array
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import ClassVar
 
 import numpy as np
 
@@ -24,6 +25,7 @@ class ExampleSet:
     """n encoded examples.
 
     Attributes:
+        kind_names: names of the kinds, ``KINDS`` unless a subclass has others.
         tokens: (T,) int32, all sequences one after the other.
         offsets: (n + 1,) int64, sequence i is ``tokens[offsets[i]:offsets[i + 1]]``.
         prompt_tokens: (n,) int32, number of tokens before the first scored one. These are the prompt; in a set made by
@@ -36,6 +38,8 @@ class ExampleSet:
         is_open: (n,) bool, True for sequences without a stop token, which are only the beginning of a response; None if
             no sequence is open. Only a side of pairs may hold some.
     """
+
+    kind_names: ClassVar[tuple[str, ...]] = KINDS
 
     tokens: np.ndarray
     offsets: np.ndarray
@@ -88,6 +92,8 @@ class PairSet:
         prompts: (n,) int32, a number for each pair's prompt; pairs on the same prompt have the same number.
         forms: (n,) form of each pair, as in ``Pair``, None for pairs without one; empty if no pair has one.
     """
+
+    kind_names: ClassVar[tuple[str, ...]] = PAIR_KINDS
 
     chosen: ExampleSet
     rejected: ExampleSet

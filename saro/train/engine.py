@@ -151,6 +151,7 @@ def fit(
             # Seed each step, so that a resumed run draws the same dropout although no random state is stored.
             torch.manual_seed(_step_seed(options.seed, step, runtime.rank))
             with clock:
+                objective.start_step(runtime, policy, batch.records)
                 loss = add_gradients(module, objective, batch, meter, log, device, runtime.averaging)
                 norm = _clip(parameters, options.max_grad_norm)
                 # Loss and signals are summed over ranks, so that a signal to any rank stops all of them.

@@ -6,6 +6,7 @@ import json
 import random
 from collections.abc import Callable, Iterator
 from copy import deepcopy
+from dataclasses import replace
 from datetime import date
 from functools import cache
 from pathlib import Path
@@ -21,13 +22,14 @@ from transformers import AutoModelForCausalLM
 from saro.config import DataConfig, ModelConfig, PreferenceConfig, TrainConfig
 from saro.data.dataset import PairSet, encode_pair_files
 from saro.data.steps import Schedule, Steps
+from saro.data.unpaired_set import encode_unpaired_files
 from saro.distributed.runtime import Runtime
 from saro.model.load import load_policy
 from saro.model.policy import Policy
 from saro.model.score import score_pairs
 from saro.model.source import ModelSource, find_model
 from saro.train.engine import fit
-from saro.train.objective import SRPOObjective
+from saro.train.make_objective import make_objective
 
 pytestmark = [pytest.mark.trl, pytest.mark.usefixtures("one_thread")]
 
@@ -48,6 +50,10 @@ def _record(number: int) -> dict[str, str]:
 
 
 RECORDS = [_record(number) for number in range(STEPS * PER_STEP)]
+UNPAIRED = [
+    {"prompt": record["prompt"], "completion": record["chosen"], "label": number % 3 > 0}
+    for number, record in enumerate(RECORDS)
+]
 
 # TRL smooths labels only in robust and divides by the number of tokens only in ipo.
 CASES = [
@@ -57,6 +63,7 @@ CASES = [
     PreferenceConfig("ipo", length_normalize=True),
     PreferenceConfig("simpo", beta=2.0, gamma=1.0),
     PreferenceConfig("orpo", beta=0.5),
+    PreferenceConfig("kto", desirable_weight=1.5),
 ]
 each_loss = pytest.mark.parametrize("case", CASES, ids=lambda case: case.loss)
 
@@ -65,6 +72,9 @@ Metrics = list[dict[str, float]]
 
 def trainer_of(trl: Any, case: PreferenceConfig) -> tuple[type, type, dict[str, Any]]:
     """Return TRL's trainer for a loss, the class of its options, and those options that others do not have."""
+    if case.loss == "kto":
+        weights = {name: getattr(case, name) for name in ("desirable_weight", "undesirable_weight")}
+        return trl.KTOTrainer, trl.KTOConfig, weights | {"max_length": None}
     if case.loss == "simpo":
         from trl.experimental.cpo import CPOConfig, CPOTrainer
 
@@ -90,7 +100,7 @@ def trainer_of(trl: Any, case: PreferenceConfig) -> tuple[type, type, dict[str, 
 class Setting:
     """The records, their order, and a model with a trained adapter, which is also the reference."""
 
-    def __init__(self, trl: Any, model: str, records: str, output: Path) -> None:
+    def __init__(self, trl: Any, model: str, records: str, unpaired: str, output: Path) -> None:
         self._trl, self._output = trl, output
         self._options = ModelConfig(name=model, method="lora", lora_rank=4)
         self.source: ModelSource = find_model(self._options)
@@ -98,6 +108,13 @@ class Setting:
         self.pairs: PairSet = encode_pair_files([records], chat, DataConfig(pack_tokens=PACK_TOKENS))
         self.schedule = Schedule(self.pairs.kinds, PER_STEP, seed=0)
         self.order = np.concatenate([self.schedule.records(step) for step in range(STEPS)]).tolist()
+        labelled = encode_unpaired_files([unpaired], chat, DataConfig(pack_tokens=PACK_TOKENS))
+        # TRL takes the completion of the record before it in the step, and for the first that of the last.
+        others = np.empty(len(labelled), np.int64)
+        for start in range(0, len(self.order), PER_STEP):
+            step = self.order[start : start + PER_STEP]
+            others[step] = [step[-1], *step[:-1]]
+        self.unpaired = replace(labelled, others=others)
 
     def policy(self) -> Policy:
         """Make the policy that every run starts from. Its adapter is not zero, so that losing it would be noticed."""
@@ -148,7 +165,7 @@ class Setting:
         return Trainer(
             model=model,
             args=options,
-            train_dataset=Dataset.from_list([RECORDS[r] for r in self.order]),
+            train_dataset=Dataset.from_list([(UNPAIRED if case.is_unpaired else RECORDS)[r] for r in self.order]),
             processing_class=tokenizer,
         )
 
@@ -163,9 +180,13 @@ class Setting:
         runtime = Runtime(Accelerator(cpu=True, mixed_precision="no"), 0, 1, 1)
         policy, folder = self.policy(), self._output / case.loss
         folder.mkdir()
-        trees = self.pairs.trees(range(len(self.pairs)), PACK_TOKENS)
-        reference = score_pairs(policy, self.pairs, trees, PACK_TOKENS) if case.needs_reference else None
-        objective = SRPOObjective(self.pairs.kinds, reference, case)
+        data = self.unpaired if case.is_unpaired else self.pairs
+        reference = None
+        if case.needs_reference:
+            pairs = data.beside if case.is_unpaired else data
+            trees = pairs.trees(range(len(pairs)), PACK_TOKENS)
+            reference = score_pairs(policy, pairs, trees, PACK_TOKENS)
+        objective = make_objective(data, reference, case, PACK_TOKENS)
         options = TrainConfig(
             output=str(folder),
             records_per_step=PER_STEP,
@@ -175,8 +196,8 @@ class Setting:
             max_grad_norm=MAX_GRAD_NORM,
             save_every=0,
         )
-        steps = Steps(self.pairs, self.schedule, PACK_TOKENS)
-        fit(runtime, policy, objective, steps, STEPS, options, ids=self.pairs.ids)
+        steps = Steps(data, self.schedule, PACK_TOKENS)
+        fit(runtime, policy, objective, steps, STEPS, options, ids=data.ids)
         return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -184,9 +205,10 @@ class Setting:
 def setting(tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[..., str]) -> Setting:
     trl = pytest.importorskip("trl", reason="TRL is not installed: pip install -c constraints.txt -e '.[bench]'")
     folder = tmp_path_factory.mktemp("parity")
-    records = folder / "pairs.jsonl"
-    records.write_text("".join(json.dumps(record) + "\n" for record in RECORDS))
-    return Setting(trl, tiny_model(), str(records), folder)
+    files = {folder / "pairs.jsonl": RECORDS, folder / "unpaired.jsonl": UNPAIRED}
+    for file, records in files.items():
+        file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return Setting(trl, tiny_model(), *map(str, files), folder)
 
 
 @pytest.fixture(scope="module")
@@ -196,10 +218,11 @@ def runs(setting: Setting) -> Iterator[Callable[[PreferenceConfig], tuple[Metric
 
 
 def values(metrics: Metrics, name: str) -> list[float]:
-    return [line[name] for line in metrics]
+    """Return the values of a metric. A step without desirable, or undesirable, records has none of them."""
+    return [line[name] for line in metrics if name in line]
 
 
-@each_loss
+@pytest.mark.parametrize("case", [case for case in CASES if not case.is_unpaired], ids=lambda case: case.loss)
 def test_saro_and_trl_read_and_score_the_same_tokens(setting, case):
     rows = setting.trainer(case).train_dataset
     for record, row in zip(setting.order, rows, strict=True):
@@ -249,7 +272,7 @@ def test_the_margins_of_every_step_equal_trls(runs, case):
     assert ours == pytest.approx(theirs, rel=0, abs=1e-4)
 
 
-@each_loss
+@pytest.mark.parametrize("case", [case for case in CASES if not case.is_unpaired], ids=lambda case: case.loss)
 def test_the_accuracies_equal_trls_once_there_is_a_margin(runs, case):
     """In the first step the policy is its reference, so the sign of the margin may be only rounding."""
     ours, theirs = (values(metrics, "rewards/accuracies")[1:] for metrics in runs(case))
@@ -262,3 +285,21 @@ def test_the_odds_of_every_step_equal_trls(runs, name):
     (case,) = (case for case in CASES if case.loss == "orpo")
     ours, theirs = (values(metrics, name) for metrics in runs(case))
     assert ours == pytest.approx(theirs, rel=0, abs=1e-4)
+
+
+def test_the_reference_point_of_every_step_equals_trls(runs):
+    (case,) = (case for case in CASES if case.is_unpaired)
+    ours, theirs = (values(metrics, "kl") for metrics in runs(case))
+    assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5)
+    assert max(theirs) > 0.01
+    assert len(ours) == STEPS
+
+
+def test_kto_reads_and_scores_the_tokens_that_trl_does(setting):
+    (case,) = (case for case in CASES if case.is_unpaired)
+    data = setting.unpaired
+    for record, row in zip(setting.order, setting.trainer(case).train_dataset, strict=True):
+        own, mismatched = data.sequence(record), data.mismatched.sequence(record)
+        assert row["prompt_ids"] + row["completion_ids"] == own.tokens.tolist()
+        assert row["prompt_ids"] + row["KL_completion_ids"] == mismatched.tokens.tolist()
+        assert row["label"] == data.labels[record]

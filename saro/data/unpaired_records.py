@@ -1,0 +1,72 @@
+"""Reads JSONL files as single responses with a label: unpaired records, or pairs, of which each side is one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from saro.config import PAIR_KINDS
+from saro.data.jsonl import fault, parse_kind, read_objects, shown, type_name
+from saro.data.records import Example, Pair, parse_example, parse_pair
+
+
+@dataclass(frozen=True)
+class Unpaired(Example):
+    """One response to a prompt, and whether it is desirable.
+
+    Attributes:
+        kind: one of ``PAIR_KINDS``.
+        label: True if the response is desirable.
+        form: as in ``Pair``.
+    """
+
+    label: bool = True
+    form: str | None = None
+
+
+def read_unpaired(path: str | os.PathLike) -> Iterator[Unpaired]:
+    """Yield the responses of a JSONL file in order, reading line by line; blank lines are skipped.
+
+    A record is TRL's unpaired preference, an example in any of its formats with ``label``, true or false; or it is a pair
+    in any of its formats, which gives a desirable response, ID/chosen, and an undesirable one, ID/rejected.
+
+    Raises SaroError during iteration: for a file that cannot be read or is empty, and for the first faulty record.
+    """
+    stem = Path(os.fsdecode(path)).stem
+    first_line: dict[str, int] = {}
+    for line, where, fields in read_objects(path):
+        for record in parse_unpaired(fields, where, f"{stem}:{line}"):
+            if record.id in first_line:
+                wrong = f"id {shown(record.id)} is already used on line {first_line[record.id]}"
+                fault(where, wrong, "give each record its own id, or none")
+            first_line[record.id] = line
+            yield record
+
+
+def parse_unpaired(record: dict[str, Any], where: str, default_id: str) -> list[Unpaired]:
+    """Parse a JSON object as one response, or as the two of a pair. Raises SaroError at ``where`` if it is faulty."""
+    if "chosen" in record or "rejected" in record:
+        if "label" in record:
+            fault(where, "a pair has a label", "the label of its sides is known; remove it")
+        return _split(parse_pair(record, where, default_id))
+    if "label" not in record:
+        fault(where, "neither a label nor a pair", "give each response its label, true or false")
+    label = record["label"]
+    if not isinstance(label, bool):
+        fault(where, f"label is {type_name(label)}", "give true or false")
+    kind = parse_kind(record, PAIR_KINDS, where)
+    rest = {name: value for name, value in record.items() if name not in ("label", "kind")}
+    example = parse_example(rest, where, default_id)
+    return [Unpaired(example.id, kind, example.prompt, example.response, where, label)]
+
+
+def _split(pair: Pair) -> list[Unpaired]:
+    sides = []
+    for name, response, label in (("chosen", pair.chosen, True), ("rejected", pair.rejected, False)):
+        if response.open:
+            fault(pair.where, f"{name} is open, and kto takes whole responses", "finish it, or drop the pair")
+        sides.append(Unpaired(f"{pair.id}/{name}", pair.kind, pair.prompt, response, pair.where, label, pair.form))
+    return sides
