@@ -108,6 +108,7 @@ class ModelConfig:
             all logits at once.
         lora_rank: Rank r of a new adapter; default 16.
         lora_alpha: A new adapter is scaled by lora_alpha / lora_rank; default 32.
+        lora_rslora: Scale a new adapter by lora_alpha / sqrt(lora_rank) instead (rsLoRA, arXiv 2312.03732); default false.
         lora_dropout: Dropout before the adapter, 0 to below 1; default 0, or the value of a continued adapter.
         lora_targets: Names of the linear layers that get a new adapter; default all but the LM head.
         fused_lora: Compute adapters with saro_kernels where that is exact; if false, PEFT computes all of them.
@@ -130,6 +131,7 @@ class ModelConfig:
     head: Literal["auto", "tiled", "tiled-torch", "tiled-triton", "reference"] = "auto"
     lora_rank: int | None = None
     lora_alpha: float | None = None
+    lora_rslora: bool | None = None
     lora_dropout: float | None = None
     lora_targets: list[str] | None = None
     fused_lora: bool = True
