@@ -236,7 +236,9 @@ class TrainConfig:
         optimizer: adamw is torch's fused AdamW; adamw8bit and paged_adamw8bit are from bitsandbytes.
         lr: Peak learning rate.
         schedule: Shape of the learning rate after the warm-up.
+        min_lr: Learning rate at which linear and cosine end, at most lr.
         warmup: Share of the steps over which the learning rate rises to lr.
+        warmup_steps: Number of steps over which it rises, in place of warmup.
         weight_decay: Weight decay of AdamW, on matrices only.
         betas: Betas of AdamW.
         max_grad_norm: Clip the gradient to this norm; 0 turns clipping off.
@@ -258,7 +260,9 @@ class TrainConfig:
     optimizer: Literal["adamw", "adamw8bit", "paged_adamw8bit"] = "adamw"
     lr: float = 2e-4
     schedule: Literal["linear", "cosine", "constant"] = "cosine"
+    min_lr: float = 0.0
     warmup: float = 0.05
+    warmup_steps: int | None = None
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
     max_grad_norm: float = 1.0
@@ -276,9 +280,11 @@ class TrainConfig:
         check_at_least(
             self, "train.", 1, "max_steps", "records_per_step", "keep_checkpoints", "log_every", "sample_tokens"
         )
-        check_at_least(
-            self, "train.", 0, "weight_decay", "max_grad_norm", "seed", "eval_every", "save_every", "samples"
-        )
+        at_least_0 = ("weight_decay", "max_grad_norm", "seed", "eval_every", "save_every", "samples", "warmup_steps")
+        check_at_least(self, "train.", 0, *at_least_0)
+        check_numbers(self, "train.", ("min_lr",), lambda value: 0 <= value <= self.lr, f"0 to train.lr ({self.lr})")
+        if self.min_lr and self.schedule == "constant":
+            raise SaroError("train.min_lr is where linear and cosine end; leave it out with --train.schedule constant")
         if self.shard != "none" and self.optimizer != "adamw":
             raise SaroError(cannot_shard(self.optimizer))
         if not all(0 <= beta < 1 for beta in self.betas):
