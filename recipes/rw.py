@@ -32,6 +32,7 @@ from saro.report.tables import before_after_tables, print_lengths
 from saro.runs.check_ranks import check_same_inputs
 from saro.runs.finish import BeforeAfter, end_run, gather_weights, save_final
 from saro.runs.folder import RunFolder
+from saro.train.best import check_metric
 from saro.train.engine import evaluate, fit
 from saro.train.largest_pack import try_largest_pack
 from saro.train.metrics import format_metrics
@@ -114,6 +115,7 @@ def main() -> int:
         heldout_metrics=heldout_metrics,
     )
     before = measures.measure("before.json", step=0)
+    check_metric(train_options, before["metrics"])
     if heldout is not None:
         losses = {name: value for name, value in before["metrics"].items() if name.startswith("eval/loss")}
         runtime.say("before training  " + format_metrics(losses))

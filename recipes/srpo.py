@@ -35,6 +35,7 @@ from saro.report.tables import before_after_tables, print_lengths
 from saro.runs.check_ranks import check_same_inputs
 from saro.runs.finish import BeforeAfter, end_run, gather_weights, save_final
 from saro.runs.folder import RunFolder
+from saro.train.best import check_metric
 from saro.train.check_start import check_start
 from saro.train.engine import fit
 from saro.train.kto import evaluate_unpaired
@@ -165,6 +166,7 @@ def main() -> int:
         heldout_metrics=heldout_metrics,
     )
     before = measures.measure("before.json", step=0)
+    check_metric(train_options, before["metrics"])
     outcome = fit(
         runtime,
         policy,

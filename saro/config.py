@@ -210,6 +210,11 @@ class DataConfig:
             raise SaroError("data.think_tags must be two different tags")
 
 
+def _check_keep_best(data: DataConfig, train: TrainConfig) -> None:
+    if train.keep_best is not None and not data.heldout:
+        raise SaroError("train.keep_best needs held-out records; name a file with --data.heldout")
+
+
 def _with_heldout(data: DataConfig) -> DataConfig:
     """Return the options of a run, in which ``heldout`` has its default if none was given.
 
@@ -244,6 +249,9 @@ class TrainConfig:
         max_grad_norm: Clip the gradient to this norm; 0 turns clipping off.
         seed: Seed for shuffling, adapter init and dropout.
         eval_every: Steps between evaluations on the held-out records; 0 evaluates only at the start and the end.
+        keep_best: Held-out metric, such as eval/loss, by which final/ gets the weights of the best evaluation instead of the
+            last step. The last step is then evaluated too.
+        patience: Stop once this many evaluations, one after the other, were not better than the best by keep_best.
         save_every: Steps between checkpoints; 0 saves only at the end.
         keep_checkpoints: Number of newest checkpoints to keep.
         log_every: Steps between log lines.
@@ -268,6 +276,8 @@ class TrainConfig:
     max_grad_norm: float = 1.0
     seed: int = 0
     eval_every: int = 0
+    keep_best: str | None = None
+    patience: int | None = None
     save_every: int = 100
     keep_checkpoints: int = 2
     log_every: int = 1
@@ -278,8 +288,24 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _check_above_zero(self, "train.", "epochs", "lr")
         check_at_least(
-            self, "train.", 1, "max_steps", "records_per_step", "keep_checkpoints", "log_every", "sample_tokens"
+            self,
+            "train.",
+            1,
+            "max_steps",
+            "records_per_step",
+            "keep_checkpoints",
+            "log_every",
+            "sample_tokens",
+            "patience",
         )
+        if self.keep_best is not None and not self.eval_every:
+            raise SaroError("train.keep_best compares evaluations; set --train.eval_every")
+        if self.keep_best is not None and self.shard != "none":
+            raise SaroError(
+                "train.keep_best is not for ranks that share weights, of which each has a part; leave it out"
+            )
+        if self.patience is not None and self.keep_best is None:
+            raise SaroError("train.patience counts evaluations without a better train.keep_best; set --train.keep_best")
         at_least_0 = ("weight_decay", "max_grad_norm", "seed", "eval_every", "save_every", "samples", "warmup_steps")
         check_at_least(self, "train.", 0, *at_least_0)
         check_numbers(self, "train.", ("min_lr",), lambda value: 0 <= value <= self.lr, f"0 to train.lr ({self.lr})")
@@ -309,6 +335,7 @@ class RWConfig:
     def __post_init__(self) -> None:
         _check_kinds(self.data.weights, KINDS)
         object.__setattr__(self, "data", _with_heldout(self.data))
+        _check_keep_best(self.data, self.train)
 
 
 @dataclass(frozen=True)
@@ -422,6 +449,7 @@ class SRPOConfig:
         if self.data.row_weights:
             raise SaroError("data.row_weights is for RW; weigh kinds of pairs with --data.weights")
         object.__setattr__(self, "data", _with_heldout(self.data))
+        _check_keep_best(self.data, self.train)
 
 
 def as_dict(config: object) -> dict[str, Any]:

@@ -107,9 +107,10 @@ def end_run(runtime: Runtime, run: RunFolder, outcome: Outcome) -> int:
     """Say how the run ended, and leave the process group. Returns the exit code: 0, or 128 + the signal that stopped it."""
     if outcome.stopped_by is None:
         code = 0
+        which = "" if outcome.best_step is None else f" of step {outcome.best_step}, the best,"
         runtime.say(
-            f"{outcome.total_steps} steps, {outcome.tokens_per_second:.0f} tokens/s, "
-            f"peak memory {outcome.peak_memory_gib:.2f} GiB; model in {run.folder / 'final'}"
+            f"{outcome.step} steps, {outcome.tokens_per_second:.0f} tokens/s, "
+            f"peak memory {outcome.peak_memory_gib:.2f} GiB; model{which} in {run.folder / 'final'}"
         )
     else:
         code = 128 + outcome.stopped_by

@@ -50,6 +50,7 @@ _FREE_ON_RESUME = frozenset(
         "train.epochs",
         "train.max_steps",
         "train.eval_every",
+        "train.patience",
         "train.save_every",
         "train.keep_checkpoints",
         "train.log_every",
