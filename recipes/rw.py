@@ -95,7 +95,7 @@ def main() -> int:
 
     # 5. From here on the run's folder is written.
     run.begin(runtime, manifest)
-    runtime.start_trackers("saro-rw", run.config)
+    run.start_trackers(runtime, "saro-rw")
 
     # 6. Measure held-out metrics and answers, train, and measure again.
     def heldout_metrics(step: int) -> dict[str, float]:
@@ -113,6 +113,7 @@ def main() -> int:
         prompts=[record.prompt for record in sampled],
         max_tokens=train_options.sample_tokens,
         heldout_metrics=heldout_metrics,
+        tracked=label_prompts(sampled, show_texts=True) if train_options.track_samples else (),
     )
     before = measures.measure("before.json", step=0)
     check_metric(train_options, before["metrics"])

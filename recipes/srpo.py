@@ -137,7 +137,7 @@ def main() -> int:
 
     # 5. From here on the run's folder is written.
     run.begin(runtime, manifest)
-    runtime.start_trackers("saro-srpo", run.config)
+    run.start_trackers(runtime, "saro-srpo")
 
     # 6. Measure held-out metrics and answers, train, and measure again.
     train_log = None if preference.is_unpaired else PairLog(runtime, train, "train", preference.warn_chosen_fell)
@@ -164,6 +164,7 @@ def main() -> int:
         prompts=[record.prompt for record in sampled],
         max_tokens=train_options.sample_tokens,
         heldout_metrics=heldout_metrics,
+        tracked=label_prompts(sampled, show_texts=True) if train_options.track_samples else (),
     )
     before = measures.measure("before.json", step=0)
     check_metric(train_options, before["metrics"])

@@ -257,7 +257,9 @@ class TrainConfig:
         log_every: Steps between log lines.
         samples: Number of held-out prompts to answer before and after training, for the table at the end.
         sample_tokens: Maximum length of these answers, in tokens.
-        trackers: Also report to these trackers, such as tensorboard or wandb.
+        trackers: Also report to these trackers, such as tensorboard or wandb. A resumed run continues its run in W&B.
+        run_name: Name of the run in trackers; default the name of the output folder.
+        track_samples: Send the prompts and answers of samples to the trackers too.
     """
 
     output: str = "output/rw"
@@ -284,6 +286,8 @@ class TrainConfig:
     samples: int = 4
     sample_tokens: int = 96
     trackers: list[str] = field(default_factory=list)
+    run_name: str | None = None
+    track_samples: bool = False
 
     def __post_init__(self) -> None:
         _check_above_zero(self, "train.", "epochs", "lr")

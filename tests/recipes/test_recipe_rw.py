@@ -55,6 +55,7 @@ def finished(tmp_path_factory, tiny_model, recipes, examples):
                 "train.samples": 3,
                 "train.sample_tokens": 6,
                 "train.trackers": '["tensorboard"]',
+                "train.track_samples": "true",
             }
             done = recipes.run(*(part for k, v in options.items() for part in (f"--{k}", v)))
             assert done.code == 0, done.err
@@ -143,6 +144,9 @@ def test_the_tensorboard_tracker_writes_events(finished):
 
     found = [EventAccumulator(str(file)).Reload() for file in run.rglob("events.out.tfevents*")]
     (events,) = (e for e in found if "loss" in e.Tags()["scalars"])
+    samples = [tag for tag in events.Tags()["tensors"] if tag.startswith("samples/")]
+    assert len(samples) == 3
+    assert [event.step for event in events.Tensors(samples[0])] == [0, 6], "before training and after"
     assert {"loss", "grad_norm", "lr", "eval/loss", "eval/loss/safety"} <= set(events.Tags()["scalars"])
     expected = [line["loss"] for line in metrics_of(run) if "loss" in line]
     assert [e.step for e in events.Scalars("loss")] == [1, 2, 3, 4, 5, 6]
