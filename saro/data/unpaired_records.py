@@ -10,7 +10,7 @@ from typing import Any
 
 from saro.config import PAIR_KINDS
 from saro.data.jsonl import fault, parse_kind, read_objects, shown, type_name
-from saro.data.records import Example, Pair, parse_example, parse_pair
+from saro.data.records import Example, Pair, parse_example, parse_pair, read_examples, read_pairs
 
 
 @dataclass(frozen=True)
@@ -70,3 +70,11 @@ def _split(pair: Pair) -> list[Unpaired]:
             fault(pair.where, f"{name} is open, and kto takes whole responses", "finish it, or drop the pair")
         sides.append(Unpaired(f"{pair.id}/{name}", pair.kind, pair.prompt, response, pair.where, label, pair.form))
     return sides
+
+
+def read_records(path: str | os.PathLike) -> Iterator[Example | Pair]:
+    """Yield the records of a file in whichever form its first one has: pairs, labelled responses, or examples."""
+    _, _, first = next(read_objects(path))
+    if "chosen" in first or "rejected" in first:
+        return read_pairs(path)
+    return read_unpaired(path) if "label" in first else read_examples(path)
