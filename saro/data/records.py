@@ -149,6 +149,8 @@ def holds_pairs(path: str | os.PathLike) -> bool:
 
 def parse_pair(record: dict[str, Any], where: str, default_id: str) -> Pair:
     """Parse a JSON object as a pair, in any of the formats. Raises SaroError at ``where`` if it is faulty."""
+    if "label" in record and "chosen" not in record:
+        fault(where, 'field "label" makes this a labelled response, not a pair', "set --preference.loss kto")
     for name in ("completion", "messages", "answer", "reasoning"):
         if name in record:
             fault(where, f"field {shown(name)} makes this an example, not a pair", "give examples to stage 1 (RW)")
@@ -206,6 +208,9 @@ def parse_example(record: dict[str, Any], where: str, default_id: str) -> Exampl
     for name in ("chosen", "rejected"):
         if name in record:
             fault(where, f"field {shown(name)} makes this a preference pair", "give pairs to stage 2 (SRPO)")
+    if "label" in record:
+        wrong = 'field "label" makes this a labelled response, which may be undesirable'
+        fault(where, wrong, "give it to stage 2 (SRPO) with --preference.loss kto, or remove the field")
     if "open" in record:
         fault(where, 'only a side of a pair may be "open"', "finish the response and leave the field out")
     form = _find_format(record, _EXAMPLE_FORMATS, where)

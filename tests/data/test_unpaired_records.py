@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from saro.data.records import Message, Response
+from saro.data.records import Message, Response, read_examples, read_pairs
 from saro.data.unpaired_records import Unpaired, read_unpaired
 from saro.errors import SaroError
 
@@ -72,3 +72,14 @@ def test_a_faulty_record_is_named_in_one_line(read, tmp_path, record, message):
 def test_an_id_is_used_once(read):
     with pytest.raises(SaroError, match='jsonl:2: id "p/chosen" is already used on line 1'):
         read(PAIR, {"id": "p/chosen", "prompt": "Why?", "completion": "b", "label": True})
+
+
+@pytest.mark.parametrize(
+    ("read_others", "message"), [(read_examples, "with --preference.loss kto"), (read_pairs, "set --")]
+)
+def test_a_labelled_response_is_never_read_as_something_else(tmp_path, read_others, message):
+    """As an example, an undesirable response would be learned."""
+    file = tmp_path / "data.jsonl"
+    file.write_text(json.dumps({"prompt": "Why?", "completion": "b", "label": False}))
+    with pytest.raises(SaroError, match=f'field "label" makes this a labelled response.*{message}'):
+        list(read_others(file))
