@@ -10,7 +10,7 @@ from typing import Any
 
 from saro.config import PAIR_KINDS
 from saro.data.jsonl import fault, parse_kind, read_objects, shown, type_name
-from saro.data.records import Example, Pair, parse_example, parse_pair, read_examples, read_pairs
+from saro.data.records import Example, Pair, holds_pairs, parse_example, parse_pair, read_examples, read_pairs
 
 
 @dataclass(frozen=True)
@@ -72,9 +72,14 @@ def _split(pair: Pair) -> list[Unpaired]:
     return sides
 
 
+def holds_labels(path: str | os.PathLike) -> bool:
+    """Return True if a file's first record is a labelled response. Raises SaroError like ``read_unpaired``."""
+    _, _, first = next(read_objects(path))
+    return "label" in first and "chosen" not in first
+
+
 def read_records(path: str | os.PathLike) -> Iterator[Example | Pair]:
     """Yield the records of a file in whichever form its first one has: pairs, labelled responses, or examples."""
-    _, _, first = next(read_objects(path))
-    if "chosen" in first or "rejected" in first:
-        return read_pairs(path)
-    return read_unpaired(path) if "label" in first else read_examples(path)
+    if holds_labels(path):
+        return read_unpaired(path)
+    return read_pairs(path) if holds_pairs(path) else read_examples(path)

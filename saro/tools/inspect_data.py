@@ -21,6 +21,8 @@ from saro.data.dataset import ExampleSet, PairSet, encode_files, encode_pair_fil
 from saro.data.lengths import LengthReport
 from saro.data.records import holds_pairs, read_examples, read_pairs
 from saro.data.tree import RowKind, ScoredSequence, common_prefix
+from saro.data.unpaired_records import holds_labels, read_unpaired
+from saro.data.unpaired_set import encode_unpaired_files
 from saro.demo import data_files, find_demo
 from saro.errors import SaroError, nearest
 from saro.model.source import find_model
@@ -62,9 +64,9 @@ class Options:
 
 
 def run(options: Options, console: Console) -> int:
-    """Show how long examples or preference pairs are, and which of their tokens are scored and shared.
+    """Show how long examples, preference pairs or labelled responses are, and which of their tokens are scored and shared.
 
-    The first record decides between examples and pairs.
+    The first record decides between them.
 
     Raises:
         SaroError: for whatever training would refuse, or an id that no record has.
@@ -94,13 +96,15 @@ def run(options: Options, console: Console) -> int:
 
 def _encode(files: Sequence[str], chat: ChatFormat, vocabulary: int) -> ExampleSet | PairSet:
     """Encode and check all records, however long they are."""
-    if holds_pairs(files[0]):
-        pairs = encode_pair_files(files, chat, DataConfig(pack_tokens=sys.maxsize), progress=True)
-        check_masks(pairs, chat, (p for file in files for p in read_pairs(file)), vocabulary)
-        return pairs
-    examples = encode_files(files, chat, DataConfig(pack_tokens=sys.maxsize), progress=True)
-    check_masks(examples, chat, (e for file in files for e in read_examples(file)), vocabulary)
-    return examples
+    if holds_labels(files[0]):
+        encode, read = encode_unpaired_files, read_unpaired
+    elif holds_pairs(files[0]):
+        encode, read = encode_pair_files, read_pairs
+    else:
+        encode, read = encode_files, read_examples
+    encoded = encode(files, chat, DataConfig(pack_tokens=sys.maxsize), progress=True)
+    check_masks(encoded, chat, (record for file in files for record in read(file)), vocabulary)
+    return encoded
 
 
 def _list_too_long(encoded: ExampleSet | PairSet, pack_tokens: int, console: Console) -> None:

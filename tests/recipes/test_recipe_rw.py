@@ -502,3 +502,34 @@ def test_both_of_two_processes_print_an_error_and_write_nothing(recipes, rw_argu
     assert ranks[0].err == f"error: {bad}:1: answer is empty; write it or drop the record\n"
     assert ranks[1].err == f"[rank 1] {ranks[0].err}"
     assert not (tmp_path / "run").exists()
+
+
+# The best evaluation.
+
+
+def test_final_is_the_model_of_the_best_evaluation(recipes, rw_arguments, tmp_path):
+    """A learning rate that is far too high: the held-out loss is best early."""
+    done = recipes.run(*rw_arguments(train_keep_best="eval/loss", train_eval_every=1, train_max_steps=5, train_lr=2))
+    assert done.code == 0, done.err
+    run = tmp_path / "run"
+    losses = {line["step"]: line["eval/loss"] for line in metrics_of(run) if "eval/loss" in line}
+    best = min(losses, key=losses.get)
+    assert sorted(losses) == [1, 2, 3, 4, 5]
+    assert best < 5
+    after = json.loads((run / "after.json").read_text())["metrics"]["eval/loss"]
+    assert after == pytest.approx(losses[best], rel=1e-6)
+    assert f"model of step {best}, the best, in" in done.err
+
+
+def test_keep_best_needs_held_out_records_and_a_metric_of_the_run(recipes, rw_arguments):
+    options = {"train_keep_best": "eval/lss", "train_eval_every": 1}
+    done = recipes.run(*rw_arguments(**options))
+    assert (done.code, done.err.splitlines()[-1]) == (
+        2,
+        "error: train.keep_best: eval/lss is no metric of this run; did you mean eval/loss?",
+    )
+    done = recipes.run(*rw_arguments(**options, data_heldout="[]", train_output="elsewhere"))
+    assert (done.code, done.err) == (
+        2,
+        "error: train.keep_best needs held-out records; name a file with --data.heldout\n",
+    )
