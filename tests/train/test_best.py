@@ -6,6 +6,7 @@ import json
 import shutil
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -149,3 +150,9 @@ def test_a_metric_that_cannot_be_compared_is_refused_before_training(name, messa
 def test_options_that_need_another_are_refused(options, message):
     with pytest.raises(SaroError, match=message):
         TrainConfig(**options)
+
+
+def test_a_launcher_that_shares_weights_is_refused_too(training, runtime):
+    run = training(**OPTIONS)
+    with pytest.raises(SaroError, match=r"train\.keep_best is not for ranks that share weights"):
+        run.fit(replace(runtime, mesh=object()), 1, evaluate=Watched(run))
