@@ -31,6 +31,7 @@ from saro.report.tables import before_after_tables, print_lengths
 from saro.runs.check_ranks import check_same_inputs
 from saro.runs.finish import BeforeAfter, end_run, gather_weights, save_final
 from saro.runs.folder import RunFolder
+from saro.train.best import check_metric
 from saro.train.engine import evaluate, fit
 from saro.train.largest_pack import try_largest_pack
 from saro.train.metrics import format_metrics
@@ -93,7 +94,7 @@ def main() -> int:
 
     # 5. From here on the run's folder is written.
     run.begin(runtime, manifest)
-    runtime.start_trackers("saro-rw", run.config)
+    run.start_trackers(runtime, "saro-rw")
 
     # 6. Measure held-out metrics and answers, train, and measure again.
     def heldout_metrics(step: int) -> dict[str, float]:
@@ -111,8 +112,10 @@ def main() -> int:
         prompts=[record.prompt for record in sampled],
         max_tokens=train_options.sample_tokens,
         heldout_metrics=heldout_metrics,
+        tracked=label_prompts(sampled, show_texts=True) if train_options.track_samples else (),
     )
     before = measures.measure("before.json", step=0)
+    check_metric(train_options, before["metrics"])
     if heldout is not None:
         losses = {name: value for name, value in before["metrics"].items() if name.startswith("eval/loss")}
         runtime.say("before training  " + format_metrics(losses))

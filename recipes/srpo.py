@@ -1,4 +1,4 @@
-"""Stage 2, SRPO: preference optimization of chains of reasoning, from files of pairs to `final/`.
+"""Stage 2, SRPO: preference optimization of chains of reasoning, from files of pairs, or of labelled responses, to `final/`.
 
     accelerate launch recipes/srpo.py [--config FILE.yaml] [--group.option VALUE ...] [--resume | --overwrite]
 
@@ -14,12 +14,14 @@ from rich.console import Console
 
 from saro.checks.check_data import check_data
 from saro.checks.check_packs import check_packs
-from saro.config import DEMO, START, SRPOConfig
+from saro.config import DEMO, START, PreferenceConfig, SRPOConfig
 from saro.data.dataset import encode_pair_files
 from saro.data.lengths import LengthReport
 from saro.data.packs import PairLogps
 from saro.data.records import read_pair_files
 from saro.data.steps import Schedule, Steps
+from saro.data.unpaired_records import read_unpaired_files
+from saro.data.unpaired_set import encode_unpaired_files
 from saro.demo import data_files, find_demo, find_start
 from saro.distributed.run_ranks import run_ranks
 from saro.distributed.runtime import Runtime
@@ -32,10 +34,13 @@ from saro.report.tables import before_after_tables, print_lengths
 from saro.runs.check_ranks import check_same_inputs
 from saro.runs.finish import BeforeAfter, end_run, gather_weights, save_final
 from saro.runs.folder import RunFolder
+from saro.train.best import check_metric
 from saro.train.check_start import check_start
 from saro.train.engine import fit
+from saro.train.kto import evaluate_unpaired
 from saro.train.largest_pack import try_largest_pack
-from saro.train.objective import SRPOObjective, check_nll
+from saro.train.make_objective import make_objective
+from saro.train.objective import SRPOObjective, check_forms
 from saro.train.pair_log import PairLog, evaluate_pairs
 from saro.train.reference import load_other_references, load_references, other_reference_options
 
@@ -61,12 +66,16 @@ def main() -> int:
         reference_source = find_model(reference_options)
     chat = run.chat_format(source, data_options)
 
-    # 2. Pairs -> token ids. Both sides have the same prompt, nothing is cut, and a wrong pair is an error.
+    # 2. Pairs -> token ids. Both sides have the same prompt, nothing is cut, and a wrong pair is an error. For kto, each
+    # side of a pair is a record of its own.
+    is_unpaired = preference.is_unpaired
+    read = read_unpaired_files if is_unpaired else read_pair_files
+    encode = encode_unpaired_files if is_unpaired else encode_pair_files
     train_files = data_files(data_options.train, "srpo_train")
     heldout_files = data_files(data_options.heldout, "srpo_heldout")
-    train = encode_pair_files(train_files, chat, data_options, progress=runtime.is_main)
-    check_nll(preference, train.forms)
-    heldout = encode_pair_files(heldout_files, chat, data_options, progress=runtime.is_main) if heldout_files else None
+    train = encode(train_files, chat, data_options, progress=runtime.is_main)
+    check_forms(preference, train.forms)
+    heldout = encode(heldout_files, chat, data_options, progress=runtime.is_main) if heldout_files else None
     sets = {"train": train} if heldout is None else {"train": train, "heldout": heldout}
     reports = {name: LengthReport.of(data, train) for name, data in sets.items()}
     for name, report in reports.items():
@@ -77,8 +86,8 @@ def main() -> int:
     # Refuse to resume on other data or another model here, before the model is loaded.
     run.check_unchanged(runtime, manifest)
     check_same_inputs(runtime, manifest, sets)
-    heldout_records = list(read_pair_files(heldout_files))
-    records = {"train": read_pair_files(train_files), "heldout": heldout_records}
+    heldout_records = list(read(heldout_files))
+    records = {"train": read(train_files), "heldout": heldout_records}
     check_data(sets, records, chat, source.config.vocab_size, data_options.allow_overlap)
     if heldout is None:
         runtime.say("no records are held out, so nothing is measured before and after; name a file with --data.heldout")
@@ -86,6 +95,8 @@ def main() -> int:
         # Only after the checks: it changes what is scored, not what is read.
         sets = {name: pairs.divergent() for name, pairs in sets.items()}
     train, heldout = sets["train"], sets.get("heldout")
+    # A reference scores pairs. A record of kto stands there beside a response that its prompt did not get.
+    pairs = {name: data.beside if preference.is_unpaired else data for name, data in sets.items()}
 
     # 3. Token ids -> steps of packs. A step can be made from its number, without the steps before it.
     schedule = Schedule.of(train, data_options, train_options)
@@ -97,40 +108,49 @@ def main() -> int:
     references = None
     if reference_source is not None:
         # Load, score and free this model before the policy is loaded, so that two models need not fit into memory.
-        references = load_other_references(runtime, reference_source, reference_options, chat, sets, pack_tokens)
+        references = load_other_references(runtime, reference_source, reference_options, chat, pairs, pack_tokens)
     policy = load_policy(source, model_options, runtime.device, train_options.seed, runtime.mesh)
     runtime.say(f"{start}: {config.model.method}, {policy.summary()}; checking packs against the model's own forward")
-    check = check_packs(policy, train)
+    check = check_packs(policy, pairs["train"])
     runtime.say(
         f"packed log-probs differ from the model's own by {check.logps:.1e} nats; "
         f"rounding changes them by {check.logps_floor:.1e}"
     )
-    unscored = SRPOObjective(train.kinds, PairLogps.zeros(train.scored_tokens), preference, train.forms)
-    try_largest_pack(runtime, policy, unscored, steps, total_steps, train_options.optimizer)
-    if references is None:
-        references = load_references(runtime, policy, source, sets, pack_tokens)
-    objective = SRPOObjective(train.kinds, references["train"], preference, train.forms)
-    if reference_source is None:
-        at_start = check_start(runtime, policy, objective, steps[0], train, pack_tokens)
+    unscored = PairLogps.zeros(pairs["train"].scored_tokens) if preference.needs_reference else None
+    untrained = make_objective(train, unscored, preference, pack_tokens)
+    try_largest_pack(runtime, policy, untrained, steps, total_steps, train_options.optimizer)
+    if references is None and preference.needs_reference:
+        references = load_references(runtime, policy, source, pairs, pack_tokens)
+    objective = make_objective(train, references and references["train"], preference, pack_tokens)
+    if references is not None and reference_source is None:
+        first = replace(steps, data=pairs["train"])[0]
+        # The check needs margins, which kto has not: those between records and what stands beside them are zero too.
+        with_margins = objective
+        if preference.is_unpaired:
+            with_margins = SRPOObjective(train.kinds, references["train"], PreferenceConfig(beta=preference.beta))
+        at_start = check_start(runtime, policy, with_margins, first, pairs["train"], pack_tokens)
+        loss = "" if preference.is_unpaired else f"loss {at_start.loss:.4f} at the start; "
         runtime.say(
-            f"loss {at_start.loss:.4f} at the start; log-probs differ from the reference by {at_start.logps:.1e} of "
+            f"{loss}log-probs differ from the reference by {at_start.logps:.1e} of "
             f"{at_start.allowed_logps:.1e} nats per token, margins by {at_start.margin:.1e} of "
             f"{at_start.allowed_margin:.1e} nats"
         )
 
     # 5. From here on the run's folder is written.
     run.begin(runtime, manifest)
-    runtime.start_trackers("saro-srpo", run.config)
+    run.start_trackers(runtime, "saro-srpo")
 
     # 6. Measure held-out metrics and answers, train, and measure again.
-    train_log = PairLog(runtime, train, "train", preference.warn_chosen_fell)
+    train_log = None if preference.is_unpaired else PairLog(runtime, train, "train", preference.warn_chosen_fell)
     if heldout is not None:
-        heldout_objective = SRPOObjective(heldout.kinds, references["heldout"], preference, heldout.forms)
-        heldout_log = PairLog(runtime, heldout, "heldout", preference.warn_chosen_fell)
+        heldout_objective = make_objective(heldout, references and references["heldout"], preference, pack_tokens)
+        heldout_log = PairLog(runtime, pairs["heldout"], "heldout", preference.warn_chosen_fell)
 
     def heldout_metrics(step: int) -> dict[str, float]:
         if heldout is None:
             return {}
+        if preference.is_unpaired:
+            return evaluate_unpaired(runtime, policy, heldout_objective, heldout, pack_tokens)
         file = run.folder / "margins.jsonl"
         return evaluate_pairs(
             runtime, policy, heldout_objective, heldout, pack_tokens, log=heldout_log, step=step, file=file
@@ -145,8 +165,10 @@ def main() -> int:
         prompts=[record.prompt for record in sampled],
         max_tokens=train_options.sample_tokens,
         heldout_metrics=heldout_metrics,
+        tracked=label_prompts(sampled, show_texts=True) if train_options.track_samples else (),
     )
     before = measures.measure("before.json", step=0)
+    check_metric(train_options, before["metrics"])
     outcome = fit(
         runtime,
         policy,

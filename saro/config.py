@@ -18,6 +18,8 @@ START = "start"
 THINK_TAGS = ("<think>", "</think>")
 KINDS = ("general", "safety")
 PAIR_KINDS = ("op-cot", "pp-cot")
+# The error if no rank has the whole weights of the best evaluation.
+CANNOT_KEEP_BEST = "train.keep_best is not for ranks that share weights, of which each has a part; leave it out"
 # Parts of a response that its tokens belong to, in the order of ``saro.data.tree.RowKind``.
 PARTS = ("think", "answer", "stop")
 
@@ -108,6 +110,7 @@ class ModelConfig:
             all logits at once.
         lora_rank: Rank r of a new adapter; default 16.
         lora_alpha: A new adapter is scaled by lora_alpha / lora_rank; default 32.
+        lora_rslora: Scale a new adapter by lora_alpha / sqrt(lora_rank) instead (rsLoRA, arXiv 2312.03732); default false.
         lora_dropout: Dropout before the adapter, 0 to below 1; default 0, or the value of a continued adapter.
         lora_targets: Names of the linear layers that get a new adapter; default all but the LM head.
         fused_lora: Compute adapters with saro_kernels where that is exact; if false, PEFT computes all of them.
@@ -130,6 +133,7 @@ class ModelConfig:
     head: Literal["auto", "tiled", "tiled-torch", "tiled-triton", "reference"] = "auto"
     lora_rank: int | None = None
     lora_alpha: float | None = None
+    lora_rslora: bool | None = None
     lora_dropout: float | None = None
     lora_targets: list[str] | None = None
     fused_lora: bool = True
@@ -213,6 +217,11 @@ class DataConfig:
             raise SaroError("data.think_tags must be two different tags")
 
 
+def _check_keep_best(data: DataConfig, train: TrainConfig) -> None:
+    if train.keep_best is not None and not data.heldout:
+        raise SaroError("train.keep_best needs held-out records; name a file with --data.heldout")
+
+
 def _with_heldout(data: DataConfig) -> DataConfig:
     """Return the options of a run, in which ``heldout`` has its default if none was given.
 
@@ -239,18 +248,25 @@ class TrainConfig:
         optimizer: adamw is torch's fused AdamW; adamw8bit and paged_adamw8bit are from bitsandbytes.
         lr: Peak learning rate.
         schedule: Shape of the learning rate after the warm-up.
+        min_lr: Learning rate at which linear and cosine end, at most lr.
         warmup: Share of the steps over which the learning rate rises to lr.
+        warmup_steps: Number of steps over which it rises, in place of warmup.
         weight_decay: Weight decay of AdamW, on matrices only.
         betas: Betas of AdamW.
         max_grad_norm: Clip the gradient to this norm; 0 turns clipping off.
         seed: Seed for shuffling, adapter init and dropout.
         eval_every: Steps between evaluations on the held-out records; 0 evaluates only at the start and the end.
+        keep_best: Held-out metric, such as eval/loss, by which final/ gets the weights of the best evaluation instead of the
+            last step. The last step is then evaluated too.
+        patience: Stop once this many evaluations, one after the other, were not better than the best by keep_best.
         save_every: Steps between checkpoints; 0 saves only at the end.
         keep_checkpoints: Number of newest checkpoints to keep.
         log_every: Steps between log lines.
         samples: Number of held-out prompts to answer before and after training, for the table at the end.
         sample_tokens: Maximum length of these answers, in tokens.
-        trackers: Also report to these trackers, such as tensorboard or wandb.
+        trackers: Also report to these trackers, such as tensorboard or wandb. A resumed run continues its run in W&B.
+        run_name: Name of the run in trackers; default the name of the output folder.
+        track_samples: Send the prompts and answers of samples to the trackers too.
     """
 
     output: str = "output/rw"
@@ -261,27 +277,49 @@ class TrainConfig:
     optimizer: Literal["adamw", "adamw8bit", "paged_adamw8bit"] = "adamw"
     lr: float = 2e-4
     schedule: Literal["linear", "cosine", "constant"] = "cosine"
+    min_lr: float = 0.0
     warmup: float = 0.05
+    warmup_steps: int | None = None
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
     max_grad_norm: float = 1.0
     seed: int = 0
     eval_every: int = 0
+    keep_best: str | None = None
+    patience: int | None = None
     save_every: int = 100
     keep_checkpoints: int = 2
     log_every: int = 1
     samples: int = 4
     sample_tokens: int = 96
     trackers: list[str] = field(default_factory=list)
+    run_name: str | None = None
+    track_samples: bool = False
 
     def __post_init__(self) -> None:
         _check_above_zero(self, "train.", "epochs", "lr")
         check_at_least(
-            self, "train.", 1, "max_steps", "records_per_step", "keep_checkpoints", "log_every", "sample_tokens"
+            self,
+            "train.",
+            1,
+            "max_steps",
+            "records_per_step",
+            "keep_checkpoints",
+            "log_every",
+            "sample_tokens",
+            "patience",
         )
-        check_at_least(
-            self, "train.", 0, "weight_decay", "max_grad_norm", "seed", "eval_every", "save_every", "samples"
-        )
+        if self.keep_best is not None and not self.eval_every:
+            raise SaroError("train.keep_best compares evaluations; set --train.eval_every")
+        if self.keep_best is not None and self.shard != "none":
+            raise SaroError(CANNOT_KEEP_BEST)
+        if self.patience is not None and self.keep_best is None:
+            raise SaroError("train.patience counts evaluations without a better train.keep_best; set --train.keep_best")
+        at_least_0 = ("weight_decay", "max_grad_norm", "seed", "eval_every", "save_every", "samples", "warmup_steps")
+        check_at_least(self, "train.", 0, *at_least_0)
+        check_numbers(self, "train.", ("min_lr",), lambda value: 0 <= value <= self.lr, f"0 to train.lr ({self.lr})")
+        if self.min_lr and self.schedule == "constant":
+            raise SaroError("train.min_lr is where linear and cosine end; leave it out with --train.schedule constant")
         if self.shard != "none" and self.optimizer != "adamw":
             raise SaroError(cannot_shard(self.optimizer))
         if not all(0 <= beta < 1 for beta in self.betas):
@@ -306,30 +344,40 @@ class RWConfig:
     def __post_init__(self) -> None:
         _check_kinds(self.data.weights, KINDS)
         object.__setattr__(self, "data", _with_heldout(self.data))
+        _check_keep_best(self.data, self.train)
 
 
 @dataclass(frozen=True)
 class PreferenceConfig:
-    """The loss on pairs and its reference.
+    """The loss on pairs, or on unpaired records, and its reference.
 
     Attributes:
-        loss: sigmoid is DPO (cDPO with label_smoothing); robust, hinge and ipo are named as in their papers and TRL.
-        beta: Strength of the pull towards the reference; tau in ipo.
-        label_smoothing: Share of labels assumed to be wrong, for sigmoid and robust; 0 to below 0.5.
+        loss: sigmoid is DPO (cDPO with label_smoothing); robust, hinge and ipo are named as in their papers and TRL. simpo
+            and orpo need no reference, and divide log-probs by the number of tokens. kto takes unpaired records (prompt,
+            completion, label) or pairs, of which each side is then a record.
+        beta: Strength of the pull towards the reference; tau in ipo, lambda in orpo. In simpo it scales the reward; the paper
+            takes 2 or more.
+        gamma: Target reward margin of simpo; default 0.5, as in TRL.
+        label_smoothing: Share of labels assumed to be wrong, for sigmoid, robust and simpo; 0 to below 0.5.
+        desirable_weight: Weight of desirable records in kto, lambda_D; default 1.
+        undesirable_weight: Weight of undesirable records in kto, lambda_U; default 1.
         nll: Weight of the chosen responses' negative log-likelihood per token, added to the loss (RPO). With scored
             divergent it is that of the tokens after the two responses diverge, which the forms recover, mirror and sibling
-            need: they begin with steps that should not be learned.
+            need: they begin with steps that should not be learned. orpo has this term, with weight 1, in any case.
         length_normalize: Divide log-probs by the number of tokens first; with ipo this is TRL's form.
         scored: all scores every token of the responses; divergent scores only those after the two responses diverge.
             The margins are the same.
         reference: start is the model before the first step; otherwise folder or hub name of another model.
         warn_chosen_fell: Warn once when the chosen log-prob falls in more than this share of the pairs; off with scored
-            divergent, which does not score whole responses.
+            divergent, which does not score whole responses, and for losses without a reference.
     """
 
-    loss: Literal["sigmoid", "robust", "hinge", "ipo"] = "sigmoid"
+    loss: Literal["sigmoid", "robust", "hinge", "ipo", "simpo", "orpo", "kto"] = "sigmoid"
     beta: float = 0.1
+    gamma: float = 0.5
     label_smoothing: float = 0.0
+    desirable_weight: float = 1.0
+    undesirable_weight: float = 1.0
     nll: float = 0.0
     length_normalize: bool = False
     scored: Literal["all", "divergent"] = "all"
@@ -337,20 +385,56 @@ class PreferenceConfig:
     warn_chosen_fell: float = 0.5
 
     def __post_init__(self) -> None:
-        _check_above_zero(self, "preference.", "beta")
-        check_at_least(self, "preference.", 0, "nll")
+        _check_above_zero(self, "preference.", "beta", "desirable_weight", "undesirable_weight")
+        check_at_least(self, "preference.", 0, "nll", "gamma")
         check_numbers(
             self, "preference.", ("label_smoothing",), lambda value: 0 <= value < 0.5, "at least 0 and below 0.5"
         )
         check_numbers(
             self, "preference.", ("warn_chosen_fell",), lambda value: 0 <= value <= 1, "a share of the pairs, 0 to 1"
         )
-        if self.label_smoothing and self.loss not in ("sigmoid", "robust"):
-            raise SaroError(f"preference.label_smoothing is for sigmoid and robust, not for {self.loss}; set it to 0")
+        if self.label_smoothing and self.loss not in ("sigmoid", "robust", "simpo"):
+            raise SaroError(
+                f"preference.label_smoothing is for sigmoid, robust and simpo, not for {self.loss}; set it to 0"
+            )
         if self.scored == "divergent" and self.length_normalize:
             raise SaroError("preference.scored divergent skips rows that length_normalize needs; set one of the two")
+        if self.scored == "divergent" and (self.is_length_normalized or self.is_unpaired):
+            raise SaroError(f"preference.scored divergent skips rows that {self.loss} needs; leave it at all")
         if not self.reference:
             raise SaroError("preference.reference is empty; give start, or the folder of a model")
+        if self.reference != START and not self.needs_reference:
+            raise SaroError(f"preference.loss {self.loss} has no reference; leave out --preference.reference")
+        if self.loss == "orpo" and self.nll:
+            raise SaroError(
+                "preference.loss orpo has the NLL with weight 1; leave out --preference.nll, and change beta"
+            )
+        if self.is_unpaired and (self.nll or self.length_normalize):
+            name = "nll" if self.nll else "length_normalize"
+            raise SaroError(f"preference.{name} is for losses on pairs, not for kto; leave it out")
+        for name, loss in (("gamma", "simpo"), ("desirable_weight", "kto"), ("undesirable_weight", "kto")):
+            if self.loss != loss and getattr(self, name) != getattr(type(self), name):
+                raise SaroError(f"preference.{name} is for {loss}, not for {self.loss}; leave it out")
+
+    @property
+    def needs_reference(self) -> bool:
+        """True if the loss compares the policy with a reference."""
+        return self.loss not in ("simpo", "orpo")
+
+    @property
+    def nll_weight(self) -> float:
+        """Weight of the chosen responses' negative log-likelihood in the loss."""
+        return 1.0 if self.loss == "orpo" else self.nll
+
+    @property
+    def is_length_normalized(self) -> bool:
+        """True if the loss takes the mean of a response's log-probs, not their sum."""
+        return self.length_normalize or self.loss in ("simpo", "orpo")
+
+    @property
+    def is_unpaired(self) -> bool:
+        """True if the loss takes single responses with a label, not pairs."""
+        return self.loss == "kto"
 
 
 @dataclass(frozen=True)
@@ -376,6 +460,7 @@ class SRPOConfig:
         if self.data.train_on != "last":
             raise SaroError("data.train_on is for RW; a pair differs only in its last turn")
         object.__setattr__(self, "data", _with_heldout(self.data))
+        _check_keep_best(self.data, self.train)
 
 
 def as_dict(config: object) -> dict[str, Any]:

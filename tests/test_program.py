@@ -263,6 +263,8 @@ def test_recomputation_is_on_or_off_or_automatic_or_a_number_of_layers(yaml_file
         ("train.lr", "0", "train.lr is 0.0; it must be above 0"),
         ("train.max_steps", "0", "train.max_steps is 0; it must be at least 1"),
         ("train.warmup", "2", "train.warmup is 2.0; it must be a share of the steps, 0 to 1"),
+        ("train.warmup_steps", "-1", "train.warmup_steps is -1; it must be at least 0"),
+        ("train.min_lr", "1", "train.min_lr is 1.0; it must be 0 to train.lr (0.0002)"),
         ("model.lora_dropout", "1", "model.lora_dropout is 1.0; it must be at least 0 and below 1"),
         ("model.lora_rank", "0", "model.lora_rank is 0; it must be at least 1"),
         ("data.pack_tokens", "1", "data.pack_tokens is 1; it must be at least 2"),

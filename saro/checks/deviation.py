@@ -9,8 +9,9 @@ import torch
 
 from saro.checks.noise import EXPORT_FACTOR, EXPORT_SHARE
 from saro.data.chat_format import ChatFormat
-from saro.data.records import Example, Pair, holds_pairs, read_examples, read_pairs
+from saro.data.records import Example, Pair
 from saro.data.tree import SequenceTree, build_tree
+from saro.data.unpaired_records import read_records
 from saro.errors import SaroError
 
 
@@ -65,7 +66,7 @@ def choose_records(files: Sequence[str], chat: ChatFormat, pack_tokens: int, num
     """
     records: list[Example | Pair] = []
     for file in files:
-        records += read_pairs(file) if holds_pairs(file) else read_examples(file)
+        records += read_records(file)
     evenly = [i * len(records) // number for i in range(number)]
     # The other records follow, in case some of these are too long.
     order = dict.fromkeys([*evenly, *range(len(records))])

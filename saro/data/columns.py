@@ -38,8 +38,8 @@ _ON_MESSAGE = (
 _REFUSED = {
     "open": ('only a side of a pair may be "open"', "finish the response and leave the field out"),
     "label": (
-        'field "label" makes this an unpaired preference',
-        "keep the good ones, and rename it if it means another thing",
+        'field "label" makes this a labelled response, which may be undesirable',
+        "give it to stage 2 (SRPO) with --preference.loss kto, or remove the field",
     ),
     "tools": (
         'field "tools" would change the prompt',

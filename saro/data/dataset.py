@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import ClassVar
 
 import numpy as np
 
@@ -32,6 +33,7 @@ class ExampleSet:
     """n encoded examples.
 
     Attributes:
+        kind_names: names of the kinds, ``KINDS`` unless a subclass has others.
         tokens: (T,) int32, all sequences one after the other.
         offsets: (n + 1,) int64, sequence i is ``tokens[offsets[i]:offsets[i + 1]]``.
         prompt_tokens: (n,) int32, number of tokens before the first scored one. These are the prompt; in a set made by
@@ -47,6 +49,8 @@ class ExampleSet:
             each example is a record of its own.
         ignored: names of the records' fields that were ignored.
     """
+
+    kind_names: ClassVar[tuple[str, ...]] = KINDS
 
     tokens: np.ndarray
     offsets: np.ndarray
@@ -110,6 +114,8 @@ class PairSet:
         prompts: (n,) int32, a number for each pair's prompt; pairs on the same prompt have the same number.
         forms: (n,) form of each pair, as in ``Pair``, None for pairs without one; empty if no pair has one.
     """
+
+    kind_names: ClassVar[tuple[str, ...]] = PAIR_KINDS
 
     chosen: ExampleSet
     rejected: ExampleSet

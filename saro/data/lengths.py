@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from saro.config import KINDS, PAIR_KINDS
 from saro.data.dataset import ExampleSet, PairSet
 from saro.data.repeats import count_duplicates, find_overlap
 from saro.data.tree import build_tree
@@ -86,7 +85,7 @@ class LengthReport:
     def of(cls, data: ExampleSet | PairSet, train: ExampleSet | PairSet | None = None) -> LengthReport:
         """Measure an encoded set. ``train`` has the training records of the same run, and may be ``data`` itself."""
         if isinstance(data, ExampleSet):
-            kind_names, dropped, sharing = KINDS, data.dropped, None
+            dropped, sharing = data.dropped, None
             open_sides = 0
             lengths = {
                 "whole record": data.lengths,
@@ -95,7 +94,7 @@ class LengthReport:
                 "scored": data.scored_tokens,
             }
         else:
-            kind_names, dropped, sharing = PAIR_KINDS, data.chosen.dropped, Sharing.of(data)
+            dropped, sharing = data.chosen.dropped, Sharing.of(data)
             open_sides = sum(
                 int(side.is_open.sum()) for side in (data.chosen, data.rejected) if side.is_open is not None
             )
@@ -107,7 +106,7 @@ class LengthReport:
                 "pair, shared part once": data.lengths,
             }
         return cls(
-            records=_count_kinds(data.kinds, kind_names),
+            records=_count_kinds(data.kinds, data.kind_names),
             lengths={label: Lengths.of(tokens) for label, tokens in lengths.items()},
             dropped=dropped,
             duplicates=count_duplicates(data),

@@ -140,31 +140,40 @@ def read_example_files(
 
     Raises SaroError as ``read_examples`` does, and for a file that is given twice.
     """
-    records = (record for path in paths for record in read_examples(path))
+    records = (record for path in each_once(paths) for record in read_examples(path))
     if train_on == "all":
         records = (turn for record in records for turn in split_turns(record))
-    return _with_own_ids(records)
+    return with_own_ids(records)
 
 
 def read_pair_files(paths: Iterable[str | os.PathLike]) -> Iterator[Pair]:
     """Yield the pairs of several files, as ``read_example_files`` does examples."""
-    return _with_own_ids(record for path in paths for record in read_pairs(path))
+    return with_own_ids(record for path in each_once(paths) for record in read_pairs(path))
 
 
-def _with_own_ids(records: Iterable[Record]) -> Iterator[Record]:
+def each_once(paths: Iterable[str | os.PathLike]) -> Iterator[str | os.PathLike]:
+    """Yield the paths. Raises SaroError for one that is given twice."""
+    seen: set[str] = set()
+    for path in paths:
+        if os.fspath(path) in seen:
+            fault(os.fsdecode(path), "the file is given twice", "name it once")
+        seen.add(os.fspath(path))
+        yield path
+
+
+def with_own_ids(
+    records: Iterable[Record], place: Callable[[Record], str] = lambda record: record.where
+) -> Iterator[Record]:
+    """Yield records, of which one whose id an earlier one has gets its ``place`` as id. Raises SaroError if that is taken."""
     ids: set[str] = set()
-    places: set[str] = set()
     for record in records:
-        if record.where in places:
-            fault(record.where, "the file is given twice", "name it once")
-        id = record.where if record.id in ids else record.id
+        id = place(record) if record.id in ids else record.id
         if id in ids:
             fault(
                 record.where,
                 f"id {shown(record.id)} is already used, and the place is the id of another record",
                 "rename it",
             )
-        places.add(record.where)
         ids.add(id)
         yield record if id == record.id else replace(record, id=id)
 

@@ -13,10 +13,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from saro.config import KINDS, PAIR_KINDS, DataConfig, TrainConfig
+from saro.config import DataConfig, TrainConfig
 from saro.data.dataset import ExampleSet, PairSet
 from saro.data.packs import ALL_WORK, Pack, Share, pack_trees
 from saro.data.tree import SequenceTree
+from saro.data.unpaired_set import UnpairedSet
 from saro.errors import SaroError
 
 
@@ -117,11 +118,10 @@ class Schedule:
     @classmethod
     def of(cls, data: ExampleSet | PairSet, data_options: DataConfig, train: TrainConfig) -> Schedule:
         """Make the schedule that the options of a run ask for."""
-        is_pairs = isinstance(data, PairSet)
-        names = PAIR_KINDS if is_pairs else KINDS
-        weights = {kind: data_options.weights.get(name, 1.0) for kind, name in enumerate(names)}
-        groups = data.prompts if is_pairs else data.conversations
-        if is_pairs and not data_options.group_by_prompt:
+        weights = {kind: data_options.weights.get(name, 1.0) for kind, name in enumerate(data.kind_names)}
+        shares_prompts = isinstance(data, PairSet | UnpairedSet)
+        groups = data.prompts if shares_prompts else data.conversations
+        if shares_prompts and not data_options.group_by_prompt:
             groups = None
         return cls(data.kinds, train.records_per_step, train.seed, weights, groups)
 

@@ -7,7 +7,7 @@ import os
 import secrets
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -255,15 +255,31 @@ class Runtime:
         if self.is_main:
             print(text, file=sys.stderr, flush=True)
 
-    def start_trackers(self, project: str, config: dict[str, Any]) -> None:
-        """Open the trackers that were asked for."""
+    def start_trackers(self, project: str, config: dict[str, Any], name: str, run_id: str) -> None:
+        """Open the trackers that were asked for.
+
+        Args:
+            name: name of the run there.
+            run_id: id of the run in W&B: under the id of a run that has stopped, it is continued.
+        """
         if self.accelerator.log_with:
-            self.accelerator.init_trackers(project, config={k: str(v) for k, v in _flat(config)})
+            options = {"wandb": {"name": name, "id": run_id, "resume": "allow"}}
+            self.accelerator.init_trackers(project, {k: str(v) for k, v in _flat(config)}, init_kwargs=options)
 
     def log(self, values: dict[str, float], step: int) -> None:
         """Send metrics to the trackers."""
         if self.accelerator.log_with:
             self.accelerator.log(values, step=step)
+
+    def log_samples(self, samples: Sequence[tuple[str, str, str]], step: int) -> None:
+        """Send (id, prompt, answer) of some prompts to the trackers: as a table to those that have tables, else as texts."""
+        for tracker in self.accelerator.trackers:
+            if hasattr(tracker, "log_table"):
+                tracker.log_table(
+                    "samples", columns=["id", "prompt", "answer"], data=list(map(list, samples)), step=step
+                )
+            else:
+                tracker.log({f"samples/{id}": f"{prompt}\n\n{answer}" for id, prompt, answer in samples}, step=step)
 
     def end(self) -> None:
         """Close the trackers and leave the process group."""

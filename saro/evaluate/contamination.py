@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import saro
-from saro.data.records import Message, holds_pairs, read_examples, read_pairs
+from saro.data.records import Message
+from saro.data.unpaired_records import read_records
 from saro.evaluate.suite import Item
 from saro.files import file_hash
 from saro.manifest import read_manifest
@@ -131,7 +132,7 @@ def find_training_files(model: str | os.PathLike) -> TrainingFiles:
 
 
 def read_training_prompts(files: Iterable[str | os.PathLike]) -> Iterator[tuple[str, str, str]]:
-    """Yield (file, id of the record, text) for the prompts of training files, examples or pairs.
+    """Yield (file, id of the record, text) for the prompts of training files, in any form.
 
     The text is that of the user turns. A conversation of several turns is yielded whole, and then each turn by itself.
 
@@ -139,8 +140,7 @@ def read_training_prompts(files: Iterable[str | os.PathLike]) -> Iterator[tuple[
     """
     for path in files:
         name = os.fsdecode(path)
-        read = read_pairs if holds_pairs(path) else read_examples
-        for record in read(path):
+        for record in read_records(path):
             if isinstance(record.prompt, str):
                 yield name, record.id, record.prompt
                 continue

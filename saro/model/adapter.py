@@ -90,7 +90,10 @@ def find_adapter(name: str) -> AdapterSource | None:
         raise SaroError(f"{name}: an adapter of type {kind} cannot be continued; only LORA can")
     for option in ("modules_to_save", "trainable_token_indices"):
         if config.get(option):
-            raise SaroError(f"{name}: the adapter has {option}, which are not supported; merge it into its base first")
+            raise SaroError(
+                f"{name}: the adapter has {option}, weights of its own that the fused head and kernels would not read; "
+                "merge it into its base first"
+            )
     if config.get("bias", "none") != "none":
         raise SaroError(f"{name}: the adapter trains biases, which is not supported; merge it into its base first")
     if not (folder / WEIGHTS).is_file():
@@ -114,11 +117,16 @@ def continued_adapter(model: PreTrainedModel, folder: str, options: ModelConfig)
     """Load the adapter in ``folder`` onto its base model for further training, with its parameters in fp32.
 
     Raises:
-        SaroError: an option asks for a rank, alpha or target layers that the adapter does not have, or its weights do
-            not fit the base.
+        SaroError: an option asks for a rank, alpha, scale or target layers that the adapter does not have, or its weights
+            do not fit the base.
     """
     config = LoraConfig.from_pretrained(folder)
-    saved = {"lora_rank": config.r, "lora_alpha": config.lora_alpha, "lora_targets": config.target_modules}
+    saved = {
+        "lora_rank": config.r,
+        "lora_alpha": config.lora_alpha,
+        "lora_rslora": config.use_rslora,
+        "lora_targets": config.target_modules,
+    }
     for name, value in saved.items():
         asked = getattr(options, name)
         if asked is None:
@@ -208,6 +216,7 @@ def new_adapter(model: PreTrainedModel, options: ModelConfig, seed: int) -> Peft
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,
+        use_rslora=bool(options.lora_rslora),
         lora_dropout=dropout,
         target_modules=list(targets),
         bias="none",

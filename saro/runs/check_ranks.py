@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from saro.data.dataset import ExampleSet, PairSet
+from saro.data.unpaired_set import UnpairedSet
 from saro.distributed.runtime import Runtime
 
 # Parts of the manifest that every rank makes for itself, and what an error calls them.
@@ -51,7 +52,9 @@ def _hash_records(data: ExampleSet | PairSet) -> str:
         for column in (side.tokens, side.offsets, side.prompt_tokens, side.think_tokens, side.kinds):
             digest.update(np.ascontiguousarray(column))
         digest.update(json.dumps(side.ids).encode())
-    if is_pairs:
+    if isinstance(data, UnpairedSet):
+        digest.update(np.ascontiguousarray(data.labels))
+    if isinstance(data, PairSet | UnpairedSet):
         digest.update(np.ascontiguousarray(data.prompts))
         digest.update(json.dumps(data.forms).encode())
     elif data.conversations is not None:

@@ -31,6 +31,7 @@ class BeforeAfter:
         prompts: prompts that rank 0 answers; if the ranks share the weights, all of them do, as they must.
         max_tokens: longest answer, in tokens.
         heldout_metrics: returns the held-out metrics, given the number of finished steps.
+        tracked: (id, text) of each prompt, if the answers go to the trackers too; else empty.
     """
 
     runtime: Runtime
@@ -40,6 +41,7 @@ class BeforeAfter:
     prompts: Sequence[Sequence[Message] | str]
     max_tokens: int
     heldout_metrics: Callable[[int], dict[str, float]]
+    tracked: Sequence[tuple[str, str | None]] = ()
 
     def measure(self, file: str, step: int) -> dict[str, Any]:
         """Return metrics and answers after ``step`` steps, and write them to a JSON file in the run's folder.
@@ -53,6 +55,9 @@ class BeforeAfter:
         answers = []
         if self.runtime.is_main or self.runtime.mesh is not None:
             answers = answer_prompts(self.policy, self.chat, self.prompts, self.max_tokens)
+        if self.tracked and answers:
+            samples = [(id, text or "", answer) for (id, text), answer in zip(self.tracked, answers, strict=True)]
+            self.runtime.log_samples(samples, step)
         return {"metrics": metrics, "answers": answers}
 
 
@@ -107,9 +112,10 @@ def end_run(runtime: Runtime, run: RunFolder, outcome: Outcome) -> int:
     """Say how the run ended, and leave the process group. Returns the exit code: 0, or 128 + the signal that stopped it."""
     if outcome.stopped_by is None:
         code = 0
+        which = "" if outcome.best_step is None else f" of step {outcome.best_step}, the best,"
         runtime.say(
-            f"{outcome.total_steps} steps, {outcome.tokens_per_second:.0f} tokens/s, "
-            f"peak memory {outcome.peak_memory_gib:.2f} GiB; model in {run.folder / 'final'}"
+            f"{outcome.step} steps, {outcome.tokens_per_second:.0f} tokens/s, "
+            f"peak memory {outcome.peak_memory_gib:.2f} GiB; model{which} in {run.folder / 'final'}"
         )
     else:
         code = 128 + outcome.stopped_by

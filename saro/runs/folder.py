@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import secrets
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -51,12 +52,15 @@ _FREE_ON_RESUME = frozenset(
         "train.epochs",
         "train.max_steps",
         "train.eval_every",
+        "train.patience",
         "train.save_every",
         "train.keep_checkpoints",
         "train.log_every",
         "train.samples",
         "train.sample_tokens",
         "train.trackers",
+        "train.run_name",
+        "train.track_samples",
     }
 )
 # These options say where something is. ``check_unchanged`` compares what is there.
@@ -300,6 +304,21 @@ class RunFolder:
             with atomic_write(path) as file:
                 json.dump(measured, file, indent=2, ensure_ascii=False)
         return measured
+
+    def start_trackers(self, runtime: Runtime, project: str) -> None:
+        """Open the run's trackers. The id of the run in them is kept in trackers.json, so that a resumed run has the same."""
+        if not self.config["train"]["trackers"]:
+            return
+        path = self.folder / "trackers.json"
+
+        def find_id() -> str:
+            if not path.is_file():
+                with atomic_write(path) as file:
+                    json.dump({"id": secrets.token_hex(8)}, file)
+            return json.loads(path.read_text(encoding="utf-8"))["id"]
+
+        name = self.config["train"]["run_name"] or self.folder.resolve().name
+        runtime.start_trackers(project, self.config, name, runtime.on_main(find_id))
 
     def manifest(
         self,

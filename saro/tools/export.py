@@ -12,8 +12,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+import huggingface_hub
 import numpy as np
 import torch
+from huggingface_hub.errors import HFValidationError, HTTPError
+from huggingface_hub.utils import validate_repo_id
 from rich.console import Console
 from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.utils import cached_file
@@ -35,6 +38,7 @@ from saro.model.source import find_model
 from saro.program import as_list
 from saro.runs.finish import save_final
 from saro.runs.finished import FinishedRun, this_device
+from saro.runs.model_card import make_card
 
 # Written into every export: what it was made from and its deviation. --overwrite replaces only folders that hold it.
 NOTE = "export.json"
@@ -53,6 +57,8 @@ class Options:
         dtype: Dtype of the weights of a merged or full model; auto is the base model's.
         output: Folder to write; default RUN/export.
         overwrite: Replace an existing export.
+        push: Upload the export to this repository of the hub, ORG/NAME, which is made private if it does not exist.
+        public: Make a new repository public.
         data: JSONL file or files to verify with; default: the run's held-out records, or its training records if it has
             no others.
         records: How many records are scored to verify the export.
@@ -65,12 +71,16 @@ class Options:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     output: str | None = None
     overwrite: bool = False
+    push: str | None = None
+    public: bool = False
     data: list[str] | str | None = None
     records: int = 16
 
     def __post_init__(self) -> None:
         if self.allow_shift and self.into != "original":
             raise SaroError("--allow_shift goes with --into original: only there is a shift expected")
+        if self.public and self.push is None:
+            raise SaroError("--public is for a repository of the hub; name it with --push ORG/NAME")
         check_at_least(self, "--", 1, "records")
 
 
@@ -80,8 +90,47 @@ def run(options: Options, console: Console) -> int:
     Raises:
         SaroError: as ``export`` does.
     """
+    if options.push is not None:
+        # Before the long work.
+        check_push(options.push)
     console.out(export(options, lambda line: print(line, file=sys.stderr, flush=True)), highlight=False)
+    if options.push is not None:
+        console.out(push(options), highlight=False)
     return 0
+
+
+def check_push(repository: str) -> None:
+    """Check that a name is one of a repository, and that somebody is logged in to the hub.
+
+    Raises:
+        SaroError: it is not, or nobody is.
+    """
+    try:
+        validate_repo_id(repository)
+    except HFValidationError as error:
+        raise SaroError(f"--push {repository}: is not the name of a repository; write it as ORG/NAME") from error
+    if huggingface_hub.get_token() is None:
+        raise SaroError("--push needs an account of the hub: log in with hf auth login, or set HF_TOKEN")
+
+
+def push(options: Options) -> str:
+    """Upload an export, and return one line about it. Files of other names in the repository stay.
+
+    Raises:
+        SaroError: the hub refuses it or cannot be reached; the export is still there.
+    """
+    target = _target(options)
+    try:
+        private = not options.public
+        huggingface_hub.create_repo(options.push, private=private, exist_ok=True)
+        message = f"Export by saro {saro.__version__}"
+        huggingface_hub.upload_folder(repo_id=options.push, folder_path=target, commit_message=message)
+    except (HTTPError, OSError, ValueError, RuntimeError) as error:
+        first = str(error).strip().partition("\n")[0]
+        raise SaroError(
+            f"--push {options.push}: not uploaded ({first}); the export is in {target}, hf upload sends it"
+        ) from error
+    return f"uploaded to https://huggingface.co/{options.push}"
 
 
 def export(options: Options, say: Callable[[str], None]) -> str:
@@ -105,7 +154,7 @@ def export(options: Options, say: Callable[[str], None]) -> str:
             raise SaroError("--into is for a merged model; add --merge")
         if options.dtype != "auto":
             raise SaroError("--dtype is for a merged model; add --merge")
-    target = Path(options.output).expanduser() if options.output else run.folder / "export"
+    target = _target(options)
     _check_target(target, options.overwrite)
     pack_tokens = run.manifest["config"]["data"]["pack_tokens"]
     files = data_files(as_list(options.data), "rw_heldout") if options.data else run_files(run)
@@ -123,7 +172,14 @@ def export(options: Options, say: Callable[[str], None]) -> str:
         weights = {file.name: file_hash(file) for file in sorted((run.folder / "final").glob("*.safetensors"))}
         note = {"saro": saro.__version__, "holds": kind, "made_from": weights}
         (temp / NOTE).write_text(json.dumps(note | asdict(deviation), indent=2) + "\n")
-    return f"{target}: {kind}, off by {deviation}; load it with {_loader(run, options, target)}"
+        title = options.push or target.resolve().name
+        card = make_card(run, title, kind, str(deviation), _loader(run, options, title))
+        (temp / "README.md").write_text(card, encoding="utf-8")
+    return f"{target}: {kind}, off by {deviation}; load it with {_loader(run, options, str(target))}"
+
+
+def _target(options: Options) -> Path:
+    return Path(options.output or Path(options.run) / "export").expanduser()
 
 
 def run_files(run: FinishedRun) -> list[str]:
@@ -239,14 +295,14 @@ def _check_target(target: Path, overwrite: bool) -> None:
         raise SaroError(f"{target}: is not an export (no {NOTE}); give another folder with --output")
 
 
-def _loader(run: FinishedRun, options: Options, target: Path) -> str:
-    """Return the Python call that loads the export."""
+def _loader(run: FinishedRun, options: Options, target: str) -> str:
+    """Return the Python call that loads the export from a folder or a repository."""
     if run.is_full or options.merge:
-        return f"AutoModelForCausalLM.from_pretrained({str(target)!r})"
+        return f"AutoModelForCausalLM.from_pretrained({target!r})"
     if run.options.method != "qlora":
-        return f"AutoPeftModelForCausalLM.from_pretrained({str(target)!r})"
+        return f"AutoPeftModelForCausalLM.from_pretrained({target!r})"
     nf4 = "BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_use_double_quant=True)"
-    return f"AutoPeftModelForCausalLM.from_pretrained({str(target)!r}, quantization_config={nf4})"
+    return f"AutoPeftModelForCausalLM.from_pretrained({target!r}, quantization_config={nf4})"
 
 
 def _find_generation_config(model: str, revision: str | None) -> str | None:

@@ -21,6 +21,8 @@ from saro.data.dataset import ExampleSet, PairSet, encode_files, encode_pair_fil
 from saro.data.lengths import LengthReport
 from saro.data.records import holds_pairs, read_example_files, read_pair_files
 from saro.data.tree import RowKind, ScoredSequence, common_prefix
+from saro.data.unpaired_records import holds_labels, read_unpaired_files
+from saro.data.unpaired_set import encode_unpaired_files
 from saro.demo import data_files, find_demo
 from saro.errors import SaroError, nearest
 from saro.model.source import find_model
@@ -64,9 +66,9 @@ class Options:
 
 
 def run(options: Options, console: Console) -> int:
-    """Show how long examples or preference pairs are, and which of their tokens are scored and shared.
+    """Show how long examples, preference pairs or labelled responses are, and which of their tokens are scored and shared.
 
-    The first record decides between examples and pairs.
+    The first record decides between them.
 
     Raises:
         SaroError: for whatever training would refuse, or an id that no record has.
@@ -97,13 +99,15 @@ def run(options: Options, console: Console) -> int:
 def _encode(files: Sequence[str], chat: ChatFormat, data: DataConfig, vocabulary: int) -> ExampleSet | PairSet:
     """Encode and check all records, however long they are."""
     data = replace(data, pack_tokens=sys.maxsize)
-    if holds_pairs(files[0]):
-        pairs = encode_pair_files(files, chat, data, progress=True)
-        check_masks(pairs, chat, read_pair_files(files), vocabulary)
-        return pairs
-    examples = encode_files(files, chat, data, progress=True)
-    check_masks(examples, chat, read_example_files(files, data.train_on), vocabulary)
-    return examples
+    if holds_labels(files[0]):
+        encoded, records = encode_unpaired_files(files, chat, data, progress=True), read_unpaired_files(files)
+    elif holds_pairs(files[0]):
+        encoded, records = encode_pair_files(files, chat, data, progress=True), read_pair_files(files)
+    else:
+        encoded = encode_files(files, chat, data, progress=True)
+        records = read_example_files(files, data.train_on)
+    check_masks(encoded, chat, records, vocabulary)
+    return encoded
 
 
 def _list_too_long(encoded: ExampleSet | PairSet, pack_tokens: int, console: Console) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from saro.config import TrainConfig
+from saro.config import CANNOT_KEEP_BEST, TrainConfig
 from saro.data.packs import Pack
 from saro.data.steps import Step, Steps
 from saro.distributed.runtime import Runtime
@@ -24,7 +24,14 @@ from saro.distributed.shard import exchanging_gradients, local, whole
 from saro.errors import SaroError
 from saro.model.policy import Policy
 from saro.program import progress_bar
-from saro.train.checkpoint import check_not_past, save_checkpoint, save_parts, set_aside_later_checkpoints
+from saro.train.best import BestWeights
+from saro.train.checkpoint import (
+    check_not_past,
+    list_checkpoints,
+    save_checkpoint,
+    save_parts,
+    set_aside_later_checkpoints,
+)
 from saro.train.metrics import MetricsFile, Progress, drop_later_results, format_metrics
 from saro.train.objective import Meter, Objective, Sums, average
 from saro.train.optim import make_optimizer, make_scheduler, step_unless
@@ -54,11 +61,12 @@ class Outcome:
     """How fit() ended.
 
     Attributes:
-        step: number of finished steps.
+        step: number of finished steps; less than ``total_steps`` if ``patience`` or a signal ended the run.
         total_steps: number of steps of the whole run.
         stopped_by: the signal that stopped it before all steps were done, else None.
         tokens_per_second: rate at which the model read tokens, over all ranks, without start-up, evaluation and saving.
         peak_memory_gib: peak memory of this rank, GiB.
+        best_step: with ``keep_best``, the number of steps after which the weights that the model now has were best.
     """
 
     step: int
@@ -66,6 +74,7 @@ class Outcome:
     stopped_by: signal.Signals | None
     tokens_per_second: float
     peak_memory_gib: float
+    best_step: int | None = None
 
 
 def fit(
@@ -85,7 +94,8 @@ def fit(
 
     Each step draws its records by number, runs this rank's packs, divides each loss sum by its count over the whole
     step, and makes one optimizer step. SIGTERM and Ctrl-C finish the step, write a checkpoint and return. An evaluation
-    that was due then is made when the run is resumed.
+    that was due then is made when the run is resumed. With ``keep_best`` the policy ends with the weights of the best
+    evaluation, and with ``patience`` training may end early.
 
     Args:
         ids: id of each record, to name the records of a step in an error.
@@ -99,6 +109,9 @@ def fit(
             damaged, the run has made more steps than ``total_steps``, or a rank has another model, schedule or start
             than rank 0, or other weights at a checkpoint.
     """
+    if options.keep_best is not None and runtime.mesh is not None:
+        # A launcher can ask for shared weights too, which the options do not tell.
+        raise SaroError(CANNOT_KEEP_BEST)
     output = Path(options.output)
     trainable = policy.trainable()
     parameters = list(trainable.values())
@@ -115,9 +128,11 @@ def fit(
     check_same_start(runtime, policy, steps.schedule, total_steps, start)
     if runtime.is_main and resume:
         set_aside_later_checkpoints(output / "checkpoints", start)
-        if start < total_steps:
-            drop_later_results(output, start)
     file = MetricsFile(output / "metrics.jsonl", start) if runtime.is_main else None
+    best = None
+    if options.keep_best is not None:
+        best = BestWeights(output, options)
+        best.resume(runtime, [] if file is None else file.evaluations)
     module, device = runtime.wrap(policy), runtime.device
     meter = Meter()
     clock = _Clock()
@@ -126,19 +141,43 @@ def fit(
     step, stop = start, None
     upcoming: Step | None = None
 
+    def is_done() -> bool:
+        return step >= total_steps or (best is not None and best.is_exhausted)
+
+    if runtime.is_main and resume and not is_done():
+        drop_later_results(output, start)
+
     def report(values: dict[str, float]) -> None:
         if file is not None:
             file.write({"step": step, **values})
             runtime.log(values, step)
 
     def is_evaluation_due() -> bool:
-        return bool(evaluate and options.eval_every and step % options.eval_every == 0 and step < total_steps)
+        if not evaluate or not options.eval_every:
+            return False
+        if step == total_steps:
+            return best is not None
+        return step % options.eval_every == 0
 
     def report_evaluation() -> None:
         values = evaluate(step)
+        if best is not None:
+            # Before metrics.jsonl names the evaluation: a kill in between leaves weights that are written again.
+            best.see(runtime, step, values, trainable)
         report(values)
         shown = {k: v for k, v in values.items() if k.startswith("eval/loss") or k.removeprefix("eval/") in _SHOWN}
         runtime.say(f"step {step}/{total_steps}  {format_metrics(shown)}")
+
+    def save() -> None:
+        check_same_weights(runtime, step, trainable)
+        saved = (output / "checkpoints", step, trainable, optimizer, scheduler, options.keep_checkpoints)
+        if runtime.mesh is not None:
+            save_parts(runtime, *saved)
+        elif runtime.is_main:
+            save_checkpoint(*saved)
+            if best is not None:
+                best.forget(list_checkpoints(output / "checkpoints")[0][0])
+        runtime.barrier()
 
     with _stop_signals() as received:
         if start and is_evaluation_due():
@@ -146,11 +185,12 @@ def fit(
             has_evaluation = file is not None and file.has_evaluation(start)
             if not runtime.sum_(torch.tensor(float(has_evaluation), device=device)).item():
                 report_evaluation()
-        while step < total_steps and stop is None:
+        while not is_done() and stop is None:
             batch = steps[step] if upcoming is None else upcoming
             # Seed each step, so that a resumed run draws the same dropout although no random state is stored.
             torch.manual_seed(_step_seed(options.seed, step, runtime.rank))
             with clock:
+                objective.start_step(runtime, policy, batch.records)
                 loss = add_gradients(module, objective, batch, meter, log, device, runtime.averaging)
                 norm = _clip(parameters, options.max_grad_norm)
                 # Loss and signals are summed over ranks, so that a signal to any rank stops all of them.
@@ -214,22 +254,24 @@ def fit(
                 stop = signal.Signals(received[0]) if received else signal.SIGTERM
             # The checkpoint comes before a due evaluation, which may take longer than a cluster waits after SIGTERM.
             if stop is not None or (options.save_every and step % options.save_every == 0) or step == total_steps:
-                check_same_weights(runtime, step, trainable)
-                saved = (output / "checkpoints", step, trainable, optimizer, scheduler, options.keep_checkpoints)
-                if runtime.mesh is not None:
-                    save_parts(runtime, *saved)
-                elif runtime.is_main:
-                    save_checkpoint(*saved)
-                runtime.barrier()
+                save()
             if stop is None and is_evaluation_due():
                 report_evaluation()
+                if is_done() and step < total_steps:
+                    runtime.say(
+                        f"stopped early: {options.patience} evaluations were not better than that of step {best.step}"
+                    )
+                    save()
     progress.close()
+    if stop is None and best is not None and best.step is not None:
+        best.load(runtime, trainable)
     return Outcome(
         step=step,
         total_steps=total_steps,
         stopped_by=stop,
         tokens_per_second=clock.rate(),
         peak_memory_gib=runtime.memory(),
+        best_step=None if best is None else best.step,
     )
 
 

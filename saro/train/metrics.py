@@ -33,11 +33,12 @@ class MetricsFile:
         kept = _lines_until(path, resume_step) if resume_step else []
         with atomic_write(path) as file:
             file.writelines(line + "\n" for line in kept)
-        self._evaluated = {line["step"] for line in map(json.loads, kept) if any(k.startswith("eval/") for k in line)}
+        # Lines of the evaluations that the file had when it was opened.
+        self.evaluations = [line for line in map(json.loads, kept) if any(k.startswith("eval/") for k in line)]
 
     def has_evaluation(self, step: int) -> bool:
         """Return True if the file had an evaluation after ``step`` steps when it was opened."""
-        return step in self._evaluated
+        return any(line["step"] == step for line in self.evaluations)
 
     def write(self, values: dict[str, float | int]) -> None:
         """Append one line and hand it to the operating system, so that a kill after the call cannot lose it."""

@@ -9,13 +9,15 @@ from typing import Protocol
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from saro.config import KINDS, PAIR_KINDS, PARTS, PreferenceConfig, row_weight
-from saro.data.packs import CHOSEN, REJECTED, SIDES, Pack, PairLogps, send
+from saro.data.packs import CHOSEN, SIDES, Pack, PairLogps, send
 from saro.data.tree import RowKind, SequenceTree
 from saro.distributed.runtime import Runtime
 from saro.errors import SaroError
-from saro.train.losses import PAIR_LOSSES, nll_sum
+from saro.model.policy import Policy
+from saro.train.losses import PAIR_LOSSES, log_odds, margins_of, nll_sum
 from saro_kernels import TokenStatistics
 
 # Forms of pairs whose shared beginning holds, or may hold, a step that nobody should learn: the chosen side comes back from it.
@@ -80,6 +82,14 @@ class Objective(Protocol):
     def counts(self, trees: Sequence[SequenceTree]) -> Mapping[str, float]:
         """Return the counts by which the losses are divided, over all trees of a step."""
 
+    def start_step(self, runtime: Runtime, policy: Policy, records: Sequence[int]) -> None:
+        """Compute what the losses of a step need of all its packs together; by default nothing. All ranks call it.
+
+        Args:
+            policy: the policy before the step, not wrapped for several ranks.
+            records: indices of the step's records, over all ranks.
+        """
+
     def gradient_rows(self, pack: Pack) -> int:
         """Return how many rows of a pack, the first ones, the losses have a gradient in."""
 
@@ -137,10 +147,10 @@ def average(names: Sequence[str], sums: Sequence[float]) -> dict[str, float]:
     return {name: total / count for name, total, count in triples if count}
 
 
-def check_nll(options: PreferenceConfig, forms: Sequence[str | None]) -> None:
-    """Check that the NLL term would not teach the wrong steps that some forms of pairs have before their fork.
+def check_forms(options: PreferenceConfig, forms: Sequence[str | None]) -> None:
+    """Check that the loss would not teach the wrong steps that some forms of pairs have before their fork.
 
-    In the margin these steps cancel. The NLL of whole chosen responses has them.
+    In the margin these steps cancel. The NLL of whole chosen responses has them, and so has a loss on single responses.
 
     Args:
         forms: form of each pair to train on, as in ``PairSet.forms``.
@@ -149,14 +159,18 @@ def check_nll(options: PreferenceConfig, forms: Sequence[str | None]) -> None:
         SaroError: it would.
     """
     found = sorted(set(_FORMS_WITH_CUE) & set(forms))
-    if options.nll and options.scored == "all" and found:
+    if not found or options.scored == "divergent":
+        return
+    steps = f"the wrong steps that {', '.join(found)} pairs have before their fork"
+    if options.loss in ("orpo", "kto"):
         raise SaroError(
-            f"preference.nll would teach the wrong steps that {', '.join(found)} pairs have before their fork; "
-            "give --preference.scored divergent"
+            f"preference.loss {options.loss} would teach {steps}; take a loss on the margin, such as sigmoid"
         )
+    if options.nll:
+        raise SaroError(f"preference.nll would teach {steps}; give --preference.scored divergent")
 
 
-class RWObjective:
+class RWObjective(Objective):
     """Reasoning-style Warmup: the mean negative log-likelihood of the scored tokens.
 
     With weights, it is the weighted mean, ``sum_i w_i nll_i / sum_i w_i`` over the tokens of the step on all ranks. The
@@ -222,41 +236,84 @@ class RWObjective:
         return Metrics(tuple(names), torch.stack([sums, members.sum(1).double()], dim=1))
 
 
+class Groups:
+    """The kinds and forms of records, by which metrics are reported too, whether or not a pack has records of them.
+
+    Args:
+        kinds: (n,) the kind of each record, as an index into ``PAIR_KINDS``.
+        forms: (n,) the form of each record, as in ``PairSet.forms``; empty if no record has one.
+    """
+
+    def __init__(self, kinds: np.ndarray, forms: Sequence[str | None]) -> None:
+        form_names = sorted({form for form in forms if form is not None})
+        self._names = (*PAIR_KINDS, *form_names)
+        members = [kinds == index for index in range(len(PAIR_KINDS))]
+        members += [np.array([form == name for form in forms]) for name in form_names]
+        self._members = torch.from_numpy(np.stack(members, axis=1))  # (n, groups) bool
+
+    def members(self, records: Sequence[int], device: torch.device) -> torch.Tensor:
+        """Return (P, groups) bool, True if the record is in the group."""
+        return send(self._members[list(records)], device)
+
+    def sum(
+        self, values: Mapping[str, torch.Tensor], members: torch.Tensor, counts: torch.Tensor | None = None
+    ) -> Metrics:
+        """Sum (P,) values over all records as ``NAME``, and over the records of each group as ``GROUP/NAME``.
+
+        Args:
+            members: those of the P records.
+            counts: (P,) what each record counts for in the divisor; default 1.
+        """
+        everyone = torch.ones_like(members[:, :1])
+        in_group = torch.cat([everyone, members], dim=1).T  # (groups + 1, P)
+        columns = [value.detach().double() for value in values.values()]
+        if counts is None:
+            counts = torch.ones(len(members), dtype=torch.float64, device=members.device)
+        # Stack the values, so that one kernel makes all sums.
+        table = torch.stack([*columns, counts.double()])  # (names + 1, P)
+        sums = table[None].where(in_group[:, None], 0).sum(-1)  # (groups + 1, names + 1)
+        names = tuple(prefix + name for prefix in ("", *(f"{group}/" for group in self._names)) for name in values)
+        return Metrics(names, torch.stack([sums[:, :-1], sums[:, -1:].expand(-1, len(values))], dim=2).view(-1, 2))
+
+
 # A chosen response has fallen if its log-prob fell by more than this, nats per token. Rounding changes it by less.
 FELL = 1e-3
 
 
-class SRPOObjective:
+class SRPOObjective(Objective):
     """Preference optimization of pairs: a function of the margin between chosen and rejected, against a reference.
 
     The reference is subtracted token by token, before the sum: where policy and reference agree, the result is zero, not
     the difference of two rounded sums.
 
-    Metrics: rewards (``beta`` times the change of a log-prob), their margin and accuracy, the log-probs, and the
+    Metrics: rewards (``beta`` times the score, see ``losses``), their margin and accuracy, the log-probs, and the
     displacement: how far the log-probs moved, split into reasoning and the rest, and the share of pairs whose chosen
     response has fallen. All are averaged over all pairs, by kind of pair and by form. ``Sums.pairs`` has the margin and
     the changes of each pair, in nats. Evaluations add the entropy and the accuracy of the scored tokens of each side.
+    Losses without a reference have no displacement. ORPO adds the log odds ratio of the two sides, ``log_odds_chosen``,
+    and its log-sigmoid, ``log_odds_ratio``, as TRL names them.
 
     Args:
         kinds: (n,) the kind of each pair, as an index into ``PAIR_KINDS``.
-        reference: log-probs of the pairs' scored tokens under the reference model.
+        reference: log-probs of the pairs' scored tokens under the reference model; None for a loss without one.
         options: the loss and its parameters. If ``scored`` is divergent, the pairs are those of ``PairSet.divergent``,
             the nll term counts the chosen tokens after the fork, and metrics that need whole responses are left out.
         forms: (n,) the form of each pair, as in ``PairSet.forms``; empty if no pair has one.
     """
 
     def __init__(
-        self, kinds: np.ndarray, reference: PairLogps, options: PreferenceConfig, forms: Sequence[str | None] = ()
+        self,
+        kinds: np.ndarray,
+        reference: PairLogps | None,
+        options: PreferenceConfig,
+        forms: Sequence[str | None] = (),
     ) -> None:
+        if (reference is not None) != options.needs_reference:
+            raise ValueError(f"{options.loss} {'needs a' if options.needs_reference else 'has no'} reference")
         self.options = options
         self.reference = reference
         self._loss = PAIR_LOSSES[options.loss]
-        form_names = sorted({form for form in forms if form is not None})
-        # Metrics are also reported for each of these groups, whether or not a pack has pairs of it.
-        self._groups = (*PAIR_KINDS, *form_names)
-        members = [kinds == index for index in range(len(PAIR_KINDS))]
-        members += [np.array([form == name for form in forms]) for name in form_names]
-        self._members = torch.from_numpy(np.stack(members, axis=1))  # (n, groups) bool
+        self._groups = Groups(kinds, forms)
 
     def counts(self, trees: Sequence[SequenceTree]) -> Mapping[str, float]:
         chosen = [s for tree in trees for s in tree.sequences[CHOSEN::2]]
@@ -264,55 +321,59 @@ class SRPOObjective:
 
     def loss_of(self, margin: float) -> float:
         """Return a pair's loss at a given margin, without the nll term. At 0: ln 2 for sigmoid, 1 / (4 beta^2) for ipo."""
-        margins = torch.tensor([margin], dtype=torch.float64)
-        return self._loss(margins, self.options.beta, self.options.label_smoothing).item()
+        scores = torch.tensor([[margin, 0.0]], dtype=torch.float64)
+        return self._loss(scores, self.options).item()
 
     def gradient_rows(self, pack: Pack) -> int:
         # Averages over sides of different lengths do not cancel, nor does the NLL of the chosen side.
-        cancels = not self.options.nll and not self.options.length_normalize
+        cancels = not self.options.nll_weight and not self.options.is_length_normalized
         return pack.margin_rows if cancels else pack.rows
 
     def __call__(self, logps: torch.Tensor, pack: Pack) -> Sums:
         entry_logps = logps.index_select(0, pack.entry_row)  # (E,)
-        reference = send(torch.from_numpy(self.reference.pack_logps(pack)), entry_logps.device).to(entry_logps.dtype)
-        entry_moved = entry_logps - reference
+        entry_moved = entry_logps
+        if self.reference is not None:
+            entry_moved = entry_logps - send_like(self.reference.pack_logps(pack), entry_logps)
         policy = _sum_sides(entry_logps, pack)  # (P, 2) chosen, rejected; as are moved and rows
         moved = _sum_sides(entry_moved, pack)
         rows = _sum_sides(torch.ones_like(entry_moved), pack)
-        scaled = moved / rows if self.options.length_normalize else moved
-        margins = scaled[:, CHOSEN] - scaled[:, REJECTED]  # (P,)
-        losses = self._loss(margins, self.options.beta, self.options.label_smoothing)
+        scores = moved / rows if self.options.is_length_normalized else moved
+        margins = margins_of(scores)  # (P,)
+        losses = self._loss(scores, self.options)
         terms = {"pairs": losses.sum()}
-        if self.options.nll:
+        if self.options.nll_weight:
             # RPO (Pang et al. 2024, arXiv 2404.19733). The engine divides by the chosen rows of the step, not of this pack.
-            terms["chosen_rows"] = self.options.nll * nll_sum(policy[:, CHOSEN])
+            terms["chosen_rows"] = self.options.nll_weight * nll_sum(policy[:, CHOSEN])
         with torch.no_grad():
             # Add a metric of pairs to ``values``: name -> (P,). It is averaged over all pairs and those of each kind and form.
             beta = self.options.beta
             values = {"loss": losses, "rewards/margins": beta * margins, "rewards/accuracies": margins > 0}
             pair_values = {"margin": margins}
             if self.options.scored == "all":
+                for side, name in enumerate(SIDES):
+                    values[f"rewards/{name}"] = beta * scores[:, side]
+                    values[f"logps/{name}"] = policy[:, side]
+            if self.options.scored == "all" and self.reference is not None:
                 entry_thinks = pack.row_kind.index_select(0, pack.entry_row) == RowKind.THINK
                 moved_think = _sum_sides(entry_moved * entry_thinks, pack)
                 for side, name in enumerate(SIDES):
-                    values[f"rewards/{name}"] = beta * scaled[:, side]
-                    values[f"logps/{name}"] = policy[:, side]
                     values[f"delta_logps/{name}"] = moved[:, side]
                     values[f"delta_logps/{name}/think"] = moved_think[:, side]
                     values[f"delta_logps/{name}/answer"] = moved[:, side] - moved_think[:, side]
                     pair_values[f"delta_logps/{name}"] = moved[:, side]
                 fell = moved[:, CHOSEN] < -FELL * rows[:, CHOSEN]
                 values["chosen_fell"] = pair_values["chosen_fell"] = fell
-            members = send(self._members[list(pack.pairs)], logps.device)  # (P, groups)
-            values = {name: v.detach().double() for name, v in values.items()}
-            metrics = _sum_overall_and_by_group(values, members, self._groups)
-            if self.options.nll:
+            if self.options.loss == "orpo":
+                values["log_odds_chosen"] = margins_of(log_odds(scores))
+                values["log_odds_ratio"] = F.logsigmoid(values["log_odds_chosen"])
+            metrics = self._groups.sum(values, self._groups.members(pack.pairs, logps.device))
+            if self.options.nll_weight:
                 nll = {"loss/nll": (nll_sum(policy[:, CHOSEN]), rows[:, CHOSEN].sum())}
                 metrics = metrics.join(Metrics.of(nll))
         return Sums(terms, metrics, {name: v.detach() for name, v in pair_values.items()})
 
     def describe(self, statistics: TokenStatistics, pack: Pack) -> Metrics:
-        members = send(self._members[list(pack.pairs)], pack.entry_row.device)  # (P, groups)
+        members = self._groups.members(pack.pairs, pack.entry_row.device)
         parts = []
         for name, row_values in (("entropy", statistics.entropy), ("mean_token_accuracy", statistics.top1)):
             entries = row_values.index_select(0, pack.entry_row).double()
@@ -321,14 +382,19 @@ class SRPOObjective:
             rows = _sum_sides(torch.ones_like(entries), pack)
             for side, side_name in enumerate(SIDES):
                 by_name = {f"{name}/{side_name}": sums[:, side]}
-                parts.append(_sum_overall_and_by_group(by_name, members, self._groups, rows[:, side]))
+                parts.append(self._groups.sum(by_name, members, rows[:, side]))
         return reduce(Metrics.join, parts)
 
     def combine(self, means: dict[str, float]) -> dict[str, float]:
         if "loss/nll" not in means:
             return means
-        minimised = means["loss"] + self.options.nll * means["loss/nll"]
+        minimised = means["loss"] + self.options.nll_weight * means["loss/nll"]
         return means | {"loss": minimised, "loss/preference": means["loss"]}
+
+
+def send_like(values: np.ndarray, tensor: torch.Tensor) -> torch.Tensor:
+    """Return an array of the host on the device of a tensor, in its dtype."""
+    return send(torch.from_numpy(values), tensor.device).to(tensor.dtype)
 
 
 def _record_kinds(kinds: torch.Tensor, pack: Pack) -> torch.Tensor:
@@ -337,30 +403,14 @@ def _record_kinds(kinds: torch.Tensor, pack: Pack) -> torch.Tensor:
     return sequence_kinds.index_select(0, pack.entry_sequence)
 
 
+def sum_sequences(entries: torch.Tensor, pack: Pack) -> torch.Tensor:
+    """Sum (E,) values of entries over each sequence: (S,)."""
+    return entries.new_zeros(len(pack.records)).index_add(0, pack.entry_sequence, entries)
+
+
 def _sum_sides(entries: torch.Tensor, pack: Pack) -> torch.Tensor:
     """Sum (E,) values of entries over the sequences of each pair: (P, 2), chosen and rejected."""
-    sums = entries.new_zeros(len(pack.records)).index_add(0, pack.entry_sequence, entries)
-    return sums.view(-1, len(SIDES))
-
-
-def _sum_overall_and_by_group(
-    values: dict[str, torch.Tensor], members: torch.Tensor, groups: Sequence[str], counts: torch.Tensor | None = None
-) -> Metrics:
-    """Sum (P,) values over all pairs as ``NAME``, and over the pairs of each group as ``GROUP/NAME``.
-
-    Args:
-        members: (P, groups) bool, True if the pair is in the group.
-        counts: (P,) what each pair counts for in the divisor; default 1.
-    """
-    everyone = torch.ones_like(members[:, :1])
-    in_group = torch.cat([everyone, members], dim=1).T  # (groups + 1, P)
-    if counts is None:
-        counts = torch.ones(len(members), dtype=torch.float64, device=members.device)
-    # Stack the values, so that one kernel makes all sums.
-    table = torch.stack([*values.values(), counts])  # (names + 1, P)
-    sums = table[None].where(in_group[:, None], 0).sum(-1)  # (groups + 1, names + 1)
-    names = tuple(prefix + name for prefix in ("", *(f"{group}/" for group in groups)) for name in values)
-    return Metrics(names, torch.stack([sums[:, :-1], sums[:, -1:].expand(-1, len(values))], dim=2).view(-1, 2))
+    return sum_sequences(entries, pack).view(-1, len(SIDES))
 
 
 def _one_hot(indices: torch.Tensor, size: int) -> torch.Tensor:

@@ -67,10 +67,10 @@ def optimizer_state_bytes(parameter: nn.Parameter, optimizer: str) -> int:
 
 
 def make_scheduler(optimizer: torch.optim.Optimizer, options: TrainConfig, total_steps: int) -> LRScheduler:
-    """Make a schedule that warms up linearly over a share ``warmup`` of the steps, then follows ``schedule``.
+    """Make a schedule that warms up linearly, over ``warmup_steps`` or a share ``warmup`` of all, then follows ``schedule``.
 
     No step has a rate of zero: the first of w warm-up steps runs at 1 / (w + 1) of the peak, and a decay would reach
-    zero one step after the last one.
+    ``min_lr`` one step after the last one.
     """
     return _Schedule(optimizer, options, total_steps)
 
@@ -84,7 +84,9 @@ class _Schedule(LRScheduler):
 
     def __init__(self, optimizer: torch.optim.Optimizer, options: TrainConfig, total_steps: int) -> None:
         self._shape = options.schedule
-        self._warmup_steps = min(round(options.warmup * total_steps), total_steps - 1)
+        self._floor = options.min_lr / options.lr
+        warmup_steps = round(options.warmup * total_steps) if options.warmup_steps is None else options.warmup_steps
+        self._warmup_steps = min(warmup_steps, total_steps - 1)
         self._decay_steps = total_steps - self._warmup_steps
         super().__init__(optimizer)
 
@@ -99,7 +101,8 @@ class _Schedule(LRScheduler):
         if self._shape == "constant":
             return 1.0
         decayed = min((step - self._warmup_steps) / self._decay_steps, 1.0)
-        return 1.0 - decayed if self._shape == "linear" else (1 + math.cos(math.pi * decayed)) / 2
+        left = 1.0 - decayed if self._shape == "linear" else (1 + math.cos(math.pi * decayed)) / 2
+        return self._floor + (1 - self._floor) * left
 
     def state_dict(self) -> dict[str, int]:
         return {"last_epoch": self.last_epoch}

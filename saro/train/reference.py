@@ -47,7 +47,8 @@ def load_references(
 
 def other_reference_options(model: ModelConfig, name: str) -> ModelConfig:
     """Return the options that load the reference model ``name`` in the same way as the policy."""
-    return replace(model, name=name, revision=None, lora_rank=None, lora_alpha=None, lora_targets=None)
+    own = dict.fromkeys(("revision", "lora_rank", "lora_alpha", "lora_rslora", "lora_targets"))
+    return replace(model, name=name, **own)
 
 
 def load_other_references(

@@ -203,7 +203,7 @@ def test_a_record_whose_id_an_earlier_file_has_is_named_by_its_place(records_fil
 
 def test_the_same_file_twice_is_an_error(records_file):
     path = records_file([record("a")])
-    assert refusal([path, path]) == f"{path}:1: the file is given twice; name it once"
+    assert refusal([path, path]) == f"{path}: the file is given twice; name it once"
 
 
 def test_an_id_that_is_the_place_of_another_record_is_an_error(records_file, tmp_path):

@@ -101,7 +101,7 @@ def test_trls_conversational_preference_format_is_read(records_file):
         ),
         (
             {"label": True},
-            'field "label" makes this an unpaired preference; keep the good ones, and rename it if it means another thing',
+            'field "label" makes this a labelled response, which may be undesirable; give it to stage 2 (SRPO) with',
         ),
         ({"open": True}, 'only a side of a pair may be "open"; finish the response and leave the field out'),
     ],

@@ -312,7 +312,7 @@ def test_a_line_that_is_not_a_json_object_is_an_error(tmp_path, line, expected):
         ({**NATIVE, "thinking": SECRET}, 'field "thinking" stands beside the messages'),
         (
             {"prompt": "Why?", "completion": "So.", "label": False},
-            'field "label" makes this an unpaired preference; keep the good ones',
+            'field "label" makes this a labelled response, which may be undesirable; give it to stage 2',
         ),
         (
             {"conversations": [{"from": "human", "value": SECRET}]},

@@ -220,3 +220,22 @@ def test_only_data_parallelism_is_accepted(runtime):
     other = replace(runtime, processes=2, accelerator=SimpleNamespace(prepare_model=lambda module: module))
     with pytest.raises(SaroError, match=r"^the launcher asks for Linear, .* leave options such as --use_fsdp"):
         other.wrap(torch.nn.Linear(1, 1))
+
+
+def test_a_tracker_gets_the_name_and_id_of_the_run_and_samples_as_a_table(monkeypatch):
+    """With a module that stands for W&B, which need not be installed."""
+    started, logged = [], []
+    wandb = SimpleNamespace(
+        init=lambda **options: started.append(options) or SimpleNamespace(log=lambda *a, **o: logged.append((a, o))),
+        config=SimpleNamespace(update=lambda *_, **__: None),
+        Table=lambda columns, data, dataframe: (columns, data),
+    )
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    runtime = Runtime(Accelerator(cpu=True, mixed_precision="no"), 0, 1, 1)
+    runtime.accelerator.log_with = ["wandb"]
+    runtime.start_trackers("saro-rw", {"train": {"lr": 1.0}}, "a run", "0123")
+    assert started == [{"project": "saro-rw", "name": "a run", "id": "0123", "resume": "allow"}]
+    runtime.log_samples([("p1", "Why?", "So.")], step=3)
+    ((values,), options) = logged[-1]
+    assert values == {"samples": (["id", "prompt", "answer"], [["p1", "Why?", "So."]])}
+    assert options["step"] == 3

@@ -19,6 +19,7 @@ from saro.errors import SaroError
 from saro.files import file_hash
 from saro.model.adapter import find_adapter
 from saro.model.attention import use_packed_attention
+from saro.model.merge import merge
 from saro.model.policy import Policy
 from saro.model.source import find_model
 from saro.runs.finish import save_final
@@ -102,7 +103,13 @@ def test_dropout_may_change(adapter):
 
 
 @pytest.mark.parametrize(
-    ("option", "value", "own"), [("lora_rank", 8, "4"), ("lora_alpha", 16, "12"), ("lora_targets", ["q_proj"], "{.*}")]
+    ("option", "value", "own"),
+    [
+        ("lora_rank", 8, "4"),
+        ("lora_alpha", 16, "12"),
+        ("lora_rslora", True, "False"),
+        ("lora_targets", ["q_proj"], "{.*}"),
+    ],
 )
 def test_an_option_that_conflicts_with_the_adapter_is_refused(adapter, option, value, own):
     refused(adapter, f"model.{option} is .*, and the adapter in .* has {own}; leave the option out", **{option: value})
@@ -111,6 +118,33 @@ def test_an_option_that_conflicts_with_the_adapter_is_refused(adapter, option, v
 def test_options_that_agree_with_the_adapter_are_accepted(adapter):
     targets = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
     assert load(adapter, lora_rank=4, lora_alpha=12, lora_targets=targets).trainable()
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_rslora_scales_by_the_root_of_the_rank_in_training_in_peft_and_after_a_merge(tiny_model, tmp_path, fused):
+    """Kalajdzievski 2023, arXiv 2312.03732: alpha / sqrt(r), where PEFT's default is alpha / r."""
+    policy = load(tiny_model(), lora_rank=4, lora_alpha=6, lora_rslora=True, fused_lora=fused)
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for parameter in policy.trainable().values():
+            parameter.normal_(std=0.1)
+    layer = policy.causal_lm.get_submodule("model.layers.0.mlp.up_proj")
+    assert layer.scaling == {"default": 3.0}
+    save_final(tmp_path / "final", policy.model, find_model(ModelConfig(name=tiny_model())).tokenizer)
+    base = AutoModelForCausalLM.from_pretrained(tiny_model())
+    peft = PeftModel.from_pretrained(base, tmp_path / "final").eval()
+    assert peft.peft_config["default"].use_rslora
+    pack = a_pack((20,))
+    with torch.no_grad():
+        rows = peft(input_ids=pack.input_ids[None]).logits[0, pack.row_hidden].log_softmax(-1)
+        expected = rows.gather(1, pack.row_target[:, None])[:, 0]
+        torch.testing.assert_close(policy(pack), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(load(tmp_path / "final")(pack), expected, rtol=1e-5, atol=1e-5)
+        stored = layer.get_base_layer().weight
+        a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        merged = merge(policy, policy.causal_lm.config, torch.float32)
+        weight = merged.get_submodule("model.layers.0.mlp.up_proj").weight
+        torch.testing.assert_close(weight, stored + 3 * b @ a)
 
 
 def test_full_fine_tuning_of_an_adapter_is_refused(adapter):
@@ -142,7 +176,7 @@ def test_pickled_adapter_weights_are_refused(adapter):
     ("changes", "message"),
     [
         ({"peft_type": "PREFIX_TUNING"}, "an adapter of type PREFIX_TUNING cannot be continued; only LORA can"),
-        ({"modules_to_save": ["lm_head"]}, "the adapter has modules_to_save, which are not supported"),
+        ({"modules_to_save": ["lm_head"]}, "the adapter has modules_to_save, weights of its own that the fused head"),
         ({"bias": "all"}, "the adapter trains biases, which is not supported"),
         ({"base_model_name_or_path": None}, "names no base model"),
         ({"base_model_name_or_path": "./gone"}, "./gone: no such folder"),

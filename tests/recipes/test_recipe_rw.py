@@ -17,6 +17,7 @@ import torch
 import yaml
 from peft import AutoPeftModelForCausalLM
 from run_files import ROOT, TIMING, assert_same_run, metrics_of, steps_logged, wait_for, weights_of
+from safetensors.torch import load_file
 from sets import with_other_prompts
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -55,6 +56,7 @@ def finished(tmp_path_factory, tiny_model, recipes, examples):
                 "train.samples": 3,
                 "train.sample_tokens": 6,
                 "train.trackers": '["tensorboard"]',
+                "train.track_samples": "true",
             }
             done = recipes.run(*(part for k, v in options.items() for part in (f"--{k}", v)))
             assert done.code == 0, done.err
@@ -143,6 +145,9 @@ def test_the_tensorboard_tracker_writes_events(finished):
 
     found = [EventAccumulator(str(file)).Reload() for file in run.rglob("events.out.tfevents*")]
     (events,) = (e for e in found if "loss" in e.Tags()["scalars"])
+    samples = [tag for tag in events.Tags()["tensors"] if tag.startswith("samples/")]
+    assert len(samples) == 3
+    assert [event.step for event in events.Tensors(samples[0])] == [0, 6], "before training and after"
     assert {"loss", "grad_norm", "lr", "eval/loss", "eval/loss/safety"} <= set(events.Tags()["scalars"])
     expected = [line["loss"] for line in metrics_of(run) if "loss" in line]
     assert [e.step for e in events.Scalars("loss")] == [1, 2, 3, 4, 5, 6]
@@ -498,3 +503,38 @@ def test_both_of_two_processes_print_an_error_and_write_nothing(recipes, rw_argu
     assert ranks[0].err == f"error: {bad}:1: answer is empty; write it or drop the record\n"
     assert ranks[1].err == f"[rank 1] {ranks[0].err}"
     assert not (tmp_path / "run").exists()
+
+
+# The best evaluation.
+
+
+def test_final_is_the_model_of_the_best_evaluation(recipes, rw_arguments, tmp_path):
+    options = {"train_keep_best": "eval/loss", "train_eval_every": 2, "train_max_steps": 5}
+    done = recipes.run(*rw_arguments(**options))
+    assert done.code == 0, done.err
+    run = tmp_path / "run"
+    losses = {line["step"]: line["eval/loss"] for line in metrics_of(run) if "eval/loss" in line}
+    best = min(losses, key=losses.get)
+    assert sorted(losses) == [2, 4, 5], "the last step is evaluated too"
+    after = json.loads((run / "after.json").read_text())["metrics"]["eval/loss"]
+    assert after == pytest.approx(losses[best], rel=1e-6)
+    assert f"model of step {best}, the best, in" in done.err
+    kept = load_file(run / "best" / f"step_{best:06d}.safetensors")
+    final = load_file(run / "final" / "adapter_model.safetensors")
+    for name, weight in kept.items():
+        (found,) = (w for n, w in final.items() if n.endswith(name.replace(".default", "")))
+        assert torch.equal(weight, found)
+
+
+def test_keep_best_needs_held_out_records_and_a_metric_of_the_run(recipes, rw_arguments):
+    options = {"train_keep_best": "eval/lss", "train_eval_every": 1}
+    done = recipes.run(*rw_arguments(**options))
+    assert (done.code, done.err.splitlines()[-1]) == (
+        2,
+        "error: train.keep_best: eval/lss is no metric of this run; did you mean eval/loss?",
+    )
+    done = recipes.run(*rw_arguments(**options, data_heldout="[]", train_output="elsewhere"))
+    assert (done.code, done.err) == (
+        2,
+        "error: train.keep_best needs held-out records; name a file with --data.heldout\n",
+    )

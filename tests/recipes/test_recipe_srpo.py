@@ -129,17 +129,22 @@ def test_without_arguments_it_starts_from_the_demo_run_of_stage_1_if_there_is_on
         {"preference_nll": 0.5},
         {"preference_scored": "divergent"},
         {"preference_scored": "divergent", "preference_nll": 0.5},
+        {"preference_loss": "simpo", "preference_beta": 2},
+        {"preference_loss": "orpo"},
+        {"preference_loss": "kto"},
         {"data_group_by_prompt": False},
         {"data_heldout": "[]"},
     ],
     ids=lambda options: " ".join(f"{k}={v}" for k, v in options.items()),
 )
-def test_every_option_of_the_loss_trains(srpo, srpo_arguments, tmp_path, options):
+def test_every_option_of_the_loss_trains(srpo, srpo_arguments, tmp_path, cache, options):
     done = srpo(*srpo_arguments(**options))
     assert done.code == 0, done.err
     lines = metrics_of(tmp_path / "run")
     assert len(lines) == 4
-    assert lines[-1]["rewards/margins"] > 0
+    assert lines[-1]["rewards/margins"] > lines[0]["rewards/margins"]
+    # Losses without a reference score none.
+    assert (cache / "reference").exists() == (options.get("preference_loss") not in ("simpo", "orpo"))
 
 
 @pytest.mark.parametrize("scored", ["all", "divergent"])
@@ -312,9 +317,15 @@ def test_a_pair_with_one_side_too_long_is_dropped_and_named(srpo, srpo_arguments
         (["--preference.label_smoothing", "0.5"], "it must be at least 0 and below 0.5"),
         (
             ["--preference.loss", "hinge", "--preference.label_smoothing", "0.1"],
-            "is for sigmoid and robust, not for hinge",
+            "is for sigmoid, robust and simpo, not for hinge",
         ),
         (["--preference.scored", "divergent", "--preference.length_normalize", "true"], "length_normalize needs"),
+        (["--preference.loss", "orpo", "--preference.nll", "1"], "leave out --preference.nll, and change beta"),
+        (["--preference.loss", "simpo", "--preference.reference", "org/m"], "simpo has no reference; leave out"),
+        (["--preference.loss", "simpo", "--preference.scored", "divergent"], "skips rows that simpo needs"),
+        (["--preference.loss", "kto", "--preference.nll", "1"], "preference.nll is for losses on pairs, not for kto"),
+        (["--preference.gamma", "1"], "preference.gamma is for simpo, not for sigmoid"),
+        (["--preference.desirable_weight", "2"], "preference.desirable_weight is for kto, not for sigmoid"),
         (["--preference.warn_chosen_fell", "2"], "a share of the pairs, 0 to 1"),
         (["--preference.reference", ""], "preference.reference is empty; give start, or the folder of a model"),
         (["--data.weights", "{general: 2}"], "unknown kind 'general'; valid are op-cot, pp-cot"),
@@ -391,10 +402,13 @@ def test_a_resume_from_another_start_is_refused(srpo, recipes, rw_arguments, srp
 # Several processes.
 
 
-@pytest.mark.parametrize("records_per_step", [1, 5])
-def test_two_processes_take_the_same_steps_as_one(recipes, srpo, srpo_arguments, cache, tmp_path, records_per_step):
+@pytest.mark.parametrize(("loss", "records_per_step"), [("sigmoid", 1), ("sigmoid", 5), ("kto", 5), ("orpo", 5)])
+def test_two_processes_take_the_same_steps_as_one(
+    recipes, srpo, srpo_arguments, cache, tmp_path, loss, records_per_step
+):
     """Each scores its share of the reference, which may be empty. The margins of all pairs are written once."""
     options = {"train_max_steps": 3, "train_eval_every": 1, "train_records_per_step": records_per_step}
+    options["preference_loss"] = loss
     assert srpo(*srpo_arguments(train_output=tmp_path / "one", **options)).code == 0
     for shard in cache.rglob("shards/*.safetensors"):
         shard.unlink()
@@ -405,6 +419,9 @@ def test_two_processes_take_the_same_steps_as_one(recipes, srpo, srpo_arguments,
     for a, b in zip(metrics_of(one), metrics_of(two), strict=True):
         for name in a:
             assert b[name] == pytest.approx(a[name], rel=1e-4, abs=1e-2 if name == "changed_parameters" else 1e-3), name
+    if loss == "kto":
+        assert metrics_of(one)[-1]["kl"] > 0.1
+        return
     for a, b in zip(margins_of(one), margins_of(two), strict=True):
         assert (a["step"], a["id"]) == (b["step"], b["id"])
         assert b["margin"] == pytest.approx(a["margin"], abs=1e-2)

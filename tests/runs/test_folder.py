@@ -971,3 +971,32 @@ def test_fewer_steps_than_were_made_are_refused_before_anything_is_written(folde
         late.check_steps(OneProcess(), 2)
     late.check_steps(OneProcess(), 4)
     assert contents(folder) == before
+
+
+# Trackers.
+
+
+def tracked(run: RunFolder) -> dict[str, str]:
+    """Return the arguments with which a run opens its trackers."""
+    opened: list[dict[str, str]] = []
+    runtime = OneProcess()
+    runtime.start_trackers = lambda project, config, name, id: opened.append({"name": name, "id": id})
+    run.start_trackers(runtime, "saro-rw")
+    run.lock.release(force=True)
+    return opened[0]
+
+
+def test_a_resumed_run_has_the_id_of_its_beginning_in_trackers_and_a_new_run_another(folder, source, data_file):
+    config = with_train(trackers=["wandb"])
+    first = tracked(begin(folder, source, data_file, config))
+    assert first["name"] == folder.name
+    named = with_train(trackers=["wandb"], run_name="again")
+    resumed = tracked(begin(folder, source, data_file, named, resume=True))
+    assert resumed == {"name": "again", "id": first["id"]}
+    assert tracked(begin(folder, source, data_file, config, overwrite=True))["id"] != first["id"]
+
+
+def test_without_trackers_no_id_is_written(folder, source, data_file):
+    run = begin(folder, source, data_file)
+    run.start_trackers(OneProcess(), "saro-rw")
+    assert not (folder / "trackers.json").exists()

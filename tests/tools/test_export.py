@@ -7,11 +7,15 @@ import shutil
 from datetime import date
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
+import yaml
 from bitsandbytes.nn import Linear4bit
 from command import run_saro
+from huggingface_hub.errors import HTTPError
 from peft import AutoPeftModelForCausalLM
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 from tiny import IM_END, save_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
@@ -29,12 +33,14 @@ from saro.model.policy import Policy
 from saro.model.score import score_natively, score_trees
 from saro.runs.finished import FinishedRun
 from saro.tools.export import NOTE, Options, export, run_files
+from saro.tools.export import run as export_run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 NF4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
 CPU = torch.device("cpu")
 MERGED_FILES = {
+    "README.md",
     "chat_template.jinja",
     "config.json",
     NOTE,
@@ -208,7 +214,8 @@ def test_without_merge_the_export_is_the_adapter_with_its_tokenizer(exported, fi
     folder, line = exported(method)
     final = finished_run(method) / "final"
     assert {p.name for p in folder.iterdir()} == {p.name for p in final.iterdir()} | {NOTE}
-    assert all((folder / p.name).read_bytes() == p.read_bytes() for p in final.iterdir())
+    copied = [p for p in final.iterdir() if p.name != "README.md"]
+    assert all((folder / p.name).read_bytes() == p.read_bytes() for p in copied)
     assert "adapter, off by 0 nats" in line
     assert ("BitsAndBytesConfig" in line) == (method == "qlora")
 
@@ -523,6 +530,13 @@ def test_preference_pairs_are_scored_on_both_sides(exported, records_file):
     assert note["tokens"] >= 3 * sum(len(end) + 1 for end in ends)
 
 
+def test_labelled_responses_are_scored_like_examples(finished_run, records_file):
+    run = FinishedRun.open(str(finished_run("lora")))
+    labelled = [{"prompt": f"Why {i}?", "completion": " So.", "label": i % 2 == 0} for i in range(3)]
+    file = records_file(labelled, "labelled.jsonl")
+    assert [len(tree.sequences) for tree in choose_records([file], run.chat_format(), 256, 3)] == [1, 1, 1]
+
+
 def test_packed_and_plain_scoring_give_the_same_tokens_in_the_same_order(finished_run, records_file):
     run = FinishedRun.open(str(finished_run("full")))
     trees = choose_records([records_file(pairs(4))], run.chat_format(), 256, 3)
@@ -618,3 +632,80 @@ def test_a_mistake_is_one_line_and_exit_code_2(monkeypatch, capsys, arguments, m
     assert code == 2
     assert err.startswith(f"error: {message}")
     assert err.count("\n") == 1
+
+
+# The model card and the hub.
+
+
+def test_the_card_has_the_figures_of_the_run_and_no_path(exported, finished_run):
+    folder, _ = exported("lora")
+    text = (folder / "README.md").read_text()
+    _, metadata, body = text.split("---\n", 2)
+    assert yaml.safe_load(metadata) == {"library_name": "peft", "pipeline_tag": "text-generation", "tags": ["saro"]}
+    run = finished_run("lora")
+    before, after = (json.loads((run / f"{name}.json").read_text())["metrics"] for name in ("before", "after"))
+    assert f"| loss | {before['eval/loss']:.4g} | {after['eval/loss']:.4g} |" in body
+    assert "RW, supervised fine-tuning" in body
+    assert "general" in body
+    assert f"AutoPeftModelForCausalLM.from_pretrained({folder.name!r})" in body
+    assert str(run.parent) not in text
+    assert str(folder.parent) not in text
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """Stand in for the hub: collects what is sent."""
+    sent: list[tuple[str, dict]] = []
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: "hf_of_nobody")
+    monkeypatch.setattr(huggingface_hub, "create_repo", lambda repo, **options: sent.append((repo, options)))
+    monkeypatch.setattr(
+        huggingface_hub,
+        "upload_folder",
+        lambda repo_id, folder_path, commit_message: sent.append((repo_id, set(map(str, Path(folder_path).iterdir())))),
+    )
+    return sent
+
+
+def test_a_pushed_export_is_uploaded_with_its_card_to_a_private_repository(finished_run, tmp_path, hub, capsys):
+    folder = tmp_path / "out"
+    options = Options(run=str(finished_run("lora")), output=str(folder), push="org/name")
+    assert export_run(options, Console()) == 0
+    assert hub[0] == ("org/name", {"private": True, "exist_ok": True})
+    assert hub[1] == ("org/name", {str(file) for file in folder.iterdir()})
+    assert (folder / "README.md").read_text().count("org/name") == 2
+    assert capsys.readouterr().out.splitlines()[-1] == "uploaded to https://huggingface.co/org/name"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"push": "a/b/c"}, "--push a/b/c: is not the name of a repository; write it as ORG/NAME"),
+        ({"push": "org/name", "token": None}, "--push needs an account of the hub: log in with hf auth login"),
+        ({"public": True}, "--public is for a repository of the hub; name it with --push ORG/NAME"),
+    ],
+)
+def test_a_push_that_cannot_succeed_is_refused_before_the_export(
+    finished_run, tmp_path, hub, monkeypatch, changes, message
+):
+    if "token" in changes:
+        monkeypatch.setattr(huggingface_hub, "get_token", lambda: changes["token"])
+    given = {name: value for name, value in changes.items() if name != "token"}
+    with pytest.raises(SaroError) as caught:
+        export_run(Options(run=str(finished_run("lora")), output=str(tmp_path / "out"), **given), Console())
+    assert str(caught.value).startswith(message)
+    assert not (tmp_path / "out").exists()
+    assert not hub
+
+
+@pytest.mark.parametrize("error", [OSError, HTTPError])
+def test_a_failed_upload_leaves_the_export_and_is_one_line(finished_run, tmp_path, hub, monkeypatch, error):
+    """HTTPError is also raised if there is no connection; it is no OSError."""
+
+    def refuse(**_):
+        raise error("403 Forbidden\nmore")
+
+    monkeypatch.setattr(huggingface_hub, "upload_folder", refuse)
+    options = Options(run=str(finished_run("lora")), output=str(tmp_path / "out"), push="org/name")
+    with pytest.raises(SaroError, match=r"^--push org/name: not uploaded \(403 Forbidden\); the export is in .*/out"):
+        export_run(options, Console())
+    assert (tmp_path / "out" / "README.md").is_file()

@@ -60,6 +60,13 @@ def test_inspect_prints_the_length_report(saro, records_file, examples, tiny_mod
     assert "r0" not in out
 
 
+def test_labelled_responses_are_inspected_too(records_file, tiny_model):
+    labelled = [{"prompt": f"Why {i}?", "completion": " So.", "label": i > 0} for i in range(3)]
+    out = " ".join(_inspect([records_file(labelled)], tiny_model(), color=False).split())
+    assert "3 records (3 op-cot)" in out
+    assert "5 scored" in out
+
+
 @pytest.mark.parametrize("pairs", [False, True], ids=["examples", "pairs"])
 def test_the_report_counts_duplicates(records_file, examples, tiny_model, pairs):
     records = PAIRS[:2] if pairs else examples[:3]

@@ -25,11 +25,13 @@ from saro.data.dataset import ExampleSet, PairSet
 from saro.data.packs import PairLogps, lay_out
 from saro.data.tree import ScoredSequence, build_tree
 from saro.model.policy import Policy
-from saro.train.losses import PAIR_LOSSES
+from saro.train.losses import PAIR_LOSSES, orpo
 from saro.train.objective import SRPOObjective
 from saro_kernels import TokenStatistics
 
-BETA = 0.3
+BETA, GAMMA = 0.3, 0.5
+# Losses on mean log-probs of the policy, without a reference.
+FREE = ("orpo", "simpo")
 
 
 def _make_model(lora: bool) -> nn.Module:
@@ -105,7 +107,20 @@ def _plain_loss(name: str, smoothing: float, margin: torch.Tensor) -> torch.Tens
         return ((1 - smoothing) * good - smoothing * bad) / (1 - 2 * smoothing)
     if name == "hinge":
         return torch.clamp(1 - reward, min=0)
+    if name == "simpo":
+        reward = reward - GAMMA
+        return -(1 - smoothing) * torch.log(reward.sigmoid()) - smoothing * torch.log((-reward).sigmoid())
     return (margin - 1 / (2 * BETA)) ** 2
+
+
+def _plain_odds_ratio(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
+    """ORPO's eq. 7 on mean log-probs, by probabilities."""
+    odds = [logp.exp() / (1 - logp.exp()) for logp in (chosen, rejected)]
+    return -BETA * torch.log(torch.log(odds[0] / odds[1]).sigmoid())
+
+
+def _nll_weight(name: str, given: float) -> float:
+    return given or float(name == "orpo")
 
 
 def _gradient(model) -> torch.Tensor:
@@ -120,10 +135,13 @@ def _plain(model, pairs, reference, name, smoothing=0.0, nll=0.0, normalize=Fals
     rows = sum(len(chosen.row_kinds) for chosen, _ in pairs)
     for (chosen, rejected), (ref_chosen, ref_rejected) in zip(pairs, reference, strict=True):
         lp_chosen, lp_rejected = (logps.sum() for logps in _plain_logps(model, (chosen, rejected)))
-        up, down = lp_chosen - ref_chosen, lp_rejected - ref_rejected
-        if normalize:
+        up, down = lp_chosen, lp_rejected
+        if name not in FREE:
+            up, down = up - ref_chosen, down - ref_rejected
+        if normalize or name in FREE:
             up, down = up / len(chosen.row_kinds), down / len(rejected.row_kinds)
-        total = total + _plain_loss(name, smoothing, up - down) / len(pairs) - nll * lp_chosen / rows
+        preference = _plain_odds_ratio(up, down) if name == "orpo" else _plain_loss(name, smoothing, up - down)
+        total = total + preference / len(pairs) - _nll_weight(name, nll) * lp_chosen / rows
     total.backward()
     return total.item(), _gradient(model)
 
@@ -133,7 +151,8 @@ def _ours(model, pairs, reference, loss, packs=None, **options) -> tuple[float, 
     policy = Policy(model)
     model.zero_grad()
     preference = PreferenceConfig(beta=BETA, loss=loss, **options)
-    objective = SRPOObjective(np.zeros(len(pairs)), _reference(pairs, reference), preference)
+    reference = _reference(pairs, reference) if preference.needs_reference else None
+    objective = SRPOObjective(np.zeros(len(pairs)), reference, preference)
     trees = [build_tree(pair) for pair in pairs] if packs is None else packs
     counts = objective.counts(trees)
     total = 0.0
@@ -152,17 +171,28 @@ def _assert_equal(ours, plain):
 
 
 @pytest.mark.parametrize(
-    ("loss", "smoothing"), [("sigmoid", 0.0), ("sigmoid", 0.2), ("robust", 0.2), ("hinge", 0.0), ("ipo", 0.0)]
+    ("loss", "smoothing"),
+    [
+        ("sigmoid", 0.0),
+        ("sigmoid", 0.2),
+        ("robust", 0.2),
+        ("hinge", 0.0),
+        ("ipo", 0.0),
+        ("simpo", 0.0),
+        ("simpo", 0.2),
+        ("orpo", 0.0),
+    ],
 )
 def test_loss_and_gradients_equal_those_of_plain_dpo(model, loss, smoothing):
     ours = _ours(model, PAIRS, REFERENCE, loss, label_smoothing=smoothing)
     _assert_equal(ours, _plain(model, PAIRS, REFERENCE, loss, smoothing))
 
 
-def test_the_nll_term_is_divided_by_the_chosen_tokens_of_the_whole_step(model):
+@pytest.mark.parametrize(("loss", "nll"), [("sigmoid", 0.5), ("orpo", 0.0)])
+def test_the_nll_term_is_divided_by_the_chosen_tokens_of_the_whole_step(model, loss, nll):
     packs = [build_tree(pair) for pair in PAIRS]
-    ours = _ours(model, PAIRS, REFERENCE, "sigmoid", packs=packs, nll=0.5)
-    _assert_equal(ours, _plain(model, PAIRS, REFERENCE, "sigmoid", nll=0.5))
+    ours = _ours(model, PAIRS, REFERENCE, loss, packs=packs, nll=nll)
+    _assert_equal(ours, _plain(model, PAIRS, REFERENCE, loss, nll=nll))
 
 
 def test_length_normalisation_divides_by_each_sides_tokens(model):
@@ -170,11 +200,12 @@ def test_length_normalisation_divides_by_each_sides_tokens(model):
     _assert_equal(ours, _plain(model, PAIRS, REFERENCE, "ipo", normalize=True))
 
 
-def test_pairs_on_one_prompt_may_share_one_tree(model):
+@pytest.mark.parametrize("loss", ["sigmoid", *FREE])
+def test_pairs_on_one_prompt_may_share_one_tree(model, loss):
     tree = build_tree([side for pair in PAIRS for side in pair])
     assert tree.tokens < sum(build_tree(pair).tokens for pair in PAIRS)
-    ours = _ours(model, PAIRS, REFERENCE, "sigmoid", packs=[tree])
-    _assert_equal(ours, _plain(model, PAIRS, REFERENCE, "sigmoid"))
+    ours = _ours(model, PAIRS, REFERENCE, loss, packs=[tree])
+    _assert_equal(ours, _plain(model, PAIRS, REFERENCE, loss))
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3, 4])
@@ -200,7 +231,7 @@ def test_a_response_of_two_pairs_is_one_path(model):
 tokens = st.lists(st.integers(4, 40), max_size=6)
 # Only two different tokens, so that random sequences share prefixes of any length.
 few = st.lists(st.integers(4, 5), max_size=5)
-losses = st.sampled_from([(name, 0.0) for name in PAIR_LOSSES] + [("sigmoid", 0.2), ("robust", 0.2)])
+losses = st.sampled_from([(name, 0.0) for name in PAIR_LOSSES] + [("sigmoid", 0.2), ("robust", 0.2), ("simpo", 0.2)])
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -281,6 +312,41 @@ def test_metrics_match_values_by_hand():
     assert means["logps/chosen"] == pytest.approx(sums[0::2].mean().item())
     assert pairs["margin"].tolist() == pytest.approx([2.0, -6.0])
     assert pairs["chosen_fell"].tolist() == [False, True]
+
+
+@pytest.mark.parametrize("loss", FREE)
+def test_a_loss_without_a_reference_has_the_metrics_of_mean_log_probs(loss):
+    logps = -torch.arange(1.0, 17, dtype=torch.float64)
+    pack = lay_out([build_tree(pair) for pair in PAIRS[:2]])
+    options = PreferenceConfig(beta=0.5, loss=loss)
+    objective = SRPOObjective(np.array([0, 1]), None, options)
+    sums = objective(logps[: pack.rows], pack)
+    means = {name: (total / count).item() for name, (total, count) in sums.metrics.items() if count}
+    sides = [logps[pack.entry_row[pack.entry_sequence == i]].mean().item() for i in range(4)]
+    assert means["rewards/chosen"] == pytest.approx(0.5 * (sides[0] + sides[2]) / 2)
+    assert means["rewards/rejected"] == pytest.approx(0.5 * (sides[1] + sides[3]) / 2)
+    assert means["rewards/margins"] == pytest.approx(means["rewards/chosen"] - means["rewards/rejected"])
+    assert sums.pair_values["margin"].tolist() == pytest.approx([sides[0] - sides[1], sides[2] - sides[3]])
+    assert not [name for name in means if "delta" in name or "fell" in name]
+    if loss == "orpo":
+        odds = [math.log(math.exp(s) / (1 - math.exp(s))) for s in sides]
+        ratios = [odds[0] - odds[1], odds[2] - odds[3]]
+        assert means["log_odds_chosen"] == pytest.approx(sum(ratios) / 2)
+        assert means["log_odds_ratio"] == pytest.approx(-sum(math.log1p(math.exp(-r)) for r in ratios) / 2)
+        assert objective.combine(means)["loss"] == pytest.approx(means["loss"] + means["loss/nll"])
+
+
+@pytest.mark.parametrize(("loss", "has_reference"), [("simpo", True), ("orpo", True), ("sigmoid", False)])
+def test_a_reference_is_given_exactly_to_the_losses_that_have_one(loss, has_reference):
+    reference = _reference(PAIRS, REFERENCE) if has_reference else None
+    with pytest.raises(ValueError, match="reference"):
+        SRPOObjective(np.zeros(3), reference, PreferenceConfig(loss=loss))
+
+
+def test_responses_that_are_certain_have_a_finite_odds_ratio():
+    scores = torch.zeros(1, 2, requires_grad=True)
+    orpo(scores, PreferenceConfig(loss="orpo")).sum().backward()
+    assert scores.grad.isfinite().all()
 
 
 def test_entropy_and_accuracy_by_side_and_by_kind_of_pair():
@@ -395,14 +461,19 @@ def test_shared_reasoning_cancels_in_the_margin():
         ({"loss": "ipo"}, False),
         ({"nll": 0.5}, True),
         ({"length_normalize": True}, True),
+        ({"loss": "simpo"}, True),
+        ({"loss": "orpo"}, True),
     ],
     ids=str,
 )
 def test_shared_rows_need_a_gradient_only_where_they_do_not_cancel(options, shared_rows_count):
     """The loss has a gradient in exactly the first ``gradient_rows`` rows."""
     pack = lay_out([build_tree(pair) for pair in PAIRS])
-    objective = SRPOObjective(np.zeros(3), _reference(PAIRS, REFERENCE), PreferenceConfig(**options))
-    logps = torch.randn(pack.rows, generator=torch.Generator().manual_seed(0), dtype=torch.float64, requires_grad=True)
+    options = PreferenceConfig(**options)
+    reference = _reference(PAIRS, REFERENCE) if options.needs_reference else None
+    objective = SRPOObjective(np.zeros(3), reference, options)
+    logps = -torch.rand(pack.rows, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    logps.requires_grad_()
     sum(objective(logps, pack).losses.values()).backward()
     assert pack.margin_rows < pack.rows
     rows = objective.gradient_rows(pack)
@@ -411,7 +482,7 @@ def test_shared_rows_need_a_gradient_only_where_they_do_not_cancel(options, shar
     assert not logps.grad[rows:].any()
 
 
-@pytest.mark.parametrize("loss", sorted(PAIR_LOSSES))
+@pytest.mark.parametrize("loss", sorted(PAIR_LOSSES.keys() - FREE))
 def test_scoring_only_divergent_tokens_gives_the_same_loss_and_gradients(model, loss):
     pairs = _pair_set(PAIRS)
     parted = pairs.divergent()

@@ -51,6 +51,20 @@ def test_warmup_rises_in_equal_steps_and_the_decay_starts_at_the_peak():
     assert rates(5, schedule="cosine", warmup=0.4) == pytest.approx([1 / 3, 2 / 3, *half])
 
 
+def test_the_decay_ends_at_min_lr():
+    linear = rates(4, schedule="linear", warmup=0, min_lr=0.1)
+    assert linear == pytest.approx([0.2 + 0.8 * left for left in (1, 3 / 4, 2 / 4, 1 / 4)])
+    cosine = rates(4, schedule="cosine", warmup=0, min_lr=0.1)
+    assert cosine == pytest.approx([0.2 + 0.8 * (1 + math.cos(math.pi * i / 4)) / 2 for i in range(4)])
+    assert rates(3, schedule="cosine", warmup=0, min_lr=0.5) == [1, 1, 1]
+
+
+def test_warmup_steps_replace_the_share():
+    assert rates(5, schedule="linear", warmup=0.9, warmup_steps=2) == rates(5, schedule="linear", warmup=0.4)
+    assert rates(3, schedule="constant", warmup_steps=0) == [1, 1, 1]
+    assert rates(2, schedule="constant", warmup_steps=9) == [1 / 2, 1]
+
+
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
 @pytest.mark.parametrize("total_steps", [1, 2, 3, 100])
 @pytest.mark.parametrize("warmup", [0.0, 0.05, 0.5, 1.0])

@@ -1,0 +1,201 @@
+"""Single responses with a label as token ids, each with another response that its prompt did not get."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import ClassVar
+
+import numpy as np
+
+from saro.config import PAIR_KINDS, DataConfig
+from saro.data.chat_format import ChatFormat
+from saro.data.dataset import ExampleSet, PairSet
+from saro.data.tree import RowKind, ScoredSequence, SequenceTree, build_tree
+from saro.data.unpaired_records import Unpaired, read_unpaired_files
+from saro.errors import SaroError
+from saro.program import progress_bar
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class UnpairedSet(ExampleSet):
+    """n encoded responses with labels. Their ``kinds`` index into ``PAIR_KINDS``.
+
+    Attributes:
+        labels: (n,) bool, True for desirable responses.
+        prompts: (n,) int32, a number for each prompt; records on the same prompt have the same number.
+        others: (n,) int64, the record whose response stands after this record's prompt in ``mismatched``. It is on
+            another prompt.
+        forms: (n,) form of each record, None for those without one; empty if no record has one.
+    """
+
+    kind_names: ClassVar[tuple[str, ...]] = PAIR_KINDS
+
+    labels: np.ndarray
+    prompts: np.ndarray
+    others: np.ndarray
+    forms: tuple[str | None, ...] = ()
+
+    @cached_property
+    def mismatched(self) -> ExampleSet:
+        """Each record's prompt, followed by the response of its other record."""
+        return _as_set(
+            [self._mismatch(record) for record in range(len(self))], kinds=self.kinds, ids=self.ids, where=self.where
+        )
+
+    @cached_property
+    def beside(self) -> PairSet:
+        """Pairs of each record, as the chosen side, and its mismatched sequence, as the rejected one.
+
+        In this form the log-probs of both under a reference are computed and kept.
+        """
+        return PairSet(self, self.mismatched, self.prompts, self.forms)
+
+    def trees(self, records: Iterable[int], budget: int) -> list[SequenceTree]:
+        """Return some of the records as trees of at most ``budget`` tokens. Records on one prompt share a tree."""
+        return _share_prompts([self.sequence(record) for record in records], self.prompts, budget)
+
+    def mismatched_trees(self, records: Iterable[int], budget: int) -> list[SequenceTree]:
+        """Return the mismatched sequences of some of the records as trees, as ``trees`` does the records."""
+        return _share_prompts([self.mismatched.sequence(record) for record in records], self.prompts, budget)
+
+    def _mismatch(self, record: int) -> ScoredSequence:
+        own, other = self.sequence(record), self.sequence(int(self.others[record]))
+        tokens = np.concatenate([own.tokens[: own.scored_from], other.tokens[other.scored_from :]])
+        return ScoredSequence(tokens, own.scored_from, other.row_kinds, record)
+
+
+def _share_prompts(sequences: Sequence[ScoredSequence], prompts: np.ndarray, budget: int) -> list[SequenceTree]:
+    """Build trees of at most ``budget`` tokens, in which sequences on one prompt share a tree."""
+    by_prompt: dict[int, list[ScoredSequence]] = {}
+    for sequence in sequences:
+        by_prompt.setdefault(int(prompts[sequence.record]), []).append(sequence)
+    trees: list[SequenceTree] = []
+    for group in by_prompt.values():
+        tree = build_tree(group[:1])
+        for sequence in group[1:]:
+            larger = build_tree([*tree.sequences, sequence])
+            if larger.tokens <= budget:
+                tree = larger
+            else:
+                trees.append(tree)
+                tree = build_tree([sequence])
+        trees.append(tree)
+    return trees
+
+
+def encode_unpaired_files(
+    paths: Sequence[str], chat: ChatFormat, options: DataConfig, *, progress: bool = False
+) -> UnpairedSet:
+    """Read and encode JSONL files of labelled responses, or of pairs, in memory.
+
+    Nothing is ever cut. A record of more than ``options.pack_tokens`` tokens, or beside which no response to another prompt
+    fits into a pack, is an error, or is dropped if ``options.too_long`` says so.
+
+    Args:
+        progress: show a progress bar on a terminal.
+
+    Raises:
+        SaroError: names file and line of the first record that is wrong, or all records are on one prompt.
+    """
+    records: list[Unpaired] = []
+    sequences: list[ScoredSequence] = []
+    dropped: list[str] = []
+
+    def leave_out(record: Unpaired, tokens: str) -> None:
+        if options.too_long == "error":
+            raise SaroError(
+                f"{record.where}: {tokens} tokens, more than the {options.pack_tokens} allowed; nothing is cut: "
+                "raise --data.pack_tokens, shorten the record, or leave it out with --data.too_long drop"
+            )
+        dropped.append(record.id)
+
+    for record in progress_bar(read_unpaired_files(paths), "encoding", "records", shown=progress):
+        sequence = chat.encode(record)
+        if len(sequence.tokens) > options.pack_tokens:
+            leave_out(record, f"{len(sequence.tokens)}")
+        else:
+            records.append(record)
+            sequences.append(sequence)
+    while True:
+        prompts = _number_prompts(sequences)
+        others = _choose_others(sequences, prompts, options.pack_tokens)
+        alone = [i for i, other in enumerate(others) if other is None]
+        if not alone:
+            break
+        if len(set(prompts.tolist())) == 1:
+            raise SaroError(
+                f"{records[0].where}: all records are on one prompt, and kto compares responses with those to other prompts; "
+                "give records on two prompts or more"
+            )
+        for i in alone:
+            leave_out(records[i], f"beside any response to another prompt, over {options.pack_tokens}")
+        records = [record for i, record in enumerate(records) if others[i] is not None]
+        sequences = [sequence for i, sequence in enumerate(sequences) if others[i] is not None]
+    if not records:
+        raise SaroError(
+            f"all {len(dropped)} records are longer than {options.pack_tokens} tokens; raise --data.pack_tokens"
+        )
+    forms = tuple(record.form for record in records)
+    encoded = _as_set(
+        sequences,
+        kinds=np.array([PAIR_KINDS.index(record.kind) for record in records], np.uint8),
+        ids=tuple(record.id for record in records),
+        where=tuple(record.where for record in records),
+    )
+    return UnpairedSet(
+        **vars(encoded) | {"dropped": tuple(dropped)},
+        labels=np.array([record.label for record in records], bool),
+        prompts=prompts,
+        others=np.array(others, np.int64),
+        forms=forms if any(forms) else (),
+    )
+
+
+def _number_prompts(sequences: Sequence[ScoredSequence]) -> np.ndarray:
+    """Return a number for each sequence's prompt, (n,) int32, in the order in which prompts first occur."""
+    numbers: dict[bytes, int] = {}
+    keys = (sequence.tokens[: sequence.scored_from].tobytes() for sequence in sequences)
+    return np.array([numbers.setdefault(key, len(numbers)) for key in keys], np.int32)
+
+
+def _choose_others(sequences: Sequence[ScoredSequence], prompts: np.ndarray, budget: int) -> list[int | None]:
+    """Return, for each of n records, a record on another prompt whose response fits beside it; None if there is none.
+
+    Sorted by prompt, records are shifted by the size of the largest prompt's group: then each response is chosen once,
+    unless one prompt has more than half of the records or a response does not fit.
+    """
+    n = len(sequences)
+    if n == 0:
+        return []
+    order = np.argsort(prompts, kind="stable")
+    shift = int(np.bincount(prompts).max())
+    responses = [len(sequence.row_kinds) for sequence in sequences]
+    shortest = min(responses)
+    others: list[int | None] = [None] * n
+    for place, record in enumerate(order.tolist()):
+        room = budget - len(sequences[record].tokens)
+        if room < shortest:
+            continue
+        for step in range(shift, shift + n):
+            other = int(order[(place + step) % n])
+            if prompts[other] != prompts[record] and responses[other] <= room:
+                others[record] = other
+                break
+    return others
+
+
+def _as_set(
+    sequences: Sequence[ScoredSequence], kinds: np.ndarray, ids: Sequence[str], where: Sequence[str]
+) -> ExampleSet:
+    think = [int((sequence.row_kinds == RowKind.THINK).sum()) for sequence in sequences]
+    return ExampleSet(
+        tokens=np.concatenate([np.empty(0, np.int32), *(sequence.tokens for sequence in sequences)]),
+        offsets=np.cumsum([0, *(len(sequence.tokens) for sequence in sequences)]),
+        prompt_tokens=np.array([sequence.scored_from for sequence in sequences], np.int32),
+        think_tokens=np.array(think, np.int32),
+        kinds=kinds,
+        ids=ids,
+        where=where,
+    )

@@ -1,0 +1,82 @@
+"""Makes the model card of an export: what the model was made from, and the figures of its run. It holds no text of records."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+import saro
+from saro.runs.finished import FinishedRun
+
+# Held-out metrics of the card; after.json has all of them.
+_METRICS = ("loss", "mean_token_accuracy", "entropy", "rewards/margins", "rewards/accuracies", "kl", "chosen_fell")
+
+
+def make_card(run: FinishedRun, title: str, holds: str, off: str, loader: str) -> str:
+    """Return the README.md of an export, with the metadata that the hub reads.
+
+    Args:
+        title: name of the model.
+        holds: what was written, such as "adapter".
+        off: how far the export is from the trained model, in words.
+        loader: the Python call that loads it.
+    """
+    about: dict[str, Any] = {"library_name": "peft" if holds == "adapter" else "transformers"}
+    if run.manifest["model"].get("commit"):
+        about["base_model"] = run.manifest["model"]["name"]
+    about |= {"pipeline_tag": "text-generation", "tags": ["saro"]}
+    lines = [
+        "---",
+        yaml.safe_dump(about, sort_keys=False) + "---",
+        "",
+        f"# {title}",
+        "",
+        *_training_lines(run),
+        f"- this is the {holds}, off by {off}",
+        "",
+        *_metric_lines(run.folder),
+        "```python",
+        loader,
+        "```",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _training_lines(run: FinishedRun) -> Iterator[str]:
+    """Yield list items: the model before training, the stage and its options, the records and the steps."""
+    config, base = run.manifest["config"], run.manifest["model"]
+    # Elsewhere the path of a folder says nothing.
+    name = f"{base['name']}, commit {base['commit']}" if base.get("commit") else Path(base["name"]).name
+    yield f"- trained from {name}, with saro {saro.__version__}"
+    if "preference" in config:
+        preference = config["preference"]
+        yield f"- SRPO, preference optimization: loss {preference['loss']}, beta {preference['beta']}"
+    else:
+        yield "- RW, supervised fine-tuning"
+    counts = run.manifest["records"]["train"]["records"]
+    yield "- records: " + ", ".join(f"{number:,} {kind}" for kind, number in counts.items())
+    train = config["train"]
+    lines = map(json.loads, (run.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+    last = [line for line in lines if "grad_norm" in line][-1]
+    yield (
+        f"- method {config['model']['method']}; {last['step']} steps of {train['records_per_step']} records; "
+        f"learning rate {train['lr']:g}, {train['schedule']}; training loss of the last step {last['loss']:.4g}"
+    )
+
+
+def _metric_lines(folder: Path) -> Iterator[str]:
+    """Yield a table of held-out metrics before and after training; nothing if no records were held out."""
+    before, after = (
+        json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))["metrics"] for name in ("before", "after")
+    )
+    rows = [name for name in _METRICS if f"eval/{name}" in before and f"eval/{name}" in after]
+    if not rows:
+        return
+    yield from ("| held-out metric | before | after |", "| --- | ---: | ---: |")
+    for name in rows:
+        yield f"| {name} | {before[f'eval/{name}']:.4g} | {after[f'eval/{name}']:.4g} |"
+    yield ""

@@ -1,0 +1,134 @@
+"""Keeps the weights of a run's best evaluation, and says when evaluations have stopped getting better."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import nn
+
+from saro.config import TrainConfig
+from saro.distributed.runtime import Runtime
+from saro.errors import SaroError, nearest
+from saro.files import atomic_write
+
+# Ends of the names of metrics of which more is better. Of losses, less is; of other metrics nobody can say.
+_MORE_IS_BETTER = ("accuracies", "mean_token_accuracy", "margins", "chosen")
+
+
+def is_better(metric: str, value: float, than: float) -> bool:
+    """Return True if a value of a metric is better than another. NaN is never better."""
+    return value < than if "loss" in metric else value > than
+
+
+def check_metric(options: TrainConfig, metrics: Mapping[str, float]) -> None:
+    """Check ``keep_best`` against the held-out metrics of a run, before it trains.
+
+    Raises:
+        SaroError: it is none of them, or one of which nobody can say whether more is better.
+    """
+    name = options.keep_best
+    if name is None:
+        return
+    known = [m for m in metrics if "loss" in m or m.rpartition("/")[2] in _MORE_IS_BETTER]
+    if name not in known:
+        reason = "is no metric of this run" if name not in metrics else "does not tell which of two models is better"
+        raise SaroError(f"train.keep_best: {name} {reason}{nearest(name, known)}")
+
+
+class BestWeights:
+    """The weights of a run's best evaluation, in ``OUTPUT/best/step_N.safetensors``.
+
+    Which evaluation was the best follows from metrics.jsonl, so that a resumed run continues as if it had not stopped. For
+    the same reason the weights of an earlier best one stay as long as a checkpoint from before the new one does.
+
+    Args:
+        folder: the run's folder.
+        options: ``keep_best`` names the metric; ``patience``, see ``is_exhausted``.
+    """
+
+    def __init__(self, folder: Path, options: TrainConfig) -> None:
+        self._folder = folder / "best"
+        self._metric = options.keep_best
+        self._patience = options.patience
+        self._steps: list[int] = []  # of evaluations that were the best so far
+        self._value = float("nan")
+        self._since = 0  # evaluations since the best one
+
+    @property
+    def step(self) -> int | None:
+        """Number of steps after which the best evaluation was made; None if there was none."""
+        return self._steps[-1] if self._steps else None
+
+    @property
+    def is_exhausted(self) -> bool:
+        """True if as many evaluations as ``patience`` says, one after the other, were not better than the best one."""
+        return self._patience is not None and self._since >= self._patience
+
+    def resume(self, runtime: Runtime, evaluations: Sequence[Mapping[str, float]]) -> None:
+        """Continue after these evaluations, lines of metrics.jsonl on rank 0, and delete weights of later ones."""
+        for line in runtime.broadcast(list(evaluations)):
+            self._judge(int(line["step"]), line)
+        if runtime.is_main:
+            self._delete(lambda step: step not in self._steps)
+
+    def see(
+        self, runtime: Runtime, step: int, metrics: Mapping[str, float], trainable: Mapping[str, nn.Parameter]
+    ) -> None:
+        """Judge an evaluation after ``step`` steps, and write the weights if it is the best so far."""
+        # Ranks must agree, so rank 0's value counts.
+        if self._judge(step, runtime.broadcast({self._metric: metrics[self._metric]})) and runtime.is_main:
+            self._folder.mkdir(exist_ok=True)
+            weights = {name: parameter.detach().cpu().contiguous() for name, parameter in trainable.items()}
+            with atomic_write(self._file(step), "wb") as file:
+                file.write(save(weights))
+
+    def forget(self, oldest: int) -> None:
+        """Delete weights that no resumed run can need, if the oldest checkpoint is that of ``oldest`` steps."""
+        # An evaluation after as many steps as a checkpoint has may be missing when a run resumes from it.
+        earlier = [step for step in self._steps if step < oldest]
+        self._delete(lambda step: step in earlier[:-1])
+
+    def load(self, runtime: Runtime, trainable: Mapping[str, nn.Parameter]) -> None:
+        """Give the model the weights of the best evaluation.
+
+        Raises:
+            SaroError: their file is gone or damaged.
+        """
+
+        loaded: dict[str, torch.Tensor] = {}
+
+        def read() -> None:
+            path = self._file(self._steps[-1])
+            try:
+                loaded.update(load_file(path))
+            except (OSError, SafetensorError) as error:
+                raise SaroError(
+                    f"{path}: cannot be read ({error}); restore it, or start over with --overwrite"
+                ) from error
+
+        runtime.on_main(read)
+        weights = runtime.broadcast_tensors(loaded)
+        with torch.no_grad():
+            for name, parameter in trainable.items():
+                parameter.copy_(weights[name])
+
+    def _judge(self, step: int, metrics: Mapping[str, float]) -> bool:
+        value = metrics[self._metric]
+        self._since += 1
+        if not self._steps or is_better(self._metric, value, self._value):
+            self._steps.append(step)
+            self._value, self._since = value, 0
+            return True
+        return False
+
+    def _file(self, step: int) -> Path:
+        return self._folder / f"step_{step:06d}.safetensors"
+
+    def _delete(self, is_old: Callable[[int], bool]) -> None:
+        for file in self._folder.glob("step_*.safetensors"):
+            if is_old(int(file.stem.removeprefix("step_"))):
+                file.unlink()

@@ -1,0 +1,127 @@
+"""KTO: an objective on single responses with a label."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import reduce
+
+import numpy as np
+import torch
+
+from saro.config import PreferenceConfig
+from saro.data.packs import CHOSEN, REJECTED, SIDES, Pack, PairLogps, pack_trees, send
+from saro.data.tree import SequenceTree
+from saro.data.unpaired_set import UnpairedSet
+from saro.distributed.runtime import Runtime
+from saro.model.policy import Policy
+from saro.train.engine import evaluate
+from saro.train.losses import kto
+from saro.train.objective import Groups, Metrics, Objective, Sums, send_like, sum_sequences
+from saro_kernels import TokenStatistics
+
+
+class KTOObjective(Objective):
+    """Kahneman-Tversky optimization (Ethayarajh et al. 2024, arXiv 2402.01306, eq. 7 and 8), see ``losses.kto``.
+
+    The reference point z0 estimates ``KL(policy || reference)``. It is the mean change of log-prob, at least 0, of responses
+    after prompts that they do not answer, ``UnpairedSet.mismatched``, over all records of a step on all ranks. The paper
+    takes the next response of the batch; here each record has its own for the whole run, so that the reference scores
+    each once. z0 is computed in eval mode before the step's gradients, and has none itself.
+
+    Metrics, as TRL names them: ``kl`` is z0, ``rewards/chosen`` and ``rewards/rejected`` are beta times the change of a
+    log-prob of desirable and undesirable responses, and ``rewards/margins`` the difference of these two means.
+
+    Args:
+        data: the records.
+        reference: log-probs of ``data.beside`` under the reference model.
+        options: beta and the weights of the two labels.
+        pack_tokens: budget of a pack of mismatched sequences.
+    """
+
+    def __init__(self, data: UnpairedSet, reference: PairLogps, options: PreferenceConfig, pack_tokens: int) -> None:
+        self.options = options
+        self._data = data
+        self._reference = reference
+        self._pack_tokens = pack_tokens
+        self._labels = torch.from_numpy(data.labels)
+        self._groups = Groups(data.kinds, data.forms)
+        self._reference_point = torch.zeros((), dtype=torch.float64)
+
+    def counts(self, trees: Sequence[SequenceTree]) -> Mapping[str, float]:
+        return {"records": sum(len(tree.sequences) for tree in trees)}
+
+    @torch.no_grad()
+    def start_step(self, runtime: Runtime, policy: Policy, records: Sequence[int]) -> None:
+        """Compute the reference point over ``records``, those of all ranks."""
+        trees = self._data.mismatched_trees(records, self._pack_tokens)
+        moved = torch.zeros((), dtype=torch.float64, device=runtime.device)
+        with policy.evaluating():
+            for pack in pack_trees(trees, self._pack_tokens, runtime.share):
+                pack = pack.to(runtime.device)
+                moved += self._entries_moved(policy(pack), pack, REJECTED).double().sum()
+        self._reference_point = (runtime.sum_(moved) / len(records)).clamp(min=0)
+
+    def gradient_rows(self, pack: Pack) -> int:
+        return pack.rows
+
+    def __call__(self, logps: torch.Tensor, pack: Pack) -> Sums:
+        policy = sum_sequences(logps.index_select(0, pack.entry_row), pack)  # (S,), as are moved and losses
+        moved = sum_sequences(self._entries_moved(logps, pack, CHOSEN), pack)
+        is_desirable = send(self._labels[list(pack.records)], logps.device)
+        reference_point = self._reference_point.to(moved)
+        losses = kto(moved, is_desirable, reference_point, self.options)
+        with torch.no_grad():
+            members = self._groups.members(pack.records, logps.device)
+            metrics = self._groups.sum({"loss": losses}, members)
+            records = torch.full_like(reference_point, len(pack.records))
+            metrics = metrics.join(Metrics.of({"kl": (reference_point * records, records)}))
+            for side, of_side in zip(SIDES, (is_desirable, ~is_desirable), strict=True):
+                values = {
+                    f"rewards/{side}": self.options.beta * moved,
+                    f"logps/{side}": policy,
+                    f"delta_logps/{side}": moved,
+                }
+                values = {name: value.where(of_side, 0) for name, value in values.items()}
+                metrics = metrics.join(self._groups.sum(values, members, of_side))
+        return Sums({"records": losses.sum()}, metrics)
+
+    def describe(self, statistics: TokenStatistics, pack: Pack) -> Metrics:
+        members = self._groups.members(pack.records, pack.entry_row.device)
+        is_desirable = send(self._labels[list(pack.records)], pack.entry_row.device)
+        parts = []
+        for name, row_values in (("entropy", statistics.entropy), ("mean_token_accuracy", statistics.top1)):
+            entries = row_values.index_select(0, pack.entry_row).double()
+            sums, rows = sum_sequences(entries, pack), sum_sequences(torch.ones_like(entries), pack)
+            for side, of_side in zip(SIDES, (is_desirable, ~is_desirable), strict=True):
+                by_name = {f"{name}/{side}": sums.where(of_side, 0)}
+                parts.append(self._groups.sum(by_name, members, rows.where(of_side, 0)))
+        return reduce(Metrics.join, parts)
+
+    def combine(self, means: dict[str, float]) -> dict[str, float]:
+        margins = {}
+        for name, mean in means.items():
+            rejected = means.get(name.replace("rewards/chosen", "rewards/rejected"))
+            if name.endswith("rewards/chosen") and rejected is not None:
+                margins[name.replace("rewards/chosen", "rewards/margins")] = mean - rejected
+        return means | margins
+
+    def _entries_moved(self, logps: torch.Tensor, pack: Pack, side: int) -> torch.Tensor:
+        """Return the change (E,) of each entry's log-prob against the reference.
+
+        Args:
+            side: ``CHOSEN`` for a pack of records, ``REJECTED`` for one of mismatched sequences, as in ``data.beside``.
+        """
+        entries = logps.index_select(0, pack.entry_row)
+        parts = [self._reference.side_logps(record, side) for record in pack.records]
+        return entries - send_like(np.concatenate([np.empty(0, self._reference.logps.dtype), *parts]), entries)
+
+
+def evaluate_unpaired(
+    runtime: Runtime, policy: Policy, objective: KTOObjective, data: UnpairedSet, pack_tokens: int
+) -> dict[str, float]:
+    """Return the metrics of labelled responses under the policy, with one reference point over all of them."""
+    records = range(len(data))
+    objective.start_step(runtime, policy, records)
+    return evaluate(
+        runtime, policy, objective, pack_trees(data.trees(records, pack_tokens), pack_tokens, runtime.share)
+    )
