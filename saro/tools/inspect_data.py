@@ -23,6 +23,7 @@ from saro.data.records import holds_pairs, read_examples, read_pairs
 from saro.data.tree import RowKind, ScoredSequence, common_prefix
 from saro.demo import data_files, find_demo
 from saro.errors import SaroError, nearest
+from saro.model.architectures import TokenLimits
 from saro.model.source import find_model
 from saro.program import as_list, shown
 from saro.report.tables import print_lengths
@@ -74,7 +75,7 @@ def run(options: Options, console: Console) -> int:
     source = find_model(replace(options.model, name=find_demo(options.model.name)))
     data = source.continue_chat(data)
     chat = source.chat_format(data, date.fromisoformat(data.template_date) if data.template_date else date.today())
-    encoded = _encode(files, chat, source.config.vocab_size)
+    encoded = _encode(files, chat, source.token_limits())
     print_lengths(console, ", ".join(files), LengthReport.of(encoded).as_dict())
     _list_too_long(encoded, data.pack_tokens, console)
     for record in ids:
@@ -92,14 +93,14 @@ def run(options: Options, console: Console) -> int:
     return 0
 
 
-def _encode(files: Sequence[str], chat: ChatFormat, vocabulary: int) -> ExampleSet | PairSet:
+def _encode(files: Sequence[str], chat: ChatFormat, limits: TokenLimits) -> ExampleSet | PairSet:
     """Encode and check all records, however long they are."""
     if holds_pairs(files[0]):
         pairs = encode_pair_files(files, chat, DataConfig(pack_tokens=sys.maxsize), progress=True)
-        check_masks(pairs, chat, (p for file in files for p in read_pairs(file)), vocabulary)
+        check_masks(pairs, chat, (p for file in files for p in read_pairs(file)), limits)
         return pairs
     examples = encode_files(files, chat, DataConfig(pack_tokens=sys.maxsize), progress=True)
-    check_masks(examples, chat, (e for file in files for e in read_examples(file)), vocabulary)
+    check_masks(examples, chat, (e for file in files for e in read_examples(file)), limits)
     return examples
 
 
