@@ -217,7 +217,7 @@ def _load_base(
             "they are incomplete, or another model's; fetch or save the model again"
         )
     if is_quantized(source.config):
-        _cast_other_weights(model, dtype)
+        _set_dtype(model, dtype)
     _keep_packing(model)
     return model
 
@@ -281,10 +281,15 @@ def _keep_packing(model: PreTrainedModel) -> None:
             layer.support_avx512bf16_for_cpu = False
 
 
-def _cast_other_weights(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Cast all weights but those of 4 bits. If a model was saved quantized, transformers keeps the dtype of its files."""
+def _set_dtype(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Cast the weights of a model that was saved in 4 bits, of which transformers keeps the dtype of the files.
+
+    4-bit weights are dequantized to this dtype, as bitsandbytes' product does, and not rounded to that of the files first.
+    """
     for parameter in model.parameters():
-        if not isinstance(parameter, Params4bit):
+        if isinstance(parameter, Params4bit):
+            parameter.quant_state.dtype = dtype
+        else:
             parameter.data = parameter.data.to(dtype)
 
 
