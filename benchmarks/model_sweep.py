@@ -1,4 +1,4 @@
-"""Sweep over all causal LMs of transformers: each is trained exactly in packs, or refused by name.
+"""Sweep over the causal LMs of transformers, and wrappers: each is trained exactly in packs, or refused by name.
 
     python benchmarks/model_sweep.py [--only llama,qwen3] [--output FILE]
 
@@ -27,9 +27,8 @@ from time import monotonic
 
 import torch
 import transformers
-from sweep_cases import Case, allowed_cases, option_cases
+from sweep_cases import CLASSES, Case, allowed_cases, option_cases
 from sweep_judge import EXACT, METHODS, NOT_LOADABLE, REFUSED, TOLERANCE, WRONG, Verdict, judge
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from saro.program import quiet_libraries
 
@@ -149,7 +148,7 @@ def _plain_reason(verdict: Verdict) -> str:
 
 def write_tables(results: Results, seconds: float) -> Iterator[str]:
     """Yield the lines of the Markdown tables."""
-    order = {name: i for i, name in enumerate(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)}
+    order = {name: i for i, name in enumerate(CLASSES)}
     cases = sorted(results, key=lambda case: order[case.model_type])
     defaults = {case: results[case] for case in cases if not case.option}
     options = {case: results[case] for case in cases if case.option}
@@ -188,7 +187,7 @@ def _exact_section(results: Results) -> Iterator[str]:
     for case, verdict in results.items():
         if verdict.status == EXACT:
             errors = [f"{verdict.errors[method]:.0e}" if method in verdict.errors else "" for method in METHODS]
-            class_name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[case.model_type]
+            class_name = CLASSES[case.model_type]
             cells = (case.model_type, class_name, *errors, f"{verdict.leak:.2g}", verdict.reason)
             yield "| " + " | ".join(cells) + " |"
 
@@ -242,8 +241,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=120.0, help="Time limit of a case; default 120.")
     parser.add_argument("--output", metavar="FILE", help="Also write the tables to this file, in Markdown.")
     options = parser.parse_args(arguments)
-    model_types = options.only.split(",") if options.only else list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
-    if unknown := sorted(set(model_types) - MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys()):
+    model_types = options.only.split(",") if options.only else list(CLASSES)
+    if unknown := sorted(set(model_types) - CLASSES.keys()):
         parser.error(f"--only: transformers {transformers.__version__} has no causal LM of type {unknown[0]}")
     begin = monotonic()
     results = run_sweep(model_types, options.jobs, options.seconds, with_options=not options.defaults)

@@ -6,6 +6,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from transformers import CONFIG_MAPPING, PreTrainedConfig
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
+
+from saro.model.architectures import WRAPPERS, text_config
+
+# The class of each model type: all causal LMs, and the multimodal models whose text model is trained in place.
+CLASSES = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES | {
+    name: MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[name] for name in sorted(WRAPPERS)
+}
 
 VOCABULARY = 96
 LAYERS = 4
@@ -35,9 +46,27 @@ _SIZES = {
     "v_head_dim": 12,
     # Embeddings that are narrower than the hidden states, or beside those of the tokens.
     "word_embed_proj_dim": 16,
+    "moe_intermediate_size": 16,
     "vocab_size_per_layer_input": VOCABULARY,
     "hidden_size_per_layer_input": 8,
 }
+# The part of a multimodal model that reads images. Texts do not reach it.
+_TINY_VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_attention_heads": 2,
+    "num_heads": 2,
+    "head_dim": 8,
+    "depth": 1,
+    "num_hidden_layers": 1,
+    "image_size": 16,
+    "patch_size": 8,
+    "out_hidden_size": 32,
+    "fullatt_block_indexes": [0],
+    "deepstack_visual_indexes": [0],
+}
+# Frequencies of a head of 8 that turn with time, height and width.
+_TINY_MROPE = {"mrope_section": [2, 1, 1]}
 _TOKEN_IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 _OTHER_TOKEN_ID = 3
 
@@ -53,8 +82,10 @@ _NEEDED: dict[str, dict[str, object]] = {
     "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2},
     "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}},
     "granitemoehybrid": {"mamba_n_heads": 8},
+    "gpt_oss": {"num_local_experts": 8, "num_experts_per_tok": 2},
     "hunyuan_v1_moe": {"num_experts": 4, "moe_topk": 2},
     "minicpm3": {"num_key_value_heads": 4},
+    "qwen3_moe": {"num_experts": 8, "num_experts_per_tok": 2, "mlp_only_layers": [1]},
     "youtu": {"num_key_value_heads": 4},
     "xmod": {"default_language": "en_XX"},
 }
@@ -112,7 +143,8 @@ _ROPES: dict[str, dict[str, object]] = {
         "short_factor": [1.0, 1.1, 1.2, 1.3],
         "long_factor": [2.0, 3.0, 4.0, 5.0],
         "factor": 4.0,
-        "original_max_position_embeddings": 16,
+        # No sequence is longer: beyond this length, training refuses it.
+        "original_max_position_embeddings": 48,
     },
 }
 # Rotary parameters that mean the same in every type.
@@ -152,7 +184,7 @@ class Case:
     """One tiny model.
 
     Attributes:
-        model_type: key of ``MODEL_FOR_CAUSAL_LM_MAPPING_NAMES``.
+        model_type: key of ``CLASSES``.
         option: what differs from the defaults of its class; empty for the defaults.
         changes: the options of the config that differ.
     """
@@ -174,6 +206,23 @@ def tiny_config(case: Case) -> PreTrainedConfig:
     Dropout is on, as in many published configs, so that a rate that training does not turn off shows.
     """
     default = default_config(case.model_type)
+    if text_config(default) is default or case.model_type not in WRAPPERS:
+        changes = _tiny_options(default) | _NEEDED.get(case.model_type, {})
+        return CONFIG_MAPPING[case.model_type](**changes | case.changes)
+    parts = {name: getattr(default, name).to_dict() for name in default.sub_configs}
+    for name, part in parts.items():
+        config = getattr(default, name)
+        if config is text_config(default):
+            part |= _tiny_options(config) | case.changes
+            if case.model_type.startswith("qwen"):
+                part["rope_parameters"] = part["rope_parameters"] | _TINY_MROPE
+        else:
+            part |= _TINY_VISION
+    return CONFIG_MAPPING[case.model_type](**parts | _TOKEN_IDS)
+
+
+def _tiny_options(default: PreTrainedConfig) -> dict[str, object]:
+    """Return the options that make a config tiny."""
     options = default.to_dict()
     changes: dict[str, object] = {}
     for name, size in _SIZES.items():
@@ -191,7 +240,7 @@ def tiny_config(case: Case) -> PreTrainedConfig:
             changes[name] = _TOKEN_IDS.get(name, _OTHER_TOKEN_ID)
         elif name == "rope_parameters" and value:
             changes[name] = _shrink_rope(value)
-    return CONFIG_MAPPING[case.model_type](**changes | _NEEDED.get(case.model_type, {}) | case.changes)
+    return changes
 
 
 def _shrink_rope(parameters: dict[str, object]) -> dict[str, object]:
@@ -207,8 +256,7 @@ def _shrink_rope(parameters: dict[str, object]) -> dict[str, object]:
 
 def option_cases(model_type: str) -> Iterator[Case]:
     """Yield a case for each option of a class whose defaults are supported: flags, values, layers, ropes."""
-    config = tiny_config(Case(model_type))
-    options = config.to_dict()
+    options = text_config(tiny_config(Case(model_type))).to_dict()
     known_to_all = PreTrainedConfig().to_dict().keys() - {"tie_word_embeddings"}
     for name, value in options.items():
         if isinstance(value, bool) and name not in known_to_all and name not in _SKIPPED_FLAGS:

@@ -21,7 +21,7 @@ from sweep_cases import VOCABULARY, Case, default_config, tiny_config
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from saro.checks.check_packs import check_packs
 from saro.config import ModelConfig
@@ -29,7 +29,7 @@ from saro.data.dataset import ExampleSet, PairSet
 from saro.data.packs import Pack, lay_out
 from saro.data.tree import ScoredSequence, SequenceTree, build_tree
 from saro.errors import SaroError
-from saro.model.architectures import check_supported
+from saro.model.architectures import auto_class, check_supported, is_mixture
 from saro.model.load import load_policy
 from saro.model.policy import Policy
 from saro.model.source import find_model
@@ -96,7 +96,7 @@ def judge(case: Case, folder: Path, enter: Callable[[str], None]) -> Verdict:
         config = tiny_config(case)
         check_supported(config)
         _save_random_model(config, folder, seed=zlib.crc32(repr(case).encode()))
-        _run_natively(_load_unmodified(folder), {})
+        _run_natively(_load_unmodified(folder, config), {})
     except SaroError as error:
         return Verdict(REFUSED, str(error))
     except Exception as error:
@@ -136,14 +136,14 @@ def _compare(folder: Path, method: str) -> tuple[float, float]:
     _randomize_adapters(policy)
     refusal = _refusal_of_packs(policy)
     pack = lay_out(_TREES)
-    policy.double()
+    _make_double(policy.causal_lm)
     try:
         packed, leaky = _run_packed(policy, pack), _run_leaky(policy, pack)
     except (TypeError, ValueError):
         if refusal is None:
             raise
         raise refusal from None
-    native = _run_natively(_load_unmodified(folder), _adapters(policy))
+    native = _run_natively(_load_unmodified(folder, policy.causal_lm.config), _adapters(policy))
     error = max(_relative(ours, theirs) for ours, theirs in zip(packed, native, strict=True))
     if refusal is not None and error <= TOLERANCE:
         raise refusal
@@ -169,7 +169,7 @@ def _refusal_of_packs(policy: Policy) -> SaroError | None:
 def _save_random_model(config: PretrainedConfig, folder: Path, seed: int) -> None:
     """Save a model in which no parameter is neutral, with a tokenizer that ``find_model`` accepts."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config)
+    model = auto_class(config).from_config(config)
     saved = model.state_dict()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -295,10 +295,17 @@ def _run_leaky(policy: Policy, pack: Pack) -> Tensor:
     return policy(pack, isolated=False)[pack.entry_row]
 
 
-def _load_unmodified(folder: Path) -> PreTrainedModel:
+def _load_unmodified(folder: Path, config: PretrainedConfig) -> PreTrainedModel:
     """Load the model by transformers alone, in float32 as saro does: buffers that are not saved are rounded alike."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
-    return model.eval().double()
+    model = auto_class(config).from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    return _make_double(model.eval())
+
+
+def _make_double(model: PreTrainedModel) -> PreTrainedModel:
+    """Convert a model to float64 in place, and return it. transformers' fastest kernel for experts does not know float64."""
+    if is_mixture(model.config):
+        model.set_experts_implementation("eager")
+    return model.double()
 
 
 @in_float64()

@@ -88,7 +88,7 @@ def main() -> int:
     check_same_inputs(runtime, manifest, sets)
     heldout_records = list(read(heldout_files))
     records = {"train": read(train_files), "heldout": heldout_records}
-    check_data(sets, records, chat, source.config.vocab_size, data_options.allow_overlap)
+    check_data(sets, records, chat, source.token_limits(), data_options.allow_overlap)
     if heldout is None:
         runtime.say("no records are held out, so nothing is measured before and after; name a file with --data.heldout")
     if preference.scored == "divergent":

@@ -26,6 +26,7 @@ from saro.data.steps import Schedule, Steps
 from saro.data.tree import build_tree
 from saro.errors import SaroError
 from saro.files import file_hash
+from saro.model.architectures import TokenLimits
 from saro.model.attention import native_attention
 from saro.model.load import load_policy
 from saro.model.policy import Policy
@@ -103,10 +104,10 @@ def test_two_bos_in_the_text_are_refused():
 def test_every_record_has_scored_tokens(chat, data):
     """unslothai/unsloth#1128: all labels masked, a loss of zero or NaN, and no error."""
     assert (data.scored_tokens >= 2).all()
-    check_masks(data, chat, [], 1000)
+    check_masks(data, chat, [], TokenLimits(1000))
     without_stop = replace(data, tokens=np.where(data.tokens == IM_END, PAD, data.tokens))
     with pytest.raises(SaroError, match="record r0: the scored tokens do not end with their only stop token"):
-        check_masks(without_stop, chat, [], 1000)
+        check_masks(without_stop, chat, [], TokenLimits(1000))
 
 
 def test_a_long_prompt_is_an_error_and_never_cuts_the_completion(chat, records_file):

@@ -16,7 +16,7 @@ from saro.checks.noise import KERNEL_FACTOR
 from saro.data.packs import lay_out
 from saro.data.tree import SequenceTree, build_tree
 from saro.errors import SaroError
-from saro.model.architectures import attention_softcap, layer_head_sizes, sliding_window
+from saro.model.architectures import attention_softcap, has_sinks, layer_head_sizes, sliding_window, text_config
 from saro.model.attention import EITHER, AttentionPlan, packed_attention
 from saro.model.policy import Policy
 
@@ -36,6 +36,7 @@ class HeadShape:
         size, value_size: size of a head of queries and keys, and of values.
         window: number of tokens that a token sees, itself included; None for all.
         softcap: bound of the scores, or None.
+        sinks: each head has a sink.
     """
 
     heads: int
@@ -44,6 +45,7 @@ class HeadShape:
     value_size: int
     window: int | None
     softcap: float | None
+    sinks: bool = False
 
 
 def check_attention(policy: Policy, trees: Sequence[SequenceTree]) -> float:
@@ -69,7 +71,7 @@ def check_attention(policy: Policy, trees: Sequence[SequenceTree]) -> float:
     worst = 0.0
     for plan, shape in itertools.product(plans, head_shapes(policy.causal_lm.config)):
         backend = plan.backend_of(shape.window)
-        if shape.softcap is not None and backend == "varlen":
+        if (shape.softcap is not None or shape.sinks) and backend == "varlen":
             continue
         for name, ratio in _errors(plan, shape, policy.compute_dtype).items():
             # Not "ratio > ...", because NaN must fail too.
@@ -87,6 +89,7 @@ def check_attention(policy: Policy, trees: Sequence[SequenceTree]) -> float:
 def head_shapes(config: PretrainedConfig) -> list[HeadShape]:
     """Return the kinds of attention layers that a model has, each once."""
     shapes = []
+    config = text_config(config)
     window = sliding_window(config)
     types = getattr(config, "layer_types", None) or [None] * config.num_hidden_layers
     for layer, kind in zip(config.per_layer_config, types, strict=False):
@@ -99,6 +102,7 @@ def head_shapes(config: PretrainedConfig) -> list[HeadShape]:
                 value_size=value_size,
                 window=None if kind == "full_attention" else window,
                 softcap=attention_softcap(config),
+                sinks=has_sinks(config),
             )
         )
     return list(dict.fromkeys(shapes))
@@ -114,13 +118,16 @@ def _errors(plan: AttentionPlan, shape: HeadShape, dtype: torch.dtype) -> dict[s
 
     query, key = draw(shape.heads, shape.size), draw(shape.key_heads, shape.size)
     value, upstream = draw(shape.key_heads, shape.value_size), draw(shape.heads, shape.value_size)
+    sinks = torch.randn(shape.heads, generator=generator).to(plan.device, dtype) if shape.sinks else None
     keys_of = _choose_rows(plan, shape.window)
     rows = torch.tensor(list(keys_of), device=plan.device)
 
     def packed() -> list[Tensor]:
         leaves = [x.clone().requires_grad_() for x in (query, key, value)]
         layer = SimpleNamespace(is_causal=True)
-        out, _ = packed_attention(layer, *leaves, None, plan=plan, sliding_window=shape.window, softcap=shape.softcap)
+        out, _ = packed_attention(
+            layer, *leaves, None, plan=plan, sliding_window=shape.window, softcap=shape.softcap, s_aux=sinks
+        )
         chosen = out[0].index_select(0, rows)  # (rows, H, D)
         gradients = torch.autograd.grad((chosen * upstream[0].transpose(0, 1)[rows]).sum(), leaves)
         return [chosen.detach(), *(gradient[0].transpose(0, 1) for gradient in gradients)]
@@ -129,7 +136,7 @@ def _errors(plan: AttentionPlan, shape: HeadShape, dtype: torch.dtype) -> dict[s
         leaves = [x.to(dtype).clone().requires_grad_() for x in (query, key, value)]
         outputs = []
         for row, keys in keys_of.items():
-            out = _attend(*leaves, row, keys.to(plan.device), shape)
+            out = _attend(*leaves, sinks, row, keys.to(plan.device), shape)
             # Row by row, so that the graph of only one row is alive.
             (out * upstream[0, :, row].to(dtype)).sum().backward()
             outputs.append(out.detach())
@@ -165,14 +172,19 @@ def _choose_rows(plan: AttentionPlan, window: int | None) -> dict[int, Tensor]:
     return chosen
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, row: int, keys: Tensor, shape: HeadShape) -> Tensor:
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, row: int, keys: Tensor, shape: HeadShape
+) -> Tensor:
     """Return the attention output (H, D) of one row over its keys, by the definition, with the softmax in float32 or wider."""
     q = query[0, :, row].view(shape.key_heads, -1, shape.size)  # (G, H / G, D)
     k, v = key[0, :, keys], value[0, :, keys]  # (G, K, D)
     scores = q @ k.transpose(1, 2) * shape.size**-0.5  # (G, H / G, K)
     if shape.softcap is not None:
         scores = (scores / shape.softcap).tanh() * shape.softcap
-    weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(scores.dtype)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.to(scores.dtype).view(shape.key_heads, -1, 1)], dim=-1)  # (G, H / G, K + 1)
+    wide = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))
+    weights = wide[..., : len(keys)].to(scores.dtype)
     return (weights @ v).view(shape.heads, shape.value_size)
 
 

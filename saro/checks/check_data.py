@@ -9,13 +9,14 @@ from saro.checks.check_overlap import check_overlap
 from saro.data.chat_format import ChatFormat
 from saro.data.dataset import ExampleSet, PairSet
 from saro.data.records import Example, Pair
+from saro.model.architectures import TokenLimits
 
 
 def check_data(
     sets: Mapping[str, ExampleSet | PairSet],
     records: Mapping[str, Iterable[Example | Pair]],
     chat: ChatFormat,
-    vocabulary: int,
+    limits: TokenLimits,
     allow_overlap: bool,
 ) -> None:
     """Check prompts and masks of every set, and that no held-out prompt is trained on.
@@ -23,13 +24,13 @@ def check_data(
     Args:
         sets: the encoded sets: "train", and "heldout" if records are held out.
         records: the records of each set.
-        vocabulary: number of tokens that the model embeds.
+        limits: what the model's sequences may hold.
         allow_overlap: held-out prompts may be trained on.
 
     Raises:
         SaroError: see ``check_masks`` and ``check_overlap``.
     """
     for name, data in sets.items():
-        check_masks(data, chat, records[name], vocabulary)
+        check_masks(data, chat, records[name], limits)
     if "heldout" in sets and not allow_overlap:
         check_overlap(sets["heldout"], sets["train"])

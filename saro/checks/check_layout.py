@@ -13,6 +13,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from saro.checks.forwards import Probe
 from saro.data.tree import ScoredSequence, SequenceTree, build_tree
 from saro.errors import SaroError
+from saro.model.architectures import is_mixture, text_config
 from saro.model.policy import Policy
 from saro.model.unmodified import unmodified
 
@@ -20,6 +21,8 @@ from saro.model.unmodified import unmodified
 _VOCABULARY = 251
 # Largest intermediate size of its MLPs, which work on single tokens and so know nothing of the layout.
 _INNER = 256
+# Names of the number of experts.
+_EXPERTS = ("num_experts", "num_local_experts")
 # Largest difference of a log-prob, nats, and of a gradient, in units of the largest. Rounding in float32 makes
 # up to 7e-6 and 5e-5; a wrong position, target or neighbour makes 1e-3 or more.
 _LOGP_LIMIT = 5e-5
@@ -110,13 +113,36 @@ def _small_model(lm: PreTrainedModel) -> PreTrainedModel:
 
 
 def _small_config(config: PretrainedConfig) -> PretrainedConfig:
-    """Return the config of the small model: only sizes change, and its layers have all types that the model has."""
+    """Return the config of the small model: only sizes change, and its layers have all types that the model has.
+
+    A multimodal model keeps one layer of its other parts, which texts do not reach.
+    """
+    text = text_config(config)
+    if text is config:
+        return _small_text_config(config)
+    parts = {}
+    for name in config.sub_configs:
+        own = getattr(config, name)
+        parts[name] = _small_text_config(own).to_dict() if own is text else own.to_dict() | _one_layer(own)
+    options = {name: value for name, value in config.to_dict().items() if name != "quantization_config"}
+    return type(config).from_dict(options | parts)
+
+
+def _one_layer(config: PretrainedConfig) -> dict[str, int]:
+    name = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
+    return {name: 1}
+
+
+def _small_text_config(config: PretrainedConfig) -> PretrainedConfig:
     depth = config.num_hidden_layers
     types = getattr(config, "layer_types", None) or [None] * depth
     layers = sorted({types.index(kind) for kind in types} | {depth - 1})
     sizes = {"num_hidden_layers": len(layers), "intermediate_size": _INNER}
     # Some families spell these options in another way, such as n_layer.
     sizes = {config.attribute_map.get(name, name): size for name, size in sizes.items()}
+    if is_mixture(config):
+        # Each token is computed by all experts: between two, a rounding could choose.
+        sizes |= dict.fromkeys(_EXPERTS, config.num_experts_per_tok)
     small = {}
     for name, value in config.to_dict().items():
         if isinstance(value, list) and len(value) == depth:

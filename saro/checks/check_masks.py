@@ -10,24 +10,26 @@ from saro.data.chat_format import ChatFormat
 from saro.data.dataset import ExampleSet, PairSet
 from saro.data.records import Example, Pair
 from saro.errors import SaroError
+from saro.model.architectures import TokenLimits
 
 
 def check_masks(
-    data: ExampleSet | PairSet, chat: ChatFormat, records: Iterable[Example | Pair], vocabulary: int
+    data: ExampleSet | PairSet, chat: ChatFormat, records: Iterable[Example | Pair], limits: TokenLimits
 ) -> None:
     """Check encoded records: every sequence scores something and ends with its only stop token; open ones have none.
 
     Args:
         records: records whose prompts are also compared with those that ``apply_chat_template`` gives at inference. This
             takes a third of the time that encoding them took, so give all.
-        vocabulary: number of tokens that the model embeds; all token ids must lie below it.
+        limits: what the model's sequences may hold.
 
     Raises:
         SaroError: names the record that is wrong.
     """
     sides = (data.chosen, data.rejected) if isinstance(data, PairSet) else (data,)
     for side in sides:
-        _check_scored(side, chat.stop_ids, vocabulary)
+        _check_tokens(side, limits)
+        _check_scored(side, chat.stop_ids)
     position = {record_id: i for i, record_id in enumerate(data.ids)}
     for record in records:
         # A string prompt has no template, and a record that was dropped has no position.
@@ -42,13 +44,30 @@ def check_masks(
                 )
 
 
-def _check_scored(side: ExampleSet, stop_ids: frozenset[int], vocabulary: int) -> None:
-    """Check the token ids of all sequences, and that the scored ones have their only stop token at the end, or none if open."""
-    if side.tokens.max() >= vocabulary:
+def _check_tokens(side: ExampleSet, limits: TokenLimits) -> None:
+    """Check that the model embeds all token ids, and that no sequence is too long or stands for more than text."""
+    if side.tokens.max() >= limits.vocabulary:
         raise SaroError(
-            f"the tokenizer gives id {side.tokens.max()} and the model embeds {vocabulary} tokens; "
+            f"the tokenizer gives id {side.tokens.max()} and the model embeds {limits.vocabulary} tokens; "
             "they do not belong together"
         )
+    if limits.longest is not None and side.lengths.max() > limits.longest:
+        record = int(side.lengths.argmax())
+        raise SaroError(
+            f"record {side.ids[record]}: has {side.lengths[record]:,} tokens, and beyond {limits.longest:,} this model's "
+            "rotary embedding (longrope) changes for every token of a pack; leave out longer records"
+        )
+    places = np.flatnonzero(np.isin(side.tokens, np.fromiter(limits.placeholders, np.int32)))
+    if len(places):
+        record = int(np.searchsorted(side.offsets, places[0], side="right")) - 1
+        raise SaroError(
+            f"record {side.ids[record]}: holds the token {side.tokens[places[0]]}, which stands for an image or a video; "
+            "this model is trained on text only: leave such records out"
+        )
+
+
+def _check_scored(side: ExampleSet, stop_ids: frozenset[int]) -> None:
+    """Check that the scored tokens of each sequence have their only stop token at the end, or none if it is open."""
     stops = np.fromiter(stop_ids, np.int32)
     for i, record_id in enumerate(side.ids):
         sequence = side.sequence(i)

@@ -16,7 +16,7 @@ from saro.checks.check_attention import check_attention
 from saro.checks.check_kernels import check_kernels, nonzero_adapter
 from saro.checks.check_layout import LayoutCheck, check_layout
 from saro.checks.forwards import Probe, all_scored, checkpointing
-from saro.checks.noise import LARGEST_FACTOR, NOISE_FACTOR, perturbed
+from saro.checks.noise import LARGEST_FACTOR, NOISE_FACTOR, all_experts, perturbed
 from saro.data.dataset import ExampleSet, PairSet
 from saro.data.tree import ScoredSequence, SequenceTree, build_tree, common_prefix
 from saro.errors import SaroError
@@ -90,7 +90,7 @@ def _check_whole(
 ) -> PackCheck:
     """Run the model itself on the beginnings of two records."""
     probe = Probe.of(_short_trees(data), _ROWS)
-    with checkpointing(policy):
+    with checkpointing(policy), all_experts(policy):
         with unmodified(policy):
             # The true runs use float64 from the logits on. The padded run keeps float32, whose log-softmax over a
             # large vocabulary errs more than everything else: it belongs to the noise.

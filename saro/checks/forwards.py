@@ -11,12 +11,12 @@ from inspect import signature
 import numpy as np
 import torch
 from torch import nn
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from saro.data.packs import Pack, lay_out
 from saro.data.tree import ScoredSequence, SequenceTree
 from saro.model.architectures import dropout_options
 from saro.model.policy import Policy
+from saro.model.recompute import recomputable_layers
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,7 +161,7 @@ def checkpointing(policy: Policy) -> Iterator[None]:
     lm = policy.causal_lm
     layers = []
     if not any(dropout_options(lm.config).values()):
-        layers = [m for m in lm.modules() if isinstance(m, GradientCheckpointingLayer) and m.gradient_checkpointing]
+        layers = [layer for layer in recomputable_layers(lm) if layer.gradient_checkpointing]
     for layer in layers:
         # Set only the layer itself: train() would also switch the modules inside it.
         layer.training = True

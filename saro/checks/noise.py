@@ -11,7 +11,7 @@ import torch
 
 from saro.data.packs import SIDES, Pack, lay_out
 from saro.data.tree import ScoredSequence, SequenceTree, build_tree, common_prefix
-from saro.model.architectures import decoder_layers
+from saro.model.architectures import decoder_layers, is_router
 from saro.model.policy import Policy
 from saro.model.score import score_packs
 
@@ -130,6 +130,24 @@ def _neighbours(trees: Sequence[SequenceTree], pack_tokens: int) -> list[list[Se
 def fitting_trees(trees: Sequence[SequenceTree], pack_tokens: int) -> Sequence[SequenceTree]:
     """Return the first trees that fit into a pack together, at least one."""
     return _neighbours(trees, pack_tokens)[0]
+
+
+@contextmanager
+def all_experts(policy: Policy) -> Iterator[None]:
+    """Let each token of a mixture of experts be computed by all of them, weighted by the router; else change nothing.
+
+    Between the last expert that a token chooses and the next one, a rounding can decide. One choice changes the log-probs
+    by as much as a fault. All else is as in training: experts know single tokens only.
+    """
+    routers = [module for module in policy.causal_lm.modules() if is_router(module)]
+    chosen = [router.top_k for router in routers]
+    for router in routers:
+        router.top_k = router.num_experts
+    try:
+        yield
+    finally:
+        for router, number in zip(routers, chosen, strict=True):
+            router.top_k = number
 
 
 @contextmanager

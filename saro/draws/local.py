@@ -19,6 +19,7 @@ from saro.draws.choices import read_choices
 from saro.draws.decode import continue_texts
 from saro.draws.request import Draw, Request
 from saro.errors import SaroError
+from saro.model.architectures import most_positions
 from saro.model.cached_attention import cache_bytes_per_token
 from saro.model.load import inference_policy, load_plain, load_policy, resolve_dtype
 from saro.model.merge import merge as merge_adapter
@@ -208,8 +209,7 @@ class LocalGenerator:
 
     def _room(self, ids: Sequence[int]) -> int:
         """Return how many tokens the model can write after a prompt."""
-        positions = getattr(self.policy.causal_lm.config, "max_position_embeddings", None) or sys.maxsize
-        return positions - len(ids)
+        return (most_positions(self.policy.causal_lm.config) or sys.maxsize) - len(ids)
 
 
 def order_requests(requests: Sequence[Request]) -> list[int]:

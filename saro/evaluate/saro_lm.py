@@ -42,6 +42,7 @@ from saro.evaluate.continuations import (
 from saro.evaluate.options import LoadOptions
 from saro.evaluate.stopped_answers import AnswerRequest, StoppedAnswer, draw_answers
 from saro.evaluate.subjects import Subject, find_measured
+from saro.model.architectures import most_positions, text_config
 from saro.model.policy import Policy
 from saro.model.source import template_hash
 from saro.runs.finished import this_device
@@ -103,9 +104,11 @@ class SaroLM(LM):
     @classmethod
     def of(cls, model: Subject, **options: Any) -> SaroLM:
         """Return the language model of a local model; ``options`` are those of the class."""
+        config = model.source.config
+        longest = resolve_max_length(text_config(config), model.chat.tokenizer)
         return cls(
             model.chat,
-            resolve_max_length(model.source.config, model.chat.tokenizer),
+            min(longest, most_positions(config) or longest),
             load_policy=lambda: model.load_policy(this_device()),
             load_generator=lambda: model.generator(LoadOptions(), this_device()),
             name=model.name,

@@ -19,6 +19,7 @@ from saro.config import ModelConfig
 from saro.errors import SaroError, nearest
 from saro.files import file_hash
 from saro.manifest import read_manifest
+from saro.model.architectures import OUTSIDE_TEXT_MODEL, WRAPPERS, is_mixture
 from saro.model.identity import weight_hashes
 
 # Defaults for a new adapter.
@@ -88,7 +89,7 @@ def find_adapter(name: str) -> AdapterSource | None:
         ) from error
     if kind != "LORA":
         raise SaroError(f"{name}: an adapter of type {kind} cannot be continued; only LORA can")
-    for option in ("modules_to_save", "trainable_token_indices"):
+    for option in ("modules_to_save", "trainable_token_indices", "target_parameters"):
         if config.get(option):
             raise SaroError(
                 f"{name}: the adapter has {option}, weights of its own that the fused head and kernels would not read; "
@@ -176,9 +177,13 @@ def _last_part(name: str) -> str:
 
 
 def _decoder_linears(model: PreTrainedModel) -> Iterator[tuple[str, nn.Linear]]:
-    """Yield (name, layer) for each linear layer of the decoder."""
+    """Yield (name, layer) for each linear layer of the decoder that can have an adapter.
+
+    Those of a mixture of experts are in its attention: PEFT would take the name of a dense MLP's layer for the experts too.
+    """
+    only_attention = is_mixture(model.config)
     for name, layer in model.get_decoder().named_modules():
-        if isinstance(layer, nn.Linear):
+        if isinstance(layer, nn.Linear) and (not only_attention or ".self_attn." in name):
             yield name, layer
 
 
@@ -219,6 +224,7 @@ def new_adapter(model: PreTrainedModel, options: ModelConfig, seed: int) -> Peft
         use_rslora=bool(options.lora_rslora),
         lora_dropout=dropout,
         target_modules=list(targets),
+        exclude_modules=OUTSIDE_TEXT_MODEL if model.config.model_type in WRAPPERS else None,
         bias="none",
         task_type="CAUSAL_LM",
     )

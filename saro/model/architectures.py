@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     PretrainedConfig,
     PreTrainedModel,
 )
@@ -17,8 +20,18 @@ from saro.errors import SaroError
 
 # Types of layers that packed attention computes.
 LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
+# Multimodal models whose text model is trained in place, on text only. tests/model/test_kinds_of_models.py has each.
+WRAPPERS = frozenset({"gemma3", "mistral3", "qwen2_5_vl", "qwen3_vl"})
+# A pattern for the names of all modules of a wrapper outside its text model.
+OUTSIDE_TEXT_MODEL = r"(?!model\.language_model\.).*"
+# Ids that stand for an image or a video in a text.
+_PLACEHOLDERS = ("image_token_id", "video_token_id")
+# Mixtures of experts that can be trained by adapters on their attention. Router and experts stay frozen.
+MIXTURES = frozenset({"gpt_oss", "qwen3_moe"})
+# Models whose attention has a sink: a score of each head beside those of the keys, without a value.
+_WITH_SINKS = frozenset({"gpt_oss"})
 # Rotary embeddings whose frequencies depend on the length of the input: one pack holds sequences of many lengths.
-REFUSED_ROPE = frozenset({"dynamic", "longrope"})
+REFUSED_ROPE = frozenset({"dynamic"})
 # MLPs whose forward is down_proj(act_fn(gate_proj(x)) * up_proj(x)) and nothing more; a test compares each.
 GATED_MLPS = frozenset(
     {"LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP", "SmolLM3MLP", "GemmaMLP", "Gemma2MLP", "Gemma3MLP"}
@@ -68,6 +81,20 @@ _UNFIT = {
 _OTHER_MODALITIES = ("vision", "audio", "vq")
 
 
+class TokenLimits(NamedTuple):
+    """What a model's sequences may hold.
+
+    Attributes:
+        vocabulary: number of tokens that the model embeds.
+        longest: most tokens of a sequence; None for any number.
+        placeholders: ids that stand for images or videos. A text has none.
+    """
+
+    vocabulary: int
+    longest: int | None = None
+    placeholders: frozenset[int] = frozenset()
+
+
 class LogitOptions(NamedTuple):
     """The arguments of ``token_logps`` by which a model turns the LM head's products into logits.
 
@@ -78,8 +105,78 @@ class LogitOptions(NamedTuple):
     softcap: float | None = None
 
 
+def text_config(config: PretrainedConfig) -> PretrainedConfig:
+    """Return the config of a multimodal model's text model; that of another model as it is."""
+    return config.get_text_config(decoder=True)
+
+
+def auto_class(config: PretrainedConfig) -> type[AutoModelForCausalLM | AutoModelForImageTextToText]:
+    """Return the class by which transformers loads a model of this type."""
+    return AutoModelForImageTextToText if config.model_type in WRAPPERS else AutoModelForCausalLM
+
+
+def token_limits(config: PretrainedConfig) -> TokenLimits:
+    """Return what a model's sequences may hold."""
+    ids = [getattr(config, name, None) for name in _PLACEHOLDERS] if config.model_type in WRAPPERS else []
+    return TokenLimits(
+        vocabulary=text_config(config).vocab_size,
+        longest=_longest_with_short_factors(config),
+        placeholders=frozenset(i for i in ids if i is not None),
+    )
+
+
+def most_positions(config: PretrainedConfig) -> int | None:
+    """Return how many tokens a model reads, its answer included; None if its config does not say."""
+    positions = getattr(text_config(config), "max_position_embeddings", None)
+    limits = [n for n in (positions, _longest_with_short_factors(config)) if n]
+    return min(limits, default=None)
+
+
+def _longest_with_short_factors(config: PretrainedConfig) -> int | None:
+    """Return the longest sequence, in tokens, for which LongRoPE has its short factors; None without LongRoPE.
+
+    The factors are one choice for all tokens of a forward (Ding et al. 2024, arXiv 2402.13753): a pack with a longer
+    sequence would change those of the others.
+    """
+    ropes = _ropes(getattr(text_config(config), "rope_parameters", None) or {})
+    lengths = [rope["original_max_position_embeddings"] for rope in ropes if rope["rope_type"] == "longrope"]
+    return min(lengths, default=None)
+
+
+def is_mixture(config: PretrainedConfig) -> bool:
+    """Return True for a mixture of experts."""
+    options = text_config(config).to_dict()
+    return any(_counts_experts(name, value) for name, value in _flat(options))
+
+
+def is_router(module: nn.Module) -> bool:
+    """Return True for the module that chooses the experts of each token."""
+    return hasattr(module, "top_k") and hasattr(module, "num_experts") and type(module).__name__.endswith("Router")
+
+
+def _counts_experts(name: str, value: object) -> bool:
+    return "expert" in name and isinstance(value, int) and not isinstance(value, bool) and value > 1
+
+
+def is_quantized(config: PretrainedConfig) -> bool:
+    """Return True if the files of a model hold 4-bit weights of bitsandbytes, NF4."""
+    return (getattr(config, "quantization_config", None) or {}).get("bnb_4bit_quant_type") == "nf4"
+
+
+def is_mxfp4(config: PretrainedConfig) -> bool:
+    """Return True if the files of a model hold experts in MXFP4, as those of gpt-oss do. They are loaded dequantized."""
+    return (getattr(config, "quantization_config", None) or {}).get("quant_method") == "mxfp4"
+
+
+def has_sinks(config: PretrainedConfig) -> bool:
+    """Return True if a model's attention has a sink in each head."""
+    return text_config(config).model_type in _WITH_SINKS
+
+
 def logit_options(config: PretrainedConfig) -> LogitOptions:
     """Return the scale and the softcap of a model's logits. ``check_supported`` refuses other changes to them."""
+    if config.model_type in WRAPPERS:
+        return LogitOptions()  # their own forward leaves out what the config of the text model says
     scale = 1.0
     if config.model_type in _SCALES:
         name, power = _SCALES[config.model_type]
@@ -89,12 +186,12 @@ def logit_options(config: PretrainedConfig) -> LogitOptions:
 
 def attention_softcap(config: PretrainedConfig) -> float | None:
     """Return the bound of the attention scores (Gemma 2), or None if they are not bounded."""
-    return getattr(config, "attn_logit_softcapping", None)
+    return getattr(text_config(config), "attn_logit_softcapping", None)
 
 
 def head_sizes(config: PretrainedConfig) -> set[int]:
     """Return the sizes of the heads of queries, keys and values, over all layers."""
-    return {size for layer in config.per_layer_config for size in layer_head_sizes(layer)}
+    return {size for layer in text_config(config).per_layer_config for size in layer_head_sizes(layer)}
 
 
 def layer_head_sizes(layer: PretrainedConfig) -> tuple[int, int]:
@@ -106,6 +203,7 @@ def layer_head_sizes(layer: PretrainedConfig) -> tuple[int, int]:
 
 def sliding_window(config: PretrainedConfig) -> int | None:
     """Return the model's attention window in tokens, including the token itself; None if it has none."""
+    config = text_config(config)
     types = getattr(config, "layer_types", None)
     if types and "sliding_attention" not in types:
         return None
@@ -113,8 +211,9 @@ def sliding_window(config: PretrainedConfig) -> int | None:
 
 
 def dropout_options(config: PretrainedConfig) -> dict[str, float]:
-    """Return the dropout rates of a model's config by name."""
-    return {name: value for name, value in config.to_dict().items() if isinstance(value, float) and "drop" in name}
+    """Return the dropout rates by their names in the config of the text model."""
+    options = text_config(config).to_dict()
+    return {name: value for name, value in options.items() if isinstance(value, float) and "drop" in name}
 
 
 def check_supported(config: PretrainedConfig) -> None:
@@ -128,44 +227,70 @@ def check_supported(config: PretrainedConfig) -> None:
         raise refusal("it is an encoder-decoder; use a decoder-only causal language model")
     if type(config) in MODEL_FOR_MASKED_LM_MAPPING:
         raise refusal("it is an encoder, trained on masked tokens; use a decoder-only causal language model")
-    if name in _UNFIT:
-        raise refusal(_UNFIT[name])
-    options = config.to_dict()
-    scale_option, _ = _SCALES.get(config.model_type, (None, 1))
-    wraps_text_model = config.get_text_config(decoder=True) is not config
-    if wraps_text_model or any(key.endswith("_config") and key.startswith(_OTHER_MODALITIES) for key in options):
-        raise refusal("it is multimodal; extract the text model and save it as a folder of its own")
-    for key, value in _flat(options):
-        if "expert" in key and isinstance(value, int) and not isinstance(value, bool) and value > 1:
-            raise refusal(f"it is a mixture of experts ({key}={value})")
+    text = text_config(config)
+    if name not in WRAPPERS and _is_multimodal(config):
+        raise refusal(
+            f"it is multimodal, and its text model is trained in place only for {', '.join(sorted(WRAPPERS))}; "
+            "extract the text model and save it as a folder of its own"
+        )
+    kind = text.model_type
+    if kind in _UNFIT:
+        raise refusal(_UNFIT[kind])
+    scale_option, _ = _SCALES.get(kind, (None, 1))
+    for key, value in _flat(text.to_dict()):
+        if _counts_experts(key, value) and kind not in MIXTURES:
+            raise refusal(
+                f"it is a mixture of experts ({key}={value}); only {' and '.join(sorted(MIXTURES))} can be trained"
+            )
         if key in _NEUTRAL and value not in _NEUTRAL[key] and key != scale_option:
             raise refusal(f"{key}={value} changes its scores in a way that is not computed here yet")
-    layer_types = set(getattr(config, "layer_types", None) or ())
+    layer_types = set(getattr(text, "layer_types", None) or ())
     for layer_type in sorted(layer_types):
         if layer_type not in LAYER_TYPES:
             raise refusal(f"layers of type {layer_type}; only {' and '.join(sorted(LAYER_TYPES))} can be packed")
     # transformers then makes the mask with the window of a layer's type, and tells attention that there is none.
-    if "sliding_attention" in layer_types and getattr(config, "use_sliding_window", None) is False:
+    if "sliding_attention" in layer_types and getattr(text, "use_sliding_window", None) is False:
         raise refusal("its layer_types have sliding_attention, but use_sliding_window is false; correct its config")
-    if options.get("quantization_config"):
-        raise refusal(
-            "its weights are quantized already; give the original model, which --model.method qlora quantizes"
-        )
-    for rope in _rope_types(getattr(config, "rope_parameters", None) or {}):
-        if rope in REFUSED_ROPE:
-            raise refusal(f"its rotary embedding ({rope}) depends on the length of the input")
+    reason = _why_not_quantized(getattr(config, "quantization_config", None) or {})
+    if reason is not None:
+        raise refusal(reason)
+    for rope in _ropes(getattr(text, "rope_parameters", None) or {}):
+        if rope["rope_type"] in REFUSED_ROPE:
+            raise refusal(f"its rotary embedding ({rope['rope_type']}) depends on the length of the input")
     model = _model_class(config)
     if model is not None and model._is_stateful and not layer_types:
         raise refusal("its layers carry a state from token to token, which a pack would carry between sequences")
     if model is not None and not model._supports_attention_backend:
         raise refusal("its attention cannot be replaced through transformers' attention interface")
-    if model is not None and not model._supports_sdpa and not hasattr(config, "attn_logit_softcapping"):
+    is_computed = has_sinks(config) or hasattr(text, "attn_logit_softcapping")
+    if model is not None and not model._supports_sdpa and not is_computed:
         raise refusal("its attention is more than scaled_dot_product_attention computes, such as attention with sinks")
+
+
+def _is_multimodal(config: PretrainedConfig) -> bool:
+    """Return True if a config wraps that of a text model, or has a part for images or sound."""
+    parts = [key for key in config.to_dict() if key.endswith("_config")]
+    return text_config(config) is not config or any(key.startswith(_OTHER_MODALITIES) for key in parts)
+
+
+def _why_not_quantized(quantization: Mapping[str, object]) -> str | None:
+    """Return why a model cannot be trained with the weights that its files hold; None if it can, or if they are whole."""
+    method = quantization.get("quant_method", "bitsandbytes")
+    is_nf4 = method == "bitsandbytes" and quantization.get("bnb_4bit_quant_type") == "nf4"
+    if not quantization or is_nf4 or method == "mxfp4":
+        return None
+    if method == "bitsandbytes":
+        method = "bitsandbytes fp4" if quantization.get("load_in_4bit") else "bitsandbytes 8-bit"
+    return (
+        f"its weights are quantized ({method}), and only NF4 of bitsandbytes and MXFP4 can be read; "
+        "give the original model, which --model.method qlora quantizes"
+    )
 
 
 def _model_class(config: PretrainedConfig) -> type[PreTrainedModel] | None:
     """Return the class that transformers loads for this config; None for a model that brings its own code."""
-    model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    classes = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING if config.model_type in WRAPPERS else MODEL_FOR_CAUSAL_LM_MAPPING
+    model_class = classes.get(type(config), None)
     return model_class[0] if isinstance(model_class, (tuple, list)) else model_class
 
 
@@ -177,17 +302,17 @@ def _flat(options: dict) -> Iterator[tuple[str, object]]:
             yield from _flat(value)
 
 
-def _rope_types(parameters: dict) -> Iterator[str]:
-    """Yield the rotary types of a config: one for all layers, or one for each layer type."""
+def _ropes(parameters: dict) -> Iterator[dict]:
+    """Yield the rotary parameters of a config: one set for all layers, or one for each layer type."""
     for value in parameters.values():
         if isinstance(value, dict):
-            yield from _rope_types(value)
+            yield from _ropes(value)
     if "rope_type" in parameters:
-        yield parameters["rope_type"]
+        yield parameters
 
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
     """Return the decoder's layers: the members of every module list that is as long as the decoder is deep."""
-    num_layers = model.config.num_hidden_layers
-    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == num_layers]
+    num_layers = text_config(model.config).num_hidden_layers
+    lists = [m for m in model.get_decoder().modules() if isinstance(m, nn.ModuleList) and len(m) == num_layers]
     return [layer for layers in lists for layer in layers]

@@ -3,7 +3,7 @@
 It is registered with transformers' attention interface as ``PACKED``. A pack's plan reaches it through the decoder's
 keyword arguments. It has two backends: ``sdpa`` makes one call per segment, on any device; ``varlen`` makes one call to
 ``torch.nn.attention.varlen.varlen_attn`` per pack, on CUDA. ``EITHER`` takes the faster one for each pack. Models with a
-softcap use ``softcap_attention``, once per segment.
+softcap use ``softcap_attention``, once per segment, and models with sinks ``sdpa``.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from saro.data.packs import Pack, send
-from saro.model.architectures import attention_softcap, head_sizes
+from saro.model.architectures import attention_softcap, has_sinks, head_sizes
 from saro_kernels.softcap_attention import softcap_attention
 
 PACKED = "saro_packed"
@@ -37,6 +37,9 @@ EITHER = "varlen/sdpa"
 # Rows of a mask start at multiples of this many numbers. CUDA's memory-efficient attention copies other masks in each
 # call.
 MASK_ALIGNMENT = 8
+
+# Numbers by which heads grow that hold a sink: kernels for half precision need sizes that are multiples of 8.
+SINK_WIDTH = 8
 
 # Arguments that decoders pass to their attention function and that do not change the result here: the rotary embedding
 # has applied the positions already, and training has no cache. All others must be None (see `check_arguments`).
@@ -110,6 +113,11 @@ class AttentionPlan:
         if not isolated:
             lengths, paths = [sum(lengths)], [(0,)]
         return cls(backend, tuple(lengths), tuple(paths), pack.input_ids.device)
+
+    @property
+    def longest(self) -> int:
+        """The number of tokens of the longest sequence."""
+        return max(sum(self.lengths[s] for s in path) for path in self.paths)
 
     def backend_of(self, window: int | None) -> str:
         """Return the backend that computes layers of this window, "sdpa" or "varlen".
@@ -190,6 +198,7 @@ def packed_attention(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
     **others: object,
 ) -> tuple[torch.Tensor, None]:
     """Compute attention over one pack, with the signature that transformers expects.
@@ -200,6 +209,8 @@ def packed_attention(
         plan: from ``AttentionPlan.of``.
         sliding_window: number of tokens that a token sees, itself included.
         softcap: bound of the scores.
+        s_aux: (H,) sinks (Agarwal et al. 2025, arXiv 2508.10925, section 2.2): a score of each head beside those of its
+            keys, which takes its share of the softmax and adds no value.
 
     Returns:
         (1, T, H, D), and None for the attention weights.
@@ -212,9 +223,9 @@ def packed_attention(
     check_arguments(module, attention_mask, others)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     query, key, value = map(_cast_for_autocast, (query, key, value))
-    if softcap is None and plan.backend_of(sliding_window) == "varlen":
+    if softcap is None and s_aux is None and plan.backend_of(sliding_window) == "varlen":
         return _varlen(query, key, value, plan, scale, dropout, sliding_window), None
-    return _sdpa(query, key, value, plan, scale, dropout, sliding_window, softcap), None
+    return _sdpa(query, key, value, plan, scale, dropout, sliding_window, softcap, s_aux), None
 
 
 def check_arguments(module: torch.nn.Module, mask: torch.Tensor | None, others: Mapping[str, object]) -> None:
@@ -241,9 +252,11 @@ def _cast_for_autocast(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to(torch.get_autocast_dtype(device)) if cast else tensor
 
 
-def _sdpa(query, key, value, plan, scale, dropout, window, softcap=None):
+def _sdpa(query, key, value, plan, scale, dropout, window, softcap=None, sinks=None):
     """Compute attention with one call per segment; arguments and result as in ``packed_attention``."""
-    if softcap is None:
+    if sinks is not None:
+        attend, mask_dtype = partial(_attend_with_sinks, sinks=sinks, dropout_p=dropout, scale=scale), query.dtype
+    elif softcap is None:
         attend, mask_dtype = partial(_attend, dropout_p=dropout, scale=scale), query.dtype
     elif dropout:
         raise ValueError("softcapped attention has no dropout; set --model.dropout false")
@@ -267,6 +280,29 @@ def _attend(query, key, value, *, attn_mask, **options):
         key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
     gqa = query.shape[1] != key.shape[1]
     return F.scaled_dot_product_attention(query, key, value, attn_mask=attn_mask, enable_gqa=gqa, **options)
+
+
+def _attend_with_sinks(query, key, value, *, sinks, attn_mask, is_causal, scale, **options):
+    """Call torch's attention with sinks (H,): a first key, of zeros, whose score is the sink.
+
+    Heads grow by ``SINK_WIDTH``. There, queries hold their head's sink, the first key holds ones, and the others zeros. The
+    sink is split into a part that the dtype holds and the rest, so that its score is exact to twice the dtype's precision.
+    """
+    size = value.shape[-1]
+    score = sinks.to(torch.promote_types(sinks.dtype, torch.float32)) / scale  # (H,)
+    high = score.to(query.dtype)
+    low = (score - high).to(query.dtype)
+    parts = F.pad(torch.stack([high, low], dim=-1), (0, SINK_WIDTH - 2))  # (H, SINK_WIDTH)
+    query = torch.cat([query, parts[None, :, None].expand(-1, -1, query.shape[2], -1)], dim=-1)
+    key, value = (F.pad(x, (0, SINK_WIDTH, 1, 0)) for x in (key, value))
+    key[:, :, 0, -SINK_WIDTH:] = 1
+    if is_causal:
+        # A query before the first one sees only the sink. Each of the others then sees as many keys as is_causal allows.
+        query = F.pad(query, (0, 0, 1, 0))
+    else:
+        attn_mask = F.pad(attn_mask, (1, 0))  # 0 is added to the sink's score
+    output = _attend(query, key, value, attn_mask=attn_mask, is_causal=is_causal, scale=scale, **options)
+    return output[:, :, int(is_causal) :, :size]
 
 
 def _shares_keys(query: torch.Tensor, mask: torch.Tensor | None) -> bool:
@@ -385,6 +421,8 @@ def _why_not_varlen(device: torch.device, dtype: torch.dtype, config: Pretrained
         return "needs CUDA and bfloat16"
     if attention_softcap(config) is not None:
         return "has no softcap, which the model needs"
+    if has_sinks(config):
+        return "has no sinks, which the model needs"
     sizes = head_sizes(config)
     largest = max(sizes)
     if len(sizes) > 1 or largest > 256 or largest % 8 or 192 < largest <= 224:

@@ -16,7 +16,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from saro.model.architectures import layer_head_sizes
+from saro.model.architectures import layer_head_sizes, text_config
 from saro.model.attention import AttentionPlan, check_arguments, packed_attention, use_packed_attention
 from saro.model.policy import Policy
 
@@ -89,7 +89,7 @@ def _in_blocks(length: int) -> int:
 def cache_bytes_per_token(config: PretrainedConfig, dtype: torch.dtype) -> int:
     """Return the bytes that one token takes in a ``KeyValueCache``, over all layers."""
     numbers = 0
-    for layer in config.per_layer_config:
+    for layer in text_config(config).per_layer_config:
         heads = getattr(layer, "num_key_value_heads", None) or layer.num_attention_heads
         numbers += heads * sum(layer_head_sizes(layer))
     return numbers * dtype.itemsize
@@ -155,6 +155,7 @@ class _Step:
         dropout=0.0,
         sliding_window=None,
         softcap=None,
+        s_aux=None,
         **others,
     ):
         check_arguments(module, mask, others)
@@ -167,7 +168,11 @@ class _Step:
         scores = torch.matmul(keys, queries.transpose(2, 3)).transpose(2, 3).float() * scale  # (n, G, H/G, S)
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
-        weights = (scores + self._mask(sliding_window)).softmax(-1).to(values.dtype)
+        scores = scores + self._mask(sliding_window)
+        if s_aux is not None:
+            sinks = s_aux.float().view(groups, -1, 1).expand(rows, -1, -1, -1)  # (n, G, H/G, 1)
+            scores = torch.cat([scores, sinks], dim=-1)
+        weights = scores.softmax(-1)[..., : keys.shape[2]].to(values.dtype)
         output = torch.matmul(weights, values)  # (n, G, H/G, D)
         return output.reshape(1, rows, -1, output.shape[-1]), None  # (1, n, H, D)
 

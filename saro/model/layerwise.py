@@ -9,13 +9,7 @@ import torch
 from bitsandbytes.nn import Linear4bit, Params4bit
 from safetensors import safe_open
 from torch import nn
-from transformers import (
-    AutoModelForCausalLM,
-    BitsAndBytesConfig,
-    GenerationConfig,
-    PretrainedConfig,
-    PreTrainedModel,
-)
+from transformers import BitsAndBytesConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.quantizers import AutoHfQuantizer
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
@@ -23,6 +17,7 @@ from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 from saro.config import ModelConfig
 from saro.distributed.runtime import empty_weights
 from saro.distributed.shard import is_part
+from saro.model.architectures import auto_class
 
 
 class Skeleton:
@@ -103,7 +98,7 @@ def make_skeleton(
     if getattr(config, "quantization_config", None) is not None:
         return None
     with empty_weights():
-        model = AutoModelForCausalLM.from_config(
+        model = auto_class(config).from_config(
             config, dtype=dtype, attn_implementation="eager", trust_remote_code=options.trust_remote_code
         )
     # The context has made one placeholder for each name of a tied weight.

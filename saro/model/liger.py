@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from transformers.activations import GELUTanh, SiLUActivation
 
 from saro.errors import SaroError
+from saro.model.architectures import MIXTURES, WRAPPERS
 
 # Name of the rotary function in transformers' modeling_*.py. Replacing it affects every model of that type in the
 # process. _own_rotary maps the name of a modeling file to transformers' own function.
@@ -25,6 +26,8 @@ _own_rotary: dict[str, Callable] = {}
 
 def why_not_liger(model_type: str, device: torch.device) -> str | None:
     """Return why liger-kernel cannot compute the layers of this model type on this device; None if it can."""
+    if model_type in WRAPPERS | MIXTURES:
+        return f"liger-kernel's layers are not used for model type {model_type!r}; leave --model.liger out"
     if device.type != "cuda":
         return "liger-kernel runs on CUDA only; leave --model.liger out"
     try:

@@ -6,16 +6,26 @@ from copy import deepcopy
 from dataclasses import replace
 
 import torch
+from bitsandbytes.nn import Params4bit
 from peft import PeftModel
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
+from transformers import BitsAndBytesConfig, Mxfp4Config, PretrainedConfig, PreTrainedModel
 
 from saro.config import ModelConfig
 from saro.distributed.shard import DeviceMesh
 from saro.errors import SaroError
 from saro.model.adapter import continued_adapter, new_adapter
-from saro.model.architectures import dropout_options
+from saro.model.architectures import (
+    OUTSIDE_TEXT_MODEL,
+    WRAPPERS,
+    auto_class,
+    dropout_options,
+    is_mixture,
+    is_mxfp4,
+    is_quantized,
+    text_config,
+)
 from saro.model.attention import choose_backend
 from saro.model.fused_lora import fuse_lora
 from saro.model.layerwise import Skeleton, make_skeleton
@@ -47,6 +57,7 @@ def load_policy(
             f"{options.name}: an adapter cannot be trained with --model.method full; give lora or qlora, "
             "or merge it first with saro export --merge"
         )
+    _check_method(source, options, mesh)
     dtype = resolve_dtype(options.dtype, device)
     try:
         attention = choose_backend(options.attention, device, dtype, source.config)
@@ -64,10 +75,13 @@ def load_policy(
         except SaroError:
             if options.liger:
                 raise
+    model.requires_grad_(False)
     if options.method == "full":
-        model.requires_grad_(True)
+        # Those of a multimodal model's text model. Of another model, they are all.
+        parts = (model.get_decoder(), model.get_output_embeddings()) if _is_wrapper(source) else (model,)
+        for part in parts:
+            part.requires_grad_(True)
     else:
-        model.requires_grad_(False)
         if source.adapter is None:
             model = new_adapter(model, options, seed)
         else:
@@ -88,6 +102,35 @@ def load_policy(
     if mesh is not None:
         policy.shard(mesh, None if skeleton is None else skeleton.fill)
     return policy
+
+
+def _check_method(source: ModelSource, options: ModelConfig, mesh: DeviceMesh | None) -> None:
+    """Raise SaroError if the model cannot be trained by this method."""
+    config = source.config
+    if options.method == "full" and is_mixture(config):
+        raise SaroError(
+            f"{options.name}: is a mixture of experts, whose router needs an auxiliary loss that is not computed here; "
+            "set --model.method lora, which trains its attention"
+        )
+    if is_mxfp4(config) and options.method == "qlora":
+        raise SaroError(
+            f"{options.name}: holds experts in MXFP4, which are dequantized and stay so under QLoRA; set --model.method lora"
+        )
+    if is_quantized(config):
+        if options.method == "full":
+            raise SaroError(
+                f"{options.name}: holds 4-bit weights, which only adapters can be trained on; set --model.method qlora"
+            )
+        storage = config.quantization_config.get("bnb_4bit_quant_storage", "uint8")
+        if mesh is not None and storage == "uint8":
+            raise SaroError(
+                f"{options.name}: its 4-bit weights are stored as uint8, which ranks cannot share; set --train.shard "
+                "none, or give the original model"
+            )
+
+
+def _is_wrapper(source: ModelSource) -> bool:
+    return source.config.model_type in WRAPPERS
 
 
 def load_plain(source: ModelSource, options: ModelConfig, device: torch.device, dtype: torch.dtype) -> Policy:
@@ -147,10 +190,10 @@ def _load_base(
     shared: bool = False,
 ) -> PreTrainedModel:
     """Load the base model in ``dtype``, or in NF4 with products in ``dtype``, and check that no weight is missing."""
-    config = _changed_config(source, options)
-    quantization = _quantization(options, dtype, shared=shared)
+    config = _changed_config(source, options, dtype)
+    quantization = _quantization(source, options, dtype, shared=shared)
     try:
-        model, loading = AutoModelForCausalLM.from_pretrained(
+        model, loading = auto_class(config).from_pretrained(
             source.path,
             config=config,
             revision=options.revision,
@@ -173,6 +216,8 @@ def _load_base(
             f"{options.name}: the files hold no weight of the right shape for {wrong[0]}{others}; "
             "they are incomplete, or another model's; fetch or save the model again"
         )
+    if is_quantized(source.config):
+        _set_dtype(model, dtype)
     _keep_packing(model)
     return model
 
@@ -181,11 +226,10 @@ def _shared_base(
     source: ModelSource, options: ModelConfig, device: torch.device, dtype: torch.dtype
 ) -> Skeleton | None:
     """Return the base model of ranks that share its weights, to be filled layer by layer; None if it cannot be."""
-    config = _changed_config(source, options)
+    config = _changed_config(source, options, dtype)
+    quantization = _quantization(source, options, dtype, shared=True)
     try:
-        skeleton = make_skeleton(
-            source.path, config, options, device, dtype, _quantization(options, dtype, shared=True)
-        )
+        skeleton = make_skeleton(source.path, config, options, device, dtype, quantization)
     except (OSError, ValueError, SafetensorError) as error:
         raise SaroError(f"{options.name}: {first_line(error)}") from error
     if skeleton is not None:
@@ -193,21 +237,29 @@ def _shared_base(
     return skeleton
 
 
-def _changed_config(source: ModelSource, options: ModelConfig) -> PretrainedConfig:
-    """Return a copy of the model's config, without dropout unless it was asked for."""
+def _changed_config(source: ModelSource, options: ModelConfig, dtype: torch.dtype) -> PretrainedConfig:
+    """Return a copy of the model's config, without dropout unless it was asked for, and with 4-bit products in ``dtype``."""
     config = deepcopy(source.config)
     if not options.dropout:
         for name in dropout_options(config):
-            setattr(config, name, 0.0)
+            setattr(text_config(config), name, 0.0)
+    if is_quantized(config):
+        config.quantization_config["bnb_4bit_compute_dtype"] = str(dtype).removeprefix("torch.")
     return config
 
 
-def _quantization(options: ModelConfig, dtype: torch.dtype, *, shared: bool) -> BitsAndBytesConfig | None:
-    """Return how the base model is quantized, with products in ``dtype``; None if it is not.
+def _quantization(
+    source: ModelSource, options: ModelConfig, dtype: torch.dtype, *, shared: bool
+) -> BitsAndBytesConfig | Mxfp4Config | None:
+    """Return how the base model is quantized, with products in ``dtype``; None if it is not, or was before it was saved.
+
+    Experts in MXFP4 are dequantized: transformers cannot train with them.
 
     ``shared``: ranks share the weights. They can only if a floating dtype stores the bytes of 4-bit weights.
     """
-    if options.method != "qlora":
+    if is_mxfp4(source.config):
+        return Mxfp4Config(dequantize=True)
+    if options.method != "qlora" or is_quantized(source.config):
         return None
     return BitsAndBytesConfig(
         load_in_4bit=True,
@@ -215,8 +267,8 @@ def _quantization(options: ModelConfig, dtype: torch.dtype, *, shared: bool) -> 
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
         bnb_4bit_quant_storage=torch.bfloat16 if shared else torch.uint8,
-        # Only linear layers are quantized; lm_head is one of them and is excluded by name.
-        llm_int8_skip_modules=["lm_head"],
+        # Only linear layers are quantized. lm_head is one of them, and so are those of a model's other parts.
+        llm_int8_skip_modules=["lm_head", *([OUTSIDE_TEXT_MODEL] if _is_wrapper(source) else [])],
     )
 
 
@@ -227,6 +279,18 @@ def _keep_packing(model: PreTrainedModel) -> None:
         # gradient after that would be wrong.
         if hasattr(layer, "support_avx512bf16_for_cpu"):
             layer.support_avx512bf16_for_cpu = False
+
+
+def _set_dtype(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Cast the weights of a model that was saved in 4 bits, of which transformers keeps the dtype of the files.
+
+    4-bit weights are dequantized to this dtype, as bitsandbytes' product does, and not rounded to that of the files first.
+    """
+    for parameter in model.parameters():
+        if isinstance(parameter, Params4bit):
+            parameter.quant_state.dtype = dtype
+        else:
+            parameter.data = parameter.data.to(dtype)
 
 
 def _check_head(model: PreTrainedModel) -> None:

@@ -10,6 +10,8 @@ from bitsandbytes.nn import Linear4bit
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.integrations.bitsandbytes import Bnb4bitDeserialize
+from transformers.integrations.mxfp4 import Mxfp4Dequantize
 
 from saro.errors import SaroError
 from saro.model.policy import Policy
@@ -26,7 +28,7 @@ def merge(policy: Policy, config: PretrainedConfig, dtype: torch.dtype) -> PreTr
     summed in fp32 and rounded once. PEFT's own merge would quantize the sum again.
 
     Args:
-        config: the base model's config before quantization.
+        config: the base model's config. The result has none of its quantization.
 
     Raises:
         SaroError: an adapter is not a plain sum of two weights; DoRA, for example, is not.
@@ -42,8 +44,18 @@ def merge(policy: Policy, config: PretrainedConfig, dtype: torch.dtype) -> PreTr
     for buffer in lm.buffers():
         buffer.data = buffer.data.cpu()
     lm.config = deepcopy(config)
+    if getattr(config, "quantization_config", None) is not None:
+        del lm.config.quantization_config
+        # Reversed by transformers as it saves the model, they would write the names of quantized weights.
+        lm._weight_conversions = [c for c in lm._weight_conversions if not _reads_4_bits(c)]
     lm.hf_quantizer = None
     return lm
+
+
+def _reads_4_bits(conversion: object) -> bool:
+    return any(
+        isinstance(step, (Bnb4bitDeserialize, Mxfp4Dequantize)) for step in getattr(conversion, "operations", ())
+    )
 
 
 def _is_special(name: str, layer: nn.Module) -> bool:

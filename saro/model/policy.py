@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 
 from saro.data.packs import Pack
 from saro.distributed.shard import DeviceMesh, gathered, is_sharded, local, shard_module
-from saro.model.architectures import decoder_layers, logit_options
+from saro.errors import SaroError
+from saro.model.architectures import decoder_layers, is_mixture, logit_options, token_limits
 from saro.model.attention import AttentionPlan, use_packed_attention
 from saro.model.fused_lora import cast_adapters, lora_layers
 from saro.model.liger import uses_liger
@@ -56,6 +57,7 @@ class Policy(nn.Module):
         self.autocast = autocast
         self.recomputes_as_needed = recomputes_as_needed
         self.logits = logit_options(self.causal_lm.config)
+        self.longest = token_limits(self.causal_lm.config).longest
         # Weak references, because ``merge`` replaces the layers one by one to free their memory.
         self._lora_layers = WeakSet(lora_layers(model))
         use_packed_attention(self.causal_lm)
@@ -77,6 +79,9 @@ class Policy(nn.Module):
             isolated: False lets sequences see each other. Only the start-up check does that, as its control.
             gradient_rows: only this many rows, the first ones, get a gradient; default all. The others cost the LM head
                 one product instead of two or more.
+
+        Raises:
+            SaroError: a sequence is longer than the model's rotary embedding allows in a pack.
         """
         hidden = self._hidden_states(pack, isolated)
         stop = pack.rows if gradient_rows is None else gradient_rows
@@ -114,6 +119,11 @@ class Policy(nn.Module):
     def _hidden_states(self, pack: Pack, isolated: bool) -> torch.Tensor:
         """Run the decoder and return the last hidden states of the pack's tokens, (T, D)."""
         plan = AttentionPlan.of(pack, self.attention, isolated)
+        if isolated and self.longest is not None and plan.longest > self.longest:
+            raise SaroError(
+                f"a sequence has {plan.longest:,} tokens, and beyond {self.longest:,} this model's rotary embedding "
+                "(longrope) changes for every token of a pack; leave it out"
+            )
         # Sharded adapters are gathered layer by layer: each layer casts its own.
         layers = () if is_sharded(self) else self._lora_layers
         with self.precision(), cast_adapters(layers, self.compute_dtype):
@@ -190,6 +200,8 @@ class Policy(nn.Module):
             total += size
             trainable += size if parameter.requires_grad else 0
         layers = ", layers of liger-kernel" if uses_liger(self.model) else ""
+        if is_mixture(self.causal_lm.config):
+            layers += ", experts and router frozen and without their auxiliary loss"
         recomputed = count_recomputed(self.causal_lm)
         if recomputed and not self.recomputes_as_needed:
             layers += f", {recomputed} of {len(recomputable_layers(self.causal_lm))} layers recomputed"

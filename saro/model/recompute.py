@@ -21,8 +21,8 @@ _LEAVING = 2
 
 
 def recomputable_layers(lm: PreTrainedModel) -> list[GradientCheckpointingLayer]:
-    """Return the layers of a model that can be recomputed, in the order in which they run."""
-    return [module for module in lm.modules() if isinstance(module, GradientCheckpointingLayer)]
+    """Return the layers of a model's decoder that can be recomputed, in the order in which they run."""
+    return [module for module in lm.get_decoder().modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 def count_recomputed(lm: PreTrainedModel) -> int:

@@ -17,7 +17,7 @@ from saro.data.chat_format import ChatFormat
 from saro.errors import SaroError
 from saro.manifest import read_manifest
 from saro.model.adapter import adapter_identity, find_adapter
-from saro.model.architectures import check_supported
+from saro.model.architectures import TokenLimits, check_supported, token_limits
 from saro.model.identity import defining_hashes, weight_hashes
 
 
@@ -55,6 +55,10 @@ class ModelSource:
             "definition": defining_hashes(self.path, commit, has_code),
             "adapter": adapter_identity(self.adapter) if self.adapter else None,
         }
+
+    def token_limits(self) -> TokenLimits:
+        """Return what the model's sequences may hold."""
+        return token_limits(self.config)
 
     def chat_format(self, data: DataConfig, template_date: date) -> ChatFormat:
         """Return the format by which conversations become this model's token ids.

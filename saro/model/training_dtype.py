@@ -8,6 +8,7 @@ import time
 import torch
 from transformers import PretrainedConfig
 
+from saro.model.architectures import text_config
 from saro.model.load import resolve_dtype
 
 # bfloat16 has 8 bits of precision instead of 24, so it must gain something. With instructions for it, products are 2 to 4
@@ -43,6 +44,7 @@ def has_bfloat16_instructions() -> bool:
 
 
 def _is_bfloat16_faster(config: PretrainedConfig) -> bool:
+    config = text_config(config)
     width = config.hidden_size
     if width < _LEAST_WIDTH:
         return False

@@ -16,6 +16,7 @@ from saro.data.records import Message
 from saro.distributed.runtime import Runtime
 from saro.distributed.shard import whole
 from saro.files import atomic_folder, follow_umask, remove_temps
+from saro.model.architectures import text_config
 from saro.model.generate import answer_prompts
 from saro.model.policy import Policy
 from saro.runs.folder import RunFolder
@@ -75,7 +76,7 @@ def save_final(
     """
     if not isinstance(model, PeftModel):
         for name, value in (original_options or {}).items():
-            setattr(model.config, name, value)
+            setattr(text_config(model.config), name, value)
     remove_temps(folder)
     with atomic_folder(folder, replace=True) as temp:
         # By default, "auto", peft would ask the hub whether the vocabulary was changed. It never is here.

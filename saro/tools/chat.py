@@ -18,6 +18,7 @@ from saro.config import check_at_least
 from saro.data.chat_format import ChatFormat
 from saro.data.records import Message
 from saro.errors import nearest
+from saro.model.architectures import most_positions
 from saro.model.generate import generate
 from saro.model.policy import Policy
 from saro.runs.finished import FinishedRun, this_device
@@ -224,7 +225,7 @@ def _answer(speaker: Speaker, chat: ChatFormat, options: Options, question: str,
     """Print the answer to a question; append both to the history if there is an answer."""
     turns = [*speaker.history, Message("user", question)]
     prompt = chat.prompt_ids(turns)
-    room = (getattr(speaker.policy.causal_lm.config, "max_position_embeddings", None) or sys.maxsize) - len(prompt)
+    room = (most_positions(speaker.policy.causal_lm.config) or sys.maxsize) - len(prompt)
     if room < 1:
         _note(
             console, f"the conversation is {len(prompt):,} tokens, more than the model reads; {_COMMANDS[0]} forgets it"

@@ -18,7 +18,7 @@ import torch
 from huggingface_hub.errors import HFValidationError, HTTPError
 from huggingface_hub.utils import validate_repo_id
 from rich.console import Console
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import GenerationConfig
 from transformers.utils import cached_file
 
 import saro
@@ -30,6 +30,7 @@ from saro.data.tree import SequenceTree
 from saro.demo import data_files
 from saro.errors import SaroError
 from saro.files import atomic_folder, file_hash
+from saro.model.architectures import OUTSIDE_TEXT_MODEL, WRAPPERS, auto_class, is_quantized
 from saro.model.load import load_policy
 from saro.model.merge import merge
 from saro.model.policy import Policy
@@ -42,6 +43,8 @@ from saro.runs.model_card import make_card
 
 # Written into every export: what it was made from and its deviation. --overwrite replaces only folders that hold it.
 NOTE = "export.json"
+# Files by which a multimodal model's processor is loaded.
+_PROCESSOR = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ class Options:
         run: Folder of a finished run.
         merge: Merge the adapter into its base: a plain model for programs that do not load adapters.
         into: For QLoRA runs: weights that the adapter is merged into. Default dequantized, the weights it was trained on;
-            original are those of the base model before it was quantized.
+            original are those of the base model before it was quantized, which a base that was saved in 4 bits lacks.
         allow_shift: Write a merge --into original however far it is from the trained model.
         dtype: Dtype of the weights of a merged or full model; auto is the base model's.
         output: Folder to write; default RUN/export.
@@ -154,6 +157,11 @@ def export(options: Options, say: Callable[[str], None]) -> str:
             raise SaroError("--into is for a merged model; add --merge")
         if options.dtype != "auto":
             raise SaroError("--dtype is for a merged model; add --merge")
+    if options.into == "original" and is_quantized(run.source.config):
+        raise SaroError(
+            f"{run.source.path}: was saved in 4 bits and holds no original weights; leave --into original out: the "
+            "adapter is then merged into the dequantized weights, on which it was trained"
+        )
     target = _target(options)
     _check_target(target, options.overwrite)
     pack_tokens = run.manifest["config"]["data"]["pack_tokens"]
@@ -239,7 +247,7 @@ class _Export:
         model = merge(policy, run.source.config, dtype)
         del policy
         _free_memory()
-        generation = _find_generation_config(base_source.path, run.options.revision)
+        generation = _find_file(base_source.path, "generation_config.json", run.options.revision)
         if generation is not None:
             # Copy the base's file below: transformers cannot save every generation config that it can load.
             model.generation_config = GenerationConfig()
@@ -247,10 +255,14 @@ class _Export:
         save_final(folder, model, run.source.tokenizer)
         if generation is not None:
             shutil.copyfile(generation, folder / "generation_config.json")
+        for name in _PROCESSOR if run.source.config.model_type in WRAPPERS else ():
+            file = _find_file(base_source.path, name, run.options.revision)
+            if file is not None:
+                shutil.copyfile(file, folder / name)
         del model
         _free_memory()
         self.say("loading what was written")
-        model = AutoModelForCausalLM.from_pretrained(
+        model = auto_class(run.source.config).from_pretrained(
             folder, dtype="auto", device_map={"": self.device}, trust_remote_code=run.options.trust_remote_code
         )
         exported = score_natively(model, self.trees)
@@ -297,18 +309,29 @@ def _check_target(target: Path, overwrite: bool) -> None:
 
 def _loader(run: FinishedRun, options: Options, target: str) -> str:
     """Return the Python call that loads the export from a folder or a repository."""
+    config = run.source.config
+    plain = auto_class(config).__name__
     if run.is_full or options.merge:
-        return f"AutoModelForCausalLM.from_pretrained({target!r})"
-    if run.options.method != "qlora":
-        return f"AutoPeftModelForCausalLM.from_pretrained({target!r})"
-    nf4 = "BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_use_double_quant=True)"
-    return f"AutoPeftModelForCausalLM.from_pretrained({target!r}, quantization_config={nf4})"
+        return f"{plain}.from_pretrained({target!r})"
+    if run.options.method != "qlora" or is_quantized(config):
+        quantization = ""
+    else:
+        nf4 = "BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_use_double_quant=True"
+        # As in training, the other parts of a multimodal model stay as they are.
+        skipped = (
+            f", llm_int8_skip_modules={['lm_head', OUTSIDE_TEXT_MODEL]!r}" if config.model_type in WRAPPERS else ""
+        )
+        quantization = f", quantization_config={nf4}{skipped})"
+    if config.model_type in WRAPPERS:
+        base = f"{plain}.from_pretrained({run.source.path!r}{quantization})"
+        return f"PeftModel.from_pretrained({base}, {target!r})"
+    return f"AutoPeftModelForCausalLM.from_pretrained({target!r}{quantization})"
 
 
-def _find_generation_config(model: str, revision: str | None) -> str | None:
-    """Return the file in a folder or of a hub model, or None if it has none."""
+def _find_file(model: str, name: str, revision: str | None) -> str | None:
+    """Return a file in a folder or of a hub model, or None if it has none."""
     try:
-        return cached_file(model, "generation_config.json", revision=revision)
+        return cached_file(model, name, revision=revision)
     except OSError:
         return None
 

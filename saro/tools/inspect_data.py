@@ -25,6 +25,7 @@ from saro.data.unpaired_records import holds_labels, read_unpaired_files
 from saro.data.unpaired_set import encode_unpaired_files
 from saro.demo import data_files, find_demo
 from saro.errors import SaroError, nearest
+from saro.model.architectures import TokenLimits
 from saro.model.source import find_model
 from saro.program import as_list, shown
 from saro.report.tables import print_lengths
@@ -78,7 +79,7 @@ def run(options: Options, console: Console) -> int:
     source = find_model(replace(options.model, name=find_demo(options.model.name)))
     data = source.continue_chat(data)
     chat = source.chat_format(data, date.fromisoformat(data.template_date) if data.template_date else date.today())
-    encoded = _encode(files, chat, data, source.config.vocab_size)
+    encoded = _encode(files, chat, data, source.token_limits())
     print_lengths(console, ", ".join(files), LengthReport.of(encoded).as_dict())
     _list_too_long(encoded, data.pack_tokens, console)
     for record in ids:
@@ -96,7 +97,7 @@ def run(options: Options, console: Console) -> int:
     return 0
 
 
-def _encode(files: Sequence[str], chat: ChatFormat, data: DataConfig, vocabulary: int) -> ExampleSet | PairSet:
+def _encode(files: Sequence[str], chat: ChatFormat, data: DataConfig, limits: TokenLimits) -> ExampleSet | PairSet:
     """Encode and check all records, however long they are."""
     data = replace(data, pack_tokens=sys.maxsize)
     if holds_labels(files[0]):
@@ -106,7 +107,7 @@ def _encode(files: Sequence[str], chat: ChatFormat, data: DataConfig, vocabulary
     else:
         encoded = encode_files(files, chat, data, progress=True)
         records = read_example_files(files, data.train_on)
-    check_masks(encoded, chat, records, vocabulary)
+    check_masks(encoded, chat, records, limits)
     return encoded
 
 

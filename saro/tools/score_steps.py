@@ -131,7 +131,7 @@ def _encode(options: Options, records: Sequence[Example | Pair], model: Subject)
     """Encode and check the records as training does."""
     encode = encode_pair_files if isinstance(records[0], Pair) else encode_files
     data = encode([options.records], model.chat, DataConfig(pack_tokens=options.data.pack_tokens), progress=True)
-    check_masks(data, model.chat, records, model.source.config.vocab_size)
+    check_masks(data, model.chat, records, model.source.token_limits())
     return data
 
 

@@ -10,6 +10,7 @@ from sets import by_hand
 from saro.checks import check_data as module
 from saro.checks.check_data import check_data
 from saro.errors import SaroError
+from saro.model.architectures import TokenLimits
 
 
 @pytest.fixture
@@ -27,8 +28,9 @@ def other_prompts():
 
 def test_every_set_is_compared_with_its_own_records(masks):
     sets = {"train": by_hand(), "heldout": other_prompts()}
-    check_data(sets, {"train": ["a"], "heldout": ["b"]}, None, 264, allow_overlap=False)
-    assert masks == [(sets["train"], None, ["a"], 264), (sets["heldout"], None, ["b"], 264)]
+    limits = TokenLimits(264)
+    check_data(sets, {"train": ["a"], "heldout": ["b"]}, None, limits, allow_overlap=False)
+    assert masks == [(sets["train"], None, ["a"], limits), (sets["heldout"], None, ["b"], limits)]
 
 
 def test_a_held_out_prompt_that_is_trained_on_is_refused_unless_allowed(masks):
@@ -36,10 +38,10 @@ def test_a_held_out_prompt_that_is_trained_on_is_refused_unless_allowed(masks):
     sets = {"train": data, "heldout": data}
     records = {"train": [], "heldout": []}
     with pytest.raises(SaroError, match=r"5 of 5 held-out records have the prompt of a training record"):
-        check_data(sets, records, None, 264, allow_overlap=False)
-    check_data(sets, records, None, 264, allow_overlap=True)
+        check_data(sets, records, None, TokenLimits(264), allow_overlap=False)
+    check_data(sets, records, None, TokenLimits(264), allow_overlap=True)
 
 
 def test_without_held_out_records_only_the_training_set_is_checked(masks):
-    check_data({"train": by_hand()}, {"train": ["a"], "heldout": []}, None, 264, allow_overlap=False)
+    check_data({"train": by_hand()}, {"train": ["a"], "heldout": []}, None, TokenLimits(264), allow_overlap=False)
     assert len(masks) == 1

@@ -16,6 +16,7 @@ from saro.data.chat_format import ChatFormat
 from saro.data.dataset import ExampleSet, encode_files, encode_pair_files
 from saro.data.records import read_examples, read_pairs
 from saro.errors import SaroError
+from saro.model.architectures import TokenLimits
 
 CHAT = ChatFormat(tiny_tokenizer(), frozenset({IM_END}), date(1999, 7, 4))
 
@@ -39,13 +40,13 @@ def tampered(data: ExampleSet, record: int, position: int, token: int) -> Exampl
 
 def refusal(data: ExampleSet, examples) -> str:
     with pytest.raises(SaroError) as caught:
-        check_masks(data, CHAT, examples, 1000)
+        check_masks(data, CHAT, examples, TokenLimits(1000))
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
 def test_good_data_passes(data, path):
-    check_masks(data, CHAT, read_examples(path), 1000)
+    check_masks(data, CHAT, read_examples(path), TokenLimits(1000))
 
 
 @pytest.mark.parametrize("record", [0, 11, 23])
@@ -60,7 +61,7 @@ def test_a_second_stop_token_is_refused(data):
 
 def test_a_stop_token_in_the_prompt_is_allowed(data, path):
     assert IM_END in data.sequence(0).tokens[: data.prompt_tokens[0]]
-    check_masks(data, CHAT, [next(read_examples(path))], 1000)
+    check_masks(data, CHAT, [next(read_examples(path))], TokenLimits(1000))
 
 
 @pytest.mark.parametrize("shift", [-1, 1, 4])
@@ -81,36 +82,36 @@ def test_a_prompt_made_on_another_day_is_refused(path):
     one, two = (ChatFormat(tiny_tokenizer(dated), CHAT.stop_ids, date(year, 1, 1)) for year in (1999, 2000))
     data = encode_files([path], one, DataConfig(pack_tokens=512))
     with pytest.raises(SaroError, match="differ from those that the model reads at inference"):
-        check_masks(data, two, read_examples(path), 1000)
+        check_masks(data, two, read_examples(path), TokenLimits(1000))
 
 
 def test_only_the_examples_given_have_their_prompts_compared(data, path):
     first, *_ = read_examples(path)
-    check_masks(tampered(data, 3, 2, 77), CHAT, [first], 1000)
+    check_masks(tampered(data, 3, 2, 77), CHAT, [first], TokenLimits(1000))
 
 
 def test_dropped_records_are_not_compared(path):
     data = encode_files([path], CHAT, DataConfig(pack_tokens=80, too_long="drop"))
     assert data.dropped
-    check_masks(data, CHAT, read_examples(path), 1000)
+    check_masks(data, CHAT, read_examples(path), TokenLimits(1000))
 
 
 def test_raw_text_has_no_template_to_compare_with(records_file):
     path = records_file([{"prompt": "Q: Why?\nA:", "completion": " So."}])
-    check_masks(encode_files([path], CHAT, DataConfig(pack_tokens=512)), CHAT, read_examples(path), 1000)
+    check_masks(encode_files([path], CHAT, DataConfig(pack_tokens=512)), CHAT, read_examples(path), TokenLimits(1000))
 
 
 def test_any_of_several_stop_tokens_is_accepted(data):
     both = ChatFormat(CHAT.tokenizer, frozenset({IM_END, 77}), CHAT.template_date)
-    check_masks(tampered(data, 5, -1, 77), both, [], 1000)
+    check_masks(tampered(data, 5, -1, 77), both, [], TokenLimits(1000))
 
 
 def test_a_tokenizer_with_more_tokens_than_the_model_embeds_is_refused(records_file, examples):
     data = encode_files([records_file(examples)], CHAT, DataConfig(pack_tokens=512))
     most = int(data.tokens.max())
-    check_masks(data, CHAT, [], most + 1)
+    check_masks(data, CHAT, [], TokenLimits(most + 1))
     with pytest.raises(SaroError, match=f"the tokenizer gives id {most} and the model embeds {most} tokens"):
-        check_masks(data, CHAT, [], most)
+        check_masks(data, CHAT, [], TokenLimits(most))
 
 
 @pytest.fixture
@@ -121,7 +122,7 @@ def pairs_path(records_file) -> str:
 @pytest.mark.parametrize("side", ["chosen", "rejected"])
 def test_good_pairs_pass_on_both_sides(pairs_path, side):
     data = encode_pair_files([pairs_path], CHAT, DataConfig(pack_tokens=512))
-    check_masks(getattr(data, side), CHAT, read_pairs(pairs_path), 1000)
+    check_masks(getattr(data, side), CHAT, read_pairs(pairs_path), TokenLimits(1000))
 
 
 @pytest.mark.parametrize("side", ["chosen", "rejected"])

@@ -145,10 +145,10 @@ def changed_attention(**changes):
     def sabotage(patch):
         original = attention._sdpa
 
-        def sdpa(query, key, value, plan, scaling, dropout, window, softcap):
+        def sdpa(query, key, value, plan, scaling, dropout, window, *others):
             arguments = {"scaling": scaling, "window": window}
             arguments |= {name: change(arguments[name]) for name, change in changes.items()}
-            return original(query, key, value, plan, arguments["scaling"], dropout, arguments["window"], softcap)
+            return original(query, key, value, plan, arguments["scaling"], dropout, arguments["window"], *others)
 
         patch.setattr(attention, "_sdpa", sdpa)
 

@@ -21,6 +21,7 @@ from saro.data.records import Example, Message, Pair, Response, read_examples, r
 from saro.data.repeats import count_duplicates
 from saro.data.tree import RowKind, ScoredSequence, build_tree
 from saro.errors import SaroError
+from saro.model.architectures import TokenLimits
 from saro.train.reference_cache import sequence_key
 
 USER = (Message("user", "Hi"),)
@@ -225,7 +226,7 @@ def test_divergent_rows_of_an_open_side_end_without_a_stop(encoded):
 def test_masks_of_open_sides_are_accepted(encoded, records_file):
     data = encoded(record())
     pairs = list(read_pairs(records_file([record(id="p0")])))
-    check_masks(data, CHAT, pairs, 300)
+    check_masks(data, CHAT, pairs, TokenLimits(300))
 
 
 def test_a_stop_token_in_an_open_side_is_refused(encoded):

@@ -9,22 +9,28 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
-    AutoModelForCausalLM,
     Cohere2Config,
     CohereConfig,
     Gemma2Config,
+    Gemma3Config,
     Gemma3TextConfig,
     Gemma4TextConfig,
+    GptOssConfig,
     GraniteConfig,
     HyperCLOVAXConfig,
     LlamaConfig,
     MiniCPM3Config,
+    Mistral3Config,
     MistralConfig,
     NanoChatConfig,
+    Phi3Config,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
+    Qwen3VLConfig,
     VaultGemmaConfig,
 )
 
@@ -34,6 +40,7 @@ from saro.data.packs import Share
 from saro.data.steps import Schedule, Steps
 from saro.distributed.runtime import Runtime
 from saro.distributed.shard import DeviceMesh
+from saro.model.architectures import auto_class
 from saro.model.load import load_policy
 from saro.model.source import find_model
 from saro.train.engine import Outcome, fit
@@ -90,9 +97,12 @@ def tiny_config(kind: str = "llama", **changes: object) -> PreTrainedConfig:
     if kind == "gemma3":
         both = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
         return Gemma3TextConfig(**_SHAPE | {"query_pre_attn_scalar": 8} | both | changes)
-    if kind in _KINDS_OF_LOGITS:
-        config, options = _KINDS_OF_LOGITS[kind]
+    if kind in _KINDS_OF_LOGITS | _OTHER_KINDS:
+        config, options = (_KINDS_OF_LOGITS | _OTHER_KINDS)[kind]
         return config(**_SHAPE | options | changes)
+    if kind in _WRAPPERS:
+        config, text, options = _WRAPPERS[kind]
+        return config(text_config=_SHAPE | text, **{"eos_token_id": IM_END} | options | changes)
     raise ValueError(kind)
 
 
@@ -135,14 +145,96 @@ _KINDS_OF_LOGITS = {
     "nanochat": (NanoChatConfig, {"final_logit_softcapping": 3.0}),
 }
 
+_OTHER_KINDS = {
+    "phi4_mini": (
+        Phi3Config,
+        {
+            "max_position_embeddings": 512,
+            "original_max_position_embeddings": 200,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 1e4,
+                "partial_rotary_factor": 0.75,
+                "short_factor": [1.0, 1.2, 1.4],
+                "long_factor": [3.0, 5.0, 9.0],
+                "original_max_position_embeddings": 200,
+            },
+        },
+    ),
+    "qwen3_moe": (
+        Qwen3MoeConfig,
+        {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "mlp_only_layers": [0]},
+    ),
+    "gpt_oss": (
+        GptOssConfig,
+        {
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "sliding_window": 8,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+    ),
+}
+_VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_attention_heads": 2,
+    "image_size": 16,
+    "patch_size": 8,
+    "depth": 2,
+    "num_hidden_layers": 2,
+}
+# Multimodal models: class, options of the text model, options of the whole.
+_WRAPPERS = {
+    "gemma3 with vision": (
+        Gemma3Config,
+        {
+            "query_pre_attn_scalar": 8,
+            "sliding_window": 8,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "tie_word_embeddings": True,
+        },
+        {
+            "vision_config": {"model_type": "siglip_vision_model"} | _VISION,
+            "mm_tokens_per_image": 4,
+            "image_token_index": 263,
+        },
+    ),
+    "mistral3": (
+        Mistral3Config,
+        {"model_type": "mistral", "sliding_window": None},
+        {"vision_config": {"model_type": "pixtral"} | _VISION, "image_token_index": 263},
+    ),
+    "qwen2_5_vl": (
+        Qwen2_5_VLConfig,
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}},
+        {
+            "vision_config": _VISION | {"out_hidden_size": 32, "num_heads": 2, "fullatt_block_indexes": [1]},
+            "image_token_id": 262,
+            "video_token_id": 263,
+        },
+    ),
+    "qwen3_vl": (
+        Qwen3VLConfig,
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}},
+        {
+            "vision_config": _VISION | {"out_hidden_size": 32, "num_heads": 2, "deepstack_visual_indexes": [0]},
+            "image_token_id": 262,
+            "video_token_id": 263,
+        },
+    ),
+}
+
 KINDS_OF_MODEL = ("llama", "qwen3", "mistral", "gemma3")
 KINDS_OF_LOGITS = tuple(_KINDS_OF_LOGITS)
+KINDS_OF_WRAPPER = tuple(_WRAPPERS)
+KINDS_OF_MIXTURE = ("qwen3_moe", "gpt_oss")
 
 
 def random_model(config: PreTrainedConfig) -> PreTrainedModel:
     """Make a model with large, fixed weights. With default ones all logits are alike and a wrong mask goes unseen."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config)
+    model = auto_class(config).from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim >= 2:

@@ -17,11 +17,9 @@ from transformers import (
     FalconConfig,
     FalconMambaConfig,
     Gemma2Config,
-    Gemma3Config,
     Gemma3nTextConfig,
     GPT2Config,
     GPTNeoXConfig,
-    GptOssConfig,
     GraniteConfig,
     GraniteMoeHybridConfig,
     GraniteSWAConfig,
@@ -40,8 +38,8 @@ from transformers import (
     Phi3Config,
     Qwen2Config,
     Qwen2VLConfig,
-    Qwen3MoeConfig,
     Qwen3NextConfig,
+    Qwen3VLMoeConfig,
     RobertaConfig,
     RwkvConfig,
     SmolLM3Config,
@@ -77,10 +75,11 @@ REFUSED = {
         lambda: SmolLM3Config(num_hidden_layers=2, layer_types=["sliding_attention", "full_attention"]),
         "'smollm3' .* layer_types have sliding_attention, but use_sliding_window is false",
     ),
-    "experts of mixtral": (lambda: MixtralConfig(), "'mixtral' .* mixture of experts"),
-    "experts of qwen3": (lambda: Qwen3MoeConfig(), "'qwen3_moe' .* mixture of experts"),
+    "experts of mixtral": (
+        lambda: MixtralConfig(),
+        "'mixtral' .* mixture of experts .*; only gpt_oss and qwen3_moe can be trained",
+    ),
     "experts of deepseek": (lambda: DeepseekV3Config(), "'deepseek_v3' .* mixture of experts"),
-    "experts of gpt-oss": (lambda: GptOssConfig(), "'gpt_oss' .* mixture of experts"),
     "experts of jamba": (lambda: JambaConfig(), "'jamba' .* mixture of experts"),
     "experts in a nested config": (lambda: DbrxConfig(), r"'dbrx' .* mixture of experts \(moe_num_experts=4\)"),
     "a logit scale of unknown meaning": (
@@ -113,19 +112,6 @@ REFUSED = {
         lambda: tiny_config("llama", rope_scaling={"type": "dynamic", "factor": 2.0}),
         r"rotary embedding \(dynamic\) depends on the length",
     ),
-    "longrope": (
-        lambda: Phi3Config(
-            rope_parameters={
-                "rope_type": "longrope",
-                "short_factor": [1.0] * 48,
-                "long_factor": [1.0] * 48,
-                "rope_theta": 1e4,
-                "original_max_position_embeddings": 4096,
-            },
-            max_position_embeddings=131072,
-        ),
-        r"'phi3' .* rotary embedding \(longrope\) depends on the length",
-    ),
     "dynamic rope of one layer type": (
         lambda: tiny_config(
             "gemma3",
@@ -156,15 +142,29 @@ REFUSED = {
     "alibi of bloom": (lambda: BloomConfig(), "'bloom' .* attention interface"),
     "alibi of mpt": (lambda: MptConfig(), "'mpt' .* attention interface"),
     "attention of its own": (lambda: FalconConfig(), "'falcon' .* attention interface"),
-    "vision of gemma 3": (lambda: Gemma3Config(), "'gemma3' .* multimodal; extract the text model"),
-    "vision of qwen2": (lambda: Qwen2VLConfig(), "'qwen2_vl' .* multimodal; extract the text model"),
+    "vision of qwen2": (
+        lambda: Qwen2VLConfig(),
+        "'qwen2_vl' .* multimodal, .* only for gemma3, mistral3, qwen2_5_vl, qwen3_vl; extract the text model",
+    ),
     "vision of llama 4": (lambda: Llama4Config(), "'llama4' .* multimodal"),
     "vision without a vision config": (lambda: FuyuConfig(), "'fuyu' .* multimodal"),
     "vision of emu3": (lambda: Emu3Config(), "'emu3' .* multimodal"),
-    "quantized weights": (
+    "weights of GPTQ": (
         lambda: changed(LlamaConfig(), quantization_config={"quant_method": "gptq", "bits": 4}),
-        "its weights are quantized already; give the original model",
+        r"its weights are quantized \(gptq\), and only NF4 of bitsandbytes and MXFP4 can be read; give the original model",
     ),
+    "weights of 8 bits": (
+        lambda: changed(LlamaConfig(), quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True}),
+        r"its weights are quantized \(bitsandbytes 8-bit\)",
+    ),
+    "weights of FP4": (
+        lambda: changed(
+            LlamaConfig(),
+            quantization_config={"load_in_4bit": True, "bnb_4bit_quant_type": "fp4", "quant_method": "bitsandbytes"},
+        ),
+        r"its weights are quantized \(bitsandbytes fp4\)",
+    ),
+    "vision with a text model of experts": (lambda: Qwen3VLMoeConfig(), "'qwen3_vl_moe' .* multimodal"),
 }
 
 

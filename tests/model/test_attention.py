@@ -448,14 +448,14 @@ def call():
     return run
 
 
-@pytest.mark.parametrize("name", ["s_aux", "is_causal", "head_mask", "position_bias", "never_heard_of"])
+@pytest.mark.parametrize("name", ["alibi_slopes", "is_causal", "head_mask", "position_bias", "never_heard_of"])
 def test_an_unknown_argument_is_refused_by_name(call, name):
     with pytest.raises(ValueError, match=f"does not know the argument {name} of SimpleNamespace"):
         call(**{name: 0.0})
 
 
 def test_an_unknown_argument_that_is_none_changes_nothing(call):
-    assert torch.equal(call(softcap=None, s_aux=None)[0], call()[0])
+    assert torch.equal(call(softcap=None, head_mask=None)[0], call()[0])
 
 
 def test_arguments_without_effect_are_accepted(call):

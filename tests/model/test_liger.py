@@ -219,7 +219,14 @@ def test_a_model_type_that_liger_does_not_know_is_refused():
         choose_liger(True, "gpt_neox", CUDA)
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma3"])
+@pytest.mark.parametrize("kind", ["gemma3", "qwen3_moe"])
+def test_layers_of_multimodal_models_and_mixtures_stay_those_of_transformers(kind):
+    assert not choose_liger(None, kind, CUDA)
+    with pytest.raises(SaroError, match=f"not used for model type '{kind}'; leave --model.liger out"):
+        choose_liger(True, kind, CUDA)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma3_text"])
 def test_model_types_that_liger_knows_are_accepted(kind):
     assert choose_liger(True, kind, CUDA)
     assert choose_liger(None, kind, CUDA)
