@@ -51,7 +51,8 @@ class StepCost:
         head: what the head's forward takes at its peak beside that.
         working: the most that forward and backward take at once: what the layers keep, the head, and all else that lives for
             a part of the step.
-        operations: operations of a pack, with those that recomputation does again.
+        tokens: tokens of the pack.
+        operations: operations of the pack, with those that recomputation does again.
     """
 
     weights: int
@@ -61,6 +62,7 @@ class StepCost:
     layers: int
     head: int
     working: int
+    tokens: int
     operations: int
 
     @property
@@ -88,8 +90,11 @@ class Workload(NamedTuple):
     scored_share: float = 0.75
 
     def pack(self, tokens: int, vocabulary: int) -> tuple[Pack, int]:
-        """Fill a pack of ``tokens`` tokens or a little fewer. Returns it and its rows with a gradient."""
-        size = min(self.record_tokens, tokens)
+        """Fill a pack of ``tokens`` tokens or a little fewer. Returns it and its rows with a gradient.
+
+        Records are as long as fills it best. Real packs are nearly full, because their records are not all of one length.
+        """
+        size = tokens // max(1, round(tokens / self.record_tokens))
         if self.stage == "rw":
             pack = random_pack(tokens, vocabulary, size, self.scored_share)
             return pack, pack.rows
@@ -253,6 +258,7 @@ def measure_step(
         layers=kept[0],
         head=max(heads) - kept[0],
         working=max(peaks),
+        tokens=pack.tokens,
         operations=_count_operations(policy, pack, is_full),
     )
 
