@@ -209,7 +209,7 @@ def _step_seconds(
     update = _ADAMW_MOVES * trained / card.bandwidth
     times, read, waited = [], 0, 0
     for trees in records.steps:
-        plan = plan_step(trees, pack_tokens, processes)
+        plan = plan_step(trees, pack_tokens, processes, is_sharded)
         loads = [[sum(trees[i] for i in items) for items in packs] for packs in plan]
         if is_sharded:
             slots = [max(slot) for slot in zip_longest(*loads, fillvalue=0)]
