@@ -19,9 +19,20 @@ def give_freed_memory_back() -> None:
         trim(0)
 
 
-def resident_peak(step: Callable[[], object]) -> int:
-    """Return the peak resident memory in bytes while a function runs. Sampled, because the system's own peak never falls."""
-    process, done, peak = psutil.Process(), threading.Event(), 0
+def resident_bytes() -> int:
+    """Return the resident memory of this process, with the parts of files that it has mapped."""
+    return psutil.Process().memory_info().rss
+
+
+def own_bytes() -> int:
+    """Return the resident memory of this process without mapped files, whose parts the system can take back."""
+    memory = psutil.Process().memory_info()
+    return memory.rss - getattr(memory, "shared", 0)
+
+
+def resident_peak(step: Callable[[], object], read: Callable[[], int] = resident_bytes) -> int:
+    """Return the most that ``read`` reads while a function runs. Sampled, because the system's own peak never falls."""
+    done, peak = threading.Event(), 0
 
     def sample() -> None:
         nonlocal peak
@@ -29,7 +40,7 @@ def resident_peak(step: Callable[[], object]) -> int:
         while not ended:
             ended = done.wait(_SAMPLE_SECONDS)
             # After the end too: a short step may be over before the first sample. Its freed memory is still resident.
-            peak = max(peak, process.memory_info().rss)
+            peak = max(peak, read())
 
     sampler = threading.Thread(target=sample, daemon=True)
     sampler.start()
