@@ -11,6 +11,7 @@ ever whole: a layer, or embedding and head.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
 import socket
@@ -26,7 +27,7 @@ from random_model import SHAPES, write_model
 
 from saro.config import ModelConfig
 from saro.distributed.runtime import Runtime
-from saro.distributed.shard import is_part, local
+from saro.distributed.shard import local
 from saro.model.architectures import decoder_layers
 from saro.model.load import load_policy
 from saro.model.source import find_model
@@ -37,6 +38,7 @@ def load(folder: str, method: str, is_sharded: bool) -> dict[str, int]:
     """Load the model in this process, a rank of the launcher's, and return what it took in bytes."""
     runtime = Runtime.start(shard="full" if is_sharded else "none")
     torch.set_num_threads(1)
+    give_back_at_once()
     options = ModelConfig(name=folder, method=method, dtype="bfloat16")
     source = find_model(options)
     # What libraries allocate once.
@@ -65,10 +67,16 @@ def load(folder: str, method: str, is_sharded: bool) -> dict[str, int]:
     peaks["parts"] = sum(local(p).nbytes for p in parameters)
     peaks["whole"] = sum(p.numel() * p.element_size() for p in parameters)
     peaks["layer"], peaks["largest_group"] = groups[0], max(groups)
-    peaks["sharded"] = int(any(map(is_part, parameters)))
     runtime.barrier()
     runtime.end()
     return peaks
+
+
+def give_back_at_once() -> None:
+    """Let the C library give freed blocks back at once, so that only what lives counts. ``Runtime.start`` lets it keep them."""
+    libc = ctypes.CDLL(None)
+    libc.mallopt(-3, 2**16)  # M_MMAP_THRESHOLD
+    libc.mallopt(-1, 2**17)  # M_TRIM_THRESHOLD
 
 
 def run_ranks(folder: Path, processes: int, method: str) -> list[dict[str, int]]:
@@ -77,8 +85,7 @@ def run_ranks(folder: Path, processes: int, method: str) -> list[dict[str, int]]
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     group = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1"}
-    # The C library gives freed blocks back at once, so that only what lives counts.
-    group |= {"MASTER_PORT": port, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
+    group |= {"MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, __file__, "--folder", str(folder), "--method", method]
     start = partial(subprocess.Popen, command, stdout=subprocess.PIPE, text=True)
     ranks = [start(env=os.environ | group | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(processes)]
@@ -102,10 +109,9 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as temporary:
         write_model(options.shape, Path(temporary))
-        for processes in (1, options.processes):
-            for rank, found in enumerate(run_ranks(Path(temporary), processes, options.method)):
-                label = f"{options.shape}, {options.method}, rank {rank} of {processes}"
-                rows.append([label, *(f"{found[name] / 2**20:,.0f}" for name in names)])
+        for rank, found in enumerate(run_ranks(Path(temporary), options.processes, options.method)):
+            label = f"{options.shape}, {options.method}, rank {rank} of {options.processes}"
+            rows.append([label, *(f"{found[name] / 2**20:,.0f}" for name in names)])
     print(table(["MiB", *(name.replace("_", " ") for name in names)], rows))
 
 

@@ -297,7 +297,7 @@ def _notes(options: Options, card: Card, records: Records, layouts: Sequence[Lay
     else:
         lines.append(
             f"rate: {CPU_SHARE:.0%} of {card.operations / 1e9:,.0f} GFLOP/s, that of a GEMM measured now; "
-            "memory: what is free now"
+            "memory: what is free now. A run keeps freed memory, and was measured to take up to a quarter more than its tensors"
         )
     if len(layouts) > 1:
         lines.append("times of exchanges between cards are computed from bandwidths, and have not been measured")
