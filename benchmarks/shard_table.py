@@ -35,19 +35,19 @@ def main() -> None:
         model = ModelConfig(method=method, gradient_checkpointing=True)
         setting = Setting(SHAPES[options.shape](), model, torch.bfloat16, is_gpu=True)
         workload = Workload("rw", 512)
-        (alone,) = predict_costs(setting, workload, [options.tokens])
         for number in options.ranks:
             (cost,) = predict_costs(setting, workload, [options.tokens], Ranks("full", number))
-            gathered = cost.working - alone.working
-            parts = [cost.weights + cost.adapters, cost.gradients, cost.optimizer, alone.working, gathered, cost.peak]
-            rows.append([f"{name}, {number} ranks", *(f"{part / 2**30:.1f}" for part in parts)])
+            rest = cost.working - cost.gathered - cost.layers
+            parts = [cost.weights + cost.adapters, cost.gradients, cost.optimizer, cost.gathered, cost.layers]
+            rows.append([f"{name}, {number} ranks", *(f"{part / 2**30:.1f}" for part in [*parts, rest, cost.peak])])
     header = [
         f"{options.shape}, {options.tokens:,} tokens, GiB on a rank",
         "weights",
         "gradients",
         "optimizer",
+        "embedding and head",
         "activations",
-        "gathered",
+        "rest of the step",
         "peak",
     ]
     publish(table(header, rows), options.into, MARKERS)

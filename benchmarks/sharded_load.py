@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from gpu_tables import table
+from gpu_tables import publish, table
 from random_model import SHAPES, write_model
 
 from saro.config import ModelConfig
@@ -32,6 +32,8 @@ from saro.model.architectures import decoder_layers
 from saro.model.load import load_policy
 from saro.model.source import find_model
 from saro.train.resident_memory import give_freed_memory_back, own_bytes, resident_bytes, resident_peak
+
+MARKERS = ("<!-- sharded load: begin -->", "<!-- sharded load: end -->")
 
 
 def load(folder: str, method: str, is_sharded: bool) -> dict[str, int]:
@@ -100,6 +102,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=sorted(SHAPES), default="llama-1b", help="Shape of the model.")
     parser.add_argument("--processes", type=int, default=2, help="Number of ranks.")
     parser.add_argument("--method", choices=("full", "lora", "qlora"), default="lora")
+    parser.add_argument("--into", type=Path, help="Document whose table is replaced; without it, it is printed.")
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.folder:
@@ -112,7 +115,7 @@ def main() -> None:
         for rank, found in enumerate(run_ranks(Path(temporary), options.processes, options.method)):
             label = f"{options.shape}, {options.method}, rank {rank} of {options.processes}"
             rows.append([label, *(f"{found[name] / 2**20:,.0f}" for name in names)])
-    print(table(["MiB", *(name.replace("_", " ") for name in names)], rows))
+    publish(table(["MiB", *(name.replace("_", " ") for name in names)], rows), options.into, MARKERS)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, fields
@@ -19,6 +19,7 @@ from saro.distributed.pretended import pretended_ranks
 from saro.distributed.shard import is_sharded, local
 from saro.model import policy as policy_module
 from saro.model import recompute
+from saro.model.architectures import decoder_layers
 from saro.model.attention import EITHER, choose_backend
 from saro.model.fake_policy import (
     Meter,
@@ -36,6 +37,10 @@ from saro_kernels import token_logps
 # Layers of each kind, kept and recomputed, that are run: more than the two whose inputs are still on the device when they are
 # kept on the host, and more than the two that are gathered at once. ``_MORE`` more tell what a layer adds.
 _FEW, _MORE = 4, 2
+# Phases of a step. The backward is divided after this many layers: what it takes at most is there while it goes through them, or
+# at its end, when the gradients of all weights are there.
+_PHASES = ("before the layers", "forward", "head", "backward of the last layers", "backward of the others")
+_LAST = 3
 
 
 @dataclass(frozen=True)
@@ -47,10 +52,12 @@ class StepCost:
         adapters: adapters.
         gradients: gradients of a step that are there while a later pack of the step runs.
         optimizer: the optimizer's state.
-        layers: what the decoder keeps when the head begins; under sharding also what is gathered then.
+        gathered: under sharding, the weights outside the layers, such as embedding and head, which are whole during the step.
+        layers: what the decoder keeps when the head begins.
         head: what the head's forward takes at its peak beside that.
-        working: the most that forward and backward take at once: what the layers keep, the head, and all else that lives for
-            a part of the step.
+        phases: the most that each phase of the step takes at once: before the first layer, the layers' forward, the head, the
+            backward of the last layers, and the rest of it. In each the peak is a line over the number of layers; their maximum
+            is not.
         tokens: tokens of the pack.
         operations: operations of the pack, with those that recomputation does again.
     """
@@ -59,11 +66,17 @@ class StepCost:
     adapters: int
     gradients: int
     optimizer: int
+    gathered: int
     layers: int
     head: int
-    working: int
+    phases: tuple[int, ...]
     tokens: int
     operations: int
+
+    @property
+    def working(self) -> int:
+        """The most that forward and backward take at once, bytes."""
+        return max(self.phases)
 
     @property
     def held(self) -> int:
@@ -165,11 +178,15 @@ def predict_costs(
 def _extend(cost: StepCost, start: StepCost, more: StepCost, layers: int) -> StepCost:
     """Add to a cost what ``layers`` layers take, of which ``_MORE`` take ``more`` less ``start``."""
 
-    def extended(name: str) -> int:
-        step = getattr(more, name) - getattr(start, name)
-        return getattr(cost, name) + step * layers // _MORE
+    def extended(value: int, at_start: int, at_more: int) -> int:
+        return value + (at_more - at_start) * layers // _MORE
 
-    return StepCost(**{field.name: extended(field.name) for field in fields(StepCost)})
+    values = {}
+    for name in (field.name for field in fields(StepCost)):
+        ends = [getattr(one, name) for one in (cost, start, more)]
+        is_one = isinstance(ends[0], int)
+        values[name] = extended(*ends) if is_one else tuple(extended(*phase) for phase in zip(*ends, strict=True))
+    return StepCost(**values)
 
 
 def _run_layers(
@@ -224,24 +241,35 @@ def measure_step(
         parameter.grad = torch.zeros_like(parameter) if holds_gradients else None
     held = [local(p.grad) for p in trainable.values() if p.grad is not None]
     meter.ignore(held)
+    peaks = [0] * len(_PHASES)
     kept: list[int] = []
-    peaks: list[int] = []
-    heads: list[int] = []
+
+    def end_phase(name: str) -> None:
+        phase = _PHASES.index(name)
+        peaks[phase] = max(peaks[phase], meter.take_peak())
 
     def counted_logps(**arguments: object) -> torch.Tensor:
-        peaks.append(meter.take_peak())
-        kept.append(meter.now)
+        if not kept:
+            end_phase("forward")
+            kept.append(meter.now)
         logps = token_logps(**arguments)
-        heads.append(meter.take_peak())
+        end_phase("head")
         return logps
 
+    layers = decoder_layers(policy.causal_lm)
+    begin = layers[0].register_forward_pre_hook(lambda *_: None if kept else end_phase("before the layers"))
+    marked = layers[-min(_LAST, len(layers))].register_forward_pre_hook(
+        lambda _, inputs: _when_done(inputs[0], lambda: end_phase("backward of the last layers")) if not kept else None
+    )
     with (
         meter,
         mock.patch.object(policy_module, "token_logps", counted_logps),
         mock.patch.object(recompute, "empty_on_host", meter.make_ignored),
     ):
         (-policy(pack, gradient_rows=gradient_rows).mean()).backward()
-    peaks += [*heads, meter.take_peak()]
+    end_phase("backward of the others")
+    begin.remove()
+    marked.remove()
     for parameter in trainable.values():
         parameter.grad = None
     is_full = len(trainable) == len(parameters)
@@ -250,17 +278,28 @@ def measure_step(
     if holds_gradients and is_sharded(policy) and not is_full:
         # ``exchanging_gradients``: each rank adds up whole gradients of few weights until the last pack of a step.
         gradients = sum(p.nbytes for p in trainable.values())
+    gathered = 0
+    if is_sharded(policy):
+        in_layers = {id(p) for layer in layers for p in layer.parameters()}
+        gathered = sum(p.numel() * p.element_size() for p in parameters.values() if id(p) not in in_layers)
     return StepCost(
         weights=sum(_bytes(p) for p in parameters.values()) - (0 if is_full else trained) + scale_bytes(policy),
         adapters=0 if is_full else trained,
         gradients=gradients,
         optimizer=sum(optimizer_state_bytes(local(p), optimizer) for p in trainable.values()),
-        layers=kept[0],
-        head=max(heads) - kept[0],
-        working=max(peaks),
+        gathered=gathered,
+        layers=kept[0] - gathered,
+        head=peaks[_PHASES.index("head")] - kept[0],
+        phases=tuple(peaks),
         tokens=pack.tokens,
         operations=_count_operations(policy, pack, is_full),
     )
+
+
+def _when_done(hidden: torch.Tensor, note: Callable[[], None]) -> None:
+    """Call ``note`` when the backward has gone through all that reads these hidden states."""
+    if hidden.requires_grad:
+        hidden.register_hook(lambda _: note())
 
 
 def _bytes(parameter: torch.Tensor) -> int:

@@ -72,7 +72,7 @@ def assert_fake_is_real(make, task: str, holds_gradients: bool) -> None:
             pack = WORKLOADS[task].pack(256, 264)
             steps.append(measure_step(make(), *pack, holds_gradients=holds_gradients))
     real, fake = steps
-    assert replace(fake, working=real.working) == real
+    assert replace(fake, phases=real.phases) == real
     # The backward of attention on a CPU takes other intermediate tensors.
     assert fake.peak == pytest.approx(real.peak, rel=0.03)
     assert real.working > real.layers
@@ -115,20 +115,22 @@ def setting_of(layers: int = 2, method: str = "qlora", is_gpu: bool = True, **op
 @pytest.mark.parametrize(
     ("setting", "ranks"),
     [
-        (setting_of(layers=5, gradient_checkpointing=True, activation_offloading=True), None),
-        (setting_of(layers=8, method="full", is_gpu=False, gradient_checkpointing=4), None),
-        (setting_of(layers=5, gradient_checkpointing=True), Ranks("full", 4)),
+        (setting_of(layers=6, gradient_checkpointing=True, activation_offloading=True), None),
+        (setting_of(layers=10, method="full", is_gpu=False, gradient_checkpointing=5), None),
+        (setting_of(layers=6, gradient_checkpointing=True), Ranks("full", 4)),
     ],
     ids=["on the host", "half", "shared"],
 )
 def test_all_figures_lie_on_a_plane_over_the_numbers_of_layers(setting, ranks, monkeypatch):
     monkeypatch.setattr(predict_memory, "_MORE", 1)
     costs = []
-    for few in (3, 9):
+    for few in (4, 9):
         monkeypatch.setattr(predict_memory, "_FEW", few)
         costs += predict_costs(setting, WORKLOADS["srpo"], [256], ranks)
-    extended, whole = map(vars, costs)
-    assert extended == pytest.approx(whole, abs=4096)
+    extended, whole = costs
+    assert extended.working == pytest.approx(whole.working, abs=4096)
+    # Only the largest phase matters, and which one that is depends on the number of layers.
+    assert replace(extended, phases=whole.phases) == whole
 
 
 def shared_cost(method: str, ranks: Ranks | None) -> StepCost:

@@ -50,7 +50,6 @@ class Layout:
         name: what it is called.
         ranks: number of processes, each with a card of its own.
         cost: what a step with a pack of the budget takes on one of them.
-        gathered: bytes of the working memory that sharding adds: gathered weights, and gradients on their way.
         limit: bytes that tensors can have.
         largest_pack: tokens of the largest pack that fits; 0 if none does.
         recomputed: layers that are recomputed.
@@ -62,7 +61,6 @@ class Layout:
     name: str
     ranks: int
     cost: StepCost
-    gathered: int
     limit: int
     largest_pack: int
     recomputed: int
@@ -116,17 +114,16 @@ def plan_layouts(
     shared = shared if is_auto else setting
     seconds = _pack_seconds(setting, card, rate)
 
-    def plan(name: str, ranks: Ranks, setting: Setting, costs: Sequence[StepCost], gathered: int) -> Layout:
+    def plan(name: str, ranks: Ranks, setting: Setting, costs: Sequence[StepCost]) -> Layout:
         cost, larger = costs
         slope = (larger.peak - cost.peak) / (larger.tokens - cost.tokens)
-        most = int(pack_tokens + (limit - cost.peak - gathered) / slope)
+        most = int(pack_tokens + (limit - cost.peak) / slope)
         link = card.link if ranks.processes <= ranks.per_machine else network
         step_seconds, idle = _step_seconds(records, ranks, pack_tokens, cost, seconds, card, link)
         return Layout(
             name=name,
             ranks=ranks.processes,
-            cost=replace(cost, working=cost.working + gathered),
-            gathered=gathered,
+            cost=cost,
             limit=limit,
             largest_pack=max(0, most // _PACK_STEP * _PACK_STEP),
             recomputed=setting.options.gradient_checkpointing,
@@ -136,21 +133,16 @@ def plan_layouts(
         )
 
     costs = predict_costs(setting, records.workload, sizes)
-    layouts = [plan("alone", Ranks("none", 1), setting, costs, 0)]
+    layouts = [plan("alone", Ranks("none", 1), setting, costs)]
     if ranks.processes == 1:
         return layouts
-    layouts.append(plan("DDP", ranks._replace(shard="none"), setting, costs, 0))
+    layouts.append(plan("DDP", ranks._replace(shard="none"), setting, costs))
     if setting.optimizer != "adamw":
         return layouts
-    whole = predict_costs(shared, records.workload, sizes) if shared is not setting else costs
     has_machines = ranks.processes > ranks.per_machine and ranks.processes % ranks.per_machine == 0
     for shard in ("full", "hybrid") if has_machines else ("full",):
         these = ranks._replace(shard=shard)
-        (part,) = predict_costs(shared, records.workload, sizes[:1], these)
-        # What is gathered does not depend on the pack.
-        gathered = part.working - whole[0].working
-        held = {name: getattr(part, name) for name in ("weights", "adapters", "gradients", "optimizer")}
-        layouts.append(plan(f"FSDP2 {shard}", these, shared, [replace(cost, **held) for cost in whole], gathered))
+        layouts.append(plan(f"FSDP2 {shard}", these, shared, predict_costs(shared, records.workload, sizes, these)))
     return layouts
 
 

@@ -213,7 +213,12 @@ def _as_json(options: Options, card: Card, records: Records, layouts: Sequence[L
         "checkpoint_bytes": checkpoint_bytes(layouts[0].cost, options.train),
         "layouts": [
             asdict(layout)
-            | {"peak": layout.cost.peak, "fits": layout.fits, "run_seconds": layout.run_seconds}
+            | {
+                "peak": layout.cost.peak,
+                "working": layout.cost.working,
+                "fits": layout.fits,
+                "run_seconds": layout.run_seconds,
+            }
             | {"tokens_per_second": records.step_tokens / layout.step_seconds}
             for layout in layouts
         ],
@@ -247,15 +252,13 @@ def _rows(layouts: Sequence[Layout], records: Records) -> list[tuple[str, list[s
 
     costs = [layout.cost for layout in layouts]
     rows = [memory(part, [getattr(cost, part) for cost in costs]) for part in ("weights", "adapters", "gradients")]
-    # Not gathered weights, which the layers hold under sharding.
-    whole = [cost.working - layout.gathered for cost, layout in zip(costs, layouts, strict=True)]
-    rest = [working - cost.layers - cost.head for working, cost in zip(whole, costs, strict=True)]
+    rest = [cost.working - cost.layers - cost.head - cost.gathered for cost in costs]
     rows += [
         memory("optimizer", [cost.optimizer for cost in costs]),
         memory("activations", [cost.layers for cost in costs]),
         memory("head", [cost.head for cost in costs]),
         memory("backward beyond", rest),
-        memory("gathered", [layout.gathered for layout in layouts]),
+        memory("gathered", [cost.gathered for cost in costs]),
         memory("peak", [cost.peak for cost in costs]),
         ("fits", ["yes" if layout.fits else "no" for layout in layouts]),
         ("largest pack", [f"{layout.largest_pack:,}" if layout.largest_pack else "none" for layout in layouts]),
