@@ -37,10 +37,9 @@ from saro_kernels import token_logps
 # Layers of each kind, kept and recomputed, that are run: more than the two whose inputs are still on the device when they are
 # kept on the host, and more than the two that are gathered at once. ``_MORE`` more tell what a layer adds.
 _FEW, _MORE = 4, 2
-# Phases of a step. The backward is divided after this many layers: what it takes at most is there while it goes through them, or
-# at its end, when the gradients of all weights are there.
-_PHASES = ("before the layers", "forward", "head", "backward of the last layers", "backward of the others")
-_LAST = 3
+# Phases of a step. The backward is divided after the last layer: what it takes at most is there then, or a layer or two later, when
+# the gradients of the layers before are on their way to other ranks.
+_PHASES = ("before the layers", "forward", "head", "backward of the last layer", "backward of the others")
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ class StepCost:
         layers: what the decoder keeps when the head begins.
         head: what the head's forward takes at its peak beside that.
         phases: the most that each phase of the step takes at once: before the first layer, the layers' forward, the head, the
-            backward of the last layers, and the rest of it. In each the peak is a line over the number of layers; their maximum
+            backward of the last layer, and the rest of it. In each the peak is a line over the number of layers; their maximum
             is not.
         tokens: tokens of the pack.
         operations: operations of the pack, with those that recomputation does again.
@@ -258,8 +257,8 @@ def measure_step(
 
     layers = decoder_layers(policy.causal_lm)
     begin = layers[0].register_forward_pre_hook(lambda *_: None if kept else end_phase("before the layers"))
-    marked = layers[-min(_LAST, len(layers))].register_forward_pre_hook(
-        lambda _, inputs: _when_done(inputs[0], lambda: end_phase("backward of the last layers")) if not kept else None
+    marked = layers[-1].register_forward_pre_hook(
+        lambda _, inputs: _when_done(inputs[0], lambda: end_phase("backward of the last layer")) if not kept else None
     )
     with (
         meter,
