@@ -22,11 +22,11 @@ from jsonargparse import auto_cli
 from rich.console import Console
 from rich.table import Table
 from torch.utils._python_dispatch import TorchDispatchMode
-from train_step import random_pack
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from saro.config import ModelConfig
 from saro.data.packs import Pack
+from saro.data.random_packs import random_pack
 from saro.model.load import load_policy
 from saro.model.policy import Policy
 from saro.model.source import ModelSource

@@ -6,7 +6,7 @@ One step is one pack of random token ids: forward, head, backward, AdamW. Steps 
 rate, so that a slow moment of the machine slows both, and the figures are medians. With `--peft true`, steps with PEFT's
 own LoRA layers and steps without adapters take turns with them. Without adapters the gradient goes to the embeddings: no
 adapter can be faster. On a GPU, a step is timed by the clock, with Python's launches. The floor of a step is the time of its operations at the GEMM rate, or of its bytes at the rate of
-a copy (`step_floor.py`): recomputation and all that is not a matrix product count as lost time.
+a copy (`saro.train.step_floor`): recomputation and all that is not a matrix product count as lost time.
 """
 
 from __future__ import annotations
@@ -24,12 +24,11 @@ import torch
 from jsonargparse import auto_cli
 from rich.console import Console
 from rich.table import Table
-from step_floor import floor_of_step
 from yardstick import copy_per_second, gemm_per_second
 
 from saro.config import ModelConfig, TrainConfig
-from saro.data.packs import Pack, lay_out
-from saro.data.tree import RowKind, ScoredSequence, build_tree
+from saro.data.packs import Pack
+from saro.data.random_packs import random_pack
 from saro.demo import find_demo
 from saro.distributed.runtime import Runtime
 from saro.files import atomic_write
@@ -39,6 +38,7 @@ from saro.model.source import find_model
 from saro.model.unmodified import own_layers
 from saro.train.losses import nll_sum
 from saro.train.optim import make_optimizer
+from saro.train.step_floor import floor_of_step
 
 
 @dataclass(frozen=True)
@@ -60,18 +60,6 @@ class Times:
     @property
     def step(self) -> float:
         return self.forward + self.head + self.backward + self.optimizer
-
-
-def random_pack(pack_tokens: int, vocabulary: int, sequence_tokens: int, scored_share: float) -> Pack:
-    """Fill a pack with random sequences of equal length; the last ``scored_share`` of each is scored."""
-    rng = np.random.default_rng(0)
-    num_sequences = pack_tokens // sequence_tokens
-    scored = round(sequence_tokens * scored_share)
-    kinds = np.full(scored, RowKind.ANSWER, np.uint8)
-    # One token more per sequence: the last token is only a target and not fed to the model.
-    tokens = rng.integers(0, vocabulary, (num_sequences, sequence_tokens + 1)).astype(np.int32)
-    sequences = [ScoredSequence(ids, sequence_tokens + 1 - scored, kinds, i) for i, ids in enumerate(tokens)]
-    return lay_out([build_tree([sequence]) for sequence in sequences])
 
 
 def time_step(policy: Policy, pack: Pack, optimizer: torch.optim.Optimizer) -> Times:

@@ -25,6 +25,7 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
+    "plan": Command("saro.tools.plan_run.plan_tool", "memory, largest pack, time and disk of a run, before it"),
     "inspect": Command("saro.tools.inspect_data", "length report and coloured records"),
     "convert": Command("saro.tools.convert", "public data sets to training records, suites or attacks"),
     "export": Command("saro.tools.export", "a run's adapter, or a merged model, verified"),

@@ -11,10 +11,10 @@ import sys
 
 import torch
 from peers_data import Lengths, Part, generate_pairs
-from train_step import random_pack
 from yardstick import seconds
 
 from saro.data.packs import Pack, lay_out
+from saro.data.random_packs import random_pack
 from saro.files import atomic_write
 from saro.model.attention import AttentionPlan, packed_attention
 
@@ -54,7 +54,7 @@ def measure(pack: Pack) -> dict:
         torch.randn(1, heads, tokens, SIZE, device=DEVICE, dtype=DTYPE) for heads in (HEADS, GROUPS, GROUPS, HEADS)
     )
     leaves = [x.requires_grad_() for x in (q, k, v)]
-    # As in step_floor.py; the backward has 2.5 times as many operations as the forward, since it computes scores again.
+    # As in saro.train.step_floor; the backward has 2.5 times as many operations as the forward, since it computes scores again.
     operations = 4 * (pack.position_ids.sum().item() + tokens / 2) * HEADS * SIZE
     entry: dict = {"tokens": tokens, "segments": len(pack.segments), "forward_operations": operations}
     results = {}

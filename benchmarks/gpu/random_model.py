@@ -70,6 +70,7 @@ SHAPES = {
     "llama-8b": partial(shape, LlamaConfig, 128256, 4096, 14336, 32, (32, 8, 128), False),  # Llama-3-8B
     "qwen2.5-7b": partial(shape, Qwen2Config, 152064, 3584, 18944, 28, (28, 4, 128), False),
     "qwen3-8b": partial(shape, Qwen3Config, 151936, 4096, 12288, 36, (32, 8, 128), False),
+    "llama-70b": partial(shape, LlamaConfig, 128256, 8192, 28672, 80, (64, 8, 128), False),  # Llama-3-70B
     "llama-1b": partial(shape, LlamaConfig, 128256, 2048, 8192, 16, (32, 8, 64), True),  # Llama-3.2-1B
     "qwen3-0.6b": partial(shape, Qwen3Config, 151936, 1024, 3072, 28, (16, 8, 128), True),
     "tiny-llama": partial(shape, LlamaConfig, 512, 64, 128, 2, (4, 2, 16), True),

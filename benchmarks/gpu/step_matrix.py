@@ -24,11 +24,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from step_floor import floor_of_step
-from train_step import Times, random_pack, time_step
+from train_step import Times, time_step
 from yardstick import gemm_per_second
 
 from saro.config import ModelConfig, TrainConfig
+from saro.data.random_packs import random_pack
 from saro.distributed.runtime import Runtime
 from saro.files import atomic_write
 from saro.model.load import load_policy
@@ -38,6 +38,7 @@ from saro.model.source import find_model
 from saro.model.unmodified import own_layers
 from saro.train.losses import nll_sum
 from saro.train.optim import make_optimizer
+from saro.train.step_floor import floor_of_step
 
 CUDA = torch.cuda.is_available()
 SEQUENCE_TOKENS = 512 if CUDA else 16

@@ -149,7 +149,7 @@ ALL_WORK = Share()
 
 def pack_trees(trees: Sequence[SequenceTree], pack_tokens: int, share: Share = ALL_WORK) -> Iterator[Pack]:
     """Yield the packs of one rank's share of some trees. Each pack is laid out when it is asked for."""
-    plan = plan_step([tree.tokens for tree in trees], pack_tokens, share.processes)
+    plan = plan_step([tree.tokens for tree in trees], pack_tokens, share.processes, share.is_even)
     for items in plan[share.rank]:
         yield lay_out([trees[i] for i in items])
     if share.is_even:
@@ -242,17 +242,27 @@ def _concatenate(parts: Sequence[np.ndarray]) -> np.ndarray:
     return np.concatenate([np.empty(0, np.int64), *parts]).astype(np.int64)
 
 
-def balance(tokens: Sequence[int], ranks: int) -> list[list[int]]:
-    """Deal items of the given sizes to ``ranks`` ranks, largest first, each to the rank with the fewest tokens so far.
+# A sequence of this many tokens spends as much on attention as on all products with weights, in a model whose width is 4,096:
+# 12 times the width. The plan needs no better guess: the longest records are what it spreads.
+_ATTENTION_TOKENS = 12 * 4096
+
+
+def record_cost(tokens: int) -> float:
+    """Return the work of a record, in tokens of a short one: each of its tokens also attends to those before it."""
+    return tokens * (1 + tokens / _ATTENTION_TOKENS)
+
+
+def balance(costs: Sequence[float], ranks: int) -> list[list[int]]:
+    """Deal items of the given costs to ``ranks`` ranks, largest first, each to the rank with the least so far.
 
     Returns the item indices of each rank. (Graham 1969, longest processing time first.)
     """
-    loads = [(0, rank) for rank in range(ranks)]
+    loads: list[tuple[float, int]] = [(0, rank) for rank in range(ranks)]
     dealt: list[list[int]] = [[] for _ in range(ranks)]
-    for item in sorted(range(len(tokens)), key=lambda i: (-tokens[i], i)):
+    for item in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
         load, rank = heapq.heappop(loads)
         dealt[rank].append(item)
-        heapq.heappush(loads, (load + tokens[item], rank))
+        heapq.heappush(loads, (load + costs[item], rank))
     return dealt
 
 
@@ -278,10 +288,17 @@ def best_fit_decreasing(tokens: Sequence[int], budget: int) -> list[list[int]]:
     return bins
 
 
-def plan_step(tokens: Sequence[int], budget: int, ranks: int = 1) -> list[list[list[int]]]:
-    """Return each rank's packs as lists of indices into ``tokens``. A rank without work gets one empty pack."""
+def plan_step(tokens: Sequence[int], budget: int, ranks: int = 1, is_even: bool = False) -> list[list[list[int]]]:
+    """Return each rank's packs as lists of indices into ``tokens``. A rank without work gets one empty pack.
+
+    Ranks wait for each other at the end of the step, so that their work is balanced. If ``is_even``, they wait in every pack:
+    then their tokens are, which gives them equally many packs of about equal sizes. The packs with most work come first, so that
+    the ranks run like packs at the same time.
+    """
+    costs = [record_cost(size) for size in tokens]
     plan = []
-    for items in balance(tokens, ranks):
-        packs = best_fit_decreasing([tokens[i] for i in items], budget)
-        plan.append([[items[i] for i in pack] for pack in packs] or [[]])
+    for items in balance(tokens if is_even else costs, ranks):
+        packs = [[items[i] for i in pack] for pack in best_fit_decreasing([tokens[i] for i in items], budget)]
+        packs.sort(key=lambda pack: -sum(costs[i] for i in pack))
+        plan.append(packs or [[]])
     return plan

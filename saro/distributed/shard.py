@@ -70,11 +70,9 @@ def shard_module(
         part.set_force_sum_reduction_for_comms(True)
     for method in methods:
         register_fsdp_forward_method(module, method)
-    # The first group that runs becomes the root. It must be the module, although checks may run a layer alone first.
-    module.run_nothing = lambda: None
-    register_fsdp_forward_method(module, "run_nothing")
-    module.run_nothing()
-    del module.run_nothing
+    # The first group that runs becomes the root. It must be the module, although checks may run a layer alone first. Running a
+    # method would do it too, but would gather embedding and head.
+    module._get_fsdp_state()._lazy_init()
 
 
 def is_sharded(module: nn.Module) -> bool:

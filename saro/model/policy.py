@@ -165,7 +165,9 @@ class Policy(nn.Module):
     def precision(self) -> torch.autocast:
         """Return the context in which the model's products are computed in ``compute_dtype``."""
         device = self.causal_lm.device.type
-        return torch.autocast(device, self.autocast, enabled=self.autocast is not None)
+        # Without the cache of casts: each weight is used once, and the cache would hold the casts of all layers to the end of the
+        # forward, even of layers that are recomputed and of weights that were gathered from other ranks for a moment.
+        return torch.autocast(device, self.autocast, enabled=self.autocast is not None, cache_enabled=False)
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Return the trainable parameters by name, tied ones once."""

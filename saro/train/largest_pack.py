@@ -229,7 +229,8 @@ def _likely_steps(steps: Steps, total_steps: int) -> list[int]:
 def _packs_of_step(steps: Steps, number: int, processes: int) -> Iterator[LargestPack]:
     """Yield the packs of all ranks in a step."""
     trees = steps.data.trees(steps.schedule.records(number).tolist(), steps.pack_tokens)
-    for rank_packs in plan_step([tree.tokens for tree in trees], steps.pack_tokens, processes):
+    sizes = [tree.tokens for tree in trees]
+    for rank_packs in plan_step(sizes, steps.pack_tokens, processes, steps.share.is_even):
         for items in rank_packs:
             members = tuple(trees[item] for item in items)
             pack = lay_out(members)

@@ -19,6 +19,7 @@ from saro.data.packs import (
     lay_out,
     pack_trees,
     plan_step,
+    record_cost,
 )
 from saro.data.tree import RowKind, ScoredSequence, build_tree
 
@@ -321,10 +322,42 @@ def test_every_rank_has_a_pack_and_an_empty_one_only_without_work(tokens, ranks)
     assert sum(packs == [[]] for packs in plan) == max(0, ranks - len(tokens))
 
 
-@given(sizes, st.integers(1, 5))
-def test_each_rank_packs_the_items_that_balance_gives_it(tokens, ranks):
-    plan, dealt = plan_step(tokens, 40, ranks), balance(tokens, ranks)
+def loads_of(tokens, packs) -> list[float]:
+    return [sum(record_cost(tokens[i]) for i in pack) for pack in packs]
+
+
+@given(sizes, st.integers(1, 5), st.booleans())
+def test_each_rank_packs_the_items_that_balance_gives_it(tokens, ranks, is_even):
+    """Work is balanced, or tokens if ranks wait for each other in each pack."""
+    plan = plan_step(tokens, 40, ranks, is_even)
+    dealt = balance(tokens if is_even else [record_cost(size) for size in tokens], ranks)
     assert [sorted(i for pack in packs for i in pack) for packs in plan] == [sorted(items) for items in dealt]
+
+
+@given(sizes, st.integers(1, 5), st.booleans())
+def test_a_rank_runs_the_packs_with_most_work_first(tokens, ranks, is_even):
+    for packs in plan_step(tokens, 40, ranks, is_even):
+        assert loads_of(tokens, packs) == sorted(loads_of(tokens, packs), reverse=True)
+
+
+@given(sizes, st.integers(1, 5), st.booleans(), st.randoms(use_true_random=False))
+def test_the_order_of_the_records_does_not_change_the_sizes_of_the_packs(tokens, ranks, is_even, random):
+    shuffled = random.sample(tokens, len(tokens))
+    of_each = [
+        [sorted(these[i] for i in pack) for packs in plan_step(these, 40, ranks, is_even) for pack in packs]
+        for these in (tokens, shuffled)
+    ]
+    assert of_each[0] == of_each[1]
+
+
+def test_long_records_count_with_their_attention():
+    """One of 16,384 tokens is as much work as 21 short ones of 1,024, not as 16."""
+    tokens = [16384] + [1024] * 21
+    alone, others = plan_step(tokens, 32768, 2)
+    assert alone == [[0]]
+    assert len(others[0]) == 21
+    shared, _ = plan_step(tokens, 32768, 2, is_even=True)
+    assert len(shared[0]) > 1
 
 
 def test_one_item_for_three_ranks_leaves_two_with_an_empty_pack():

@@ -245,6 +245,53 @@ def test_each_rank_may_have_its_own_cache_of_references(start_apart, srpo_argume
         )
 
 
+@pytest.fixture
+def relative_pairs(srpo_arguments) -> Callable[..., list[str]]:
+    """Command line of a short SRPO run whose files are relative to the machine's folder."""
+
+    def get(*flags: str, **changes: object) -> list[str]:
+        files = {"data_train": '["pairs.jsonl"]', "data_heldout": '["heldout-pairs.jsonl"]', "train_output": "run"}
+        return srpo_arguments(*flags, **(files | changes))
+
+    return get
+
+
+@pytest.mark.parametrize("reference", ["start", "other"])
+def test_a_resumed_stage_2_needs_neither_folder_nor_references_on_other_ranks(
+    start_apart, relative_pairs, machines, tiny_model, reference
+):
+    other = {} if reference == "start" else {"preference_reference": tiny_model("qwen3")}
+    options = {"train_keep_checkpoints": 6, **other}
+    ranks = start_apart(relative_pairs(**options), relative_pairs(**options), recipe="srpo")
+    assert [p.code for p in ranks] == [0, 0], ranks[0].err + ranks[1].err
+    unbroken = machines[0] / "unbroken"
+    (machines[0] / "run").rename(unbroken)
+    keep_until(unbroken, machines[0] / "run", step=2)
+    shutil.rmtree(machines[1] / "cache")
+    ranks = start_apart(relative_pairs("--resume", **options), relative_pairs("--resume", **options), recipe="srpo")
+    assert [p.code for p in ranks] == [0, 0], ranks[0].err + ranks[1].err
+    assert "resuming after step 2 of 4" in ranks[0].err
+    # Rank 1 has scored its references again, in other packs.
+    for one, resumed in zip(metrics_of(unbroken), metrics_of(machines[0] / "run"), strict=True):
+        assert resumed == pytest.approx(one, rel=1e-3, abs=1e-5)
+    assert not (machines[1] / "run").exists()
+
+
+def test_stage_2_says_which_rank_lacks_the_model_that_stage_1_wrote(start_apart, relative, relative_pairs, machines):
+    ranks = start_apart(relative(train_output="rw"), relative(train_output="rw"))
+    assert [p.code for p in ranks] == [0, 0], ranks[0].err + ranks[1].err
+    arguments = relative_pairs(model_name="./rw/final")
+    ranks = start_apart(arguments, arguments, recipe="srpo")
+    assert [p.code for p in ranks] == [2, 2]
+    message = "./rw/final: no such folder; give a model's folder or its hub name, such as org/model"
+    assert ranks[1].err == f"[rank 1] error: {message}\n"
+    assert ranks[0].err.splitlines()[-1] == f"error: rank 1 failed: {message}"
+
+    shutil.copytree(machines[0] / "rw" / "final", machines[1] / "rw" / "final")
+    ranks = start_apart(arguments, arguments, recipe="srpo")
+    assert [p.code for p in ranks] == [0, 0], ranks[0].err + ranks[1].err
+
+
 class OnItsDay(date):
     """The last second of a year on rank 1, the first of the next one on the others."""
 

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-import psutil
 import torch
 
 from saro.config import TrainConfig
@@ -19,14 +16,13 @@ from saro.tools.doctor.finding import Finding
 from saro.tools.doctor.machine_checks import device_memory
 from saro.tools.doctor.subject import Subject
 from saro.train.optim import make_optimizer
+from saro.train.resident_memory import give_freed_memory_back, resident_peak
 
 # Sizes of the two measured packs, as shares of the budget: small, so that they fit and are fast.
 _SHARES = (0.0625, 0.25)
 # Share of the device's memory that a step may take. The measurement does not see the rest, such as fragmentation.
 _USED = 0.85
 _USUAL_PACKS = (2048, 4096)
-# Time between two samples of the resident memory: short, so that no peak passes between them.
-_SAMPLE_SECONDS = 0.002
 
 MEMORY = "memory of two packs"
 
@@ -89,37 +85,8 @@ def _peak(subject: Subject, pack: Pack) -> float:
         torch.cuda.reset_peak_memory_stats(subject.runtime.device)
         _backward(subject, pack)
         return subject.runtime.memory()
-    _give_freed_memory_back()
-    return _resident_peak(lambda: _backward(subject, pack))
-
-
-def _give_freed_memory_back() -> None:
-    # ``Runtime.start`` makes glibc keep freed memory, which would count for the next measurement.
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
-
-
-def _resident_peak(step: Callable[[], None]) -> float:
-    """Return the peak resident memory while a function runs, GiB. Sampled, because the system's own peak never falls."""
-    process, done, peak = psutil.Process(), threading.Event(), 0
-
-    def sample() -> None:
-        nonlocal peak
-        ended = False
-        while not ended:
-            ended = done.wait(_SAMPLE_SECONDS)
-            # After the end too: a short step may be over before the first sample. Its freed memory is still resident.
-            peak = max(peak, process.memory_info().rss)
-
-    sampler = threading.Thread(target=sample, daemon=True)
-    sampler.start()
-    try:
-        step()
-    finally:
-        done.set()
-        sampler.join()
-    return peak / 2**30
+    give_freed_memory_back()
+    return resident_peak(lambda: _backward(subject, pack)) / 2**30
 
 
 def memory_check(subject: Subject, advise: Callable[[str], object]) -> Finding:

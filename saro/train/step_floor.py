@@ -79,8 +79,13 @@ def _attention(config: PretrainedConfig, pack: Pack, width: int) -> Work:
     """
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     queries, keys = config.num_attention_heads * size, config.num_key_value_heads * size
-    # A token attends to the tokens before it on its path and to itself; itself counts as half, as in L^2 / 2.
-    scores = pack.position_ids.sum().item() + pack.tokens / 2
+    # Segments, which are on the host: the positions may be on a device, or have no numbers at all.
+    scores = 0.0
+    path: list[int] = []  # tokens of each segment and its ancestors
+    for start, stop, parent in pack.segments:
+        length, before = stop - start, path[parent] if parent >= 0 else 0
+        path.append(before + length)
+        scores += length**2 / 2 + length * before
     # The forward reads q, k, v and writes the output. The backward reads these and the output's gradient, and writes
     # three gradients.
     moved = pack.tokens * width * ((2 * queries + 2 * keys) + (3 * queries + 2 * keys) + (queries + 2 * keys))

@@ -7,12 +7,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from loaded import a_pack, load
-from step_floor import Work, _attention, _product, floor_of_step
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from saro.data.packs import lay_out
 from saro.data.tree import ScoredSequence, build_tree
+from saro.train.step_floor import Work, _attention, _product, floor_of_step
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

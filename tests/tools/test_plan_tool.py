@@ -1,0 +1,160 @@
+"""Tests `saro plan`: it needs no weights, counts what the recipes would do, and its rates are those that were measured."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from command import run_saro
+from run_files import ROOT
+from tiny import tiny_config
+
+from saro.config import ModelConfig
+from saro.tools.plan_run.cards import CARDS, GPU_SHARE
+from saro.tools.plan_run.layouts import _pack_seconds
+from saro.train import predict_memory
+from saro.train.predict_memory import Setting
+
+H100 = ROOT / "benchmarks/results/gpu/h100-2026-11-27/results.json"
+
+
+@pytest.fixture
+def saro(monkeypatch, capsys):
+    """Runs `saro plan` with arguments; returns exit code, stdout and stderr. The tiny models have two layers: run these."""
+    monkeypatch.setattr(predict_memory, "_FEW", 2)
+    return partial(run_saro, monkeypatch, capsys, "plan")
+
+
+@pytest.fixture
+def config_only(tmp_path) -> str:
+    """A folder that holds nothing but a model's config."""
+    tiny_config().save_pretrained(tmp_path / "model")
+    return str(tmp_path / "model")
+
+
+def plan(saro, *arguments: str) -> dict:
+    code, out, err = saro(*arguments, "--json")
+    assert code == 0, err
+    return json.loads(out)
+
+
+def test_a_config_is_enough_to_plan_one_card_ddp_and_sharding(saro, config_only):
+    known = ["--tokens", "100", "--records", "64", "--data.pack_tokens", "256"]
+    found = plan(saro, "--model.name", config_only, "--gpus", "4", "--per_machine", "2", *known)
+    assert [p.name for p in Path(config_only).iterdir()] == ["config.json"]
+    alone, ddp, full, hybrid = found["layouts"]
+    assert [layout["name"] for layout in found["layouts"]] == ["alone", "DDP", "FSDP2 full", "FSDP2 hybrid"]
+    for layout in found["layouts"]:
+        cost = layout["cost"]
+        held = sum(cost[part] for part in ("weights", "adapters", "gradients", "optimizer"))
+        assert layout["peak"] == held + max(cost["phases"])
+        assert layout["fits"]
+        assert layout["largest_pack"] > 256
+    assert ddp["cost"] == alone["cost"]
+    assert full["cost"]["weights"] < hybrid["cost"]["weights"] < alone["cost"]["weights"]
+    # Embedding, which is the head too, and the last norm, whole in bfloat16 during the step.
+    assert [layout["cost"]["gathered"] for layout in found["layouts"]] == [0, 0, *[(264 + 1) * 32 * 2] * 2]
+    assert found["total_steps"] == 4
+    assert found["step_tokens"] == 1600
+    assert ddp["run_seconds"] == 4 * ddp["step_seconds"]
+    # Adapters of rank 16 on all linear layers, their moments, in two kept checkpoints and one that is written.
+    adapters = 2 * 16 * ((32 + 32) * 2 + (32 + 16) * 2 + (32 + 64) * 3) * 4
+    assert found["checkpoint_bytes"] == 3 * 3 * adapters
+
+
+def test_files_of_records_are_counted_as_the_recipe_counts_them(saro, rw_arguments, tmp_path):
+    config = tmp_path / "my.yaml"
+    arguments = rw_arguments(train_max_steps=None, train_epochs=2)
+    options: dict = {}
+    for name, value in zip(arguments[::2], arguments[1::2], strict=True):
+        group, option = name.lstrip("-").split(".")
+        options.setdefault(group, {})[option] = yaml.safe_load(value)
+    config.write_text(yaml.safe_dump(options))
+    found = plan(saro, "--config", str(config))
+    assert (found["records"], found["total_steps"]) == (24, 12)
+    assert found["step_tokens"] == pytest.approx(
+        4 * (found["record_tokens"] - 1), rel=0.01
+    )  # the last token is not read
+    code, out, err = saro("--config", str(config), "--gpus", "2", "--card", "l4")
+    assert code == 0, err
+    assert "24 records, 12 steps" in out
+    assert "NVIDIA's data sheet of the L4" in out
+
+
+def test_pairs_share_their_beginning(saro, srpo_arguments):
+    arguments = srpo_arguments(train_output=None, train_save_every=None)
+    found = plan(saro, "--stage", "srpo", *arguments)
+    # Two pairs on each prompt come in one step, as one tree.
+    assert found["step_tokens"] < 4 * found["record_tokens"]
+    assert found["records"] == 24
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--card", "h1000"], "--card: unknown card 'h1000'; did you mean h100?"),
+        (["--records", "5"], "--records needs --tokens, the length of a record; or leave both out to read data.train"),
+        (["--tokens", "5000"], "--tokens is 5000, and a pack holds 2048; raise --data.pack_tokens"),
+        (["--gpus", "0"], "--gpus is 0; it must be at least 1"),
+        (["--model.attention", "varlen", "--model.dtype", "float32"], "needs CUDA and bfloat16; set --model.attention"),
+        (["--model.name", "./nothing"], "./nothing: "),
+    ],
+)
+def test_a_plan_that_cannot_be_made_ends_in_one_line(saro, config_only, arguments, message):
+    known = [] if {"--records", "--tokens"} & {*arguments} else ["--tokens", "64"]
+    code, out, err = saro("--model.name", config_only, *known, *arguments)
+    assert (code, out) == (2, "")
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_without_records_and_a_tokenizer_the_user_is_asked_for_lengths(saro, config_only, records_file, examples):
+    code, _, err = saro("--model.name", config_only, "--data.train", "gone.jsonl")
+    assert (code, err) == (
+        2,
+        "error: data.train: gone.jsonl is not there; name another file, or give the average length of a record with --tokens\n",
+    )
+    code, _, err = saro("--model.name", config_only, "--data.train", records_file(examples))
+    assert code == 2
+    assert "its tokenizer is needed to read data.train" in err
+
+
+def test_eight_bit_optimizers_are_planned_without_sharding(saro, config_only):
+    arguments = ["--model.name", config_only, "--tokens", "64", "--gpus", "2", "--train.optimizer", "adamw8bit"]
+    found = plan(saro, *arguments)
+    assert [layout["name"] for layout in found["layouts"]] == ["alone", "DDP"]
+    _, out, _ = saro(*arguments)
+    assert "FSDP2 is left out: train.optimizer adamw8bit works on whole parameters" in out
+
+
+def test_layers_are_recomputed_as_memory_needs_it(saro, config_only):
+    arguments = ["--model.name", config_only, "--tokens", "64", "--model.gradient_checkpointing", "auto"]
+    assert plan(saro, *arguments)["layouts"][0]["recomputed"] == 0
+    (small,) = plan(saro, *arguments, "--memory", "0.001")["layouts"]
+    assert (small["recomputed"], small["fits"]) == (2, False)
+
+
+def test_a_cpu_has_the_rate_that_is_measured_now(saro, config_only):
+    found = plan(saro, "--model.name", config_only, "--tokens", "64", "--card", "cpu", "--model.method", "full")
+    assert found["card"]["source"] == "measured on this machine"
+    assert found["card"]["operations"] > 1e8
+
+
+def measured_steps() -> list[dict]:
+    """Steps of this project's own layers on an H100, without recomputation."""
+    cases = json.loads(H100.read_text())["step_matrix"]["cases"]
+    return [case for case in cases if case["layers"] == "saro" and not case["attention"] and not case["checkpointing"]]
+
+
+@pytest.mark.parametrize("case", measured_steps(), ids=lambda case: f"{case['pack_tokens']} tokens")
+def test_the_time_of_a_pack_is_that_which_an_h100_measured(case):
+    config = tiny_config(num_hidden_layers=32)
+    setting = Setting(config, ModelConfig(gradient_checkpointing=0), torch.bfloat16, is_gpu=True)
+    operations = sum(case["operations"].values())
+    assert _pack_seconds(setting, CARDS["h100"], None)(operations) == pytest.approx(case["seconds"], rel=0.15)
+    if case["pack_tokens"] >= 8192:
+        assert operations / case["seconds"] / CARDS["h100"].operations == pytest.approx(GPU_SHARE, rel=0.02)
