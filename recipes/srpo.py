@@ -9,19 +9,18 @@ be read from top to bottom.
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import chain
 
 from rich.console import Console
 
-from saro.checks.check_data import check_data
+from saro.checks.check_overlap import check_overlap
 from saro.checks.check_packs import check_packs
 from saro.config import DEMO, START, SRPOConfig
-from saro.data.dataset import encode_pair_files
 from saro.data.lengths import LengthReport
 from saro.data.packs import PairLogps
 from saro.data.records import read_pairs
 from saro.data.steps import Schedule, Steps
 from saro.demo import data_files, find_demo, find_start
+from saro.distributed.machines import first_on_machine
 from saro.distributed.run_ranks import run_ranks
 from saro.distributed.runtime import Runtime
 from saro.evaluate.heldout_prompts import choose_prompts, label_prompts
@@ -36,6 +35,7 @@ from saro.runs.folder import RunFolder
 from saro.train.check_start import check_start
 from saro.train.engine import fit
 from saro.train.largest_pack import try_largest_pack
+from saro.train.load_sets import load_pairs
 from saro.train.objective import SRPOObjective, check_nll
 from saro.train.pair_log import PairLog, evaluate_pairs
 from saro.train.reference import load_other_references, load_references, other_reference_options
@@ -54,20 +54,21 @@ def main() -> int:
     run = RunFolder.open(config, train_options.output, flags, data_options.template_date, runtime)
     start = runtime.broadcast(run.start or find_start(config.model.name, runtime.say))
     model_options = replace(config.model, name=find_demo(start))
-    source = find_model(model_options)
+    source = first_on_machine(runtime, lambda: find_model(model_options))
     model_options = run.decide_dtype(runtime, source, model_options)
     reference_source = None
     if preference.reference != START:
         reference_options = other_reference_options(model_options, find_demo(preference.reference))
-        reference_source = find_model(reference_options)
+        reference_source = first_on_machine(runtime, lambda: find_model(reference_options))
     chat = run.chat_format(source, data_options)
 
     # 2. Pairs -> token ids. Both sides have the same prompt, nothing is cut, and a wrong pair is an error.
     train_files = data_files(data_options.train, "srpo_train")
     heldout_files = data_files(data_options.heldout, "srpo_heldout")
-    train = encode_pair_files(train_files, chat, data_options, progress=runtime.is_main)
+    vocabulary = source.config.vocab_size
+    train = load_pairs(runtime, train_files, chat, data_options, vocabulary)
     check_nll(preference, train.forms)
-    heldout = encode_pair_files(heldout_files, chat, data_options, progress=runtime.is_main) if heldout_files else None
+    heldout = load_pairs(runtime, heldout_files, chat, data_options, vocabulary) if heldout_files else None
     sets = {"train": train} if heldout is None else {"train": train, "heldout": heldout}
     reports = {name: LengthReport.of(data, train) for name, data in sets.items()}
     for name, report in reports.items():
@@ -79,8 +80,8 @@ def main() -> int:
     run.check_unchanged(runtime, manifest)
     check_same_inputs(runtime, manifest, sets)
     heldout_records = [record for file in heldout_files for record in read_pairs(file)]
-    records = {"train": chain.from_iterable(map(read_pairs, train_files)), "heldout": heldout_records}
-    check_data(sets, records, chat, source.config.vocab_size, data_options.allow_overlap)
+    if heldout is not None and not data_options.allow_overlap:
+        check_overlap(heldout, train)
     if heldout is None:
         runtime.say("no records are held out, so nothing is measured before and after; name a file with --data.heldout")
     if preference.scored == "divergent":

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from datetime import date
+from functools import partial
 
 import numpy as np
 from rich.console import Console, Group
@@ -17,9 +18,10 @@ from transformers import PreTrainedTokenizerBase
 from saro.checks.check_masks import check_masks
 from saro.config import DEMO, DataConfig, ModelConfig
 from saro.data.chat_format import ChatFormat
-from saro.data.dataset import ExampleSet, PairSet, encode_files, encode_pair_files
+from saro.data.dataset import ExampleSet, PairSet
+from saro.data.encode_files import encode_files, encode_pair_files
 from saro.data.lengths import LengthReport
-from saro.data.records import holds_pairs, read_examples, read_pairs
+from saro.data.records import holds_pairs
 from saro.data.tree import RowKind, ScoredSequence, common_prefix
 from saro.demo import data_files, find_demo
 from saro.errors import SaroError, nearest
@@ -94,13 +96,9 @@ def run(options: Options, console: Console) -> int:
 
 def _encode(files: Sequence[str], chat: ChatFormat, vocabulary: int) -> ExampleSet | PairSet:
     """Encode and check all records, however long they are."""
-    if holds_pairs(files[0]):
-        pairs = encode_pair_files(files, chat, DataConfig(pack_tokens=sys.maxsize), progress=True)
-        check_masks(pairs, chat, (p for file in files for p in read_pairs(file)), vocabulary)
-        return pairs
-    examples = encode_files(files, chat, DataConfig(pack_tokens=sys.maxsize), progress=True)
-    check_masks(examples, chat, (e for file in files for e in read_examples(file)), vocabulary)
-    return examples
+    encode = encode_pair_files if holds_pairs(files[0]) else encode_files
+    check = partial(check_masks, vocabulary=vocabulary)
+    return encode(files, chat, DataConfig(pack_tokens=sys.maxsize), progress=True, check=check)
 
 
 def _list_too_long(encoded: ExampleSet | PairSet, pack_tokens: int, console: Console) -> None:

@@ -14,7 +14,8 @@ from tiny import IM_END
 from saro.checks.check_masks import check_masks
 from saro.config import DataConfig
 from saro.data.chat_format import Prefill
-from saro.data.dataset import PairSet, encode_files, encode_pair_files
+from saro.data.dataset import PairSet
+from saro.data.encode_files import encode_files, encode_pair_files
 from saro.data.lengths import LengthReport
 from saro.data.packs import lay_out
 from saro.data.records import Example, Message, Pair, Response, read_examples, read_pairs

@@ -15,7 +15,8 @@ from tiny import save_tiny_model, tiny_tokenizer
 from saro.checks import noise as noise_module
 from saro.checks.check_packs import check_packs
 from saro.config import DataConfig, ModelConfig
-from saro.data.dataset import PairSet, encode_pair_files
+from saro.data.dataset import PairSet
+from saro.data.encode_files import encode_pair_files
 from saro.data.packs import CHOSEN, REJECTED, lay_out
 from saro.errors import SaroError
 from saro.model.load import load_policy

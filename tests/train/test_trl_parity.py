@@ -18,7 +18,8 @@ from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state
 from transformers import AutoModelForCausalLM
 
 from saro.config import DataConfig, ModelConfig, PreferenceConfig, TrainConfig
-from saro.data.dataset import PairSet, encode_pair_files
+from saro.data.dataset import PairSet
+from saro.data.encode_files import encode_pair_files
 from saro.data.steps import Schedule, Steps
 from saro.distributed.runtime import Runtime
 from saro.model.load import load_policy

@@ -1,0 +1,58 @@
+"""Loads the records of a run as checked token ids: small files into memory, large ones mapped by all ranks of a machine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from saro.checks.check_masks import check_masks
+from saro.config import DataConfig
+from saro.data.chat_format import ChatFormat
+from saro.data.dataset import ExampleSet, PairSet
+from saro.data.encode_files import encode_files, encode_pair_files
+from saro.data.encoded_folder import MAPPED_BYTES, map_encoded
+from saro.distributed.machines import first_on_machine
+from saro.distributed.runtime import Runtime
+
+
+def load_examples(
+    runtime: Runtime, paths: Sequence[str], chat: ChatFormat, options: DataConfig, vocabulary: int
+) -> ExampleSet:
+    """Read, encode and check JSONL files of examples; see ``encode_files``, ``check_masks`` and ``map_encoded``.
+
+    Args:
+        vocabulary: number of tokens that the model embeds.
+
+    Raises:
+        SaroError: names the first record that is wrong.
+    """
+    return _load("examples", runtime, paths, chat, options, vocabulary)
+
+
+def load_pairs(
+    runtime: Runtime, paths: Sequence[str], chat: ChatFormat, options: DataConfig, vocabulary: int
+) -> PairSet:
+    """Read, encode and check JSONL files of pairs, as ``load_examples`` does examples."""
+    return _load("pairs", runtime, paths, chat, options, vocabulary)
+
+
+def _load(
+    kind: str, runtime: Runtime, paths: Sequence[str], chat: ChatFormat, options: DataConfig, vocabulary: int
+) -> ExampleSet | PairSet:
+    check = partial(check_masks, vocabulary=vocabulary)
+    # Rank 0 decides: where another one has other files, they must still meet in the same collectives.
+    if runtime.on_main(lambda: _count_bytes(paths) < MAPPED_BYTES):
+        encode = encode_pair_files if kind == "pairs" else encode_files
+        return encode(paths, chat, options, progress=runtime.is_main, check=check)
+    return first_on_machine(
+        runtime,
+        lambda: map_encoded(
+            kind, paths, chat, options, vocabulary, check=check, say=runtime.say, progress=runtime.is_main
+        ),
+    )
+
+
+def _count_bytes(paths: Sequence[str]) -> int:
+    # The reader says what is wrong with a file that is missing.
+    return sum(Path(path).stat().st_size for path in paths if Path(path).is_file())
