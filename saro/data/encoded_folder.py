@@ -75,7 +75,7 @@ def map_encoded(
                         about = encode_into(
                             columns, kind, paths, chat, options, progress=progress, check=check, workers=count_workers()
                         )
-                        _describe(temp, columns, about, paths)
+                        write_description(temp, columns, about, paths)
                         (temp / "key.json").write_text(text, encoding="utf-8")
         except OSError as error:
             raise SaroError(
@@ -91,7 +91,7 @@ def _remove_old(folder: Path) -> None:
         shutil.rmtree(folder)
 
 
-def _describe(folder: Path, columns: FileColumns, about: Mapping[str, Any], paths: Sequence[str]) -> None:
+def write_description(folder: Path, columns: FileColumns, about: Mapping[str, Any], paths: Sequence[str]) -> None:
     """Write set.json. ``repeats`` is counted now, once: it takes all tokens."""
     described = {"files": list(paths), "about": about, "columns": columns.finish()}
     repeats = count_repeats(_map(folder, described, paths))
