@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import resource
 import subprocess
 import sys
 import tempfile
@@ -109,7 +108,7 @@ def measure(function: str, *arguments: str | int) -> None:
     """Call a function of this file that returns pairs, and print what that and the start of a run take."""
     process = psutil.Process()
     before = process.memory_full_info().uss
-    start = time.perf_counter()
+    start, busy = time.perf_counter(), sum(os.times()[:4])
     data: PairSet = globals()[function](*arguments)
     mapped = time.perf_counter() - start
     options = DataConfig()
@@ -117,13 +116,15 @@ def measure(function: str, *arguments: str | int) -> None:
     steps = Steps(data, Schedule.of(data, options, TrainConfig()), options.pack_tokens)
     assert steps[0].packs
     ready = time.perf_counter() - start
+    # With that of workers that have ended.
+    busy = sum(os.times()[:4]) - busy
     own = process.memory_full_info().uss - before
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-    worker = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**10
+    # Not ru_maxrss, which a process takes over from the one that started it.
+    (peak,) = (line.split()[1] for line in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in line)
     print(
-        f"  {mapped:.1f} s to have them, {ready:.1f} s to the first step; {len(data):,} pairs, "
+        f"  {mapped:.1f} s to have them, {ready:.1f} s to the first step, {busy:.1f} s of CPU; {len(data):,} pairs, "
         f"{report.sharing.apart:,} tokens; {own / 2**20:,.0f} MiB of its own beside the mapping, "
-        f"{peak:,.0f} MiB resident at the peak, mapped files included" + (f", a worker {worker:,.0f}" if worker else "")
+        f"{int(peak) / 2**10:,.0f} MiB resident at the peak, mapped files included"
     )
 
 

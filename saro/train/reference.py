@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import replace
 from importlib.metadata import version
-from itertools import islice
+from itertools import islice, pairwise
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from saro.checks.noise import NOISE_FACTOR, layout_noise
 from saro.config import ModelConfig
 from saro.data.chat_format import ChatFormat
 from saro.data.dataset import PairSet
-from saro.data.packs import CHOSEN, REJECTED, SIDES, PairLogps, pack_trees, sequence_number
+from saro.data.packs import CHOSEN, REJECTED, SIDES, PairLogps, pack_trees
 from saro.data.tree import build_tree
 from saro.distributed.machines import share_array
 from saro.distributed.runtime import Runtime
@@ -147,11 +147,12 @@ def cache_key(policy: Policy, source: ModelSource, device: torch.device) -> dict
 
 def _sequence_keys(pairs: PairSet) -> np.ndarray:
     """Return the cache's key of each sequence, (2n, 16) uint8, by ``sequence_number``."""
-    keys = np.empty((2 * len(pairs), KEY_BYTES), np.uint8)
-    for pair in range(len(pairs)):
-        for side, sequence in enumerate(pairs.sequences(pair)):
-            keys[sequence_number(pair, side)] = np.frombuffer(sequence_key(sequence), np.uint8)
-    return keys
+    keys = np.empty((len(pairs), len(SIDES), KEY_BYTES), np.uint8)
+    for number, side in enumerate((pairs.chosen, pairs.rejected)):
+        bounds = zip(pairwise(side.offsets.tolist()), side.prompt_tokens.tolist(), strict=True)
+        found = b"".join(sequence_key(side.tokens[start:stop], prompt) for (start, stop), prompt in bounds)
+        keys[:, number] = np.frombuffer(found, np.uint8).reshape(-1, KEY_BYTES)
+    return keys.reshape(-1, KEY_BYTES)
 
 
 def _find_missing(cache: ReferenceCache, keys: np.ndarray) -> np.ndarray:

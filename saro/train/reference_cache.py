@@ -24,7 +24,6 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from saro.data.tree import ScoredSequence
 from saro.errors import SaroError
 from saro.files import atomic_write, cache_dir
 
@@ -35,10 +34,10 @@ SHARD_ROWS = 2**22
 _MERGED_SHARDS = 8
 
 
-def sequence_key(sequence: ScoredSequence) -> bytes:
-    """Return the key of a sequence: a hash of its token ids and of the position where scoring begins."""
-    digest = hashlib.blake2b(sequence.scored_from.to_bytes(8, "little"), digest_size=KEY_BYTES)
-    digest.update(np.ascontiguousarray(sequence.tokens, np.int32))
+def sequence_key(tokens: np.ndarray, scored_from: int) -> bytes:
+    """Return the key of a sequence: a hash of its token ids, (L,), and of the position where scoring begins."""
+    digest = hashlib.blake2b(scored_from.to_bytes(8, "little"), digest_size=KEY_BYTES)
+    digest.update(np.ascontiguousarray(tokens, np.int32))
     return digest.digest()
 
 
