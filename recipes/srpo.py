@@ -54,12 +54,12 @@ def main() -> int:
     run = RunFolder.open(config, train_options.output, flags, data_options.template_date, runtime)
     start = runtime.broadcast(run.start or find_start(config.model.name, runtime.say))
     model_options = replace(config.model, name=find_demo(start))
-    source = first_on_machine(runtime, lambda: find_model(model_options))
+    source = first_on_machine(runtime, find_model, model_options)
     model_options = run.decide_dtype(runtime, source, model_options)
     reference_source = None
     if preference.reference != START:
         reference_options = other_reference_options(model_options, find_demo(preference.reference))
-        reference_source = first_on_machine(runtime, lambda: find_model(reference_options))
+        reference_source = first_on_machine(runtime, find_model, reference_options)
     chat = run.chat_format(source, data_options)
 
     # 2. Pairs -> token ids. Both sides have the same prompt, nothing is cut, and a wrong pair is an error.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ _MAPPED_BYTES = 2**26
 _PIECE_BYTES = 2**24
 
 
-def first_on_machine(runtime: Runtime, make: Callable[[], Value]) -> Value:
+def first_on_machine(runtime: Runtime, make: Callable[..., Value], *arguments: Any) -> Value:
     """Call ``make`` on one rank of each machine and then, with the hashes of all files that it read, on the others.
 
     Each rank returns its own result. So ``make`` may leave its work in files, which the others find, and ranks of machines
@@ -32,13 +32,13 @@ def first_on_machine(runtime: Runtime, make: Callable[[], Value]) -> Value:
         SaroError: ``make`` raised it on the first rank of a machine. Every rank raises it.
     """
     if runtime.processes == 1:
-        return make()
+        return make(*arguments)
     first = _first_rank(runtime)
     made: list[Value] = []
     error = None
     if runtime.rank == first:
         try:
-            made.append(make())
+            made.append(make(*arguments))
         except SaroError as raised:
             error = raised
     told = runtime.gather([(None if error is None else str(error), asked_hashes())])
@@ -48,7 +48,7 @@ def first_on_machine(runtime: Runtime, make: Callable[[], Value]) -> Value:
     if runtime.rank == first:
         return made[0]
     take_hashes(told[first][1])
-    return make()
+    return make(*arguments)
 
 
 def share_array(runtime: Runtime, array: np.ndarray | None) -> np.ndarray:

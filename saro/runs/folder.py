@@ -323,7 +323,7 @@ class RunFolder:
         tags, variables = list(chat.think_tags), dict(chat.template_variables or {})
         model_options = self.config["model"] | {"dtype": dtype}
         data_options = self.config["data"] | {"think_tags": tags, "template_variables": variables}
-        contents = first_on_machine(runtime, lambda: _hash_contents(source, reference, files))
+        contents = first_on_machine(runtime, _hash_contents, source, reference, files)
         return {
             "saro": saro.__version__,
             "code": _code_hash(),
