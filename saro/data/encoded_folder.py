@@ -26,14 +26,15 @@ from saro.data.chat_format import ChatFormat
 from saro.data.columns import FileColumns, Texts, map_columns
 from saro.data.dataset import ExampleSet, PairSet, Repeats, make_set
 from saro.data.encode_files import Check, encode_into
+from saro.data.jsonl import open_data
 from saro.data.lengths import count_repeats
 from saro.data.workers import count_workers
 from saro.errors import SaroError
 from saro.files import atomic_folder, cache_dir, file_hash, file_hashes, remove_temps
 
-# Data files of fewer bytes are encoded in memory by every rank. That takes seconds, and leaves nothing behind that would have
-# to be cleaned up; from here on it takes minutes, and gigabytes on a machine of many ranks.
-MAPPED_BYTES = 2**25
+# Data files of fewer bytes in all are encoded in memory by every rank. That takes less than half a minute, and an edited file
+# leaves nothing behind. A million pairs take half an hour of a core, and gigabytes of every rank.
+MAPPED_BYTES = 2**24
 
 
 def map_encoded(
@@ -57,8 +58,10 @@ def map_encoded(
         progress: show a progress bar on a terminal.
 
     Raises:
-        SaroError: names the first record that is wrong; or the folder cannot be written.
+        SaroError: names the first record that is wrong, or a file that cannot be read; or the folder cannot be written.
     """
+    for path in paths:
+        open_data(path).close()
     key = _make_key(kind, paths, chat, options, vocabulary)
     text = json.dumps(key, sort_keys=True, indent=2)
     folder = cache_dir() / "encoded" / hashlib.sha256(text.encode()).hexdigest()[:32]
@@ -101,7 +104,9 @@ def write_description(folder: Path, columns: FileColumns, about: Mapping[str, An
 def open_encoded(folder: Path, paths: Sequence[str]) -> ExampleSet | PairSet:
     """Map an encoded set. ``paths`` are the data files, as ``where`` names them."""
     described = json.loads((folder / "set.json").read_text(encoding="utf-8"))
-    hashes = {name: column["sha256"] for name, column in described["columns"].items()}
+    columns = described["columns"].items()
+    # Without the names of files, which may differ between machines.
+    hashes = {name: column["sha256"] for name, column in columns if not name.startswith("where.")}
     digest = hashlib.sha256(json.dumps([hashes, described["about"]], sort_keys=True).encode()).hexdigest()
     return replace(_map(folder, described, paths), digest=digest, repeats=Repeats(**described["repeats"]))
 

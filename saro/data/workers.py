@@ -8,8 +8,10 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
 from typing import Any, TypeVar
+
+from saro.errors import SaroError
 
 Result = TypeVar("Result")
 
@@ -32,7 +34,7 @@ def map_in_order(function: Callable[..., Result], items: Iterable[tuple[Any, ...
         function: can be pickled; so can its arguments and its result. It is sent to each worker once.
         workers: number of processes; with 1, this process does the work.
 
-    Raises whatever ``function`` raised.
+    Raises whatever ``function`` raised, and SaroError if a worker was killed.
     """
     if workers == 1:
         yield from (function(*item) for item in items)
@@ -48,6 +50,10 @@ def map_in_order(function: Callable[..., Result], items: Iterable[tuple[Any, ...
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
+    except BrokenExecutor as error:
+        raise SaroError(
+            f"one of {workers} processes that encode records was killed, perhaps for want of memory; free some and start again"
+        ) from error
     finally:
         pool.shutdown(cancel_futures=True)
 

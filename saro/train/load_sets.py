@@ -42,7 +42,7 @@ def _load(
 ) -> ExampleSet | PairSet:
     check = partial(check_masks, vocabulary=vocabulary)
     # Rank 0 decides: where another one has other files, they must still meet in the same collectives.
-    if runtime.on_main(lambda: _count_bytes(paths) < MAPPED_BYTES):
+    if not runtime.on_main(lambda: _are_large(paths)):
         encode = encode_pair_files if kind == "pairs" else encode_files
         return encode(paths, chat, options, progress=runtime.is_main, check=check)
     return first_on_machine(
@@ -53,6 +53,7 @@ def _load(
     )
 
 
-def _count_bytes(paths: Sequence[str]) -> int:
-    # The reader says what is wrong with a file that is missing.
-    return sum(Path(path).stat().st_size for path in paths if Path(path).is_file())
+def _are_large(paths: Sequence[str]) -> bool:
+    """Return True if the files are worth the cache. If one is missing, the reader says so."""
+    files = [Path(path) for path in paths]
+    return all(file.is_file() for file in files) and sum(file.stat().st_size for file in files) >= MAPPED_BYTES

@@ -127,6 +127,24 @@ def test_a_file_that_has_moved_is_not_encoded_again_and_errors_name_its_new_plac
     assert len(said) == 1
 
 
+def test_the_same_file_in_two_places_is_the_same_set(map_files, records_file, pairs, tmp_path, cache):
+    """Ranks on two machines compare their digests."""
+    file = records_file(pairs, "a.jsonl")
+    first = map_files(file).digest
+    shutil.rmtree(cache)
+    copy = tmp_path / "copy" / "a.jsonl"
+    copy.parent.mkdir()
+    shutil.copy(file, copy)
+    assert map_files(str(copy)).digest == first
+    shutil.rmtree(cache)
+    assert map_files(records_file(pairs[1:], "a.jsonl")).digest != first
+
+
+def test_a_missing_file_is_one_line(map_files, records_file, pairs):
+    with pytest.raises(SaroError, match=r"train\.jsonl: there is no such file; "):
+        map_files(records_file(pairs, "trian.jsonl").replace("trian", "train"))
+
+
 @pytest.mark.parametrize(
     "change",
     [

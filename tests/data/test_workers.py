@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator
 
 import pytest
 
 from saro.data.workers import map_in_order
+from saro.errors import SaroError
 
 
 def numbers(count: int, read: list[int]) -> Iterator[tuple[int]]:
@@ -31,3 +33,8 @@ def test_an_error_comes_after_the_results_before_it(workers):
     assert [next(results), next(results)] == [2, 3]
     with pytest.raises(ValueError, match="nonnegative"):
         next(results)
+
+
+def test_a_worker_that_is_killed_is_one_line():
+    with pytest.raises(SaroError, match=r"one of 2 processes .* was killed, .*; free some and start again$"):
+        list(map_in_order(os._exit, [(1,)], 2))
