@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from datetime import date
 
 import numpy as np
 import pytest
+from run_files import ROOT, assert_same_run
 from tiny import IM_END, tiny_tokenizer
 
 from saro.config import DataConfig
 from saro.data import encoded_folder
 from saro.data.chat_format import ChatFormat
+from saro.distributed.run_ranks import run_ranks
 from saro.distributed.runtime import Runtime
 from saro.errors import SaroError
 from saro.runs.check_ranks import check_same_inputs
@@ -83,3 +86,22 @@ def test_ranks_with_other_large_files_are_refused(recipes, records_file, pairs, 
     files = [records_file(pairs, "a.jsonl"), records_file(pairs[1:], "b.jsonl")]
     said = [p.out for p in recipes.run_ranks(2, *files, **call)]
     assert said == ["rank 1 differs from rank 0 in the token ids of train; give every rank the same files\n"] * 2
+
+
+def run_mapped(*_: str) -> None:
+    """Run SRPO on files that count as large."""
+    load_sets.MAPPED_BYTES = 0
+    encoded_folder.count_workers = lambda: 1
+    spec = importlib.util.spec_from_file_location("srpo", ROOT / "recipes" / "srpo.py")
+    recipe = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(recipe)
+    run_ranks(recipe.main)
+
+
+def test_a_run_on_mapped_pairs_is_the_run_on_pairs_in_memory(recipes, srpo_arguments, tmp_path, cache):
+    own_cache = {"environment": {"SARO_CACHE": str(cache)}, "recipe": "srpo"}
+    plain = recipes.run(*srpo_arguments(train_output=tmp_path / "plain"), **own_cache)
+    mapped = recipes.run(*srpo_arguments(train_output=tmp_path / "mapped"), call=f"{__file__}:run_mapped", **own_cache)
+    assert [plain.code, mapped.code] == [0, 0], plain.err + mapped.err
+    assert ["encoding into" in process.err for process in (plain, mapped)] == [False, True]
+    assert_same_run(tmp_path / "plain", tmp_path / "mapped")
