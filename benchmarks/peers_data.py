@@ -14,7 +14,8 @@ from torch import nn
 
 from saro.config import DataConfig
 from saro.data.chat_format import ChatFormat
-from saro.data.dataset import ExampleSet, PairSet, encode_files, encode_pair_files
+from saro.data.dataset import ExampleSet, PairSet
+from saro.data.encode_files import encode_files, encode_pair_files
 from saro.data.tree import ScoredSequence, SequenceTree, build_tree
 from saro.errors import SaroError
 

@@ -20,16 +20,14 @@ from pathlib import Path
 import numpy as np
 from jsonargparse import auto_cli
 
-from saro.data.tree import ScoredSequence
 from saro.train.reference_cache import ReferenceCache, sequence_key
 
 KEY = {"benchmark": 1}
 
 
-def sequence(i: int, tokens: int) -> ScoredSequence:
-    """Return a sequence of random token ids; all tokens but the first are scored."""
-    ids = np.random.default_rng(i).integers(0, 49_152, tokens + 1).astype(np.int32)
-    return ScoredSequence(ids, 1, np.zeros(tokens, np.uint8), i)
+def sequence(i: int, tokens: int) -> np.ndarray:
+    """Return the token ids of a random sequence; all tokens but the first are scored."""
+    return np.random.default_rng(i).integers(0, 49_152, tokens + 1).astype(np.int32)
 
 
 def fill(sequences: int, tokens: int) -> None:
@@ -38,7 +36,7 @@ def fill(sequences: int, tokens: int) -> None:
     for start in range(0, sequences, 5_000):
         numbers = range(start, min(start + 5_000, sequences))
         logps = np.random.default_rng(start).normal(-2, 1, (len(numbers), tokens)).astype(np.float32)
-        cache.add({sequence_key(sequence(i, tokens)): row for i, row in zip(numbers, logps, strict=True)})
+        cache.add({sequence_key(sequence(i, tokens), 1): row for i, row in zip(numbers, logps, strict=True)})
 
 
 def load(sequences: int, tokens: int) -> None:
@@ -47,7 +45,7 @@ def load(sequences: int, tokens: int) -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     start = time.perf_counter()
     cache = ReferenceCache.of(KEY)
-    keys = [sequence_key(s) for s in all_sequences]
+    keys = [sequence_key(s, 1) for s in all_sequences]
     assert all(cache.find(keys))
     logps, _ = cache.load(keys, [tokens] * sequences)
     seconds = time.perf_counter() - start

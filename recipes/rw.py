@@ -11,15 +11,15 @@ from dataclasses import replace
 
 from rich.console import Console
 
-from saro.checks.check_data import check_data
+from saro.checks.check_overlap import check_overlap
 from saro.checks.check_packs import check_packs
 from saro.config import DEMO, RWConfig
-from saro.data.dataset import encode_files
 from saro.data.lengths import LengthReport
 from saro.data.packs import pack_trees
 from saro.data.records import read_example_files
 from saro.data.steps import Schedule, Steps
 from saro.demo import data_files, find_demo
+from saro.distributed.machines import first_on_machine
 from saro.distributed.run_ranks import run_ranks
 from saro.distributed.runtime import Runtime
 from saro.evaluate.heldout_prompts import choose_prompts, label_prompts
@@ -34,6 +34,7 @@ from saro.runs.folder import RunFolder
 from saro.train.best import check_metric
 from saro.train.engine import evaluate, fit
 from saro.train.largest_pack import try_largest_pack
+from saro.train.load_sets import load_examples
 from saro.train.metrics import format_metrics
 from saro.train.objective import RWObjective
 
@@ -49,15 +50,16 @@ def main() -> int:
     # 1. The run's folder, and the model's tokenizer and config. The folder is not written yet.
     run = RunFolder.open(config, train_options.output, flags, data_options.template_date, runtime)
     model_options = replace(config.model, name=find_demo(config.model.name))
-    source = find_model(model_options)
+    source = first_on_machine(runtime, find_model, model_options)
     model_options = run.decide_dtype(runtime, source, model_options)
     chat = run.chat_format(source, data_options)
 
     # 2. Records -> token ids. Prompts are exactly those of inference, nothing is cut, and a wrong record is an error.
     train_files = data_files(data_options.train, "rw_train")
     heldout_files = data_files(data_options.heldout, "rw_heldout")
-    train = encode_files(train_files, chat, data_options, progress=runtime.is_main)
-    heldout = encode_files(heldout_files, chat, data_options, progress=runtime.is_main) if heldout_files else None
+    limits = source.token_limits()
+    train = load_examples(runtime, train_files, chat, data_options, limits)
+    heldout = load_examples(runtime, heldout_files, chat, data_options, limits) if heldout_files else None
     sets = {"train": train} if heldout is None else {"train": train, "heldout": heldout}
     reports = {name: LengthReport.of(data, train) for name, data in sets.items()}
     for name, report in reports.items():
@@ -67,8 +69,8 @@ def main() -> int:
     run.check_unchanged(runtime, manifest)
     check_same_inputs(runtime, manifest, sets)
     heldout_records = list(read_example_files(heldout_files, data_options.train_on))
-    records = {"train": read_example_files(train_files, data_options.train_on), "heldout": heldout_records}
-    check_data(sets, records, chat, source.token_limits(), data_options.allow_overlap)
+    if heldout is not None and not data_options.allow_overlap:
+        check_overlap(heldout, train)
     if heldout is None:
         runtime.say("no records are held out, so nothing is measured before and after; name a file with --data.heldout")
 

@@ -12,17 +12,16 @@ from dataclasses import replace
 
 from rich.console import Console
 
-from saro.checks.check_data import check_data
+from saro.checks.check_overlap import check_overlap
 from saro.checks.check_packs import check_packs
 from saro.config import DEMO, START, PreferenceConfig, SRPOConfig
-from saro.data.dataset import encode_pair_files
 from saro.data.lengths import LengthReport
 from saro.data.packs import PairLogps
 from saro.data.records import read_pair_files
 from saro.data.steps import Schedule, Steps
 from saro.data.unpaired_records import read_unpaired_files
-from saro.data.unpaired_set import encode_unpaired_files
 from saro.demo import data_files, find_demo, find_start
+from saro.distributed.machines import first_on_machine
 from saro.distributed.run_ranks import run_ranks
 from saro.distributed.runtime import Runtime
 from saro.evaluate.heldout_prompts import choose_prompts, label_prompts
@@ -39,6 +38,7 @@ from saro.train.check_start import check_start
 from saro.train.engine import fit
 from saro.train.kto import evaluate_unpaired
 from saro.train.largest_pack import try_largest_pack
+from saro.train.load_sets import load_pairs, load_unpaired
 from saro.train.make_objective import make_objective
 from saro.train.objective import SRPOObjective, check_forms
 from saro.train.pair_log import PairLog, evaluate_pairs
@@ -58,24 +58,25 @@ def main() -> int:
     run = RunFolder.open(config, train_options.output, flags, data_options.template_date, runtime)
     start = runtime.broadcast(run.start or find_start(config.model.name, runtime.say))
     model_options = replace(config.model, name=find_demo(start))
-    source = find_model(model_options)
+    source = first_on_machine(runtime, find_model, model_options)
     model_options = run.decide_dtype(runtime, source, model_options)
     reference_source = None
     if preference.reference != START:
         reference_options = other_reference_options(model_options, find_demo(preference.reference))
-        reference_source = find_model(reference_options)
+        reference_source = first_on_machine(runtime, find_model, reference_options)
     chat = run.chat_format(source, data_options)
 
     # 2. Pairs -> token ids. Both sides have the same prompt, nothing is cut, and a wrong pair is an error. For kto, each
     # side of a pair is a record of its own.
     is_unpaired = preference.is_unpaired
     read = read_unpaired_files if is_unpaired else read_pair_files
-    encode = encode_unpaired_files if is_unpaired else encode_pair_files
+    load = load_unpaired if is_unpaired else load_pairs
     train_files = data_files(data_options.train, "srpo_train")
     heldout_files = data_files(data_options.heldout, "srpo_heldout")
-    train = encode(train_files, chat, data_options, progress=runtime.is_main)
+    limits = source.token_limits()
+    train = load(runtime, train_files, chat, data_options, limits)
     check_forms(preference, train.forms)
-    heldout = encode(heldout_files, chat, data_options, progress=runtime.is_main) if heldout_files else None
+    heldout = load(runtime, heldout_files, chat, data_options, limits) if heldout_files else None
     sets = {"train": train} if heldout is None else {"train": train, "heldout": heldout}
     reports = {name: LengthReport.of(data, train) for name, data in sets.items()}
     for name, report in reports.items():
@@ -87,8 +88,8 @@ def main() -> int:
     run.check_unchanged(runtime, manifest)
     check_same_inputs(runtime, manifest, sets)
     heldout_records = list(read(heldout_files))
-    records = {"train": read(train_files), "heldout": heldout_records}
-    check_data(sets, records, chat, source.token_limits(), data_options.allow_overlap)
+    if heldout is not None and not data_options.allow_overlap:
+        check_overlap(heldout, train)
     if heldout is None:
         runtime.say("no records are held out, so nothing is measured before and after; name a file with --data.heldout")
     if preference.scored == "divergent":

@@ -23,7 +23,7 @@ from sets import with_other_prompts
 from tiny import save_tiny_model
 
 from saro.config import DataConfig, ModelConfig
-from saro.data.dataset import encode_pair_files
+from saro.data.encode_files import encode_pair_files
 from saro.distributed.runtime import Runtime
 from saro.model.load import load_policy
 from saro.model.source import find_model

@@ -19,7 +19,8 @@ import saro.train.reference
 from saro.checks.check_masks import check_masks
 from saro.config import DataConfig, ModelConfig, PreferenceConfig, TrainConfig
 from saro.data.chat_format import ChatFormat
-from saro.data.dataset import ExampleSet, PairSet, encode_files, encode_pair_files
+from saro.data.dataset import ExampleSet, PairSet
+from saro.data.encode_files import encode_files, encode_pair_files
 from saro.data.packs import Pack, PairLogps, lay_out
 from saro.data.records import Example, Message, Response
 from saro.data.steps import Schedule, Steps

@@ -1,114 +1,156 @@
-"""Tells the formats of records apart by their fields, and decides which other fields may be ignored."""
+"""Columns of many records: collected in memory or written to files, which every process of a machine then maps."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any
+from __future__ import annotations
 
-from saro.data.jsonl import fault, shown
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, overload
 
+import numpy as np
 
-@dataclass(frozen=True)
-class Fields:
-    """The fields of a format: those that a record of it must have, and those that it may have."""
-
-    required: tuple[str, ...]
-    optional: tuple[str, ...] = ()
-
-    @property
-    def all(self) -> tuple[str, ...]:
-        """All fields of the format."""
-        return (*self.required, *self.optional)
+from saro.errors import SaroError
 
 
-# Fields that every format may have.
-_COMMON_FIELDS = ("id", "kind", "meta")
-EXAMPLE_FORMATS = {
-    "native": Fields(("prompt", "answer"), ("reasoning",)),
-    "prompt-completion": Fields(("prompt", "completion")),
-    "messages": Fields(("messages",), ("prompt",)),
-}
-PAIR_FORMATS = {"pair": Fields(("chosen", "rejected"), ("prompt",))}
-# Fields that change what a record means, in our pairs or in published data: what is wrong with them and what to do. Null or
-# empty, they say nothing.
-_ON_MESSAGE = (
-    "stands beside the messages",
-    "put it into the assistant's message, or name it reasoning beside an answer",
-)
-_REFUSED = {
-    "open": ('only a side of a pair may be "open"', "finish the response and leave the field out"),
-    "label": (
-        'field "label" makes this a labelled response, which may be undesirable',
-        "give it to stage 2 (SRPO) with --preference.loss kto, or remove the field",
-    ),
-    "tools": (
-        'field "tools" would change the prompt',
-        "give the same ones to all with --data.template_variables.tools",
-    ),
-    "chat_template_kwargs": (
-        'field "chat_template_kwargs" would change the prompt',
-        "give the same ones to all with --data.template_variables",
-    ),
-    "image": ('field "image" is not text', "drop the record"),
-    "images": ('field "images" is not text', "drop the record"),
-} | {name: (f'field "{name}" {_ON_MESSAGE[0]}', _ON_MESSAGE[1]) for name in ("reasoning_content", "thinking")}
-# Formats that `saro convert` reads, by a field that only they have.
-_CONVERTED = {"conversations": "sharegpt", "instruction": "alpaca"}
-_FORMATS = (EXAMPLE_FORMATS | PAIR_FORMATS).values()
-_KNOWN = frozenset(_COMMON_FIELDS).union(*(fields.all for fields in _FORMATS))
-# The columns of a table that are read; others need not be.
-READ_COLUMNS = _KNOWN | _REFUSED.keys() | _CONVERTED.keys()
+class Texts(Sequence[str]):
+    """n strings in two arrays, which may be mapped from files.
 
-
-def check_columns(record: Mapping[str, Any], where: str) -> tuple[str, ...]:
-    """Return the names of the fields that are ignored: those that no format knows.
-
-    Raises SaroError for a field that changes what a record means, and for a name that is almost that of a known field.
+    Args:
+        content: (B,) uint8, the strings in UTF-8, one after the other.
+        offsets: (n + 1,) int64, string i is ``content[offsets[i]:offsets[i + 1]]``.
+        renamed: beginnings of strings -> what to return instead, such as the name of a file that has moved.
     """
-    unknown = record.keys() - _KNOWN
-    if not unknown:
-        return ()
-    for name, (wrong, fix) in _REFUSED.items():
-        if name in unknown and record[name] not in (None, "", [], {}):
-            fault(where, wrong, fix)
-    for name in unknown:
-        if name not in READ_COLUMNS and (meant := _find_meant(name)):
-            fault(where, f'unknown field {shown(name)} (data of your own goes under "meta")', f"did you mean {meant}?")
-    # A field's name may be text that must not be printed.
-    return tuple(sorted(shown(name).strip('"') for name in unknown - _REFUSED.keys()))
+
+    def __init__(self, content: np.ndarray, offsets: np.ndarray, renamed: Mapping[str, str] | None = None) -> None:
+        self._content = content
+        self._offsets = offsets
+        self._renamed = dict(renamed or {})
+
+    def __len__(self) -> int:
+        return len(self._offsets) - 1
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[str, ...]: ...
+    def __getitem__(self, index: int | slice) -> str | tuple[str, ...]:
+        if isinstance(index, slice):
+            return tuple(self[i] for i in range(*index.indices(len(self))))
+        i = range(len(self))[index]
+        text = self._content[self._offsets[i] : self._offsets[i + 1]].tobytes().decode()
+        for old, new in self._renamed.items():
+            if text.startswith(old):
+                return new + text.removeprefix(old)
+        return text
 
 
-def find_format(record: Mapping[str, Any], formats: Mapping[str, Fields], where: str) -> str:
-    """Return the one format whose fields the record has. Raises SaroError for mixed and missing fields.
+class Columns(ABC):
+    """Collects columns, part by part."""
 
-    A field that is null counts as absent here: a table has the fields of all formats for all of its records.
+    def __init__(self) -> None:
+        self._ends: dict[str, int] = {}
+
+    @abstractmethod
+    def append(self, name: str, values: np.ndarray) -> None:
+        """Append values to a column."""
+
+    @abstractmethod
+    def append_texts(self, name: str, texts: Sequence[str]) -> None:
+        """Append strings to a column."""
+
+    def append_offsets(self, name: str, lengths: np.ndarray) -> None:
+        """Append the ends of items of the given lengths to a column of offsets, which begins with 0."""
+        if name not in self._ends:
+            self._ends[name] = 0
+            self.append(name, np.zeros(1, np.int64))
+        ends = self._ends[name] + np.cumsum(lengths, dtype=np.int64)
+        if len(ends):
+            self._ends[name] = int(ends[-1])
+            self.append(name, ends)
+
+
+class MemoryColumns(Columns):
+    """Keeps columns in memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._parts: dict[str, list[np.ndarray]] = {}
+        self._texts: dict[str, list[str]] = {}
+
+    def append(self, name: str, values: np.ndarray) -> None:
+        """Append values to a column."""
+        self._parts.setdefault(name, []).append(values)
+
+    def append_texts(self, name: str, texts: Sequence[str]) -> None:
+        """Append strings to a column."""
+        self._texts.setdefault(name, []).extend(texts)
+
+    def finish(self) -> dict[str, Any]:
+        """Return the columns by name: arrays, and tuples of strings."""
+        arrays = {name: np.concatenate(parts) for name, parts in self._parts.items()}
+        return arrays | {name: tuple(texts) for name, texts in self._texts.items()}
+
+
+class FileColumns(Columns):
+    """Writes columns into files of a folder, part by part.
+
+    Args:
+        folder: an empty folder; each column becomes a file in it. Nothing else is kept in memory.
     """
-    given = [name for name in record if name in _KNOWN and name not in _COMMON_FIELDS and record[name] is not None]
-    fitting = [form for form, fields in formats.items() if set(given) <= set(fields.all)]
-    if not fitting:
-        listed = "; ".join(f"{', '.join(fields.all)} ({form})" for form, fields in formats.items())
-        fault(where, f"fields of two formats: {', '.join(given)}", f"give those of one: {listed}")
-    # A record with only a prompt fits two formats: name the field that is missing in the first, which is ours.
-    for name in formats[fitting[0]].required:
-        if name not in record:
-            for field, form in _CONVERTED.items():
-                if record.get(field) is not None:
-                    fault(where, f"field {shown(field)} is that of another format", f"convert it: saro convert {form}")
-            fault(where, f"field {shown(name)} is missing", "add it")
-    return fitting[0]
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self._folder = folder
+        self._files: dict[str, BinaryIO] = {}
+        self._hashes: dict[str, Any] = {}
+        self._dtypes: dict[str, np.dtype] = {}
+
+    def append(self, name: str, values: np.ndarray) -> None:
+        """Append values to a column's file."""
+        if name not in self._files:
+            # Buffered: small parts of narrow columns would be a call of the system each.
+            file = self._folder / f"{name}.bin"
+            self._files[name] = file.open("wb", buffering=2**20)
+            self._hashes[name] = hashlib.sha256()
+            self._dtypes[name] = values.dtype
+        content = np.ascontiguousarray(values, self._dtypes[name]).view(np.uint8)
+        self._files[name].write(content)
+        self._hashes[name].update(content)
+
+    def append_texts(self, name: str, texts: Sequence[str]) -> None:
+        """Append strings to a column, which is two files: see ``Texts``."""
+        encoded = [text.encode() for text in texts]
+        self.append_offsets(f"{name}.offsets", np.array([len(text) for text in encoded], np.int64))
+        self.append(f"{name}.content", np.frombuffer(b"".join(encoded), np.uint8))
+
+    def close(self) -> None:
+        """Close the files."""
+        for file in self._files.values():
+            file.close()
+
+    def finish(self) -> dict[str, dict[str, str]]:
+        """Close the files, and return the dtype and the sha256 of each column, by name."""
+        self.close()
+        return {
+            name: {"dtype": self._dtypes[name].str, "sha256": self._hashes[name].hexdigest()} for name in self._files
+        }
 
 
-@lru_cache
-def _find_meant(name: str) -> str | None:
-    """Return the known field whose name this is with one character missing, added, changed or swapped, or in capitals."""
-    lower = name.lower()
-    for known in sorted(_KNOWN):
-        if lower == known or (len(known) > 4 and _is_one_edit(lower, known)):
-            return known
-    return None
+def map_columns(folder: Path, described: Mapping[str, Mapping[str, str]]) -> dict[str, np.ndarray]:
+    """Map the columns that ``FileColumns`` wrote into a folder; ``described`` is what its ``finish`` returned.
 
-
-def _is_one_edit(a: str, b: str) -> bool:
-    start = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-    a, b = a[start:], b[start:]
-    return a[1:] == b or a == b[1:] or a[1:] == b[1:] or (a[2:] == b[2:] and a[:2] == b[1::-1])
+    Raises:
+        SaroError: a file is missing, or is not whole items long.
+    """
+    columns = {}
+    for name, column in described.items():
+        file = folder / f"{name}.bin"
+        try:
+            is_empty = file.stat().st_size == 0
+            # As a plain array: each slice of a memmap would be an object of that slower class. No file of 0 bytes can be mapped.
+            mapped = np.empty(0, column["dtype"]) if is_empty else np.asarray(np.memmap(file, column["dtype"], "r"))
+        except (OSError, ValueError) as error:
+            raise SaroError(f"{file}: cannot be mapped ({error}); remove its folder and start again") from error
+        columns[name] = mapped
+    return columns

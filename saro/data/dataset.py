@@ -1,31 +1,30 @@
-"""JSONL files -> token ids in memory, in a few flat arrays for any number of records."""
+"""Holds the token ids of any number of records in a few flat arrays, in memory or mapped from files."""
 
 from __future__ import annotations
 
-from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
-from saro.config import DataConfig
-from saro.data.chat_format import ChatFormat
-from saro.data.packs import CHOSEN, REJECTED
-from saro.data.records import (
-    KINDS,
-    PAIR_KINDS,
-    Example,
-    Pair,
-    Record,
-    read_example_files,
-    read_pair_files,
-)
+from saro.config import KINDS, PAIR_KINDS
+from saro.data.packs import CHOSEN, REJECTED, SIDES
 from saro.data.tree import RowKind, ScoredSequence, SequenceTree, build_tree, common_prefix
-from saro.errors import SaroError
-from saro.program import progress_bar
+
+
+@dataclass(frozen=True)
+class Repeats:
+    """What only reading all tokens of a set tells. A mapped set has it from when it was encoded.
+
+    Attributes:
+        duplicates: number of records that repeat an earlier one.
+        by_prompt: number of tokens of all pairs if those on one prompt share a tree; None for examples.
+    """
+
+    duplicates: int
+    by_prompt: int | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +47,8 @@ class ExampleSet:
         conversations: (n,) int32, a number for each example's conversation: the turns of one have the same number. None if
             each example is a record of its own.
         ignored: names of the records' fields that were ignored.
+        digest: sha256 that stands for all of this; None if the set is not mapped from files.
+        repeats: counted when the set was encoded; None if it is not mapped from files.
     """
 
     kind_names: ClassVar[tuple[str, ...]] = KINDS
@@ -57,12 +58,14 @@ class ExampleSet:
     prompt_tokens: np.ndarray
     think_tokens: np.ndarray
     kinds: np.ndarray
-    ids: tuple[str, ...]
-    where: tuple[str, ...] = ()
+    ids: Sequence[str]
+    where: Sequence[str] = ()
     dropped: tuple[str, ...] = ()
     is_open: np.ndarray | None = None
     conversations: np.ndarray | None = None
     ignored: tuple[str, ...] = ()
+    digest: str | None = None
+    repeats: Repeats | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -113,6 +116,9 @@ class PairSet:
         chosen, rejected: the two sides: sequence i of each belongs to pair i. Their ``kinds`` index into ``PAIR_KINDS``.
         prompts: (n,) int32, a number for each pair's prompt; pairs on the same prompt have the same number.
         forms: (n,) form of each pair, as in ``Pair``, None for pairs without one; empty if no pair has one.
+        shared_tokens: (n,) int32, number of tokens with which both sides of a pair begin, including the prompt; counted if
+            not given.
+        digest, repeats: as in ``ExampleSet``.
     """
 
     kind_names: ClassVar[tuple[str, ...]] = PAIR_KINDS
@@ -121,12 +127,20 @@ class PairSet:
     rejected: ExampleSet
     prompts: np.ndarray
     forms: tuple[str | None, ...] = ()
+    shared_tokens: np.ndarray | None = None
+    digest: str | None = None
+    repeats: Repeats | None = None
+
+    def __post_init__(self) -> None:
+        if self.shared_tokens is None:
+            shared = [common_prefix([s.tokens for s in self.sequences(i)]) for i in range(len(self))]
+            object.__setattr__(self, "shared_tokens", np.array(shared, np.int32))
 
     def __len__(self) -> int:
         return len(self.chosen)
 
     @property
-    def ids(self) -> tuple[str, ...]:
+    def ids(self) -> Sequence[str]:
         """The pairs' ids."""
         return self.chosen.ids
 
@@ -148,11 +162,6 @@ class PairSet:
         scored[REJECTED::2] = self.rejected.scored_tokens
         return scored
 
-    @cached_property
-    def shared_tokens(self) -> np.ndarray:
-        """(n,) int32, number of tokens with which both sides of a pair begin, including the prompt."""
-        return np.array([common_prefix([s.tokens for s in self.sequences(i)]) for i in range(len(self))], np.int32)
-
     def sequences(self, record: int) -> tuple[ScoredSequence, ScoredSequence]:
         """Return the chosen and the rejected sequence of one pair."""
         return self.chosen.sequence(record), self.rejected.sequence(record)
@@ -170,6 +179,7 @@ class PairSet:
             self,
             chosen=_score_from(self.chosen, self.shared_tokens),
             rejected=_score_from(self.rejected, self.shared_tokens),
+            digest=None if self.digest is None else f"{self.digest}-divergent",
         )
 
 
@@ -203,128 +213,32 @@ def _score_from(data: ExampleSet, starts: np.ndarray) -> ExampleSet:
     return replace(data, prompt_tokens=starts, think_tokens=think)
 
 
-def encode_files(paths: Sequence[str], chat: ChatFormat, options: DataConfig, *, progress: bool = False) -> ExampleSet:
-    """Read and encode files of examples: with ``options.train_on`` "all", each assistant turn of a conversation is one.
+def make_set(columns: Mapping[str, Any], about: Mapping[str, Any]) -> ExampleSet | PairSet:
+    """Return the set that columns hold. ``about`` is what ``saro.data.encode_files.encode_into`` returned."""
 
-    Nothing is ever cut. A sequence of more than ``options.pack_tokens`` tokens is an error, or is dropped if
-    ``options.too_long`` says so.
-
-    Args:
-        progress: show a progress bar on a terminal.
-
-    Raises:
-        SaroError: names file and line of the first record that is wrong.
-    """
-    conversation_of_id: dict[str, str | None] = {}
-
-    def encode(example: Example) -> tuple[ScoredSequence]:
-        conversation_of_id[example.id] = example.conversation
-        return (chat.encode(example),)
-
-    # An example is a record with one sequence, a pair one with two.
-    (encoded,) = _encode(read_example_files(paths, options.train_on), encode, KINDS, options, progress)
-    conversations = [conversation_of_id[id] for id in encoded.ids]
-    if not any(conversations):
-        return encoded
-    number_of: dict[str, int] = {}
-    names = [conversation or id for conversation, id in zip(conversations, encoded.ids, strict=True)]
-    return replace(encoded, conversations=np.array([number_of.setdefault(n, len(number_of)) for n in names], np.int32))
-
-
-def encode_pair_files(
-    paths: Sequence[str], chat: ChatFormat, options: DataConfig, *, progress: bool = False
-) -> PairSet:
-    """Read and encode files of pairs, as ``encode_files`` does examples.
-
-    A pair is as long as its tree. If that is longer than a pack, both sides are dropped, never only one.
-    """
-    form_of_id: dict[str, str | None] = {}
-
-    def encode(pair: Pair) -> tuple[ScoredSequence, ScoredSequence]:
-        form_of_id[pair.id] = pair.form
-        return chat.encode_pair(pair)
-
-    chosen, rejected = _encode(read_pair_files(paths), encode, PAIR_KINDS, options, progress)
-    forms = tuple(form_of_id[id] for id in chosen.ids)
-    number_of_prompt: dict[bytes, int] = {}
-    prompts = np.empty(len(chosen), np.int32)
-    for i in range(len(chosen)):
-        sequence = chosen.sequence(i)
-        prompt = sequence.tokens[: sequence.scored_from].tobytes()
-        prompts[i] = number_of_prompt.setdefault(prompt, len(number_of_prompt))
-    return PairSet(chosen, rejected, prompts, forms if any(forms) else ())
-
-
-def _encode(
-    records: Iterable[Record],
-    encode: Callable[[Record], tuple[ScoredSequence, ...]],
-    kind_names: Sequence[str],
-    options: DataConfig,
-    progress: bool,
-) -> list[ExampleSet]:
-    """Encode the records. Returns a set of their first sequences, then one of their second sequences if they have two."""
-    sides: list[_Columns] = []
-    kinds = array("B")
-    ids: list[str] = []
-    where: list[str] = []
-    dropped: list[str] = []
-    ignored: set[str] = set()
-    for record in progress_bar(records, "encoding", "records", shown=progress):
-        ignored.update(record.ignored)
-        sequences = encode(record)
-        # With the last token of each sequence, which the model does not read.
-        tokens = sum(len(node.tokens) for node in build_tree(sequences).nodes)
-        if tokens > options.pack_tokens:
-            if options.too_long == "error":
-                raise SaroError(
-                    f"{record.where}: {tokens} tokens, more than the {options.pack_tokens} allowed; nothing is cut: "
-                    "raise --data.pack_tokens, shorten the record, or leave it out with --data.too_long drop"
-                )
-            dropped.append(record.id)
-            continue
-        sides = sides or [_Columns() for _ in sequences]
-        for side, sequence in zip(sides, sequences, strict=True):
-            side.add(sequence)
-        kinds.append(kind_names.index(record.kind))
-        ids.append(record.id)
-        where.append(record.where)
-    if not ids:
-        raise SaroError(
-            f"all {len(dropped)} records are longer than {options.pack_tokens} tokens; raise --data.pack_tokens"
-        )
-    sets = (side.as_set(np.frombuffer(kinds, np.uint8), tuple(ids), tuple(where), tuple(dropped)) for side in sides)
-    return [replace(encoded, ignored=tuple(sorted(ignored))) for encoded in sets]
-
-
-class _Columns:
-    """Collects sequences in flat arrays."""
-
-    def __init__(self) -> None:
-        self._tokens = array("i")
-        self._offsets = array("q", [0])
-        self._prompt_tokens = array("i")
-        self._think_tokens = array("i")
-        self._is_open = array("b")
-
-    def add(self, sequence: ScoredSequence) -> None:
-        self._tokens.frombytes(sequence.tokens.tobytes())
-        self._offsets.append(len(self._tokens))
-        self._prompt_tokens.append(sequence.scored_from)
-        self._think_tokens.append(int((sequence.row_kinds == RowKind.THINK).sum()))
-        self._is_open.append(sequence.is_open)
-
-    def as_set(
-        self, kinds: np.ndarray, ids: tuple[str, ...], where: tuple[str, ...], dropped: tuple[str, ...]
-    ) -> ExampleSet:
-        """Return the sequences as a set, which shares the memory of these arrays."""
+    def side(name: str) -> ExampleSet:
+        is_open = columns[f"{name}.is_open"]
         return ExampleSet(
-            tokens=np.frombuffer(self._tokens, np.int32),
-            offsets=np.frombuffer(self._offsets, np.int64),
-            prompt_tokens=np.frombuffer(self._prompt_tokens, np.int32),
-            think_tokens=np.frombuffer(self._think_tokens, np.int32),
-            kinds=kinds,
-            ids=ids,
-            where=where,
-            dropped=dropped,
-            is_open=np.frombuffer(self._is_open, bool) if any(self._is_open) else None,
+            tokens=columns[f"{name}.tokens"],
+            offsets=columns[f"{name}.offsets"],
+            prompt_tokens=columns[f"{name}.prompt_tokens"],
+            think_tokens=columns[f"{name}.think_tokens"],
+            kinds=columns["kinds"],
+            ids=columns["ids"],
+            where=columns["where"],
+            dropped=tuple(about["dropped"]),
+            is_open=is_open if is_open.any() else None,
+            conversations=columns.get("conversations"),
+            ignored=tuple(about["ignored"]),
         )
+
+    if about["kind"] == "examples":
+        return side("example")
+    names = about["forms"]
+    return PairSet(
+        chosen=side(SIDES[CHOSEN]),
+        rejected=side(SIDES[REJECTED]),
+        prompts=columns["prompts"],
+        forms=tuple(names[i] for i in columns["forms"].tolist()) if any(names) else (),
+        shared_tokens=columns["shared_tokens"],
+    )

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from saro.data.dataset import ExampleSet, PairSet
+from saro.data.dataset import ExampleSet, PairSet, Repeats
 from saro.data.repeats import count_duplicates, find_overlap
 from saro.data.tree import build_tree
 
@@ -47,12 +47,29 @@ class Sharing:
     @classmethod
     def of(cls, data: PairSet) -> Sharing:
         """Count the tokens of a set of pairs."""
-        order = np.argsort(data.prompts, kind="stable")
-        groups = np.split(order, np.flatnonzero(np.diff(data.prompts[order])) + 1)
-        trees = (build_tree([side for pair in group for side in data.sequences(pair)]) for group in groups)
-        by_prompt = sum(len(node.tokens) for tree in trees for node in tree.nodes)
         apart = int(data.chosen.lengths.sum() + data.rejected.lengths.sum())
+        by_prompt = _count_by_prompt(data) if data.repeats is None else data.repeats.by_prompt
         return cls(apart, int(data.lengths.sum()), by_prompt)
+
+
+def count_repeats(data: ExampleSet | PairSet) -> Repeats:
+    """Count what a set repeats. All tokens are read: this takes seconds for a gigabyte of them."""
+    return Repeats(count_duplicates(data), _count_by_prompt(data) if isinstance(data, PairSet) else None)
+
+
+def _count_by_prompt(data: PairSet) -> int:
+    """Return the number of tokens of a set of pairs if all that are on one prompt share a tree."""
+    _, number, pairs = np.unique(data.prompts, return_inverse=True, return_counts=True)
+    # A tree of one pair is as long as the pair. Only the others are built.
+    is_alone = pairs[number] == 1
+    tokens = int(data.lengths[is_alone].sum())
+    others = np.flatnonzero(~is_alone)
+    others = others[np.argsort(number[others], kind="stable")]
+    for group in np.split(others, np.flatnonzero(np.diff(number[others])) + 1):
+        if len(group):
+            tree = build_tree([side for pair in group for side in data.sequences(pair)])
+            tokens += sum(len(node.tokens) for node in tree.nodes)
+    return tokens
 
 
 @dataclass(frozen=True)
@@ -109,7 +126,7 @@ class LengthReport:
             records=_count_kinds(data.kinds, data.kind_names),
             lengths={label: Lengths.of(tokens) for label, tokens in lengths.items()},
             dropped=dropped,
-            duplicates=count_duplicates(data),
+            duplicates=count_duplicates(data) if data.repeats is None else data.repeats.duplicates,
             trained_prompts=0 if train is None or train is data else len(find_overlap(data, train)),
             open_sides=open_sides,
             sharing=sharing,

@@ -10,8 +10,8 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from saro.data.columns import READ_COLUMNS
 from saro.data.jsonl import fault, open_data, read_objects
+from saro.data.record_fields import READ_COLUMNS
 from saro.files import file_hash
 
 if TYPE_CHECKING:

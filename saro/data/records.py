@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from saro.config import KINDS, PAIR_KINDS
-from saro.data.columns import EXAMPLE_FORMATS, PAIR_FORMATS, READ_COLUMNS, check_columns, find_format
 from saro.data.jsonl import fault, parse_id, parse_kind, parse_text, shown, type_name
 from saro.data.messages import Message, ReasoningMessage, check_prompt, parse_messages, parse_prompt
 from saro.data.read_rows import read_rows
+from saro.data.record_fields import EXAMPLE_FORMATS, PAIR_FORMATS, READ_COLUMNS, check_columns, find_format
 from saro.errors import nearest
 
 _SIDES = ("chosen", "rejected")

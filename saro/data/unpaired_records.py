@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from saro.config import PAIR_KINDS
-from saro.data.columns import READ_COLUMNS
 from saro.data.jsonl import fault, parse_kind, shown, type_name
 from saro.data.read_rows import read_rows
+from saro.data.record_fields import READ_COLUMNS
 from saro.data.records import (
     Example,
     Pair,

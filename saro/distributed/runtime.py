@@ -152,6 +152,14 @@ class Runtime:
         """Return the lists of all ranks as one list, in the order of ranks, on every rank."""
         return gather_object(items) if self.processes > 1 else items
 
+    def gather_on_main(self, items: list[Any]) -> list[Any]:
+        """Return the lists of all ranks as one list, in the order of ranks, on rank 0, and an empty one on the others."""
+        if self.processes == 1:
+            return items
+        lists: list[list[Any]] | None = [[]] * self.processes if self.is_main else None
+        dist.gather_object(items, lists, dst=0)
+        return [item for part in lists or [] for item in part]
+
     def broadcast(self, value: Value) -> Value:
         """Return rank 0's value, which can be pickled, on every rank."""
         if self.processes == 1:

@@ -8,7 +8,7 @@ import numpy as np
 
 from saro.config import DataConfig
 from saro.data.chat_format import ChatFormat
-from saro.data.dataset import encode_files, encode_pair_files
+from saro.data.encode_files import encode_files, encode_pair_files
 from saro.data.packs import CHOSEN, REJECTED, pack_trees
 from saro.model.policy import Policy
 from saro.model.score import score_packs, score_pairs

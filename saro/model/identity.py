@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_files
 
-from saro.files import file_hash
+from saro.files import file_hashes
 
 # Besides the weights, these files decide what a model computes and how text becomes its tokens. README, licence and
 # chat template are not among them; a run compares its template by itself.
@@ -30,7 +30,7 @@ def weight_hashes(path: str, commit: str | None) -> dict[str, str]:
         files = sorted(Path(path).glob("*.safetensors"))
     else:
         files = _hub_weights(path, commit) if commit else []
-    return {file.name: _content_hash(file) for file in files}
+    return _hash_contents(files)
 
 
 def defining_hashes(path: str, commit: str | None, has_code: bool) -> dict[str, str]:
@@ -50,7 +50,7 @@ def defining_hashes(path: str, commit: str | None, has_code: bool) -> dict[str, 
     files = [folder / name for name in _DEFINING]
     if has_code:
         files += sorted(folder.glob("*.py"))
-    return {file.name: _content_hash(file) for file in files if file.is_file()}
+    return _hash_contents([file for file in files if file.is_file()])
 
 
 def is_same_model(began: Mapping[str, Any] | None, now: Mapping[str, Any] | None) -> bool:
@@ -102,9 +102,10 @@ def _fetch(path: str, names: list[str], commit: str, local_files_only: bool = Fa
     return [Path(file) for file in found] if complete else None
 
 
-def _content_hash(file: Path) -> str:
-    """Return the sha256 of a file. The hub's cache names large files by it, so that they need not be read."""
-    blob = file.resolve()
-    if blob.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", blob.name):
-        return blob.name
-    return file_hash(file)
+def _hash_contents(files: Sequence[Path]) -> dict[str, str]:
+    """Return the sha256 of files by name. The hub's cache names large files by it, so that they need not be read."""
+    blobs = [file.resolve() for file in files]
+    is_named = [blob.parent.name == "blobs" and bool(re.fullmatch(r"[0-9a-f]{64}", blob.name)) for blob in blobs]
+    read = [file for file, named in zip(files, is_named, strict=True) if not named]
+    hashed = dict(zip(read, file_hashes(read), strict=True))
+    return {file.name: hashed.get(file, blob.name) for file, blob in zip(files, blobs, strict=True)}

@@ -46,6 +46,9 @@ def _without_place(identity: Mapping[str, Any] | None) -> dict[str, Any]:
 
 def _hash_records(data: ExampleSet | PairSet) -> str:
     """Return the sha256 of all that training reads of the records: tokens, masks, kinds, ids, prompts or turns, and forms."""
+    if data.digest is not None:
+        # The files were compared with it when they were mapped.
+        return data.digest
     digest = hashlib.sha256()
     is_pairs = isinstance(data, PairSet)
     for side in (data.chosen, data.rejected) if is_pairs else (data,):

@@ -20,6 +20,7 @@ from saro.config import DataConfig, ModelConfig, PreferenceConfig, TrainConfig, 
 from saro.data.chat_format import ChatFormat
 from saro.data.lengths import LengthReport
 from saro.data.read_rows import hash_rows
+from saro.distributed.machines import first_on_machine
 from saro.distributed.runtime import Runtime
 from saro.errors import SaroError
 from saro.files import atomic_write
@@ -342,6 +343,7 @@ class RunFolder:
         tags, variables = list(chat.think_tags), dict(chat.template_variables or {})
         model_options = self.config["model"] | {"dtype": dtype}
         data_options = self.config["data"] | {"think_tags": tags, "template_variables": variables}
+        contents = first_on_machine(runtime, _hash_contents, source, reference, files)
         return {
             "saro": saro.__version__,
             "code": _code_hash(),
@@ -354,12 +356,19 @@ class RunFolder:
             "template_date": chat.template_date.isoformat(),
             "template": template_hash(chat.tokenizer.chat_template),
             "start": source.adapter or source.path,
-            "model": source.identity(),
-            "reference": None if reference is None else reference.identity(),
-            "data": {name: hash_rows(name) for name in files},
+            **contents,
             "records": {name: report.as_dict() for name, report in reports.items()},
             "config": self.config | {"model": model_options, "data": data_options},
         }
+
+
+def _hash_contents(source: ModelSource, reference: ModelSource | None, files: list[str]) -> dict[str, Any]:
+    """Return the parts of a manifest for which weights and data files are read."""
+    return {
+        "model": source.identity(),
+        "reference": None if reference is None else reference.identity(),
+        "data": {name: hash_rows(name) for name in files},
+    }
 
 
 def _look(

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from datetime import date
+from functools import partial
 
 import numpy as np
 from rich.console import Console, Group
@@ -17,9 +18,10 @@ from transformers import PreTrainedTokenizerBase
 from saro.checks.check_masks import check_masks
 from saro.config import DEMO, DataConfig, ModelConfig
 from saro.data.chat_format import ChatFormat
-from saro.data.dataset import ExampleSet, PairSet, encode_files, encode_pair_files
+from saro.data.dataset import ExampleSet, PairSet
+from saro.data.encode_files import encode_files, encode_pair_files
 from saro.data.lengths import LengthReport
-from saro.data.records import holds_pairs, read_example_files, read_pair_files
+from saro.data.records import holds_pairs
 from saro.data.tree import RowKind, ScoredSequence, common_prefix
 from saro.data.unpaired_records import holds_labels, read_unpaired_files
 from saro.data.unpaired_set import encode_unpaired_files
@@ -101,14 +103,11 @@ def _encode(files: Sequence[str], chat: ChatFormat, data: DataConfig, limits: To
     """Encode and check all records, however long they are."""
     data = replace(data, pack_tokens=sys.maxsize)
     if holds_labels(files[0]):
-        encoded, records = encode_unpaired_files(files, chat, data, progress=True), read_unpaired_files(files)
-    elif holds_pairs(files[0]):
-        encoded, records = encode_pair_files(files, chat, data, progress=True), read_pair_files(files)
-    else:
-        encoded = encode_files(files, chat, data, progress=True)
-        records = read_example_files(files, data.train_on)
-    check_masks(encoded, chat, records, limits)
-    return encoded
+        encoded = encode_unpaired_files(files, chat, data, progress=True)
+        check_masks(encoded, chat, read_unpaired_files(files), limits)
+        return encoded
+    encode = encode_pair_files if holds_pairs(files[0]) else encode_files
+    return encode(files, chat, data, progress=True, check=partial(check_masks, limits=limits))
 
 
 def _list_too_long(encoded: ExampleSet | PairSet, pack_tokens: int, console: Console) -> None:

@@ -15,7 +15,8 @@ from rich.console import Console
 from saro.checks.check_masks import check_masks
 from saro.config import DataConfig
 from saro.data.chat_format import ChatFormat
-from saro.data.dataset import ExampleSet, PairSet, encode_files, encode_pair_files
+from saro.data.dataset import ExampleSet, PairSet
+from saro.data.encode_files import encode_files, encode_pair_files
 from saro.data.packs import SIDES, pack_trees
 from saro.data.records import Example, Pair, Response, holds_pairs, read_examples, read_pairs
 from saro.data.tree import RowKind, ScoredSequence

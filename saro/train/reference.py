@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from importlib.metadata import version
+from itertools import islice, pairwise
 
 import numpy as np
 import torch
@@ -16,8 +17,9 @@ from saro.checks.noise import NOISE_FACTOR, layout_noise
 from saro.config import ModelConfig
 from saro.data.chat_format import ChatFormat
 from saro.data.dataset import PairSet
-from saro.data.packs import ALL_WORK, CHOSEN, REJECTED, SIDES, PairLogps, Share, pack_trees
+from saro.data.packs import CHOSEN, REJECTED, SIDES, PairLogps, pack_trees
 from saro.data.tree import build_tree
+from saro.distributed.machines import share_array
 from saro.distributed.runtime import Runtime
 from saro.errors import SaroError
 from saro.model.liger import uses_liger
@@ -26,7 +28,7 @@ from saro.model.policy import Policy
 from saro.model.score import score_packs, split_pairs
 from saro.model.source import ModelSource
 from saro.program import progress_bar
-from saro.train.reference_cache import ReferenceCache, sequence_key
+from saro.train.reference_cache import KEY_BYTES, ReferenceCache, sequence_key
 
 # Increase when scoring changes its results: old caches are then ignored.
 SCORER_VERSION = 2
@@ -88,7 +90,8 @@ def load_reference(
 ) -> PairLogps:
     """Return the log-probs of ``pairs`` under ``policy`` from the cache. Missing pairs are scored and added first.
 
-    No lock is held while scoring: two processes may score the same pairs, which costs time but does no harm.
+    Only rank 0 reads and writes the cache. All ranks share out the pairs that it misses, and send it their log-probs.
+    No lock is held while scoring: two runs may score the same pairs, which costs time but does no harm.
 
     Args:
         policy: the reference, as it was loaded from ``source`` and not yet trained.
@@ -97,32 +100,20 @@ def load_reference(
     Raises:
         SaroError: the policy does not give the log-probs that the cache holds.
     """
-    cache = ReferenceCache.of(cache_key(policy, source, runtime.device))
-    keys = [sequence_key(sequence) for i in range(len(pairs)) for sequence in pairs.sequences(i)]
-    missing = _find_missing(cache, keys)
+    key = cache_key(policy, source, runtime.device)
+    cache = ReferenceCache(runtime.on_main(lambda: ReferenceCache.of(key).folder))
+    keys = _sequence_keys(pairs) if runtime.is_main else None
+    missing = runtime.on_main(lambda: _find_missing(cache, keys))
     cached = np.setdiff1d(np.arange(len(pairs)), missing)
-    if runtime.mesh is not None:
-        # Ranks that share the weights must score the same pairs again.
-        cached = runtime.broadcast(cached)
-    # The ranks share out what rank 0 misses: shares of different lists would leave out some pairs and repeat others.
-    to_score, share = runtime.broadcast(missing), runtime.share
-    if _any_rank_misses(runtime, missing):
+    while len(missing):
         runtime.say(f"reference: scoring {len(missing):,} of {len(pairs):,} pairs, kept in {cache.folder}")
-    while _any_rank_misses(runtime, missing):
-        _score_into_cache(cache, policy, pairs, to_score, keys, pack_tokens, share=share, shown=runtime.is_main)
-        runtime.barrier()
-        missing = _find_missing(cache, keys)
-        # Without a shared file system, a rank still misses what other ranks wrote. It then scores all of that itself, or, if
-        # the ranks share the weights, all score what any of them misses: they must run the same number of packs.
-        to_score, share = missing, ALL_WORK
-        if runtime.mesh is not None:
-            to_score = np.unique(runtime.gather(missing.tolist())).astype(missing.dtype)
-    logps, offsets = cache.load(keys, pairs.scored_tokens.tolist())
-    reference = PairLogps(logps, offsets)
+        _score_into_cache(runtime, cache, policy, pairs, missing, keys, pack_tokens)
+        # Empty, unless somebody removes shards meanwhile.
+        missing = runtime.on_main(lambda: _find_missing(cache, keys))
+    reference = _load_shared(runtime, cache, pairs, keys)
     if len(cached):
-        spots = np.random.default_rng().choice(cached, min(_SPOT_PAIRS, len(cached)), replace=False)
-        if runtime.mesh is not None:
-            spots = runtime.broadcast(spots)
+        # The same pairs on all ranks: those that share the weights must score together.
+        spots = runtime.on_main(lambda: np.random.default_rng().choice(cached, min(_SPOT_PAIRS, len(cached)), False))
         _check_spots(policy, pairs, reference, sorted(spots.tolist()), cache, pack_tokens)
     return reference
 
@@ -155,46 +146,67 @@ def cache_key(policy: Policy, source: ModelSource, device: torch.device) -> dict
     }
 
 
-def _any_rank_misses(runtime: Runtime, missing: np.ndarray) -> bool:
-    """Return True if pairs are missing on any rank."""
-    return bool(runtime.sum_(torch.tensor(len(missing), device=runtime.device)).item())
+def _sequence_keys(pairs: PairSet) -> np.ndarray:
+    """Return the cache's key of each sequence, (2n, 16) uint8, by ``sequence_number``."""
+    keys = np.empty((len(pairs), len(SIDES), KEY_BYTES), np.uint8)
+    for number, side in enumerate((pairs.chosen, pairs.rejected)):
+        bounds = zip(pairwise(side.offsets.tolist()), side.prompt_tokens.tolist(), strict=True)
+        found = b"".join(sequence_key(side.tokens[start:stop], prompt) for (start, stop), prompt in bounds)
+        keys[:, number] = np.frombuffer(found, np.uint8).reshape(-1, KEY_BYTES)
+    return keys.reshape(-1, KEY_BYTES)
 
 
-def _find_missing(cache: ReferenceCache, keys: Sequence[bytes]) -> np.ndarray:
+def _find_missing(cache: ReferenceCache, keys: np.ndarray) -> np.ndarray:
     """Return the indices of the pairs that have a side that is not in the cache."""
     is_cached = np.array(cache.find(keys), bool).reshape(-1, len(SIDES))
     return np.flatnonzero(~is_cached.all(1))
 
 
+def _load_shared(runtime: Runtime, cache: ReferenceCache, pairs: PairSet, keys: np.ndarray | None) -> PairLogps:
+    """Return the log-probs of all pairs, which rank 0 reads and sends to the others."""
+    scored_tokens = pairs.scored_tokens
+    read: list[np.ndarray] = []
+    # Only that it was read goes through on_main: it would pickle the log-probs.
+    runtime.on_main(lambda: read.append(cache.load(keys, scored_tokens.tolist())[0]))
+    logps = share_array(runtime, read[0] if read else None)
+    return PairLogps(logps, np.concatenate([[0], np.cumsum(scored_tokens, dtype=np.int64)]))
+
+
 def _score_into_cache(
+    runtime: Runtime,
     cache: ReferenceCache,
     policy: Policy,
     pairs: PairSet,
     missing: np.ndarray,
-    keys: Sequence[bytes],
+    keys: np.ndarray | None,
     pack_tokens: int,
-    *,
-    share: Share,
-    shown: bool,
 ) -> None:
-    """Score a rank's share of the missing pairs, and add them to the cache every ``_FLUSH_SECONDS`` and at the end."""
-    unsaved: dict[bytes, np.ndarray] = {}
-    saved_at = time.monotonic()
+    """Score the missing pairs on all ranks. Rank 0 adds them to the cache every ``_FLUSH_SECONDS``.
+
+    Args:
+        keys: key of each sequence, on rank 0.
+    """
     # Pairs on one prompt share a tree, wherever they are in the files.
     by_prompt = missing[np.argsort(pairs.prompts[missing], kind="stable")]
-    with progress_bar(None, "reference", "pairs", shown=shown, total=len(missing)) as bar:
+    # All ranks make the same number of packs, so that they meet as often.
+    share = replace(runtime.share, is_even=True)
+    # Packs between two such meetings; it does not change what is in them. A first pack tells how long one takes.
+    between = 1
+    with progress_bar(None, "reference", "pairs", shown=runtime.is_main, total=len(missing)) as bar:
         for start in range(0, len(by_prompt), _CHUNK_PAIRS):
             chunk = by_prompt[start : start + _CHUNK_PAIRS].tolist()
             packs = pack_trees(pairs.trees(chunk, pack_tokens), pack_tokens, share)
-            for pack, entries in score_packs(policy, packs):
-                for number, logps in split_pairs(pack, entries):
-                    unsaved[keys[number]] = logps
-                bar.update(len(pack.pairs) * share.processes)
-                if time.monotonic() - saved_at >= _FLUSH_SECONDS:
-                    cache.add(unsaved)
-                    unsaved = {}
-                    saved_at = time.monotonic()
-    cache.add(unsaved)
+            while batch := list(islice(packs, between)):
+                began = time.monotonic()
+                scored = [entry for pack, rows in score_packs(policy, batch) for entry in split_pairs(pack, rows)]
+                numbers = [number for number, _ in scored]
+                received = runtime.gather_on_main([(numbers, [logps for _, logps in scored])])
+                if runtime.is_main:
+                    cache.add({keys[i].tobytes(): logps for part in received for i, logps in zip(*part, strict=True)})
+                    bar.update(sum(len(theirs) for theirs, _ in received) // len(SIDES))
+                took = time.monotonic() - began
+                between = runtime.broadcast(max(1, min(4 * between, int(between * _FLUSH_SECONDS / took))))
+    runtime.on_main(cache.compact)
 
 
 def _check_spots(

@@ -13,7 +13,8 @@ from tiny import IM_END, tiny_tokenizer
 from saro.checks.check_masks import check_masks
 from saro.config import DataConfig
 from saro.data.chat_format import ChatFormat
-from saro.data.dataset import ExampleSet, encode_files, encode_pair_files
+from saro.data.dataset import ExampleSet
+from saro.data.encode_files import encode_files, encode_pair_files
 from saro.data.records import read_examples, read_pairs
 from saro.errors import SaroError
 from saro.model.architectures import TokenLimits

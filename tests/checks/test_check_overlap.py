@@ -10,7 +10,7 @@ from tiny import IM_END, tiny_tokenizer
 from saro.checks.check_overlap import check_overlap
 from saro.config import DataConfig
 from saro.data.chat_format import ChatFormat
-from saro.data.dataset import encode_files, encode_pair_files
+from saro.data.encode_files import encode_files, encode_pair_files
 from saro.errors import SaroError
 
 CHAT = ChatFormat(tiny_tokenizer(), frozenset({IM_END}), date(1999, 7, 4))

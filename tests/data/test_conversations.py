@@ -16,7 +16,8 @@ from tiny import CHATML, tiny_tokenizer
 from saro.checks.check_masks import check_masks
 from saro.checks.check_packs import check_packs
 from saro.config import DataConfig, ModelConfig, RWConfig, SRPOConfig, TrainConfig
-from saro.data.dataset import ExampleSet, encode_files
+from saro.data.dataset import ExampleSet
+from saro.data.encode_files import encode_files
 from saro.data.packs import lay_out
 from saro.data.records import Message, Response, read_example_files
 from saro.data.steps import Schedule

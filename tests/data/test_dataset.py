@@ -13,7 +13,8 @@ from tiny import IM_END, tiny_tokenizer
 from saro.checks.check_masks import check_masks
 from saro.config import KINDS, DataConfig
 from saro.data.chat_format import ChatFormat
-from saro.data.dataset import ExampleSet, encode_files
+from saro.data.dataset import ExampleSet
+from saro.data.encode_files import encode_files
 from saro.data.records import read_example_files, read_examples
 from saro.data.tree import RowKind
 from saro.errors import SaroError

@@ -11,7 +11,8 @@ from tiny import IM_END, tiny_tokenizer
 
 from saro.config import DataConfig
 from saro.data.chat_format import ChatFormat
-from saro.data.dataset import ExampleSet, encode_files, encode_pair_files
+from saro.data.dataset import ExampleSet
+from saro.data.encode_files import encode_files, encode_pair_files
 from saro.data.lengths import LengthReport, Lengths, Sharing
 from saro.data.tree import build_tree
 

@@ -14,7 +14,8 @@ from tiny import IM_END
 from saro.checks.check_masks import check_masks
 from saro.config import DataConfig
 from saro.data.chat_format import Prefill
-from saro.data.dataset import PairSet, encode_files, encode_pair_files
+from saro.data.dataset import PairSet
+from saro.data.encode_files import encode_files, encode_pair_files
 from saro.data.lengths import LengthReport
 from saro.data.packs import lay_out
 from saro.data.records import Example, Message, Pair, Response, read_examples, read_pairs
@@ -251,7 +252,8 @@ def test_an_open_side_and_a_whole_one_have_different_reference_keys(encoded):
     whole = {"answer": "Sure, first"}
     sides = encoded(record(rejected=whole), record(rejected=whole | {"open": True})).rejected
     assert sides.sequence(0).tokens[:-1].tolist() == sides.sequence(1).tokens.tolist()
-    assert sequence_key(sides.sequence(0)) != sequence_key(sides.sequence(1))
+    one, other = (sides.sequence(i) for i in range(2))
+    assert sequence_key(one.tokens, one.scored_from) != sequence_key(other.tokens, other.scored_from)
 
 
 def test_open_sides_that_repeat_are_duplicates(encoded):

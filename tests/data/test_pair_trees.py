@@ -12,7 +12,8 @@ from tiny import IM_END, tiny_tokenizer
 
 from saro.config import DataConfig
 from saro.data.chat_format import ChatFormat
-from saro.data.dataset import PairSet, encode_pair_files
+from saro.data.dataset import PairSet
+from saro.data.encode_files import encode_pair_files
 from saro.data.tree import build_tree
 
 CHAT = ChatFormat(tiny_tokenizer(), frozenset([IM_END]), date(2024, 7, 26))

@@ -13,7 +13,7 @@ from tiny import IM_END, tiny_tokenizer
 
 from saro.config import DataConfig
 from saro.data.chat_format import ChatFormat
-from saro.data.dataset import encode_pair_files
+from saro.data.encode_files import encode_pair_files
 from saro.data.records import Message, Response, read_examples, read_pairs
 from saro.demo import demo_file
 from saro.errors import SaroError

@@ -13,7 +13,8 @@ from tiny import IM_END, tiny_tokenizer
 
 from saro.config import DataConfig
 from saro.data.chat_format import ChatFormat
-from saro.data.dataset import ExampleSet, PairSet, encode_files, encode_pair_files
+from saro.data.dataset import ExampleSet, PairSet
+from saro.data.encode_files import encode_files, encode_pair_files
 from saro.data.repeats import count_duplicates, find_overlap
 
 CHAT = ChatFormat(tiny_tokenizer(), frozenset({IM_END}), date(1999, 7, 4))

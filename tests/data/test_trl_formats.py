@@ -11,7 +11,7 @@ from tiny import tiny_tokenizer
 
 from saro.config import DataConfig
 from saro.data.chat_format import ChatFormat
-from saro.data.dataset import encode_files, encode_pair_files
+from saro.data.encode_files import encode_files, encode_pair_files
 from saro.synth.public_sets import convert
 
 pytestmark = pytest.mark.trl

@@ -11,7 +11,7 @@ from tiny import tiny_tokenizer
 
 from saro.config import PAIR_KINDS, DataConfig
 from saro.data.chat_format import ChatFormat
-from saro.data.dataset import encode_pair_files
+from saro.data.encode_files import encode_pair_files
 from saro.data.unpaired_set import encode_unpaired_files
 from saro.errors import SaroError
 

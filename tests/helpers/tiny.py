@@ -35,7 +35,8 @@ from transformers import (
 )
 
 from saro.config import DataConfig, ModelConfig, TrainConfig
-from saro.data.dataset import ExampleSet, encode_files
+from saro.data.dataset import ExampleSet
+from saro.data.encode_files import encode_files
 from saro.data.packs import Share
 from saro.data.steps import Schedule, Steps
 from saro.distributed.runtime import Runtime

@@ -229,15 +229,16 @@ def keep_until(run: Path, copy: Path, step: int) -> None:
             shutil.rmtree(folder)
 
 
-def test_each_rank_may_have_its_own_cache_of_references(start_apart, srpo_arguments, machines):
-    """Rank 1 has none, or only some of those that rank 0 has."""
+def test_only_rank_0_needs_the_cache_of_references(start_apart, srpo_arguments, machines):
+    """The second run finds all of them there, and none on the machine of rank 1."""
     files = {"data_train": '["pairs.jsonl"]', "data_heldout": '["heldout-pairs.jsonl"]', "train_output": "run"}
     arguments = srpo_arguments(**files)
-    for attempt in ("none", "all of rank 0's, none of rank 1's"):
+    for attempt in ("none are known", "all are known"):
         ranks = start_apart(arguments, arguments, recipe="srpo")
         assert [p.code for p in ranks] == [0, 0], ranks[0].err + ranks[1].err
+        assert ("reference: scoring" in ranks[0].err) == (attempt == "none are known")
         (machines[0] / "run").rename(machines[0] / f"run {attempt}")
-        shutil.rmtree(machines[1] / "cache")
+        assert not (machines[1] / "cache" / "reference").exists()
     first, second = (metrics_of(folder) for folder in machines[0].glob("run *"))
     for one, other in zip(first, second, strict=True):
         assert other["loss" if "loss" in one else "eval/loss"] == pytest.approx(

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from saro.config import DataConfig
 from saro.data.chat_format import ChatFormat
-from saro.data.dataset import encode_files
+from saro.data.encode_files import encode_files
 
 BORDERS = "┏━┳┓┃┡╇┩│└─┴┘├┼┤"
 

@@ -16,10 +16,11 @@ import torch
 import yaml
 from tiny import IM_END, tiny_config, tiny_tokenizer
 
+from saro import files as files_module
 from saro.config import DataConfig, ModelConfig, RWConfig, TrainConfig, as_dict
 from saro.data.chat_format import ChatFormat
 from saro.errors import SaroError
-from saro.files import file_hash
+from saro.files import asked_hashes, file_hash, file_hashes, take_hashes
 from saro.model.source import ModelSource
 from saro.program import RunFlags, parse_recipe
 from saro.runs import folder as run_folder
@@ -938,6 +939,26 @@ def test_a_broken_cache_file_is_replaced(tmp_path, cache, memory):
     assert file_hash(path) == sha256(path.read_bytes())
     forge_memory(cache)
     assert file_hash(path) == "remembered"
+
+
+def test_several_files_are_hashed_in_their_order_and_all_are_cached(tmp_path, cache):
+    files = [tmp_path / str(i) for i in range(5)]
+    for i, file in enumerate(files):
+        file.write_bytes(bytes([i]) * (2**20 + 1))
+    assert file_hashes(files) == [sha256(file.read_bytes()) for file in files]
+    forge_memory(cache)
+    assert file_hashes(files) == ["remembered"] * 5
+
+
+def test_a_hash_that_another_process_tells_holds_until_the_file_changes(tmp_path, monkeypatch):
+    monkeypatch.setattr(files_module, "_told_hashes", {})
+    path = tmp_path / "a"
+    path.write_bytes(b"abc")
+    file_hash(path)
+    take_hashes(dict.fromkeys(asked_hashes(), "told"))
+    assert file_hash(path) == "told"
+    path.write_bytes(b"abcd")
+    assert file_hash(path) == sha256(b"abcd")
 
 
 # What happens to the folder while a run checks its inputs.

@@ -13,7 +13,7 @@ from rich.console import Console
 from tiny import save_tiny_model
 
 from saro.config import DataConfig, ModelConfig
-from saro.data.dataset import encode_files, encode_pair_files
+from saro.data.encode_files import encode_files, encode_pair_files
 from saro.errors import SaroError
 from saro.model.source import find_model
 from saro.tools.compare import ModelOptions, Options, _Setting, compare, run

@@ -16,7 +16,7 @@ from tiny import save_tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from saro.config import DataConfig, ModelConfig
-from saro.data.dataset import encode_files, encode_pair_files
+from saro.data.encode_files import encode_files, encode_pair_files
 from saro.data.records import Example, Message, Response
 from saro.errors import SaroError
 from saro.model.source import find_model

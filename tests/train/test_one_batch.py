@@ -14,7 +14,7 @@ import torch
 
 import saro
 from saro.config import DataConfig, ModelConfig, PreferenceConfig, TrainConfig
-from saro.data.dataset import encode_pair_files
+from saro.data.encode_files import encode_pair_files
 from saro.data.steps import Schedule, Steps
 from saro.model.load import load_policy
 from saro.model.score import score_pairs

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import json
 import shutil
+import socket
 from dataclasses import replace
 from datetime import date
 
@@ -15,8 +17,10 @@ from tiny import save_tiny_model, tiny_tokenizer
 from saro.checks import noise as noise_module
 from saro.checks.check_packs import check_packs
 from saro.config import DataConfig, ModelConfig
-from saro.data.dataset import PairSet, encode_pair_files
+from saro.data.dataset import PairSet
+from saro.data.encode_files import encode_pair_files
 from saro.data.packs import CHOSEN, REJECTED, lay_out
+from saro.distributed.runtime import Runtime
 from saro.errors import SaroError
 from saro.model.load import load_policy
 from saro.model.score import score_pairs
@@ -275,6 +279,53 @@ def test_all_pairs_are_scored_chunk_by_chunk(runtime, world, monkeypatch):
     whole = score_pairs(policy, data, data.trees(range(len(data)), 256), 256)
     monkeypatch.setattr(module, "_CHUNK_PAIRS", 5)
     np.testing.assert_allclose(load_reference(runtime, policy, source, data, 256).logps, whole.logps, atol=1e-5)
+
+
+def score_on_ranks(model: str, *files: str) -> None:
+    """Load the references of each file of pairs. Print how many sequences this rank scored for it, and the log-probs."""
+    scored: list[int] = []
+    original = module.score_packs
+
+    def counting(policy, packs):
+        for pack, entries in original(policy, packs):
+            scored.append(len(pack.records))
+            yield pack, entries
+
+    module.score_packs = counting
+    runtime = Runtime.start()
+    options = ModelConfig(name=model, method="lora")
+    source = find_model(options)
+    policy = load_policy(source, options, CPU, seed=0)
+    chat = source.chat_format(DataConfig(), date(2024, 7, 26))
+    for file in files:
+        scored.clear()
+        data = encode_pair_files([file], chat, DataConfig(pack_tokens=512))
+        logps = load_reference(runtime, policy, source, data, 128).logps
+        print(json.dumps([sum(scored), logps.tolist()]))
+    runtime.end()
+
+
+def test_ranks_share_out_only_what_is_missing_and_have_the_same_log_probs(
+    recipes, tiny_model, records_file, pairs, cache
+):
+    """Each rank has a cache folder of its own, as on machines without a common file system."""
+    files = [records_file(pairs[:n], f"{n}.jsonl") for n in (20, 24)]
+    arguments = [tiny_model(), *files]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    started = []
+    for rank in range(2):
+        own = {"RANK": str(rank), "LOCAL_RANK": "0", "SARO_CACHE": str(cache / str(rank))}
+        started.append(recipes.start(*arguments, call=f"{__file__}:score_on_ranks", environment=group | own))
+    ended = [process.wait() for process in started]
+    assert [p.code for p in ended] == [0, 0], ended[0].err + ended[1].err
+    first, second = ([json.loads(line) for line in process.out.splitlines()] for process in ended)
+    for pairs_scored, (one, logps), (other, same) in zip((20, 4), first, second, strict=True):
+        assert one > 0 < other
+        assert one + other == 2 * pairs_scored
+        assert logps == same
+    assert not (cache / "1" / "reference").exists()
 
 
 # Another model as the reference.

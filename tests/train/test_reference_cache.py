@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
 
@@ -11,8 +12,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import load_file
 
-from saro.data.tree import ScoredSequence
 from saro.errors import SaroError
 from saro.train import reference_cache
 from saro.train.reference_cache import ReferenceCache, sequence_key
@@ -120,6 +121,85 @@ def test_an_index_that_is_up_to_date_is_not_rebuilt():
     assert (of_key.folder / "index.safetensors").stat().st_mtime_ns == before
 
 
+def test_a_key_may_end_with_zeros():
+    """NumPy's strings lose them."""
+    keys = np.array([[1] * 15 + [0], [0] * 16], np.uint8)
+    cache = ReferenceCache.of(KEY)
+    cache.add({keys[0].tobytes(): values(1), keys[1].tobytes(): values(2)})
+    assert cache.find(keys) == [True, True]
+    assert cache.load(keys, [2, 3])[0].tolist() == [*values(1), *values(2)]
+
+
+# Small shards become large ones.
+
+
+def fill(folder: Path, numbers: Iterable[int]) -> ReferenceCache:
+    """Add keys one by one, so that each has a shard of its own."""
+    of_key = ReferenceCache.of(KEY)
+    for i in numbers:
+        of_key.add({key(i): values(i)})
+    assert len(shards(folder)) == len(list(numbers))
+    return of_key
+
+
+def test_many_small_shards_become_few_with_the_same_values(cache):
+    fill(cache, range(20)).compact()
+    assert len(shards(cache)) == 1
+    assert load(ReferenceCache.of(KEY), *range(20)) == [values(i).tolist() for i in range(20)]
+
+
+def test_merged_shards_are_not_larger_than_others(cache, monkeypatch):
+    monkeypatch.setattr(reference_cache, "SHARD_ROWS", 60)
+    fill(cache, range(20)).compact()
+    sizes = [len(load_file(shard)["logps"]) for shard in shards(cache)]
+    assert max(sizes) <= 60
+    assert len(sizes) < 20
+    assert load(ReferenceCache.of(KEY), *range(20)) == [values(i).tolist() for i in range(20)]
+
+
+def test_a_few_shards_stay_as_they_are(cache):
+    of_key = fill(cache, range(7))
+    before = shards(cache)
+    of_key.compact()
+    assert shards(cache) == before
+
+
+def test_the_oldest_value_of_a_key_stays_in_a_merged_shard(cache):
+    of_key = fill(cache, range(10))
+    of_key.add({key(9): values(9) + 1})
+    of_key.compact()
+    of_key.add({key(8): values(8) + 1})
+    assert load(ReferenceCache.of(KEY), 9, 8) == [values(9).tolist(), values(8).tolist()]
+
+
+def test_a_process_that_has_read_the_index_finds_rows_that_were_merged_since(cache):
+    reader = fill(cache, range(9))
+    keys = [key(i) for i in range(9)]
+    assert all(reader.find(keys))
+    ReferenceCache.of(KEY).compact()
+    logps, offsets = reader.load(keys, [i + 1 for i in range(9)])
+    assert [logps[a:b].tolist() for a, b in pairwise(offsets)] == [values(i).tolist() for i in range(9)]
+
+
+def test_rows_that_were_removed_since_are_an_error(cache):
+    reader = fill(cache, [1])
+    reader.find([key(1)])
+    shards(cache)[0].unlink()
+    with pytest.raises(SaroError, match="rows have been removed meanwhile; start again"):
+        reader.load([key(1)], [2])
+
+
+def test_a_damaged_shard_is_left_out_of_the_merged_one(cache):
+    of_key = fill(cache, range(9))
+    damaged = shards(cache)[4]
+    content = bytearray(damaged.read_bytes())
+    content[-1] ^= 1
+    damaged.write_bytes(content)
+    of_key.compact()
+    assert of_key.find([key(i) for i in range(9)]) == [i != 4 for i in range(9)]
+    assert load(of_key, 3, 5) == [values(3).tolist(), values(5).tolist()]
+
+
 def test_partial_files_of_a_killed_process_are_ignored(cache):
     of_key = ReferenceCache.of(KEY)
     of_key.add({key(1): values(1)})
@@ -180,13 +260,11 @@ sequences = st.builds(
 def test_keys_are_equal_only_for_equal_tokens_and_scored_spans(a, b):
     def of(drawn):
         tokens, start = drawn
-        return sequence_key(ScoredSequence(np.array(tokens, np.int32), start, np.zeros(len(tokens) - start), 0))
+        return sequence_key(np.array(tokens, np.int32), start)
 
     assert (of(a) == of(b)) == (a == b)
 
 
 def test_a_key_does_not_depend_on_the_memory_layout_of_the_tokens():
     tokens = np.arange(20, dtype=np.int32)
-    one = ScoredSequence(tokens[::2], 1, np.zeros(9), 0)
-    other = ScoredSequence(tokens[::2].copy(), 1, np.zeros(9), 7)
-    assert sequence_key(one) == sequence_key(other)
+    assert sequence_key(tokens[::2], 1) == sequence_key(tokens[::2].copy(), 1)

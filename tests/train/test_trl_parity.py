@@ -20,7 +20,8 @@ from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state
 from transformers import AutoModelForCausalLM
 
 from saro.config import DataConfig, ModelConfig, PreferenceConfig, TrainConfig
-from saro.data.dataset import PairSet, encode_pair_files
+from saro.data.dataset import PairSet
+from saro.data.encode_files import encode_pair_files
 from saro.data.steps import Schedule, Steps
 from saro.data.unpaired_set import encode_unpaired_files
 from saro.distributed.runtime import Runtime

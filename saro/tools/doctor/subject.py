@@ -9,7 +9,8 @@ from datetime import date
 import numpy as np
 
 from saro.config import DataConfig, ModelConfig
-from saro.data.dataset import ExampleSet, PairSet, encode_files, encode_pair_files
+from saro.data.dataset import ExampleSet, PairSet
+from saro.data.encode_files import encode_files, encode_pair_files
 from saro.data.steps import Schedule, Steps
 from saro.data.tree import SequenceTree
 from saro.demo import demo_file, find_demo

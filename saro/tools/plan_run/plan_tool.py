@@ -26,7 +26,8 @@ from saro.config import (
     check_at_least,
     check_numbers,
 )
-from saro.data.dataset import PairSet, encode_files, encode_pair_files
+from saro.data.dataset import PairSet
+from saro.data.encode_files import encode_files, encode_pair_files
 from saro.data.steps import Schedule
 from saro.demo import data_files, find_demo
 from saro.errors import SaroError

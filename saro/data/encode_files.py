@@ -1,0 +1,246 @@
+"""Data files -> token ids: records are encoded part by part, by this process or by several."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from hashlib import blake2b
+from itertools import islice
+from typing import Any
+
+import numpy as np
+
+from saro.config import DataConfig
+from saro.data.chat_format import ChatFormat
+from saro.data.columns import Columns, MemoryColumns
+from saro.data.dataset import ExampleSet, PairSet, make_set
+from saro.data.packs import SIDES
+from saro.data.records import KINDS, PAIR_KINDS, Example, Pair, read_example_files, read_pair_files
+from saro.data.tree import RowKind, ScoredSequence, build_tree
+from saro.data.workers import map_in_order
+from saro.errors import SaroError
+from saro.program import progress_bar
+
+# A worker encodes this many records at a time: sending them then costs little beside tokenizing them.
+_PART_RECORDS = 256
+# Checks encoded records against what they were read from, and raises SaroError.
+Check = Callable[[ExampleSet | PairSet, ChatFormat, Sequence[Example | Pair]], None]
+
+
+def encode_files(
+    paths: Sequence[str],
+    chat: ChatFormat,
+    options: DataConfig,
+    *,
+    progress: bool = False,
+    check: Check | None = None,
+) -> ExampleSet:
+    """Read and encode files of examples, in memory: with ``options.train_on`` "all", each assistant turn is one.
+
+    Nothing is ever cut. A sequence of more than ``options.pack_tokens`` tokens is an error, or is dropped if
+    ``options.too_long`` says so.
+
+    Args:
+        progress: show a progress bar on a terminal.
+        check: is called with some records at a time.
+
+    Raises:
+        SaroError: names file and line of the first record that is wrong.
+    """
+    return _encode_in_memory("examples", paths, chat, options, progress, check)
+
+
+def encode_pair_files(
+    paths: Sequence[str],
+    chat: ChatFormat,
+    options: DataConfig,
+    *,
+    progress: bool = False,
+    check: Check | None = None,
+) -> PairSet:
+    """Read and encode files of pairs, as ``encode_files`` does examples.
+
+    A pair is as long as its tree. If that is longer than a pack, both sides are dropped, never only one.
+    """
+    return _encode_in_memory("pairs", paths, chat, options, progress, check)
+
+
+def _encode_in_memory(
+    kind: str, paths: Sequence[str], chat: ChatFormat, options: DataConfig, progress: bool, check: Check | None
+) -> ExampleSet | PairSet:
+    columns = MemoryColumns()
+    about = encode_into(columns, kind, paths, chat, options, progress=progress, check=check)
+    return make_set(columns.finish(), about)
+
+
+def encode_into(
+    columns: Columns,
+    kind: str,
+    paths: Sequence[str],
+    chat: ChatFormat,
+    options: DataConfig,
+    *,
+    progress: bool = False,
+    check: Check | None = None,
+    workers: int = 1,
+) -> dict[str, Any]:
+    """Encode files into columns; see ``encode_files``. Returns what ``make_set`` needs besides, as plain data.
+
+    Args:
+        kind: "examples" or "pairs".
+        workers: number of processes that encode. The result, and the first error, do not depend on it.
+    """
+    records = read_pair_files(paths) if kind == "pairs" else read_example_files(paths, options.train_on)
+    parts = _divide(progress_bar(records, "encoding", "records", shown=progress))
+    encode = partial(_encode_part, chat=chat, options=options, check=check)
+    number_of_prompt: dict[bytes, int] = {}
+    forms: dict[str | None, int] = {}
+    number_of_conversation: dict[str, int] | None = {} if options.train_on == "all" else None
+    dropped: list[str] = []
+    ignored: set[str] = set()
+    count = 0
+    for part in map_in_order(encode, parts, workers):
+        ignored.update(part.ignored)
+        if part.data is not None:
+            count += len(part.data)
+            _append(columns, part.data, number_of_prompt, forms)
+            if number_of_conversation is not None:
+                numbers = [
+                    number_of_conversation.setdefault(name, len(number_of_conversation)) for name in part.conversations
+                ]
+                columns.append("conversations", np.array(numbers, np.int32))
+        dropped += part.dropped
+        if part.error is not None:
+            raise SaroError(part.error)
+    if not count:
+        raise SaroError(
+            f"all {len(dropped)} records are longer than {options.pack_tokens} tokens; raise --data.pack_tokens"
+        )
+    return {"kind": kind, "dropped": dropped, "forms": list(forms), "ignored": sorted(ignored)}
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Some encoded records, in the order of the files.
+
+    Attributes:
+        ignored: names of the records' fields that were ignored.
+        conversations: for each record of ``data``, the place of its conversation, or its id if it is of none.
+        data: the records that are not too long; None if there are none. ``prompts`` of pairs has no meaning.
+        dropped: ids of those that are.
+        error: the first record that is wrong comes after all of these.
+    """
+
+    ignored: tuple[str, ...]
+    conversations: tuple[str, ...]
+    data: ExampleSet | PairSet | None
+    dropped: tuple[str, ...]
+    error: str | None
+
+
+def _divide(records: Iterable[Example | Pair]) -> Iterator[tuple[list[Example | Pair], str | None]]:
+    """Yield some records at a time, and the error that comes after them, which ends the records."""
+    remaining = iter(records)
+    while True:
+        part: list[Example | Pair] = []
+        error = None
+        try:
+            for record in islice(remaining, _PART_RECORDS):
+                # Not list.extend, which need not keep the records before an error.
+                part += [record]
+        except SaroError as raised:
+            error = str(raised)
+        if part or error:
+            yield part, error
+        if error or len(part) < _PART_RECORDS:
+            return
+
+
+def _encode_part(
+    records: Sequence[Example | Pair], error: str | None, chat: ChatFormat, options: DataConfig, check: Check | None
+) -> _Part:
+    """Encode some records, up to the first one that is wrong. ``error`` comes after the last of them."""
+    ignored: set[str] = set()
+    kept: list[Example | Pair] = []
+    encoded: list[tuple[ScoredSequence, ...]] = []
+    dropped: list[str] = []
+    try:
+        for record in records:
+            ignored.update(record.ignored)
+            sequences = chat.encode_pair(record) if isinstance(record, Pair) else (chat.encode(record),)
+            # With the last token of each sequence, which the model does not read.
+            tokens = sum(len(node.tokens) for node in build_tree(sequences).nodes)
+            if tokens <= options.pack_tokens:
+                kept.append(record)
+                encoded.append(sequences)
+            elif options.too_long == "drop":
+                dropped.append(record.id)
+            else:
+                raise SaroError(
+                    f"{record.where}: {tokens} tokens, more than the {options.pack_tokens} allowed; nothing is cut: "
+                    "raise --data.pack_tokens, shorten the record, or leave it out with --data.too_long drop"
+                )
+        data = _as_set(kept, encoded) if kept else None
+        if check is not None and data is not None:
+            check(data, chat, kept)
+    except SaroError as raised:
+        data = _as_set(kept, encoded) if kept else None
+        error = str(raised)
+    conversations = tuple(getattr(record, "conversation", None) or record.id for record in kept)
+    return _Part(tuple(ignored), conversations, data, tuple(dropped), error)
+
+
+def _as_set(records: Sequence[Example | Pair], encoded: Sequence[tuple[ScoredSequence, ...]]) -> ExampleSet | PairSet:
+    """Return encoded records as a set. An example has one sequence, a pair has two. The prompts of pairs all have number 0."""
+    sides = [_as_side(records, sequences) for sequences in zip(*encoded, strict=True)]
+    if len(sides) == 1:
+        return sides[0]
+    chosen, rejected = sides
+    return PairSet(chosen, rejected, np.zeros(len(records), np.int32), tuple(record.form for record in records))
+
+
+def _as_side(records: Sequence[Example | Pair], sequences: Sequence[ScoredSequence]) -> ExampleSet:
+    names = PAIR_KINDS if isinstance(records[0], Pair) else KINDS
+    think = [int((sequence.row_kinds == RowKind.THINK).sum()) for sequence in sequences]
+    return ExampleSet(
+        tokens=np.concatenate([sequence.tokens for sequence in sequences]),
+        offsets=np.cumsum([0, *(len(sequence.tokens) for sequence in sequences)]),
+        prompt_tokens=np.array([sequence.scored_from for sequence in sequences], np.int32),
+        think_tokens=np.array(think, np.int32),
+        kinds=np.array([names.index(record.kind) for record in records], np.uint8),
+        ids=tuple(record.id for record in records),
+        where=tuple(record.where for record in records),
+        is_open=np.array([sequence.is_open for sequence in sequences], bool),
+    )
+
+
+def _append(
+    columns: Columns,
+    data: ExampleSet | PairSet,
+    number_of_prompt: dict[bytes, int],
+    forms: dict[str | None, int],
+) -> None:
+    """Append a part of a set to columns. New prompts and forms get the next numbers."""
+    is_pairs = isinstance(data, PairSet)
+    sides = dict(zip(SIDES, (data.chosen, data.rejected), strict=True)) if is_pairs else {"example": data}
+    for name, side in sides.items():
+        columns.append(f"{name}.tokens", side.tokens)
+        columns.append_offsets(f"{name}.offsets", side.lengths)
+        columns.append(f"{name}.prompt_tokens", side.prompt_tokens)
+        columns.append(f"{name}.think_tokens", side.think_tokens)
+        columns.append(f"{name}.is_open", side.is_open)
+    first = next(iter(sides.values()))
+    columns.append("kinds", first.kinds)
+    columns.append_texts("ids", first.ids)
+    columns.append_texts("where", first.where)
+    if is_pairs:
+        prompts = []
+        for i in range(len(data)):
+            sequence = first.sequence(i)
+            # With 128 bits, two of a billion prompts collide with a probability of 1e-21.
+            prompt = blake2b(sequence.tokens[: sequence.scored_from], digest_size=16).digest()
+            prompts.append(number_of_prompt.setdefault(prompt, len(number_of_prompt)))
+        columns.append("prompts", np.array(prompts, np.int32))
+        columns.append("forms", np.array([forms.setdefault(form, len(forms)) for form in data.forms], np.uint16))
+        columns.append("shared_tokens", data.shared_tokens)
