@@ -83,7 +83,7 @@ def write_random_set(folder: Path, pairs: int) -> None:
             columns.append("prompts", numbers)
             columns.append("forms", np.zeros(count, np.uint16))
             columns.append("shared_tokens", np.full(count, SHARED_TOKENS, np.int32))
-        about = {"kind": "pairs", "dropped": [], "forms": [None]}
+        about = {"kind": "pairs", "dropped": [], "forms": [None], "ignored": []}
         write_description(folder, columns, about, ["pairs.jsonl"])
     (folder / "key.json").write_text(KEY)
 
@@ -92,10 +92,11 @@ def encode(path: str, model: str, workers: int) -> PairSet:
     """Return the pairs of a file through the cache."""
     encoded_folder.count_workers = lambda: workers
     source = find_model(ModelConfig(name=model))
-    vocabulary = source.config.vocab_size
+    limits = source.token_limits()
     chat = source.chat_format(DataConfig(), date(2026, 1, 1))
-    check = partial(check_masks, vocabulary=vocabulary)
-    return map_encoded("pairs", [path], chat, DataConfig(), vocabulary, check=check, say=lambda text: None)
+    check = partial(check_masks, limits=limits)
+    checked = {"vocabulary": limits.vocabulary}
+    return map_encoded("pairs", [path], chat, DataConfig(), check=check, checked=checked, say=lambda text: None)
 
 
 def open_random_set(folder: str) -> PairSet:

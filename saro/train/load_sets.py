@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -66,7 +65,7 @@ def _load(
             chat,
             options,
             check=check,
-            checked=asdict(limits),
+            checked=limits._asdict() | {"placeholders": sorted(limits.placeholders)},
             say=runtime.say,
             progress=runtime.is_main,
         ),

@@ -23,6 +23,7 @@ from saro.data.records import Message, Response, read_example_files
 from saro.data.steps import Schedule
 from saro.data.tree import build_tree
 from saro.errors import SaroError
+from saro.model.architectures import TokenLimits
 from saro.model.load import load_policy
 from saro.model.policy import Policy
 from saro.model.source import find_model
@@ -86,7 +87,7 @@ def test_each_turn_has_the_tokens_that_it_has_as_a_record_of_its_own(records_fil
         ours, theirs = together.sequence(turn), alone.sequence(turn)
         assert ours.tokens.tolist() == theirs.tokens.tolist()
         assert (ours.scored_from, ours.row_kinds.tolist()) == (theirs.scored_from, theirs.row_kinds.tolist())
-    check_masks(together, chat, read_example_files([records_file([{"messages": MESSAGES}])], "all"), 1000)
+    check_masks(together, chat, read_example_files([records_file([{"messages": MESSAGES}])], "all"), TokenLimits(1000))
 
 
 def test_turns_of_a_conversation_share_one_tree_and_records_share_none(conversations):

@@ -18,6 +18,7 @@ from saro.data.encode_files import encode_files
 from saro.data.records import read_example_files, read_examples
 from saro.data.tree import RowKind
 from saro.errors import SaroError
+from saro.model.architectures import TokenLimits
 
 CHAT = ChatFormat(tiny_tokenizer(), frozenset({IM_END}), date(1999, 7, 4))
 SECRET = "do not print me"
@@ -199,7 +200,7 @@ def test_a_record_whose_id_an_earlier_file_has_is_named_by_its_place(records_fil
     data = encode_files([one, two], CHAT, DataConfig(pack_tokens=512))
     assert data.ids == ("a", "b", f"{two}:1")
     # Each record is found by its id.
-    check_masks(data, CHAT, read_example_files([one, two]), 1000)
+    check_masks(data, CHAT, read_example_files([one, two]), TokenLimits(1000))
 
 
 def test_the_same_file_twice_is_an_error(records_file):

@@ -24,6 +24,7 @@ from saro.data.encode_files import encode_files, encode_pair_files
 from saro.data.encoded_folder import map_encoded
 from saro.data.lengths import LengthReport
 from saro.errors import SaroError
+from saro.model.architectures import TokenLimits
 
 CHAT = ChatFormat(tiny_tokenizer(), frozenset({IM_END}), date(1999, 7, 4))
 VOCABULARY = 300
@@ -53,8 +54,8 @@ def map_files(said):
     """Return a function that maps files; ``said`` has a line for each time that they are encoded."""
 
     def get(*paths: str, kind="pairs", chat=CHAT, options=OPTIONS, vocabulary=VOCABULARY) -> ExampleSet | PairSet:
-        check = partial(check_masks, vocabulary=vocabulary)
-        return map_encoded(kind, list(paths), chat, options, vocabulary, check=check, say=said.append)
+        check, checked = partial(check_masks, limits=TokenLimits(vocabulary)), {"vocabulary": vocabulary}
+        return map_encoded(kind, list(paths), chat, options, check=check, checked=checked, say=said.append)
 
     return get
 
@@ -150,6 +151,7 @@ def test_a_missing_file_is_one_line(map_files, records_file, pairs):
     [
         {"options": DataConfig(pack_tokens=511)},
         {"options": DataConfig(pack_tokens=512, too_long="drop")},
+        {"options": DataConfig(pack_tokens=512, train_on="all")},
         {"vocabulary": 301},
         {"chat": replace(CHAT, think_tags=("<a>", "</a>"))},
         {"chat": replace(CHAT, template_date=date(2000, 1, 1))},
@@ -157,7 +159,7 @@ def test_a_missing_file_is_one_line(map_files, records_file, pairs):
         {"chat": replace(CHAT, tokenizer=tiny_tokenizer(CHAT.tokenizer.chat_template + " "))},
         {"chat": replace(CHAT, tokenizer=tiny_tokenizer(extra=("<|more|>",)))},
     ],
-    ids=["limit", "too long", "vocabulary", "tags", "date", "variables", "template", "tokenizer"],
+    ids=["limit", "too long", "turns", "vocabulary", "tags", "date", "variables", "template", "tokenizer"],
 )
 def test_whatever_may_change_tokens_or_checks_encodes_again(map_files, said, records_file, change):
     file = records_file(PAIR_RECORDS)
@@ -211,7 +213,7 @@ def test_a_set_of_other_records_in_its_place_is_not_read(map_files, said, record
     map_files(file)
     (folder,) = (cache / "encoded").glob("*[0-9a-f]/")
     key = json.loads((folder / "key.json").read_text())
-    (folder / "key.json").write_text(json.dumps(key | {"vocabulary": 7}))
+    (folder / "key.json").write_text(json.dumps(key | {"kind": "examples"}))
     map_files(file)
     assert said[1].startswith(f"{file}: the cache has other records in its place; encoding into ")
 

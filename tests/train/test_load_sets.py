@@ -17,6 +17,7 @@ from saro.data.chat_format import ChatFormat
 from saro.distributed.run_ranks import run_ranks
 from saro.distributed.runtime import Runtime
 from saro.errors import SaroError
+from saro.model.architectures import TokenLimits
 from saro.runs.check_ranks import check_same_inputs
 from saro.train import load_sets
 from saro.train.load_sets import load_examples, load_pairs
@@ -34,14 +35,14 @@ def encoded_large(monkeypatch):
 
 
 def test_a_small_file_is_encoded_in_memory_and_nothing_is_written(runtime, records_file, pairs, cache):
-    data = load_pairs(runtime, [records_file(pairs)], CHAT, OPTIONS, 300)
+    data = load_pairs(runtime, [records_file(pairs)], CHAT, OPTIONS, TokenLimits(300))
     assert data.digest is None
     assert not cache.exists()
 
 
 def test_a_large_file_is_mapped(runtime, records_file, examples, pairs, cache, encoded_large):
     for load, records in ((load_examples, examples), (load_pairs, pairs)):
-        data = load(runtime, [records_file(records, "records.jsonl")], CHAT, OPTIONS, 300)
+        data = load(runtime, [records_file(records, "records.jsonl")], CHAT, OPTIONS, TokenLimits(300))
         assert data.digest is not None
         assert len(data) == len(records)
     assert isinstance(data.chosen.tokens.base, np.memmap)
@@ -52,7 +53,7 @@ def test_masks_are_checked_however_large_the_file_is(runtime, records_file, pair
     if large:
         request.getfixturevalue("encoded_large")
     with pytest.raises(SaroError, match="the model embeds 20 tokens; they do not belong together"):
-        load_pairs(runtime, [records_file(pairs)], CHAT, OPTIONS, 20)
+        load_pairs(runtime, [records_file(pairs)], CHAT, OPTIONS, TokenLimits(20))
 
 
 def load_on_ranks(*files: str) -> None:
@@ -65,7 +66,7 @@ def load_on_ranks(*files: str) -> None:
     runtime = Runtime.start()
     file = files[min(runtime.rank, len(files) - 1)]
     try:
-        data = load_pairs(runtime, [file], CHAT, OPTIONS, 300)
+        data = load_pairs(runtime, [file], CHAT, OPTIONS, TokenLimits(300))
         check_same_inputs(runtime, MANIFEST, {"train": data})
         print(json.dumps([len(encoded), data.lengths.sum().item(), data.ids[3]]))
     except SaroError as error:
