@@ -236,7 +236,8 @@ def test_a_stop_token_in_an_open_side_is_refused(encoded):
     tokens[-3] = IM_END
     changed = PairSet(data.chosen, replace(data.rejected, tokens=tokens), data.prompts)
     assert (
-        refusal(check_masks, changed, CHAT, [], 300) == "record p0: the scored tokens of an open side hold a stop token"
+        refusal(check_masks, changed, CHAT, [], TokenLimits(300))
+        == "record p0: the scored tokens of an open side hold a stop token"
     )
 
 
@@ -245,7 +246,7 @@ def test_a_side_that_lost_its_stop_token_is_refused(encoded):
     data = encoded(record())
     changed = PairSet(data.chosen, replace(data.rejected, is_open=None), data.prompts)
     message = "record p0: the scored tokens do not end with their only stop token"
-    assert refusal(check_masks, changed, CHAT, [], 300) == message
+    assert refusal(check_masks, changed, CHAT, [], TokenLimits(300)) == message
 
 
 def test_an_open_side_and_a_whole_one_have_different_reference_keys(encoded):

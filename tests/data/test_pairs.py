@@ -101,7 +101,8 @@ def test_trls_conversational_preference_format_is_read(records_file):
         ),
         (
             {"label": True},
-            'field "label" makes this a labelled response, which may be undesirable; give it to stage 2 (SRPO) with',
+            'field "label" makes this a labelled response, which may be undesirable; give it to stage 2 (SRPO) with '
+            "--preference.loss kto, or remove the field",
         ),
         ({"open": True}, 'only a side of a pair may be "open"; finish the response and leave the field out'),
     ],
