@@ -1,7 +1,7 @@
 # `make saro`: the whole method on one machine, from a base model to a report. The Makefile includes this file.
 #
-#   make saro DATA=DIR          on public sets; DIR has star1.json, gsm8k_train.jsonl, coconot_pref.jsonl for training, and
-#                               xstest_prompts.csv, simple_safety_tests.csv, coconot_contrast_eval.jsonl, gsm8k_test.jsonl
+#   make saro DATA=DIR          on public sets; DIR has star1.json and gsm8k_train.jsonl for training, and xstest_prompts.csv,
+#                               simple_safety_tests.csv, coconot_contrast_eval.jsonl and gsm8k_test.jsonl for evaluation
 #   make saro                   on the data that comes with saro: small, and without any download but the demo model
 #   make saro-plan [DATA=DIR]   says what is done and what is still to do
 #   make saro RW="--train.lr 2e-4" SYNTH="…" SRPO="…" EVALUATE="…"    passes options to the stages
@@ -10,17 +10,17 @@
 # with what that stage has done. A target is a file that its stage writes last, complete or not at all. Options that
 # changed make nothing again: delete the output of a stage, data/NAME.jsonl or a folder, and those of all stages after it.
 #
-# Budget with DATA, for the demo model on 2 CPU cores with nothing else running: 3 hours 20 minutes, and 5 GB of disk. The
+# Budget with DATA, for the demo model on 2 CPU cores with nothing else running: 3 hours 10 minutes, and 5 GB of disk. The
 # speeds were measured. The number of pairs, and so the tokens of pp, mirror and srpo, depends on what the model writes.
 #
 #   stage       what there is to do                                     tokens     a second   minutes
-#   convert     nine conversions                                             –            –         2
-#   rw data     published chains on 1,175 prompts are read and chosen        –            –         1
-#   rw          860 records, two epochs                                600,000          190        53
-#   op          1,144 prompts, four texts each                       1,370,000          500        46
+#   convert     eight conversions                                            –            –         2
+#   rw data     published chains on 1,300 prompts are read and chosen        –            –         1
+#   rw          970 records, two epochs                                680,000          190        60
+#   op          878 prompts, four texts each                         1,050,000          500        35
 #   pp          180 prompts, steps and continuations at their forks    370,000          500        12
 #   mirror      98 harmless prompts, likewise                          120,000          500         4
-#   srpo        650 pairs once, and their reference                    650,000          290        37
+#   srpo        350 pairs twice, and their reference                   560,000          290        32
 #   evaluate    three models, 1,533 answers each                     1,330,000          500        44
 
 MODEL ?= demo
@@ -42,10 +42,11 @@ list = '[$(subst $() ,$(comma),$(strip $(1)))]'
 ifdef DATA
 SUITES := $(addprefix $(PUBLIC)/,xstest.jsonl simple-safety-tests.jsonl coconot-contrast.jsonl gsm8k-200.jsonl)
 EXCLUDED := $(SUITES:200.jsonl=test.jsonl)
-RW_PROMPTS := $(PUBLIC)/star1-rw.jsonl $(PUBLIC)/gsm8k-rw.jsonl
+RW_PROMPTS := $(PUBLIC)/star1-prompts.jsonl $(PUBLIC)/gsm8k-rw.jsonl
 CHAINS := $(PUBLIC)/star1.jsonl $(PUBLIC)/gsm8k.jsonl
 RW_DATA := --rw.fill $(call list,$(CHAINS))
-PAIR_PROMPTS := $(PUBLIC)/coconot.jsonl $(PUBLIC)/star1-pairs.jsonl $(PUBLIC)/gsm8k-pairs.jsonl
+# Twins: prompts in the same words of which one is harmful. Others moved only the threshold (saro/synth/README.md).
+PAIR_PROMPTS := twins demo $(PUBLIC)/gsm8k-pairs.jsonl
 # Values of steps take many rollouts, so pp reads fewer prompts of each file than op.
 PP := --limit 60
 MIRROR := --limit 200
@@ -87,14 +88,14 @@ saro: $(REPORT)
 stage = @printf '%-6s %-10s %-80s %8s\n' '$(if $(wildcard $(1)),done,to do)' '$(2)' '$(3)' '$(4)'
 
 saro-plan:
-	@echo 'make saro MODEL=$(MODEL) DATA=$(DATA) SEED=$(SEED), in $(RUN); on 2 CPU cores and the demo model $(if $(DATA),3 hours 20,40) minutes in all:'
+	@echo 'make saro MODEL=$(MODEL) DATA=$(DATA) SEED=$(SEED), in $(RUN); on 2 CPU cores and the demo model $(if $(DATA),3 hours 10,40) minutes in all:'
 	$(if $(DATA),$(call stage,$(lastword $(SUITES)),convert,public sets -> prompts$(comma) chains and suites,2))
 	$(call stage,$(RUN)/data/rw.jsonl,rw data,prompts -> chains: $(if $(DATA),public ones on the bare prompts,the model writes with the policy in view),$(if $(DATA),1,2))
-	$(call stage,$(RW_MODEL),rw,chains -> a model that reasons (full fine-tuning),$(if $(DATA),53,9))
-	$(call stage,$(RUN)/data/op.jsonl,op,texts of this model -> outcome pairs,$(if $(DATA),46,4))
+	$(call stage,$(RW_MODEL),rw,chains -> a model that reasons (full fine-tuning),$(if $(DATA),60,9))
+	$(call stage,$(RUN)/data/op.jsonl,op,texts of this model -> outcome pairs,$(if $(DATA),35,4))
 	$(call stage,$(RUN)/data/pp.jsonl,pp,its chains -> process pairs,$(if $(DATA),12,5))
 	$(call stage,$(RUN)/data/mirror.jsonl,mirror,its over-cautious chains -> process pairs on harmless prompts,$(if $(DATA),4,2))
-	$(call stage,$(SRPO_MODEL),srpo,pairs -> the trained model (LoRA),$(if $(DATA),37,5))
+	$(call stage,$(SRPO_MODEL),srpo,pairs -> the trained model (LoRA),$(if $(DATA),32,5))
 	$(call stage,$(RUN)/evaluation/scores.json,evaluate,base$(comma) RW and SRPO: harm$(comma) refusals$(comma) ability$(comma) cost,$(if $(DATA),44,8))
 	$(call stage,$(REPORT),report,one page,0)
 
@@ -109,7 +110,7 @@ saro-begin: saro-plan
 		exit 2; \
 	fi
 
-# 0. Public sets -> prompts, chains and suites. RW and the pairs have different prompts of STAR-1 and GSM8K.
+# 0. Public sets -> prompts, chains and suites. RW and the pairs have different prompts of GSM8K.
 
 CONVERT = $(SARO) convert --overwrite
 
@@ -121,8 +122,6 @@ $(PUBLIC)/gsm8k-prompts.jsonl: $(DATA)/gsm8k_train.jsonl | saro-begin $(VENV)/.d
 	$(CONVERT) gsm8k-prompts $< $@
 $(PUBLIC)/gsm8k.jsonl: $(DATA)/gsm8k_train.jsonl | saro-begin $(VENV)/.demo
 	$(CONVERT) gsm8k $< $@
-$(PUBLIC)/coconot.jsonl: $(DATA)/coconot_pref.jsonl | saro-begin $(VENV)/.demo
-	$(CONVERT) coconot-prompts $< $@
 $(PUBLIC)/xstest.jsonl: $(DATA)/xstest_prompts.csv | saro-begin $(VENV)/.demo
 	$(CONVERT) xstest $< $@
 $(PUBLIC)/simple-safety-tests.jsonl: $(DATA)/simple_safety_tests.csv | saro-begin $(VENV)/.demo
@@ -134,10 +133,6 @@ $(PUBLIC)/gsm8k-test.jsonl: $(DATA)/gsm8k_test.jsonl | saro-begin $(VENV)/.demo
 
 lines = @awk '$(1)' $< > $@.tmp && mv $@.tmp $@
 
-$(PUBLIC)/star1-rw.jsonl: $(PUBLIC)/star1-prompts.jsonl
-	$(call lines,NR % 8)
-$(PUBLIC)/star1-pairs.jsonl: $(PUBLIC)/star1-prompts.jsonl
-	$(call lines,NR % 8 == 0)
 $(PUBLIC)/gsm8k-rw.jsonl: $(PUBLIC)/gsm8k-prompts.jsonl
 	$(call lines,NR <= 300)
 $(PUBLIC)/gsm8k-pairs.jsonl: $(PUBLIC)/gsm8k-prompts.jsonl

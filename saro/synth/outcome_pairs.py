@@ -149,6 +149,8 @@ def make_outcome_pairs(
         for prompt in hopeless:
             pairs += _pair_outcomes(prompt, "guided", guided.get(prompt.id, ()), texts[prompt.id].bad, most)
     kept = _cap(pairs, options, funnel)
+    if options.op.balance:
+        kept = _balance(kept, options.seed, funnel)
     return [_make_record(pair, policy, judge) for pair in kept]
 
 
@@ -302,6 +304,31 @@ def _cap(pairs: Sequence[_Pair], options: Options, funnel: Funnel) -> list[_Pair
         else:
             funnel.leave_out(pair.prompt.id, "select", f"largest share of form {pair.form}")
     return [pair for pair in in_order if pair.id in kept]
+
+
+def _balance(pairs: Sequence[_Pair], seed: int, funnel: Funnel) -> list[_Pair]:
+    """Return as many pairs of harmful as of harmless prompts, and all others. Those of form "shorter" say nothing of harm."""
+    prompts = {pair.prompt.id for pair in pairs}
+    groups = [
+        [pair for pair in pairs if pair.prompt.kind == kind and pair.form != "shorter"]
+        for kind in ("harmful", "harmless")
+    ]
+    number = min(map(len, groups))
+    dropped: set[str] = set()
+    for group in groups:
+        chosen: set[str] = set()
+        for is_with_twin in (True, False):
+            candidates = [
+                Candidate(pair.id, cell_of(pair.prompt, pair.chosen.outcome), pair.number)
+                for pair in group
+                if (pair.prompt.item.twin in prompts) is is_with_twin
+            ]
+            chosen.update(choose_balanced(candidates, number - len(chosen), seed))
+        dropped.update(pair.id for pair in group if pair.id not in chosen)
+    for pair in pairs:
+        if pair.id in dropped:
+            funnel.leave_out(pair.prompt.id, "select", "balance of harmful and harmless prompts")
+    return [pair for pair in pairs if pair.id not in dropped]
 
 
 def _make_record(pair: _Pair, policy: Policy, judge: Judge) -> dict[str, Any]:

@@ -62,6 +62,8 @@ class OutcomeStage:
         guided: Largest share of pairs whose chosen text was drawn with the policy in view, because all others were bad.
         shorter: Largest share of pairs of two good texts, of which the rejected one is at least 1.5 times as long; only
             for prompts of level none and low.
+        balance: Keep as many pairs of harmful as of harmless prompts, first those whose twin has a pair too. A model then
+            cannot lower its loss by refusing more, or less, whatever the prompt.
     """
 
     draws: int = 8
@@ -69,6 +71,7 @@ class OutcomeStage:
     pairs_per_prompt: int = 2
     guided: float = 0.2
     shorter: float = 0.1
+    balance: bool = False
 
     def __post_init__(self) -> None:
         _check_draws(self, "op.")

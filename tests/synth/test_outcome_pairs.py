@@ -321,3 +321,24 @@ def test_a_second_time_nothing_is_drawn_and_the_pairs_are_the_same_in_any_order_
         assert json.dumps(world.make(shuffled, say(), 2)) == first
         assert world.asked == 0
         assert world.funnel.as_dict() == left_out
+
+
+def test_balance_keeps_as_many_pairs_of_harmful_as_of_harmless_prompts_and_first_those_with_their_twins(
+    world: World,
+) -> None:
+    twins = {"bad-4": "good-1", "bad-2": "good-0"}
+    twins |= {other: one for one, other in twins.items()}
+    prompts = [make_prompt(f"bad-{i}") for i in range(6)] + [make_prompt(f"good-{i}", "harmless") for i in range(3)]
+    prompts = [replace(prompt, item=replace(prompt.item, twin=twins.get(prompt.id))) for prompt in prompts]
+    reply = say(write(MEDIUM, REFUSAL), write(MEDIUM, HELP))
+    records = world.make(prompts, reply, 2, shorter=0, balance=True)
+    kept = {record["meta"]["synth"]["prompt"] for record in records}
+    assert len(records) == 6
+    assert {"good-0", "good-1", "good-2", "bad-2", "bad-4"} < kept
+    assert world.reasons()["select", "balance of harmful and harmless prompts"] == 3
+
+
+def test_balance_leaves_pairs_of_general_prompts_and_of_lengths_alone(world: World) -> None:
+    records = short_and_long(world, make_prompt("q1", "general", expect="comply"), shorter=1.0, balance=True)
+    assert forms_of(records) == ["shorter"]
+    assert world.reasons()["select", "balance of harmful and harmless prompts"] == 1
