@@ -83,7 +83,7 @@ def parse_unpaired(record: dict[str, Any], where: str, default_id: str) -> list[
     kind = parse_kind(record, PAIR_KINDS, where)
     rest = {name: value for name, value in record.items() if name not in ("label", "kind")}
     example = parse_example(rest, where, default_id)
-    return [Unpaired(example.id, kind, example.prompt, example.response, where, label=label)]
+    return [Unpaired(example.id, kind, example.prompt, example.response, where, ignored=example.ignored, label=label)]
 
 
 def _split(pair: Pair) -> list[Unpaired]:
@@ -92,7 +92,19 @@ def _split(pair: Pair) -> list[Unpaired]:
         if response.open:
             fault(pair.where, f"{name} is open, and kto takes whole responses", "finish it, or drop the pair")
         id = f"{pair.id}/{name}"
-        sides.append(Unpaired(id, pair.kind, pair.prompt, response, pair.where, label=label, form=pair.form, side=name))
+        sides.append(
+            Unpaired(
+                id,
+                pair.kind,
+                pair.prompt,
+                response,
+                pair.where,
+                ignored=pair.ignored,
+                label=label,
+                form=pair.form,
+                side=name,
+            )
+        )
     return sides
 
 

@@ -42,9 +42,11 @@ def first_on_machine(runtime: Runtime, make: Callable[..., Value], *arguments: A
         except SaroError as raised:
             error = raised
     told = runtime.gather([(None if error is None else str(error), asked_hashes())])
-    for message, _ in told:
+    if error is not None:
+        raise error
+    for rank, (message, _) in enumerate(told):
         if message is not None:
-            raise SaroError(message) from error
+            raise SaroError(f"rank {rank} failed: {message}")
     if runtime.rank == first:
         return made[0]
     take_hashes(told[first][1])

@@ -313,6 +313,8 @@ class SRPOObjective(Objective):
         self.options = options
         self.reference = reference
         self._loss = PAIR_LOSSES[options.loss]
+        self._nll_weight = options.nll_weight
+        self._is_length_normalized = options.is_length_normalized
         self._groups = Groups(kinds, forms)
 
     def counts(self, trees: Sequence[SequenceTree]) -> Mapping[str, float]:
@@ -326,7 +328,7 @@ class SRPOObjective(Objective):
 
     def gradient_rows(self, pack: Pack) -> int:
         # Averages over sides of different lengths do not cancel, nor does the NLL of the chosen side.
-        cancels = not self.options.nll_weight and not self.options.is_length_normalized
+        cancels = not self._nll_weight and not self._is_length_normalized
         return pack.margin_rows if cancels else pack.rows
 
     def __call__(self, logps: torch.Tensor, pack: Pack) -> Sums:
@@ -337,13 +339,13 @@ class SRPOObjective(Objective):
         policy = _sum_sides(entry_logps, pack)  # (P, 2) chosen, rejected; as are moved and rows
         moved = _sum_sides(entry_moved, pack)
         rows = _sum_sides(torch.ones_like(entry_moved), pack)
-        scores = moved / rows if self.options.is_length_normalized else moved
+        scores = moved / rows if self._is_length_normalized else moved
         margins = margins_of(scores)  # (P,)
         losses = self._loss(scores, self.options)
         terms = {"pairs": losses.sum()}
-        if self.options.nll_weight:
+        if self._nll_weight:
             # RPO (Pang et al. 2024, arXiv 2404.19733). The engine divides by the chosen rows of the step, not of this pack.
-            terms["chosen_rows"] = self.options.nll_weight * nll_sum(policy[:, CHOSEN])
+            terms["chosen_rows"] = self._nll_weight * nll_sum(policy[:, CHOSEN])
         with torch.no_grad():
             # Add a metric of pairs to ``values``: name -> (P,). It is averaged over all pairs and those of each kind and form.
             beta = self.options.beta
@@ -367,7 +369,7 @@ class SRPOObjective(Objective):
                 values["log_odds_chosen"] = margins_of(log_odds(scores))
                 values["log_odds_ratio"] = F.logsigmoid(values["log_odds_chosen"])
             metrics = self._groups.sum(values, self._groups.members(pack.pairs, logps.device))
-            if self.options.nll_weight:
+            if self._nll_weight:
                 nll = {"loss/nll": (nll_sum(policy[:, CHOSEN]), rows[:, CHOSEN].sum())}
                 metrics = metrics.join(Metrics.of(nll))
         return Sums(terms, metrics, {name: v.detach() for name, v in pair_values.items()})
@@ -388,7 +390,7 @@ class SRPOObjective(Objective):
     def combine(self, means: dict[str, float]) -> dict[str, float]:
         if "loss/nll" not in means:
             return means
-        minimised = means["loss"] + self.options.nll_weight * means["loss/nll"]
+        minimised = means["loss"] + self._nll_weight * means["loss/nll"]
         return means | {"loss": minimised, "loss/preference": means["loss"]}
 
 

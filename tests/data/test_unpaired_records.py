@@ -34,9 +34,9 @@ def test_trls_unpaired_records_and_ours_are_read(read, tmp_path):
     )
     where = [f"{tmp_path}/data.jsonl:{line}" for line in (1, 2, 3)]
     assert records == [
-        Unpaired("data:1", "op-cot", "Why?", Response(None, " So."), where[0], True),
-        Unpaired("7", "pp-cot", USER, Response(None, "So."), where[1], False),
-        Unpaired("data:3", "op-cot", USER, Response("Because.", "So."), where[2], False),
+        Unpaired("data:1", "op-cot", "Why?", Response(None, " So."), where[0], label=True),
+        Unpaired("7", "pp-cot", USER, Response(None, "So."), where[1], label=False),
+        Unpaired("data:3", "op-cot", USER, Response("Because.", "So."), where[2], label=False),
     ]
 
 
@@ -44,8 +44,8 @@ def test_each_side_of_a_pair_is_a_record(read, tmp_path):
     pair = PAIR | {"kind": "pp-cot", "meta": {"synth": {"form": "guided"}}}
     where = f"{tmp_path}/data.jsonl:1"
     assert read(pair) == [
-        Unpaired("p/chosen", "pp-cot", USER, Response("a", "b"), where, True, "guided"),
-        Unpaired("p/rejected", "pp-cot", USER, Response(None, "c"), where, False, "guided"),
+        Unpaired("p/chosen", "pp-cot", USER, Response("a", "b"), where, label=True, form="guided", side="chosen"),
+        Unpaired("p/rejected", "pp-cot", USER, Response(None, "c"), where, label=False, form="guided", side="rejected"),
     ]
 
 

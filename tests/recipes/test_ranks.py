@@ -268,11 +268,10 @@ def test_a_resumed_stage_2_needs_neither_folder_nor_references_on_other_ranks(
     unbroken = machines[0] / "unbroken"
     (machines[0] / "run").rename(unbroken)
     keep_until(unbroken, machines[0] / "run", step=2)
-    shutil.rmtree(machines[1] / "cache")
+    shutil.rmtree(machines[1] / "cache", ignore_errors=True)
     ranks = start_apart(relative_pairs("--resume", **options), relative_pairs("--resume", **options), recipe="srpo")
     assert [p.code for p in ranks] == [0, 0], ranks[0].err + ranks[1].err
     assert "resuming after step 2 of 4" in ranks[0].err
-    # Rank 1 has scored its references again, in other packs.
     for one, resumed in zip(metrics_of(unbroken), metrics_of(machines[0] / "run"), strict=True):
         assert resumed == pytest.approx(one, rel=1e-3, abs=1e-5)
     assert not (machines[1] / "run").exists()
