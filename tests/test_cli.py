@@ -132,7 +132,7 @@ def test_help_starts_as_a_process():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], 'expected "subcommand" to be one of {inspect,'),
+        ([], 'expected "subcommand" to be one of {plan,inspect,'),
         (["inspct"], "unknown subcommand 'inspct'; did you mean inspect?"),
         (["--hlep"], "unknown option --hlep; did you mean --help?"),
         (["convert", "gsm8", "a", "b"], "unknown format 'gsm8'; did you mean gsm8k?"),

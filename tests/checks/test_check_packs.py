@@ -628,7 +628,7 @@ def test_fails_on_models_that_cannot_be_packed(config, message):
         check_packs(Policy(random_model(config())), DATA)
 
 
-@pytest.mark.parametrize("name", ["s_aux", "position_bias", "attention_bias"])
+@pytest.mark.parametrize("name", ["position_bias", "attention_bias"])
 def test_fails_on_an_unknown_attention_argument(tiny_model, monkeypatch, name):
     """transformers' own sdpa function swallows these; packed attention must not."""
     original = LlamaAttention.forward
