@@ -9,6 +9,8 @@ be read from top to bottom.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 from rich.console import Console
 
@@ -147,12 +149,11 @@ def main() -> int:
         heldout_objective = make_objective(heldout, references and references["heldout"], preference, pack_tokens)
         heldout_log = PairLog(runtime, pairs["heldout"], "heldout", preference.warn_chosen_fell)
 
-    def heldout_metrics(step: int) -> dict[str, float]:
+    def heldout_metrics(step: int, file: Path | None = run.folder / "margins.jsonl") -> dict[str, float]:
         if heldout is None:
             return {}
         if preference.is_unpaired:
             return evaluate_unpaired(runtime, policy, heldout_objective, heldout, pack_tokens)
-        file = run.folder / "margins.jsonl"
         return evaluate_pairs(
             runtime, policy, heldout_objective, heldout, pack_tokens, log=heldout_log, step=step, file=file
         )
@@ -184,6 +185,9 @@ def main() -> int:
     )
     if outcome.stopped_by:
         return end_run(runtime, run, outcome)
+    if outcome.best_step not in (None, outcome.step):
+        # The model is that of an earlier step, whose margins are in the file.
+        measures = replace(measures, heldout_metrics=partial(heldout_metrics, file=None))
     after = measures.measure("after.json", outcome.step)
 
     # 7. Write the model that other programs load, and show the tables.

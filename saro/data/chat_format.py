@@ -320,6 +320,12 @@ class ChatFormat:
             )
         return [RowKind.THINK if start < think_end else RowKind.ANSWER for start in starts]
 
+    @property
+    def shows_date(self) -> bool:
+        """True if prompts may depend on ``template_date``."""
+        template = str(self.tokenizer.chat_template)
+        return "strftime_now" in template or "date_string" in template
+
     @cached_property
     def _dated_template(self) -> str:
         """Return the chat template, in which ``strftime_now`` gives ``template_date`` instead of the current time.

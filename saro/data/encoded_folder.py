@@ -21,7 +21,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from saro.config import DataConfig
+from saro.config import KINDS, PAIR_KINDS, DataConfig
 from saro.data.chat_format import ChatFormat
 from saro.data.columns import FileColumns, Texts, map_columns
 from saro.data.dataset import ExampleSet, PairSet, Repeats, make_set
@@ -80,6 +80,8 @@ def map_encoded(
                         )
                         write_description(temp, columns, about, paths)
                         (temp / "key.json").write_text(text, encoding="utf-8")
+                    # Hashed now, the files are known to the other ranks of this machine.
+                    find_fault(folder, text)
         except OSError as error:
             raise SaroError(
                 f"{folder}: cannot be written ({error.strerror}); set SARO_CACHE to a folder with room"
@@ -146,12 +148,14 @@ def _make_key(
     sources = sorted(Path(__file__).parent.glob("*.py"))
     return {
         "kind": kind,
+        # Columns have numbers of them.
+        "kinds": [KINDS, PAIR_KINDS],
         # A record without an id is named after its file.
         "files": [[Path(path).stem, file_hash(Path(path))] for path in paths],
         "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
         "special_tokens": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
         "template": hashlib.sha256(json.dumps(tokenizer.chat_template).encode()).hexdigest(),
-        "template_date": chat.template_date.isoformat(),
+        "template_date": chat.template_date.isoformat() if chat.shows_date else None,
         "template_variables": json.loads(json.dumps(dict(chat.template_variables or {}), default=str)),
         "think_tags": list(chat.think_tags),
         "stop_ids": sorted(chat.stop_ids),

@@ -35,23 +35,31 @@ _ON_MESSAGE = (
     "stands beside the messages",
     "put it into the assistant's message, or name it reasoning beside an answer",
 )
-_REFUSED = {
-    "open": ('only a side of a pair may be "open"', "finish the response and leave the field out"),
-    "label": (
-        'field "label" makes this a labelled response, which may be undesirable',
-        "give it to stage 2 (SRPO) with --preference.loss kto, or remove the field",
-    ),
-    "tools": (
-        'field "tools" would change the prompt',
-        "give the same ones to all with --data.template_variables.tools",
-    ),
-    "chat_template_kwargs": (
-        'field "chat_template_kwargs" would change the prompt',
-        "give the same ones to all with --data.template_variables",
-    ),
-    "image": ('field "image" is not text', "drop the record"),
-    "images": ('field "images" is not text', "drop the record"),
-} | {name: (f'field "{name}" {_ON_MESSAGE[0]}', _ON_MESSAGE[1]) for name in ("reasoning_content", "thinking")}
+_REFUSED = (
+    {
+        "open": ('only a side of a pair may be "open"', "finish the response and leave the field out"),
+        "label": (
+            'field "label" makes this a labelled response, which may be undesirable',
+            "give it to stage 2 (SRPO) with --preference.loss kto, or remove the field",
+        ),
+        "tools": (
+            'field "tools" would change the prompt',
+            "give the same ones to all with --data.template_variables.tools",
+        ),
+        "chat_template_kwargs": (
+            'field "chat_template_kwargs" would change the prompt',
+            "give the same ones to all with --data.template_variables",
+        ),
+        "image": ('field "image" is not text', "drop the record"),
+        "images": ('field "images" is not text', "drop the record"),
+    }
+    | {
+        name: (f'field "{name}" would change the prompt', "put it into the messages of the prompt, or drop it")
+        for name in ("system", "system_prompt", "history", "input", "documents", "functions")
+    }
+    | {name: (f'field "{name}" is not text', "drop the record") for name in ("video", "videos", "audio", "audios")}
+    | {name: (f'field "{name}" {_ON_MESSAGE[0]}', _ON_MESSAGE[1]) for name in ("reasoning_content", "thinking")}
+)
 # Formats that `saro convert` reads, by a field that only they have.
 _CONVERTED = {"conversations": "sharegpt", "instruction": "alpaca"}
 _FORMATS = (EXAMPLE_FORMATS | PAIR_FORMATS).values()

@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -133,7 +134,7 @@ def _read_records(path: str | os.PathLike, parse: Callable[[dict[str, Any], str,
 def read_example_files(
     paths: Iterable[str | os.PathLike], train_on: Literal["last", "all"] = "last"
 ) -> Iterator[Example]:
-    """Yield the examples of several files. An id that an earlier file has is replaced by the record's place.
+    """Yield the examples of several files. An id that earlier files have gets a number: ID@2, ID@3.
 
     Args:
         train_on: "all" yields each assistant turn of a conversation as an example of its own; see ``split_turns``.
@@ -161,17 +162,22 @@ def each_once(paths: Iterable[str | os.PathLike]) -> Iterator[str | os.PathLike]
         yield path
 
 
-def with_own_ids(
-    records: Iterable[Record], place: Callable[[Record], str] = lambda record: record.where
-) -> Iterator[Record]:
-    """Yield records, of which one whose id an earlier one has gets its ``place`` as id. Raises SaroError if that is taken."""
+def with_own_ids(records: Iterable[Record]) -> Iterator[Record]:
+    """Yield records, of which one whose id earlier ones have gets a number, whatever the names of their files are.
+
+    Raises SaroError if that is the id of another record.
+    """
     ids: set[str] = set()
+    times: Counter[str] = Counter()
     for record in records:
-        id = place(record) if record.id in ids else record.id
+        id = record.id
+        if id in ids:
+            times[id] += 1
+            id = f"{id}@{times[id] + 1}"
         if id in ids:
             fault(
                 record.where,
-                f"id {shown(record.id)} is already used, and the place is the id of another record",
+                f"id {shown(record.id)} is already used, and so is {shown(id)}",
                 "rename it",
             )
         ids.add(id)

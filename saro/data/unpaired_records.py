@@ -33,12 +33,10 @@ class Unpaired(Example):
         kind: one of ``PAIR_KINDS``.
         label: True if the response is desirable.
         form: as in ``Pair``.
-        side: "chosen" or "rejected" of a pair; None for a record of its own.
     """
 
     label: bool = True
     form: str | None = None
-    side: str | None = None
 
 
 def read_unpaired(path: str | os.PathLike) -> Iterator[Unpaired]:
@@ -61,12 +59,11 @@ def read_unpaired(path: str | os.PathLike) -> Iterator[Unpaired]:
 
 
 def read_unpaired_files(paths: Iterable[str | os.PathLike]) -> Iterator[Unpaired]:
-    """Yield the responses of several files. An id that an earlier file has is replaced by the record's place, and its side.
+    """Yield the responses of several files, as ``read_example_files`` does examples.
 
     Raises SaroError as ``read_unpaired`` does, and for a file that is given twice.
     """
-    records = (record for path in each_once(paths) for record in read_unpaired(path))
-    return with_own_ids(records, lambda one: one.where if one.side is None else f"{one.where}/{one.side}")
+    return with_own_ids(record for path in each_once(paths) for record in read_unpaired(path))
 
 
 def parse_unpaired(record: dict[str, Any], where: str, default_id: str) -> list[Unpaired]:
@@ -102,7 +99,6 @@ def _split(pair: Pair) -> list[Unpaired]:
                 ignored=pair.ignored,
                 label=label,
                 form=pair.form,
-                side=name,
             )
         )
     return sides

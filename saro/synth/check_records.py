@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 
 from saro.data.chat_format import ChatFormat
-from saro.data.jsonl import fault, read_objects
+from saro.data.jsonl import fault
+from saro.data.read_rows import read_rows
+from saro.data.record_fields import READ_COLUMNS
 from saro.data.records import Example, Message, Pair, Response, parse_example, parse_pair
 from saro.data.tree import RowKind, ScoredSequence, common_prefix
 from saro.errors import SaroError
@@ -97,8 +99,8 @@ def read_records(files: Sequence[str], chat: ChatFormat) -> list[CheckedRecord]:
     """
     records = []
     for file in files:
-        for line, where, fields in read_objects(file):
-            is_pair = "chosen" in fields or "rejected" in fields
+        for line, where, fields in read_rows(file, READ_COLUMNS):
+            is_pair = fields.get("chosen") is not None or fields.get("rejected") is not None
             record = (parse_pair if is_pair else parse_example)(fields, where, f"{file}:{line}")
             sequences, error = None, ""
             try:

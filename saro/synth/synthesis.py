@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from saro.data.chat_format import ChatFormat
+from saro.data.read_rows import hash_rows
 from saro.demo import prompt_files
 from saro.distributed.runtime import Runtime
 from saro.draws.draw_all import check_one_machine, draw_on_all_ranks
@@ -23,7 +24,6 @@ from saro.evaluate.judge_spec import JudgeSpec, read_gate
 from saro.evaluate.rules import RULES
 from saro.evaluate.subjects import find_subjects
 from saro.evaluate.suite import read_suite, suite_hash
-from saro.files import file_hash
 from saro.program import as_list
 from saro.synth import outcome_pairs, process_pairs, rw_examples
 from saro.synth.author import Author, Task
@@ -297,7 +297,7 @@ def _plan(
 
 def _hash_files(files: Sequence[str]) -> list[dict[str, str]]:
     """Return name and sha256 of each file. A list: files in two folders may have one name."""
-    hashed = [{"name": Path(file).name, "sha256": file_hash(Path(file))} for file in files]
+    hashed = [{"name": Path(file).name, "sha256": hash_rows(file)} for file in files]
     return sorted(hashed, key=lambda entry: (entry["name"], entry["sha256"]))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -15,13 +16,27 @@ from saro.distributed.runtime import Runtime
 from saro.errors import SaroError, nearest
 from saro.files import atomic_write
 
-# Ends of the names of metrics of which more is better. Of losses, less is; of other metrics nobody can say.
-_MORE_IS_BETTER = ("accuracies", "mean_token_accuracy", "margins", "chosen")
+# Parts of the names of metrics of which more is better. Of losses, less is; of other metrics nobody can say.
+_MORE_IS_BETTER = {"accuracies", "mean_token_accuracy", "margins"}
+_MORE_OF_CHOSEN_IS_BETTER = {"rewards", "logps", "delta_logps"}
 
 
 def is_better(metric: str, value: float, than: float) -> bool:
-    """Return True if a value of a metric is better than another. NaN is never better."""
-    return value < than if "loss" in metric else value > than
+    """Return True if a value of a metric is better than another. NaN is never better, and any number is better than NaN."""
+    if math.isnan(than):
+        return not math.isnan(value)
+    return value < than if _is_loss(metric) else value > than
+
+
+def _is_loss(metric: str) -> bool:
+    return "loss" in metric.split("/")
+
+
+def _is_known(metric: str) -> bool:
+    """Return True if one can say which of two values of a metric is better."""
+    parts = set(metric.split("/"))
+    more_is_better = parts & _MORE_IS_BETTER or ("chosen" in parts and parts & _MORE_OF_CHOSEN_IS_BETTER)
+    return _is_loss(metric) or bool(more_is_better)
 
 
 def check_metric(options: TrainConfig, metrics: Mapping[str, float]) -> None:
@@ -33,7 +48,7 @@ def check_metric(options: TrainConfig, metrics: Mapping[str, float]) -> None:
     name = options.keep_best
     if name is None:
         return
-    known = [m for m in metrics if "loss" in m or m.rpartition("/")[2] in _MORE_IS_BETTER]
+    known = [metric for metric in metrics if _is_known(metric)]
     if name not in known:
         reason = "is no metric of this run" if name not in metrics else "does not tell which of two models is better"
         raise SaroError(f"train.keep_best: {name} {reason}{nearest(name, known)}")

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+from saro.checks import check_masks as check_module
 from saro.checks.check_masks import check_masks
 from saro.config import DataConfig
 from saro.data.chat_format import ChatFormat
@@ -16,6 +17,7 @@ from saro.data.unpaired_records import read_unpaired_files
 from saro.data.unpaired_set import UnpairedSet, encode_unpaired_files
 from saro.distributed.machines import first_on_machine
 from saro.distributed.runtime import Runtime
+from saro.files import file_hash
 from saro.model.architectures import TokenLimits
 
 
@@ -65,7 +67,8 @@ def _load(
             chat,
             options,
             check=check,
-            checked=limits._asdict() | {"placeholders": sorted(limits.placeholders)},
+            checked=limits._asdict()
+            | {"placeholders": sorted(limits.placeholders), "check": file_hash(Path(check_module.__file__))},
             say=runtime.say,
             progress=runtime.is_main,
         ),

@@ -96,13 +96,13 @@ def evaluate_pairs(
     *,
     log: PairLog,
     step: int,
-    file: Path,
+    file: Path | None,
 ) -> dict[str, float]:
-    """Return the metrics of pairs under the policy after ``step`` steps, and write a line for each pair to ``file``."""
+    """Return the metrics of pairs under the policy after ``step`` steps, and write a line for each pair to ``file``, if given."""
     packs = pack_trees(pairs.trees(range(len(pairs)), pack_tokens), pack_tokens, runtime.share)
     metrics = evaluate(runtime, policy, objective, packs, log=log)
     rows = log.take(step)
-    if runtime.is_main:
+    if runtime.is_main and file is not None:
         write_margins(file, step, rows)
     return metrics
 

@@ -95,11 +95,13 @@ class Workload(NamedTuple):
         stage: "rw" or "srpo".
         record_tokens: tokens that a record reads; a pair reads its shared part once.
         scored_share: share of an example's tokens that are scored.
+        all_rows: pairs have a gradient on all of their rows, as with an NLL term or lengths that divide.
     """
 
     stage: str
     record_tokens: int
     scored_share: float = 0.75
+    all_rows: bool = False
 
     def pack(self, tokens: int, vocabulary: int) -> tuple[Pack, int]:
         """Fill a pack of ``tokens`` tokens or a little fewer. Returns it and its rows with a gradient.
@@ -111,7 +113,7 @@ class Workload(NamedTuple):
             pack = random_pack(tokens, vocabulary, size, self.scored_share)
             return pack, pack.rows
         pack = random_pairs(tokens, vocabulary, size)
-        return pack, pack.margin_rows
+        return pack, pack.rows if self.all_rows else pack.margin_rows
 
 
 class Ranks(NamedTuple):

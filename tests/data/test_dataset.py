@@ -195,12 +195,13 @@ def test_a_faulty_record_is_an_error_even_if_long_ones_are_dropped(records_file)
 # Ids
 
 
-def test_a_record_whose_id_an_earlier_file_has_is_named_by_its_place(records_file):
-    one, two = records_file([record("a"), record("b")], "one.jsonl"), records_file([record("b")], "two.jsonl")
-    data = encode_files([one, two], CHAT, DataConfig(pack_tokens=512))
-    assert data.ids == ("a", "b", f"{two}:1")
+def test_a_record_whose_id_earlier_files_have_gets_a_number_that_does_not_depend_on_where_the_files_are(records_file):
+    one = records_file([record("a"), record("b")], "one.jsonl")
+    others = [records_file([record("b")], name) for name in ("two.jsonl", "three.jsonl")]
+    data = encode_files([one, *others], CHAT, DataConfig(pack_tokens=512))
+    assert data.ids == ("a", "b", "b@2", "b@3")
     # Each record is found by its id.
-    check_masks(data, CHAT, read_example_files([one, two]), TokenLimits(1000))
+    check_masks(data, CHAT, read_example_files([one, *others]), TokenLimits(1000))
 
 
 def test_the_same_file_twice_is_an_error(records_file):
@@ -208,10 +209,9 @@ def test_the_same_file_twice_is_an_error(records_file):
     assert refusal([path, path]) == f"{path}: the file is given twice; name it once"
 
 
-def test_an_id_that_is_the_place_of_another_record_is_an_error(records_file, tmp_path):
-    place = f"{tmp_path}/two.jsonl:1"
-    one, two = records_file([record("a"), record(place)], "one.jsonl"), records_file([record("a")], "two.jsonl")
-    assert refusal([one, two]).startswith(f'{place}: id "a" is already used, and the place is the id of another record')
+def test_an_id_that_would_get_that_of_another_record_is_an_error(records_file):
+    one, two = records_file([record("a"), record("a@2")], "one.jsonl"), records_file([record("a")], "two.jsonl")
+    assert refusal([one, two]).startswith(f'{two}:1: id "a" is already used, and so is "a@2"; ')
 
 
 def test_records_without_ids_are_named_by_file_and_line(records_file):

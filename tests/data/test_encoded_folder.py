@@ -154,18 +154,26 @@ def test_a_missing_file_is_one_line(map_files, records_file, pairs):
         {"options": DataConfig(pack_tokens=512, train_on="all")},
         {"vocabulary": 301},
         {"chat": replace(CHAT, think_tags=("<a>", "</a>"))},
-        {"chat": replace(CHAT, template_date=date(2000, 1, 1))},
         {"chat": replace(CHAT, template_variables={"a": 1})},
         {"chat": replace(CHAT, tokenizer=tiny_tokenizer(CHAT.tokenizer.chat_template + " "))},
         {"chat": replace(CHAT, tokenizer=tiny_tokenizer(extra=("<|more|>",)))},
     ],
-    ids=["limit", "too long", "turns", "vocabulary", "tags", "date", "variables", "template", "tokenizer"],
+    ids=["limit", "too long", "turns", "vocabulary", "tags", "variables", "template", "tokenizer"],
 )
 def test_whatever_may_change_tokens_or_checks_encodes_again(map_files, said, records_file, change):
     file = records_file(PAIR_RECORDS)
     map_files(file)
     map_files(file, **change)
     assert len(said) == 2
+
+
+@pytest.mark.parametrize(("template", "times"), [("{{ date_string }}", 2), ("", 1)])
+def test_another_day_encodes_again_only_if_prompts_show_the_day(map_files, said, records_file, template, times):
+    chat = replace(CHAT, tokenizer=tiny_tokenizer(template + CHAT.tokenizer.chat_template))
+    file = records_file(PAIR_RECORDS)
+    for day in (date(2000, 1, 1), date(2000, 1, 2)):
+        map_files(file, chat=replace(chat, template_date=day))
+    assert len(said) == times
 
 
 def test_other_records_and_another_name_of_the_file_encode_again(map_files, said, records_file, tmp_path):

@@ -307,6 +307,11 @@ def test_a_line_that_is_not_a_json_object_is_an_error(tmp_path, line, expected):
         ({**NATIVE, "metta": SECRET, "completions": 1}, "did you mean completion?"),
         ({**NATIVE, "open": False}, 'only a side of a pair may be "open"'),
         ({**NATIVE, "tools": [{}]}, 'field "tools" would change the prompt'),
+        (
+            {**NATIVE, "system": SECRET},
+            'field "system" would change the prompt; put it into the messages of the prompt',
+        ),
+        ({**NATIVE, "audio": SECRET}, 'field "audio" is not text'),
         ({**NATIVE, "chat_template_kwargs": {"x": 1}}, 'field "chat_template_kwargs" would change the prompt'),
         ({**NATIVE, "images": [SECRET]}, 'field "images" is not text'),
         ({**NATIVE, "thinking": SECRET}, 'field "thinking" stands beside the messages'),

@@ -44,8 +44,8 @@ def test_each_side_of_a_pair_is_a_record(read, tmp_path):
     pair = PAIR | {"kind": "pp-cot", "meta": {"synth": {"form": "guided"}}}
     where = f"{tmp_path}/data.jsonl:1"
     assert read(pair) == [
-        Unpaired("p/chosen", "pp-cot", USER, Response("a", "b"), where, label=True, form="guided", side="chosen"),
-        Unpaired("p/rejected", "pp-cot", USER, Response(None, "c"), where, label=False, form="guided", side="rejected"),
+        Unpaired("p/chosen", "pp-cot", USER, Response("a", "b"), where, label=True, form="guided"),
+        Unpaired("p/rejected", "pp-cot", USER, Response(None, "c"), where, label=False, form="guided"),
     ]
 
 

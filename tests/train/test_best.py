@@ -6,6 +6,7 @@ import json
 import shutil
 import signal
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -76,6 +77,28 @@ def test_more_is_better_for_margins_and_accuracies(training, runtime):
     run = training(**OPTIONS | {"keep_best": "eval/rewards/margins"})
     outcome = run.fit(runtime, 4, evaluate=lambda step: {"eval/loss": 1, "eval/rewards/margins": float(-step)})
     assert outcome.best_step == 2
+
+
+def test_any_number_is_better_than_nan(training, runtime):
+    run = training(**OPTIONS)
+    losses = {2: float("nan"), 4: 9.0}
+    assert run.fit(runtime, 4, evaluate=lambda step: {"eval/loss": losses[step]}).best_step == 4
+
+
+@pytest.mark.parametrize(
+    ("metric", "is_known"),
+    [
+        ("eval/loss", True),
+        ("eval/rewards/chosen", True),
+        ("eval/entropy/chosen", False),
+        ("eval/lossy/entropy", False),
+        ("eval/lossy/rewards/margins", True),
+    ],
+)
+def test_a_metric_of_which_nobody_can_say_what_is_better_is_refused(metric, is_known):
+    options = replace(TrainConfig(), keep_best=metric, eval_every=2)
+    with nullcontext() if is_known else pytest.raises(SaroError, match="does not tell which of two models is better"):
+        check_metric(options, {metric: 1.0})
 
 
 @pytest.mark.parametrize("stop_at", [4, 6])

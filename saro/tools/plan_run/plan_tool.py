@@ -28,11 +28,12 @@ from saro.config import (
 )
 from saro.data.dataset import PairSet
 from saro.data.encode_files import encode_files, encode_pair_files
+from saro.data.read_rows import is_hub
 from saro.data.steps import Schedule
 from saro.demo import data_files, find_demo
 from saro.errors import SaroError
 from saro.model.adapter import find_adapter
-from saro.model.architectures import check_supported
+from saro.model.architectures import WRAPPERS, check_supported, is_mixture
 from saro.model.source import ModelSource, first_line
 from saro.model.training_dtype import decide_dtype
 from saro.tools.plan_run.cards import CPU_SHARE, GPU_SHARE, NETWORK, Card, find_card
@@ -103,6 +104,10 @@ def run(options: Options, console: Console) -> int:
     Raises:
         SaroError: for whatever the recipe would refuse, an unknown card, or records whose length is not known.
     """
+    if options.stage == "srpo" and options.preference.is_unpaired:
+        raise SaroError(
+            "a run with preference.loss kto cannot be planned; plan one with sigmoid, which takes a little less"
+        )
     path, config, model = _read_config(options.model)
     is_cpu = options.card == "cpu"
     dtype = (
@@ -152,9 +157,15 @@ def _read_config(options: ModelConfig) -> tuple[str, PretrainedConfig, ModelConf
             trust_remote_code=options.trust_remote_code,
         )
         check_supported(config)
+        if config.model_type in WRAPPERS or is_mixture(config):
+            raise ValueError(f"a model of type {config.model_type} cannot be planned yet; saro doctor measures it")
     except (OSError, ValueError, StrictDataclassError) as error:
         raise SaroError(f"{options.name}: {first_line(error)}") from error
     return path, config, options
+
+
+def _has_all_rows(preference: PreferenceConfig) -> bool:
+    return bool(preference.nll_weight) or preference.is_length_normalized
 
 
 def _known_records(options: Options) -> Records:
@@ -164,7 +175,7 @@ def _known_records(options: Options) -> Records:
     if options.records is not None:
         steps = -(-options.records // train.records_per_step)
         total = min(filter(None, (total, int(np.ceil(train.epochs * steps)))))
-    workload = Workload(options.stage, options.tokens)
+    workload = Workload(options.stage, options.tokens, all_rows=_has_all_rows(options.preference))
     return Records(workload, [[options.tokens] * train.records_per_step], total, options.records)
 
 
@@ -177,7 +188,7 @@ def _read_records(path: str, config: PretrainedConfig, options: Options) -> Reco
     instead = "or give the average length of a record with --tokens"
     files = data_files(options.data.train, f"{options.stage}_train")
     for file in files:
-        if not Path(file).is_file():
+        if not is_hub(file) and not Path(file).is_file():
             raise SaroError(f"data.train: {file} is not there; name another file, {instead}")
     model = options.model
     try:
@@ -198,7 +209,9 @@ def _read_records(path: str, config: PretrainedConfig, options: Options) -> Reco
     pack_tokens = options.data.pack_tokens
     steps = [[tree.tokens for tree in data.trees(schedule.records(n).tolist(), pack_tokens)] for n in numbers]
     share = 0.0 if isinstance(data, PairSet) else float(data.scored_tokens.sum() / data.lengths.sum())
-    workload = Workload(options.stage, max(2, round(float(data.lengths.mean()))), share)
+    workload = Workload(
+        options.stage, max(2, round(float(data.lengths.mean()))), share, _has_all_rows(options.preference)
+    )
     return Records(workload, steps, total, len(data))
 
 
