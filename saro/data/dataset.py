@@ -104,7 +104,7 @@ class ExampleSet:
             seen[record] += 1
         trees: list[SequenceTree] = []
         for turns in copies.values():
-            trees += _grow_trees(turns, self.conversations, lambda turn: (self.sequence(turn),), budget)
+            trees += grow_trees(turns, self.conversations, lambda turn: (self.sequence(turn),), budget)
         return trees
 
 
@@ -171,7 +171,7 @@ class PairSet:
 
         Pairs that do not fit into one tree are divided between two or more, each of which begins with the prompt.
         """
-        return _grow_trees(records, self.prompts, self.sequences, budget)
+        return grow_trees(records, self.prompts, self.sequences, budget)
 
     def divergent(self) -> PairSet:
         """Return the same pairs, scored only from where the two sides diverge: the shared part cancels in the margin."""
@@ -183,7 +183,7 @@ class PairSet:
         )
 
 
-def _grow_trees(
+def grow_trees(
     records: Iterable[int],
     groups: np.ndarray,
     sequences: Callable[[int], tuple[ScoredSequence, ...]],

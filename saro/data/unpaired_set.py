@@ -11,8 +11,8 @@ import numpy as np
 
 from saro.config import PAIR_KINDS, DataConfig
 from saro.data.chat_format import ChatFormat
-from saro.data.dataset import ExampleSet, PairSet
-from saro.data.tree import RowKind, ScoredSequence, SequenceTree, build_tree
+from saro.data.dataset import ExampleSet, PairSet, grow_trees
+from saro.data.tree import RowKind, ScoredSequence, SequenceTree
 from saro.data.unpaired_records import Unpaired, read_unpaired_files
 from saro.errors import SaroError
 from saro.program import progress_bar
@@ -54,35 +54,16 @@ class UnpairedSet(ExampleSet):
 
     def trees(self, records: Iterable[int], budget: int) -> list[SequenceTree]:
         """Return some of the records as trees of at most ``budget`` tokens. Records on one prompt share a tree."""
-        return _share_prompts([self.sequence(record) for record in records], self.prompts, budget)
+        return grow_trees(records, self.prompts, lambda record: (self.sequence(record),), budget)
 
     def mismatched_trees(self, records: Iterable[int], budget: int) -> list[SequenceTree]:
         """Return the mismatched sequences of some of the records as trees, as ``trees`` does the records."""
-        return _share_prompts([self.mismatched.sequence(record) for record in records], self.prompts, budget)
+        return grow_trees(records, self.prompts, lambda record: (self.mismatched.sequence(record),), budget)
 
     def _mismatch(self, record: int) -> ScoredSequence:
         own, other = self.sequence(record), self.sequence(int(self.others[record]))
         tokens = np.concatenate([own.tokens[: own.scored_from], other.tokens[other.scored_from :]])
         return ScoredSequence(tokens, own.scored_from, other.row_kinds, record)
-
-
-def _share_prompts(sequences: Sequence[ScoredSequence], prompts: np.ndarray, budget: int) -> list[SequenceTree]:
-    """Build trees of at most ``budget`` tokens, in which sequences on one prompt share a tree."""
-    by_prompt: dict[int, list[ScoredSequence]] = {}
-    for sequence in sequences:
-        by_prompt.setdefault(int(prompts[sequence.record]), []).append(sequence)
-    trees: list[SequenceTree] = []
-    for group in by_prompt.values():
-        tree = build_tree(group[:1])
-        for sequence in group[1:]:
-            larger = build_tree([*tree.sequences, sequence])
-            if larger.tokens <= budget:
-                tree = larger
-            else:
-                trees.append(tree)
-                tree = build_tree([sequence])
-        trees.append(tree)
-    return trees
 
 
 def encode_unpaired_files(
