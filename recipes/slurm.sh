@@ -26,7 +26,9 @@ if [ $# -eq 0 ]; then
     exit 2
 fi
 
-MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+# Not "| head -n 1": it would end scontrol by SIGPIPE while it still writes, and the job with it.
+nodes=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+MASTER_ADDR=${nodes%%$'\n'*}
 # Jobs that share a node must not share a port.
 MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))
 export MASTER_ADDR MASTER_PORT

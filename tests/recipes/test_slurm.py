@@ -23,7 +23,8 @@ exit $most
 """
 SCONTROL = """#!/bin/bash
 case "$1" in
-    show) printf 'node7\\nnode8\\n' ;;
+    # Longer than a pipe holds, as on a large cluster.
+    show) for i in $(seq 7 20000); do echo "node$i"; done ;;
     *) echo "$@" >> scontrol.log ;;
 esac
 """
