@@ -69,7 +69,7 @@ def measure(case: Case) -> dict[str, float]:
     )
     source = find_model(options)
     pack, gradient_rows = WORKLOADS[case.stage].pack(case.tokens, source.config.vocab_size)
-    # What libraries allocate once.
+    # Libraries allocate some memory once; it must not count.
     torch.nn.functional.linear(torch.randn(64, 64), torch.randn(64, 64, requires_grad=True)).sum().backward()
     give_freed_memory_back()
     before = psutil.Process().memory_info().rss

@@ -43,7 +43,7 @@ def load(folder: str, method: str, is_sharded: bool) -> dict[str, int]:
     give_back_at_once()
     options = ModelConfig(name=folder, method=method, dtype="bfloat16")
     source = find_model(options)
-    # What libraries allocate once.
+    # Libraries allocate some memory once; it must not count.
     torch.randn(64, 64) @ torch.randn(64, 64)
     runtime.barrier()
     before_own, before_all = own_bytes(), resident_bytes()

@@ -213,6 +213,22 @@ def _score_from(data: ExampleSet, starts: np.ndarray) -> ExampleSet:
     return replace(data, prompt_tokens=starts, think_tokens=think)
 
 
+def flatten(
+    sequences: Sequence[ScoredSequence], kinds: np.ndarray, ids: Sequence[str], where: Sequence[str]
+) -> ExampleSet:
+    """Return sequences as a set. Its other columns are as in ``ExampleSet``."""
+    think = [int((sequence.row_kinds == RowKind.THINK).sum()) for sequence in sequences]
+    return ExampleSet(
+        tokens=np.concatenate([np.empty(0, np.int32), *(sequence.tokens for sequence in sequences)]),
+        offsets=np.cumsum([0, *(len(sequence.tokens) for sequence in sequences)]),
+        prompt_tokens=np.array([sequence.scored_from for sequence in sequences], np.int32),
+        think_tokens=np.array(think, np.int32),
+        kinds=kinds,
+        ids=ids,
+        where=where,
+    )
+
+
 def make_set(columns: Mapping[str, Any], about: Mapping[str, Any]) -> ExampleSet | PairSet:
     """Return the set that columns hold. ``about`` is what ``saro.data.encode_files.encode_into`` returned."""
 

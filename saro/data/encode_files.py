@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import blake2b
 from itertools import islice
@@ -14,10 +14,10 @@ import numpy as np
 from saro.config import DataConfig
 from saro.data.chat_format import ChatFormat
 from saro.data.columns import Columns, MemoryColumns
-from saro.data.dataset import ExampleSet, PairSet, make_set
+from saro.data.dataset import ExampleSet, PairSet, flatten, make_set
 from saro.data.packs import SIDES
 from saro.data.records import KINDS, PAIR_KINDS, Example, Pair, read_example_files, read_pair_files
-from saro.data.tree import RowKind, ScoredSequence, build_tree
+from saro.data.tree import ScoredSequence, build_tree
 from saro.data.workers import map_in_order
 from saro.errors import SaroError
 from saro.program import progress_bar
@@ -202,17 +202,13 @@ def _as_set(records: Sequence[Example | Pair], encoded: Sequence[tuple[ScoredSeq
 
 def _as_side(records: Sequence[Example | Pair], sequences: Sequence[ScoredSequence]) -> ExampleSet:
     names = PAIR_KINDS if isinstance(records[0], Pair) else KINDS
-    think = [int((sequence.row_kinds == RowKind.THINK).sum()) for sequence in sequences]
-    return ExampleSet(
-        tokens=np.concatenate([sequence.tokens for sequence in sequences]),
-        offsets=np.cumsum([0, *(len(sequence.tokens) for sequence in sequences)]),
-        prompt_tokens=np.array([sequence.scored_from for sequence in sequences], np.int32),
-        think_tokens=np.array(think, np.int32),
+    side = flatten(
+        sequences,
         kinds=np.array([names.index(record.kind) for record in records], np.uint8),
         ids=tuple(record.id for record in records),
         where=tuple(record.where for record in records),
-        is_open=np.array([sequence.is_open for sequence in sequences], bool),
     )
+    return replace(side, is_open=np.array([sequence.is_open for sequence in sequences], bool))
 
 
 def _append(

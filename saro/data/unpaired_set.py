@@ -11,8 +11,8 @@ import numpy as np
 
 from saro.config import PAIR_KINDS, DataConfig
 from saro.data.chat_format import ChatFormat
-from saro.data.dataset import ExampleSet, PairSet, grow_trees
-from saro.data.tree import RowKind, ScoredSequence, SequenceTree
+from saro.data.dataset import ExampleSet, PairSet, flatten, grow_trees
+from saro.data.tree import ScoredSequence, SequenceTree
 from saro.data.unpaired_records import Unpaired, read_unpaired_files
 from saro.errors import SaroError
 from saro.program import progress_bar
@@ -40,7 +40,7 @@ class UnpairedSet(ExampleSet):
     @cached_property
     def mismatched(self) -> ExampleSet:
         """Each record's prompt, followed by the response of its other record."""
-        return _as_set(
+        return flatten(
             [self._mismatch(record) for record in range(len(self))], kinds=self.kinds, ids=self.ids, where=self.where
         )
 
@@ -119,7 +119,7 @@ def encode_unpaired_files(
             f"all {len(dropped)} records are longer than {options.pack_tokens} tokens; raise --data.pack_tokens"
         )
     forms = tuple(record.form for record in records)
-    encoded = _as_set(
+    encoded = flatten(
         sequences,
         kinds=np.array([PAIR_KINDS.index(record.kind) for record in records], np.uint8),
         ids=tuple(record.id for record in records),
@@ -165,18 +165,3 @@ def _choose_others(sequences: Sequence[ScoredSequence], prompts: np.ndarray, bud
                 others[record] = other
                 break
     return others
-
-
-def _as_set(
-    sequences: Sequence[ScoredSequence], kinds: np.ndarray, ids: Sequence[str], where: Sequence[str]
-) -> ExampleSet:
-    think = [int((sequence.row_kinds == RowKind.THINK).sum()) for sequence in sequences]
-    return ExampleSet(
-        tokens=np.concatenate([np.empty(0, np.int32), *(sequence.tokens for sequence in sequences)]),
-        offsets=np.cumsum([0, *(len(sequence.tokens) for sequence in sequences)]),
-        prompt_tokens=np.array([sequence.scored_from for sequence in sequences], np.int32),
-        think_tokens=np.array(think, np.int32),
-        kinds=kinds,
-        ids=ids,
-        where=where,
-    )
