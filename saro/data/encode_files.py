@@ -28,6 +28,19 @@ _PART_RECORDS = 256
 Check = Callable[[ExampleSet | PairSet, ChatFormat, Sequence[Example | Pair]], None]
 
 
+def too_long(where: str, tokens: int | str, allowed: int) -> SaroError:
+    """Return the error of a record that is longer than a pack."""
+    return SaroError(
+        f"{where}: {tokens} tokens, more than the {allowed} allowed; nothing is cut: "
+        "raise --data.pack_tokens, shorten the record, or leave it out with --data.too_long drop"
+    )
+
+
+def all_too_long(records: int, allowed: int) -> SaroError:
+    """Return the error of a set of which every record is longer than a pack."""
+    return SaroError(f"all {records} records are longer than {allowed} tokens; raise --data.pack_tokens")
+
+
 def encode_files(
     paths: Sequence[str],
     chat: ChatFormat,
@@ -114,9 +127,7 @@ def encode_into(
         if part.error is not None:
             raise SaroError(part.error)
     if not count:
-        raise SaroError(
-            f"all {len(dropped)} records are longer than {options.pack_tokens} tokens; raise --data.pack_tokens"
-        )
+        raise all_too_long(len(dropped), options.pack_tokens)
     return {"kind": kind, "dropped": dropped, "forms": list(forms), "ignored": sorted(ignored)}
 
 
@@ -177,10 +188,7 @@ def _encode_part(
             elif options.too_long == "drop":
                 dropped.append(record.id)
             else:
-                raise SaroError(
-                    f"{record.where}: {tokens} tokens, more than the {options.pack_tokens} allowed; nothing is cut: "
-                    "raise --data.pack_tokens, shorten the record, or leave it out with --data.too_long drop"
-                )
+                raise too_long(record.where, tokens, options.pack_tokens)
         data = _as_set(kept, encoded) if kept else None
         if check is not None and data is not None:
             check(data, chat, kept)

@@ -12,6 +12,7 @@ import numpy as np
 from saro.config import PAIR_KINDS, DataConfig
 from saro.data.chat_format import ChatFormat
 from saro.data.dataset import ExampleSet, PairSet, flatten, grow_trees
+from saro.data.encode_files import all_too_long, too_long
 from saro.data.tree import ScoredSequence, SequenceTree
 from saro.data.unpaired_records import Unpaired, read_unpaired_files
 from saro.errors import SaroError
@@ -69,7 +70,7 @@ class UnpairedSet(ExampleSet):
 def encode_unpaired_files(
     paths: Sequence[str], chat: ChatFormat, options: DataConfig, *, progress: bool = False
 ) -> UnpairedSet:
-    """Read and encode JSONL files of labelled responses, or of pairs, in memory.
+    """Read and encode files of labelled responses, or of pairs, in memory.
 
     Nothing is ever cut. A record of more than ``options.pack_tokens`` tokens, or beside which no response to another prompt
     fits into a pack, is an error, or is dropped if ``options.too_long`` says so.
@@ -86,10 +87,7 @@ def encode_unpaired_files(
 
     def leave_out(record: Unpaired, tokens: str) -> None:
         if options.too_long == "error":
-            raise SaroError(
-                f"{record.where}: {tokens} tokens, more than the {options.pack_tokens} allowed; nothing is cut: "
-                "raise --data.pack_tokens, shorten the record, or leave it out with --data.too_long drop"
-            )
+            raise too_long(record.where, tokens, options.pack_tokens)
         dropped.append(record.id)
 
     for record in progress_bar(read_unpaired_files(paths), "encoding", "records", shown=progress):
@@ -115,9 +113,7 @@ def encode_unpaired_files(
         records = [record for i, record in enumerate(records) if others[i] is not None]
         sequences = [sequence for i, sequence in enumerate(sequences) if others[i] is not None]
     if not records:
-        raise SaroError(
-            f"all {len(dropped)} records are longer than {options.pack_tokens} tokens; raise --data.pack_tokens"
-        )
+        raise all_too_long(len(dropped), options.pack_tokens)
     forms = tuple(record.form for record in records)
     encoded = flatten(
         sequences,

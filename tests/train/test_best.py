@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from tiny import Training
 
 from saro.config import TrainConfig
 from saro.errors import SaroError
@@ -23,16 +21,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 # Held-out losses by number of steps: the best one is that of step 4.
 LOSSES = {2: 1.0, 4: 0.5, 6: 0.7, 8: 0.5, 10: 0.9}
 OPTIONS = {"eval_every": 2, "save_every": 1, "keep_best": "eval/loss", "keep_checkpoints": 2}
-
-
-@pytest.fixture
-def training(tiny_model, records_file, examples, tmp_path) -> Callable[..., Training]:
-    file = records_file(examples)
-
-    def make(output: str = "run", **options: object) -> Training:
-        return Training.on(tiny_model(), file, tmp_path / output, **options)
-
-    return make
 
 
 class Watched:

@@ -94,16 +94,6 @@ def gradients_seen() -> Iterator[list[torch.Tensor]]:
         handle.remove()
 
 
-@pytest.fixture
-def training(tiny_model, records_file, examples, tmp_path) -> Callable[..., Training]:
-    file = records_file(examples)
-
-    def make(output: str = "run", **options: object) -> Training:
-        return Training.on(tiny_model(), file, tmp_path / output, **options)
-
-    return make
-
-
 def lines_of(training: Training) -> list[dict[str, float]]:
     text = (Path(training.options.output) / "metrics.jsonl").read_text()
     return [json.loads(line) for line in text.splitlines()]
