@@ -13,6 +13,7 @@ from saro.data.records import parse_example, parse_pair
 from saro.errors import SaroError, nearest
 from saro.evaluate.public_lines import make_id
 from saro.files import atomic_write
+from saro.synth.answers_only import drop_reasoning
 from saro.synth.chat_sets import convert_alpaca, convert_sharegpt
 from saro.synth.prompts import parse_prompt_fields
 
@@ -51,6 +52,7 @@ def convert(
       ``<|Output|>`` markers, ``source``, which decides the kind. A text without markers is an answer without reasoning.
     - "coconot-pairs" (CoCoNot's preference set, allenai/noncompliance): ``id``, ``prompt``, ``chosen`` = help and ``rejected`` = a
       needless refusal. Pairs of kind op-cot without reasoning.
+    - "answers": native examples or pairs, whose reasoning is taken out (``drop_reasoning``).
     - "alpaca" and "sharegpt", the formats of many sets: see ``convert_alpaca`` and ``convert_sharegpt``. Kind general.
 
     Formats of prompts, which ``read_prompts`` reads; source and licence are written with each:
@@ -263,6 +265,7 @@ FORMATS: dict[str, Callable[[Record, int, str], Record | None]] = {
     "gsm8k-pairs": _convert_gsm8k_pair,
     "stair-sft": _convert_stair_sft,
     "coconot-pairs": _convert_coconot_pair,
+    "answers": drop_reasoning,
     "alpaca": convert_alpaca,
     "sharegpt": convert_sharegpt,
     **PROMPT_FORMATS,
@@ -271,6 +274,7 @@ FORMATS: dict[str, Callable[[Record, int, str], Record | None]] = {
 # The records that a format leaves out.
 LEFT_OUT = {
     "gsm8k-pairs": "without a chain of steps",
+    "answers": "without an answer on both sides, or with the same one",
     "alpaca": "without an output",
     "sharegpt": "without a first turn of the user's or a last one of the assistant's",
 }

