@@ -2,6 +2,7 @@
 #
 #   make demo   runs both stages on the demo data, evaluates base, RW and SRPO, and writes a report
 #   make saro   the whole method: data, RW, pairs of its own texts, SRPO, evaluation, report; recipes/laptop.mk
+#   make ablation   six models, what each part of it buys; recipes/ablation.mk
 #   make test   runs the tests
 #   make trl    installs TRL and lm-eval and runs the tests that compare with them; without these, `make test` skips them
 #   make lint   checks style and format
@@ -61,4 +62,4 @@ $(VENV)/.bench: $(VENV)/.test
 	$(PIP) --editable '.[bench]'
 	touch $@
 
-include recipes/laptop.mk
+include recipes/laptop.mk recipes/ablation.mk

@@ -1,4 +1,4 @@
-"""`make saro`: what it runs, what it runs again, and that an interrupted run goes on where it was.
+"""`make saro` and `make ablation`: what they run, what they run again, and that an interrupted run goes on where it was.
 
 Most tests replace the programs by a script that notes its arguments and writes its output, since they are about the
 Makefile. The last one runs all of them on a tiny model.
@@ -246,6 +246,73 @@ def test_a_missing_public_file_is_named_before_any_stage(make, public, tmp_path,
     assert done.code == 2
     assert f"No rule to make target '{tmp_path}/public/{name}'" in done.err
     assert done.stages == []
+
+
+@pytest.fixture
+def ablation_data(public) -> str:
+    """A folder with the names of the public sets that the ablation reads."""
+    (Path(public.removeprefix("DATA=")) / "ailuminate_demo_en.csv").write_text("")
+    return public
+
+
+def trained(done: Made) -> list[str]:
+    """What the recipes trained, in order: the output folder and the file of records, as names in the folder of the run."""
+    runs = []
+    for call in done.calls:
+        if call[0].startswith("recipes/"):
+            options = dict(pairwise(call))
+            names = (options[name].strip("[]").partition("/out/saro/")[2] for name in ("--train.output", "--data.train"))
+            runs.append(" < ".join(names))
+    return runs
+
+
+def test_the_ablation_trains_each_model_once_from_its_records(make, ablation_data):
+    done = make("ablation", ablation_data, "SEEDS=0 7")
+    assert done.code == 0, done.err
+    assert sorted(trained(done)) == [
+        "ablation/dpo-0 < ablation/op.jsonl",
+        "ablation/dpo-7 < ablation/op.jsonl",
+        "ablation/op-0 < data/op.jsonl",
+        "ablation/op-7 < data/op.jsonl",
+        "ablation/pp-7 < pairs.jsonl",
+        "ablation/sft < ablation/examples.jsonl",
+        "rw < examples.jsonl",
+        "srpo < pairs.jsonl",
+    ]
+    assert make("ablation", ablation_data, "SEEDS=0 7").calls == []
+
+
+def test_the_ablation_begins_from_the_model_of_its_row_with_its_seed(make, ablation_data):
+    done = make("ablation", ablation_data, "SEEDS=7")
+    starts = {}
+    for call in done.calls:
+        if call[0] == "recipes/srpo.py":
+            options = dict(pairwise(call))
+            starts[Path(options["--train.output"]).name] = (
+                options["--model.name"].partition("/out/saro/")[2],
+                options["--train.seed"],
+            )
+    assert starts == {
+        "dpo-7": ("ablation/sft/final", "7"),
+        "op-7": ("rw/final", "7"),
+        "pp-7": ("rw/final", "7"),
+    }
+
+
+def test_the_ablation_evaluates_six_models_a_seed_on_five_suites(make, ablation_data):
+    done = make("ablation", ablation_data, "SEEDS=0 7")
+    for options in (dict(pairwise(call)) for call in done.calls if call[0] == "evaluate"):
+        assert len(options["--models"].split(",")) == len(options["--names"].split(",")) == 6
+        suites = {Path(name).stem for name in options["--suites"].strip("[]").split(",")}
+        assert suites == {"xstest", "simple-safety-tests", "coconot-contrast", "gsm8k-200", "ailuminate-300"}
+    (report,) = (call for call in done.calls if call[0] == "report")
+    assert [Path(name).name for name in report[1:3]] == ["evaluation-0", "evaluation-7"]
+
+
+def test_the_ablation_needs_public_data(make):
+    done = make("ablation")
+    assert (done.code, done.calls) == (2, [])
+    assert "error: make ablation DATA=DIR" in done.err
 
 
 @pytest.mark.parametrize("change", ["SEED=1", "MODEL=other", "public"])

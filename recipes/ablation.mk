@@ -1,0 +1,85 @@
+# `make ablation`: what each part of the method buys. The Makefile includes this file behind laptop.mk, on whose data it stands.
+#
+#   make ablation DATA=DIR      six models, three seeds of the preference stages, all suites, one report
+#   make ablation DATA=DIR SEEDS="0 1"     with other seeds of them
+#
+# DIR is that of laptop.mk, and has ailuminate_demo_en.csv too.
+#
+#   SFT        answers of the RW data, without their reasoning
+#   DPO        from SFT, on the answers of the outcome pairs
+#   RW         chains: `make saro`
+#   RW+op      from RW, on outcome pairs
+#   RW+op+pp   from RW, on outcome and process pairs, the same number of passes
+#
+# In $(OUTPUT)/saro/ablation. As `make saro`, it goes on where it was stopped.
+
+SEEDS ?= 0 1 2
+
+ABLATION := $(RUN)/ablation
+ABLATION_SUITES := $(SUITES) $(PUBLIC)/ailuminate-300.jsonl
+SFT_MODEL := $(ABLATION)/sft/final/tokenizer_config.json
+ABLATION_REPORT := $(ABLATION)/evaluation-$(firstword $(SEEDS))/report/report.html
+
+# RW+op+pp with the seed of `make saro` is its last model.
+full = $(if $(filter $(SEED),$(1)),$(RUN)/srpo,$(ABLATION)/pp-$(1))
+
+.PHONY: ablation
+.SECONDARY:
+
+ifndef DATA
+ablation:
+	@echo 'error: make ablation DATA=DIR: the few prompts that come with saro would tell no model from another' >&2; exit 2
+else
+ablation: $(ABLATION_REPORT)
+	@echo 'The report is $(ABLATION_REPORT), its tables are in $(dir $(ABLATION_REPORT))report.md'
+endif
+
+$(PUBLIC)/ailuminate.jsonl: $(DATA)/ailuminate_demo_en.csv | saro-begin $(VENV)/.demo
+	$(CONVERT) ailuminate $< $@
+# The file is in the order of its hazards, so every fourth prompt has as many of each.
+$(PUBLIC)/ailuminate-300.jsonl: $(PUBLIC)/ailuminate.jsonl
+	$(call lines,NR % 4 == 1)
+
+# Records without their reasoning, and the held-out ones
+
+define answers
+	@mkdir -p $(ABLATION)
+	test ! -s $(1:.jsonl=$(2).jsonl) || $(CONVERT) answers $(1:.jsonl=$(2).jsonl) $(@:.jsonl=$(2).jsonl)
+	$(CONVERT) answers $(1) $@
+endef
+
+$(ABLATION)/examples.jsonl: $(RUN)/examples.jsonl
+	$(call answers,$<,-heldout)
+$(ABLATION)/op.jsonl: $(RUN)/data/op.jsonl
+	$(call answers,$<,.heldout)
+
+# The models. A seed is that of the order of records and of new LoRA matrices.
+
+$(SFT_MODEL): $(ABLATION)/examples.jsonl
+	$(LAUNCH) recipes/rw.py --config $(CONFIGS)/laptop_rw.yaml --model.name $(MODEL) --data.train $(call list,$<) \
+		--data.heldout $(call heldout,$(<:.jsonl=-heldout.jsonl)) --train.seed $(SEED) $(RW_SIZE) \
+		--train.output $(ABLATION)/sft --resume $(RW)
+
+PREFER = $(LAUNCH) recipes/srpo.py --config $(CONFIGS)/laptop_srpo.yaml --train.seed $* --train.output $(patsubst %/final/,%,$(@D)/) \
+	--resume --data.train $(call list,$<)
+
+$(ABLATION)/dpo-%/final/tokenizer_config.json: $(ABLATION)/op.jsonl $(SFT_MODEL)
+	$(PREFER) --model.name $(ABLATION)/sft/final --data.heldout $(call heldout,$(<:.jsonl=.heldout.jsonl)) $(SRPO)
+$(ABLATION)/op-%/final/tokenizer_config.json: $(RUN)/data/op.jsonl $(RW_MODEL)
+	$(PREFER) --model.name $(RUN)/rw/final --data.heldout $(call heldout,$(<:.jsonl=.heldout.jsonl)) $(SRPO)
+$(ABLATION)/pp-%/final/tokenizer_config.json: $(RUN)/pairs.jsonl $(RW_MODEL)
+	$(PREFER) --model.name $(RUN)/rw/final --data.heldout $(call heldout,$(<:.jsonl=-heldout.jsonl)) $(SRPO)
+
+# One evaluation for each seed: what earlier ones asked of the same model is not asked again.
+
+.SECONDEXPANSION:
+$(ABLATION)/evaluation-%/scores.json: $(foreach part,dpo op,$(ABLATION)/$(part)-%/final/tokenizer_config.json) \
+		$$(call full,$$*)/final/tokenizer_config.json $(call made,$(ABLATION_SUITES))
+	$(SARO) evaluate --config $(CONFIGS)/laptop_evaluate.yaml --suites $(call list,$(ABLATION_SUITES)) --attacks '[]' \
+		--models $(call list,$(RUN)/rw $(MODEL) $(ABLATION)/sft $(ABLATION)/dpo-$* $(ABLATION)/op-$* $(call full,$*)) \
+		--names '[RW,base,SFT,DPO,RW+op,RW+op+pp]' --seed $(SEED) --output $(@D) $(EVALUATE)
+
+$(ABLATION_REPORT): $(foreach seed,$(SEEDS),$(ABLATION)/evaluation-$(seed)/scores.json)
+	$(SARO) report $(patsubst %/,%,$(dir $^)) --overwrite \
+		--runs $(call list,$(RUN)/rw $(ABLATION)/sft $(foreach part,dpo op,$(ABLATION)/$(part)-$(firstword $(SEEDS))) \
+			$(call full,$(firstword $(SEEDS))))
