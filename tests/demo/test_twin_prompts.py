@@ -34,15 +34,15 @@ def texts() -> list[tuple[str, str]]:
 
 
 def test_half_of_them_are_harmless_and_every_hazard_has_some():
-    assert Counter(prompt.kind for prompt in TWINS) == {"harmless": 340, "harmful": 340}
+    assert Counter(prompt.kind for prompt in TWINS) == {"harmless": 940, "harmful": 940}
     assert {code for prompt in TWINS for code in prompt.hazard} == set(HAZARDS)
 
 
-def test_twins_are_parallel_and_short():
+def test_twins_are_parallel_and_of_one_length():
     shared = [(Counter(words(harmless)) & Counter(words(harmful))).total() for harmless, harmful in texts()]
     assert min(shared) >= 1
     assert sum(count >= 3 for count in shared) >= 0.9 * len(shared)
-    assert all(6 <= len(words(prompt)) <= 20 for twins in texts() for prompt in twins)
+    assert all(6 <= len(words(prompt)) <= 40 for twins in texts() for prompt in twins)
     assert all(0.6 < len(words(harmless)) / len(words(harmful)) < 1.6 for harmless, harmful in texts())
 
 
