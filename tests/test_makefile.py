@@ -261,7 +261,9 @@ def trained(done: Made) -> list[str]:
     for call in done.calls:
         if call[0].startswith("recipes/"):
             options = dict(pairwise(call))
-            names = (options[name].strip("[]").partition("/out/saro/")[2] for name in ("--train.output", "--data.train"))
+            names = (
+                options[name].strip("[]").partition("/out/saro/")[2] for name in ("--train.output", "--data.train")
+            )
             runs.append(" < ".join(names))
     return runs
 
