@@ -8,18 +8,18 @@ so it cannot drop the reasoning from it.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from datetime import date, datetime, time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import date
 from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from saro.config import THINK_TAGS
-from saro.data.messages import ROLES, Message
+from saro.data.chat_template import ChatTemplate
+from saro.data.messages import Message, RecordMessage
 from saro.data.records import Example, Pair, Response
 from saro.data.response_tokens import ResponseTokenizer, StableTokens
 from saro.data.tree import RowKind, ScoredSequence, common_prefix
@@ -104,41 +104,18 @@ class ChatFormat:
     def _responses(self) -> ResponseTokenizer:
         return ResponseTokenizer(self.tokenizer)
 
-    def render_prompt(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
-        """Render a conversation with the template. Raises SaroError if the template refuses it or leaves a role out."""
-        rendered = self._apply_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
-        for i, turn in enumerate(messages):
-            # Templates write system, user and assistant turns. Many silently leave out turns of a role they do not know.
-            if turn.role not in ROLES:
-                probed = [*messages[:i], replace(turn, content=_PROBE), *messages[i + 1 :]]
-                if _PROBE not in self._apply_template(probed, tokenize=False):
-                    raise SaroError(
-                        f"the model's chat template leaves {turn.role} turns out; drop the record, or give a template that "
-                        "writes them with --data.chat_template FILE"
-                    )
-        return rendered
+    @cached_property
+    def template(self) -> ChatTemplate:
+        """The model's chat template."""
+        return ChatTemplate(self.tokenizer, self.template_date, dict(self.template_variables or {}))
+
+    def render_prompt(self, messages: Sequence[Message]) -> str:
+        """Render the prompt that the model answers, as ``ChatTemplate.render``."""
+        return self.template.render(messages)
 
     def inference_prompt_ids(self, messages: Sequence[Message]) -> list[int]:
         """Return a prompt's ids as transformers makes them for generation; ``check_masks`` compares ours with them."""
-        return self._apply_template(messages, tokenize=True, add_generation_prompt=True, return_dict=False)
-
-    def _apply_template(self, messages: Sequence[Message], **options: Any) -> Any:
-        if self.tokenizer.chat_template is None:
-            raise SaroError(
-                "the model has no chat template; give one with --data.chat_template FILE, or use string prompts"
-            )
-        variables = {"date_string": self.template_date.strftime("%d %b %Y")} | dict(self.template_variables or {})
-        try:
-            return self.tokenizer.apply_chat_template(
-                [m.template_fields() for m in messages],
-                chat_template=self._dated_template,
-                **options,
-                **variables,
-            )
-        except TemplateError as error:
-            # jinja2 gives the place of a syntax error on a second line, and our errors have one line.
-            message = " ".join(str(error).split())
-            raise SaroError(f"the model's chat template refuses this conversation: {message}") from error
+        return self.template.ids(messages)
 
     def prompt_ids(self, prompt: Sequence[Message] | str) -> list[int]:
         """Return the ids that the model reads before it answers. A string prompt does not go through the template."""
@@ -284,7 +261,8 @@ class ChatFormat:
         else:
             rendered = self.render_prompt(prompt)
             prompt_ids = self._responses.ids(rendered)
-            text, turn_end = self._turn_start + self.completion_text(rendered, response), self._turn_end
+            text = self._turn_start + self.completion_text(rendered, response)
+            turn_end = self._turn_end if response.calls is None else self._render_calls(prompt, rendered, response)
         if response.open:
             stable = self._responses.find_stable(rendered, text)
             _check_kept(response, text, stable)
@@ -297,17 +275,48 @@ class ChatFormat:
         kinds[-1] = RowKind.STOP
         return prompt_ids, _Completion(text + turn_end, ids, starts, kinds)
 
+    def _render_calls(self, prompt: Sequence[Message], rendered: str, response: Response) -> str:
+        """Return what the template writes after the text of a response with calls, up to the token that ends generation.
+
+        Raises SaroError if it does not write the calls after the text, or the calls hold a tag or a control token.
+        """
+        if self._find_tags(response.calls):
+            raise SaroError(f"tool_calls hold a {' or '.join(self.think_tags)} tag; remove it")
+        self._check_control(self._responses.ids(response.calls), "tool_calls hold")
+        content = response.answer and _PROBE
+        if response.reasoning is not None and not content:
+            # The calls come after text, so they must be able to: gpt-oss' come right after the role.
+            self._render_calls(prompt, rendered, Response(None, _PROBE, calls=response.calls))
+        turn = RecordMessage("assistant", content, calls=response.calls)
+        written = self.template.render([*prompt, turn], add_generation_prompt=False)
+        opening, closing = self.think_tags
+        # A template may have opened the reasoning in the prompt. Here it writes an empty one, or none.
+        start = rendered[: rendered.rindex(opening)] if self.opens_reasoning(rendered) else rendered
+        empty = rf"\s*{re.escape(opening)}\s*{re.escape(closing)}\s*"
+        beginning, rest = written[: len(start)], re.sub(f"^{empty}", "", written[len(start) :])
+        before = self._turn_start + content
+        if beginning != start or not rest.startswith(before):
+            raise SaroError(
+                "the chat template does not write tool_calls after the text of their turn; drop the record, or give a "
+                "template that does with --data.chat_template FILE"
+            )
+        turn_end = self._until_stop(rest.removeprefix(before))
+        if turn_end is None:
+            raise SaroError(
+                "after tool_calls the chat template writes no token that ends generation; add the one that it writes to "
+                "eos_token_id in generation_config.json"
+            )
+        return turn_end
+
     def _row_kinds(self, text: str, ids: list[int], starts: list[int], is_reasoning_open: bool) -> list[int]:
         """Return the part of a response that each of its tokens belongs to; the stop token counts as answer here.
 
         Raises SaroError if a control token is part of the text, or the closing tag is not part of the tokens.
         """
         # Check only the response: the template itself may write a control token before its end token.
-        response_ids = [i for i, start in zip(ids, starts, strict=True) if start < len(text)]
-        control = self._control_ids.intersection(response_ids)
-        if control:
-            names = ", ".join(repr(self.tokenizer.convert_ids_to_tokens(i)) for i in sorted(control))
-            raise SaroError(f"the response holds the model's control token {names} as text; remove or rewrite it")
+        self._check_control(
+            (i for i, start in zip(ids, starts, strict=True) if start < len(text)), "the response holds"
+        )
         closing = self.think_tags[1]
         think_end = 0
         if is_reasoning_open:
@@ -320,42 +329,18 @@ class ChatFormat:
             )
         return [RowKind.THINK if start < think_end else RowKind.ANSWER for start in starts]
 
-    @property
-    def shows_date(self) -> bool:
-        """True if prompts may depend on ``template_date``."""
-        template = str(self.tokenizer.chat_template)
-        return "strftime_now" in template or "date_string" in template
-
-    @cached_property
-    def _dated_template(self) -> str:
-        """Return the chat template, in which ``strftime_now`` gives ``template_date`` instead of the current time.
-
-        transformers takes plain data as template variables, but no functions. So a macro of the same name shadows
-        transformers' ``strftime_now``, and replaces each directive in the format with its value on that day.
-        """
-        template = self.tokenizer.chat_template
-        if isinstance(template, dict):
-            if "default" not in template:
-                raise SaroError(
-                    f"the model has several chat templates ({', '.join(sorted(template))}) and no default; "
-                    "give one with --data.chat_template FILE"
-                )
-            template = template["default"]
-        if "strftime_now" not in template:
-            return template
-        midnight = datetime.combine(self.template_date, time())
-        directives = [f"%{flag}{letter}" for letter in "aAbBcCdDeFgGhHIjmMpRSTuUVwWxXyYzZ" for flag in ("-", "")]
-        replaced = "".join(f"|replace({d!r}, {midnight.strftime(d)!r})" for d in directives)
-        # With %Y as the only directive (%-Y is its form without padding), on a day in 2024, the macro would read
-        #   {%- macro strftime_now(format) -%}{{ format|replace('%-Y', '2024')|replace('%Y', '2024') }}{%- endmacro +%}
-        # The "+" in the last tag keeps a line end with which the template may begin.
-        return f"{{%- macro strftime_now(format) -%}}{{{{ format{replaced} }}}}{{%- endmacro +%}}{template}"
+    def _check_control(self, ids: Iterable[int], holder: str) -> None:
+        """Raise SaroError if a control token is among ids. ``holder`` says whose they are, such as "the response holds"."""
+        control = self._control_ids.intersection(ids)
+        if control:
+            names = ", ".join(repr(self.tokenizer.convert_ids_to_tokens(i)) for i in sorted(control))
+            raise SaroError(f"{holder} the model's control token {names} as text; remove or rewrite it")
 
     @cached_property
     def _rendered_probe(self) -> tuple[str, str]:
         """Return what the template writes before and after an assistant's answer."""
         probe = (Message("user", "Hello"), Message("assistant", _PROBE))
-        before, probe_found, after = self.render_prompt(probe, add_generation_prompt=False).rpartition(_PROBE)
+        before, probe_found, after = self.template.render(probe, add_generation_prompt=False).rpartition(_PROBE)
         if not probe_found:
             raise SaroError("the chat template does not write the assistant's answer; give one that does")
         return before, after
@@ -372,14 +357,21 @@ class ChatFormat:
     def _turn_end(self) -> str:
         """Return what the template writes after an answer, up to and including the first token that ends generation."""
         _, suffix = self._rendered_probe
-        for token, (_, stop) in zip(*self._responses.locate(suffix), strict=True):
-            if token in self.stop_ids:
-                return suffix[:stop]
+        turn_end = self._until_stop(suffix)
+        if turn_end is not None:
+            return turn_end
         names = ", ".join(repr(self.tokenizer.convert_ids_to_tokens(i)) for i in sorted(self.stop_ids))
         raise SaroError(
             f"after an answer the chat template writes {suffix!r}, and generation ends only at {names}: the model "
             "would never learn to stop; add the template's end token to eos_token_id in generation_config.json"
         )
+
+    def _until_stop(self, text: str) -> str | None:
+        """Return a text up to and including the first token that ends generation, None if there is none."""
+        for token, (_, stop) in zip(*self._responses.locate(text), strict=True):
+            if token in self.stop_ids:
+                return text[:stop]
+        return None
 
     @cached_property
     def _raw_turn_end(self) -> str:

@@ -155,7 +155,7 @@ def _make_key(
         "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
         "special_tokens": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
         "template": hashlib.sha256(json.dumps(tokenizer.chat_template).encode()).hexdigest(),
-        "template_date": chat.template_date.isoformat() if chat.shows_date else None,
+        "template_date": chat.template_date.isoformat() if chat.template.shows_date else None,
         "template_variables": json.loads(json.dumps(dict(chat.template_variables or {}), default=str)),
         "think_tags": list(chat.think_tags),
         "stop_ids": sorted(chat.stop_ids),

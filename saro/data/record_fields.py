@@ -22,7 +22,7 @@ class Fields:
 
 
 # Fields that every format may have.
-_COMMON_FIELDS = ("id", "kind", "meta")
+_COMMON_FIELDS = ("id", "kind", "meta", "tools")
 EXAMPLE_FORMATS = {
     "native": Fields(("prompt", "answer"), ("reasoning",)),
     "prompt-completion": Fields(("prompt", "completion")),
@@ -41,10 +41,6 @@ _REFUSED = (
         "label": (
             'field "label" makes this a labelled response, which may be undesirable',
             "give it to stage 2 (SRPO) with --preference.loss kto, or remove the field",
-        ),
-        "tools": (
-            'field "tools" would change the prompt',
-            "give the same ones to all with --data.template_variables.tools",
         ),
         "chat_template_kwargs": (
             'field "chat_template_kwargs" would change the prompt',

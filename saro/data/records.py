@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeVar
 
 from saro.config import KINDS, PAIR_KINDS
 from saro.data.jsonl import fault, parse_id, parse_kind, parse_text, shown, type_name
-from saro.data.messages import Message, ReasoningMessage, check_prompt, parse_messages, parse_prompt
+from saro.data.messages import Message, RecordMessage, add_tools, check_prompt, parse_messages, parse_prompt
 from saro.data.read_rows import read_rows
 from saro.data.record_fields import EXAMPLE_FORMATS, PAIR_FORMATS, READ_COLUMNS, check_columns, find_format
 from saro.errors import nearest
@@ -28,14 +28,17 @@ class Response:
     Attributes:
         reasoning: the chain of reasoning, its steps joined by line ends. None if there is none, or if the record's
             format does not separate it from the answer.
-        answer: the text after the reasoning; the whole response if ``reasoning`` is None.
+        answer: the text after the reasoning; the whole response if ``reasoning`` is None. Empty only beside calls.
         open: True if this is only the beginning of a response: it has no stop token and, without an answer, no closing
             tag. Only a side of a pair may be open.
+        calls: the functions that the response calls after the answer, as ``parse_calls`` returns them. The chat template
+            writes them.
     """
 
     reasoning: str | None
     answer: str
     open: bool = False
+    calls: str | None = None
 
     @property
     def is_reasoning_open(self) -> bool:
@@ -224,6 +227,7 @@ def parse_pair(record: dict[str, Any], where: str, default_id: str) -> Pair:
             fault(where, f"field {shown(name)} makes this an example, not a pair", "give examples to stage 1 (RW)")
     find_format(record, PAIR_FORMATS, where)
     prompt, chosen, rejected = _parse_sides(record, where)
+    prompt = add_tools(prompt, record.get("tools"), where)
     if chosen == rejected:
         fault(where, "chosen equals rejected", "drop this pair")
     id, kind = parse_id(record, where, default_id), parse_kind(record, PAIR_KINDS, where)
@@ -333,6 +337,7 @@ def parse_example(record: dict[str, Any], where: str, default_id: str) -> Exampl
         prompt = check_prompt(turns, "messages before the last turn", where)
         _check_repeated_prompt(record.get("prompt"), prompt, where)
         response = _as_response(last)
+    prompt = add_tools(prompt, record.get("tools"), where)
     id, kind = parse_id(record, where, default_id), parse_kind(record, KINDS, where)
     return Example(id, kind, prompt, response, where, ignored)
 
@@ -359,7 +364,9 @@ def _parse_prompt_and_completion(
 
 
 def _as_response(turn: Message) -> Response:
-    return Response(turn.reasoning if isinstance(turn, ReasoningMessage) else None, turn.content)
+    if isinstance(turn, RecordMessage):
+        return Response(turn.reasoning, turn.content, calls=turn.calls)
+    return Response(None, turn.content)
 
 
 def _parse_response(value: dict[str, Any], where: str, prefix: str = "") -> Response:

@@ -12,7 +12,7 @@ import numpy as np
 from saro.config import PAIR_KINDS, DataConfig
 from saro.data.chat_format import ChatFormat
 from saro.data.dataset import ExampleSet, PairSet, flatten, grow_trees
-from saro.data.encode_files import all_too_long, too_long
+from saro.data.encode_files import Check, all_too_long, too_long
 from saro.data.tree import ScoredSequence, SequenceTree
 from saro.data.unpaired_records import Unpaired, read_unpaired_files
 from saro.errors import SaroError
@@ -68,7 +68,12 @@ class UnpairedSet(ExampleSet):
 
 
 def encode_unpaired_files(
-    paths: Sequence[str], chat: ChatFormat, options: DataConfig, *, progress: bool = False
+    paths: Sequence[str],
+    chat: ChatFormat,
+    options: DataConfig,
+    *,
+    progress: bool = False,
+    check: Check | None = None,
 ) -> UnpairedSet:
     """Read and encode files of labelled responses, or of pairs, in memory.
 
@@ -77,6 +82,7 @@ def encode_unpaired_files(
 
     Args:
         progress: show a progress bar on a terminal.
+        check: is called with the records that are kept.
 
     Raises:
         SaroError: names file and line of the first record that is wrong, or all records are on one prompt.
@@ -121,13 +127,16 @@ def encode_unpaired_files(
         ids=tuple(record.id for record in records),
         where=tuple(record.where for record in records),
     )
-    return UnpairedSet(
+    data = UnpairedSet(
         **vars(encoded) | {"dropped": tuple(dropped)},
         labels=np.array([record.label for record in records], bool),
         prompts=prompts,
         others=np.array(others, np.int64),
         forms=forms if any(forms) else (),
     )
+    if check is not None:
+        check(data, chat, records)
+    return data
 
 
 def _number_prompts(sequences: Sequence[ScoredSequence]) -> np.ndarray:

@@ -11,6 +11,7 @@ import yaml
 
 import saro
 from saro.runs.finished import FinishedRun
+from saro.train.best import find_best
 
 # Held-out metrics of the card; after.json has all of them.
 _METRICS = ("loss", "mean_token_accuracy", "entropy", "rewards/margins", "rewards/accuracies", "kl", "chosen_fell")
@@ -60,12 +61,17 @@ def _training_lines(run: FinishedRun) -> Iterator[str]:
     counts = run.manifest["records"]["train"]["records"]
     yield "- records: " + ", ".join(f"{number:,} {kind}" for kind, number in counts.items())
     train = config["train"]
-    lines = map(json.loads, (run.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+    lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     last = [line for line in lines if "grad_norm" in line][-1]
     yield (
         f"- method {config['model']['method']}; {last['step']} steps of {train['records_per_step']} records; "
         f"learning rate {train['lr']:g}, {train['schedule']}; training loss of the last step {last['loss']:.4g}"
     )
+    metric = train.get("keep_best")
+    evaluations = [line for line in lines if metric in line]
+    if evaluations:
+        best = find_best(metric, evaluations)
+        yield f"- the model is that of step {best['step']}, the best of the run: held-out {metric} {best[metric]:.4g}"
 
 
 def _metric_lines(folder: Path) -> Iterator[str]:

@@ -23,7 +23,7 @@ from saro.data.encode_files import encode_files, encode_pair_files
 from saro.data.lengths import LengthReport
 from saro.data.records import holds_pairs
 from saro.data.tree import RowKind, ScoredSequence, common_prefix
-from saro.data.unpaired_records import holds_labels, read_unpaired_files
+from saro.data.unpaired_records import holds_labels
 from saro.data.unpaired_set import encode_unpaired_files
 from saro.demo import data_files, find_demo
 from saro.errors import SaroError, nearest
@@ -103,10 +103,9 @@ def _encode(files: Sequence[str], chat: ChatFormat, data: DataConfig, limits: To
     """Encode and check all records, however long they are."""
     data = replace(data, pack_tokens=sys.maxsize)
     if holds_labels(files[0]):
-        encoded = encode_unpaired_files(files, chat, data, progress=True)
-        check_masks(encoded, chat, read_unpaired_files(files), limits)
-        return encoded
-    encode = encode_pair_files if holds_pairs(files[0]) else encode_files
+        encode = encode_unpaired_files
+    else:
+        encode = encode_pair_files if holds_pairs(files[0]) else encode_files
     return encode(files, chat, data, progress=True, check=partial(check_masks, limits=limits))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -26,6 +27,15 @@ def is_better(metric: str, value: float, than: float) -> bool:
     if math.isnan(than):
         return not math.isnan(value)
     return value < than if _is_loss(metric) else value > than
+
+
+def find_best(metric: str, evaluations: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """Return the evaluation, a line of metrics.jsonl, with the best value of a metric; the first one of equals."""
+    best = evaluations[0]
+    for line in evaluations[1:]:
+        if is_better(metric, line[metric], best[metric]):
+            best = line
+    return best
 
 
 def _is_loss(metric: str) -> bool:

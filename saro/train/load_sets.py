@@ -13,7 +13,6 @@ from saro.data.chat_format import ChatFormat
 from saro.data.dataset import ExampleSet, PairSet
 from saro.data.encode_files import encode_files, encode_pair_files
 from saro.data.encoded_folder import MAPPED_BYTES, map_encoded
-from saro.data.unpaired_records import read_unpaired_files
 from saro.data.unpaired_set import UnpairedSet, encode_unpaired_files
 from saro.distributed.machines import first_on_machine
 from saro.distributed.runtime import Runtime
@@ -46,9 +45,9 @@ def load_unpaired(
     runtime: Runtime, paths: Sequence[str], chat: ChatFormat, options: DataConfig, limits: TokenLimits
 ) -> UnpairedSet:
     """Read, encode and check files of labelled responses, as ``load_examples`` does examples, but always in memory."""
-    data = encode_unpaired_files(paths, chat, options, progress=runtime.is_main)
-    check_masks(data, chat, read_unpaired_files(paths), limits)
-    return data
+    return encode_unpaired_files(
+        paths, chat, options, progress=runtime.is_main, check=partial(check_masks, limits=limits)
+    )
 
 
 def _load(

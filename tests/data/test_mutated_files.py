@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from chat_cases import CHATS
+from chat_cases import CHATS, TOOLS, chat_of
 
 from saro.data.records import read_example_files, read_pairs
 from saro.errors import SaroError
@@ -26,6 +26,15 @@ USER, SO, NO = (
     {"role": role, "content": text} for role, text in (("user", "Hi"), ("assistant", "So."), ("assistant", "No."))
 )
 THINK = SO | {"reasoning_content": "Hm."}
+FUNCTION = {"name": "add", "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}}}
+TOOLS_OF = [{"type": "function", "function": FUNCTION}]
+CALL = {
+    "role": "assistant",
+    "content": "",
+    "tool_calls": [{"id": "1", "function": {"name": "add", "arguments": {"a": 1}}}],
+}
+SAME = CALL | {"tool_calls": '[{"function": {"name": "add", "arguments": "{}"}}]'}
+CALLED = [USER, CALL, {"role": "tool", "name": "add", "tool_call_id": "1", "content": "4"}]
 TOOL = [USER, SO, {"role": "tool", "content": "4"}]
 SYSTEM = [{"role": "system", "content": "Be brief."}, {"role": "developer", "content": "Use tools."}]
 NAMES = (
@@ -49,6 +58,9 @@ NAMES += (
     "tool_calls",
     "label",
     "tools",
+    "function",
+    "name",
+    "arguments",
     "from",
     "value",
     "output",
@@ -90,7 +102,7 @@ VALUES += (
 )
 
 FORMATS: dict[str, list[dict[str, Any]]] = {
-    "native": [{"id": "a", "kind": "safety", "prompt": "Hi", "reasoning": ["a", "b"], "answer": "c", "meta": {}}],
+    "native": [{"kind": "safety", "prompt": "Hi", "reasoning": ["a", "b"], "answer": "c", "meta": {}}],
     "strings": [{"prompt": "Hi", "completion": " So."}],
     "messages": [{"messages": [*SYSTEM, USER, THINK, USER, SO], "prompt": "Hi", "source": "x"}],
     "completion": [{"prompt": TOOL, "completion": [THINK]}, {"prompt": "Hi", "completion": [SO]}],
@@ -99,9 +111,12 @@ FORMATS: dict[str, list[dict[str, Any]]] = {
     "pairs of messages": [{"prompt": TOOL, "chosen": [SO], "rejected": [NO]}, {"prompt": "Hi", "chosen": [THINK], "rejected": [NO]}],
     "implicit prompts": [{"chosen": [*SYSTEM, USER, SO], "rejected": [*SYSTEM, USER, NO], "score_chosen": 1.0}],
     "ultrafeedback": [{"prompt": "Hi", "messages": [USER, SO], "chosen": [USER, SO], "rejected": [USER, NO]}],
+    "calls": [{"messages": [*CALLED, SAME], "tools": TOOLS_OF}, {"messages": [*CALLED, SO], "tools": json.dumps(TOOLS_OF)}],
+    "pairs of calls": [{"prompt": [USER], "chosen": [CALL], "rejected": [SAME], "tools": TOOLS_OF}],
     "alpaca": [{"instruction": "Hi", "input": "a", "output": "So.", "system": "b", "history": [["a", "b"]]}],
     "sharegpt": [{"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "So."}]}],
 }  # fmt: skip
+CALLING = chat_of(TOOLS)
 # What may be wrong with no single place, and so names only the file.
 WHOLE_FILE = ("the file has no records", "all of its records are without", "broken JSON", "not UTF-8", "broken Parquet")
 
@@ -154,7 +169,7 @@ def mutate_bytes(content: bytes, draw: random.Random) -> bytes:
 
 def read(name: str, path: Path) -> None:
     """Read and encode a file, or convert it first, as training does."""
-    chat = CHATS["chatml"]
+    chat = CALLING if "calls" in name else CHATS["chatml"]
     if name in ("alpaca", "sharegpt"):
         target = path.with_suffix(".out")
         convert(name, path, target, overwrite=True)

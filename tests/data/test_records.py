@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saro.data.messages import ReasoningMessage
+from saro.data.messages import RecordMessage
 from saro.data.records import Example, Message, Response, read_examples
 from saro.errors import SaroError
 
@@ -155,7 +155,7 @@ def test_the_reasoning_of_an_earlier_message_stays_in_the_prompt(tmp_path):
         *chat(("user", "Why?")),
     ]
     prompt = only(tmp_path, {"messages": [*turns, *chat(("assistant", "So."))]}).prompt
-    assert prompt == (Message("user", "Hi"), ReasoningMessage("assistant", "Hello", "Hm."), Message("user", "Why?"))
+    assert prompt == (Message("user", "Hi"), RecordMessage("assistant", "Hello", "Hm."), Message("user", "Why?"))
 
 
 def test_fields_of_messages_that_are_null_or_empty_are_absent(tmp_path):
@@ -306,7 +306,6 @@ def test_a_line_that_is_not_a_json_object_is_an_error(tmp_path, line, expected):
         ({**NATIVE, "reasonning": SECRET}, "did you mean reasoning?"),
         ({**NATIVE, "metta": SECRET, "completions": 1}, "did you mean completion?"),
         ({**NATIVE, "open": False}, 'only a side of a pair may be "open"'),
-        ({**NATIVE, "tools": [{}]}, 'field "tools" would change the prompt'),
         (
             {**NATIVE, "system": SECRET},
             'field "system" would change the prompt; put it into the messages of the prompt',
@@ -395,7 +394,7 @@ def test_a_faulty_value_is_named(tmp_path, change, expected):
         ([{"role": "user", "content": None}], "message 1: content is null; write the turn's text or drop the record"),
         (
             [{"role": "assistant", "content": None, "tool_calls": [{}]}],
-            "message 1 has tool_calls; write the call into content as the model writes it, or drop the record",
+            'message 1: tool_calls: call 1 has no function; give {"type": "function", "function": {"name", ...}}',
         ),
         (
             [{"role": "assistant", "content": "a", "thinking": SECRET, "reasoning_content": SECRET}],

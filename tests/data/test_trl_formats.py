@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from datetime import date
 from pathlib import Path
 from types import SimpleNamespace
@@ -37,12 +38,40 @@ EXAMPLES = {
     "tags in the content": ("qwen3", {"messages": [WHY, SO | {"content": "<think>\nBecause.\n</think>\n\nSo."}]}),
     "tool turns": ("qwen3", {"messages": [WHY, SO, {"role": "tool", "content": "4"}, SO_THINK]}),
 }
+PLUS = {
+    "type": "function",
+    "function": {"name": "plus", "description": "Adds.", "parameters": {"type": "object", "properties": {}}},
+}
+CALL = {
+    "role": "assistant",
+    "content": "",
+    "tool_calls": [{"type": "function", "function": {"name": "plus", "arguments": {"a": 1}}}],
+}
+RESULT = {"role": "tool", "name": "plus", "content": "2"}
+EXAMPLES |= {
+    "tools": ("qwen2_5", {"messages": [SYSTEM, WHY, SO], "tools": [PLUS]}),
+    "tools as JSON text": ("qwen2_5", {"messages": [WHY, SO], "tools": json.dumps([PLUS, PLUS])}),
+    "a last call": ("qwen2_5", {"messages": [WHY, CALL], "tools": [PLUS]}),
+    "a call beside text": ("qwen3_instruct_2507", {"messages": [WHY, CALL | {"content": "Hm."}], "tools": [PLUS]}),
+    "an earlier call": ("qwen2_5", {"messages": [WHY, CALL, RESULT, SO], "tools": [PLUS]}),
+    "an earlier call beside text": (
+        "qwen3_instruct_2507",
+        {"messages": [WHY, CALL | {"content": "Hm."}, RESULT, SO], "tools": [PLUS]},
+    ),
+    "a call as completion": ("qwen2_5", {"prompt": [WHY], "completion": [CALL], "tools": [PLUS]}),
+    "a call after reasoning": ("qwen3", {"messages": [WHY, CALL | {"reasoning_content": "Hm."}], "tools": [PLUS]}),
+}
 PAIRS = {
     "implicit prompt": ("llama3", {"chosen": [SYSTEM, WHY, SO], "rejected": [SYSTEM, WHY, NO]}),
     "implicit prompt of several turns": ("llama3", {"chosen": [WHY, SO, AND, SO], "rejected": [WHY, SO, AND, NO]}),
     "implicit prompt and scores": ("llama3", {"chosen": [WHY, SO], "rejected": [WHY, NO], "score_chosen": 8.0}),
     "explicit prompt": ("llama3", {"prompt": [SYSTEM, WHY], "chosen": [SO], "rejected": [NO]}),
     "strings": ("llama3", {"prompt": "Why?", "chosen": " So.", "rejected": " No."}),
+    "calls": ("qwen2_5", {"prompt": [WHY], "chosen": [CALL], "rejected": [CALL | {"content": "Hm."}], "tools": [PLUS]}),
+    "calls in conversations": (
+        "qwen2_5",
+        {"chosen": [WHY, CALL, RESULT, SO], "rejected": [WHY, CALL, RESULT, NO], "tools": [PLUS]},
+    ),
     "reasoning": ("qwen3", {"chosen": [WHY, NO_THINK, AND, SO_THINK], "rejected": [WHY, NO_THINK, AND, NO_THINK]}),
 }
 
@@ -51,7 +80,7 @@ def chat_of(template: str) -> ChatFormat:
     """Return the format of a published template, on a tokenizer of bytes."""
     extra = ("<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>")
     tokenizer = tiny_tokenizer((TEMPLATES / f"{template}.jinja").read_text(), extra)
-    tokenizer.eos_token = "<|eot_id|>" if template == "llama3" else "<|im_end|>"
+    tokenizer.eos_token = "<|eot_id|>" if template.startswith("llama3") else "<|im_end|>"
     return ChatFormat(tokenizer, frozenset([tokenizer.eos_token_id]), date(2024, 7, 26))
 
 
@@ -110,6 +139,17 @@ def test_ultrafeedback_has_the_ids_that_trl_gives_it_without_its_prompt(records_
     assert chosen.tokens.tolist() == until_stop(chat, row["prompt_ids"] + row["chosen_ids"])
 
 
+@pytest.mark.parametrize("calls", [[], [CALL, RESULT]], ids=["tools only", "calls"])
+def test_llama_31_has_the_ids_of_its_template(records_file, calls):
+    """TRL adds empty tool_calls to the other turns, with which this template ends in an error."""
+    chat, record = chat_of("llama3_1"), {"messages": [WHY, *calls, SO], "tools": [PLUS]}
+    ours = encode_files([records_file([record])], chat, LAST).sequence(0)
+    theirs = chat.tokenizer.apply_chat_template(
+        record["messages"], tools=[PLUS], return_dict=False, date_string="26 Jul 2024"
+    )
+    assert ours.tokens.tolist() == until_stop(chat, theirs)
+
+
 def test_converted_sharegpt_has_the_ids_that_trl_gives_conversations(records_file, tmp_path):
     chat = chat_of("llama3")
     turns = [{"from": "user", "value": "Why?"}, {"from": "assistant", "value": "So."}]
@@ -119,12 +159,16 @@ def test_converted_sharegpt_has_the_ids_that_trl_gives_conversations(records_fil
     assert ours.tokens.tolist() == until_stop(chat, row["input_ids"])
 
 
-def test_all_turns_have_the_labels_of_trls_assistant_only_loss(records_file):
-    chat, (_, record) = chat_of("llama3"), EXAMPLES["messages"]
+@pytest.mark.parametrize("name", ["messages", "an earlier call beside text"])
+def test_all_turns_have_the_labels_of_trls_assistant_only_loss(records_file, name):
+    template, record = EXAMPLES[name]
+    chat = chat_of(template)
     row = prepare(trl.SFTTrainer, chat, record, False, None, all_turns=True)
     data = encode_files([records_file([record])], chat, DataConfig(pack_tokens=2048, train_on="all"))
     labels = [-100] * len(row["input_ids"])
     for turn in range(len(data)):
         sequence = data.sequence(turn)
         labels[sequence.scored_from : len(sequence.tokens)] = sequence.tokens[sequence.scored_from :].tolist()
-    assert labels == row["labels"]
+    ends = [i + 1 for i, token in enumerate(row["input_ids"]) if token in chat.stop_ids]
+    # As in until_stop, TRL also trains on a line end after the end token.
+    assert labels == [-100 if i in ends else label for i, label in enumerate(row["labels"])]

@@ -2,6 +2,7 @@
 
 import json
 from datetime import date
+from functools import partial
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from tiny import tiny_tokenizer
 
 from saro.config import PAIR_KINDS, DataConfig
+from saro.data import unpaired_set
 from saro.data.chat_format import ChatFormat
 from saro.data.encode_files import encode_pair_files
 from saro.data.unpaired_set import encode_unpaired_files
@@ -105,3 +107,15 @@ def test_what_cannot_be_compared_is_named_in_one_line(encode, records, message):
 def test_if_all_are_too_long_the_error_says_so(encode):
     with pytest.raises(SaroError, match="all 2 records are longer than 5 tokens"):
         encode([record("p", "a" * 30), record("q", "b" * 20)], pack_tokens=5, too_long="drop")
+
+
+def test_the_check_sees_the_records_that_are_kept_and_the_file_is_read_once(encode, monkeypatch):
+    seen, reads = [], []
+    read = unpaired_set.read_unpaired_files
+    monkeypatch.setattr(unpaired_set, "read_unpaired_files", lambda paths: reads.append(paths) or read(paths))
+    long = record("r", "c" * 400)
+    encoder = partial(encode_unpaired_files, check=lambda data, chat, records: seen.append((data.ids, records)))
+    data = encode([record("p", "a"), long, record("q", "b")], encoder, pack_tokens=200, too_long="drop")
+    ((ids, records),) = seen
+    assert ids == data.ids == tuple(record.id for record in records) == ("data:1", "data:3")
+    assert len(reads) == 1

@@ -38,6 +38,15 @@ QWEN3 = DROPS_THINK.replace(
     "{% if enable_thinking is defined and enable_thinking is false %}{{ '<think>\n\n</think>\n\n' }}{% endif %}",
 )
 
+# Writes tools and calls in the style of Hermes and Qwen.
+TOOLS = (
+    "{% if tools %}<|im_start|>system\n# Tools{% for tool in tools %}\n{{ tool | tojson }}{% endfor %}<|im_end|>\n{% endif %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] }}"
+    "{% for call in m.tool_calls or [] %}{{ '\n' if m['content'] or not loop.first else '' }}"
+    "<tool_call>{{ call.function.name }} {{ call.function.arguments | tojson }}</tool_call>{% endfor %}"
+    "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
 TOKENS = ("<|head|>", "<|eot_id|>", "[INST]", "[/INST]", "</s>")
 STOP = {LLAMA3: "<|eot_id|>", MISTRAL: "</s>"}
 # What the template writes between the prompt and the assistant's answer.

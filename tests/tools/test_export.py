@@ -32,6 +32,7 @@ from saro.model.merge import merge
 from saro.model.policy import Policy
 from saro.model.score import score_natively, score_trees
 from saro.runs.finished import FinishedRun
+from saro.runs.model_card import make_card
 from saro.tools.export import NOTE, Options, export, run_files
 from saro.tools.export import run as export_run
 
@@ -650,6 +651,20 @@ def test_the_card_has_the_figures_of_the_run_and_no_path(exported, finished_run)
     assert f"AutoPeftModelForCausalLM.from_pretrained({folder.name!r})" in body
     assert str(run.parent) not in text
     assert str(folder.parent) not in text
+
+
+def test_the_card_of_a_run_that_kept_its_best_model_names_its_step_and_figure(finished_run, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(finished_run("lora"), folder)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["config"]["train"]["keep_best"] = "eval/loss"
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.writelines(
+            json.dumps({"step": step, "eval/loss": loss}) + "\n" for step, loss in ((7, 0.02), (8, 0.01), (9, 0.03))
+        )
+    card = make_card(FinishedRun.open(str(folder)), "mine", "adapter", "nothing", "load()")
+    assert "- the model is that of step 8, the best of the run: held-out eval/loss 0.01\n" in card
 
 
 @pytest.fixture
