@@ -26,6 +26,7 @@ from saro.model.policy import Policy
 from saro.program import progress_bar
 from saro.train.best import BestWeights
 from saro.train.checkpoint import (
+    TrainingState,
     check_not_past,
     list_checkpoints,
     save_checkpoint,
@@ -113,21 +114,23 @@ def fit(
         # A launcher can ask for shared weights too, which the options do not tell.
         raise SaroError(CANNOT_KEEP_BEST)
     output = Path(options.output)
+    checkpoints = output / "checkpoints"
     trainable = policy.trainable()
     parameters = list(trainable.values())
     optimizer = make_optimizer(parameters, options)
     scheduler = make_scheduler(optimizer, options, total_steps)
+    training = TrainingState(trainable, optimizer, scheduler)
     if runtime.mesh is not None:
         runtime.check_common_folder(output)
     if resume:
-        runtime.on_main(lambda: check_not_past(output / "checkpoints", total_steps))
-    start = restore_newest(runtime, output / "checkpoints", trainable, optimizer, scheduler) if resume else 0
+        runtime.on_main(lambda: check_not_past(checkpoints, total_steps))
+    start = restore_newest(runtime, checkpoints, training) if resume else 0
     if start:
         schedule = f"learning rate {scheduler.get_last_lr()[0]:.3g}, {options.schedule} over {total_steps} steps"
         runtime.say(f"resuming after step {start} of {total_steps}" + (f"; {schedule}" if start < total_steps else ""))
     check_same_start(runtime, policy, steps.schedule, total_steps, start)
     if runtime.is_main and resume:
-        set_aside_later_checkpoints(output / "checkpoints", start)
+        set_aside_later_checkpoints(checkpoints, start)
     file = MetricsFile(output / "metrics.jsonl", start) if runtime.is_main else None
     best = None
     if options.keep_best is not None:
@@ -170,13 +173,12 @@ def fit(
 
     def save() -> None:
         check_same_weights(runtime, step, trainable)
-        saved = (output / "checkpoints", step, trainable, optimizer, scheduler, options.keep_checkpoints)
         if runtime.mesh is not None:
-            save_parts(runtime, *saved)
+            save_parts(runtime, checkpoints, step, training, options.keep_checkpoints)
         elif runtime.is_main:
-            save_checkpoint(*saved)
+            save_checkpoint(checkpoints, step, training, options.keep_checkpoints)
             if best is not None:
-                best.forget(list_checkpoints(output / "checkpoints")[0][0])
+                best.forget(list_checkpoints(checkpoints)[0][0])
         runtime.barrier()
 
     with _stop_signals() as received:
