@@ -5,11 +5,9 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Protocol
 
 import numpy as np
@@ -37,6 +35,7 @@ from saro.train.metrics import MetricsFile, Progress, drop_later_results, format
 from saro.train.objective import Meter, Objective, Sums, average
 from saro.train.optim import make_optimizer, make_scheduler, step_unless
 from saro.train.restore import check_same_start, check_same_weights, restore_newest
+from saro.train.stop_signals import noting_stop_signals
 
 # Metrics printed on the terminal; metrics.jsonl has all of them.
 _SHOWN = ("loss", "rewards/margins", "rewards/accuracies", "grad_norm", "lr", "tokens_per_second")
@@ -106,9 +105,8 @@ def fit(
 
     Raises:
         SaroError: the loss or the gradient is not finite; the step has not changed the weights. Or the first step has
-            changed none of them. Or all checkpoints are
-            damaged, the run has made more steps than ``total_steps``, or a rank has another model, schedule or start
-            than rank 0, or other weights at a checkpoint.
+            changed none of them. Or all checkpoints are damaged, the run has made more steps than ``total_steps``, or a
+            rank has another model, schedule or start than rank 0, or other weights at a checkpoint.
     """
     if options.keep_best is not None and runtime.mesh is not None:
         # A launcher can ask for shared weights too, which the options do not tell.
@@ -140,7 +138,6 @@ def fit(
     meter = Meter()
     clock = _Clock()
     probe = _Probe(parameters)
-    progress = Progress(total_steps, start, runtime.is_main)
     step, stop = start, None
     upcoming: Step | None = None
 
@@ -181,7 +178,7 @@ def fit(
                 best.forget(list_checkpoints(checkpoints)[0][0])
         runtime.barrier()
 
-    with _stop_signals() as received:
+    with noting_stop_signals() as received, Progress(total_steps, start, runtime.is_main) as progress:
         if start and is_evaluation_due():
             # The run was stopped before this evaluation. Only rank 0 has the file.
             has_evaluation = file is not None and file.has_evaluation(start)
@@ -217,7 +214,6 @@ def fit(
                 # The only time in a step that the host waits for the device.
                 loss_value, signals, norm_value, *logged = torch.cat(numbers).tolist()
                 if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
-                    progress.close()
                     records = ", ".join(ids[record] for record in batch.records)
                     raise SaroError(
                         f"step {step + 1}: loss {loss_value}, gradient norm {norm_value}; "
@@ -227,7 +223,6 @@ def fit(
                 if before is not None:
                     num_changed, num_compared, *logged = logged
                     if step == start and not num_changed:
-                        progress.close()
                         raise SaroError(
                             f"step {step + 1}: the optimizer changed no weight; raise --train.lr, or report it"
                         )
@@ -264,7 +259,6 @@ def fit(
                         f"stopped early: {options.patience} evaluations were not better than that of step {best.step}"
                     )
                     save()
-    progress.close()
     if stop is None and best is not None and best.step is not None:
         best.load(runtime, trainable)
     return Outcome(
@@ -397,29 +391,3 @@ class _Clock:
 
     def rate(self) -> float:
         return self.tokens / self._seconds if self._seconds else 0.0
-
-
-# SIGINTs within this time are one Ctrl-C: torchrun sends its children a SIGINT right after the terminal's.
-_SAME_CTRL_C_SECONDS = 2.0
-
-
-@contextmanager
-def _stop_signals() -> Iterator[list[int]]:
-    """Append SIGTERM and the first Ctrl-C to the yielded list instead of obeying at once. A later Ctrl-C interrupts."""
-    received: list[int] = []
-    first = 0.0
-
-    def on_signal(number: int, _: FrameType | None) -> None:
-        nonlocal first
-        if not received:
-            first = time.monotonic()
-        elif number == signal.SIGINT and time.monotonic() - first > _SAME_CTRL_C_SECONDS:
-            raise KeyboardInterrupt
-        received.append(number)
-
-    old = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield received
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
