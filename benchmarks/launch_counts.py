@@ -31,7 +31,7 @@ from saro.model.load import load_policy
 from saro.model.policy import Policy
 from saro.model.source import ModelSource
 from saro.train.losses import nll_sum
-from saro_kernels import lora, nf4
+from saro_kernels import lora_group, lora_mlp, nf4
 
 # Operators that launch nothing, although they are not views.
 _FREE = {
@@ -42,8 +42,13 @@ _FREE = {
     "aten::new_empty",
     "aten::new_empty_strided",
 }
-# Functions that are one kernel on a GPU, with the modules in which `saro_kernels.lora` finds them.
-_ONE_KERNEL = ((nf4, "dequantize"), (lora, "gated_product"), (lora, "gated_product_backward"), (lora, "_outer"))
+# Functions that are one kernel on a GPU, with the modules in which LoRA layers find them.
+_ONE_KERNEL = (
+    (nf4, "dequantize"),
+    (lora_mlp, "gated_product"),
+    (lora_mlp, "gated_product_backward"),
+    (lora_group, "_outer"),
+)
 
 
 @dataclass(frozen=True)

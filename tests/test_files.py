@@ -1,5 +1,7 @@
-"""Tests that files and folders are complete or absent, whatever happens in between."""
+"""Tests that files and folders are complete or absent, whatever happens in between, and the cached hashes of files."""
 
+import hashlib
+import json
 import os
 import stat
 import subprocess
@@ -9,8 +11,19 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
+from saro import files as files_module
 from saro.errors import SaroError
-from saro.files import atomic_folder, atomic_write, cache_dir, lock_output, remove_temps
+from saro.files import (
+    asked_hashes,
+    atomic_folder,
+    atomic_write,
+    cache_dir,
+    file_hash,
+    file_hashes,
+    lock_output,
+    remove_temps,
+    take_hashes,
+)
 
 
 def names(folder: Path) -> list[str]:
@@ -215,3 +228,107 @@ def test_an_output_whose_folder_cannot_be_made_is_one_line(tmp_path):
     folder = tmp_path / "file" / "output"
     with pytest.raises(SaroError, match=r"output: cannot be written \(Not a directory\); give another --output$"):
         lock_output(folder, FileLock(folder / ".lock"), "in use")
+
+
+# Hashes of files.
+
+
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def large_file(tmp_path: Path, content: bytes = b"a") -> Path:
+    path = tmp_path / "large.safetensors"
+    path.write_bytes(content * (2**20 + 1))
+    return path
+
+
+def forge_memory(cache: Path) -> None:
+    """Replace every cached hash, so that cached hashes can be distinguished from computed ones."""
+    memory = cache / "hashes.json"
+    memory.write_text(json.dumps(dict.fromkeys(json.loads(memory.read_text()), "remembered")))
+
+
+def test_the_hash_is_sha256(tmp_path, cache):
+    path = tmp_path / "a"
+    path.write_bytes(b"abc")
+    assert file_hash(path) == sha256(b"abc")
+
+
+def test_a_large_file_is_read_once(tmp_path, cache):
+    path = large_file(tmp_path)
+    assert file_hash(path) == sha256(path.read_bytes())
+    forge_memory(cache)
+    assert file_hash(path) == "remembered"
+
+
+def test_the_hashes_of_several_large_files_are_cached(tmp_path, cache):
+    one, two = large_file(tmp_path), tmp_path / "two"
+    two.write_bytes(b"b" * 2**21)
+    file_hash(one), file_hash(two)
+    forge_memory(cache)
+    assert (file_hash(one), file_hash(two)) == ("remembered", "remembered")
+
+
+def test_a_file_written_again_is_read_again(tmp_path, cache):
+    path = large_file(tmp_path)
+    file_hash(path)
+    forge_memory(cache)
+    time = path.stat().st_mtime_ns
+    path.write_bytes(b"b" * (2**20 + 1))
+    os.utime(path, ns=(time + 1, time + 1))
+    assert file_hash(path) == sha256(path.read_bytes())
+
+
+def test_a_file_with_another_size_or_inode_is_read_again(tmp_path, cache):
+    path = large_file(tmp_path)
+    file_hash(path)
+    forge_memory(cache)
+    time = path.stat().st_mtime_ns
+    with open(path, "ab") as file:
+        file.write(b"b")
+    os.utime(path, ns=(time, time))
+    assert file_hash(path) == sha256(path.read_bytes())
+    forge_memory(cache)
+    other = tmp_path / "other"
+    other.write_bytes(b"c" * path.stat().st_size)
+    os.utime(other, ns=(time, time))
+    other.replace(path)
+    assert file_hash(path) == sha256(path.read_bytes())
+
+
+def test_the_hash_of_a_small_file_is_not_cached(tmp_path, cache):
+    path = tmp_path / "a"
+    path.write_bytes(b"abc")
+    file_hash(path)
+    assert not cache.exists()
+
+
+@pytest.mark.parametrize("memory", ["", "{", "\xff"], ids=["empty", "broken", "other encoding"])
+def test_a_broken_cache_file_is_replaced(tmp_path, cache, memory):
+    cache.mkdir()
+    (cache / "hashes.json").write_text(memory, encoding="latin-1")
+    path = large_file(tmp_path)
+    assert file_hash(path) == sha256(path.read_bytes())
+    forge_memory(cache)
+    assert file_hash(path) == "remembered"
+
+
+def test_several_files_are_hashed_in_their_order_and_all_are_cached(tmp_path, cache):
+    files = [tmp_path / str(i) for i in range(5)]
+    for i, file in enumerate(files):
+        file.write_bytes(bytes([i]) * (2**20 + 1))
+    assert file_hashes(files) == [sha256(file.read_bytes()) for file in files]
+    forge_memory(cache)
+    assert file_hashes(files) == ["remembered"] * 5
+
+
+def test_a_hash_that_another_process_tells_holds_until_the_file_changes(tmp_path, cache, monkeypatch):
+    monkeypatch.setattr(files_module, "_told_hashes", {})
+    path = tmp_path / "a"
+    path.write_bytes(b"abc")
+    file_hash(path)
+    take_hashes(dict.fromkeys(asked_hashes(), "told"))
+    assert file_hash(path) == "told"
+    path.write_bytes(b"abcd")
+    assert file_hash(path) == sha256(b"abcd")

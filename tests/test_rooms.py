@@ -189,7 +189,7 @@ def test_every_import_keeps_the_rules_of_the_rooms():
         ("saro/files.py", "from saro import cli"),
         ("saro/data/tree.py", "from importlib import import_module"),
         ("recipes/srpo.py", "import recipes.rw"),
-        ("kernels/saro_kernels/lora.py", "import saro"),
+        ("kernels/saro_kernels/lora_group.py", "import saro"),
     ],
 )
 def test_a_forbidden_import_is_noticed(copy, file, line):

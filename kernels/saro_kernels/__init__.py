@@ -5,7 +5,9 @@
 - `saro_kernels.softcap_attention`: attention with capped scores (Gemma 2). Import it from its module.
 """
 
-from saro_kernels.lora import FrozenLinear, LoraLinear, lora_gated_mlp, lora_linear, lora_linears
+from saro_kernels.lora import lora_linear, lora_linears
+from saro_kernels.lora_group import FrozenLinear, LoraLinear
+from saro_kernels.lora_mlp import lora_gated_mlp
 from saro_kernels.token_logps import TokenStatistics, choose_impl, token_logps, token_statistics
 
 __all__ = [

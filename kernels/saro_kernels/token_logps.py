@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from saro_kernels.autocast import cast_input
 from saro_kernels.definition import reference_token_logps, reference_token_statistics
 from saro_kernels.tile_ops import choose_tile_op
 from saro_kernels.tiled import tiled_token_logps, tiled_token_statistics
@@ -130,15 +131,13 @@ def _run(
     scale: float,
 ):
     """Check the inputs, choose the function for `impl` among `functions`, and return its result."""
-    device_type = hidden.device.type
-    if hidden.dtype == torch.float32 and torch.is_autocast_enabled(device_type):
-        hidden = hidden.to(torch.get_autocast_dtype(device_type))
+    hidden = cast_input(hidden)
     _check_tensors(hidden, weight, targets, bias)
     _check_numbers(softcap, scale)
     family, _, tile_op = choose_impl(impl, hidden.device, hidden.dtype).partition("-")
     function = partial(functions[family], tile_op=tile_op) if tile_op else functions[family]
     # The inputs have their dtypes by now. Autocast would cast once more, and only in the reference.
-    with torch.autocast(device_type, enabled=False):
+    with torch.autocast(hidden.device.type, enabled=False):
         return function(hidden, weight, targets, bias=bias, softcap=softcap, scale=scale)
 
 

@@ -26,6 +26,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from saro.data.packs import Pack, send
 from saro.model.architectures import attention_softcap, has_sinks, head_sizes
+from saro_kernels.autocast import cast_input
 from saro_kernels.softcap_attention import softcap_attention
 
 PACKED = "saro_packed"
@@ -222,7 +223,8 @@ def packed_attention(
         raise ValueError(f"{type(module).__name__} got no plan of a pack; call the model through Policy")
     check_arguments(module, attention_mask, others)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    query, key, value = map(_cast_for_autocast, (query, key, value))
+    # autocast does this for SDPA only, and the rotary embedding of float32 hidden states leaves queries and keys float32.
+    query, key, value = map(cast_input, (query, key, value))
     if softcap is None and s_aux is None and plan.backend_of(sliding_window) == "varlen":
         return _varlen(query, key, value, plan, scale, dropout, sliding_window), None
     return _sdpa(query, key, value, plan, scale, dropout, sliding_window, softcap, s_aux), None
@@ -240,16 +242,6 @@ def check_arguments(module: torch.nn.Module, mask: torch.Tensor | None, others: 
         raise ValueError(f"packed attention does not know the argument {names} of {type(module).__name__}")
     if not getattr(module, "is_causal", True):
         raise ValueError(f"{type(module).__name__} is not causal; packed attention is")
-
-
-def _cast_for_autocast(tensor: torch.Tensor) -> torch.Tensor:
-    """Cast float32 to the autocast dtype, if autocast is on.
-
-    autocast does this for SDPA only, and the rotary embedding of float32 hidden states leaves queries and keys float32.
-    """
-    device = tensor.device.type
-    cast = torch.is_autocast_enabled(device) and tensor.dtype == torch.float32
-    return tensor.to(torch.get_autocast_dtype(device)) if cast else tensor
 
 
 def _sdpa(query, key, value, plan, scale, dropout, window, softcap=None, sinks=None):

@@ -29,7 +29,7 @@ from saro.model.adapter import new_adapter
 from saro.model.fused_lora import fuse_lora
 from saro.model.policy import Policy
 from saro.model.recompute import enable_recomputation, recompute_layers
-from saro_kernels import lora, tiled
+from saro_kernels import FrozenLinear, lora_group, lora_mlp, tiled
 
 # CUDA's allocator rounds up to this.
 BLOCK_BYTES = 512
@@ -196,12 +196,12 @@ def fake_tensors() -> Iterator[None]:
         # A fake module cannot be moved; it is where it belongs.
         mock.patch.object(BaseTunerLayer, "_move_adapter_to_device_of_base_layer"),
         mock.patch.object(nn.Module, "to", lambda self, *_, **__: self),
-        mock.patch.object(lora.FrozenLinear, "dense", _dense),
+        mock.patch.object(FrozenLinear, "dense", _dense),
     ):
         yield
 
 
-def _dense(layer: lora.FrozenLinear, dtype: torch.dtype) -> torch.Tensor:
+def _dense(layer: FrozenLinear, dtype: torch.dtype) -> torch.Tensor:
     if layer.quant_state is None:
         return layer.weight.to(dtype)
     return layer.weight.new_empty(layer.quant_state.shape, dtype=dtype)
@@ -215,9 +215,9 @@ def as_on_gpu() -> Iterator[None]:
     """Let the project's kernels make the tensors that they make on a GPU, in this context."""
     with ExitStack() as stack:
         for owner, name, replacement in (
-            (lora, "_outer", _outer),
-            (lora, "gated_product", lambda activation, gated, lifted: torch.empty_like(gated)),
-            (lora, "gated_product_backward", _gated_product_backward),
+            (lora_group, "_outer", _outer),
+            (lora_mlp, "gated_product", lambda activation, gated, lifted: torch.empty_like(gated)),
+            (lora_mlp, "gated_product_backward", _gated_product_backward),
             (tiled, "l2_bytes", lambda device: H100_L2_BYTES),
         ):
             stack.enter_context(mock.patch.object(owner, name, replacement))

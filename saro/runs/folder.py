@@ -1,4 +1,4 @@
-"""The output folder of a run: its config and manifest, and the rules of --resume and --overwrite."""
+"""The output folder of a run: opened, begun, locked, and its config and manifest written."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 import saro
-from saro.config import DataConfig, ModelConfig, PreferenceConfig, TrainConfig, as_dict
+from saro.config import DataConfig, ModelConfig, as_dict
 from saro.data.chat_format import ChatFormat
 from saro.data.lengths import LengthReport
 from saro.data.read_rows import hash_rows
@@ -25,61 +25,14 @@ from saro.distributed.runtime import Runtime
 from saro.errors import SaroError
 from saro.files import atomic_write
 from saro.manifest import package_versions, read_manifest, trained_dtype
-from saro.model.identity import is_same_model
 from saro.model.load import has_dtype
 from saro.model.source import ModelSource, template_hash
 from saro.model.training_dtype import decide_dtype
 from saro.program import RunFlags
+from saro.runs.check_resume import changed_options, check_same_contents, check_same_options
 from saro.train.checkpoint import check_not_past
 
 _PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "tokenizers", "safetensors", "numpy")
-# A resumed run may change these options. They change what is written, or how a result is computed but not, up to
-# rounding, the result, or for how long the run trains.
-_FREE_ON_RESUME = frozenset(
-    {
-        "model.attention",
-        "model.head",
-        "model.fused_lora",
-        "model.liger",
-        "model.gradient_checkpointing",
-        "model.activation_offloading",
-        "data.allow_overlap",
-        "data.pack_tokens",
-        "data.too_long",
-        "data.template_date",
-        "preference.warn_chosen_fell",
-        "train.output",
-        "train.shard",
-        "train.epochs",
-        "train.max_steps",
-        "train.eval_every",
-        "train.patience",
-        "train.save_every",
-        "train.keep_checkpoints",
-        "train.log_every",
-        "train.samples",
-        "train.sample_tokens",
-        "train.trackers",
-        "train.run_name",
-        "train.track_samples",
-    }
-)
-# These options say where something is. ``check_unchanged`` compares what is there.
-_COMPARED_BY_CONTENT = frozenset(
-    {
-        "model.name",
-        "model.revision",
-        "data.train",
-        "data.heldout",
-        "data.chat_template",
-        "preference.reference",
-    }
-)
-_GROUPS = {"model": ModelConfig, "data": DataConfig, "preference": PreferenceConfig, "train": TrainConfig}
-# If these options are not given, or leave the choice open, a resumed run keeps what it began with.
-_KEPT_ON_RESUME = frozenset({"model.dtype", "data.think_tags", "data.template_variables"})
-# Values of options that a run did not know, because it began with an older version.
-_DEFAULTS = {group: as_dict(options()) for group, options in _GROUPS.items()}
 
 
 @dataclass(frozen=True)
@@ -203,8 +156,7 @@ class RunFolder:
                 raise SaroError(
                     f"{self.folder}: another process has changed the run meanwhile; start again with --resume"
                 )
-            _check_same_contents(self.folder, self.began, manifest)
-            _check_same_records(self.folder, self.began, manifest)
+            check_same_contents(self.folder, self.began, manifest)
         except SaroError:
             self.lock.release(force=True)
             raise
@@ -251,7 +203,7 @@ class RunFolder:
 
         ``resumed`` in the manifest keeps the old value and the new one of each option, one entry for each such resume.
         """
-        changed = _changed_options(_recorded_options(self.began), manifest["config"])
+        changed = changed_options(self.began, manifest["config"])
         if not changed or not runtime.is_main:
             return
         now = {part: manifest[part] for part in ("start", "model", "reference", "data", "records", "config")}
@@ -388,7 +340,7 @@ def _look(
     day = _parse_date(template_date) if template_date else date.today()
     if existing is None or not flags.resume:
         return day, None
-    _check_same_options(folder, _recorded_options(existing), options)
+    check_same_options(folder, existing, options)
     return date.fromisoformat(existing["template_date"]), existing
 
 
@@ -409,67 +361,3 @@ def _parse_date(text: str) -> date:
         return date.fromisoformat(text)
     except ValueError as error:
         raise SaroError(f"data.template_date is {text!r}; write it as YYYY-MM-DD") from error
-
-
-def _check_same_options(folder: str, began: dict[str, Any], now: dict[str, Any]) -> None:
-    """Raise SaroError for the first option that is not as the run began, unless a resumed run may change it."""
-    for option, (old, new) in _changed_options(began, now).items():
-        is_kept = option in _KEPT_ON_RESUME and new in (None, "auto")
-        if not is_kept and option not in _FREE_ON_RESUME | _COMPARED_BY_CONTENT:
-            raise SaroError(
-                f"{folder}: the run began with {option} {old}, not {new}; "
-                "resume with the same, or start over with --overwrite"
-            )
-
-
-def _recorded_options(manifest: dict[str, Any]) -> dict[str, Any]:
-    """Return the options of a run. An older version recorded the dtype "auto"; here it is what that meant."""
-    config = manifest["config"]
-    if config.get("model", {}).get("dtype") != "auto":
-        return config
-    return config | {"model": config["model"] | {"dtype": trained_dtype(manifest)}}
-
-
-def _changed_options(began: dict[str, Any], now: dict[str, Any]) -> dict[str, list[Any]]:
-    """Return the old and the new value of each option that has changed. Options that the run did not know had defaults."""
-    changed = {}
-    for group, options in now.items():
-        for name, value in options.items():
-            old = began.get(group, {}).get(name, _DEFAULTS[group].get(name))
-            if old != value:
-                changed[f"{group}.{name}"] = [old, value]
-    return changed
-
-
-def _check_same_contents(folder: Path, began: dict[str, Any], now: dict[str, Any]) -> None:
-    """Raise SaroError if a part of the run's inputs is not what it began with."""
-    same = {
-        "data": _data_contents(began) == _data_contents(now),
-        "template": began.get("template") == now["template"],
-        "model": is_same_model(began.get("model"), now["model"]),
-        "reference": is_same_model(began.get("reference"), now["reference"]),
-    }
-    for part, is_same in same.items():
-        if not is_same:
-            raise SaroError(
-                f"{folder}: the {part} is not what the run began with; restore it, or start over with --overwrite"
-            )
-
-
-def _data_contents(manifest: dict[str, Any]) -> tuple[list[str], int, list[str]]:
-    """Return the hashes of the data files in order, how many of them are training files, and the names of the sets."""
-    hashes = list(manifest.get("data", {}).values())
-    return hashes, len(manifest["config"]["data"]["train"]), sorted(manifest.get("records", {}))
-
-
-def _check_same_records(folder: Path, began: dict[str, Any], now: dict[str, Any]) -> None:
-    """Raise SaroError if another limit on lengths leaves out other records. The files are known to be the same."""
-    for name, report in now["records"].items():
-        # Records above the limit are left out: two limits that leave out equally many leave out the same ones.
-        old, new = len(began["records"][name]["dropped"]), len(report["dropped"])
-        if old != new:
-            limit = began["config"]["data"]["pack_tokens"]
-            raise SaroError(
-                f"{folder}: --data.pack_tokens and --data.too_long now leave out {new} {name} records, and {old} when the "
-                f"run began (data.pack_tokens {limit}); resume with a limit that leaves out the same"
-            )

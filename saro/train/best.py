@@ -155,5 +155,7 @@ class BestWeights:
 
     def _delete(self, is_old: Callable[[int], bool]) -> None:
         for file in self._folder.glob("step_*.safetensors"):
-            if is_old(int(file.stem.removeprefix("step_"))):
+            number = file.stem.removeprefix("step_")
+            # Only digits, so that a user's copy such as step_000100.good.safetensors stays.
+            if number.isdecimal() and is_old(int(number)):
                 file.unlink()

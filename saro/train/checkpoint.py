@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import json
 import shutil
-import zipfile
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
@@ -24,9 +23,24 @@ from saro.distributed.runtime import Runtime
 from saro.distributed.shard import part_like
 from saro.errors import SaroError
 from saro.files import atomic_folder, follow_umask, read_hash
-from saro.train.part_files import find_damaged_part, has_parts, read_parts, write_parts
+from saro.train.part_files import check_shapes, find_damaged_part, has_parts, read_parts, write_parts
 
 _WEIGHTS, _OPTIMIZER, _STATE = "trainable.safetensors", "optimizer.pt", "state.json"
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingState:
+    """What training changes, and a checkpoint holds.
+
+    Attributes:
+        trainable: the trainable parameters by name.
+        optimizer: their optimizer.
+        scheduler: its learning-rate schedule.
+    """
+
+    trainable: Mapping[str, nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    scheduler: LRScheduler
 
 
 def checkpoint_folder(root: Path, step: int) -> Path:
@@ -45,8 +59,8 @@ def find_intact_checkpoint(root: Path, say: Callable[[str], None]) -> Path | Non
     """Return the folder of the newest checkpoint that is not damaged; None if there are no checkpoints.
 
     A checkpoint is damaged if a file is missing or has other contents than were written, or if it is of another step than
-    its name says. Of a checkpoint from before weights had a hash, only the size of the weights is known. ``say`` gets a
-    line for each damaged checkpoint.
+    its name says. A file whose hash an older version did not write is intact if it can be read. ``say`` gets a line for each
+    damaged checkpoint.
 
     Raises:
         SaroError: there are checkpoints, and all are damaged.
@@ -99,54 +113,44 @@ def _find_damage(folder: Path, step: int) -> str | None:
     if has_parts(folder):
         part = find_damaged_part(folder, state["parts"])
         return None if part is None else f"{part} is not what was written"
-    try:
-        # Opening compares the file's size with its header.
-        with safe_open(folder / _WEIGHTS, "pt"):
-            pass
-        if "weights" in state and read_hash(folder / _WEIGHTS) != state["weights"]:
-            return f"{_WEIGHTS} is not what was written"
-    except (OSError, SafetensorError):
-        return f"{_WEIGHTS} cannot be read"
-    try:
-        with zipfile.ZipFile(folder / _OPTIMIZER) as archive:
-            is_whole = archive.testzip() is None
-    except (OSError, zipfile.BadZipFile):
-        is_whole = False
-    return None if is_whole else f"{_OPTIMIZER} cannot be read"
+    for name, read, expected in (
+        (_WEIGHTS, load_file, state.get("weights")),
+        (_OPTIMIZER, _load_states, state.get("optimizer")),
+    ):
+        try:
+            if expected is None:
+                read(folder / name)
+            elif read_hash(folder / name) != expected:
+                return f"{name} is not what was written"
+        # A damaged file raises many types: a changed byte may be anywhere in its structure.
+        except Exception:
+            return f"{name} cannot be read"
+    return None
 
 
-def save_checkpoint(
-    root: Path,
-    step: int,
-    trainable: Mapping[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    scheduler: LRScheduler,
-    keep: int,
-) -> None:
+def _load_states(file: Path) -> dict[str, Any]:
+    return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def save_checkpoint(root: Path, step: int, training: TrainingState, keep: int) -> None:
     """Write a checkpoint after ``step`` finished steps, then remove all but the newest ``keep`` checkpoints."""
     _remove_leftovers(root)
     folder = checkpoint_folder(root, step)
     if not folder.exists():
         with atomic_folder(folder) as temp:
-            weights = {name: p.detach().cpu().contiguous() for name, p in trainable.items()}
+            weights = {name: p.detach().cpu().contiguous() for name, p in training.trainable.items()}
+            states = {"optimizer": training.optimizer.state_dict(), "scheduler": training.scheduler.state_dict()}
             save_file(weights, temp / _WEIGHTS)
-            torch.save({"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}, temp / _OPTIMIZER)
-            # The optimizer's file has check sums of its own.
-            state = {"step": step, "weights": read_hash(temp / _WEIGHTS)}
+            torch.save(states, temp / _OPTIMIZER)
+            # The check sums in the optimizer's file do not protect its structure: torch may read a tensor from elsewhere.
+            hashes = {"weights": read_hash(temp / _WEIGHTS), "optimizer": read_hash(temp / _OPTIMIZER)}
+            state = {"step": step, **hashes}
             (temp / _STATE).write_text(json.dumps(state) + "\n")
             follow_umask(temp)
     _remove_old(root, keep)
 
 
-def save_parts(
-    runtime: Runtime,
-    root: Path,
-    step: int,
-    trainable: Mapping[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    scheduler: LRScheduler,
-    keep: int,
-) -> None:
+def save_parts(runtime: Runtime, root: Path, step: int, training: TrainingState, keep: int) -> None:
     """Write a checkpoint as ``save_checkpoint`` does, of ranks that share the weights. All ranks must call this.
 
     Each rank writes its parts into a folder that rank 0 makes, and that appears under its name when all have done so.
@@ -160,9 +164,9 @@ def save_parts(
     if runtime.on_main(is_new):
         with atomic_folder(folder) if runtime.is_main else nullcontext() as made:
             temp = runtime.broadcast(made)
-            parts = write_parts(runtime, temp, trainable, optimizer)
+            parts = write_parts(runtime, temp, training.trainable, training.optimizer)
             if runtime.is_main:
-                state = {"step": step, "scheduler": scheduler.state_dict(), "parts": parts}
+                state = {"step": step, "scheduler": training.scheduler.state_dict(), "parts": parts}
                 (temp / _STATE).write_text(json.dumps(state) + "\n")
                 follow_umask(temp)
     if runtime.is_main:
@@ -186,69 +190,49 @@ def _remove_old(root: Path, keep: int) -> None:
         shutil.rmtree(doomed)
 
 
-def load_checkpoint(
-    folder: Path,
-    trainable: Mapping[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    scheduler: LRScheduler,
-) -> int:
-    """Restore a checkpoint into the given parameters, optimizer and scheduler, and return its step.
+def load_checkpoint(folder: Path, training: TrainingState) -> int:
+    """Restore a checkpoint, and return its step.
 
     Raises:
         SaroError: its weights do not belong to this model.
     """
     if has_parts(folder):
-        return load_parts(folder, trainable, optimizer, scheduler, is_alone=True)
-    return apply_checkpoint(folder, read_checkpoint(folder), trainable, optimizer, scheduler)
+        return load_parts(folder, training, is_alone=True)
+    return apply_checkpoint(folder, read_checkpoint(folder), training)
 
 
 def read_checkpoint(folder: Path) -> dict[str, Any]:
     """Return the step, weights and states of a checkpoint of whole tensors, on the CPU."""
-    state: dict[str, Any] = torch.load(folder / _OPTIMIZER, map_location="cpu", weights_only=True)
     step = int(json.loads((folder / _STATE).read_text())["step"])
-    return {"step": step, "weights": load_file(folder / _WEIGHTS), **state}
+    return {"step": step, "weights": load_file(folder / _WEIGHTS), **_load_states(folder / _OPTIMIZER)}
 
 
-def apply_checkpoint(
-    folder: Path,
-    stored: Mapping[str, Any],
-    trainable: Mapping[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    scheduler: LRScheduler,
-) -> int:
+def apply_checkpoint(folder: Path, stored: Mapping[str, Any], training: TrainingState) -> int:
     """Restore what ``read_checkpoint`` returned, of which each rank takes its part, and return its step.
 
     Raises:
         SaroError: its weights do not belong to this model.
     """
     weights = stored["weights"]
-    if {k: v.shape for k, v in weights.items()} != {k: p.shape for k, p in trainable.items()}:
-        raise SaroError(f"{folder}: made with another model or other adapters; start over with --overwrite")
+    check_shapes(folder, {name: tensor.shape for name, tensor in weights.items()}, training.trainable)
     with torch.no_grad():
-        for name, parameter in trainable.items():
+        for name, parameter in training.trainable.items():
             parameter.copy_(part_like(parameter, weights[name]))
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    parameters = [parameter for group in training.optimizer.param_groups for parameter in group["params"]]
     states = {
         index: {key: part_like(parameters[index], value) for key, value in state.items()}
         for index, state in stored["optimizer"]["state"].items()
     }
-    load_optimizer(optimizer, stored["optimizer"] | {"state": states})
-    scheduler.load_state_dict(stored["scheduler"])
+    load_optimizer(training.optimizer, stored["optimizer"] | {"state": states})
+    training.scheduler.load_state_dict(stored["scheduler"])
     return stored["step"]
 
 
-def load_parts(
-    folder: Path,
-    trainable: Mapping[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    scheduler: LRScheduler,
-    *,
-    is_alone: bool,
-) -> int:
+def load_parts(folder: Path, training: TrainingState, *, is_alone: bool) -> int:
     """Restore a checkpoint of ranks that shared the weights, see ``read_parts``, and return its step."""
     state = json.loads((folder / _STATE).read_text())
-    read_parts(folder, trainable, optimizer, is_alone=is_alone)
-    scheduler.load_state_dict(state["scheduler"])
+    read_parts(folder, training.trainable, training.optimizer, is_alone=is_alone)
+    training.scheduler.load_state_dict(state["scheduler"])
     return int(state["step"])
 
 

@@ -5,11 +5,9 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Protocol
 
 import numpy as np
@@ -26,6 +24,7 @@ from saro.model.policy import Policy
 from saro.program import progress_bar
 from saro.train.best import BestWeights
 from saro.train.checkpoint import (
+    TrainingState,
     check_not_past,
     list_checkpoints,
     save_checkpoint,
@@ -36,6 +35,7 @@ from saro.train.metrics import MetricsFile, Progress, drop_later_results, format
 from saro.train.objective import Meter, Objective, Sums, average
 from saro.train.optim import make_optimizer, make_scheduler, step_unless
 from saro.train.restore import check_same_start, check_same_weights, restore_newest
+from saro.train.stop_signals import noting_stop_signals
 
 # Metrics printed on the terminal; metrics.jsonl has all of them.
 _SHOWN = ("loss", "rewards/margins", "rewards/accuracies", "grad_norm", "lr", "tokens_per_second")
@@ -105,29 +105,30 @@ def fit(
 
     Raises:
         SaroError: the loss or the gradient is not finite; the step has not changed the weights. Or the first step has
-            changed none of them. Or all checkpoints are
-            damaged, the run has made more steps than ``total_steps``, or a rank has another model, schedule or start
-            than rank 0, or other weights at a checkpoint.
+            changed none of them. Or all checkpoints are damaged, the run has made more steps than ``total_steps``, or a
+            rank has another model, schedule or start than rank 0, or other weights at a checkpoint.
     """
     if options.keep_best is not None and runtime.mesh is not None:
         # A launcher can ask for shared weights too, which the options do not tell.
         raise SaroError(CANNOT_KEEP_BEST)
     output = Path(options.output)
+    checkpoints = output / "checkpoints"
     trainable = policy.trainable()
     parameters = list(trainable.values())
     optimizer = make_optimizer(parameters, options)
     scheduler = make_scheduler(optimizer, options, total_steps)
+    training = TrainingState(trainable, optimizer, scheduler)
     if runtime.mesh is not None:
         runtime.check_common_folder(output)
     if resume:
-        runtime.on_main(lambda: check_not_past(output / "checkpoints", total_steps))
-    start = restore_newest(runtime, output / "checkpoints", trainable, optimizer, scheduler) if resume else 0
+        runtime.on_main(lambda: check_not_past(checkpoints, total_steps))
+    start = restore_newest(runtime, checkpoints, training) if resume else 0
     if start:
         schedule = f"learning rate {scheduler.get_last_lr()[0]:.3g}, {options.schedule} over {total_steps} steps"
         runtime.say(f"resuming after step {start} of {total_steps}" + (f"; {schedule}" if start < total_steps else ""))
     check_same_start(runtime, policy, steps.schedule, total_steps, start)
     if runtime.is_main and resume:
-        set_aside_later_checkpoints(output / "checkpoints", start)
+        set_aside_later_checkpoints(checkpoints, start)
     file = MetricsFile(output / "metrics.jsonl", start) if runtime.is_main else None
     best = None
     if options.keep_best is not None:
@@ -137,7 +138,6 @@ def fit(
     meter = Meter()
     clock = _Clock()
     probe = _Probe(parameters)
-    progress = Progress(total_steps, start, runtime.is_main)
     step, stop = start, None
     upcoming: Step | None = None
 
@@ -170,16 +170,15 @@ def fit(
 
     def save() -> None:
         check_same_weights(runtime, step, trainable)
-        saved = (output / "checkpoints", step, trainable, optimizer, scheduler, options.keep_checkpoints)
         if runtime.mesh is not None:
-            save_parts(runtime, *saved)
+            save_parts(runtime, checkpoints, step, training, options.keep_checkpoints)
         elif runtime.is_main:
-            save_checkpoint(*saved)
+            save_checkpoint(checkpoints, step, training, options.keep_checkpoints)
             if best is not None:
-                best.forget(list_checkpoints(output / "checkpoints")[0][0])
+                best.forget(list_checkpoints(checkpoints)[0][0])
         runtime.barrier()
 
-    with _stop_signals() as received:
+    with noting_stop_signals() as received, Progress(total_steps, start, runtime.is_main) as progress:
         if start and is_evaluation_due():
             # The run was stopped before this evaluation. Only rank 0 has the file.
             has_evaluation = file is not None and file.has_evaluation(start)
@@ -215,7 +214,6 @@ def fit(
                 # The only time in a step that the host waits for the device.
                 loss_value, signals, norm_value, *logged = torch.cat(numbers).tolist()
                 if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
-                    progress.close()
                     records = ", ".join(ids[record] for record in batch.records)
                     raise SaroError(
                         f"step {step + 1}: loss {loss_value}, gradient norm {norm_value}; "
@@ -225,7 +223,6 @@ def fit(
                 if before is not None:
                     num_changed, num_compared, *logged = logged
                     if step == start and not num_changed:
-                        progress.close()
                         raise SaroError(
                             f"step {step + 1}: the optimizer changed no weight; raise --train.lr, or report it"
                         )
@@ -262,7 +259,6 @@ def fit(
                         f"stopped early: {options.patience} evaluations were not better than that of step {best.step}"
                     )
                     save()
-    progress.close()
     if stop is None and best is not None and best.step is not None:
         best.load(runtime, trainable)
     return Outcome(
@@ -395,29 +391,3 @@ class _Clock:
 
     def rate(self) -> float:
         return self.tokens / self._seconds if self._seconds else 0.0
-
-
-# SIGINTs within this time are one Ctrl-C: torchrun sends its children a SIGINT right after the terminal's.
-_SAME_CTRL_C_SECONDS = 2.0
-
-
-@contextmanager
-def _stop_signals() -> Iterator[list[int]]:
-    """Append SIGTERM and the first Ctrl-C to the yielded list instead of obeying at once. A later Ctrl-C interrupts."""
-    received: list[int] = []
-    first = 0.0
-
-    def on_signal(number: int, _: FrameType | None) -> None:
-        nonlocal first
-        if not received:
-            first = time.monotonic()
-        elif number == signal.SIGINT and time.monotonic() - first > _SAME_CTRL_C_SECONDS:
-            raise KeyboardInterrupt
-        received.append(number)
-
-    old = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield received
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import reduce
 
 import numpy as np
 import torch
@@ -16,7 +15,7 @@ from saro.distributed.runtime import Runtime
 from saro.model.policy import Policy
 from saro.train.engine import evaluate
 from saro.train.losses import kto
-from saro.train.objective import Groups, Metrics, Objective, Sums, send_like, sum_sequences
+from saro.train.objective import Groups, Metrics, Objective, Sums, describe_sides, send_like, sum_sequences
 from saro_kernels import TokenStatistics
 
 
@@ -88,14 +87,12 @@ class KTOObjective(Objective):
     def describe(self, statistics: TokenStatistics, pack: Pack) -> Metrics:
         members = self._groups.members(pack.records, pack.entry_row.device)
         is_desirable = send(self._labels[list(pack.records)], pack.entry_row.device)
-        parts = []
-        for name, row_values in (("entropy", statistics.entropy), ("mean_token_accuracy", statistics.top1)):
-            entries = row_values.index_select(0, pack.entry_row).double()
-            sums, rows = sum_sequences(entries, pack), sum_sequences(torch.ones_like(entries), pack)
-            for side, of_side in zip(SIDES, (is_desirable, ~is_desirable), strict=True):
-                by_name = {f"{name}/{side}": sums.where(of_side, 0)}
-                parts.append(self._groups.sum(by_name, members, rows.where(of_side, 0)))
-        return reduce(Metrics.join, parts)
+        sides = torch.stack([is_desirable, ~is_desirable], dim=1)  # (S, 2)
+
+        def sum_sides(entries: torch.Tensor) -> torch.Tensor:
+            return sum_sequences(entries, pack)[:, None].where(sides, 0)  # (S, 2)
+
+        return describe_sides(statistics, pack, self._groups, members, sum_sides)
 
     def combine(self, means: dict[str, float]) -> dict[str, float]:
         margins = {}

@@ -81,7 +81,7 @@ def _step_of(line: str) -> float:
 
 
 class Progress:
-    """Shows a progress bar over the steps, or one line per log interval if there is no terminal."""
+    """Shows a progress bar over the steps, or one line per log interval if there is no terminal, in its ``with`` block."""
 
     def __init__(self, total: int, start: int, shown: bool) -> None:
         self._shown = shown
@@ -103,7 +103,10 @@ class Progress:
         elif self._shown:
             print(f"step {step}/{self._total}  {text}", file=sys.stderr, flush=True)
 
-    def close(self) -> None:
-        """Close the bar."""
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close the bar, so that what is printed next, such as an error, has a line of its own."""
         if self._bar is not None:
             self._bar.close()

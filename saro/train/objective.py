@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 from typing import Protocol
@@ -376,22 +376,38 @@ class SRPOObjective(Objective):
 
     def describe(self, statistics: TokenStatistics, pack: Pack) -> Metrics:
         members = self._groups.members(pack.pairs, pack.entry_row.device)
-        parts = []
-        for name, row_values in (("entropy", statistics.entropy), ("mean_token_accuracy", statistics.top1)):
-            entries = row_values.index_select(0, pack.entry_row).double()
-            # Sums over the tokens of each side, then over pairs, as for the metrics of the loss.
-            sums = _sum_sides(entries, pack)  # (P, 2)
-            rows = _sum_sides(torch.ones_like(entries), pack)
-            for side, side_name in enumerate(SIDES):
-                by_name = {f"{name}/{side_name}": sums[:, side]}
-                parts.append(self._groups.sum(by_name, members, rows[:, side]))
-        return reduce(Metrics.join, parts)
+        return describe_sides(statistics, pack, self._groups, members, lambda entries: _sum_sides(entries, pack))
 
     def combine(self, means: dict[str, float]) -> dict[str, float]:
         if "loss/nll" not in means:
             return means
         minimised = means["loss"] + self._nll_weight * means["loss/nll"]
         return means | {"loss": minimised, "loss/preference": means["loss"]}
+
+
+def describe_sides(
+    statistics: TokenStatistics,
+    pack: Pack,
+    groups: Groups,
+    members: torch.Tensor,
+    sum_sides: Callable[[torch.Tensor], torch.Tensor],
+) -> Metrics:
+    """Return the metrics of ``Objective.describe`` as ``NAME/SIDE``, over all records and those of each group.
+
+    Args:
+        members: (P, groups), those of the pack's records.
+        sum_sides: sums values (E,) of entries over each side of each record: (P, 2), chosen and rejected.
+    """
+    parts = []
+    for name, row_values in (("entropy", statistics.entropy), ("mean_token_accuracy", statistics.top1)):
+        entries = row_values.index_select(0, pack.entry_row).double()
+        # Sums over the tokens of each side, then over records, as for the metrics of the loss.
+        sums = sum_sides(entries)  # (P, 2)
+        rows = sum_sides(torch.ones_like(entries))
+        for side, side_name in enumerate(SIDES):
+            by_name = {f"{name}/{side_name}": sums[:, side]}
+            parts.append(groups.sum(by_name, members, rows[:, side]))
+    return reduce(Metrics.join, parts)
 
 
 def send_like(values: np.ndarray, tensor: torch.Tensor) -> torch.Tensor:

@@ -53,6 +53,12 @@ def find_damaged_part(folder: Path, hashes: Mapping[str, str]) -> str | None:
     return None
 
 
+def check_shapes(folder: Path, stored: Mapping[str, torch.Size], trainable: Mapping[str, nn.Parameter]) -> None:
+    """Raise SaroError if weights of other names or shapes are stored in a checkpoint than those that are trained."""
+    if stored != {name: p.shape for name, p in trainable.items()}:
+        raise SaroError(f"{folder}: made with another model or other adapters; start over with --overwrite")
+
+
 def read_parts(
     folder: Path, trainable: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, *, is_alone: bool
 ) -> None:
@@ -68,8 +74,7 @@ def read_parts(
     for stored, shape in read_shapes(folder / _FOLDER).items():
         key, _, name = stored.partition("/")
         shapes.setdefault(key, {})[name] = shape
-    if shapes.pop(_WEIGHT, {}) != {name: p.shape for name, p in trainable.items()}:
-        raise SaroError(f"{folder}: made with another model or other adapters; start over with --overwrite")
+    check_shapes(folder, shapes.pop(_WEIGHT, {}), trainable)
     states: dict[str, dict[str, torch.Tensor]] = {name: {} for name in trainable}
     for key, by_name in shapes.items():
         for name, shape in by_name.items():

@@ -7,14 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import nn
-from torch.optim.lr_scheduler import LRScheduler
 
 from saro.data.steps import Schedule
 from saro.distributed.runtime import Runtime
 from saro.distributed.shard import is_part, local
 from saro.model.policy import Policy
 from saro.train.checkpoint import (
+    TrainingState,
     apply_checkpoint,
     find_intact_checkpoint,
     load_checkpoint,
@@ -30,13 +29,7 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _CHUNK = 2**24
 
 
-def restore_newest(
-    runtime: Runtime,
-    root: Path,
-    trainable: Mapping[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    scheduler: LRScheduler,
-) -> int:
+def restore_newest(runtime: Runtime, root: Path, training: TrainingState) -> int:
     """Restore the newest intact checkpoint that rank 0 sees, on every rank. Returns its step, or 0 if there is none.
 
     Only rank 0 reads the folder. The others receive what it read, so they need no common folder and cannot read an older
@@ -46,40 +39,35 @@ def restore_newest(
         SaroError: all checkpoints are damaged, or the weights do not belong to this model.
     """
     if runtime.mesh is not None:
-        return _restore_shared(runtime, root, trainable, optimizer, scheduler)
+        return _restore_shared(runtime, root, training)
 
     def load() -> int:
         folder = find_intact_checkpoint(root, runtime.say)
-        return 0 if folder is None else load_checkpoint(folder, trainable, optimizer, scheduler)
+        return 0 if folder is None else load_checkpoint(folder, training)
 
     step = runtime.on_main(load)
     if step == 0 or runtime.processes == 1:
         return step
-    for parameter in trainable.values():
+    for parameter in training.trainable.values():
         runtime.broadcast_tensor_(parameter.detach())
-    state = runtime.broadcast_tensors({"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()})
+    states = {"optimizer": training.optimizer.state_dict(), "scheduler": training.scheduler.state_dict()}
+    state = runtime.broadcast_tensors(states)
     if not runtime.is_main:
-        load_optimizer(optimizer, state["optimizer"])
-        scheduler.load_state_dict(state["scheduler"])
+        load_optimizer(training.optimizer, state["optimizer"])
+        training.scheduler.load_state_dict(state["scheduler"])
     return step
 
 
-def _restore_shared(
-    runtime: Runtime,
-    root: Path,
-    trainable: Mapping[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    scheduler: LRScheduler,
-) -> int:
+def _restore_shared(runtime: Runtime, root: Path, training: TrainingState) -> int:
     """Restore as ``restore_newest`` does, if the ranks share the weights: they read a common folder."""
     folder = runtime.on_main(lambda: find_intact_checkpoint(root, runtime.say))
     if folder is None:
         return 0
     if runtime.on_main(lambda: has_parts(folder)):
-        return load_parts(folder, trainable, optimizer, scheduler, is_alone=False)
+        return load_parts(folder, training, is_alone=False)
     # The run began with whole weights on every rank.
     stored = runtime.broadcast_tensors(read_checkpoint(folder) if runtime.is_main else None)
-    return apply_checkpoint(folder, stored, trainable, optimizer, scheduler)
+    return apply_checkpoint(folder, stored, training)
 
 
 def check_same_start(runtime: Runtime, policy: Policy, schedule: Schedule, total_steps: int, start: int) -> None:
@@ -108,7 +96,7 @@ def check_same_start(runtime: Runtime, policy: Policy, schedule: Schedule, total
     runtime.compare(values, "give every rank the same model and options")
 
 
-def check_same_weights(runtime: Runtime, step: int, trainable: Mapping[str, nn.Parameter]) -> None:
+def check_same_weights(runtime: Runtime, step: int, trainable: Mapping[str, torch.Tensor]) -> None:
     """Compare the trainable weights of all ranks after ``step`` steps, before they become a checkpoint.
 
     Raises:

@@ -21,11 +21,9 @@ isolated_plan = AttentionPlan.of
 AttentionPlan.of = lambda pack, backend, isolated=True: isolated_plan(pack, backend, isolated=False)
 """
 WRONG_ADAPTER_GRADIENT = """
-from saro_kernels import lora
-gradients = lora._matrix_gradients
-def halved(layers, d_as, d_bs):
-    return gradients(layers, d_as, [d_b / 2 for d_b in d_bs])
-lora._matrix_gradients = halved
+from saro_kernels import LoraLinear
+cast_gradients = LoraLinear.cast_gradients
+LoraLinear.cast_gradients = lambda layer, d_a, d_b: cast_gradients(layer, d_a, d_b / 2)
 """
 TRACEBACK = """
 from saro.model.policy import Policy

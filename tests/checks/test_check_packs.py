@@ -30,7 +30,8 @@ from saro.model import attention, fused_lora
 from saro.model import policy as policy_module
 from saro.model.attention import PACKED, AttentionPlan
 from saro.model.policy import Policy
-from saro_kernels import lora
+from saro_kernels import LoraLinear
+from saro_kernels.lora_group import LoraGroup
 
 METHODS = ("full", "lora", "qlora")
 ADAPTERS = ("lora", "qlora")
@@ -182,17 +183,17 @@ def gradient_of(name, change):
     """Return a function that sabotages one gradient of the fused LoRA layers: "rows", "a" or "b"."""
 
     def sabotage(patch):
-        to_rows, to_matrices = lora._backward_to_rows, lora._matrix_gradients
+        to_rows, cast = LoraGroup.backward_to_rows, LoraLinear.cast_gradients
 
-        def matrix_gradients(layers, d_as, d_bs):
-            gradients = {"a": d_as, "b": d_bs}
-            gradients[name] = list(map(change, gradients[name]))
-            return to_matrices(layers, *gradients.values())
+        def cast_gradients(layer, d_a, d_b):
+            gradients = {"a": d_a, "b": d_b}
+            gradients[name] = change(gradients[name])
+            return cast(layer, *gradients.values())
 
         if name == "rows":
-            patch.setattr(lora, "_backward_to_rows", lambda *args, **kw: change(to_rows(*args, **kw)))
+            patch.setattr(LoraGroup, "backward_to_rows", lambda *args, **kw: change(to_rows(*args, **kw)))
         else:
-            patch.setattr(lora, "_matrix_gradients", matrix_gradients)
+            patch.setattr(LoraLinear, "cast_gradients", cast_gradients)
 
     return sabotage
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from saro.config import TrainConfig
 from saro.train import checkpoint
-from saro.train.checkpoint import load_checkpoint, save_checkpoint
+from saro.train.checkpoint import TrainingState, load_checkpoint, save_checkpoint
 from saro.train.optim import make_optimizer, make_scheduler
 
 
@@ -38,11 +38,14 @@ class State:
         return self
 
     def save(self, root: Path, step: int, keep: int = 5) -> Path:
-        save_checkpoint(root, step, self.trainable, self.optimizer, self.scheduler, keep)
+        save_checkpoint(root, step, self._training(), keep)
         return checkpoint.checkpoint_folder(root, step)
 
     def load(self, folder: Path) -> int:
-        return load_checkpoint(folder, self.trainable, self.optimizer, self.scheduler)
+        return load_checkpoint(folder, self._training())
+
+    def _training(self) -> TrainingState:
+        return TrainingState(self.trainable, self.optimizer, self.scheduler)
 
     def states(self) -> list[dict[str, torch.Tensor]]:
         return [self.optimizer.state[p] for p in self.trainable.values()]

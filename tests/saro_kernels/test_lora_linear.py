@@ -281,6 +281,24 @@ def test_gradients_of_fp32_adapters_under_half_precision_are_fp32():
     assert (d_x.dtype, d_a.dtype, d_b.dtype) == (torch.bfloat16, torch.float32, torch.float32)
 
 
+@pytest.mark.parametrize("function", ["linear", "mlp", "mlp by chunks"])
+def test_autocast_casts_a_float32_input_as_for_a_linear_layer_and_nothing_else(function):
+    layers = make_layer(12, 10, dtype=torch.float32), make_layer(12, 10, dtype=torch.float32), make_layer(10, 12)
+    x = random_rows(7, 12, dtype=torch.float32)
+
+    def run(x, *layers):
+        if function == "linear":
+            return lora_linear(x, layers[0]) + lora_linear(x, layers[1])
+        return lora_gated_mlp(x, *layers, "silu", chunk_rows=3 if "chunks" in function else None)
+
+    used = layers[:2] if function == "linear" else layers
+    expected = output_and_gradients(lambda x, *layers: run(x.bfloat16(), *layers), x, *used)
+    with torch.autocast("cpu", torch.bfloat16):
+        results = output_and_gradients(run, x, *used)
+    assert [result.dtype for result in results] == [value.dtype for value in expected]
+    assert all(torch.equal(result, value) for result, value in zip(results, expected, strict=True))
+
+
 def half_precision_layer() -> LoraLinear:
     return make_layer(12, 10, dtype=torch.bfloat16, adapter_dtype=torch.float32)
 

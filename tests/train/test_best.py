@@ -14,7 +14,7 @@ import torch
 
 from saro.config import TrainConfig
 from saro.errors import SaroError
-from saro.train.best import check_metric
+from saro.train.best import BestWeights, check_metric
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -126,6 +126,15 @@ def test_training_stops_when_evaluations_have_not_got_better(training, runtime, 
     assert_same(again.weights(), watched.weights[4])
     patient = training(patience=3, **OPTIONS)
     assert patient.fit(runtime, 100, evaluate=Watched(patient), resume=True).step == 10
+
+
+def test_a_users_copy_of_weights_is_neither_read_nor_deleted(runtime, tmp_path):
+    (tmp_path / "best").mkdir()
+    for name in ("step_000100", "step_000100.good"):
+        (tmp_path / "best" / f"{name}.safetensors").touch()
+    best = BestWeights(tmp_path, TrainConfig(**OPTIONS))
+    best.resume(runtime, [])
+    assert [file.name for file in (tmp_path / "best").iterdir()] == ["step_000100.good.safetensors"]
 
 
 def test_lost_weights_are_named_in_one_line(training, runtime):

@@ -82,8 +82,9 @@ def test_8_bit_optimizers_keep_their_state_in_8_bits(optimizer):
 def test_a_checkpoint_holds_safetensors_weights_and_a_state_that_loads_with_weights_only(tmp_path):
     folder = State().train(1).save(tmp_path, 1)
     assert sorted(p.name for p in folder.iterdir()) == ["optimizer.pt", "state.json", "trainable.safetensors"]
-    content = (folder / "trainable.safetensors").read_bytes()
-    assert json.loads((folder / "state.json").read_text()) == {"step": 1, "weights": sha256(content).hexdigest()}
+    files = {"weights": "trainable.safetensors", "optimizer": "optimizer.pt"}
+    hashes = {name: sha256((folder / file).read_bytes()).hexdigest() for name, file in files.items()}
+    assert json.loads((folder / "state.json").read_text()) == {"step": 1, **hashes}
     torch.load(folder / "optimizer.pt", weights_only=True)
     assert load_file(folder / "trainable.safetensors").keys() == State().trainable.keys()
 
@@ -256,6 +257,27 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(tmp_path, n
     assert State(seed=1).load(intact) == 1
 
 
+@pytest.mark.parametrize("name", ["trainable.safetensors", "optimizer.pt"])
+def test_a_changed_bit_anywhere_in_a_file_is_damage(tmp_path, name):
+    """In the structure of optimizer.pt, torch would read the number of steps from elsewhere, or raise errors of many types."""
+    file = State(shape=(2, 3)).train(1).save(tmp_path, 1) / name
+    content = file.read_bytes()
+    for index in range(0, len(content), 3):
+        file.write_bytes(content[:index] + bytes([content[index] ^ 1 << index % 8]) + content[index + 1 :])
+        with pytest.raises(SaroError, match=rf"damaged \({name} is not what was written\)"):
+            find_intact_checkpoint(tmp_path, lambda line: pytest.fail(line))
+
+
+@pytest.mark.parametrize("name", ["trainable.safetensors", "optimizer.pt"])
+def test_without_a_hash_from_an_older_version_a_file_that_cannot_be_read_is_damage(tmp_path, name):
+    folder = State().train(1).save(tmp_path, 1)
+    (folder / "state.json").write_text('{"step": 1}')
+    assert find_intact_checkpoint(tmp_path, lambda line: pytest.fail(line)) == folder
+    cut(folder / name)
+    with pytest.raises(SaroError, match=rf"damaged \({name} cannot be read\)"):
+        find_intact_checkpoint(tmp_path, lambda line: pytest.fail(line))
+
+
 def test_a_checkpoint_of_another_step_than_its_name_says_is_damaged(tmp_path):
     state = State().train(1)
     intact = state.save(tmp_path, 1)
@@ -273,7 +295,7 @@ def test_without_an_intact_checkpoint_there_is_one_error_and_no_start_from_scrat
     with pytest.raises(SaroError, match="and there is no intact one; restore it from a copy") as caught:
         find_intact_checkpoint(tmp_path, lambda line: pytest.fail(line))
     assert "\n" not in str(caught.value)
-    assert "step_000002: the checkpoint is damaged (optimizer.pt cannot be read)" in str(caught.value)
+    assert "step_000002: the checkpoint is damaged (optimizer.pt is not what was written)" in str(caught.value)
 
 
 def test_a_run_without_checkpoints_has_no_intact_one_and_no_error(tmp_path):

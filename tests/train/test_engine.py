@@ -542,7 +542,7 @@ def test_a_damaged_newest_checkpoint_costs_its_steps_and_nothing_else(training, 
     assert [step for step, _ in list_checkpoints(output / "checkpoints")] == [2, 3, 4]
     assert find_intact_checkpoint(output / "checkpoints", pytest.fail).name == "step_000004"
     said = capsys.readouterr().err
-    assert said.count("step_000003: the checkpoint is damaged (trainable.safetensors cannot be read)") == 1
+    assert said.count("step_000003: the checkpoint is damaged (trainable.safetensors is not what was written)") == 1
     assert "resuming after step 2 of 4" in said
 
 

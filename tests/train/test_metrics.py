@@ -1,17 +1,16 @@
-"""Meter averages metrics, MetricsFile writes them to metrics.jsonl, and Progress shows them."""
+"""MetricsFile writes metrics to metrics.jsonl, and Progress shows them."""
 
 from __future__ import annotations
 
 import io
 import json
 import sys
+from contextlib import suppress
 
 import pytest
 
+from saro.errors import SaroError
 from saro.train.metrics import MetricsFile, Progress, drop_later_results, format_metrics
-
-# Meter.
-
 
 # metrics.jsonl.
 
@@ -95,19 +94,17 @@ def test_values_are_shown_on_one_line_with_four_digits():
 
 
 def test_without_a_terminal_there_is_a_line_for_each_interval(capsys):
-    progress = Progress(10, 0, True)
-    progress.step()
-    progress.line(1, {"loss": 2.0})
-    progress.close()
+    with Progress(10, 0, True) as progress:
+        progress.step()
+        progress.line(1, {"loss": 2.0})
     out, err = capsys.readouterr()
     assert (out, err) == ("", "step 1/10  loss 2\n")
 
 
 def test_only_the_main_process_shows_progress(capsys):
-    progress = Progress(10, 0, False)
-    progress.step()
-    progress.line(1, {"loss": 2.0})
-    progress.close()
+    with Progress(10, 0, False) as progress:
+        progress.step()
+        progress.line(1, {"loss": 2.0})
     assert capsys.readouterr() == ("", "")
 
 
@@ -119,9 +116,18 @@ class Terminal(io.StringIO):
 def test_on_a_terminal_the_bar_starts_at_the_resumed_step(monkeypatch):
     monkeypatch.delenv("NO_PROGRESS", raising=False)
     monkeypatch.setattr(sys, "stderr", Terminal())
-    progress = Progress(10, 4, True)
-    progress.step()
-    progress.line(5, {"loss": 2.0})
-    progress.close()
+    with Progress(10, 4, True) as progress:
+        progress.step()
+        progress.line(5, {"loss": 2.0})
     assert "5/10" in sys.stderr.getvalue()
     assert "loss 2" in sys.stderr.getvalue()
+
+
+def test_an_error_ends_the_line_of_the_bar(monkeypatch):
+    monkeypatch.delenv("NO_PROGRESS", raising=False)
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    with suppress(SaroError), Progress(10, 0, True) as progress:
+        progress.step()
+        assert not sys.stderr.getvalue().endswith("\n")
+        raise SaroError("the loss is not finite")
+    assert sys.stderr.getvalue().endswith("\n")
