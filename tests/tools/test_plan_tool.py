@@ -122,7 +122,7 @@ def test_mixtures_and_multimodal_models_are_planned(saro, tmp_path, kind, change
     found = plan(saro, "--model.name", str(tmp_path / "model"), "--tokens", "100", "--gpus", "2")
     alone, _, full = found["layouts"]
     assert full["cost"]["weights"] == pytest.approx(alone["cost"]["weights"] / 2, rel=0.05)
-    code, out, _ = saro("--model.name", str(tmp_path / "model"), "--tokens", "100")
+    _, out, _ = saro("--model.name", str(tmp_path / "model"), "--tokens", "100")
     assert ("experts may reach less" in out) == (kind != "qwen3_vl")
 
 
