@@ -15,8 +15,10 @@ import pytest
 import torch
 from peft import PeftModel
 from run_files import metrics_of, steps_logged, wait_for, weights_of
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from saro.distributed.states import read_tensors
 from saro.train.part_files import has_parts
 
 # How often a rank of a run is killed.
@@ -138,6 +140,63 @@ def test_a_damaged_part_is_found_and_an_older_checkpoint_used(recipes, rw_argume
     said = run_all(recipes, 2, rw_arguments("--resume", **options))
     assert "step_000002: the checkpoint is damaged (parts/__1_0.distcp is not what was written)" in said
     assert_same(unbroken, run)
+
+
+@pytest.mark.parametrize("shard", ["none", "full"])
+@pytest.mark.parametrize("options", [LORA, FULL], ids=["lora", "full"])
+def test_ranks_end_with_the_weights_of_the_best_evaluation(recipes, rw_arguments, tmp_path, options, shard):
+    """The learning rate is so high that training makes the model worse."""
+    options = {**options, "train_shard": shard, "train_keep_best": "eval/loss", "train_eval_every": 1}
+    options |= {"train_lr": 1, "train_schedule": "constant", "train_max_steps": 2}
+    run_all(recipes, 2, rw_arguments(**options))
+    run = tmp_path / "run"
+    losses = {line["step"]: line["eval/loss"] for line in metrics_of(run) if "eval/loss" in line}
+    best = min(losses, key=losses.get)
+    assert best == 1, losses
+    assert json.loads((run / "after.json").read_text())["metrics"]["eval/loss"] == losses[best]
+    kept, final = load_file(run / "best" / f"step_{best:06d}.safetensors"), weights_of(run)
+    stored = stored_weights(run / "checkpoints" / f"step_{best:06d}", kept)
+    for name, weight in kept.items():
+        (exported,) = (w for n, w in final.items() if n.endswith(name.replace(".default", "")))
+        assert torch.equal(weight, exported), name
+        assert torch.equal(weight, stored[name]), name
+
+
+def stored_weights(checkpoint: Path, like: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the weights of a checkpoint, which one rank or several wrote."""
+    if not has_parts(checkpoint):
+        return load_file(checkpoint / "trainable.safetensors")
+    weights = {f"weight/{name}": torch.empty_like(tensor) for name, tensor in like.items()}
+    read_tensors(checkpoint / "parts", weights, is_alone=True)
+    return {name.removeprefix("weight/"): weight for name, weight in weights.items()}
+
+
+@pytest.mark.parametrize("shard", ["none", "full"])
+def test_ranks_train_on_all_turns_as_one_process_does(recipes, rw_arguments, records_file, tmp_path, shard):
+    talks = [
+        [
+            {"role": ("user", "assistant")[turn % 2], "content": f"{number} " + "word " * (turn + number % 3)}
+            for turn in range(6)
+        ]
+        for number in range(8)
+    ]
+    file = records_file([{"messages": talk} for talk in talks], "talks.jsonl")
+    options = {"data_train": json.dumps([file]), "data_train_on": "all", "data_pack_tokens": 128} | LORA
+    run_all(recipes, 2, rw_arguments(train_shard=shard, **options))
+    assert recipes.run(*rw_arguments(train_output=tmp_path / "one", **options)).code == 0
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    assert sum(manifest["records"]["train"]["records"].values()) == 24
+    assert_near(tmp_path / "one", tmp_path / "run")
+
+
+def test_ranks_that_share_weights_train_on_labelled_responses_as_one_process_does(
+    recipes, srpo, srpo_arguments, cache, tmp_path
+):
+    options = {"train_eval_every": 2, "data_pack_tokens": 128, "preference_loss": "kto"} | LORA
+    variables = {"SARO_CACHE": str(tmp_path / "shared cache")}
+    run_all(recipes, 2, srpo_arguments(train_shard="full", **options), recipe="srpo", variables=variables)
+    assert srpo(*srpo_arguments(train_output=tmp_path / "one", **options)).code == 0
+    assert_near(tmp_path / "one", tmp_path / "run")
 
 
 @pytest.mark.parametrize("options", [LORA, FULL], ids=["lora", "full"])
