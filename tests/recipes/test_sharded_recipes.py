@@ -181,7 +181,7 @@ def test_ranks_train_on_all_turns_as_one_process_does(recipes, rw_arguments, rec
         for number in range(8)
     ]
     file = records_file([{"messages": talk} for talk in talks], "talks.jsonl")
-    options = {"data_train": json.dumps([file]), "data_train_on": "all", "data_pack_tokens": 128} | LORA
+    options = {"data_train": json.dumps([file]), "data_train_on": "all", "data_pack_tokens": 256} | LORA
     run_all(recipes, 2, rw_arguments(train_shard=shard, **options))
     assert recipes.run(*rw_arguments(train_output=tmp_path / "one", **options)).code == 0
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
