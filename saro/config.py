@@ -18,8 +18,6 @@ START = "start"
 THINK_TAGS = ("<think>", "</think>")
 KINDS = ("general", "safety")
 PAIR_KINDS = ("op-cot", "pp-cot")
-# The error if no rank has the whole weights of the best evaluation.
-CANNOT_KEEP_BEST = "train.keep_best is not for ranks that share weights, of which each has a part; leave it out"
 # Parts of a response that its tokens belong to, in the order of ``saro.data.tree.RowKind``.
 PARTS = ("think", "answer", "stop")
 
@@ -311,8 +309,6 @@ class TrainConfig:
         )
         if self.keep_best is not None and not self.eval_every:
             raise SaroError("train.keep_best compares evaluations; set --train.eval_every")
-        if self.keep_best is not None and self.shard != "none":
-            raise SaroError(CANNOT_KEEP_BEST)
         if self.patience is not None and self.keep_best is None:
             raise SaroError("train.patience counts evaluations without a better train.keep_best; set --train.keep_best")
         at_least_0 = ("weight_decay", "max_grad_norm", "seed", "eval_every", "save_every", "samples", "warmup_steps")

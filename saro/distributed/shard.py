@@ -102,10 +102,12 @@ def exchanging_gradients(module: nn.Module, is_last: bool) -> Iterator[None]:
     """Choose for a backward in this context how ranks exchange gradients.
 
     Under DDP, and under sharding with few trainable weights, each rank adds up its own gradients until the last pack of a
-    step. If all weights are trained, whole gradients would not fit: the ranks exchange those of every pack.
+    step. If whole layers are trained, whole gradients would not fit: the ranks exchange those of every pack.
     """
     if isinstance(module, FSDPModule):
-        is_full = all(parameter.requires_grad for parameter in module.parameters())
+        groups = [part for part in module.modules() if isinstance(part, FSDPModule)]
+        # Not in all groups: outside its layers, a multimodal model has parts that are not trained.
+        is_full = any(all(parameter.requires_grad for parameter in group.parameters()) for group in groups)
         module.set_requires_gradient_sync(is_last or is_full)
         yield
     elif isinstance(module, DistributedDataParallel) and not is_last:

@@ -311,6 +311,13 @@ def _ropes(parameters: dict) -> Iterator[dict]:
         yield parameters
 
 
+def fully_trained_parts(model: PreTrainedModel) -> tuple[nn.Module, ...]:
+    """Return what full fine-tuning trains: the model, or the text model and LM head of a multimodal one."""
+    if model.config.model_type in WRAPPERS:
+        return model.get_decoder(), model.get_output_embeddings()
+    return (model,)
+
+
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
     """Return the decoder's layers: the members of every module list that is as long as the decoder is deep."""
     num_layers = text_config(model.config).num_hidden_layers

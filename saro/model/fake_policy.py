@@ -21,11 +21,14 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
+from transformers.integrations import moe
 
 from saro.config import ModelConfig
 from saro.distributed.shard import local
 from saro.model.adapter import new_adapter
+from saro.model.architectures import auto_class, fully_trained_parts
 from saro.model.fused_lora import fuse_lora
 from saro.model.policy import Policy
 from saro.model.recompute import enable_recomputation, recompute_layers
@@ -129,18 +132,23 @@ def make_policy(
     """
     torch.set_default_dtype(torch.float32 if options.method == "full" else dtype)
     try:
-        model = AutoModelForCausalLM.from_config(
+        model = auto_class(config).from_config(
             config, attn_implementation="eager", trust_remote_code=options.trust_remote_code
         )
     finally:
         torch.set_default_dtype(torch.float32)
-    if options.method != "full":
-        model.requires_grad_(False)
-        model = new_adapter(model, options, seed=0)
+    # It ties weights as it initializes them, which ``fake_tensors`` leaves out.
+    model.tie_weights()
+    model.requires_grad_(False)
+    if options.method == "full":
+        for part in fully_trained_parts(model):
+            part.requires_grad_(True)
+    else:
         if options.method == "qlora":
-            for module in model.modules():
-                if isinstance(module, BaseTunerLayer):
-                    _quantize(module.get_base_layer())
+            for module in model.get_decoder().modules():
+                if isinstance(module, nn.Linear):
+                    _quantize(module)
+        model = new_adapter(model, options, seed=0)
         if options.fused_lora:
             fuse_lora(model)
     if recomputed:
@@ -180,6 +188,24 @@ class _QuantizedLinear(torch.autograd.Function):
         return gradient @ gradient.new_empty(ctx.shape), None
 
 
+class _GroupedProduct(torch.autograd.Function):
+    """The products of sorted tokens with their experts, which are frozen."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(weight)
+        return x.new_empty(len(x), weight.shape[-1])
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (weight,) = ctx.saved_tensors
+        return gradient.new_empty(len(gradient), weight.shape[-2]), None
+
+
+def _grouped_product(x: torch.Tensor, weight: torch.Tensor, offs: torch.Tensor) -> torch.Tensor:
+    return _GroupedProduct.apply(x.to(weight.dtype), weight)
+
+
 def scale_bytes(policy: Policy) -> int:
     """Return the bytes of the scales of all 4-bit weights. Each rank holds all of them."""
     shapes = [m.quant_state.shape for m in policy.modules() if isinstance(getattr(m, "quant_state", None), _QuantState)]
@@ -191,12 +217,16 @@ def fake_tensors() -> Iterator[None]:
     """Let all tensors that are made in this context be fake."""
     with (
         FakeTensorMode(allow_non_fake_inputs=True),
+        # Some initial values are drawn until none is far off, which reads them.
+        no_init_weights(),
         # The check of a CPU's targets reads them.
         mock.patch.object(sys.modules["saro_kernels.token_logps"], "_check_tensors"),
         # A fake module cannot be moved; it is where it belongs.
         mock.patch.object(BaseTunerLayer, "_move_adapter_to_device_of_base_layer"),
         mock.patch.object(nn.Module, "to", lambda self, *_, **__: self),
         mock.patch.object(FrozenLinear, "dense", _dense),
+        # torch knows the shapes of grouped products in bfloat16 only.
+        mock.patch.object(moe, "_grouped_mm", _grouped_product),
     ):
         yield
 

@@ -21,6 +21,7 @@ from saro.model.architectures import (
     WRAPPERS,
     auto_class,
     dropout_options,
+    fully_trained_parts,
     is_mixture,
     is_mxfp4,
     is_quantized,
@@ -57,7 +58,7 @@ def load_policy(
             f"{options.name}: an adapter cannot be trained with --model.method full; give lora or qlora, "
             "or merge it first with saro export --merge"
         )
-    _check_method(source, options, mesh)
+    check_method(source.config, options, is_shared=mesh is not None)
     dtype = resolve_dtype(options.dtype, device)
     try:
         attention = choose_backend(options.attention, device, dtype, source.config)
@@ -77,9 +78,7 @@ def load_policy(
                 raise
     model.requires_grad_(False)
     if options.method == "full":
-        # Those of a multimodal model's text model. Of another model, they are all.
-        parts = (model.get_decoder(), model.get_output_embeddings()) if _is_wrapper(source) else (model,)
-        for part in parts:
+        for part in fully_trained_parts(model):
             part.requires_grad_(True)
     else:
         if source.adapter is None:
@@ -104,9 +103,8 @@ def load_policy(
     return policy
 
 
-def _check_method(source: ModelSource, options: ModelConfig, mesh: DeviceMesh | None) -> None:
-    """Raise SaroError if the model cannot be trained by this method."""
-    config = source.config
+def check_method(config: PretrainedConfig, options: ModelConfig, *, is_shared: bool) -> None:
+    """Raise SaroError if a model of this config cannot be trained by this method, or not by ranks that share its weights."""
     if options.method == "full" and is_mixture(config):
         raise SaroError(
             f"{options.name}: is a mixture of experts, whose router needs an auxiliary loss that is not computed here; "
@@ -122,7 +120,7 @@ def _check_method(source: ModelSource, options: ModelConfig, mesh: DeviceMesh | 
                 f"{options.name}: holds 4-bit weights, which only adapters can be trained on; set --model.method qlora"
             )
         storage = config.quantization_config.get("bnb_4bit_quant_storage", "uint8")
-        if mesh is not None and storage == "uint8":
+        if is_shared and storage == "uint8":
             raise SaroError(
                 f"{options.name}: its 4-bit weights are stored as uint8, which ranks cannot share; set --train.shard "
                 "none, or give the original model"

@@ -14,6 +14,7 @@ from torch import nn
 
 from saro.config import TrainConfig
 from saro.distributed.runtime import Runtime
+from saro.distributed.shard import local, part_like, whole
 from saro.errors import SaroError, nearest
 from saro.files import atomic_write
 
@@ -105,9 +106,16 @@ class BestWeights:
     ) -> None:
         """Judge an evaluation after ``step`` steps, and write the weights if it is the best so far."""
         # Ranks must agree, so rank 0's value counts.
-        if self._judge(step, runtime.broadcast({self._metric: metrics[self._metric]})) and runtime.is_main:
+        if not self._judge(step, runtime.broadcast({self._metric: metrics[self._metric]})):
+            return
+        weights = {}
+        for name, parameter in trainable.items():
+            # All ranks that share weights take part, and only rank 0 keeps the result.
+            tensor = whole(parameter.detach())
+            if runtime.is_main:
+                weights[name] = tensor.cpu().contiguous()
+        if runtime.is_main:
             self._folder.mkdir(exist_ok=True)
-            weights = {name: parameter.detach().cpu().contiguous() for name, parameter in trainable.items()}
             with atomic_write(self._file(step), "wb") as file:
                 file.write(save(weights))
 
@@ -136,10 +144,12 @@ class BestWeights:
                 ) from error
 
         runtime.on_main(read)
-        weights = runtime.broadcast_tensors(loaded)
         with torch.no_grad():
             for name, parameter in trainable.items():
-                parameter.copy_(weights[name])
+                # One whole tensor at a time: those of all weights may not fit on ranks that share them.
+                tensor = loaded[name] if runtime.is_main else torch.empty(parameter.shape, dtype=parameter.dtype)
+                tensor = runtime.broadcast_tensor_(tensor)
+                local(parameter).copy_(local(part_like(parameter, tensor)))
 
     def _judge(self, step: int, metrics: Mapping[str, float]) -> bool:
         value = metrics[self._metric]

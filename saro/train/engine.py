@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from saro.config import CANNOT_KEEP_BEST, TrainConfig
+from saro.config import TrainConfig
 from saro.data.packs import Pack
 from saro.data.steps import Step, Steps
 from saro.distributed.runtime import Runtime
@@ -108,9 +108,6 @@ def fit(
             changed none of them. Or all checkpoints are damaged, the run has made more steps than ``total_steps``, or a
             rank has another model, schedule or start than rank 0, or other weights at a checkpoint.
     """
-    if options.keep_best is not None and runtime.mesh is not None:
-        # A launcher can ask for shared weights too, which the options do not tell.
-        raise SaroError(CANNOT_KEEP_BEST)
     output = Path(options.output)
     checkpoints = output / "checkpoints"
     trainable = policy.trainable()

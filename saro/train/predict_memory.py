@@ -19,7 +19,7 @@ from saro.distributed.pretended import pretended_ranks
 from saro.distributed.shard import is_sharded, local
 from saro.model import policy as policy_module
 from saro.model import recompute
-from saro.model.architectures import decoder_layers
+from saro.model.architectures import MIXTURES, WRAPPERS, decoder_layers, text_config
 from saro.model.attention import EITHER, choose_backend
 from saro.model.fake_policy import (
     Meter,
@@ -49,6 +49,7 @@ class StepCost:
     Attributes:
         weights: weights, frozen or trained, without adapters.
         adapters: adapters.
+        trained: those of both that are trained.
         gradients: gradients of a step that are there while a later pack of the step runs.
         optimizer: the optimizer's state.
         gathered: under sharding, the weights outside the layers, such as embedding and head, which are whole during the step.
@@ -59,10 +60,12 @@ class StepCost:
             is not.
         tokens: tokens of the pack.
         operations: operations of the pack, with those that recomputation does again.
+        forward_operations: operations of the pack's forward.
     """
 
     weights: int
     adapters: int
+    trained: int
     gradients: int
     optimizer: int
     gathered: int
@@ -71,6 +74,7 @@ class StepCost:
     phases: tuple[int, ...]
     tokens: int
     operations: int
+    forward_operations: int
 
     @property
     def working(self) -> int:
@@ -92,7 +96,7 @@ class Workload(NamedTuple):
     """How packs are filled.
 
     Attributes:
-        stage: "rw" or "srpo".
+        stage: "rw", "srpo", or "kto" for labelled responses, whose packs are like those of RW.
         record_tokens: tokens that a record reads; a pair reads its shared part once.
         scored_share: share of an example's tokens that are scored.
         all_rows: pairs have a gradient on all of their rows, as with an NLL term or lengths that divide.
@@ -109,11 +113,11 @@ class Workload(NamedTuple):
         Records are as long as fills it best. Real packs are nearly full, because their records are not all of one length.
         """
         size = tokens // max(1, round(tokens / self.record_tokens))
-        if self.stage == "rw":
-            pack = random_pack(tokens, vocabulary, size, self.scored_share)
-            return pack, pack.rows
-        pack = random_pairs(tokens, vocabulary, size)
-        return pack, pack.rows if self.all_rows else pack.margin_rows
+        if self.stage == "srpo":
+            pack = random_pairs(tokens, vocabulary, size)
+            return pack, pack.rows if self.all_rows else pack.margin_rows
+        pack = random_pack(tokens, vocabulary, size, self.scored_share)
+        return pack, pack.rows
 
 
 class Ranks(NamedTuple):
@@ -144,6 +148,11 @@ class Setting:
     optimizer: str = "adamw"
     holds_gradients: bool = True
 
+    @property
+    def layers(self) -> int:
+        """Number of the decoder's layers."""
+        return text_config(self.config).num_hidden_layers
+
 
 def predict_costs(
     setting: Setting, workload: Workload, tokens: Sequence[int], ranks: Ranks | None = None
@@ -157,7 +166,7 @@ def predict_costs(
         SaroError: the model cannot be trained as the options say.
         ValueError: its attention cannot run as they say.
     """
-    total = setting.config.num_hidden_layers
+    total = setting.layers
     asked = setting.options.gradient_checkpointing
     recomputed = min(total, total * asked if isinstance(asked, bool) else asked)
     kept = total - recomputed
@@ -195,10 +204,12 @@ def _run_layers(
 ) -> list[StepCost]:
     """Run a step of a model with these numbers of layers on fake tensors for each size of the pack; see ``predict_costs``."""
     config = deepcopy(setting.config)
-    config.num_hidden_layers = kept + recomputed
-    # Models that list the types of their layers have the same for all.
-    if getattr(config, "layer_types", None) is not None:
-        config.layer_types = config.layer_types[:1] * config.num_hidden_layers
+    text = text_config(config)
+    text.num_hidden_layers = kept + recomputed
+    if getattr(text, "layer_types", None) is not None:
+        # Each type needs its own mask, which all layers of the type share.
+        types = list(dict.fromkeys(text.layer_types))
+        text.layer_types = (types * text.num_hidden_layers)[: text.num_hidden_layers]
     device = torch.device("cuda" if setting.is_gpu else "cpu")
     backend = choose_backend(setting.options.attention, device, setting.dtype, config)
     head = setting.options.head
@@ -216,12 +227,12 @@ def _run_layers(
         )
         if mesh is not None:
             policy.shard(mesh)
-        has_liger = setting.is_gpu and setting.options.liger is not False
+        has_liger = (
+            setting.is_gpu and setting.options.liger is not False and config.model_type not in WRAPPERS | MIXTURES
+        )
         with liger_stand_ins(policy.causal_lm) if has_liger else nullcontext():
             return [
-                measure_step(
-                    policy, *workload.pack(size, config.vocab_size), setting.optimizer, setting.holds_gradients
-                )
+                measure_step(policy, *workload.pack(size, text.vocab_size), setting.optimizer, setting.holds_gradients)
                 for size in tokens
             ]
 
@@ -273,12 +284,13 @@ def measure_step(
     marked.remove()
     for parameter in trainable.values():
         parameter.grad = None
-    is_full = len(trainable) == len(parameters)
+    is_full = policy.model is policy.causal_lm
     trained = sum(_bytes(p) for p in trainable.values())
     gradients = sum(gradient.nbytes for gradient in held)
     if holds_gradients and is_sharded(policy) and not is_full:
         # ``exchanging_gradients``: each rank adds up whole gradients of few weights until the last pack of a step.
         gradients = sum(p.nbytes for p in trainable.values())
+    operations, forward_operations = _count_operations(policy, pack, is_full)
     gathered = 0
     if is_sharded(policy):
         in_layers = {id(p) for layer in layers for p in layer.parameters()}
@@ -286,6 +298,7 @@ def measure_step(
     return StepCost(
         weights=sum(_bytes(p) for p in parameters.values()) - (0 if is_full else trained) + scale_bytes(policy),
         adapters=0 if is_full else trained,
+        trained=trained,
         gradients=gradients,
         optimizer=sum(optimizer_state_bytes(local(p), optimizer) for p in trainable.values()),
         gathered=gathered,
@@ -293,7 +306,8 @@ def measure_step(
         head=peaks[_PHASES.index("head")] - kept[0],
         phases=tuple(peaks),
         tokens=pack.tokens,
-        operations=_count_operations(policy, pack, is_full),
+        operations=operations,
+        forward_operations=forward_operations,
     )
 
 
@@ -307,11 +321,12 @@ def _bytes(parameter: torch.Tensor) -> int:
     return local(parameter).nbytes
 
 
-def _count_operations(policy: Policy, pack: Pack, is_full: bool) -> int:
-    """Count the operations of a pack's forward and backward, with the forward of the layers that are recomputed."""
+def _count_operations(policy: Policy, pack: Pack, is_full: bool) -> tuple[int, int]:
+    """Count the operations of a pack: with forward, backward and the layers that are recomputed; and those of the forward."""
     work = {part: one.operations for part, one in floor_of_step(policy, pack).items() if part != "optimizer"}
     lm = policy.causal_lm
     # The forward is a third of what a trained layer computes, and half of a frozen one.
-    forward = work["linear layers"] / (3 if is_full else 2) + work["attention"] / 3
-    again = recompute.count_recomputed(lm) / lm.config.num_hidden_layers * forward
-    return round(sum(work.values()) + again)
+    products = 3 if is_full else 2
+    forward = work["linear layers"] / products + work["attention"] / 3
+    again = recompute.count_recomputed(lm) / len(decoder_layers(lm)) * forward
+    return round(sum(work.values()) + again), round(forward + work["head"] / products)

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from saro.data.packs import Pack
+from saro.model.architectures import text_config
 from saro.model.policy import Policy
 
 # AdamW reads the parameter, the gradient and two moments, and writes all but the gradient: 7 float32 numbers.
@@ -42,11 +43,16 @@ def floor_of_step(policy: Policy, pack: Pack) -> dict[str, Work]:
     """Return {part: Work} of one step on a pack. Norms, activations and residuals count as fused into other kernels."""
     lm = policy.causal_lm
     width = (policy.autocast or lm.dtype).itemsize
+    config = text_config(lm.config)
     layers = [m for m in lm.get_decoder().modules() if isinstance(m, nn.Linear)]
+    experts = [p for p in lm.get_decoder().parameters() if p.ndim == 3]
     trainable = sum(p.numel() for p in policy.trainable().values())
     return {
-        "linear layers": _sum([_product(layer, pack.tokens, width) for layer in layers]),
-        "attention": _attention(lm.config, pack, width),
+        "linear layers": _sum(
+            [_product(layer, pack.tokens, width) for layer in layers]
+            + [_experts(weight, pack.tokens, config.num_experts_per_tok, width) for weight in experts]
+        ),
+        "attention": _attention(config, pack, width),
         "head": _product(lm.get_output_embeddings(), pack.rows, width, logits=False),
         "optimizer": Work(_ADAMW_OPERATIONS * trainable, _ADAMW_BYTES * trainable),
     }
@@ -69,6 +75,14 @@ def _product(layer: nn.Linear, rows: int, width: int, logits: bool = True) -> Wo
     output_bytes = rows * n_out * width if logits else 0
     weight_bytes = weight.numel() * weight.element_size()  # for a 4-bit weight, the packed bytes
     return Work(products * 2 * rows * n_in * n_out, products * (input_bytes + weight_bytes + output_bytes))
+
+
+def _experts(weight: nn.Parameter, tokens: int, chosen: int, width: int) -> Work:
+    """Count forward and backward of the frozen layers of all experts, (experts, n, m); each token chooses some of them."""
+    experts, n, m = weight.shape
+    rows = tokens * chosen
+    weight_bytes = min(rows, experts) * n * m * weight.element_size()
+    return Work(2 * 2 * rows * n * m, 2 * (rows * (n + m) * width + weight_bytes))
 
 
 def _attention(config: PretrainedConfig, pack: Pack, width: int) -> Work:

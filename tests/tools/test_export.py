@@ -128,6 +128,21 @@ def test_a_merged_export_loads_as_a_plain_model_with_the_log_probs_of_the_traine
 
 
 @pytest.mark.parametrize("method", ["lora", "qlora", "full"])
+def test_so_does_that_of_ranks_that_shared_the_weights(recipes, rw_arguments, tmp_path, method):
+    run, folder = tmp_path / "run", tmp_path / "out"
+    done = recipes.run_ranks(2, *rw_arguments(train_shard="full", model_method=method, train_max_steps=2))
+    assert [p.code for p in done] == [0, 0], done[0].err + done[1].err
+    export(Options(run=str(run), output=str(folder), merge=True), lambda line: None)
+    trees = trees_of(run, 5)
+    plain = AutoModelForCausalLM.from_pretrained(folder)
+    logps = score_natively(plain, trees)
+    torch.testing.assert_close(logps, score_natively(as_trained(run, method), trees), rtol=0, atol=1e-4)
+    # Those of the ranks themselves, who scored all held-out records after training.
+    after = json.loads((run / "after.json").read_text())["metrics"]
+    assert -logps.mean().item() == pytest.approx(after["eval/loss"], abs=1e-4)
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora", "full"])
 def test_a_merged_export_has_no_trace_of_peft_or_quantization(exported, method):
     folder, _ = exported(method, merge=True)
     assert {p.name for p in folder.iterdir()} == MERGED_FILES

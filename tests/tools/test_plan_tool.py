@@ -93,6 +93,67 @@ def test_pairs_share_their_beginning(saro, srpo_arguments):
     assert found["records"] == 24
 
 
+def test_labelled_responses_are_read_once_more_than_they_are_trained_on(saro, config_only):
+    known = ["--model.name", config_only, "--stage", "srpo", "--tokens", "100", "--records", "64", "--rate", "1e-3"]
+    pairs, labelled = (plan(saro, *known, "--preference.loss", loss) for loss in ("sigmoid", "kto"))
+    rw = plan(saro, *known[:2], *known[4:])
+    (kto,), (alone,) = labelled["layouts"], rw["layouts"]
+    assert kto["cost"] == alone["cost"] != pairs["layouts"][0]["cost"]
+    assert labelled["step_tokens"] == rw["step_tokens"]
+    # Frozen weights: a forward is about half of forward and backward.
+    assert kto["step_seconds"] == pytest.approx(1.5 * alone["step_seconds"], rel=0.05)
+
+
+def test_files_of_pairs_are_labelled_responses_for_kto(saro, srpo_arguments):
+    arguments = srpo_arguments(train_output=None, train_save_every=None, preference_loss="kto")
+    found = plan(saro, "--stage", "srpo", *arguments, "--gpus", "2")
+    assert found["records"] == 48
+    assert [layout["name"] for layout in found["layouts"]] == ["alone", "DDP", "FSDP2 full"]
+    code, out, err = saro("--stage", "srpo", *arguments)
+    assert code == 0, err
+    assert "48 records, 4 steps" in out
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"), [("qwen3_moe", {"mlp_only_layers": []}), ("gpt_oss", {}), ("qwen3_vl", {})]
+)
+def test_mixtures_and_multimodal_models_are_planned(saro, tmp_path, kind, changes):
+    tiny_config(kind, **changes).save_pretrained(tmp_path / "model")
+    found = plan(saro, "--model.name", str(tmp_path / "model"), "--tokens", "100", "--gpus", "2")
+    alone, _, full = found["layouts"]
+    assert full["cost"]["weights"] == pytest.approx(alone["cost"]["weights"] / 2, rel=0.05)
+    _, out, _ = saro("--model.name", str(tmp_path / "model"), "--tokens", "100")
+    assert ("experts may reach less" in out) == (kind != "qwen3_vl")
+
+
+def test_only_weights_that_are_trained_are_in_checkpoints(saro, tmp_path):
+    """Of a multimodal model these are the text model's."""
+    tiny_config("qwen3_vl").save_pretrained(tmp_path / "model")
+    found = plan(saro, "--model.name", str(tmp_path / "model"), "--tokens", "100", "--model.method", "full")
+    cost = found["layouts"][0]["cost"]
+    assert cost["trained"] < cost["weights"]
+    assert found["checkpoint_bytes"] == 3 * 3 * cost["trained"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "message"),
+    [
+        (
+            "qwen3_moe",
+            [],
+            "some of its layers have no experts, and a plan needs layers that are alike; use saro doctor",
+        ),
+        ("gpt_oss", ["--model.method", "full"], "is a mixture of experts, whose router needs an auxiliary loss"),
+    ],
+)
+def test_mixtures_that_cannot_be_planned_or_trained_are_refused(saro, tmp_path, kind, arguments, message):
+    tiny_config(kind).save_pretrained(tmp_path / "model")
+    code, out, err = saro("--model.name", str(tmp_path / "model"), "--tokens", "64", *arguments)
+    assert (code, out) == (2, "")
+    assert message in err
+    assert err.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -164,15 +164,8 @@ def test_a_metric_that_cannot_be_compared_is_refused_before_training(name, messa
     [
         ({"keep_best": "eval/loss"}, "set --train.eval_every"),
         ({"patience": 2, "eval_every": 1}, "set --train.keep_best"),
-        ({"keep_best": "eval/loss", "eval_every": 1, "shard": "full"}, "is not for ranks that share weights"),
     ],
 )
 def test_options_that_need_another_are_refused(options, message):
     with pytest.raises(SaroError, match=message):
         TrainConfig(**options)
-
-
-def test_a_launcher_that_shares_weights_is_refused_too(training, runtime):
-    run = training(**OPTIONS)
-    with pytest.raises(SaroError, match=r"train\.keep_best is not for ranks that share weights"):
-        run.fit(replace(runtime, mesh=object()), 1, evaluate=Watched(run))

@@ -5,19 +5,26 @@ from __future__ import annotations
 import sys
 from contextlib import nullcontext
 from dataclasses import replace
+from datetime import date
 from itertools import pairwise
 
 import bitsandbytes.functional as bnb
 import pytest
 import torch
-from tiny import tiny_config
+from tiny import KINDS_OF_MIXTURE, KINDS_OF_WRAPPER, tiny_config
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from saro.config import ModelConfig
+from saro.config import DataConfig, ModelConfig, PreferenceConfig
+from saro.data.packs import PairLogps, pack_trees
+from saro.data.unpaired_set import encode_unpaired_files
+from saro.model.architectures import text_config
 from saro.model.fake_policy import NF4_SCALE_BYTES, Meter, fake_tensors, liger_stand_ins, make_policy
+from saro.model.load import load_policy
 from saro.model.policy import Policy
+from saro.model.source import find_model
 from saro.train import predict_memory
+from saro.train.kto import KTOObjective
 from saro.train.predict_memory import Ranks, Setting, StepCost, Workload, measure_step, predict_costs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -91,6 +98,56 @@ def test_so_does_one_of_full_fine_tuning_with_the_gradients_of_earlier_packs(dty
     assert_fake_is_real(lambda: policy_of(0, dtype=dtype, method="full"), "rw", holds_gradients=True)
 
 
+@pytest.mark.parametrize(
+    ("kind", "method"),
+    [
+        *[(kind, method) for kind in KINDS_OF_WRAPPER for method in ("lora", "full")],
+        *[(kind, "lora") for kind in KINDS_OF_MIXTURE],
+    ],
+)
+def test_so_does_one_of_a_loaded_multimodal_model_or_mixture_of_experts(tiny_model, kind, method):
+    options = ModelConfig(name=tiny_model(kind), method=method, head="tiled-torch", dtype="float32")
+    pack = WORKLOADS["rw"].pack(256, 264)
+    loaded = load_policy(find_model(options), options, torch.device("cpu"), seed=0).train()
+    real = measure_step(loaded, *pack)
+    with fake_tensors():
+        made = make_policy(
+            loaded.causal_lm.config,
+            options,
+            recomputed=0,
+            dtype=torch.float32,
+            attention="sdpa",
+            head="tiled-torch",
+        )
+        fake = measure_step(made, *WORKLOADS["rw"].pack(256, 264))
+    assert replace(fake, phases=real.phases, layers=real.layers, head=real.head) == real
+    assert fake.phases == pytest.approx(real.phases, rel=0.05)
+    assert fake.peak == pytest.approx(real.peak, rel=0.03)
+    assert (real.trained < real.weights) == (method == "lora" or kind in KINDS_OF_WRAPPER)
+
+
+def test_a_step_of_labelled_responses_takes_what_the_objective_of_kto_takes(world, records_file, pairs, runtime):
+    """With the forwards for its reference point, which keep nothing."""
+    source, policy, _ = world()
+    options = DataConfig(pack_tokens=256)
+    data = encode_unpaired_files([records_file(pairs)], source.chat_format(options, date(2024, 7, 26)), options)
+    reference = PairLogps.zeros(data.beside.scored_tokens)
+    objective = KTOObjective(data, reference, PreferenceConfig("kto"), 256)
+    records = range(len(data))
+    (pack, *_) = pack_trees(data.trees(records, 256), 256)
+    policy.head = "tiled-torch"
+    policy.train()
+    predicted = measure_step(policy, pack, objective.gradient_rows(pack), holds_gradients=False)
+    meter = Meter()
+    meter.ignore([*policy.parameters(), *policy.buffers()])
+    with meter:
+        objective.start_step(runtime, policy, records)
+        sums = objective(policy(pack, gradient_rows=objective.gradient_rows(pack)), pack)
+        sums.losses["records"].backward()
+    assert predicted.working == pytest.approx(meter.take_peak(), rel=0.05)
+    assert predicted.forward_operations <= predicted.operations / 2
+
+
 def test_the_more_layers_are_recomputed_the_less_is_kept():
     kept = [measure_step(policy_of(n), *WORKLOADS["rw"].pack(256, 264)).layers for n in range(5)]
     assert kept == sorted(kept, reverse=True)
@@ -133,6 +190,28 @@ def test_all_figures_lie_on_a_plane_over_the_numbers_of_layers(setting, ranks, m
     # The scales of 4-bit weights are rounded to whole bytes.
     assert replace(extended, phases=whole.phases, weights=whole.weights) == whole
     assert extended.weights == pytest.approx(whole.weights, abs=8)
+
+
+@pytest.mark.parametrize("kind", ["gemma3 with vision", "gpt_oss"])
+def test_models_with_layers_of_two_types_are_extended_too(kind, monkeypatch):
+    config = tiny_config(kind)
+    text = text_config(config)
+    text.num_hidden_layers, text.layer_types = 10, ["sliding_attention", "full_attention"] * 5
+    setting = Setting(config, ModelConfig(method="lora"), torch.bfloat16, is_gpu=True)
+    (extended,) = predict_costs(setting, WORKLOADS["rw"], [256])
+    monkeypatch.setattr(predict_memory, "_FEW", 10)
+    (whole,) = predict_costs(setting, WORKLOADS["rw"], [256])
+    assert replace(extended, phases=whole.phases) == whole
+    assert extended.working == pytest.approx(whole.working, rel=0.01)
+
+
+def test_linear_layers_without_an_adapter_are_in_4_bits_too():
+    every, one = (
+        predict_costs(setting_of(**changes), WORKLOADS["rw"], [256])[0]
+        for changes in ({}, {"lora_targets": ["q_proj"]})
+    )
+    assert one.weights == every.weights
+    assert one.adapters < every.adapters
 
 
 def shared_cost(method: str, ranks: Ranks | None) -> StepCost:

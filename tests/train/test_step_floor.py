@@ -61,3 +61,12 @@ def test_a_4_bit_weight_has_fewer_bytes_and_as_many_operations(tiny_model):
 def test_the_floor_is_the_longer_of_the_two_times():
     assert Work(100.0, 10.0).seconds(10.0, 10.0) == 10.0
     assert Work(10.0, 100.0).seconds(10.0, 10.0) == 10.0
+
+
+def test_each_token_is_multiplied_by_the_experts_that_it_chooses(tiny_model):
+    policy, pack = load(tiny_model("gpt_oss"), "lora"), a_pack()
+    operations = floor_of_step(policy, pack)["linear layers"].operations
+    dense = sum(_product(m, pack.tokens, 4).operations for m in policy.modules() if isinstance(m, nn.Linear))
+    dense -= _product(policy.causal_lm.lm_head, pack.tokens, 4).operations
+    # Two layers, in each two of four experts with 64 x 32 numbers for gate, up and down; forward and gradient of the input.
+    assert operations - dense == 2 * 2 * (3 * 64 * 32) * pack.tokens * 2 * 2

@@ -29,16 +29,18 @@ class Records:
         steps: the tokens of each tree of some steps, a sample of the run's.
         total_steps: steps of the run; None if the number of records is not known.
         number: number of records; None if it is not known.
+        read_only: the tokens of each tree that those steps only read, without a backward: with kto, for its reference point.
     """
 
     workload: Workload
     steps: Sequence[Sequence[int]]
     total_steps: int | None
     number: int | None
+    read_only: Sequence[Sequence[int]] = ()
 
     @property
     def step_tokens(self) -> float:
-        """Tokens that the model reads in a step, on average."""
+        """Tokens that the model is trained on in a step, on average."""
         return fmean(map(sum, self.steps))
 
 
@@ -102,7 +104,7 @@ def plan_layouts(
     """
     limit = int(card.memory * (USABLE if card.is_gpu else 1))
     sizes = (pack_tokens, 2 * pack_tokens)
-    layers = setting.config.num_hidden_layers
+    layers = setting.layers
     recomputes = setting.options.gradient_checkpointing
     is_auto = recomputes == "auto"
     if is_auto:
@@ -113,13 +115,14 @@ def plan_layouts(
     setting = _with_recomputed(setting, recomputed)
     shared = shared if is_auto else setting
     seconds = _pack_seconds(setting, card, rate)
+    read_seconds = _pack_seconds(setting, card, rate, is_read_only=True)
 
     def plan(name: str, ranks: Ranks, setting: Setting, costs: Sequence[StepCost]) -> Layout:
         cost, larger = costs
         slope = (larger.peak - cost.peak) / (larger.tokens - cost.tokens)
         most = int(pack_tokens + (limit - cost.peak) / slope)
         link = card.link if ranks.processes <= ranks.per_machine else network
-        step_seconds, idle = _step_seconds(records, ranks, pack_tokens, cost, seconds, card, link)
+        step_seconds, idle = _step_seconds(records, ranks, pack_tokens, cost, seconds, read_seconds, card, link)
         return Layout(
             name=name,
             ranks=ranks.processes,
@@ -154,7 +157,7 @@ def _with_recomputed(setting: Setting, number: int) -> Setting:
 
 def _choose_recomputed(setting: Setting, workload: Workload, pack_tokens: int, limit: int) -> int:
     """Return how many layers must be recomputed for a pack of the budget to fit: all if even that is not enough."""
-    layers = setting.config.num_hidden_layers
+    layers = setting.layers
     none, every = (
         predict_costs(_with_recomputed(setting, number), workload, [pack_tokens])[0].peak for number in (0, layers)
     )
@@ -162,15 +165,21 @@ def _choose_recomputed(setting: Setting, workload: Workload, pack_tokens: int, l
     return layers - max(0, min(layers, kept))
 
 
-def _pack_seconds(setting: Setting, card: Card, rate: float | None) -> Callable[[float], float]:
-    """Return a function that gives the seconds of a pack with so many operations."""
+def _pack_seconds(
+    setting: Setting, card: Card, rate: float | None, *, is_read_only: bool = False
+) -> Callable[[float], float]:
+    """Return a function that gives the seconds of a pack with so many operations.
+
+    ``is_read_only``: the pack has a forward only.
+    """
     share = GPU_SHARE if card.is_gpu else CPU_SHARE
     slower = FLOAT32_SLOWER if card.is_gpu and setting.dtype.itemsize == 4 else 1
     reached = rate or share * card.operations / slower
-    layers = setting.config.num_hidden_layers
+    layers = setting.layers
     recomputed = setting.options.gradient_checkpointing
-    # Recomputation launches the forward again, which is half of what a layer launches.
-    launches = LAUNCH_SECONDS * (layers + recomputed / 2) if card.is_gpu else 0.0
+    # The forward is half of what a layer launches. Recomputation launches it again.
+    launched = layers / 2 if is_read_only else layers + recomputed / 2
+    launches = LAUNCH_SECONDS * launched if card.is_gpu else 0.0
     return lambda operations: max(operations / reached, launches)
 
 
@@ -180,39 +189,49 @@ def _step_seconds(
     pack_tokens: int,
     cost: StepCost,
     seconds: Callable[[float], float],
+    read_seconds: Callable[[float], float],
     card: Card,
     link: float,
 ) -> tuple[float, float]:
     """Return the average time of a step, and the share of their tokens that ranks wait.
 
-    A rank exchanges while it computes: the longer of the two counts. Under sharding it gathers all weights twice for each pack,
+    What is only read comes first, and its packs are as those with gradients. A rank exchanges while it computes: the longer of the two counts. Under sharding it gathers all weights twice for each pack,
     and ranks wait for each other in each pack; under DDP they wait at the end of the step.
     """
     processes, is_sharded = ranks.processes, ranks.shard != "none"
     others = 1 - 1 / processes
     shares = min(processes, ranks.per_machine) if ranks.shard == "hybrid" else processes
-    trained = cost.adapters or cost.weights  # of this rank
-    per_token = cost.operations / cost.tokens
     # The gradients of all trained weights: shares of them under sharding.
-    gradients = trained * (shares if is_sharded else 1)
+    gradients = cost.trained * (shares if is_sharded else 1)
     exchange = 2 * others * gradients / link
     whole = shares * (cost.weights + cost.adapters)
     gather = 2 * others * whole / (card.link if ranks.shard == "hybrid" else link) if is_sharded else 0.0
-    update = _ADAMW_MOVES * trained / card.bandwidth
-    times, read, waited = [], 0, 0
-    for trees in records.steps:
+    update = _ADAMW_MOVES * cost.trained / card.bandwidth
+
+    def run(
+        trees: Sequence[int], seconds: Callable[[float], float], operations: int, gather: float
+    ) -> tuple[float, int]:
+        """Return the seconds of a step's packs, and the tokens of a rank that never waits."""
         plan = plan_step(trees, pack_tokens, processes, is_sharded)
         loads = [[sum(trees[i] for i in items) for items in packs] for packs in plan]
+        per_token = operations / cost.tokens
         if is_sharded:
             slots = [max(slot) for slot in zip_longest(*loads, fillvalue=0)]
-            slowest = sum(max(seconds(per_token * tokens), gather) for tokens in slots)
-            longest = sum(slots)
-        else:
-            slowest = max(sum(seconds(per_token * tokens) for tokens in packs) for packs in loads)
-            longest = max(map(sum, loads))
-        times.append(max(slowest, exchange) + update)
-        read += sum(trees)
-        waited += processes * longest - sum(trees)
+            return sum(max(seconds(per_token * tokens), gather) for tokens in slots), sum(slots)
+        slowest = max(sum(seconds(per_token * tokens) for tokens in packs) for packs in loads)
+        return slowest, max(map(sum, loads))
+
+    times, read, waited = [], 0, 0
+    for trees, read_only in zip_longest(records.steps, records.read_only, fillvalue=()):
+        trained, longest = run(trees, seconds, cost.operations, gather)
+        before = 0.0
+        if read_only:
+            before, most = run(read_only, read_seconds, cost.forward_operations, gather / 2)
+            longest += most
+        times.append(before + max(trained, exchange) + update)
+        tokens = sum(trees) + sum(read_only)
+        read += tokens
+        waited += processes * longest - tokens
     return fmean(times), waited / (read + waited)
 
 
@@ -221,4 +240,4 @@ def checkpoint_bytes(cost: StepCost, train: TrainConfig) -> int:
 
     ``cost``: of a rank that holds all weights.
     """
-    return (train.keep_checkpoints + 1) * ((cost.adapters or cost.weights) + cost.optimizer)
+    return (train.keep_checkpoints + 1) * (cost.trained + cost.optimizer)

@@ -30,10 +30,12 @@ from saro.data.dataset import PairSet
 from saro.data.encode_files import encode_files, encode_pair_files
 from saro.data.read_rows import is_hub
 from saro.data.steps import Schedule
+from saro.data.unpaired_set import UnpairedSet, encode_unpaired_files
 from saro.demo import data_files, find_demo
 from saro.errors import SaroError
 from saro.model.adapter import find_adapter
-from saro.model.architectures import WRAPPERS, check_supported, is_mixture
+from saro.model.architectures import check_supported, is_mixture, text_config
+from saro.model.load import check_method
 from saro.model.source import ModelSource, first_line
 from saro.model.training_dtype import decide_dtype
 from saro.tools.plan_run.cards import CPU_SHARE, GPU_SHARE, NETWORK, Card, find_card
@@ -104,10 +106,6 @@ def run(options: Options, console: Console) -> int:
     Raises:
         SaroError: for whatever the recipe would refuse, an unknown card, or records whose length is not known.
     """
-    if options.stage == "srpo" and options.preference.is_unpaired:
-        raise SaroError(
-            "a run with preference.loss kto cannot be planned; plan one with sigmoid, which takes a little less"
-        )
     path, config, model = _read_config(options.model)
     is_cpu = options.card == "cpu"
     dtype = (
@@ -133,7 +131,7 @@ def run(options: Options, console: Console) -> int:
     if options.json:
         console.out(json.dumps(_as_json(options, card, records, layouts), indent=1), highlight=False)
     else:
-        _show(options, card, dtype, records, layouts, console)
+        _show(options, setting, card, records, layouts, console)
     return 0
 
 
@@ -157,15 +155,28 @@ def _read_config(options: ModelConfig) -> tuple[str, PretrainedConfig, ModelConf
             trust_remote_code=options.trust_remote_code,
         )
         check_supported(config)
-        if config.model_type in WRAPPERS or is_mixture(config):
-            raise ValueError(f"a model of type {config.model_type} cannot be planned yet; saro doctor measures it")
+        if is_mixture(config) and _is_partly_dense(text_config(config)):
+            raise ValueError(
+                "some of its layers have no experts, and a plan needs layers that are alike; use saro doctor"
+            )
     except (OSError, ValueError, StrictDataclassError) as error:
         raise SaroError(f"{options.name}: {first_line(error)}") from error
+    check_method(config, options, is_shared=False)
     return path, config, options
+
+
+def _is_partly_dense(config: PretrainedConfig) -> bool:
+    """Return True if some layers of a mixture of experts have a dense MLP instead."""
+    return bool(getattr(config, "mlp_only_layers", None)) or getattr(config, "decoder_sparse_step", 1) != 1
 
 
 def _has_all_rows(preference: PreferenceConfig) -> bool:
     return bool(preference.nll_weight) or preference.is_length_normalized
+
+
+def _kind(options: Options) -> str:
+    """Return the kind of workload: the stage, or "kto" for labelled responses."""
+    return "kto" if options.stage == "srpo" and options.preference.is_unpaired else options.stage
 
 
 def _known_records(options: Options) -> Records:
@@ -175,8 +186,10 @@ def _known_records(options: Options) -> Records:
     if options.records is not None:
         steps = -(-options.records // train.records_per_step)
         total = min(filter(None, (total, int(np.ceil(train.epochs * steps)))))
-    workload = Workload(options.stage, options.tokens, all_rows=_has_all_rows(options.preference))
-    return Records(workload, [[options.tokens] * train.records_per_step], total, options.records)
+    kind = _kind(options)
+    workload = Workload(kind, options.tokens, all_rows=_has_all_rows(options.preference))
+    steps = [[options.tokens] * train.records_per_step]
+    return Records(workload, steps, total, options.records, read_only=steps if kind == "kto" else ())
 
 
 def _read_records(path: str, config: PretrainedConfig, options: Options) -> Records:
@@ -201,18 +214,21 @@ def _read_records(path: str, config: PretrainedConfig, options: Options) -> Reco
     source = ModelSource(path, config, tokenizer, stop_ids)
     day = options.data.template_date
     chat = source.chat_format(options.data, date.fromisoformat(day) if day else date.today())
-    encode = encode_files if options.stage == "rw" else encode_pair_files
+    kind = _kind(options)
+    encode = {"rw": encode_files, "srpo": encode_pair_files, "kto": encode_unpaired_files}[kind]
     data = encode(files, chat, options.data, progress=not options.json)
     schedule = Schedule.of(data, options.data, options.train)
     total = schedule.num_steps(options.train)
     numbers = np.unique(np.linspace(0, total - 1, _SAMPLED_STEPS).astype(int)).tolist()
     pack_tokens = options.data.pack_tokens
-    steps = [[tree.tokens for tree in data.trees(schedule.records(n).tolist(), pack_tokens)] for n in numbers]
+    records = [schedule.records(n).tolist() for n in numbers]
+    steps = [[tree.tokens for tree in data.trees(step, pack_tokens)] for step in records]
+    read_only = []
+    if isinstance(data, UnpairedSet):
+        read_only = [[tree.tokens for tree in data.mismatched_trees(step, pack_tokens)] for step in records]
     share = 0.0 if isinstance(data, PairSet) else float(data.scored_tokens.sum() / data.lengths.sum())
-    workload = Workload(
-        options.stage, max(2, round(float(data.lengths.mean()))), share, _has_all_rows(options.preference)
-    )
-    return Records(workload, steps, total, len(data))
+    workload = Workload(kind, max(2, round(float(data.lengths.mean()))), share, _has_all_rows(options.preference))
+    return Records(workload, steps, total, len(data), read_only)
 
 
 def _as_json(options: Options, card: Card, records: Records, layouts: Sequence[Layout]) -> dict[str, Any]:
@@ -240,13 +256,13 @@ def _as_json(options: Options, card: Card, records: Records, layouts: Sequence[L
 
 
 def _show(
-    options: Options, card: Card, dtype: str, records: Records, layouts: Sequence[Layout], console: Console
+    options: Options, setting: Setting, card: Card, records: Records, layouts: Sequence[Layout], console: Console
 ) -> None:
     """Print the table of layouts, and lines that say what it rests on."""
     cards = "1 process" if options.card == "cpu" else f"1 {options.card}"
     if options.gpus > 1:
         cards = f"{options.gpus} " + ("processes" if options.card == "cpu" else options.card)
-    model = options.model
+    model, dtype = options.model, str(setting.dtype).removeprefix("torch.")
     table = Table(title=f"{model.name}, {model.method}, {dtype}, packs of {options.data.pack_tokens:,} tokens, {cards}")
     table.add_column("on each of them", no_wrap=True)
     for layout in layouts:
@@ -254,7 +270,7 @@ def _show(
     for name, cells in _rows(layouts, records):
         table.add_row(name, *cells)
     console.print(table)
-    for line in _notes(options, card, records, layouts):
+    for line in _notes(options, setting, card, records, layouts):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
@@ -293,9 +309,9 @@ def _describe_time(seconds: float | None) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def _notes(options: Options, card: Card, records: Records, layouts: Sequence[Layout]) -> list[str]:
+def _notes(options: Options, setting: Setting, card: Card, records: Records, layouts: Sequence[Layout]) -> list[str]:
     """Return lines that say what the plan rests on."""
-    noun = "records" if options.stage == "rw" else "pairs"
+    noun = "pairs" if records.workload.stage == "srpo" else "records"
     number = "" if records.number is None else f"{records.number:,} {noun}, "
     steps = "" if records.total_steps is None else f"{records.total_steps:,} steps, "
     tokens = "" if records.total_steps is None else f"; {records.total_steps * records.step_tokens:,.0f} in all"
@@ -316,6 +332,8 @@ def _notes(options: Options, card: Card, records: Records, layouts: Sequence[Lay
             f"rate: {CPU_SHARE:.0%} of {card.operations / 1e9:,.0f} GFLOP/s, that of a GEMM measured now; "
             "memory: what is free now. A run keeps freed memory, and was measured to take up to a quarter more than its tensors"
         )
+    if options.rate is None and is_mixture(setting.config):
+        lines.append("the share was measured on a dense model; products with experts may reach less")
     if len(layouts) > 1:
         lines.append("times of exchanges between cards are computed from bandwidths, and have not been measured")
     if options.train.optimizer != "adamw" and options.gpus > 1:
