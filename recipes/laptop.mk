@@ -47,7 +47,8 @@ CHAINS := $(PUBLIC)/star1.jsonl $(PUBLIC)/gsm8k.jsonl
 RW_DATA := --rw.fill $(call list,$(CHAINS))
 # Twins: prompts in the same words of which one is harmful. Others moved only the threshold (saro/synth/README.md).
 PAIR_PROMPTS := twins demo $(PUBLIC)/gsm8k-pairs.jsonl
-# Values of steps take many rollouts, so pp reads fewer prompts of each file than op.
+# Of the twins as many as four hours allow; pp and mirror read some of those that op read.
+OP := --limit 700
 PP := --limit 60
 MIRROR := --limit 200
 else
@@ -57,6 +58,7 @@ RW_PROMPTS := demo
 CHAINS :=
 RW_DATA := --rw.draws 1
 PAIR_PROMPTS := demo
+OP :=
 PP :=
 MIRROR :=
 # What people wrote joins what the model writes: 98 prompts give too few records.
@@ -171,7 +173,7 @@ $(RW_MODEL): $(RUN)/examples.jsonl
 # 2. Pairs of the RW model's own texts, and SRPO
 
 $(RUN)/data/op.jsonl: $(RW_MODEL) $(call made,$(PAIR_PROMPTS) $(EXCLUDED))
-	$(SYNTHESIZE) --generator $(RUN)/rw --prompts $(call list,$(PAIR_PROMPTS)) $(SYNTH)
+	$(SYNTHESIZE) --generator $(RUN)/rw --prompts $(call list,$(PAIR_PROMPTS)) $(OP) $(SYNTH)
 $(RUN)/data/pp.jsonl: $(RUN)/data/op.jsonl
 	$(SYNTHESIZE) --generator $(RUN)/rw --prompts $(call list,$(PAIR_PROMPTS)) $(PP) $(SYNTH)
 $(RUN)/data/mirror.jsonl: $(RUN)/data/pp.jsonl
