@@ -89,7 +89,7 @@ def main() -> int:
     # Refuse to resume on other data or another model here, before the model is loaded.
     run.check_unchanged(runtime, manifest)
     check_same_inputs(runtime, manifest, sets)
-    heldout_records = list(read(heldout_files))
+    heldout_records = list(read(heldout_files, may_be_equal=data_options.equal_sides == "drop"))
     if heldout is not None and not data_options.allow_overlap:
         check_overlap(heldout, train)
     if heldout is None:

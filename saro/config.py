@@ -169,6 +169,7 @@ class DataConfig:
         allow_overlap: Allow held-out records whose prompts are also in the training records.
         pack_tokens: Maximum number of tokens in one forward pass; no sequence may be longer.
         too_long: error stops at a record of more than pack_tokens tokens, drop leaves it out; nothing is ever cut.
+        equal_sides: For SRPO: error stops at a pair whose two sides are the same, drop leaves it out; the number is printed.
         weights: How often an epoch draws each record, by kind; default 1. For example {general: 1, safety: 2} for RW or
             {op-cot: 1, pp-cot: 2} for SRPO.
         row_weights: For RW: how much a token counts in the loss, by the part that it belongs to (think, answer, stop), or
@@ -192,6 +193,7 @@ class DataConfig:
     allow_overlap: bool = False
     pack_tokens: int = 2048
     too_long: Literal["error", "drop"] = "error"
+    equal_sides: Literal["error", "drop"] = "error"
     weights: dict[str, float] = field(default_factory=dict)
     row_weights: dict[str, float] = field(default_factory=dict)
     group_by_prompt: bool = True

@@ -29,6 +29,17 @@ from saro.errors import SaroError
 _PROBE = "saro-probe-answer"
 
 
+class EqualSides(SaroError):
+    """The two sides of a pair are the same tokens."""
+
+
+def equal_sides(where: str) -> EqualSides:
+    """Return the error of a pair whose two sides are the same tokens."""
+    return EqualSides(
+        f"{where}: chosen and rejected are the same tokens; drop this pair, or set --data.equal_sides drop"
+    )
+
+
 @dataclass(frozen=True)
 class Prefill:
     """The beginning of a response that a model is to continue, as text without tags.
@@ -216,13 +227,13 @@ class ChatFormat:
         An open side has the tokens that every response has that goes on from it: its end is left out, back to a token that
         no continuation can change. It has no stop token.
 
-        Raises SaroError as ``encode`` does, and if one side is the beginning of the other: every response that begins
+        Raises EqualSides if both have the same tokens. Raises SaroError as ``encode`` does, and if one side is the beginning of the other: every response that begins
         with the longer one then begins with the shorter one too, so that neither can be preferred.
         """
         chosen = self._encode(pair.prompt, pair.chosen, pair.where, record)
         rejected = self._encode(pair.prompt, pair.rejected, pair.where, record)
         if np.array_equal(chosen.tokens, rejected.tokens):
-            raise SaroError(f"{pair.where}: chosen and rejected are the same tokens; drop this pair")
+            raise equal_sides(pair.where)
         shared = common_prefix([chosen.tokens, rejected.tokens])
         if shared == min(len(chosen.tokens), len(rejected.tokens)):
             shorter, longer = ("chosen", "rejected") if shared == len(chosen.tokens) else ("rejected", "chosen")

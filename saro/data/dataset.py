@@ -42,6 +42,7 @@ class ExampleSet:
         ids: the records' ids.
         where: "file.jsonl:17" of each record, as in ``Example``; empty for a set that was not read from files.
         dropped: ids of the records that were left out because they are too long.
+        equal: ids of the pairs that were left out because their two sides are the same.
         is_open: (n,) bool, True for sequences without a stop token, which are only the beginning of a response; None if
             no sequence is open. Only a side of pairs may hold some.
         conversations: (n,) int32, a number for each example's conversation: the turns of one have the same number. None if
@@ -61,6 +62,7 @@ class ExampleSet:
     ids: Sequence[str]
     where: Sequence[str] = ()
     dropped: tuple[str, ...] = ()
+    equal: tuple[str, ...] = ()
     is_open: np.ndarray | None = None
     conversations: np.ndarray | None = None
     ignored: tuple[str, ...] = ()
@@ -243,6 +245,7 @@ def make_set(columns: Mapping[str, Any], about: Mapping[str, Any]) -> ExampleSet
             ids=columns["ids"],
             where=columns["where"],
             dropped=tuple(about["dropped"]),
+            equal=tuple(about["equal"]),
             is_open=is_open if is_open.any() else None,
             conversations=columns.get("conversations"),
             ignored=tuple(about["ignored"]),

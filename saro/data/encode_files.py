@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from saro.config import DataConfig
-from saro.data.chat_format import ChatFormat
+from saro.data.chat_format import ChatFormat, EqualSides
 from saro.data.columns import Columns, MemoryColumns
 from saro.data.dataset import ExampleSet, PairSet, flatten, make_set
 from saro.data.packs import SIDES
@@ -36,9 +36,14 @@ def too_long(where: str, tokens: int | str, allowed: int) -> SaroError:
     )
 
 
-def all_too_long(records: int, allowed: int) -> SaroError:
-    """Return the error of a set of which every record is longer than a pack."""
-    return SaroError(f"all {records} records are longer than {allowed} tokens; raise --data.pack_tokens")
+def none_left(too_long: int, equal: int, allowed: int) -> SaroError:
+    """Return the error of a set of which every record is longer than a pack, or has two sides that are the same."""
+    if equal:
+        return SaroError(
+            f"no record is left: {equal} pairs have the same two sides, and {too_long} records are longer than {allowed} "
+            "tokens; give other pairs, or raise --data.pack_tokens"
+        )
+    return SaroError(f"all {too_long} records are longer than {allowed} tokens; raise --data.pack_tokens")
 
 
 def encode_files(
@@ -74,7 +79,8 @@ def encode_pair_files(
 ) -> PairSet:
     """Read and encode files of pairs, as ``encode_files`` does examples.
 
-    A pair is as long as its tree. If that is longer than a pack, both sides are dropped, never only one.
+    A pair is as long as its tree. If that is longer than a pack, both sides are dropped, never only one. Sides of the same
+    tokens are an error, or are dropped if ``options.equal_sides`` says so.
     """
     return _encode_in_memory("pairs", paths, chat, options, progress, check)
 
@@ -104,13 +110,17 @@ def encode_into(
         kind: "examples" or "pairs".
         workers: number of processes that encode. The result, and the first error, do not depend on it.
     """
-    records = read_pair_files(paths) if kind == "pairs" else read_example_files(paths, options.train_on)
+    if kind == "pairs":
+        records = read_pair_files(paths, may_be_equal=options.equal_sides == "drop")
+    else:
+        records = read_example_files(paths, options.train_on)
     parts = _divide(progress_bar(records, "encoding", "records", shown=progress))
     encode = partial(_encode_part, chat=chat, options=options, check=check)
     number_of_prompt: dict[bytes, int] = {}
     forms: dict[str | None, int] = {}
     number_of_conversation: dict[str, int] | None = {} if options.train_on == "all" else None
     dropped: list[str] = []
+    equal: list[str] = []
     ignored: set[str] = set()
     count = 0
     for part in map_in_order(encode, parts, workers):
@@ -124,11 +134,12 @@ def encode_into(
                 ]
                 columns.append("conversations", np.array(numbers, np.int32))
         dropped += part.dropped
+        equal += part.equal
         if part.error is not None:
             raise SaroError(part.error)
     if not count:
-        raise all_too_long(len(dropped), options.pack_tokens)
-    return {"kind": kind, "dropped": dropped, "forms": list(forms), "ignored": sorted(ignored)}
+        raise none_left(len(dropped), len(equal), options.pack_tokens)
+    return {"kind": kind, "dropped": dropped, "equal": equal, "forms": list(forms), "ignored": sorted(ignored)}
 
 
 @dataclass(frozen=True)
@@ -140,6 +151,7 @@ class _Part:
         conversations: for each record of ``data``, the place of its conversation, or its id if it is of none.
         data: the records that are not too long; None if there are none. ``prompts`` of pairs has no meaning.
         dropped: ids of those that are.
+        equal: ids of pairs whose sides are the same, which are left out too.
         error: the first record that is wrong comes after all of these.
     """
 
@@ -147,6 +159,7 @@ class _Part:
     conversations: tuple[str, ...]
     data: ExampleSet | PairSet | None
     dropped: tuple[str, ...]
+    equal: tuple[str, ...]
     error: str | None
 
 
@@ -176,10 +189,17 @@ def _encode_part(
     kept: list[Example | Pair] = []
     encoded: list[tuple[ScoredSequence, ...]] = []
     dropped: list[str] = []
+    equal: list[str] = []
     try:
         for record in records:
             ignored.update(record.ignored)
-            sequences = chat.encode_pair(record) if isinstance(record, Pair) else (chat.encode(record),)
+            try:
+                sequences = chat.encode_pair(record) if isinstance(record, Pair) else (chat.encode(record),)
+            except EqualSides:
+                if options.equal_sides == "error":
+                    raise
+                equal.append(record.id)
+                continue
             # With the last token of each sequence, which the model does not read.
             tokens = sum(len(node.tokens) for node in build_tree(sequences).nodes)
             if tokens <= options.pack_tokens:
@@ -196,7 +216,7 @@ def _encode_part(
         data = _as_set(kept, encoded) if kept else None
         error = str(raised)
     conversations = tuple(getattr(record, "conversation", None) or record.id for record in kept)
-    return _Part(tuple(ignored), conversations, data, tuple(dropped), error)
+    return _Part(tuple(ignored), conversations, data, tuple(dropped), tuple(equal), error)
 
 
 def _as_set(records: Sequence[Example | Pair], encoded: Sequence[tuple[ScoredSequence, ...]]) -> ExampleSet | PairSet:

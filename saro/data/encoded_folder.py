@@ -161,6 +161,7 @@ def _make_key(
         "stop_ids": sorted(chat.stop_ids),
         "pack_tokens": options.pack_tokens,
         "too_long": options.too_long,
+        "equal_sides": options.equal_sides,
         "train_on": options.train_on,
         "checked": dict(checked),
         # Not a number that somebody must remember to raise: old token ids would be trained on silently.

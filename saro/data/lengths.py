@@ -82,6 +82,7 @@ class LengthReport:
             "scored", which includes the reasoning. Pairs have "chosen" and "rejected" (each with the prompt), "prompt",
             "shared reasoning" (the beginning of both responses) and "pair, shared part once".
         dropped: ids of the records that were too long.
+        equal: ids of the pairs that were left out because their two sides are the same.
         ignored: names of the records' fields that were ignored.
         duplicates: number of records that repeat an earlier one, token by token; both sides of a pair must.
         trained_prompts: number of records with the prompt of a training record; 0 for the training records themselves.
@@ -92,6 +93,7 @@ class LengthReport:
     records: dict[str, int]
     lengths: dict[str, Lengths]
     dropped: tuple[str, ...]
+    equal: tuple[str, ...]
     duplicates: int
     trained_prompts: int
     open_sides: int
@@ -101,8 +103,9 @@ class LengthReport:
     @classmethod
     def of(cls, data: ExampleSet | PairSet, train: ExampleSet | PairSet | None = None) -> LengthReport:
         """Measure an encoded set. ``train`` has the training records of the same run, and may be ``data`` itself."""
+        first = data if isinstance(data, ExampleSet) else data.chosen
         if isinstance(data, ExampleSet):
-            dropped, sharing = data.dropped, None
+            sharing = None
             open_sides = 0
             lengths = {
                 "whole record": data.lengths,
@@ -111,7 +114,7 @@ class LengthReport:
                 "scored": data.scored_tokens,
             }
         else:
-            dropped, sharing = data.chosen.dropped, Sharing.of(data)
+            sharing = Sharing.of(data)
             open_sides = sum(
                 int(side.is_open.sum()) for side in (data.chosen, data.rejected) if side.is_open is not None
             )
@@ -125,12 +128,13 @@ class LengthReport:
         return cls(
             records=_count_kinds(data.kinds, data.kind_names),
             lengths={label: Lengths.of(tokens) for label, tokens in lengths.items()},
-            dropped=dropped,
+            dropped=first.dropped,
+            equal=first.equal,
             duplicates=count_duplicates(data) if data.repeats is None else data.repeats.duplicates,
             trained_prompts=0 if train is None or train is data else len(find_overlap(data, train)),
             open_sides=open_sides,
             sharing=sharing,
-            ignored=data.ignored if isinstance(data, ExampleSet) else data.chosen.ignored,
+            ignored=first.ignored,
         )
 
     def as_dict(self) -> dict[str, Any]:

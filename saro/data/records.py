@@ -5,6 +5,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -109,7 +110,7 @@ def read_examples(path: str | os.PathLike) -> Iterator[Example]:
     return _read_records(path, parse_example)
 
 
-def read_pairs(path: str | os.PathLike) -> Iterator[Pair]:
+def read_pairs(path: str | os.PathLike, *, may_be_equal: bool = False) -> Iterator[Pair]:
     """Yield the pairs of a file in order.
 
     Formats: ours (``chosen`` and ``rejected`` are objects with ``reasoning`` and ``answer``) and TRL's (both are
@@ -118,9 +119,12 @@ def read_pairs(path: str | os.PathLike) -> Iterator[Pair]:
     from the text that two responses have in common. A side in our format may be ``open``: the beginning of a response,
     which may end inside its reasoning, without an answer.
 
+    Args:
+        may_be_equal: yield pairs whose two sides are the same, too.
+
     Raises SaroError during iteration: for a file that cannot be read or is empty, and for the first faulty record.
     """
-    return _read_records(path, parse_pair)
+    return _read_records(path, partial(parse_pair, may_be_equal=may_be_equal))
 
 
 def _read_records(path: str | os.PathLike, parse: Callable[[dict[str, Any], str, str], Record]) -> Iterator[Record]:
@@ -150,9 +154,9 @@ def read_example_files(
     return with_own_ids(records)
 
 
-def read_pair_files(paths: Iterable[str | os.PathLike]) -> Iterator[Pair]:
-    """Yield the pairs of several files, as ``read_example_files`` does examples."""
-    return with_own_ids(record for path in each_once(paths) for record in read_pairs(path))
+def read_pair_files(paths: Iterable[str | os.PathLike], *, may_be_equal: bool = False) -> Iterator[Pair]:
+    """Yield the pairs of several files, as ``read_example_files`` does examples and ``read_pairs`` those of one."""
+    return with_own_ids(record for path in each_once(paths) for record in read_pairs(path, may_be_equal=may_be_equal))
 
 
 def each_once(paths: Iterable[str | os.PathLike]) -> Iterator[str | os.PathLike]:
@@ -216,8 +220,11 @@ def holds_pairs(path: str | os.PathLike) -> bool:
     return any(first.get(name) is not None for name in _SIDES)
 
 
-def parse_pair(record: dict[str, Any], where: str, default_id: str) -> Pair:
-    """Parse a record as a pair, in any of the formats. Raises SaroError at ``where`` if it is faulty."""
+def parse_pair(record: dict[str, Any], where: str, default_id: str, *, may_be_equal: bool = False) -> Pair:
+    """Parse a record as a pair, in any of the formats. Raises SaroError at ``where`` if it is faulty.
+
+    Two sides that are the same are a fault, unless ``may_be_equal``.
+    """
     ignored = check_columns(record, where)
     if record.get("messages") is not None and record["messages"] == record.get("chosen"):
         # UltraFeedback: messages repeats the chosen conversation, for stage 1.
@@ -228,8 +235,8 @@ def parse_pair(record: dict[str, Any], where: str, default_id: str) -> Pair:
     find_format(record, PAIR_FORMATS, where)
     prompt, chosen, rejected = _parse_sides(record, where)
     prompt = add_tools(prompt, record.get("tools"), where)
-    if chosen == rejected:
-        fault(where, "chosen equals rejected", "drop this pair")
+    if chosen == rejected and not may_be_equal:
+        fault(where, "chosen equals rejected", "drop this pair; --data.equal_sides drop does so in training")
     id, kind = parse_id(record, where, default_id), parse_kind(record, PAIR_KINDS, where)
     return Pair(id, kind, prompt, chosen, rejected, where, _parse_form(record, where), ignored)
 

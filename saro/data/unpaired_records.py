@@ -39,7 +39,7 @@ class Unpaired(Example):
     form: str | None = None
 
 
-def read_unpaired(path: str | os.PathLike) -> Iterator[Unpaired]:
+def read_unpaired(path: str | os.PathLike, *, may_be_equal: bool = False) -> Iterator[Unpaired]:
     """Yield the responses of a file of ``read_rows`` in order.
 
     A record is TRL's unpaired preference, an example in any of its formats with ``label``, true or false; or it is a pair
@@ -50,7 +50,7 @@ def read_unpaired(path: str | os.PathLike) -> Iterator[Unpaired]:
     stem = Path(os.fsdecode(path)).stem
     first_line: dict[str, int] = {}
     for line, where, fields in read_rows(path, READ_COLUMNS):
-        for record in parse_unpaired(fields, where, f"{stem}:{line}"):
+        for record in parse_unpaired(fields, where, f"{stem}:{line}", may_be_equal=may_be_equal):
             if record.id in first_line:
                 wrong = f"id {shown(record.id)} is already used on line {first_line[record.id]}"
                 fault(where, wrong, "give each record its own id, or none")
@@ -58,20 +58,24 @@ def read_unpaired(path: str | os.PathLike) -> Iterator[Unpaired]:
             yield record
 
 
-def read_unpaired_files(paths: Iterable[str | os.PathLike]) -> Iterator[Unpaired]:
-    """Yield the responses of several files, as ``read_example_files`` does examples.
+def read_unpaired_files(paths: Iterable[str | os.PathLike], *, may_be_equal: bool = False) -> Iterator[Unpaired]:
+    """Yield the responses of several files, as ``read_example_files`` does examples; ``may_be_equal`` as in ``read_pairs``.
 
     Raises SaroError as ``read_unpaired`` does, and for a file that is given twice.
     """
-    return with_own_ids(record for path in each_once(paths) for record in read_unpaired(path))
+    return with_own_ids(
+        record for path in each_once(paths) for record in read_unpaired(path, may_be_equal=may_be_equal)
+    )
 
 
-def parse_unpaired(record: dict[str, Any], where: str, default_id: str) -> list[Unpaired]:
+def parse_unpaired(
+    record: dict[str, Any], where: str, default_id: str, *, may_be_equal: bool = False
+) -> list[Unpaired]:
     """Parse a JSON object as one response, or as the two of a pair. Raises SaroError at ``where`` if it is faulty."""
     if record.get("chosen") is not None or record.get("rejected") is not None:
         if record.get("label") is not None:
             fault(where, "a pair has a label", "the label of its sides is known; remove it")
-        return _split(parse_pair(record, where, default_id))
+        return _split(parse_pair(record, where, default_id, may_be_equal=may_be_equal))
     if record.get("label") is None:
         fault(where, "neither a label nor a pair", "give each response its label, true or false")
     label = record["label"]

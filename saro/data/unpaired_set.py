@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
+from operator import attrgetter
 from typing import ClassVar
 
 import numpy as np
 
 from saro.config import PAIR_KINDS, DataConfig
-from saro.data.chat_format import ChatFormat
+from saro.data.chat_format import ChatFormat, equal_sides
 from saro.data.dataset import ExampleSet, PairSet, flatten, grow_trees
-from saro.data.encode_files import Check, all_too_long, too_long
+from saro.data.encode_files import Check, none_left, too_long
 from saro.data.tree import ScoredSequence, SequenceTree
 from saro.data.unpaired_records import Unpaired, read_unpaired_files
 from saro.errors import SaroError
@@ -78,7 +80,8 @@ def encode_unpaired_files(
     """Read and encode files of labelled responses, or of pairs, in memory.
 
     Nothing is ever cut. A record of more than ``options.pack_tokens`` tokens, or beside which no response to another prompt
-    fits into a pack, is an error, or is dropped if ``options.too_long`` says so.
+    fits into a pack, is an error, or is dropped if ``options.too_long`` says so. So are both responses of a pair that are the
+    same tokens, if ``options.equal_sides`` says so: no response is both desirable and undesirable.
 
     Args:
         progress: show a progress bar on a terminal.
@@ -90,19 +93,27 @@ def encode_unpaired_files(
     records: list[Unpaired] = []
     sequences: list[ScoredSequence] = []
     dropped: list[str] = []
+    equal: list[str] = []
 
     def leave_out(record: Unpaired, tokens: str) -> None:
         if options.too_long == "error":
             raise too_long(record.where, tokens, options.pack_tokens)
         dropped.append(record.id)
 
-    for record in progress_bar(read_unpaired_files(paths), "encoding", "records", shown=progress):
-        sequence = chat.encode(record)
-        if len(sequence.tokens) > options.pack_tokens:
-            leave_out(record, f"{len(sequence.tokens)}")
-        else:
-            records.append(record)
-            sequences.append(sequence)
+    read = read_unpaired_files(paths, may_be_equal=options.equal_sides == "drop")
+    for where, of_line in groupby(progress_bar(read, "encoding", "records", shown=progress), attrgetter("where")):
+        both = [(record, chat.encode(record)) for record in of_line]
+        if len(both) == 2 and np.array_equal(both[0][1].tokens, both[1][1].tokens):
+            if options.equal_sides == "error":
+                raise equal_sides(where)
+            equal += [record.id for record, _ in both]
+            continue
+        for record, sequence in both:
+            if len(sequence.tokens) > options.pack_tokens:
+                leave_out(record, f"{len(sequence.tokens)}")
+            else:
+                records.append(record)
+                sequences.append(sequence)
     while True:
         prompts = _number_prompts(sequences)
         others = _choose_others(sequences, prompts, options.pack_tokens)
@@ -119,7 +130,7 @@ def encode_unpaired_files(
         records = [record for i, record in enumerate(records) if others[i] is not None]
         sequences = [sequence for i, sequence in enumerate(sequences) if others[i] is not None]
     if not records:
-        raise all_too_long(len(dropped), options.pack_tokens)
+        raise none_left(len(dropped), len(equal), options.pack_tokens)
     forms = tuple(record.form for record in records)
     encoded = flatten(
         sequences,
@@ -128,7 +139,7 @@ def encode_unpaired_files(
         where=tuple(record.where for record in records),
     )
     data = UnpairedSet(
-        **vars(encoded) | {"dropped": tuple(dropped)},
+        **vars(encoded) | {"dropped": tuple(dropped), "equal": tuple(equal)},
         labels=np.array([record.label for record in records], bool),
         prompts=prompts,
         others=np.array(others, np.int64),

@@ -49,6 +49,8 @@ def print_lengths(console: Console, title: str, report: Mapping[str, Any]) -> No
     line = f"{title}: {sum(report['records'].values()):,} {noun} ({kinds})"
     if report["dropped"]:
         line += f"; {len(report['dropped']):,} dropped as too long"
+    if report.get("equal"):
+        line += f"; {len(report['equal']):,} left out, whose two sides are the same"
     if report["duplicates"]:
         line += f"; {report['duplicates']:,} exact duplicates of another one"
     if report["open_sides"]:

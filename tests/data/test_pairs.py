@@ -14,6 +14,7 @@ from tiny import IM_END, tiny_tokenizer
 from saro.config import DataConfig
 from saro.data.chat_format import ChatFormat
 from saro.data.encode_files import encode_pair_files
+from saro.data.lengths import LengthReport
 from saro.data.records import Message, Response, read_examples, read_pairs
 from saro.demo import demo_file
 from saro.errors import SaroError
@@ -65,7 +66,7 @@ def test_trls_conversational_preference_format_is_read(records_file):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"rejected": NATIVE["chosen"]}, "chosen equals rejected; drop this pair"),
+        ({"rejected": NATIVE["chosen"]}, "chosen equals rejected; drop this pair; --data.equal_sides drop does so in training"),
         ({"rejected": {"answer": " "}}, "rejected: answer is empty; write it or drop the record"),
         ({"rejected": {"reasoning": "x"}}, "rejected has no answer; add it"),
         ({"rejected": "d"}, "chosen is an object; give both sides in one form"),
@@ -223,6 +224,29 @@ def test_sides_that_are_the_same_tokens_are_refused(records_file):
     same = {"chosen": {"reasoning": "a", "answer": "b"}, "rejected": {"answer": "<think>\na\n</think>\n\nb"}}
     with pytest.raises(SaroError, match="chosen and rejected are the same tokens; drop this pair"):
         encode_pair_files([records_file([NATIVE | same])], CHAT, DataConfig(pack_tokens=200))
+
+
+@pytest.mark.parametrize(
+    "same",
+    [
+        pytest.param({"chosen": {"answer": "d"}}, id="texts"),
+        pytest.param(
+            {"chosen": {"reasoning": "a", "answer": "b"}, "rejected": {"answer": "<think>\na\n</think>\n\nb"}},
+            id="tokens",
+        ),
+    ],
+)
+def test_pairs_whose_sides_are_the_same_are_left_out_if_asked_and_counted(records_file, same):
+    file = records_file([NATIVE | {"id": "same"} | same, NATIVE])
+    pairs = encode_pair_files([file], CHAT, DataConfig(pack_tokens=200, equal_sides="drop"))
+    assert (pairs.ids, pairs.chosen.equal, pairs.chosen.dropped) == (("p",), ("same",), ())
+    assert LengthReport.of(pairs).equal == ("same",)
+
+
+def test_pairs_that_are_all_the_same_on_both_sides_are_an_error(records_file):
+    file = records_file([NATIVE | {"chosen": NATIVE["rejected"]}])
+    with pytest.raises(SaroError, match="no record is left: 1 pairs have the same two sides"):
+        encode_pair_files([file], CHAT, DataConfig(pack_tokens=200, equal_sides="drop"))
 
 
 def _demo(name: str) -> list[dict]:

@@ -46,6 +46,17 @@ def test_the_sides_of_pairs_have_the_tokens_of_pairs(encode, pairs):
         assert data.sequence(i).row_kinds.tolist() == expected.row_kinds.tolist()
 
 
+def test_a_pair_whose_sides_are_the_same_tokens_is_an_error_or_left_out_whole(encode, pairs):
+    same = pairs[0] | {"id": "same", "chosen": {"reasoning": "a", "answer": "b"}}
+    same["rejected"] = {"answer": "<think>\na\n</think>\n\nb"}
+    with pytest.raises(SaroError, match="chosen and rejected are the same tokens"):
+        encode([same, *pairs])
+    equal = same | {"id": "equal", "rejected": same["chosen"]}
+    data = encode([same, equal, *pairs], equal_sides="drop")
+    assert data.equal == ("same/chosen", "same/rejected", "equal/chosen", "equal/rejected")
+    assert len(data) == 2 * len(pairs)
+
+
 def test_a_mismatched_sequence_is_the_prompt_and_the_whole_response_of_the_other_record(encode, pairs):
     data = encode(pairs)
     for i, other in enumerate(data.others.tolist()):
@@ -112,7 +123,9 @@ def test_if_all_are_too_long_the_error_says_so(encode):
 def test_the_check_sees_the_records_that_are_kept_and_the_file_is_read_once(encode, monkeypatch):
     seen, reads = [], []
     read = unpaired_set.read_unpaired_files
-    monkeypatch.setattr(unpaired_set, "read_unpaired_files", lambda paths: reads.append(paths) or read(paths))
+    monkeypatch.setattr(
+        unpaired_set, "read_unpaired_files", lambda paths, **options: reads.append(paths) or read(paths)
+    )
     long = record("r", "c" * 400)
     encoder = partial(encode_unpaired_files, check=lambda data, chat, records: seen.append((data.ids, records)))
     data = encode([record("p", "a"), long, record("q", "b")], encoder, pack_tokens=200, too_long="drop")
