@@ -24,7 +24,8 @@ ABLATION_REPORT := $(ABLATION)/evaluation-$(firstword $(SEEDS))/report/report.ht
 full = $(if $(filter $(SEED),$(1)),$(RUN)/srpo,$(ABLATION)/pp-$(1))
 
 .PHONY: ablation
-.SECONDARY:
+# What rules with % make is kept, and only that: all others are made again when they are missing.
+.SECONDARY: $(foreach seed,$(SEEDS),$(foreach part,dpo op pp,$(ABLATION)/$(part)-$(seed)/final/tokenizer_config.json))
 
 ifndef DATA
 ablation:

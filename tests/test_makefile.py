@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -168,6 +169,18 @@ def test_a_deleted_output_is_made_again_with_all_that_follows(make, tmp_path):
     make("saro")
     (tmp_path / "out" / "saro" / "data" / "pp.jsonl").unlink()
     assert make("saro").stages == STAGES[STAGES.index("pp") :]
+
+
+def test_stages_whose_records_were_deleted_are_made_again_though_the_joined_file_is_there(make, tmp_path):
+    """As laptop.mk says: deleted are the files of some stages, and the folders of all after them."""
+    make("saro")
+    folder = tmp_path / "out" / "saro"
+    for name in ("op", "pp", "mirror"):
+        (folder / "data" / f"{name}.jsonl").unlink()
+    shutil.rmtree(folder / "srpo")
+    shutil.rmtree(folder / "evaluation")
+    assert (folder / "pairs.jsonl").exists()
+    assert make("saro").stages == STAGES[STAGES.index("op") :]
 
 
 def test_recipes_always_go_on_with_the_run_in_their_folder(make):

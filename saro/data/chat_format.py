@@ -301,10 +301,13 @@ class ChatFormat:
         turn = RecordMessage("assistant", content, calls=response.calls)
         written = self.template.render([*prompt, turn], add_generation_prompt=False)
         opening, closing = self.think_tags
-        # A template may have opened the reasoning in the prompt. Here it writes an empty one, or none.
-        start = rendered[: rendered.rindex(opening)] if self.opens_reasoning(rendered) else rendered
-        empty = rf"\s*{re.escape(opening)}\s*{re.escape(closing)}\s*"
-        beginning, rest = written[: len(start)], re.sub(f"^{empty}", "", written[len(start) :])
+        # A template may have opened the reasoning in the prompt, or closed an empty one. Here it writes an empty one, or none.
+        empty = rf"{re.escape(opening)}\s*{re.escape(closing)}\s*"
+        if self.opens_reasoning(rendered):
+            start = rendered[: rendered.rindex(opening)]
+        else:
+            start = re.sub(f"{empty}$", "", rendered)
+        beginning, rest = written[: len(start)], re.sub(rf"^\s*{empty}", "", written[len(start) :])
         before = self._turn_start + content
         if beginning != start or not rest.startswith(before):
             raise SaroError(

@@ -44,6 +44,10 @@ class ChatTemplate:
                 parts[probe] = f"{turn.role} turns"
                 turn = replace(turn, content=probe)
             if isinstance(turn, RecordMessage):
+                if turn.calls is not None and turn.content and turn is not messages[-1]:
+                    probe = f"saro-probe-text-{i}-"
+                    parts[probe] = "text beside tool_calls"
+                    turn = replace(turn, content=probe)
                 turn, names = turn.rename_functions(f"saro_probe_{i}_")
                 parts |= names
             probed.append(turn)
@@ -87,7 +91,7 @@ class ChatTemplate:
             # jinja2 gives the place of a syntax error on a second line, and our errors have one line.
             message = " ".join(str(error).split())
             raise SaroError(f"the model's chat template refuses this conversation: {message}") from error
-        except (TypeError, ValueError, KeyError, RecursionError) as error:
+        except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
             # Tools and arguments may be of any shape. Python's message may hold the record's text.
             raise SaroError(
                 f"the model's chat template fails on this conversation ({type(error).__name__}); fix its tools and calls, or "

@@ -183,7 +183,9 @@ def _parse_record_message(value: Any, name: str, where: str) -> Message:
         )
     if role == "assistant" and (calls := parse_calls(given.pop("tool_calls", None), f"{name}: tool_calls", where)):
         others["calls"] = calls
-        given["content"] = given.get("content") or ""
+        content = given.get("content")
+        # White space alone is no text beside the calls: templates strip it.
+        given["content"] = "" if content is None or (isinstance(content, str) and not content.strip()) else content
     if role == "tool":
         others |= {
             field: parse_text(given.pop(field), f"{name}: {field}", where) for field in _TOOL_FIELDS if field in given

@@ -15,18 +15,28 @@ def drop_reasoning(source: dict[str, Any], number: int, where: str) -> dict[str,
     Pairs become outcome pairs: without reasoning there is no process to compare.
 
     Returns:
-        The record. None if a side has no answer, as open sides that end inside their reasoning, or if both are the same.
+        The record. None if a side has no answer, as open sides that end inside their reasoning, if both are the same, or
+        if an open one is only the beginning of the other.
 
     Raises:
         SaroError: the record is not in our format, in which reasoning and answer are apart.
     """
     sides = [source.get(name) for name in _SIDES]
     kept = {"id": source.get("id") or f"answers-{number:06d}", "prompt": source.get("prompt")}
+    if source.get("tools") is not None:
+        kept["tools"] = source["tools"]
     if all(isinstance(side, dict) for side in sides):
         chosen, rejected = ({name: side[name] for name in ("answer", "open") if side.get(name)} for side in sides)
-        if "answer" not in chosen or "answer" not in rejected or chosen["answer"] == rejected["answer"]:
+        if "answer" not in chosen or "answer" not in rejected or _cannot_differ(chosen, rejected):
             return None
         return kept | {"kind": "op-cot", "chosen": chosen, "rejected": rejected}
     if "answer" not in source:
         fault(where, "is not in saro's own format, with a field for the answer", "convert it first")
     return kept | {name: source[name] for name in ("kind", "answer") if name in source}
+
+
+def _cannot_differ(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Return True if two sides have one answer, or one is open and the other goes on from it."""
+    return one["answer"] == other["answer"] or any(
+        a.get("open") and b["answer"].startswith(a["answer"]) for a, b in ((one, other), (other, one))
+    )

@@ -274,7 +274,7 @@ FORMATS: dict[str, Callable[[Record, int, str], Record | None]] = {
 # The records that a format leaves out.
 LEFT_OUT = {
     "gsm8k-pairs": "without a chain of steps",
-    "answers": "without an answer on both sides, or with the same one",
+    "answers": "without an answer on both sides, or with answers that do not part",
     "alpaca": "without an output",
     "sharegpt": "without a first turn of the user's or a last one of the assistant's",
 }

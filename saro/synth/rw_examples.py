@@ -14,6 +14,7 @@ from typing import Any
 
 from saro.config import THINK_TAGS
 from saro.data.chat_format import ChatFormat
+from saro.data.messages import find_tools
 from saro.data.read_rows import hash_rows, read_rows
 from saro.data.records import Message, Response, read_examples
 from saro.draws.request import Sampling
@@ -216,7 +217,10 @@ def _fill(prompts: Sequence[Prompt], author: Author, policy: Policy, options: Op
         for example, (_, _, fields) in zip(read_examples(file), read_rows(file), strict=True):
             digest = digest or hash_rows(file)
             prompt = by_text.get(_as_text(example.prompt))
-            if prompt is None:
+            if example.response.calls is not None or find_tools(example.prompt) is not None:
+                # A text that ends before its call would teach to end there.
+                funnel.count("fill", "with tools")
+            elif prompt is None:
                 funnel.count("fill", "on no prompt that lacks a text")
             elif reason := _find_fault(prompt, example.response, gates):
                 funnel.leave_out(prompt.id, "fill", reason)

@@ -171,8 +171,8 @@ def fit(
             save_parts(runtime, checkpoints, step, training, options.keep_checkpoints)
         elif runtime.is_main:
             save_checkpoint(checkpoints, step, training, options.keep_checkpoints)
-            if best is not None:
-                best.forget(list_checkpoints(checkpoints)[0][0])
+        if best is not None and runtime.is_main:
+            best.forget(list_checkpoints(checkpoints)[0][0])
         runtime.barrier()
 
     with noting_stop_signals() as received, Progress(total_steps, start, runtime.is_main) as progress:

@@ -66,7 +66,10 @@ def test_trls_conversational_preference_format_is_read(records_file):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"rejected": NATIVE["chosen"]}, "chosen equals rejected; drop this pair; --data.equal_sides drop does so in training"),
+        (
+            {"rejected": NATIVE["chosen"]},
+            "chosen equals rejected; drop this pair; --data.equal_sides drop does so in training",
+        ),
         ({"rejected": {"answer": " "}}, "rejected: answer is empty; write it or drop the record"),
         ({"rejected": {"reasoning": "x"}}, "rejected has no answer; add it"),
         ({"rejected": "d"}, "chosen is an object; give both sides in one form"),

@@ -25,6 +25,8 @@ ADD = {"type": "function", "function": {"name": "add", "parameters": {"type": "o
 ASK = {"role": "user", "content": "1 + 2?"}
 RESULT = {"role": "tool", "name": "add", "tool_call_id": "c1", "content": "3"}
 SO = {"role": "assistant", "content": "It is 3."}
+# As Llama 3.1's, which drops the text beside a call.
+DROPS_TEXT = TOOLS.replace("+ m['content'] }}", "+ ('' if m.tool_calls else m['content']) }}", 1)
 
 
 def calls(*arguments: object, content: str | None = "", **fields: object) -> dict[str, object]:
@@ -125,15 +127,15 @@ def test_the_sides_of_a_pair_may_differ_in_a_call(records_file):
         ({"messages": [ASK, calls({})]}, CHATS["chatml"].tokenizer.chat_template, "tool_calls"),
         ({"messages": [ASK, calls({}, {})]}, TOOLS.replace("m.tool_calls or []", "(m.tool_calls or [])[:1]"), "tool_calls"),
         ({"messages": [ASK, SO], "tools": [ADD, ADD]}, TOOLS.replace("in tools", "in tools[:1]"), "tools"),
+        ({"messages": [ASK, calls({}, content="Let me add."), RESULT, SO]}, DROPS_TEXT, "text beside tool_calls"),
     ],
-    ids=["tools", "earlier call", "last call", "second call", "second tool"],
+    ids=["tools", "earlier call", "last call", "second call", "second tool", "text beside an earlier call"],
 )  # fmt: skip
 def test_what_the_template_leaves_out_is_refused(record, template, part):
     assert f"the model's chat template leaves {part} out; drop the record" in refusal(record, template)
 
 
-# As Llama 3.1's, which drops the text beside a call, and as gpt-oss', which writes a call right after the role.
-DROPS_TEXT = TOOLS.replace("+ m['content'] }}", "+ ('' if m.tool_calls else m['content']) }}", 1)
+# As gpt-oss', which writes a call right after the role.
 AFTER_ROLE = TOOLS.replace(
     "+ '\n' + m['content'] }}", "+ (' to=' if m.tool_calls else '\n') + m['content'] }}"
 ).replace("{{ '<|im_start|>assistant\n' }}", "{{ '<|im_start|>assistant' }}")
@@ -161,6 +163,18 @@ def test_a_call_without_text_is_accepted_if_the_template_writes_no_text_beside_i
     assert chat.tokenizer.decode(ours.tokens[ours.scored_from :]) == "<tool_call>add {}</tool_call><|im_end|>"
 
 
+def test_white_space_beside_calls_is_no_text():
+    blank, none = (encode({"messages": [ASK, calls({}, content=content)]}) for content in (" \n", ""))
+    assert blank.tokens.tolist() == none.tokens.tolist()
+
+
+def test_a_call_follows_a_generation_prompt_that_closes_the_reasoning():
+    closed = "<|im_start|>assistant\n<think>\n\n</think>\n\n"
+    chat = chat_of(TOOLS.replace("{{ '<|im_start|>assistant\n' }}", repr(closed).join(("{{ ", " }}"))))
+    ours = encode({"messages": [ASK, calls({})]}, chat)
+    assert chat.tokenizer.decode(ours.tokens).endswith(closed + "<tool_call>add {}</tool_call><|im_end|>")
+
+
 def test_a_template_that_ends_a_call_without_an_end_token_is_refused_without_its_text():
     template = TOOLS.replace(
         "{{ '<|im_end|>\n' }}{% endfor %}", "{{ '' if m.tool_calls else '<|im_end|>' }}{% endfor %}"
@@ -174,9 +188,10 @@ def test_a_template_that_ends_a_call_without_an_end_token_is_refused_without_its
     ("template", "arguments"),
     [
         (TOOLS.replace("arguments | tojson", "arguments.a + 1"), {"a": SECRET}),
+        (TOOLS.replace("arguments | tojson", "arguments.a | dictsort"), {"a": SECRET}),
         (TOOLS.replace("tojson", "tojson(indent=2)"), {"a": json.loads("[" * 900 + "]" * 900)}),
     ],
-    ids=["text as a number", "nested deep"],
+    ids=["text as a number", "text as an object", "nested deep"],
 )
 def test_arguments_that_the_template_fails_on_are_refused_in_one_line(template, arguments):
     record = {"messages": [ASK, calls(arguments), RESULT, SO]}

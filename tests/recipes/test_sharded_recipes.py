@@ -162,6 +162,19 @@ def test_ranks_end_with_the_weights_of_the_best_evaluation(recipes, rw_arguments
         assert torch.equal(weight, stored[name]), name
 
 
+def test_best_weights_of_ranks_that_share_them_stay_no_longer_than_the_checkpoints(recipes, rw_arguments, tmp_path):
+    options = {**FULL, "train_shard": "full", "train_keep_best": "eval/loss", "train_eval_every": 1}
+    options |= {"train_save_every": 1, "train_keep_checkpoints": 1, "train_max_steps": 4, "train_schedule": "constant"}
+    run_all(recipes, 2, rw_arguments(**options))
+    losses = [line["eval/loss"] for line in metrics_of(tmp_path / "run") if "eval/loss" in line]
+    assert losses == sorted(losses, reverse=True), "each evaluation is the best so far"
+    # The last evaluation comes after the last checkpoint.
+    assert sorted(file.name for file in (tmp_path / "run" / "best").iterdir()) == [
+        "step_000003.safetensors",
+        "step_000004.safetensors",
+    ]
+
+
 def stored_weights(checkpoint: Path, like: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Return the weights of a checkpoint, which one rank or several wrote."""
     if not has_parts(checkpoint):

@@ -55,12 +55,18 @@ def test_a_process_pair_becomes_an_outcome_pair_and_an_open_side_stays_open(answ
         pytest.param({"reasoning": "Think. No", "open": True}, id="ends inside its reasoning"),
         pytest.param({"reasoning": "Other.", "answer": "So."}, id="the same answer"),
         pytest.param({"reasoning": "Other.", "answer": "So.", "open": True}, id="the same answer, open"),
+        pytest.param({"reasoning": "Other.", "answer": "S", "open": True}, id="the beginning of the same answer"),
     ],
 )
 def test_a_pair_whose_answers_cannot_be_compared_is_left_out(answers, rejected):
     converted, target = answers({**PAIR, "id": "c", "rejected": rejected}, PAIR)
     assert [pair.id for pair in read_pairs(target)] == ["b"]
     assert [place.rpartition(":")[2] for place in converted.left_out] == ["1"]
+
+
+def test_the_tools_of_a_record_stay(answers):
+    tools = [{"type": "function", "function": {"name": "add"}}]
+    assert json.loads(answers({**EXAMPLE, "tools": tools})[1].read_text())["tools"] == tools
 
 
 def test_a_text_that_may_hold_its_reasoning_is_refused(answers):

@@ -185,6 +185,22 @@ def test_a_published_text_fills_a_prompt_that_the_model_could_not_answer(world: 
     assert world.funnel.counts["records"]["not on-policy"] == 1
 
 
+def test_a_published_text_that_calls_a_tool_fills_no_prompt(world: World) -> None:
+    call = {"type": "function", "function": {"name": "add", "arguments": {}}}
+    called = {
+        "messages": [
+            {"role": "user", "content": "Say p1."},
+            {"role": "assistant", "content": REFUSAL, "tool_calls": [call]},
+        ]
+    }
+    given = {"prompt": "Say p1.", "reasoning": MEDIUM, "answer": REFUSAL, "tools": [{"function": {"name": "add"}}]}
+    records = world.make(
+        [make_prompt("p1"), make_prompt("q1", "harmless")], say(write(SHORT, HELP)), fill=world.fill_file(called, given)
+    )
+    assert [record["id"] for record in records] == ["q1"]
+    assert world.funnel.counts["fill"]["with tools"] == 2
+
+
 @pytest.mark.parametrize(
     ("meta", "source", "licence"),
     [

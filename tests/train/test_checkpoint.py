@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import zipfile
 from hashlib import sha256
 from pathlib import Path
 
@@ -275,6 +276,22 @@ def test_without_a_hash_from_an_older_version_a_file_that_cannot_be_read_is_dama
     assert find_intact_checkpoint(tmp_path, lambda line: pytest.fail(line)) == folder
     cut(folder / name)
     with pytest.raises(SaroError, match=rf"damaged \({name} cannot be read\)"):
+        find_intact_checkpoint(tmp_path, lambda line: pytest.fail(line))
+
+
+def test_without_a_hash_from_an_older_version_the_check_sums_of_the_optimizers_file_are_read(tmp_path):
+    folder = State().train(1).save(tmp_path, 1)
+    state = json.loads((folder / "state.json").read_text())
+    (folder / "state.json").write_text(json.dumps({"step": state["step"]}))
+    with zipfile.ZipFile(folder / "optimizer.pt") as archive:
+        largest = max(archive.infolist(), key=lambda member: member.file_size)
+        numbers = archive.read(largest)
+    content = (folder / "optimizer.pt").read_bytes()
+    changed = bytes([numbers[0] ^ 1]) + numbers[1:]
+    assert content.count(numbers) == 1
+    (folder / "optimizer.pt").write_bytes(content.replace(numbers, changed))
+    torch.load(folder / "optimizer.pt", weights_only=True)
+    with pytest.raises(SaroError, match=r"damaged \(optimizer.pt is not what was written\)"):
         find_intact_checkpoint(tmp_path, lambda line: pytest.fail(line))
 
 
