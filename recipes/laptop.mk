@@ -47,7 +47,7 @@ CHAINS := $(PUBLIC)/star1.jsonl $(PUBLIC)/gsm8k.jsonl
 RW_DATA := --rw.fill $(call list,$(CHAINS))
 # Twins: prompts in the same words of which one is harmful. Others moved only the threshold (saro/synth/README.md).
 PAIR_PROMPTS := twins demo $(PUBLIC)/gsm8k-pairs.jsonl
-# Of the twins as many as four hours allow; pp and mirror read some of those that op read.
+# Of the twins as many as four hours allow. Values of steps take many rollouts, so pp reads fewer of the prompts that op read.
 OP := --limit 700
 PP := --limit 60
 MIRROR := --limit 200
