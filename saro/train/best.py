@@ -73,7 +73,7 @@ class BestWeights:
 
     Args:
         folder: the run's folder.
-        options: ``keep_best`` names the metric; ``patience``, see ``is_exhausted``.
+        options: ``keep_best`` names the metric; if it is None, no evaluation is the best. ``patience``, see ``is_exhausted``.
     """
 
     def __init__(self, folder: Path, options: TrainConfig) -> None:
@@ -96,6 +96,8 @@ class BestWeights:
 
     def resume(self, runtime: Runtime, evaluations: Sequence[Mapping[str, float]]) -> None:
         """Continue after these evaluations, lines of metrics.jsonl on rank 0, and delete weights of later ones."""
+        if self._metric is None:
+            return
         for line in runtime.broadcast(list(evaluations)):
             self._judge(int(line["step"]), line)
         if runtime.is_main:
@@ -105,6 +107,8 @@ class BestWeights:
         self, runtime: Runtime, step: int, metrics: Mapping[str, float], trainable: Mapping[str, nn.Parameter]
     ) -> None:
         """Judge an evaluation after ``step`` steps, and write the weights if it is the best so far."""
+        if self._metric is None:
+            return
         # Ranks must agree, so rank 0's value counts.
         if not self._judge(step, runtime.broadcast({self._metric: metrics[self._metric]})):
             return
@@ -126,12 +130,13 @@ class BestWeights:
         self._delete(lambda step: step in earlier[:-1])
 
     def load(self, runtime: Runtime, trainable: Mapping[str, nn.Parameter]) -> None:
-        """Give the model the weights of the best evaluation.
+        """Give the model the weights of the best evaluation, if there was one.
 
         Raises:
             SaroError: their file is gone or damaged.
         """
-
+        if not self._steps:
+            return
         loaded: dict[str, torch.Tensor] = {}
 
         def read() -> None:

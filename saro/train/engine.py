@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from itertools import islice
 from typing import Protocol
 
 import numpy as np
@@ -22,23 +22,13 @@ from saro.distributed.shard import exchanging_gradients, local, whole
 from saro.errors import SaroError
 from saro.model.policy import Policy
 from saro.program import progress_bar
-from saro.train.best import BestWeights
-from saro.train.checkpoint import (
-    TrainingState,
-    check_not_past,
-    list_checkpoints,
-    save_checkpoint,
-    save_parts,
-    set_aside_later_checkpoints,
-)
-from saro.train.metrics import MetricsFile, Progress, drop_later_results, format_metrics
+from saro.train.checkpoint import TrainingState
+from saro.train.metrics import Progress
 from saro.train.objective import Meter, Objective, Sums, average
 from saro.train.optim import make_optimizer, make_scheduler, step_unless
-from saro.train.restore import check_same_start, check_same_weights, restore_newest
+from saro.train.restore import check_same_start
 from saro.train.stop_signals import noting_stop_signals
-
-# Metrics printed on the terminal; metrics.jsonl has all of them.
-_SHOWN = ("loss", "rewards/margins", "rewards/accuracies", "grad_norm", "lr", "tokens_per_second")
+from saro.train.train_output import SHOWN, TrainOutput
 
 
 class PackLog(Protocol):
@@ -108,164 +98,176 @@ def fit(
             changed none of them. Or all checkpoints are damaged, the run has made more steps than ``total_steps``, or a
             rank has another model, schedule or start than rank 0, or other weights at a checkpoint.
     """
-    output = Path(options.output)
-    checkpoints = output / "checkpoints"
     trainable = policy.trainable()
-    parameters = list(trainable.values())
-    optimizer = make_optimizer(parameters, options)
+    optimizer = make_optimizer(trainable.values(), options)
     scheduler = make_scheduler(optimizer, options, total_steps)
     training = TrainingState(trainable, optimizer, scheduler)
-    if runtime.mesh is not None:
-        runtime.check_common_folder(output)
-    if resume:
-        runtime.on_main(lambda: check_not_past(checkpoints, total_steps))
-    start = restore_newest(runtime, checkpoints, training) if resume else 0
-    if start:
-        schedule = f"learning rate {scheduler.get_last_lr()[0]:.3g}, {options.schedule} over {total_steps} steps"
-        runtime.say(f"resuming after step {start} of {total_steps}" + (f"; {schedule}" if start < total_steps else ""))
-    check_same_start(runtime, policy, steps.schedule, total_steps, start)
-    if runtime.is_main and resume:
-        set_aside_later_checkpoints(checkpoints, start)
-    file = MetricsFile(output / "metrics.jsonl", start) if runtime.is_main else None
-    best = None
-    if options.keep_best is not None:
-        best = BestWeights(output, options)
-        best.resume(runtime, [] if file is None else file.evaluations)
-    module, device = runtime.wrap(policy), runtime.device
-    meter = Meter()
-    clock = _Clock()
-    probe = _Probe(parameters)
-    step, stop = start, None
-    upcoming: Step | None = None
-
-    def is_done() -> bool:
-        return step >= total_steps or (best is not None and best.is_exhausted)
-
-    if runtime.is_main and resume and not is_done():
-        drop_later_results(output, start)
-
-    def report(values: dict[str, float]) -> None:
-        if file is not None:
-            file.write({"step": step, **values})
-            runtime.log(values, step)
-
-    def is_evaluation_due() -> bool:
-        if not evaluate or not options.eval_every:
-            return False
-        if step == total_steps:
-            return best is not None
-        return step % options.eval_every == 0
-
-    def report_evaluation() -> None:
-        values = evaluate(step)
-        if best is not None:
-            # Before metrics.jsonl names the evaluation: a kill in between leaves weights that are written again.
-            best.see(runtime, step, values, trainable)
-        report(values)
-        shown = {k: v for k, v in values.items() if k.startswith("eval/loss") or k.removeprefix("eval/") in _SHOWN}
-        runtime.say(f"step {step}/{total_steps}  {format_metrics(shown)}")
-
-    def save() -> None:
-        check_same_weights(runtime, step, trainable)
-        if runtime.mesh is not None:
-            save_parts(runtime, checkpoints, step, training, options.keep_checkpoints)
-        elif runtime.is_main:
-            save_checkpoint(checkpoints, step, training, options.keep_checkpoints)
-        if best is not None and runtime.is_main:
-            best.forget(list_checkpoints(checkpoints)[0][0])
-        runtime.barrier()
-
-    with noting_stop_signals() as received, Progress(total_steps, start, runtime.is_main) as progress:
-        if start and is_evaluation_due():
-            # The run was stopped before this evaluation. Only rank 0 has the file.
-            has_evaluation = file is not None and file.has_evaluation(start)
-            if not runtime.sum_(torch.tensor(float(has_evaluation), device=device)).item():
-                report_evaluation()
-        while not is_done() and stop is None:
-            batch = steps[step] if upcoming is None else upcoming
-            # Seed each step, so that a resumed run draws the same dropout although no random state is stored.
-            torch.manual_seed(_step_seed(options.seed, step, runtime.rank))
-            with clock:
-                objective.start_step(runtime, policy, batch.records)
-                loss = add_gradients(module, objective, batch, meter, log, device, runtime.averaging)
-                norm = _clip(parameters, options.max_grad_norm)
-                # Loss and signals are summed over ranks, so that a signal to any rank stops all of them.
-                sums = runtime.sum_(torch.stack([loss, torch.full_like(loss, len(received))]))
-                is_due = (step + 1) % options.log_every == 0
-                # The first step is always looked at: an optimizer made of other tensors than the model's trains nothing.
-                before = probe.copy() if is_due or step == start else None
-                lr = scheduler.get_last_lr()[0]
-                step_unless(optimizer, ~(sums[0].isfinite() & norm.isfinite()))
-                optimizer.zero_grad(set_to_none=True)
-                numbers = [sums, norm.reshape(1).to(sums)]
-                if before is not None:
-                    changes = probe.count_changes(before).to(sums)  # (2,) changed, compared
-                    # Ranks that share the weights have different elements.
-                    numbers.append(changes if runtime.mesh is None else runtime.sum_(changes))
-                if is_due:
-                    metrics = meter.take(runtime)
-                    numbers.append(metrics.table.flatten())
-                # Lay out the next step's packs and send them while the device works, and only then wait for it.
-                has_next = _runs_ahead(device) and step + 1 < total_steps
-                upcoming = steps[step + 1].to(device) if has_next else None
-                # The only time in a step that the host waits for the device.
-                loss_value, signals, norm_value, *logged = torch.cat(numbers).tolist()
-                if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
-                    records = ", ".join(ids[record] for record in batch.records)
-                    raise SaroError(
-                        f"step {step + 1}: loss {loss_value}, gradient norm {norm_value}; "
-                        f"the weights were not changed. Records of the step: {records}. "
-                        "Lower --train.lr, or look at them"
-                    )
-                if before is not None:
-                    num_changed, num_compared, *logged = logged
-                    if step == start and not num_changed:
-                        raise SaroError(
-                            f"step {step + 1}: the optimizer changed no weight; raise --train.lr, or report it"
-                        )
-                scheduler.step()
-            step += 1
-            clock.tokens += batch.tokens
+    output = TrainOutput(runtime, options, training, total_steps)
+    step = output.restore() if resume else 0
+    check_same_start(runtime, policy, steps.schedule, total_steps, step)
+    output.open(step, resume=resume)
+    tokens_per_second, stop = 0.0, None
+    with noting_stop_signals() as received, Progress(total_steps, step, runtime.is_main) as progress:
+        # The run may have been stopped before this evaluation.
+        if evaluate and step and _is_evaluation_due(step, total_steps, options) and not output.has_evaluation(step):
+            output.report_evaluation(step, evaluate(step))
+        left = range(step, step if output.best.is_exhausted else total_steps)
+        for result in _make_steps(runtime, policy, objective, steps, left, training, options, ids, log, received):
+            step, tokens_per_second = result.step, result.tokens_per_second
             progress.step()
-            if is_due:
-                means = objective.combine(average(metrics.names, logged))
+            if result.means:
+                means = objective.combine(result.means)
                 values = {
                     "loss": means["loss"],
-                    "grad_norm": norm_value,
-                    "lr": lr,
+                    "grad_norm": result.grad_norm,
+                    "lr": result.lr,
                     "epoch": step / steps.schedule.steps_per_epoch,
-                    "tokens_per_second": clock.rate(),
+                    "tokens_per_second": tokens_per_second,
                     "peak_memory_gib": runtime.memory(),
-                    **_reserved_memory(device),
-                    "changed_parameters": num_changed / num_compared,
-                    **{name: mean for name, mean in means.items() if name != "loss"},
+                    **_reserved_memory(runtime.device),
+                    "changed_parameters": result.changed,
+                    **means,
                 }
-                report(values)
-                progress.line(step, {k: values[k] for k in _SHOWN if k in values})
+                output.report(step, values)
+                progress.line(step, {k: values[k] for k in SHOWN if k in values})
                 if log is not None:
                     log.watch(step, means)
-            if signals and step < total_steps:
+            if result.num_signals and step < total_steps:
                 stop = signal.Signals(received[0]) if received else signal.SIGTERM
             # The checkpoint comes before a due evaluation, which may take longer than a cluster waits after SIGTERM.
             if stop is not None or (options.save_every and step % options.save_every == 0) or step == total_steps:
-                save()
-            if stop is None and is_evaluation_due():
-                report_evaluation()
-                if is_done() and step < total_steps:
-                    runtime.say(
-                        f"stopped early: {options.patience} evaluations were not better than that of step {best.step}"
-                    )
-                    save()
-    if stop is None and best is not None and best.step is not None:
-        best.load(runtime, trainable)
+                output.save(step)
+            if stop is not None:
+                break
+            if evaluate and _is_evaluation_due(step, total_steps, options):
+                output.report_evaluation(step, evaluate(step))
+            if output.best.is_exhausted and step < total_steps:
+                best = f"that of step {output.best.step}"
+                runtime.say(f"stopped early: {options.patience} evaluations were not better than {best}")
+                output.save(step)
+                break
+    if stop is None:
+        output.best.load(runtime, trainable)
     return Outcome(
         step=step,
         total_steps=total_steps,
         stopped_by=stop,
-        tokens_per_second=clock.rate(),
+        tokens_per_second=tokens_per_second,
         peak_memory_gib=runtime.memory(),
-        best_step=None if best is None else best.step,
+        best_step=output.best.step,
     )
+
+
+def _is_evaluation_due(step: int, total_steps: int, options: TrainConfig) -> bool:
+    """Return True if an evaluation follows ``step`` steps. The last step has one only if ``keep_best`` compares it."""
+    if not options.eval_every:
+        return False
+    if step == total_steps:
+        return options.keep_best is not None
+    return step % options.eval_every == 0
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """The numbers of one step, on the host.
+
+    Attributes:
+        step: number of finished steps, with this one.
+        lr: the learning rate.
+        grad_norm: norm of the gradient before clipping.
+        num_signals: number of signals to stop that all ranks have received.
+        tokens_per_second: see ``Outcome``.
+        changed: share of the probed weights that the step has changed; 0 if it was not probed.
+        means: averages of the metrics since the last log line; empty if no line is due.
+    """
+
+    step: int
+    lr: float
+    grad_norm: float
+    num_signals: float
+    tokens_per_second: float
+    changed: float
+    means: dict[str, float]
+
+
+def _make_steps(
+    runtime: Runtime,
+    policy: Policy,
+    objective: Objective,
+    steps: Steps,
+    left: range,
+    training: TrainingState,
+    options: TrainConfig,
+    ids: Sequence[str],
+    log: PackLog | None,
+    received: Sequence[int],
+) -> Iterator[StepResult]:
+    """Make a step of training each time that a result is asked for.
+
+    Args:
+        left: numbers of the steps to make.
+        received: the signals to stop that this rank has received so far.
+    """
+    module, device, parameters = runtime.wrap(policy), runtime.device, list(training.trainable.values())
+    meter, probe = Meter(), _Probe(parameters)
+    tokens, seconds = 0, 0.0
+    upcoming: Step | None = None
+    for step in left:
+        batch = upcoming or steps[step]
+        # Seed each step, so that a resumed run draws the same dropout although no random state is stored.
+        torch.manual_seed(_step_seed(options.seed, step, runtime.rank))
+        begun = time.perf_counter()
+
+        # 1. Queue the gradients on the device, and clip them.
+        objective.start_step(runtime, policy, batch.records)
+        loss = add_gradients(module, objective, batch, meter, log, device, runtime.averaging)
+        norm = _clip(parameters, options.max_grad_norm)
+        # Loss and signals are summed over ranks, so that a signal to any rank stops all of them.
+        sums = runtime.sum_(torch.stack([loss, torch.full_like(loss, len(received))]))  # (2,) loss, signals
+
+        # 2. Queue the optimizer step. The device leaves it out if the loss or the gradient is not finite.
+        is_logged = (step + 1) % options.log_every == 0
+        # The first step is always probed: an optimizer made of other tensors than the model's trains nothing.
+        before = probe.copy() if is_logged or step == left.start else None
+        lr = training.scheduler.get_last_lr()[0]
+        step_unless(training.optimizer, ~(sums[0].isfinite() & norm.isfinite()))
+        training.optimizer.zero_grad(set_to_none=True)
+        changes = None if before is None else probe.count_changes(before, runtime)
+        metrics = meter.take(runtime) if is_logged else None
+
+        # 3. Lay out the next step's packs and send them while the device works, and only then wait for it.
+        has_next = _runs_ahead(device) and step + 1 in left
+        upcoming = steps[step + 1].to(device) if has_next else None
+        (loss_value, num_signals), (norm_value,), changed, table = _read(sums, norm, changes, metrics and metrics.table)
+
+        # 4. Check the numbers.
+        if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
+            records = ", ".join(ids[record] for record in batch.records)
+            raise SaroError(
+                f"step {step + 1}: loss {loss_value}, gradient norm {norm_value}; the weights were not changed. "
+                f"Records of the step: {records}. Lower --train.lr, or look at them"
+            )
+        if step == left.start and not changed[0]:
+            raise SaroError(f"step {step + 1}: the optimizer changed no weight; raise --train.lr, or report it")
+        training.scheduler.step()
+        seconds += time.perf_counter() - begun
+        tokens += batch.tokens
+        yield StepResult(
+            step=step + 1,
+            lr=lr,
+            grad_norm=norm_value,
+            num_signals=num_signals,
+            tokens_per_second=tokens / seconds,
+            changed=changed[0] / changed[1] if changed else 0.0,
+            means=average(metrics.names, table) if metrics else {},
+        )
+
+
+def _read(*tensors: torch.Tensor | None) -> list[list[float]]:
+    """Copy tensors to the host in one copy; None becomes an empty list. Only here does the host of a step wait."""
+    present = [tensor.double().flatten() for tensor in tensors if tensor is not None]
+    numbers = iter(torch.cat(present).tolist())
+    return [[] if tensor is None else list(islice(numbers, tensor.numel())) for tensor in tensors]
 
 
 def _runs_ahead(device: torch.device) -> bool:
@@ -367,24 +369,9 @@ class _Probe:
         """Return a copy of the elements as they are now."""
         return torch.cat(self._first)
 
-    def count_changes(self, before: torch.Tensor) -> torch.Tensor:
-        """Return how many of the elements differ from an earlier copy, and how many there are: (2,)."""
+    def count_changes(self, before: torch.Tensor, runtime: Runtime) -> torch.Tensor:
+        """Return how many of the elements differ from an earlier copy, and how many there are: (2,) float64."""
         changed = (self.copy() != before).sum()
-        return torch.stack([changed, torch.full_like(changed, len(before))])
-
-
-class _Clock:
-    """Measures tokens per second within its ``with`` blocks. The caller adds to ``tokens``."""
-
-    def __init__(self) -> None:
-        self.tokens = 0
-        self._seconds = 0.0
-
-    def __enter__(self) -> None:
-        self._start = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        self._seconds += time.perf_counter() - self._start
-
-    def rate(self) -> float:
-        return self.tokens / self._seconds if self._seconds else 0.0
+        counts = torch.stack([changed, torch.full_like(changed, len(before))]).double()
+        # Ranks that share the weights have different elements.
+        return counts if runtime.mesh is None else runtime.sum_(counts)
