@@ -1,4 +1,4 @@
-"""Checks packed attention in the run's precision and with the model's head shapes: its error against float64, per row."""
+"""Check packed attention in the run's precision and with the model's head shapes: its error against float64, per row."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from saro.data.packs import lay_out
 from saro.data.tree import SequenceTree, build_tree
 from saro.errors import SaroError
 from saro.model.architectures import attention_softcap, has_sinks, layer_head_sizes, sliding_window, text_config
-from saro.model.attention import EITHER, AttentionPlan, packed_attention
+from saro.model.attention import AttentionPlan, packed_attention
+from saro.model.attention_backend import EITHER
 from saro.model.policy import Policy
 
 # Compare about this many rows of each pack: float64 scores of all rows would take memory quadratic in its tokens.
@@ -74,7 +75,7 @@ def check_attention(policy: Policy, trees: Sequence[SequenceTree]) -> float:
         if (shape.softcap is not None or shape.sinks) and backend == "varlen":
             continue
         for name, ratio in _errors(plan, shape, policy.compute_dtype).items():
-            # Not "ratio > ...", because NaN must fail too.
+            # Do not write "ratio > ...": NaN must fail too.
             if not ratio <= KERNEL_FACTOR:
                 way_out = "" if policy.attention == "sdpa" else f"set --model.attention {_OTHER[backend]}, and "
                 raise SaroError(
@@ -137,7 +138,7 @@ def _errors(plan: AttentionPlan, shape: HeadShape, dtype: torch.dtype) -> dict[s
         outputs = []
         for row, keys in keys_of.items():
             out = _attend(*leaves, sinks, row, keys.to(plan.device), shape)
-            # Row by row, so that the graph of only one row is alive.
+            # Go row by row, so that the graph of only one row is alive.
             (out * upstream[0, :, row].to(dtype)).sum().backward()
             outputs.append(out.detach())
         return [torch.stack(outputs), *(leaf.grad[0].transpose(0, 1) for leaf in leaves)]
@@ -160,7 +161,7 @@ def _errors(plan: AttentionPlan, shape: HeadShape, dtype: torch.dtype) -> dict[s
 
 
 def _choose_rows(plan: AttentionPlan, window: int | None) -> dict[int, Tensor]:
-    """Return token -> the tokens that it attends to, for the first and last token of each segment and some others."""
+    """Return the tokens that a token attends to, by token: for the first and last of each segment, and some others."""
     starts = np.cumsum([0, *plan.lengths[:-1]])
     spread = max(1, sum(plan.lengths) // _ROWS)
     chosen = {}

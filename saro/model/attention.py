@@ -1,9 +1,8 @@
 """Packed tree attention: every segment of a pack attends to its ancestors and, causally, to itself, and to no other.
 
 It is registered with transformers' attention interface as ``PACKED``. A pack's plan reaches it through the decoder's
-keyword arguments. It has two backends: ``sdpa`` makes one call per segment, on any device; ``varlen`` makes one call to
-``torch.nn.attention.varlen.varlen_attn`` per pack, on CUDA. ``EITHER`` takes the faster one for each pack. Models with a
-softcap use ``softcap_attention``, once per segment, and models with sinks ``sdpa``.
+keyword arguments. It has two backends (see ``attention_backend``): ``sdpa`` makes one call per segment, ``varlen`` one call
+per pack. Models with a softcap use ``softcap_attention``, once per segment, and models with sinks ``sdpa``.
 """
 
 from __future__ import annotations
@@ -21,25 +20,22 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 from torch.nn.attention import varlen
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from saro.data.packs import Pack, send
-from saro.model.architectures import attention_softcap, has_sinks, head_sizes
+from saro.model.architectures import attention_softcap
+from saro.model.attention_backend import EITHER
 from saro_kernels.autocast import cast_input
 from saro_kernels.softcap_attention import softcap_attention
 
 PACKED = "saro_packed"
-BACKENDS = ("sdpa", "varlen")
-# What "auto" is on CUDA. For one sequence of 8,192 tokens, SDPA is 1.8 times as fast on an H100; for many sequences, and for
-# trees, varlen is 2 to 5 times as fast (benchmarks/README.md).
-EITHER = "varlen/sdpa"
 
-# Rows of a mask start at multiples of this many numbers. CUDA's memory-efficient attention copies other masks in each
+# Rows of a mask start at multiples of this many elements: CUDA's memory-efficient attention copies other masks in each
 # call.
 MASK_ALIGNMENT = 8
 
-# Numbers by which heads grow that hold a sink: kernels for half precision need sizes that are multiples of 8.
+# Heads with a sink grow by this many elements: kernels for half precision need sizes that are multiples of 8.
 SINK_WIDTH = 8
 
 # Arguments that decoders pass to their attention function and that do not change the result here: the rotary embedding
@@ -231,7 +227,7 @@ def packed_attention(
 
 
 def check_arguments(module: torch.nn.Module, mask: torch.Tensor | None, others: Mapping[str, object]) -> None:
-    """Raise ValueError if a module asks its attention function for more than ours compute.
+    """Raise ValueError if a module passes an argument that our attention functions do not support.
 
     Args:
         others: the arguments that our attention function does not name.
@@ -367,8 +363,8 @@ def _sum_copies(gradient: torch.Tensor, gather: KeyGather) -> torch.Tensor:
 def use_packed_attention(model: PreTrainedModel) -> None:
     """Switch a model to packed attention. Every call then needs a plan.
 
-    transformers makes no mask for it, since it knows none by this name. One of T x T is never allocated, and its search for
-    packed sequences, which would wait for the device, is not made.
+    transformers does not know this name, so it makes no mask of T x T and does not search for packed sequences, which would
+    wait for the device.
     """
     ALL_ATTENTION_FUNCTIONS.register(PACKED, packed_attention)
     model.set_attn_implementation(PACKED)
@@ -376,7 +372,7 @@ def use_packed_attention(model: PreTrainedModel) -> None:
 
 @contextmanager
 def native_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Use transformers' own attention in this context, for generation and comparison; then packed attention again.
+    """Use transformers' own attention in this context, for generation and comparison. Packed attention returns at its end.
 
     Never run the backward of an earlier forward in this context: gradient checkpointing would recompute that forward
     with the wrong attention.
@@ -387,36 +383,3 @@ def native_attention(model: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         use_packed_attention(model)
-
-
-def choose_backend(name: str, device: torch.device, dtype: torch.dtype, config: PretrainedConfig) -> str:
-    """Resolve "auto" for a model: ``EITHER`` if varlen can run here, else sdpa.
-
-    Raises:
-        ValueError: the backend that was asked for cannot run here.
-    """
-    reason = _why_not_varlen(device, dtype, config)
-    if name == "auto":
-        return EITHER if reason is None else "sdpa"
-    if name == "varlen" and reason is not None:
-        raise ValueError(f"varlen attention {reason}; set --model.attention sdpa")
-    return name
-
-
-def _why_not_varlen(device: torch.device, dtype: torch.dtype, config: PretrainedConfig) -> str | None:
-    """Return the reason why varlen attention cannot run, or None if it can.
-
-    varlen attention supports the head sizes of FlashAttention 2. As torch builds it, it has no backward for heads of
-    more than 192 and at most 224 on the cards of compute capability 8.6, 8.9 and 12.0.
-    """
-    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
-        return "needs CUDA and bfloat16"
-    if attention_softcap(config) is not None:
-        return "has no softcap, which the model needs"
-    if has_sinks(config):
-        return "has no sinks, which the model needs"
-    sizes = head_sizes(config)
-    largest = max(sizes)
-    if len(sizes) > 1 or largest > 256 or largest % 8 or 192 < largest <= 224:
-        return f"does not support heads of size {' and '.join(map(str, sorted(sizes)))}, which the model needs"
-    return None

@@ -27,7 +27,7 @@ from saro.model.architectures import (
     is_quantized,
     text_config,
 )
-from saro.model.attention import choose_backend
+from saro.model.attention_backend import choose_backend
 from saro.model.fused_lora import fuse_lora
 from saro.model.layerwise import Skeleton, make_skeleton
 from saro.model.liger import choose_liger, use_liger
@@ -91,7 +91,7 @@ def load_policy(
     if recomputation:
         lm = model.get_base_model() if isinstance(model, PeftModel) else model
         enable_recomputation(lm, options.activation_offloading)
-        # True is an int too.
+        # isinstance would also hold for True, which is an int.
         if type(recomputation) is int:
             recompute_layers(lm, recomputation)
     autocast = dtype if options.method == "full" and dtype != torch.float32 else None
@@ -165,7 +165,7 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
         name = "bfloat16" if device.type == "cuda" else "float32"
     if not has_dtype(name, device):
-        # A gradient scaler would not help: it prevents underflow in the backward, and these overflow in the forward.
+        # A gradient scaler would not help: it prevents underflow in the backward, and these models overflow in the forward.
         raise SaroError(
             f"{torch.cuda.get_device_name(device)} has no bfloat16, and in float16 the hidden states of some models that "
             "were trained in bfloat16 overflow; set --model.dtype float32, which is exact, but computes products without "

@@ -20,7 +20,7 @@ from saro.distributed.shard import is_sharded, local
 from saro.model import policy as policy_module
 from saro.model import recompute
 from saro.model.architectures import MIXTURES, WRAPPERS, decoder_layers, text_config
-from saro.model.attention import EITHER, choose_backend
+from saro.model.attention_backend import EITHER, choose_backend
 from saro.model.fake_policy import (
     Meter,
     as_on_gpu,

@@ -14,7 +14,7 @@ from saro.checks.check_attention import HeadShape, check_attention, head_shapes
 from saro.data.tree import build_tree
 from saro.errors import SaroError
 from saro.model import attention
-from saro.model.attention import EITHER
+from saro.model.attention_backend import EITHER
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -12,7 +12,7 @@ from saro.checks.noise import NOISE_FACTOR, layout_noise
 from saro.config import PreferenceConfig
 from saro.data.dataset import ExampleSet, PairSet
 from saro.data.packs import lay_out, pack_trees
-from saro.model.attention import BACKENDS, choose_backend
+from saro.model.attention_backend import BACKENDS, choose_backend
 from saro.model.generate import generate
 from saro.model.score import score_pairs
 from saro.tools.doctor.finding import Check, Finding, within
