@@ -1,4 +1,4 @@
-"""What autocast does to our functions: they cast their input as a linear layer does, and nothing inside them is cast again."""
+"""Make our functions follow autocast: they cast their input as a linear layer does, and nothing inside is cast again."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def cast_input(x: Tensor) -> Tensor:
-    """Return a float32 tensor in the dtype of autocast, if that is on; any other tensor as it is."""
+    """Cast a float32 tensor to autocast's dtype if autocast is on. Any other tensor is returned unchanged."""
     device_type = x.device.type
     is_cast = x.dtype == torch.float32 and torch.is_autocast_enabled(device_type)
     return x.to(torch.get_autocast_dtype(device_type)) if is_cast else x

@@ -137,8 +137,8 @@ class LoraGroup:
 
 def compute_output(rows: Tensor, product: Tensor, layer: LoraLinear, out: Tensor | None = None) -> Tensor:
     """Return a layer's output (N, out) from its rank-r product (N, r); it is written to ``out``, if that is given."""
-    # The large product first, as PEFT's layers have it: both then round it to the same bits, and packs can be compared with
-    # the unmodified model more closely.
+    # Compute the large product first, as PEFT's layers do: both then round it to the same bits, and packs can be compared
+    # with the unmodified model more closely.
     weight = layer.base.dense(rows.dtype).t()
     if layer.base.bias is None:
         out = torch.mm(rows, weight, out=out)
@@ -148,7 +148,7 @@ def compute_output(rows: Tensor, product: Tensor, layer: LoraLinear, out: Tensor
 
 
 def list_matrices(layers: Sequence[LoraLinear]) -> list[Tensor]:
-    """Return A and B of each layer: the arguments by which autograd knows that a function depends on them."""
+    """Return A and B of each layer. A function takes them as arguments, so that autograd knows that it depends on them."""
     return [matrix for layer in layers for matrix in (layer.a, layer.b)]
 
 
@@ -164,7 +164,7 @@ def flatten_rows(x: Tensor) -> Tensor:
 
 
 def reshape_output(out: Tensor, x: Tensor) -> Tensor:
-    """Return rows (N, out) in x's shape (..., out), as the operator that ``F.linear`` ends with.
+    """Return rows (N, out) in x's shape (..., out), by the operator with which ``F.linear`` ends.
 
     autograd lets nobody change a view in place that a Function returns, and some models clamp their queries in place.
     """
@@ -172,7 +172,7 @@ def reshape_output(out: Tensor, x: Tensor) -> Tensor:
 
 
 def _cast(matrix: Tensor, cast: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Return the matrix in `dtype`: the caller's cast if it has this dtype."""
+    """Return the matrix in `dtype`: the caller's cast if its dtype fits, else a new one."""
     return cast if cast is not None and cast.dtype == dtype else matrix.to(dtype)
 
 
@@ -184,7 +184,7 @@ def _scaled_mm(left: Tensor, right: Tensor, scaling: float, out: Tensor) -> Tens
 def _project(rows: Tensor, matrix: Tensor, scaling: float, out: Tensor) -> None:
     """Write scaling * (rows @ matrix), (N, m) times (m, r), to ``out``."""
     if matrix.device.type == "cpu" and matrix.shape[1] < _THIN_RANK:
-        matrix = matrix.t().contiguous().t()  # same values, column-major: MKL is fast on it
+        matrix = matrix.t().contiguous().t()  # the same values, column-major, for which MKL is fast
     _scaled_mm(rows, matrix, scaling, out)
 
 

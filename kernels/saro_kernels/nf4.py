@@ -48,7 +48,7 @@ def why_not_triton(packed: Tensor, state: "QuantState") -> str | None:
 
 @functools.cache
 def device_problem(device: torch.device) -> str | None:
-    """Return why our kernel cannot run on a device; None if it can. It looks once: a step asks hundreds of times."""
+    """Return why our kernel cannot run on a device; None if it can. Cached: a step asks hundreds of times."""
     if device.type != "cuda":
         return f"it runs on CUDA, not on {device.type}"
     problem = tile_ops.triton_problem(device, torch.float32)
@@ -69,7 +69,7 @@ def layout_problem(packed: Tensor, state: "QuantState") -> str | None:
         return f"blocks have {state.blocksize} numbers, not one of {BLOCK_SIZES}"
     if state.shape.numel() % 8:
         return f"{state.shape.numel()} numbers are not a multiple of 8"
-    # bitsandbytes transposes the weight if its numbers lie in one row.
+    # bitsandbytes transposes a weight that is stored as one row.
     if packed.shape[0] == 1 or not packed.is_contiguous() or packed.data_ptr() % 16:
         return "the packed numbers are not one contiguous column that starts at a multiple of 16 bytes"
     nested = state.state2

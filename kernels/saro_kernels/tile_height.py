@@ -58,7 +58,7 @@ def tile_rows(
                 highest = cached
     highest = max(MIN_ROWS, highest // 64 * 64)
     if free_bytes is not None:
-        # Halve it, so that steps with a little more or less free memory have tiles of the same height.
+        # Halve it until a tile fits, so that steps with a little more or less free memory have tiles of the same height.
         while highest > MIN_ROWS and highest * row_bytes > FREE_SHARE * free_bytes:
             highest = max(MIN_ROWS, highest // 128 * 64)
     if rows <= highest:

@@ -130,7 +130,7 @@ def tile_kernel(
         gradient_at_target = factor * _one_minus_exp(logp)
         for start in range(0, vocab, BLOCK):
             if gradient.dtype != product.dtype:
-                # This block's gradient goes over logits of earlier blocks. A thread comes here when it has written the
+                # This block's gradient overwrites logits of earlier blocks. A thread gets here after it has written the
                 # gradients of those, so it has read their logits. Wait until all threads have.
                 tl.debug_barrier()
             columns = start + lanes

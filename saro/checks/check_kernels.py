@@ -1,4 +1,4 @@
-"""Checks the fused head and LoRA layers with the weights of the user's own model: their errors against float64."""
+"""Check the fused head and LoRA layers with the weights of the user's own model: their errors against float64."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def _checks(policy: Policy) -> Iterator[tuple[Callable[[], float], str, str]]:
         yield partial(head_error, policy, kernel, trainable), f"the head {policy.head}", "set --model.head reference"
     by_name: dict[str, list[str]] = {}
     fused = {name: m for name, m in policy.model.named_modules() if replaced_forward(m) in FUSED_FORWARDS}
-    # Attention modules come last: a single layer that errs is then named, and not those that are computed with it.
+    # Attention modules come last, so that the error names a single faulty layer and not those that are computed with it.
     for name in sorted(fused, key=lambda name: hasattr(fused[name], "q_proj")):
         by_name.setdefault(name.rpartition(".")[2], []).append(name)
     for names in by_name.values():
@@ -86,7 +86,7 @@ def head_error(policy: Policy, kernel: Callable[..., Tensor], trainable: bool) -
 
 def _head_error(policy: Policy, head: nn.Linear, kernel: Callable[..., Tensor], trainable: bool) -> float:
     device, dtype = policy.causal_lm.device, policy.compute_dtype
-    # Take only as many columns of a very large head as float64 has memory for.
+    # Take only as many columns of a very large head as fit into memory in float64.
     weight = head.weight.detach()[:, : max(1, _NUMBERS // len(head.weight))].contiguous()
     generator = torch.Generator().manual_seed(0)
     # Scale the logits to a few nats apart, as a model has them.
@@ -152,7 +152,7 @@ def _gathered_lora_error(module: nn.Module, policy: Policy) -> float:
 
 
 def _parts(layer: nn.Module) -> LoraLinear:
-    """Return the weights of PEFT's layer, read from its attributes and not as ``fuse_lora`` reads them: that is what is checked."""
+    """Return the weights of PEFT's layer, read from its attributes. How ``fuse_lora`` reads them is under test."""
     base = layer.get_base_layer()
     (name,) = layer.active_adapters
     frozen = FrozenLinear(base.weight, getattr(base, "quant_state", None), base.bias)
@@ -204,10 +204,10 @@ def worst_ratio(
         our_error = (our_tensor.double() - exact_tensor).norm()
         plain_error = (plain_tensor.double() - exact_tensor).norm()
         rounding = ulps * torch.finfo(our_tensor.dtype).eps * exact_tensor.norm()
-        # Without any error, as of a zero weight, the ratio is 0.
+        # If there is no error, for example for a zero weight, the ratio is 0.
         allowed = torch.maximum(plain_error, rounding / KERNEL_FACTOR).clamp_min(torch.finfo(torch.float64).tiny)
         ratios.append((our_error / allowed).item())
-    # Not max(ratios), which can pass over a NaN.
+    # Do not use max(ratios), which can pass over a NaN.
     return torch.tensor(ratios).max().item()
 
 

@@ -1,4 +1,4 @@
-"""Checks the layout of packs on a small random model of the same class, where nothing but rounding in float32 differs."""
+"""Check the layout of packs on a small random model of the same class, where nothing but rounding in float32 differs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from saro.model.architectures import is_mixture, text_config
 from saro.model.policy import Policy
 from saro.model.unmodified import unmodified
 
-# The small model embeds this many tokens, a prime number: two tokens that differ seldom become the same.
+# The small model embeds this many tokens. The number is prime, so that different tokens seldom become the same.
 _VOCABULARY = 251
 # Largest intermediate size of its MLPs, which work on single tokens and so know nothing of the layout.
 _INNER = 256
@@ -75,7 +75,7 @@ def check_layout(policy: Policy, trees: Sequence[SequenceTree], window: int | No
         control=leaky[reached].abs().mean().item(),
     )
     name = type(policy.causal_lm).__name__
-    # Not "difference > ...", because NaN must fail too.
+    # Do not write "difference > ...": NaN must fail too.
     if not result.logps <= _LOGP_LIMIT:
         raise SaroError(
             f"packed log-probs differ from the model's own by up to {result.logps:.3g} nats in a small "
@@ -141,7 +141,7 @@ def _small_text_config(config: PretrainedConfig) -> PretrainedConfig:
     # Some families spell these options in another way, such as n_layer.
     sizes = {config.attribute_map.get(name, name): size for name, size in sizes.items()}
     if is_mixture(config):
-        # Each token is computed by all experts: between two, a rounding could choose.
+        # Let all experts compute each token: otherwise rounding could choose between two of them.
         sizes |= dict.fromkeys(_EXPERTS, config.num_experts_per_tok)
     small = {}
     for name, value in config.to_dict().items():
@@ -177,7 +177,7 @@ def _with_small_tokens(trees: Sequence[SequenceTree]) -> list[SequenceTree]:
         numbers = np.searchsorted(ids, sequence.tokens) + shift
         return replace(sequence, tokens=(numbers % _VOCABULARY).astype(np.int32))
 
-    # Other tokens in each tree, because a leak from a copy of the same tokens may change nothing.
+    # Give each tree other tokens: a leak from a copy of the same tokens may change nothing.
     return [build_tree([small(sequence, i) for sequence in tree.sequences]) for i, tree in enumerate(trees)]
 
 

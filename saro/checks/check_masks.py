@@ -1,4 +1,4 @@
-"""Checks every prompt and every scored mask before the model is loaded."""
+"""Check every prompt and every scored mask before the model is loaded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checks that no held-out prompt is trained on."""
+"""Check that no held-out prompt is trained on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checks on the user's model, backend and data that packed runs equal those of the unmodified model, or aborts.
+"""Check on the user's model, backend and data that packed runs equal those of the unmodified model.
 
 Each part has its own tolerance. In the run's precision rounding hides small errors, so the layout of packs, the
 attention backend and the kernels are checked apart; the model as a whole is run last.
@@ -120,7 +120,7 @@ def _check_whole(
 
 def _raise_if_different(policy: Policy, quantity: str, where: str, difference: float, floor: float) -> None:
     """Raise SaroError if packed runs differ from the model's own by more than the noise explains."""
-    # Not "difference > ...", because NaN must fail too.
+    # Do not write "difference > ...": NaN must fail too.
     if not difference <= NOISE_FACTOR * floor:
         raise SaroError(
             f"packed {quantity} differ from the model's own by {difference:.3g} {where}, and two runs of its own by "
@@ -161,7 +161,7 @@ def _choose_trees(data: ExampleSet | PairSet, window: int | None) -> list[Sequen
 
 
 def _group_tree(data: ExampleSet | PairSet) -> list[SequenceTree]:
-    """Return one tree of several pairs on a prompt, or of several turns of a conversation; nothing without such ones.
+    """Return one tree of several pairs on a prompt, or of several turns of a conversation; an empty list if there are none.
 
     It is cut some tokens after the forks.
     """
@@ -177,7 +177,7 @@ def _group_tree(data: ExampleSet | PairSet) -> list[SequenceTree]:
 
 
 def _cut(sequences: Sequence[ScoredSequence]) -> list[ScoredSequence]:
-    """Return sequences cut some tokens after they diverge; a single one, after its beginning."""
+    """Return sequences cut some tokens after they diverge. A single sequence is cut after its beginning."""
     fork = common_prefix([s.tokens for s in sequences]) if len(sequences) > 1 else _TAIL
     return [all_scored(s.tokens[: fork + _TAIL], s.record) for s in sequences]
 

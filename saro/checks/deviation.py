@@ -1,4 +1,4 @@
-"""Measures how far an export is from the model that was trained."""
+"""Measure how far an export is from the model that was trained."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from saro.errors import SaroError
 
 @dataclass(frozen=True)
 class Deviation:
-    """How far an export is from the trained model: averages over the scored tokens, in nats.
+    """The distance of an export from the trained model: averages over the scored tokens, in nats.
 
     Attributes:
         shift: mean of |log-prob of the export - log-prob as trained|.
@@ -45,7 +45,7 @@ class Deviation:
 
     @property
     def is_allowed(self) -> bool:
-        """True if the shift is within a share of the change, and what noise explains."""
+        """True if the shift is at most a share of the change plus what noise explains."""
         return self.shift <= EXPORT_SHARE * self.change + EXPORT_FACTOR * self.noise
 
     def __str__(self) -> str:

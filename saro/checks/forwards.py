@@ -1,4 +1,4 @@
-"""Runs trees as a pack, and their sequences one at a time by the unmodified model, and compares the two."""
+"""Run trees as a pack, and their sequences one at a time by the unmodified model, and compare the two."""
 
 from __future__ import annotations
 

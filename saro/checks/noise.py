@@ -1,4 +1,4 @@
-"""Measures how much rounding changes, and defines the tolerances of all checks."""
+"""Measure how much rounding changes, and define the tolerances of all checks."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ EXPORT_SHARE = 0.1
 
 @dataclass(frozen=True, eq=False)
 class LayoutNoise:
-    """Log-probs of some sequences, and how much they change when they are scored in two other ways that are as right.
+    """Log-probs of some sequences, and how much they change when scored in two other ways that are equally right.
 
     Attributes:
         logps: (E,) float64, nats: the log-probs of the scored tokens, sequence after sequence.
@@ -76,7 +76,7 @@ class LayoutNoise:
                 chosen, rejected = (part[shared:] for part in parts[i : i + len(SIDES)])
                 sums.append((chosen.sum() - rejected.sum()) / max(1, len(chosen) + len(rejected)) ** 0.5)
             noises.append(_rms(np.array(sums)))
-        return float(np.max(noises))  # not max(), which can pass over a NaN
+        return float(np.max(noises))  # max() can pass over a NaN
 
     @property
     def _rounding(self) -> np.ndarray:
@@ -134,7 +134,7 @@ def fitting_trees(trees: Sequence[SequenceTree], pack_tokens: int) -> Sequence[S
 
 @contextmanager
 def all_experts(policy: Policy) -> Iterator[None]:
-    """Let each token of a mixture of experts be computed by all of them, weighted by the router; else change nothing.
+    """Let all experts of a mixture compute each token, weighted by the router. Other models do not change.
 
     Between the last expert that a token chooses and the next one, a rounding can decide. One choice changes the log-probs
     by as much as a fault. All else is as in training: experts know single tokens only.
@@ -162,7 +162,7 @@ def perturbed(policy: Policy) -> Iterator[None]:
     def perturb(seed: int, output: torch.Tensor | tuple) -> torch.Tensor | tuple:
         if isinstance(output, tuple):
             return perturb(seed, output[0]), *output[1:]
-        # A generator of its own, so that the check can be repeated and does not advance torch's generator.
+        # Use a separate generator, so that the check can be repeated and does not advance torch's.
         generator = torch.Generator().manual_seed(seed)
         offset = torch.rand(output.shape, generator=generator).sub_(0.5).mul_(eps)
         return (output * (1 + offset.to(output.device))).to(output.dtype)

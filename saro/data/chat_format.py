@@ -1,4 +1,4 @@
-"""Encodes examples, pairs and beginnings of responses as token ids, through the model's chat template.
+"""Encode examples, pairs and beginnings of responses as token ids, through the model's chat template.
 
 The prompt's ids are exactly those that the model reads at inference. The completion's ids follow, up to and including
 the stop token, as they would if prompt and completion were tokenized together. The template never renders the completion,
@@ -121,7 +121,7 @@ class ChatFormat:
         return ChatTemplate(self.tokenizer, self.template_date, dict(self.template_variables or {}))
 
     def render_prompt(self, messages: Sequence[Message]) -> str:
-        """Render the prompt that the model answers, as ``ChatTemplate.render``."""
+        """Render the prompt that the model answers; see ``ChatTemplate.render``."""
         return self.template.render(messages)
 
     def inference_prompt_ids(self, messages: Sequence[Message]) -> list[int]:
@@ -153,7 +153,7 @@ class ChatFormat:
             if not response.is_reasoning_open:
                 text += f"\n{closing}\n\n{response.answer}"
         elif opened and tags == [closing]:
-            # The text of a model that continued this prompt, in which the tag is open already.
+            # A model that continued this prompt has written the text, and the prompt has opened the tag already.
             return text
         elif tags and (tags != [opening, closing] or not text.lstrip().startswith(opening)):
             raise SaroError(
@@ -224,11 +224,12 @@ class ChatFormat:
     def encode_pair(self, pair: Pair, record: int = 0) -> tuple[ScoredSequence, ScoredSequence]:
         """Encode a pair as its chosen and its rejected sequence, on the same prompt ids.
 
-        An open side has the tokens that every response has that goes on from it: its end is left out, back to a token that
-        no continuation can change. It has no stop token.
+        An open side gets only the tokens that no continuation of it can change: its end is left out, back to the last such
+        token. It has no stop token.
 
-        Raises EqualSides if both have the same tokens. Raises SaroError as ``encode`` does, and if one side is the beginning of the other: every response that begins
-        with the longer one then begins with the shorter one too, so that neither can be preferred.
+        Raises EqualSides if both have the same tokens. Raises SaroError as ``encode`` does, and if one side is the beginning
+        of the other: every response that begins with the longer one then begins with the shorter one too, so that neither
+        can be preferred.
         """
         chosen = self._encode(pair.prompt, pair.chosen, pair.where, record)
         rejected = self._encode(pair.prompt, pair.rejected, pair.where, record)
@@ -296,7 +297,7 @@ class ChatFormat:
         self._check_control(self._responses.ids(response.calls), "tool_calls hold")
         content = response.answer and _PROBE
         if response.reasoning is not None and not content:
-            # The calls come after text, so they must be able to: gpt-oss' come right after the role.
+            # The calls must be able to come after text: gpt-oss writes them right after the role.
             self._render_calls(prompt, rendered, Response(None, _PROBE, calls=response.calls))
         turn = RecordMessage("assistant", content, calls=response.calls)
         written = self.template.render([*prompt, turn], add_generation_prompt=False)

@@ -1,4 +1,4 @@
-"""Renders conversations with a model's chat template, and refuses those of which the template leaves something out."""
+"""Render conversations with a model's chat template, and refuse those of which the template leaves something out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Columns of many records: collected in memory or written to files, which every process of a machine then maps."""
+"""Collect columns of many records in memory, or write them to files that every process of a machine maps."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ def map_columns(folder: Path, described: Mapping[str, Mapping[str, str]]) -> dic
         file = folder / f"{name}.bin"
         try:
             is_empty = file.stat().st_size == 0
-            # As a plain array: each slice of a memmap would be an object of that slower class. No file of 0 bytes can be mapped.
+            # Return plain arrays: each slice of a memmap would be of that slower class. A file of 0 bytes cannot be mapped.
             mapped = np.empty(0, column["dtype"]) if is_empty else np.asarray(np.memmap(file, column["dtype"], "r"))
         except (OSError, ValueError) as error:
             raise SaroError(f"{file}: cannot be mapped ({error}); remove its folder and start again") from error

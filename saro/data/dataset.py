@@ -1,4 +1,4 @@
-"""Holds the token ids of any number of records in a few flat arrays, in memory or mapped from files."""
+"""Hold the token ids of any number of records in a few flat arrays, in memory or mapped from files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from saro.data.tree import RowKind, ScoredSequence, SequenceTree, build_tree, co
 
 @dataclass(frozen=True)
 class Repeats:
-    """What only reading all tokens of a set tells. A mapped set has it from when it was encoded.
+    """Counts that take reading all tokens of a set. A mapped set has them from its encoding.
 
     Attributes:
         duplicates: number of records that repeat an earlier one.

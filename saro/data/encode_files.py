@@ -1,4 +1,4 @@
-"""Data files -> token ids: records are encoded part by part, by this process or by several."""
+"""Encode data files as token ids, part by part, in this process or in several."""
 
 from __future__ import annotations
 
@@ -200,7 +200,7 @@ def _encode_part(
                     raise
                 equal.append(record.id)
                 continue
-            # With the last token of each sequence, which the model does not read.
+            # The limit counts the last token of each sequence too, which the model does not read.
             tokens = sum(len(node.tokens) for node in build_tree(sequences).nodes)
             if tokens <= options.pack_tokens:
                 kept.append(record)
@@ -245,7 +245,7 @@ def _append(
     number_of_prompt: dict[bytes, int],
     forms: dict[str | None, int],
 ) -> None:
-    """Append a part of a set to columns. New prompts and forms get the next numbers."""
+    """Append a part of a set to columns. Prompts and forms that are new get the next numbers."""
     is_pairs = isinstance(data, PairSet)
     sides = dict(zip(SIDES, (data.chosen, data.rejected), strict=True)) if is_pairs else {"example": data}
     for name, side in sides.items():

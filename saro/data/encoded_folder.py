@@ -1,4 +1,4 @@
-"""Keeps encoded records on disk: each file is encoded once, and mapped by every rank of every run that reads it.
+"""Keep encoded records on disk: each file is encoded once, and mapped by every rank of every run that reads it.
 
     $SARO_CACHE/encoded/KEY/key.json    what the token ids depend on
                            /set.json    dtype and sha256 of each column, and what else ``make_set`` needs
@@ -80,7 +80,7 @@ def map_encoded(
                         )
                         write_description(temp, columns, about, paths)
                         (temp / "key.json").write_text(text, encoding="utf-8")
-                    # Hashed now, the files are known to the other ranks of this machine.
+                    # Hash the files now, so that the other ranks of this machine need not.
                     find_fault(folder, text)
         except OSError as error:
             raise SaroError(
@@ -107,14 +107,14 @@ def open_encoded(folder: Path, paths: Sequence[str]) -> ExampleSet | PairSet:
     """Map an encoded set. ``paths`` are the data files, as ``where`` names them."""
     described = json.loads((folder / "set.json").read_text(encoding="utf-8"))
     columns = described["columns"].items()
-    # Without the names of files, which may differ between machines.
+    # Leave out the names of files, which may differ between machines.
     hashes = {name: column["sha256"] for name, column in columns if not name.startswith("where.")}
     digest = hashlib.sha256(json.dumps([hashes, described["about"]], sort_keys=True).encode()).hexdigest()
     return replace(_map(folder, described, paths), digest=digest, repeats=Repeats(**described["repeats"]))
 
 
 def find_fault(folder: Path, key: str) -> str | None:
-    """Return what is wrong with the folder of an encoded set, None if it is as it was written.
+    """Return what is wrong with the folder of an encoded set; None if nothing has changed since it was written.
 
     A file whose time has not changed since it was last read is taken to have the same content.
     """
@@ -148,7 +148,7 @@ def _make_key(
     sources = sorted(Path(__file__).parent.glob("*.py"))
     return {
         "kind": kind,
-        # Columns have numbers of them.
+        # Columns store kinds as indices into these.
         "kinds": [KINDS, PAIR_KINDS],
         # A record without an id is named after its file.
         "files": [[Path(path).stem, file_hash(Path(path))] for path in paths],
@@ -164,7 +164,7 @@ def _make_key(
         "equal_sides": options.equal_sides,
         "train_on": options.train_on,
         "checked": dict(checked),
-        # Not a number that somebody must remember to raise: old token ids would be trained on silently.
+        # Hash the code: if somebody forgot to raise a version, old token ids would be trained on silently.
         "code": hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest(),
         "versions": {name: version(name) for name in ("transformers", "tokenizers", "jinja2")},
     }

@@ -1,4 +1,4 @@
-"""Reads the objects of JSONL files with their places, and checks single fields.
+"""Read the objects of JSONL files with their places, and check single fields.
 
 Every error names file:line and what to do, and never shows the record's text.
 """

@@ -1,4 +1,4 @@
-"""Measures the lengths of a set's records, and how many tokens they share."""
+"""Measure the lengths of a set's records, and how many tokens they share."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Parses conversations: their turns, and the order in which turns may stand."""
+"""Parse conversations: their turns, and the order in which turns may stand."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Message:
 
 @dataclass(frozen=True)
 class RecordMessage(Message):
-    """A turn with what only the turns of records have beside their text. All of it is as in the file.
+    """A turn with the fields that only turns of records have, as they are in the file.
 
     Attributes:
         reasoning: an assistant's reasoning in a field of its own. In an earlier turn of a prompt, the chat template gets it
@@ -184,7 +184,7 @@ def _parse_record_message(value: Any, name: str, where: str) -> Message:
     if role == "assistant" and (calls := parse_calls(given.pop("tool_calls", None), f"{name}: tool_calls", where)):
         others["calls"] = calls
         content = given.get("content")
-        # White space alone is no text beside the calls: templates strip it.
+        # White space beside the calls does not count as text: templates strip it.
         given["content"] = "" if content is None or (isinstance(content, str) and not content.strip()) else content
     if role == "tool":
         others |= {

@@ -1,4 +1,4 @@
-"""A step's trees -> packs: trees laid out one after the other under a token budget, without padding.
+"""Lay out a step's trees as packs, one after the other under a token budget, without padding.
 
 This file also defines the order of a pair's two sequences, and holds the log-probs of pairs in that order.
 """
@@ -180,7 +180,7 @@ def lay_out(trees: Sequence[SequenceTree]) -> Pack:
             members = [s for s, path in zip(tree.sequences, tree.paths, strict=True) if index in path]
             earliest = min(members, key=lambda s: s.scored_from)
             scored_from = min(max(earliest.scored_from, node.start), stop)
-            # A token is predicted by the one before it: its neighbour in the node, or the last token of the parent.
+            # The token before predicts a token: its neighbour in the node, or the last token of the parent.
             hidden = np.arange(scored_from, stop) - 1 - node.start + num_tokens
             if scored_from == node.start and len(hidden):
                 hidden[0] = segments[parent][1] - 1
@@ -225,7 +225,7 @@ def lay_out(trees: Sequence[SequenceTree]) -> Pack:
 def _cancelling_rows(
     entry_row: np.ndarray, entry_sequence: np.ndarray, num_rows: int, records: Sequence[int]
 ) -> np.ndarray:
-    """Return (R,) bool, True for each row that both sides have in all of its pairs. False for packs of examples."""
+    """Return (R,) bool, True for rows that both sides of every one of their pairs have. All False for packs of examples."""
     if records[CHOSEN::2] != records[REJECTED::2]:
         return np.zeros(num_rows, bool)
     num_pairs = len(records) // 2
@@ -242,13 +242,13 @@ def _concatenate(parts: Sequence[np.ndarray]) -> np.ndarray:
     return np.concatenate([np.empty(0, np.int64), *parts]).astype(np.int64)
 
 
-# A sequence of this many tokens spends as much on attention as on all products with weights, in a model whose width is 4,096:
-# 12 times the width. The plan needs no better guess: the longest records are what it spreads.
+# At this length, 12 times the width, attention costs as much as all products with weights in a model of width 4,096. A rough
+# value is enough, because the plan mainly spreads the longest records.
 _ATTENTION_TOKENS = 12 * 4096
 
 
 def record_cost(tokens: int) -> float:
-    """Return the work of a record, in tokens of a short one: each of its tokens also attends to those before it."""
+    """Return the work of a record, in units of one token of a short record. Attention makes each later token cost more."""
     return tokens * (1 + tokens / _ATTENTION_TOKENS)
 
 

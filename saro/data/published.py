@@ -1,4 +1,4 @@
-"""Reads data sets as their authors publish them, and checks where their conversions are written."""
+"""Read data sets as their authors publish them, and check where their conversions are written."""
 
 import csv
 import io

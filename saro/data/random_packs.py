@@ -1,4 +1,4 @@
-"""Makes packs of random tokens: examples and pairs of equal lengths, for measurements and predictions without records."""
+"""Make packs of random tokens: examples and pairs of equal lengths, for measurements and predictions without records."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reads the records of JSONL files, Parquet files and data sets of the Hugging Face hub as plain dicts."""
+"""Read the records of JSONL files, Parquet files and data sets of the Hugging Face hub as plain dicts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 _HUB = "hf://"
-# As in the hub's own addresses, hf://datasets/ORG/NAME@REVISION/PATH, but a configuration and a split name the records.
+# Like the hub's own addresses, hf://datasets/ORG/NAME@REVISION/PATH, but with a configuration and a split for a path.
 _HUB_NAME = re.compile(
     r"hf://(?:datasets/)?(?P<path>[\w.-]+/[\w.-]+)(?:@(?P<revision>refs/\w+/[\w.-]+|[\w.-]+))?(?:/(?P<name>[\w.+-]+))?"
     r":(?P<split>\w[\w.-]*(?:\[[\d:%-]+\])?)"
@@ -80,7 +80,7 @@ def _read_parquet(name: str, columns: Collection[str] | None) -> Iterator[tuple[
             wanted, others = _choose_columns(table.schema_arrow.names, columns, name)
             number = 0
             for batch in table.iter_batches(_BATCH, columns=wanted):
-                # A batch without columns does not know its rows.
+                # A batch without columns does not know how many rows it has.
                 rows = batch.to_pylist() if wanted else [{}] * batch.num_rows
                 for row in rows:
                     number += 1
@@ -119,7 +119,7 @@ def _load_hub(name: str) -> Dataset:
         message = " ".join(str(error).split())
         fault(name, f"cannot be loaded: {message[:300]}", f"write {_HUB_FORM}")
     except Exception as error:
-        # Whatever the network and the readers of its files raise. Their messages may hold the text of records.
+        # The network and the readers of files may raise anything, with messages that hold the text of records.
         wrong = f"cannot be loaded ({type(error).__name__})"
         fault(name, wrong, "check the connection and the data set, or give a file on this machine")
 

@@ -1,4 +1,4 @@
-"""Tells the formats of records apart by their fields, and decides which other fields may be ignored."""
+"""Tell the formats of records apart by their fields, and decide which other fields may be ignored."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -29,8 +29,8 @@ EXAMPLE_FORMATS = {
     "messages": Fields(("messages",), ("prompt",)),
 }
 PAIR_FORMATS = {"pair": Fields(("chosen", "rejected"), ("prompt",))}
-# Fields that change what a record means, in our pairs or in published data: what is wrong with them and what to do. Null or
-# empty, they say nothing.
+# Fields that change the meaning of a record, in our pairs or in published data -> the error and the fix. They are ignored
+# if they are null or empty.
 _ON_MESSAGE = (
     "stands beside the messages",
     "put it into the assistant's message, or name it reasoning beside an answer",
@@ -104,7 +104,7 @@ def find_format(record: Mapping[str, Any], formats: Mapping[str, Fields], where:
 
 @lru_cache
 def _find_meant(name: str) -> str | None:
-    """Return the known field whose name this is with one character missing, added, changed or swapped, or in capitals."""
+    """Return the known field that this name misspells by one missing, added, changed or swapped character, or in capitals."""
     lower = name.lower()
     for known in sorted(_KNOWN):
         if lower == known or (len(known) > 4 and _is_one_edit(lower, known)):

@@ -1,4 +1,4 @@
-"""Reads files as typed records. Every error names file:line and what to do, and never shows the record's text."""
+"""Read files as typed records. Every error names file:line and what to do, and never shows the record's text."""
 
 import os
 import re
@@ -141,7 +141,7 @@ def _read_records(path: str | os.PathLike, parse: Callable[[dict[str, Any], str,
 def read_example_files(
     paths: Iterable[str | os.PathLike], train_on: Literal["last", "all"] = "last"
 ) -> Iterator[Example]:
-    """Yield the examples of several files. An id that earlier files have gets a number: ID@2, ID@3.
+    """Yield the examples of several files. An id that occurred in an earlier file gets a number: ID@2, ID@3.
 
     Args:
         train_on: "all" yields each assistant turn of a conversation as an example of its own; see ``split_turns``.
@@ -155,7 +155,7 @@ def read_example_files(
 
 
 def read_pair_files(paths: Iterable[str | os.PathLike], *, may_be_equal: bool = False) -> Iterator[Pair]:
-    """Yield the pairs of several files, as ``read_example_files`` does examples and ``read_pairs`` those of one."""
+    """Yield the pairs of several files; see ``read_example_files`` and ``read_pairs``."""
     return with_own_ids(record for path in each_once(paths) for record in read_pairs(path, may_be_equal=may_be_equal))
 
 
@@ -170,7 +170,7 @@ def each_once(paths: Iterable[str | os.PathLike]) -> Iterator[str | os.PathLike]
 
 
 def with_own_ids(records: Iterable[Record]) -> Iterator[Record]:
-    """Yield records, of which one whose id earlier ones have gets a number, whatever the names of their files are.
+    """Yield records. A record with the id of an earlier one gets a number, whatever their files are called.
 
     Raises SaroError if that is the id of another record.
     """
@@ -292,7 +292,7 @@ def _parse_pair_side(value: dict[str, Any], name: str, where: str) -> Response:
     for key in value:
         if key not in _SIDE_FIELDS:
             fault(where, f"{name} has the field {shown(key)}", nearest(key, _SIDE_FIELDS))
-    # A table has the field for all sides: it is null for those that do not say.
+    # A table has the field for all sides; null means that the record does not say.
     is_open = False if value.get("open") is None else value["open"]
     if not isinstance(is_open, bool):
         fault(where, f"{name}: open is {type_name(is_open)}", "give true or false, or leave the field out")

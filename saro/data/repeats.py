@@ -1,4 +1,4 @@
-"""Finds records that repeat others: duplicates in a set, and prompts that two sets have in common.
+"""Find records that repeat others: duplicates in a set, and prompts that two sets have in common.
 
 Records are compared by their token ids, as the model reads them, so their format does not matter. Only a hash of each is
 kept, so any number of records fits into memory.
@@ -18,7 +18,7 @@ def count_duplicates(data: ExampleSet | PairSet) -> int:
     """Return the number of records that repeat an earlier one: the same prompt and response, or both responses."""
     sides = (data.chosen, data.rejected) if isinstance(data, PairSet) else (data,)
     hashed = (b"".join(hashes) for hashes in zip(*map(_hash_sequences, sides), strict=True))
-    # As an array: a set of so many objects would take ten times the memory.
+    # Use an array: a set of Python objects would take ten times the memory.
     return len(data) - len(np.unique(np.fromiter(hashed, f"S{16 * len(sides)}", len(data))))
 
 
@@ -43,7 +43,7 @@ def _hash_prompts(data: ExampleSet | PairSet) -> Iterator[bytes]:
 def _hash_sequences(side: ExampleSet) -> Iterator[bytes]:
     starts, stops = side.offsets[:-1].tolist(), side.offsets[1:].tolist()
     for start, stop, prompt in zip(starts, stops, side.prompt_tokens.tolist(), strict=True):
-        # With the length of the prompt: the same tokens, scored from elsewhere, teach something else.
+        # Include the length of the prompt: the same tokens teach something else if they are scored from elsewhere.
         yield _hash(prompt.to_bytes(8) + side.tokens[start:stop].tobytes())
 
 

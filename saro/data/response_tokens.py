@@ -1,4 +1,4 @@
-"""Gives the ids that a response has after a prompt, and those of its beginning that no continuation can change."""
+"""Find the ids that a response has after a prompt, and those of its beginning that no continuation can change."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class ResponseTokenizer:
         )
 
     def find_stable(self, prompt: str, text: str) -> StableTokens:
-        """Return the tokens that ``text`` has after ``prompt`` whatever follows it.
+        """Return the tokens that ``text`` has after ``prompt``, whatever follows the text.
 
         A token that reaches beyond the text begins at one of a few places in it. Up to there, the text has the ids that it
         has if it ends there: BPE encodes the two sides of a boundary between tokens independently. So the
@@ -136,7 +136,7 @@ class ResponseTokenizer:
         return all(self.ids(anchor + "a") != self.ids(anchor) + letter for anchor in _ANCHORS)
 
     def _decode(self, ids: list[int]) -> str:
-        # The backend's text: transformers' may leave out spaces before punctuation.
+        # Decode with the backend: transformers may leave out spaces before punctuation.
         return self.tokenizer.backend_tokenizer.decode(ids, skip_special_tokens=False)
 
 
@@ -149,7 +149,7 @@ def _byte_level(text: str) -> str:
 
 
 def _last_character_that_composes(text: str) -> int:
-    """Return the place of the last character that may compose with marks that follow it (NFC); the text's end if none does."""
+    """Return the place of the last character that may compose with marks after it (NFC); the end of the text if none may."""
     start = len(text) - 1
     while start > 0 and (unicodedata.category(text[start]).startswith("M") or "\u1100" <= text[start] <= "\u11ff"):
         start -= 1

@@ -1,4 +1,4 @@
-"""Chooses the records of each step, and makes the step's packs.
+"""Choose the records of each step, and make the step's packs.
 
 The records of a step depend only on the step's number, the options of ``Schedule`` and the records' kinds and groups.
 They do not depend on pack size, number of ranks or resuming, so none of these changes what a step learns from.

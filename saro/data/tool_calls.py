@@ -1,4 +1,4 @@
-"""Parses what the assistant may call, the ``tools`` of a record, and its calls, the ``tool_calls`` of a turn."""
+"""Parse the ``tools`` of a record, which the assistant may call, and the ``tool_calls`` of its turns."""
 
 import json
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ def parse_tools(value: Any, where: str) -> str | None:
 
 
 def parse_calls(value: Any, name: str, where: str) -> str | None:
-    """Parse the calls of an assistant turn, a list of OpenAI's form or JSON text of one, as ``parse_tools`` does tools.
+    """Parse the calls of an assistant turn: a list of OpenAI's form, or JSON text of one. See ``parse_tools``.
 
     Arguments are an object, or JSON text of one, which becomes the object: chat templates expect that.
 
@@ -84,7 +84,7 @@ def _parse_call(value: Any, name: str, where: str, is_table: bool) -> dict[str, 
 
 
 def _without_null(value: dict[str, Any], fields: Sequence[str], name: str, where: str) -> dict[str, Any]:
-    """Return the fields of an object that are not null. Raises SaroError for others than ``fields``."""
+    """Return the fields of an object that are not null. Raises SaroError for fields that are not among ``fields``."""
     given = {key: item for key, item in value.items() if item is not None}
     for key in given:
         if key not in fields:
@@ -104,7 +104,7 @@ def _as_json(value: Any, name: str, where: str, *, is_table: bool) -> str:
 
 
 def _has_null(value: Any) -> bool:
-    """Return True if a value of JSON is null, or holds it. Not recursive: values may be nested deep."""
+    """Return True if a value of JSON is null or holds null. It is a loop, because values may be nested deep."""
     waiting = [value]
     while waiting:
         item = waiting.pop()

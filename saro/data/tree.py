@@ -1,4 +1,4 @@
-"""Merges sequences into tries of tokens, in which a shared prefix is stored and computed once.
+"""Merge sequences into tries of tokens, in which a shared prefix is stored and computed once.
 
 Trees are built from token ids, after tokenization, never from text. In stage 1 (RW) a tree has one sequence and so one
 node. In stage 2 (SRPO) both responses of a pair, and other pairs with the same prompt, go into one tree.

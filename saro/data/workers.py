@@ -1,4 +1,4 @@
-"""Computes a function of many items in worker processes, in the order of the items."""
+"""Compute a function of many items in worker processes, in the order of the items."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Result = TypeVar("Result")
 
 # A worker that imports torch takes about 0.3 GiB.
 _MOST_WORKERS = 16
-# Items that wait for each worker: while one is read, the others are worked on.
+# Items in flight for each worker: while one is read, the others are worked on.
 _WAITING = 2
 
 
@@ -40,7 +40,7 @@ def map_in_order(function: Callable[..., Result], items: Iterable[tuple[Any, ...
         yield from (function(*item) for item in items)
         return
     pending: deque[Future[Result]] = deque()
-    # Not forked: a copy of a process that has threads or a GPU may wait for a lock for ever.
+    # Do not fork: the copy of a process with threads or a GPU may wait for a lock forever.
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin, initargs=(function,))
     try:

@@ -1,4 +1,4 @@
-"""Reads YAML files strictly: attacks, judges, policies and templates."""
+"""Read YAML files strictly: attacks, judges, policies and templates."""
 
 from __future__ import annotations
 

@@ -171,7 +171,7 @@ def linear_layers(model: PreTrainedModel) -> list[str]:
 
 
 def _last_part(name: str) -> str:
-    """Return the last part of a module's name, with the part before it if it is a number."""
+    """Return the last part of a module's name; if it is a number, with the part before it."""
     parts = name.split(".")
     return ".".join(parts[-2:]) if parts[-1].isdigit() else parts[-1]
 

@@ -22,7 +22,7 @@ from saro.errors import SaroError
 LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
 # Multimodal models whose text model is trained in place, on text only. tests/model/test_kinds_of_models.py has each.
 WRAPPERS = frozenset({"gemma3", "mistral3", "qwen2_5_vl", "qwen3_vl"})
-# A pattern for the names of all modules of a wrapper outside its text model.
+# Matches the names of all modules of a wrapper outside its text model.
 OUTSIDE_TEXT_MODEL = r"(?!model\.language_model\.).*"
 # Ids that stand for an image or a video in a text.
 _PLACEHOLDERS = ("image_token_id", "video_token_id")
@@ -36,7 +36,7 @@ REFUSED_ROPE = frozenset({"dynamic"})
 GATED_MLPS = frozenset(
     {"LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP", "SmolLM3MLP", "GemmaMLP", "Gemma2MLP", "Gemma3MLP"}
 )
-# Those in a layer that has a norm after the MLP, whose input the backward needs.
+# MLPs whose layer has a norm after them. The backward needs the input of that norm.
 WITH_LAST_NORM = frozenset({"Gemma2MLP", "Gemma3MLP"})
 # Attention modules that call q_proj, k_proj and v_proj on their input, each once; a test looks at each.
 QKV_ATTENTIONS = frozenset(
@@ -82,7 +82,7 @@ _OTHER_MODALITIES = ("vision", "audio", "vq")
 
 
 class TokenLimits(NamedTuple):
-    """What a model's sequences may hold.
+    """Limits on a model's sequences.
 
     Attributes:
         vocabulary: number of tokens that the model embeds.
@@ -106,7 +106,7 @@ class LogitOptions(NamedTuple):
 
 
 def text_config(config: PretrainedConfig) -> PretrainedConfig:
-    """Return the config of a multimodal model's text model; that of another model as it is."""
+    """Return the config of the text model if the model is multimodal, else the config itself."""
     return config.get_text_config(decoder=True)
 
 
@@ -116,7 +116,7 @@ def auto_class(config: PretrainedConfig) -> type[AutoModelForCausalLM | AutoMode
 
 
 def token_limits(config: PretrainedConfig) -> TokenLimits:
-    """Return what a model's sequences may hold."""
+    """Return the limits on a model's sequences."""
     ids = [getattr(config, name, None) for name in _PLACEHOLDERS] if config.model_type in WRAPPERS else []
     return TokenLimits(
         vocabulary=text_config(config).vocab_size,
@@ -176,7 +176,7 @@ def has_sinks(config: PretrainedConfig) -> bool:
 def logit_options(config: PretrainedConfig) -> LogitOptions:
     """Return the scale and the softcap of a model's logits. ``check_supported`` refuses other changes to them."""
     if config.model_type in WRAPPERS:
-        return LogitOptions()  # their own forward leaves out what the config of the text model says
+        return LogitOptions()  # their own forward ignores these options of the text model
     scale = 1.0
     if config.model_type in _SCALES:
         name, power = _SCALES[config.model_type]
@@ -274,7 +274,7 @@ def _is_multimodal(config: PretrainedConfig) -> bool:
 
 
 def _why_not_quantized(quantization: Mapping[str, object]) -> str | None:
-    """Return why a model cannot be trained with the weights that its files hold; None if it can, or if they are whole."""
+    """Return why the quantized weights in a model's files cannot be trained; None if they can, or are not quantized."""
     method = quantization.get("quant_method", "bitsandbytes")
     is_nf4 = method == "bitsandbytes" and quantization.get("bnb_4bit_quant_type") == "nf4"
     if not quantization or is_nf4 or method == "mxfp4":

@@ -1,4 +1,4 @@
-"""Text is continued token by token: keys and values of past tokens stay in a cache and are written in place.
+"""Continue texts token by token. Keys and values of past tokens stay in a cache that is written in place.
 
 Each text has a row of the cache, whose tokens begin at position 0, so nothing is padded: prompts are read as a pack, by the
 attention of training, and a row that ends is replaced without touching the others. A step continues all rows by one
@@ -21,9 +21,9 @@ from saro.model.attention import AttentionPlan, check_arguments, packed_attentio
 from saro.model.policy import Policy
 
 CACHED = "saro_cached"
-# Most tokens of a forward that reads prompts, to bound its memory. A longer prompt has a forward of its own.
+# A forward reads prompts of at most this many tokens, to bound its memory. A longer prompt has a forward of its own.
 PACK_TOKENS = 4096
-# The cache is a multiple of this long. Smaller blocks are copied more often; larger ones attend to more that is masked.
+# The cache's length is a multiple of this. Smaller blocks are copied more often; larger ones attend to more masked keys.
 BLOCK_TOKENS = 64
 
 
@@ -61,7 +61,7 @@ class KeyValueCache:
             self._resize(length)
 
     def fit(self, length: int) -> None:
-        """Grow or shrink to texts of ``length`` tokens, of which none is longer. It shrinks if that frees a quarter."""
+        """Grow or shrink to texts of ``length`` tokens; no text is longer. Shrink only if that frees a quarter."""
         if not 0.75 * self.capacity < _in_blocks(length) <= self.capacity:
             self._resize(length)
 
@@ -75,7 +75,7 @@ class KeyValueCache:
         kept = min(self.capacity, _in_blocks(length))
         self.capacity = _in_blocks(length)
         for i, layer in enumerate(self.layers):
-            # One layer after the other, so that only one exists twice.
+            # Copy layer by layer, so that only one layer exists twice.
             resized = [x.new_zeros(*x.shape[:2], self.capacity, x.shape[3]) for x in layer]
             for new, old in zip(resized, layer, strict=True):
                 new[:, :, :kept] = old[:, :, :kept]
@@ -162,9 +162,9 @@ class _Step:
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         keys, values = self._append(key, value)
         rows, groups = keys.shape[:2]
-        # Heads that share keys are like queries of one head: their keys are read once, and never repeated.
+        # Treat heads that share keys as queries of one head, so that keys are read once and never repeated.
         queries = query[0].to(keys.dtype).transpose(0, 1).unflatten(1, (groups, -1))  # (n, G, H/G, D)
-        # In this order, because a product with long, contiguous rows is twice as fast on a CPU as its transpose.
+        # Multiply in this order: a product with long, contiguous rows is twice as fast on a CPU as its transpose.
         scores = torch.matmul(keys, queries.transpose(2, 3)).transpose(2, 3).float() * scale  # (n, G, H/G, S)
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
@@ -214,7 +214,7 @@ def cached_attention(module, query, key, value, attention_mask, *, plan=None, **
 
 @contextmanager
 def generating(policy: Policy) -> Iterator[None]:
-    """Switch a policy to eval mode and cached attention in this context; then its mode and packed attention again."""
+    """Use eval mode and cached attention in this context. The policy's mode and packed attention return at its end."""
     ALL_ATTENTION_FUNCTIONS.register(CACHED, cached_attention)
     lm: PreTrainedModel = policy.causal_lm
     lm.set_attn_implementation(CACHED)
@@ -302,10 +302,10 @@ def _decode(policy: Policy, tokens: Sequence[int], positions: torch.Tensor, plan
 
 
 def _shared_tokens(prompts: Sequence[Sequence[int]]) -> int:
-    """Return how many tokens all prompts begin with; each keeps at least one token of its own."""
+    """Return the length of the prompts' common prefix, which leaves each at least one token of its own."""
     if len(prompts) == 1:
         return 0
-    # All prompts share what the first and the last in order share.
+    # The sorted prompts all share the prefix that the first and the last share.
     low, high = min(prompts), max(prompts)
     most = min(map(len, prompts)) - 1
     return next((i for i in range(most) if low[i] != high[i]), most)

@@ -1,4 +1,4 @@
-"""Makes a policy of fake tensors, which have sizes and no numbers, and counts the memory of what its steps make.
+"""Make a policy of fake tensors, which have sizes but no numbers, and count the memory that its steps allocate.
 
 The project's own code runs forward and backward. Kernels that a CPU does not have (Triton's, liger-kernel's) are replaced by
 stand-ins that make the tensors that they make. Not seen is what a kernel takes inside, such as the workspaces of cuBLAS and of
@@ -36,14 +36,14 @@ from saro_kernels import FrozenLinear, lora_group, lora_mlp, tiled
 
 # CUDA's allocator rounds up to this.
 BLOCK_BYTES = 512
-# Bytes of the scales of a number in NF4: one of 8 bits for each 64, and one of 32 bits for each 256 of these.
+# Bytes of scales per weight in NF4: an 8-bit scale for 64 weights, and a 32-bit scale for 256 such scales.
 NF4_SCALE_BYTES = 1 / 64 + 4 / (64 * 256)
 # Bytes of the second-level cache of an H100, by which the head chooses its tiles.
 H100_L2_BYTES = 50 * 2**20
 
 
 class Meter(TorchDispatchMode):
-    """Counts the bytes of all storages that operators make in this context, as long as they live.
+    """Counts the bytes of all storages that operators allocate in this context, until they are freed.
 
     Attributes:
         now: bytes of those that live.
@@ -91,11 +91,11 @@ class Meter(TorchDispatchMode):
             self._change(self._sizes[storage], storage.nbytes())
 
     def ignore(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Do not count these tensors, which no operator makes here, or their views."""
+        """Leave these tensors and their views out of the count. They were not allocated here."""
         self._ignored.update(local(tensor).untyped_storage() for tensor in tensors)
 
     def make_ignored(self, like: torch.Tensor) -> torch.Tensor:
-        """Make a tensor that is not counted: it stands for one in host memory."""
+        """Make a tensor that is not counted, because it stands for one in host memory."""
         self._is_paused = True
         made = torch.empty_like(like)
         self._is_paused = False
@@ -103,7 +103,7 @@ class Meter(TorchDispatchMode):
         return made
 
     def take_peak(self) -> int:
-        """Return the most bytes that lived at once since the last call."""
+        """Return the peak of the counted bytes since the last call."""
         peak, self._peak = self._peak, self.now
         return peak
 
@@ -137,7 +137,7 @@ def make_policy(
         )
     finally:
         torch.set_default_dtype(torch.float32)
-    # It ties weights as it initializes them, which ``fake_tensors`` leaves out.
+    # Tie the weights here: transformers does it during initialization, which ``fake_tensors`` leaves out.
     model.tie_weights()
     model.requires_grad_(False)
     if options.method == "full":
@@ -161,7 +161,7 @@ def make_policy(
 
 @dataclass(frozen=True)
 class _QuantState:
-    """Stands for bitsandbytes' state of a 4-bit weight."""
+    """A stand-in for bitsandbytes' state of a 4-bit weight."""
 
     shape: torch.Size
 
@@ -214,14 +214,14 @@ def scale_bytes(policy: Policy) -> int:
 
 @contextmanager
 def fake_tensors() -> Iterator[None]:
-    """Let all tensors that are made in this context be fake."""
+    """Make all new tensors in this context fake."""
     with (
         FakeTensorMode(allow_non_fake_inputs=True),
-        # Some initial values are drawn until none is far off, which reads them.
+        # Some initializers draw values until none is far off. That reads them.
         no_init_weights(),
         # The check of a CPU's targets reads them.
         mock.patch.object(sys.modules["saro_kernels.token_logps"], "_check_tensors"),
-        # A fake module cannot be moved; it is where it belongs.
+        # A fake module cannot be moved, and need not be.
         mock.patch.object(BaseTunerLayer, "_move_adapter_to_device_of_base_layer"),
         mock.patch.object(nn.Module, "to", lambda self, *_, **__: self),
         mock.patch.object(FrozenLinear, "dense", _dense),
@@ -237,7 +237,7 @@ def _dense(layer: FrozenLinear, dtype: torch.dtype) -> torch.Tensor:
     return layer.weight.new_empty(layer.quant_state.shape, dtype=dtype)
 
 
-# Stand-ins. Each makes what the kernel makes whose place it takes.
+# Stand-ins for kernels. Each allocates what its kernel allocates.
 
 
 @contextmanager

@@ -27,8 +27,8 @@ _ACTIVATIONS: dict[type, str] = {nn.SiLU: "silu", SiLUActivation: "silu", GELUTa
 # A call without gradient on fewer tokens than this is a generation step. PEFT's forward computes it, because
 # bitsandbytes has kernels for few tokens.
 _FEW_ROWS = 8
-# An MLP that is recomputed is computed by chunks of rows, such that its intermediate tensors take at most this many bytes.
-# 256 MiB are enough rows for a GPU to be busy: 1,792 of Llama-3-8B's.
+# A recomputed MLP runs in chunks of rows whose intermediate tensors take at most this many bytes. 256 MiB are enough rows
+# to keep a GPU busy: 1,792 of Llama-3-8B's.
 _CHUNK_BYTES = 2**28
 # Intermediate tensors that an MLP's backward holds: the outputs of gate and up, their product, and two gradients.
 _NUM_INTERMEDIATES = 5
@@ -53,7 +53,7 @@ class _Group(NamedTuple):
 
 @dataclass(frozen=True)
 class _Casts:
-    """What ``cast_adapters`` has found and cast.
+    """The layers that ``cast_adapters`` has looked at, and their casts.
 
     Attributes:
         adapters: the adapter of each layer that our forward computes.
@@ -84,7 +84,7 @@ def fuse_lora(model: PeftModel) -> int:
     fused = {id(layer) for layer in layers}
 
     def are_fused(*parts: nn.Module) -> bool:
-        # With dropout, no training step could use them together, and liger-kernel's MLP may be in place already.
+        # With dropout no training step could compute the layers together, and liger-kernel's MLP may be in place already.
         return all(id(part) in fused and not _has_dropout(part) for part in parts)
 
     for name, module in model.named_modules():
@@ -100,7 +100,7 @@ def fuse_lora(model: PeftModel) -> int:
 
 
 def _group(name: str, *layers: LoraLayer) -> None:
-    """Let ``cast_adapters`` stack the A of these layers, in this order."""
+    """Make these layers a group, whose A ``cast_adapters`` stacks in this order."""
     for place, layer in enumerate(layers):
         layer.saro_group = (_Group(name, len(layers)), place)
 
@@ -117,7 +117,7 @@ def lora_layers(model: nn.Module) -> tuple[LoraLayer, ...]:
 
 @contextmanager
 def cast_adapters(layers: Iterable[LoraLayer], dtype: torch.dtype) -> Iterator[None]:
-    """Cast the active adapters of those layers that are fused to ``dtype`` at once, for all forwards in this context.
+    """Cast the active adapters of all fused layers to ``dtype`` at once, for all forwards in this context.
 
     Outside it, each layer casts A and B itself, in its forward and again in its backward: a kernel for each matrix. The
     casts are made in each context, so they have the values of the parameters. Nothing writes to them afterwards. They live
@@ -155,7 +155,7 @@ def cast_adapters(layers: Iterable[LoraLayer], dtype: torch.dtype) -> Iterator[N
 
 
 def _whole_groups(layers: Iterable[LoraLayer]) -> list[list[LoraLayer]]:
-    """Return the layers of each group, in its order, if all of them are among these layers."""
+    """Return the layers of each group, in order, if the whole group is among these layers."""
     groups: dict[_Group, dict[int, LoraLayer]] = {}
     for layer in layers:
         group, place = getattr(layer, "saro_group", (None, 0))
@@ -173,7 +173,7 @@ def _active_adapter(layer: LoraLayer) -> _Adapter | None:
 
 
 class _CastsSet:
-    """A context in which fused layers find these casts. It can be entered many times, but not within itself."""
+    """Makes fused layers use these casts in its context, which can be entered many times, but not within itself."""
 
     def __init__(self, casts: _Casts) -> None:
         self._casts = casts
@@ -191,7 +191,7 @@ def _keep_casts() -> tuple[AbstractContextManager, AbstractContextManager]:
     return _CastsSet(casts), _CastsSet(casts)
 
 
-# Arguments of ``torch.utils.checkpoint.checkpoint``. Without our contexts each layer would cast in its recomputation.
+# Arguments of ``torch.utils.checkpoint.checkpoint``. Without our contexts each layer would cast again as it recomputes.
 CHECKPOINTING = MappingProxyType({"use_reentrant": False, "context_fn": _keep_casts})
 
 
@@ -236,7 +236,7 @@ def _parts(layer: LoraLayer) -> LoraLinear:
     # Read the parameters now: a layer may have got others since they were cast, such as those of all ranks.
     a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
     return LoraLinear(
-        # The layer has the state too. A weight that was gathered from ranks has lost it.
+        # Take the state from the layer: a weight that was gathered from ranks has lost it.
         base=FrozenLinear(weight, getattr(base, "quant_state", None), base.bias),
         a=a,
         b=b,
@@ -247,7 +247,7 @@ def _parts(layer: LoraLayer) -> LoraLinear:
 
 
 def _find_stack(layers: Sequence[LoraLayer], parts: Sequence[LoraLinear]) -> torch.Tensor | None:
-    """Return the stack of the A of a group's layers, if ``cast_adapters`` has made it of these parameters."""
+    """Return a group's stack of A if ``cast_adapters`` has made it from these parameters, else None."""
     stack = _CASTS.get().stacks.get(layers[0])
     return stack if stack is not None and all(part.a_cast is not None for part in parts) else None
 

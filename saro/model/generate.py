@@ -1,4 +1,4 @@
-"""Prompts -> answers."""
+"""Generate answers to prompts, in batches."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Identifies a model by the contents of its files: hashes of weights and of what defines the model, not names."""
+"""Identify a model by hashes of its weights and of the files that define it, not by names."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def is_same_model(began: Mapping[str, Any] | None, now: Mapping[str, Any] | None
 
 
 def _hub_weights(path: str, commit: str) -> list[Path]:
-    """Return the weight files that transformers loads for a hub model; an empty list if they are out of reach."""
+    """Return the weight files that transformers loads for a hub model; an empty list if they cannot be fetched."""
     whole = _fetch(path, [SAFE_WEIGHTS_NAME], commit)
     if whole is not None:
         return whole
@@ -96,7 +96,7 @@ def _fetch(path: str, names: list[str], commit: str, local_files_only: bool = Fa
             _raise_exceptions_for_connection_errors=False,
         )
     except OSError:
-        # Loading the model, which comes next, says what is wrong.
+        # Loading the model comes next, and reports what is wrong.
         return None
     complete = found is not None and len(found) == len(names) and all(found)
     return [Path(file) for file in found] if complete else None

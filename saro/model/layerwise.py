@@ -1,4 +1,4 @@
-"""Loads a model whose weights ranks share layer by layer: no rank ever holds more than its parts and one layer."""
+"""Load a model layer by layer on ranks that share its weights. No rank ever holds more than its parts and one layer."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Skeleton:
 
     def _filled(self, parameter: nn.Parameter) -> nn.Parameter:
         stored = self._stored.get(parameter)
-        # An adapter is not in the files: it has its values.
+        # An adapter is not in the files and has its values already.
         value = parameter.data if stored is None else self._read(stored).to(self._dtype)
         if isinstance(parameter, Params4bit):
             return _parameter(value, parameter).to(self._device)  # this quantizes it
@@ -76,7 +76,7 @@ class Skeleton:
 
 
 def _parameter(value: torch.Tensor, like: nn.Parameter) -> nn.Parameter:
-    """Return a parameter of another value that is as ``like`` in all else."""
+    """Return a parameter with another value and all other properties of ``like``."""
     if isinstance(like, Params4bit):
         return Params4bit(value, requires_grad=False, **like.__dict__)
     return nn.Parameter(value, requires_grad=like.requires_grad)

@@ -43,7 +43,7 @@ def why_not_liger(model_type: str, device: torch.device) -> str | None:
 
 
 def choose_liger(asked: bool | None, model_type: str, device: torch.device) -> bool:
-    """Return True if liger-kernel's layers are to be used: as ``asked``, or for None where they can be.
+    """Return ``asked``; if it is None, True if liger-kernel can compute the model's layers.
 
     Raises:
         SaroError: they were asked for and cannot be used.

@@ -46,7 +46,7 @@ def merge(policy: Policy, config: PretrainedConfig, dtype: torch.dtype) -> PreTr
     lm.config = deepcopy(config)
     if getattr(config, "quantization_config", None) is not None:
         del lm.config.quantization_config
-        # Reversed by transformers as it saves the model, they would write the names of quantized weights.
+        # transformers would apply these conversions in reverse as it saves the model, and write names of quantized weights.
         lm._weight_conversions = [c for c in lm._weight_conversions if not _reads_4_bits(c)]
     lm.hf_quantizer = None
     return lm

@@ -79,13 +79,13 @@ def recompute_layers(lm: PreTrainedModel, number: int) -> None:
 
 
 def _checkpoint_on_host(hooks: InputsOnHost, function, *args):
-    # Within ``checkpoint`` its own hooks are in force: of the tensors here, only its arguments are saved under ours.
+    # ``checkpoint`` sets hooks of its own inside, so ours see only its arguments.
     with hooks:
         return checkpoint(function, *args, **CHECKPOINTING)
 
 
 def empty_on_host(tensor: torch.Tensor) -> torch.Tensor:
-    """Make a tensor like this one in host memory, pinned if this one is on another device: copies then need not be waited for."""
+    """Make a tensor like this one in host memory. It is pinned if this one is on a device, so that copies are asynchronous."""
     return torch.empty_like(tensor, device="cpu", pin_memory=tensor.device.type != "cpu")
 
 
@@ -107,7 +107,7 @@ class _Parked:
 
 
 class InputsOnHost(saved_tensors_hooks):
-    """In this context autograd saves tensors in host memory. Each is back on the device before the backward reads it.
+    """Makes autograd save tensors in host memory in its context. Each is back on the device before the backward reads it.
 
     Copies have a stream of their own. The stream that computes waits for a copy only where it needs the result: for that to
     the host before the device's memory is used again, and for that back, which begins a layer before. The host waits for
@@ -164,7 +164,7 @@ class InputsOnHost(saved_tensors_hooks):
             parked.moved = self._copy(parked.host, parked.on_device)
 
     def _copy(self, source: torch.Tensor, target: torch.Tensor):
-        """Copy on our own stream, after all that is queued on the one that computes. Return the event of its end."""
+        """Copy on our own stream, after all work queued on the computing stream. Returns the event of its end."""
         if self._stream is None:
             self._device = source.device
             self._streams = torch.get_device_module(self._device)
@@ -180,4 +180,4 @@ class InputsOnHost(saved_tensors_hooks):
 
 
 def _no_tensor() -> None:
-    """Stand for a weak reference to no tensor."""
+    """Stand in for a weak reference whose tensor is gone."""

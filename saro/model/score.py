@@ -1,4 +1,4 @@
-"""Packs -> log-probs without gradient: by the policy as in training, or by a model's own forward."""
+"""Compute log-probs of packs without gradient: by the policy as in training, or by a model's own forward."""
 
 from __future__ import annotations
 

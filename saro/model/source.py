@@ -57,7 +57,7 @@ class ModelSource:
         }
 
     def token_limits(self) -> TokenLimits:
-        """Return what the model's sequences may hold."""
+        """Return the limits on the model's sequences."""
         return token_limits(self.config)
 
     def chat_format(self, data: DataConfig, template_date: date) -> ChatFormat:

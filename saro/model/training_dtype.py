@@ -1,4 +1,4 @@
-"""Decides in which dtype a run computes: on a CPU by measuring whether products in bfloat16 are faster than in float32."""
+"""Decide in which dtype a run computes: on a CPU, by measuring whether bfloat16 products are faster than float32 ones."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from transformers import PretrainedConfig
 from saro.model.architectures import text_config
 from saro.model.load import resolve_dtype
 
-# bfloat16 has 8 bits of precision instead of 24, so it must gain something. With instructions for it, products are 2 to 4
-# times as fast, with tile units (AMX) more: a result near the limit comes from a machine that does something else.
+# bfloat16 has 8 bits of precision instead of 24, so it must be clearly faster. With instructions for it, products are 2 to 4
+# times as fast, with tile units (AMX) more. A ratio near this limit means that the machine is busy with something else.
 _FASTER = 1.3
 # Products of smaller models take microseconds. Their rates are noise, and models of tests would depend on it.
 _LEAST_WIDTH = 256
@@ -38,7 +38,7 @@ def decide_dtype(name: str, config: PretrainedConfig, device: torch.device) -> s
 
 
 def has_bfloat16_instructions() -> bool:
-    """Return True if this CPU multiplies bfloat16 by instructions of its own."""
+    """Return True if this CPU has instructions that multiply bfloat16."""
     capabilities = torch.cpu.get_capabilities()
     return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
 

@@ -13,12 +13,12 @@ from saro.data.dataset import ExampleSet, PairSet
 from saro.data.unpaired_set import UnpairedSet
 from saro.distributed.runtime import Runtime
 
-# Parts of the manifest that every rank makes for itself, and what an error calls them.
+# Part of the manifest that every rank makes for itself -> its name in an error.
 _PARTS = {"code": "saro's code", "versions": "the versions of its packages", "template": "the chat template"}
 
 
 def check_same_inputs(runtime: Runtime, manifest: Mapping[str, Any], sets: Mapping[str, ExampleSet | PairSet]) -> None:
-    """Compare what the ranks were given, before a model is loaded.
+    """Check, before a model is loaded, that all ranks were given the same.
 
     Args:
         manifest: the run's manifest, as this rank made it.

@@ -1,4 +1,4 @@
-"""The rules of --resume: which options a resumed run may change, and which of its inputs must be those it began with."""
+"""Check the rules of --resume: which options may change, and which inputs must be those that the run began with."""
 
 from __future__ import annotations
 
@@ -56,12 +56,12 @@ _COMPARED_BY_CONTENT = frozenset(
 _GROUPS = {"model": ModelConfig, "data": DataConfig, "preference": PreferenceConfig, "train": TrainConfig}
 # If these options are not given, or leave the choice open, a resumed run keeps what it began with.
 _KEPT_ON_RESUME = frozenset({"model.dtype", "data.think_tags", "data.template_variables"})
-# Values of options that a run did not know, because it began with an older version.
+# Values of options that did not exist when a run of an older version began.
 _DEFAULTS = {group: as_dict(options()) for group, options in _GROUPS.items()}
 
 
 def check_same_options(folder: str, began: Mapping[str, Any], options: Mapping[str, Any]) -> None:
-    """Raise SaroError for the first option that is not as the run began, unless a resumed run may change it.
+    """Raise SaroError for the first option that has changed since the run began, unless a resumed run may change it.
 
     Args:
         began: the manifest of the run.

@@ -1,4 +1,4 @@
-"""Measures a run before and after its training, writes final/, and says how the run ended."""
+"""Measure a run before and after its training, write final/, and say how the run ended."""
 
 from __future__ import annotations
 

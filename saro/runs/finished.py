@@ -1,4 +1,4 @@
-"""Loads the model that a finished run trained, for the tools that people use after training."""
+"""Load the model that a finished run trained, for the tools that people use after training."""
 
 from __future__ import annotations
 

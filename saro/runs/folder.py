@@ -1,4 +1,4 @@
-"""The output folder of a run: opened, begun, locked, and its config and manifest written."""
+"""Open, lock and begin the output folder of a run, and write its config and manifest."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ class RunFolder:
         return source.chat_format(data, day)
 
     def decide_dtype(self, runtime: Runtime, source: ModelSource, options: ModelConfig) -> ModelConfig:
-        """Return the options with the dtype that the run computes in; a resumed run keeps that with which it began.
+        """Return the options with the dtype that the run computes in. A resumed run keeps the one it began with.
 
         Raises:
             SaroError: the GPU has no bfloat16.
@@ -182,14 +182,14 @@ class RunFolder:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._take_lock()
         if self.resumed:
-            # Recipes call it before their long work too; here nobody can forget it.
+            # Recipes call this before their long work too. Here nobody can forget it.
             self.check_unchanged(runtime, manifest)
             self._record_changes(runtime, manifest)
         elif runtime.is_main:
             # The old manifest stays until the new one replaces it: a folder that is not empty is always known as a run.
             if read_manifest(self.folder) is not None:
                 if not self.replaces:
-                    # It began, and ended, while this one was checking its inputs.
+                    # Another run began and ended here while this one was checking its inputs.
                     self.lock.release(force=True)
                     raise SaroError(_holds_run(self.folder))
                 self._remove_old_files()

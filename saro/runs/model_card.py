@@ -1,4 +1,4 @@
-"""Makes the model card of an export: what the model was made from, and the figures of its run. It holds no text of records."""
+"""Make the model card of an export: its sources and the figures of its run, but no text of records."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def make_card(run: FinishedRun, title: str, holds: str, off: str, loader: str) -
 def _training_lines(run: FinishedRun) -> Iterator[str]:
     """Yield list items: the model before training, the stage and its options, the records and the steps."""
     config, base = run.manifest["config"], run.manifest["model"]
-    # Elsewhere the path of a folder says nothing.
+    # A folder's path means nothing on another machine.
     name = f"{base['name']}, commit {base['commit']}" if base.get("commit") else Path(base["name"]).name
     yield f"- trained from {name}, with saro {saro.__version__}"
     if "preference" in config:

@@ -1,4 +1,4 @@
-"""Keeps the weights of a run's best evaluation, and says when evaluations have stopped getting better."""
+"""Keep the weights of a run's best evaluation, and say when evaluations have stopped getting better."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from saro.distributed.shard import local, part_like, whole
 from saro.errors import SaroError, nearest
 from saro.files import atomic_write
 
-# Parts of the names of metrics of which more is better. Of losses, less is; of other metrics nobody can say.
+# A metric with one of these parts in its name is better if it is higher. A loss is better if it is lower. For other metrics
+# nobody can say.
 _MORE_IS_BETTER = {"accuracies", "mean_token_accuracy", "margins"}
 _MORE_OF_CHOSEN_IS_BETTER = {"rewards", "logps", "delta_logps"}
 
@@ -54,7 +55,7 @@ def check_metric(options: TrainConfig, metrics: Mapping[str, float]) -> None:
     """Check ``keep_best`` against the held-out metrics of a run, before it trains.
 
     Raises:
-        SaroError: it is none of them, or one of which nobody can say whether more is better.
+        SaroError: the run has no such metric, or nobody can say whether more of it is better.
     """
     name = options.keep_best
     if name is None:
@@ -80,7 +81,7 @@ class BestWeights:
         self._folder = folder / "best"
         self._metric = options.keep_best
         self._patience = options.patience
-        self._steps: list[int] = []  # of evaluations that were the best so far
+        self._steps: list[int] = []  # steps of the evaluations that were the best so far
         self._value = float("nan")
         self._since = 0  # evaluations since the best one
 
@@ -125,7 +126,7 @@ class BestWeights:
 
     def forget(self, oldest: int) -> None:
         """Delete weights that no resumed run can need, if the oldest checkpoint is that of ``oldest`` steps."""
-        # An evaluation after as many steps as a checkpoint has may be missing when a run resumes from it.
+        # When a run resumes from a checkpoint, the evaluation of the same step may be missing.
         earlier = [step for step in self._steps if step < oldest]
         self._delete(lambda step: step in earlier[:-1])
 
@@ -151,7 +152,7 @@ class BestWeights:
         runtime.on_main(read)
         with torch.no_grad():
             for name, parameter in trainable.items():
-                # One whole tensor at a time: those of all weights may not fit on ranks that share them.
+                # Send one whole tensor at a time: all of them may not fit on ranks that share the weights.
                 tensor = loaded[name] if runtime.is_main else torch.empty(parameter.shape, dtype=parameter.dtype)
                 tensor = runtime.broadcast_tensor_(tensor)
                 local(parameter).copy_(local(part_like(parameter, tensor)))
@@ -171,6 +172,6 @@ class BestWeights:
     def _delete(self, is_old: Callable[[int], bool]) -> None:
         for file in self._folder.glob("step_*.safetensors"):
             number = file.stem.removeprefix("step_")
-            # Only digits, so that a user's copy such as step_000100.good.safetensors stays.
+            # Only digits may follow step_, so that a user's copy such as step_000100.good.safetensors stays.
             if number.isdecimal() and is_old(int(number)):
                 file.unlink()

@@ -1,4 +1,4 @@
-"""fit(): the training loop. It knows steps, packs and sums, but no loss."""
+"""Run the training loop, ``fit``. It knows steps, packs and sums, but no loss."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class PackLog(Protocol):
 
 @dataclass(frozen=True)
 class Outcome:
-    """How fit() ended.
+    """The end of a training loop.
 
     Attributes:
         step: number of finished steps; less than ``total_steps`` if ``patience`` or a signal ended the run.
@@ -271,14 +271,14 @@ def _read(*tensors: torch.Tensor | None) -> list[list[float]]:
 
 
 def _runs_ahead(device: torch.device) -> bool:
-    """Return True if the host queues work on the device and goes on. A CPU is done when a call returns."""
+    """Return True if calls only queue work on the device. On a CPU the work is done when a call returns."""
     return device.type != "cpu"
 
 
 def _reserved_memory(device: torch.device) -> dict[str, float]:
     """Return the peak of the memory that the allocator has taken from a GPU, as a metric in GiB; empty on other devices.
 
-    It is what other programs see, and exceeds ``peak_memory_gib``, that of all tensors, by what is fragmented.
+    Other programs see this number. It exceeds ``peak_memory_gib``, the peak of all tensors, by what is fragmented.
     """
     if device.type != "cuda":
         return {}
@@ -319,7 +319,7 @@ def add_gradients(
         meter.add(sums.metrics)
         if log is not None:
             log.observe(pack, sums)
-        # Their graph holds what the layers keep beside saved tensors, such as casts of all adapters, until it is freed.
+        # Free their graph now: it holds what layers keep beside saved tensors, such as casts of all adapters.
         del sums, loss
     return total
 

@@ -1,16 +1,16 @@
-"""Chooses how many layers a run recomputes: as few as fit into a GPU's memory."""
+"""Choose how many layers a run recomputes: as few as fit into a GPU's memory."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 
-# The first three peaks are those of no kept layer, of this many and of twice as many.
+# Measure the peaks with no kept layer, with this many and with twice as many first.
 _FIRST = 2
 
 
 def find_most_kept(layers: int, peak: Callable[[int], int | None], limit: float) -> dict[int, int]:
-    """Find the most layers whose activations can be kept, by the line through the peaks of few of them.
+    """Find the most layers whose activations can be kept, by a line through the peaks of a few kept layers.
 
     From some number on, the peak is a line: each kept layer adds its activations, less its input. Before, the peak may be
     elsewhere, and the line is flatter: a layer that is recomputed needs its activations too, and in full fine-tuning the
@@ -36,7 +36,7 @@ def find_most_kept(layers: int, peak: Callable[[int], int | None], limit: float)
         else:
             too_many = guess
         promised = _promise(fitting, limit)
-        # If the line promises what did not fit, halve what is left.
+        # If the line promises a number that did not fit, halve the rest.
         guess = promised if promised < too_many else (most + too_many) // 2
         if promised >= too_many > layers:
             guess = layers
@@ -44,7 +44,7 @@ def find_most_kept(layers: int, peak: Callable[[int], int | None], limit: float)
 
 
 def _promise(fitting: dict[int, int], limit: float) -> float:
-    """Return how many layers the line through the last two peaks lets one keep; a few while there are too few peaks."""
+    """Return how many layers can be kept by the line through the last two peaks; a few if there are too few peaks."""
     if len(fitting) < 3:
         return _FIRST * len(fitting)
     (before, lower), (most, highest) = list(fitting.items())[-2:]

@@ -1,4 +1,4 @@
-"""Tries the largest pack of a run before its first step, so that running out of memory takes a minute and not a night.
+"""Try the largest pack of a run before its first step, so that running out of memory takes a minute and not a night.
 
 It also decides how many layers are recomputed, if the options leave that to memory.
 """
@@ -25,7 +25,7 @@ from saro.train.objective import Meter, Objective
 from saro.train.optim import optimizer_state_bytes
 from saro_kernels.tile_height import free_bytes
 
-# Lay out the packs of steps with this many records in all: about half a second, however many records the run has.
+# Lay out the steps of this many records. It takes about half a second, however many records the run has.
 _LAID_OUT_RECORDS = 1024
 # The error names at most this many records, so that it stays one readable line.
 _NAMED = 5
@@ -57,7 +57,7 @@ class LargestPack:
 def try_largest_pack(
     runtime: Runtime, policy: Policy, objective: Objective, steps: Steps, total_steps: int, optimizer: str
 ) -> None:
-    """Find the largest pack of a run, and try it; first decide how many layers are recomputed, if that is left to memory.
+    """Find the largest pack of a run and try it. With ``gradient_checkpointing`` auto, first decide how many layers recompute.
 
     It takes as long as that pack takes in training, also on a CPU: there the system may end a process that runs out of
     memory without an error that could be caught, but then it does so in the first minute.
@@ -164,28 +164,28 @@ def try_pack(
 
 
 def _advise(policy: Policy, device: torch.device) -> str:
-    """Return the end of an error: what else than smaller packs saves memory. Empty if nothing does, or all of it is done."""
+    """Return the end of an error: the options besides smaller packs that save memory; empty if none is left."""
     lm = policy.causal_lm
     if not lm.supports_gradient_checkpointing or not recomputable_layers(lm):
         return ""
     if count_recomputed(lm) < len(recomputable_layers(lm)):
         return ", or set --model.gradient_checkpointing true"
-    # On a CPU the host's memory is the one that ran out.
+    # With offloading, or on a CPU, it is the host's memory that ran out.
     if offloads_inputs(lm) or _usable_bytes(device) is None:
         return ""
     return ", or set --model.activation_offloading true"
 
 
 def _usable_bytes(device: torch.device) -> int | None:
-    """Return how many bytes this process can have on a GPU, with those that it has; None on a CPU."""
+    """Return how many bytes this process can have on a GPU, including those that it has; None on a CPU."""
     free = free_bytes(device)
     return None if free is None else free + torch.cuda.memory_allocated(device)
 
 
 def _forget_peak(device: torch.device) -> None:
-    """Count a GPU's peak memory from now on, and give back what the allocator keeps of earlier work."""
+    """Count a GPU's peak memory from now on, and free what the allocator keeps of earlier work."""
     if device.type == "cuda":
-        # What ran out of memory may hang in reference cycles.
+        # Tensors of the attempt that ran out of memory may hang in reference cycles.
         gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
@@ -255,7 +255,7 @@ def _run_out_of_memory(
                 for p in parameters
             ]
             if runtime.processes > 1 or not largest.is_alone:
-                # The gradients of the step's other packs, or the buckets in which ranks exchange them.
+                # Other packs of the step have left gradients, or ranks exchange them in buckets.
                 for parameter in parameters:
                     parameter.grad = torch.zeros_like(parameter)
             add_gradients(policy, objective, largest.step, Meter(), None, device, averaging=1)

@@ -108,7 +108,7 @@ class _Schedule(LRScheduler):
         return {"last_epoch": self.last_epoch}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        # Checkpoints of older versions have the states of torch's schedulers, which count the steps under this name too.
+        # Older versions stored the state of torch's schedulers, which count the steps under the same name.
         self.last_epoch = state_dict["last_epoch"]
         self._last_lr = self.get_lr()
         for group, lr in zip(self.optimizer.param_groups, self._last_lr, strict=True):

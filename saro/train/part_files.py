@@ -1,4 +1,4 @@
-"""The files of a checkpoint of ranks that share the weights: each rank writes its parts of weights and optimizer state.
+"""Write and read checkpoints of ranks that share the weights: each rank has files of its own parts.
 
 Any number of ranks can read them, and one process that holds whole tensors. With the same number of ranks a resumed run
 is that of the unbroken one, bit for bit.
@@ -54,7 +54,7 @@ def find_damaged_part(folder: Path, hashes: Mapping[str, str]) -> str | None:
 
 
 def check_shapes(folder: Path, stored: Mapping[str, torch.Size], trainable: Mapping[str, nn.Parameter]) -> None:
-    """Raise SaroError if weights of other names or shapes are stored in a checkpoint than those that are trained."""
+    """Raise SaroError if a checkpoint stores weights of other names or shapes than those that are trained."""
     if stored != {name: p.shape for name, p in trainable.items()}:
         raise SaroError(f"{folder}: made with another model or other adapters; start over with --overwrite")
 
@@ -79,7 +79,7 @@ def read_parts(
     for key, by_name in shapes.items():
         for name, shape in by_name.items():
             parameter = trainable[name].detach()
-            # A moment is shared among ranks as its parameter is. Others, such as a count of steps, every rank has.
+            # Moments are shared among ranks as their parameters are. Every rank has the others, such as a count of steps.
             same = shape == parameter.shape
             states[name][key] = torch.zeros_like(parameter) if same else torch.zeros(shape)
     tensors = {f"{_WEIGHT}/{name}": p.detach() for name, p in trainable.items()}

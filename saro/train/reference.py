@@ -1,4 +1,4 @@
-"""Reads reference log-probs from the cache, after scoring the pairs that are not in it. A few are verified."""
+"""Read reference log-probs from the cache. Score the pairs that it lacks first, and verify a few."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def load_reference(
     while len(missing):
         runtime.say(f"reference: scoring {len(missing):,} of {len(pairs):,} pairs, kept in {cache.folder}")
         _score_into_cache(runtime, cache, policy, pairs, missing, keys, pack_tokens)
-        # Empty, unless somebody removes shards meanwhile.
+        # Empty unless shards were removed in the meantime.
         missing = runtime.on_main(lambda: _find_missing(cache, keys))
     reference = _load_shared(runtime, cache, pairs, keys)
     if len(cached):
@@ -157,7 +157,7 @@ def _sequence_keys(pairs: PairSet) -> np.ndarray:
 
 
 def _find_missing(cache: ReferenceCache, keys: np.ndarray) -> np.ndarray:
-    """Return the indices of the pairs that have a side that is not in the cache."""
+    """Return the indices of the pairs of which the cache lacks a side."""
     is_cached = np.array(cache.find(keys), bool).reshape(-1, len(SIDES))
     return np.flatnonzero(~is_cached.all(1))
 
@@ -166,7 +166,7 @@ def _load_shared(runtime: Runtime, cache: ReferenceCache, pairs: PairSet, keys: 
     """Return the log-probs of all pairs, which rank 0 reads and sends to the others."""
     scored_tokens = pairs.scored_tokens
     read: list[np.ndarray] = []
-    # Only that it was read goes through on_main: it would pickle the log-probs.
+    # Return nothing through on_main, which would pickle the log-probs.
     runtime.on_main(lambda: read.append(cache.load(keys, scored_tokens.tolist())[0]))
     logps = share_array(runtime, read[0] if read else None)
     return PairLogps(logps, np.concatenate([[0], np.cumsum(scored_tokens, dtype=np.int64)]))
@@ -190,7 +190,7 @@ def _score_into_cache(
     by_prompt = missing[np.argsort(pairs.prompts[missing], kind="stable")]
     # All ranks make the same number of packs, so that they meet as often.
     share = replace(runtime.share, is_even=True)
-    # Packs between two such meetings; it does not change what is in them. A first pack tells how long one takes.
+    # Packs between two meetings. The first pack shows how long one takes.
     between = 1
     with progress_bar(None, "reference", "pairs", shown=runtime.is_main, total=len(missing)) as bar:
         for start in range(0, len(by_prompt), _CHUNK_PAIRS):

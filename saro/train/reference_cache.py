@@ -1,4 +1,4 @@
-"""Keeps reference log-probs on disk, in immutable shards with an index that can be rebuilt from them.
+"""Keep reference log-probs on disk, in immutable shards with an index that can be rebuilt from them.
 
     $SARO_CACHE/reference/KEY/key.json              what the log-probs were scored with
                              /shards/*.safetensors  keys (m, 16) uint8, offsets (m + 1,) int64, logps (r,)
@@ -30,7 +30,7 @@ from saro.files import atomic_write, cache_dir
 KEY_BYTES = 16
 # Rows per shard, 16 MiB in fp32: reading holds one shard in memory beside the result.
 SHARD_ROWS = 2**22
-# Fewer small shards are left as they are: reading them costs nothing.
+# Merge only if there are at least this many small shards: reading fewer costs nothing.
 _MERGED_SHARDS = 8
 
 
@@ -58,7 +58,7 @@ class _Index:
     bounds: np.ndarray
 
     def places(self, keys: np.ndarray) -> np.ndarray:
-        """Return the index (m,) of each of m keys, -1 for one that is not here."""
+        """Return the index (m,) of each of m keys; -1 if a key is missing."""
         if not len(self.keys):
             return np.full(len(keys), -1)
         places = np.minimum(np.searchsorted(self.keys, keys), len(self.keys) - 1)
@@ -141,7 +141,7 @@ class ReferenceCache:
             try:
                 logps = _read_logps(self._shards / name)
             except FileNotFoundError:
-                # Another process has just put its rows into a larger shard.
+                # Another process has just merged this shard into a larger one.
                 self._index = self._read_index()
                 if (self._index.places(texts[left]) < 0).any():
                     raise SaroError(f"{self.folder}: rows have been removed meanwhile; start again") from None
@@ -171,7 +171,7 @@ class ReferenceCache:
             if held + size > SHARD_ROWS:
                 self._merge(group)
                 group, held = [], 0
-            # A shard that is as good as full stays, and ends the group.
+            # A nearly full shard stays as it is, and ends the group.
             if size < SHARD_ROWS / 2:
                 group.append(name)
                 held += size
@@ -201,7 +201,7 @@ class ReferenceCache:
             (self._shards / name).unlink(missing_ok=True)
 
     def _write(self, entries: Sequence[tuple[bytes, np.ndarray]], written_at: str | None = None) -> None:
-        """Write (key, log-probs) entries as one shard, as if at the time ``written_at``, or else now."""
+        """Write (key, log-probs) entries as one shard, with the time ``written_at``; default now."""
         logps = np.concatenate([values for _, values in entries])
         tensors = {
             "keys": np.frombuffer(b"".join(key for key, _ in entries), np.uint8).reshape(-1, KEY_BYTES),
@@ -227,7 +227,7 @@ class ReferenceCache:
             try:
                 content = _read_shard(self._shards / name)
             except FileNotFoundError:
-                # Another process has just put its rows into a larger shard, which is not among these names.
+                # Another process has just merged this shard into a larger one, which is not among these names.
                 return self._read_index()
             if content is None:
                 continue

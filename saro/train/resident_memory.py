@@ -1,4 +1,4 @@
-"""Measures the resident memory of this process: what the system has given it, on a CPU also for tensors."""
+"""Measure the resident memory of this process, which on a CPU holds its tensors too."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from collections.abc import Callable
 
 import psutil
 
-# Time between two samples of the resident memory: short, so that no peak passes between them.
+# Seconds between two samples: short, so that no peak falls between them.
 _SAMPLE_SECONDS = 0.002
 
 
 def give_freed_memory_back() -> None:
-    """Give the system the memory of freed tensors. ``Runtime.start`` makes glibc keep it, and it would count later."""
+    """Return the memory of freed tensors to the system. ``Runtime.start`` makes glibc keep it, and it would be counted."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
@@ -39,7 +39,7 @@ def resident_peak(step: Callable[[], object], read: Callable[[], int] = resident
         ended = False
         while not ended:
             ended = done.wait(_SAMPLE_SECONDS)
-            # After the end too: a short step may be over before the first sample. Its freed memory is still resident.
+            # Sample at the end too: a short step may be over before the first sample. Its freed memory is still resident.
             peak = max(peak, read())
 
     sampler = threading.Thread(target=sample, daemon=True)

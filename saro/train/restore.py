@@ -59,7 +59,7 @@ def restore_newest(runtime: Runtime, root: Path, training: TrainingState) -> int
 
 
 def _restore_shared(runtime: Runtime, root: Path, training: TrainingState) -> int:
-    """Restore as ``restore_newest`` does, if the ranks share the weights: they read a common folder."""
+    """Restore the newest checkpoint on ranks that share the weights. All of them read a common folder."""
     folder = runtime.on_main(lambda: find_intact_checkpoint(root, runtime.say))
     if folder is None:
         return 0
@@ -71,7 +71,7 @@ def _restore_shared(runtime: Runtime, root: Path, training: TrainingState) -> in
 
 
 def check_same_start(runtime: Runtime, policy: Policy, schedule: Schedule, total_steps: int, start: int) -> None:
-    """Compare what the ranks train, before the first step.
+    """Check before the first step that all ranks train the same model on the same records.
 
     Args:
         start: number of finished steps.
@@ -84,7 +84,7 @@ def check_same_start(runtime: Runtime, policy: Policy, schedule: Schedule, total
     trainable = policy.trainable()
     frozen = {name: p for name, p in policy.named_parameters() if not p.requires_grad} | dict(policy.named_buffers())
     for name, module in policy.named_modules():
-        # Scales and code books of a 4-bit weight.
+        # A 4-bit weight has scales and code books.
         state = getattr(module, "quant_state", None)
         frozen |= {} if state is None else {f"{name}.{key}": x for key, x in state.as_dict(packed=True).items()}
     values = {
@@ -124,14 +124,14 @@ def _hash_schedule(schedule: Schedule, total_steps: int) -> str:
 def _hash_bits(runtime: Runtime, tensors: Mapping[str, torch.Tensor]) -> str:
     """Return a hash of named tensors: for each, the sum of its bit patterns, computed on its device.
 
-    Of a tensor that ranks share, it is the sum over their parts: equal unless machines hold different copies.
+    For a tensor that ranks share, the parts are summed over ranks, so the hash is equal unless machines hold different copies.
     """
     totals: list[int] = []
     if tensors:
-        # Some are on the CPU although the model is not: what a 4-bit weight packs as bytes.
+        # A 4-bit weight keeps some of its state on the CPU, even if the model is on a GPU.
         own = torch.stack([_sum_bits(local(tensor)).to(runtime.device) for tensor in tensors.values()])
         are_parts = torch.tensor([is_part(tensor) for tensor in tensors.values()], device=own.device)
-        # One read of the device.
+        # Read the device once.
         totals = runtime.sum_parts(own).where(are_parts, own).tolist()
     return hashlib.sha256(repr((list(tensors), totals)).encode()).hexdigest()
 

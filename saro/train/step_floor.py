@@ -93,7 +93,7 @@ def _attention(config: PretrainedConfig, pack: Pack, width: int) -> Work:
     """
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     queries, keys = config.num_attention_heads * size, config.num_key_value_heads * size
-    # Segments, which are on the host: the positions may be on a device, or have no numbers at all.
+    # Use the segments, which are on the host. Positions may be on a device, or fake tensors.
     scores = 0.0
     path: list[int] = []  # tokens of each segment and its ancestors
     for start, stop, parent in pack.segments:

@@ -1,4 +1,4 @@
-"""Signals that end a run: they are noted, so that the step can be finished and saved."""
+"""Note the signals that end a run, so that the step can be finished and saved."""
 
 from __future__ import annotations
 
