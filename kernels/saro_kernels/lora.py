@@ -22,8 +22,9 @@ from saro_kernels.lora_group import (
 def lora_linear(x: Tensor, layer: LoraLinear) -> Tensor:
     """Apply a linear layer with LoRA. It is once differentiable in ``x``, ``a`` and ``b``.
 
-    Products run in x's dtype and accumulate in float32. Under `torch.autocast`, a float32 `x` is cast first. The gradients of ``a`` and ``b`` have the dtypes of ``a`` and
-    ``b``. Between forward and backward it keeps no copy of the base weight in another dtype and no dequantized weight.
+    Products run in x's dtype and accumulate in float32. Under `torch.autocast`, a float32 `x` is cast first. The gradients
+    of ``a`` and ``b`` have the dtypes of ``a`` and ``b``. Between forward and backward it keeps no copy of the base weight in
+    another dtype and no dequantized weight.
 
     Args:
         x: (..., in).
@@ -40,8 +41,8 @@ def lora_linears(x: Tensor, layers: Sequence[LoraLinear], a_stack: Tensor | None
 
     Args:
         x: (..., in).
-        a_stack: (R, in), the ``a`` of all layers one below another in x's dtype, if the caller has them so already. It is
-            read instead of ``a_cast``, and in the backward too: nobody may write to it.
+        a_stack: (R, in), the ``a`` of all layers one below another in x's dtype, if the caller has it. It is read
+            instead of ``a_cast``, in the backward too, so nobody may write to it.
 
     Returns:
         A tensor (..., out) for each layer.

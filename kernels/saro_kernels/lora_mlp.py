@@ -44,7 +44,7 @@ def lora_gated_mlp(
         x: (..., D).
         activation: one of ``gated_activation.ACTIVATIONS``.
         a_stack: (R, D), the ``a`` of gate and up, as in ``lora_linears``.
-        chunk_rows: compute so many rows at a time, and keep nothing but x. No tensor of the intermediate size then has
+        chunk_rows: compute this many rows at a time, and keep only x. No tensor of the intermediate size then has
             more rows, but the backward computes gate and up again.
 
     Returns:
@@ -68,7 +68,7 @@ class _GatedMlp:
 
     Attributes:
         inputs: gate and up.
-        down: the down layer alone.
+        down: the down layer.
         activation: one of ``gated_activation.ACTIVATIONS``.
     """
 
@@ -108,7 +108,7 @@ class _GatedMlp:
             d_rows: the gradient of the rows, (N, D), is written here; None if it is not needed.
         """
         d_p_down = self.down.backward_to_products([upstream])
-        # The down layer's input is computed again, and after its gradient: one pass then gives both, and those of gate and up.
+        # Compute the down layer's input again, after its gradient: one pass then gives both, and the gradients of gate and up.
         d_hidden = self.down.backward_to_rows([upstream], d_p_down)
         hidden, *upstreams = gated_product_backward(self.activation, d_hidden, gated, lifted)
         if p_down is None:
@@ -156,10 +156,10 @@ class _LoraGatedMlp(torch.autograd.Function):
 
 
 class _Keep(torch.autograd.Function):
-    """Keeps the input of a ``_ChunkedMlp`` for its backward, before it is computed.
+    """Keeps the input of a ``_ChunkedMlp`` for its backward, before the MLP runs.
 
-    Gradient checkpointing recomputes a layer until all tensors are there that its backward has kept, and no further. So it
-    does not recompute the MLP, if nothing after it keeps a tensor.
+    Gradient checkpointing stops recomputing a layer when it has all tensors that the layer's backward has kept. So it does
+    not recompute the MLP if nothing after it keeps a tensor.
     """
 
     @staticmethod
