@@ -66,11 +66,6 @@ class Pack:
         """(P,) index of each pair's record, for packs of pairs: a record's two sequences are neighbours."""
         return self.records[CHOSEN::2]
 
-    @property
-    def entry_side(self) -> torch.Tensor:
-        """(E,) int64, ``CHOSEN`` or ``REJECTED``, for packs of pairs."""
-        return self.entry_sequence % 2
-
     def to(self, device: torch.device | str) -> Pack:
         """Return the pack with its tensors on ``device``."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}

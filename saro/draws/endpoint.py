@@ -132,14 +132,6 @@ class EndpointGenerator(Generator):
         options = self.options
         return make_identity(_host(self._url), self._model, options.revision, options.think_tags, options.extra)
 
-    def check_server(self) -> None:
-        """Ask the server for its models, to find out early whether it answers and takes the key.
-
-        Raises:
-            SaroError: there is no key, no server, or the server refuses the key.
-        """
-        asyncio.run(self._list_models())
-
     def order(self, requests: Sequence[Request]) -> list[int]:
         """Return the order of the trie of their prompts: those that begin alike follow each other.
 

@@ -59,19 +59,13 @@ def find_fork(chat: ChatFormat, prompt: Sequence[Message], prefix_text: str) -> 
     return Fork(prefill, chat.prefill_ids(prompt, prefill).ids, prefix_text)
 
 
-def check_pair(chat: ChatFormat, record: Mapping[str, Any], fork: Fork) -> int | None:
-    """Return the number of tokens that both sides of a record share, with those of the prompt, as training encodes them.
-
-    It is None unless that is at least the fork, or one token less, and more than the prompt. A model may continue with
-    text that merges with the last token before the fork; the cut is then one token earlier. A fork without text needs the
-    prompt alone if the template ends it with the opening tag. A record that cannot be encoded has None too.
-    """
-    lengths = measure_pair(chat, record, fork)
-    return None if lengths is None else lengths.shared
-
-
 def measure_pair(chat: ChatFormat, record: Mapping[str, Any], fork: Fork) -> Lengths | None:
-    """Return the lengths of a record's sides in tokens; None as ``check_pair``."""
+    """Return the lengths of a record's sides in tokens, as training encodes them, or None if they do not share the fork.
+
+    They must share at least the fork, or one token less, and more than the prompt. A model may continue with text that
+    merges with the last token before the fork; the cut is then one token earlier. A fork without text needs only the
+    prompt if the template ends it with the opening tag. A record that cannot be encoded has None too.
+    """
     try:
         pair = parse_pair(dict(record), record["id"], record["id"])
         chosen, rejected = chat.encode_pair(pair)

@@ -381,16 +381,14 @@ def pair_tree(record, shared, chosen, rejected):
     return build_tree(sequences)
 
 
-def test_a_pack_of_pairs_names_each_pair_and_the_side_of_each_entry():
+def test_a_pack_of_pairs_names_each_pair():
     pack = lay_out([pair_tree(7, [1, 2], [3, 4, 5], [6]), pair_tree(2, [1], [3], [4, 5])])
     assert pack.records == (7, 7, 2, 2)
     assert pack.pairs == (7, 2)
-    assert pack.entry_side.tolist() == [CHOSEN] * 3 + [REJECTED] * 1 + [CHOSEN] * 1 + [REJECTED] * 2
 
 
 def test_an_empty_pack_has_no_pairs():
     assert lay_out([]).pairs == ()
-    assert lay_out([]).entry_side.tolist() == []
 
 
 def test_log_probs_of_pairs_are_found_by_pair_and_side_and_in_the_order_of_a_pack():

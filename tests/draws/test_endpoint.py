@@ -389,12 +389,6 @@ def test_a_server_without_one_model_is_asked_which(reply, message):
         Server(reply).generator(model=None, retries=1)
 
 
-def test_a_server_can_be_checked_before_the_work():
-    Server({"data": []}).generator().check_server()
-    with pytest.raises(SaroError, match="refuses the key"):
-        Server((401, b"")).generator().check_server()
-
-
 @pytest.mark.parametrize(
     ("url", "message"),
     [

@@ -13,7 +13,7 @@ from tokenizer_cases import texts
 
 from saro.data.records import Message, parse_pair
 from saro.errors import SaroError
-from saro.synth.branch import check_pair, cut_after, find_fork, measure_pair
+from saro.synth.branch import cut_after, find_fork, measure_pair
 
 CHATS = {
     **{f"bytes, {name}": chat for name, chat in chat_cases.CHATS.items()},
@@ -61,7 +61,7 @@ def test_sides_that_begin_with_the_text_of_a_fork_share_its_tokens(name, prefix,
     fork = find_or_skip(chat, prefix)
     record = pair_record(prefix + first, prefix + second, is_open)
     if encodes(chat, record):
-        assert check_pair(chat, record, fork) >= len(fork.ids)
+        assert measure_pair(chat, record, fork).shared >= len(fork.ids)
 
 
 @settings(max_examples=300)
@@ -78,10 +78,10 @@ def test_what_a_model_draws_from_a_fork_shares_its_tokens_or_is_refused(name, pr
     written = decode([*fork.ids[prompt:], *drawn], skip_special_tokens=False)
     chosen = written.replace("<think>", "").strip().replace("\ufffd", "?")
     assume(chosen)
-    shared = check_pair(chat, pair_record(chosen, prefix + rest), fork)
-    if shared is not None:
-        assert shared >= len(fork.ids) - 1
-        assert shared > prompt
+    lengths = measure_pair(chat, pair_record(chosen, prefix + rest), fork)
+    if lengths is not None:
+        assert lengths.shared >= len(fork.ids) - 1
+        assert lengths.shared > prompt
 
 
 def test_a_fork_holds_the_prompt_and_the_opened_reasoning():
@@ -96,7 +96,7 @@ def test_a_fork_without_text_is_where_the_reasoning_opens():
     chat = CHATS["bytes, chatml"]
     fork = find_fork(chat, PROMPT, "")
     assert chat.tokenizer.decode(fork.ids).endswith("assistant\n<think>\n")
-    assert check_pair(chat, pair_record("Yes", "No"), fork) == len(fork.ids)
+    assert measure_pair(chat, pair_record("Yes", "No"), fork).shared == len(fork.ids)
 
 
 def test_the_end_of_a_text_is_left_to_the_model_if_it_may_merge_with_what_follows():
@@ -109,14 +109,14 @@ def test_the_end_of_a_text_is_left_to_the_model_if_it_may_merge_with_what_follow
 def test_a_side_that_leaves_the_fork_is_refused():
     chat = CHATS["bytes, chatml"]
     fork = find_fork(chat, PROMPT, "One two three.")
-    assert check_pair(chat, pair_record("One two three. Four.", "One two three. Five."), fork) is not None
-    assert check_pair(chat, pair_record("One two three. Four.", "One two thr"), fork) is None
+    assert measure_pair(chat, pair_record("One two three. Four.", "One two three. Five."), fork) is not None
+    assert measure_pair(chat, pair_record("One two three. Four.", "One two thr"), fork) is None
 
 
 def test_a_side_may_leave_the_fork_by_its_last_token():
     chat = CHATS["bytes, chatml"]
     fork = find_fork(chat, PROMPT, "One two three")
-    assert check_pair(chat, pair_record("One two three.", "One two thre."), fork) == len(fork.ids) - 1
+    assert measure_pair(chat, pair_record("One two three.", "One two thre."), fork).shared == len(fork.ids) - 1
 
 
 def test_sides_that_part_where_the_template_opens_the_reasoning_share_the_prompt():
@@ -124,20 +124,20 @@ def test_sides_that_part_where_the_template_opens_the_reasoning_share_the_prompt
     # The template has written the tag: behind it there is nothing to share.
     fork = find_fork(chat, PROMPT, "")
     assert fork.ids == tuple(chat.prompt_ids(PROMPT))
-    assert check_pair(chat, pair_record("Yes", "No"), fork) == len(fork.ids)
+    assert measure_pair(chat, pair_record("Yes", "No"), fork).shared == len(fork.ids)
 
 
 @pytest.mark.parametrize("name", ["bytes, chatml", "bytes, opens think"])
 def test_sides_that_share_only_the_prompt_are_refused_behind_a_text(name):
     chat = CHATS[name]
-    assert check_pair(chat, pair_record("Yes", "No"), find_fork(chat, PROMPT, "One.")) is None
+    assert measure_pair(chat, pair_record("Yes", "No"), find_fork(chat, PROMPT, "One.")) is None
 
 
 @pytest.mark.parametrize("text", ["<|im_end|>", "a </think> b"])
 def test_a_side_that_training_refuses_is_refused(text):
     chat = CHATS["bytes, chatml"]
     fork = find_fork(chat, PROMPT, "One.")
-    assert check_pair(chat, pair_record(f"One. {text}", "One. Two."), fork) is None
+    assert measure_pair(chat, pair_record(f"One. {text}", "One. Two."), fork) is None
 
 
 def test_lengths_count_the_tokens_of_each_response():
