@@ -48,7 +48,9 @@ from saro.model.score import score_pairs
 from saro.model.source import ModelSource, find_model
 from saro.program import run_program
 from saro.train.engine import fit
-from saro.train.objective import RWObjective, SRPOObjective, Sums
+from saro.train.objective import Sums
+from saro.train.rw_objective import RWObjective
+from saro.train.srpo_objective import SRPOObjective
 
 
 class StepClock:

@@ -36,7 +36,7 @@ from saro.train.engine import evaluate, fit
 from saro.train.largest_pack import try_largest_pack
 from saro.train.load_sets import load_examples
 from saro.train.metrics import format_metrics
-from saro.train.objective import RWObjective
+from saro.train.rw_objective import RWObjective
 
 
 def main() -> int:

@@ -16,12 +16,11 @@ from rich.console import Console
 
 from saro.checks.check_overlap import check_overlap
 from saro.checks.check_packs import check_packs
-from saro.config import DEMO, START, PreferenceConfig, SRPOConfig
+from saro.config import DEMO, START, SRPOConfig
 from saro.data.lengths import LengthReport
 from saro.data.packs import PairLogps
-from saro.data.records import read_pair_files
 from saro.data.steps import Schedule, Steps
-from saro.data.unpaired_records import read_unpaired_files
+from saro.data.unpaired_records import read_preference_files
 from saro.demo import data_files, find_demo, find_start
 from saro.distributed.machines import first_on_machine
 from saro.distributed.run_ranks import run_ranks
@@ -36,14 +35,13 @@ from saro.runs.check_ranks import check_same_inputs
 from saro.runs.finish import BeforeAfter, end_run, gather_weights, save_final
 from saro.runs.folder import RunFolder
 from saro.train.best import check_metric
+from saro.train.check_forms import check_forms
 from saro.train.check_start import check_start
 from saro.train.engine import fit
-from saro.train.kto import evaluate_unpaired
 from saro.train.largest_pack import try_largest_pack
-from saro.train.load_sets import load_pairs, load_unpaired
+from saro.train.load_sets import load_preferences
 from saro.train.make_objective import make_objective
-from saro.train.objective import SRPOObjective, check_forms
-from saro.train.pair_log import PairLog, evaluate_pairs
+from saro.train.pair_log import PairLog, evaluate_heldout
 from saro.train.reference import load_other_references, load_references, other_reference_options
 
 
@@ -70,15 +68,14 @@ def main() -> int:
 
     # 2. Pairs -> token ids. Both sides have the same prompt, nothing is cut, and a wrong pair is an error. For kto, each
     # side of a pair is a record of its own.
-    is_unpaired = preference.is_unpaired
-    read = read_unpaired_files if is_unpaired else read_pair_files
-    load = load_unpaired if is_unpaired else load_pairs
     train_files = data_files(data_options.train, "srpo_train")
     heldout_files = data_files(data_options.heldout, "srpo_heldout")
     limits = source.token_limits()
-    train = load(runtime, train_files, chat, data_options, limits)
+    train = load_preferences(runtime, train_files, chat, data_options, limits, preference)
     check_forms(preference, train.forms)
-    heldout = load(runtime, heldout_files, chat, data_options, limits) if heldout_files else None
+    heldout = None
+    if heldout_files:
+        heldout = load_preferences(runtime, heldout_files, chat, data_options, limits, preference)
     sets = {"train": train} if heldout is None else {"train": train, "heldout": heldout}
     reports = {name: LengthReport.of(data, train) for name, data in sets.items()}
     for name, report in reports.items():
@@ -89,7 +86,7 @@ def main() -> int:
     # Refuse to resume on other data or another model here, before the model is loaded.
     run.check_unchanged(runtime, manifest)
     check_same_inputs(runtime, manifest, sets)
-    heldout_records = list(read(heldout_files, may_be_equal=data_options.equal_sides == "drop"))
+    heldout_records = list(read_preference_files(heldout_files, data_options, preference))
     if heldout is not None and not data_options.allow_overlap:
         check_overlap(heldout, train)
     if heldout is None:
@@ -99,7 +96,7 @@ def main() -> int:
         sets = {name: pairs.divergent() for name, pairs in sets.items()}
     train, heldout = sets["train"], sets.get("heldout")
     # A reference scores pairs. A record of kto stands there beside a response that its prompt did not get.
-    pairs = {name: data.beside if preference.is_unpaired else data for name, data in sets.items()}
+    pairs = {name: data.as_pairs for name, data in sets.items()}
 
     # 3. Token ids -> steps of packs. A step can be made from its number, without the steps before it.
     schedule = Schedule.of(train, data_options, train_options)
@@ -126,36 +123,25 @@ def main() -> int:
         references = load_references(runtime, policy, source, pairs, pack_tokens)
     objective = make_objective(train, references and references["train"], preference, pack_tokens)
     if references is not None and reference_source is None:
+        # The policy is its own reference, so that all margins of the first step are zero.
         first = replace(steps, data=pairs["train"])[0]
-        # The check needs margins, which kto has not: those between records and what stands beside them are zero too.
-        with_margins = objective
-        if preference.is_unpaired:
-            with_margins = SRPOObjective(train.kinds, references["train"], PreferenceConfig(beta=preference.beta))
-        at_start = check_start(runtime, policy, with_margins, first, pairs["train"], pack_tokens)
-        loss = "" if preference.is_unpaired else f"loss {at_start.loss:.4f} at the start; "
-        runtime.say(
-            f"{loss}log-probs differ from the reference by {at_start.logps:.1e} of "
-            f"{at_start.allowed_logps:.1e} nats per token, margins by {at_start.margin:.1e} of "
-            f"{at_start.allowed_margin:.1e} nats"
-        )
+        runtime.say(check_start(runtime, policy, objective, first, pairs["train"], pack_tokens).describe())
 
     # 5. From here on the run's folder is written.
     run.begin(runtime, manifest)
     run.start_trackers(runtime, "saro-srpo")
 
     # 6. Measure held-out metrics and answers, train, and measure again.
-    train_log = None if preference.is_unpaired else PairLog(runtime, train, "train", preference.warn_chosen_fell)
+    train_log = PairLog(runtime, train, "train", preference.warn_chosen_fell)
     if heldout is not None:
         heldout_objective = make_objective(heldout, references and references["heldout"], preference, pack_tokens)
-        heldout_log = PairLog(runtime, pairs["heldout"], "heldout", preference.warn_chosen_fell)
+        heldout_log = PairLog(runtime, heldout, "heldout", preference.warn_chosen_fell)
 
-    def heldout_metrics(step: int, file: Path | None = run.folder / "margins.jsonl") -> dict[str, float]:
+    def heldout_metrics(step: int, output: Path | None = run.folder) -> dict[str, float]:
         if heldout is None:
             return {}
-        if preference.is_unpaired:
-            return evaluate_unpaired(runtime, policy, heldout_objective, heldout, pack_tokens)
-        return evaluate_pairs(
-            runtime, policy, heldout_objective, heldout, pack_tokens, log=heldout_log, step=step, file=file
+        return evaluate_heldout(
+            runtime, policy, heldout_objective, heldout, pack_tokens, log=heldout_log, step=step, output=output
         )
 
     sampled = choose_prompts(heldout_records, train_options.samples)
@@ -187,7 +173,7 @@ def main() -> int:
         return end_run(runtime, run, outcome)
     if outcome.best_step not in (None, outcome.step):
         # The model is that of an earlier step, whose margins are in the file.
-        measures = replace(measures, heldout_metrics=partial(heldout_metrics, file=None))
+        measures = replace(measures, heldout_metrics=partial(heldout_metrics, output=None))
     after = measures.measure("after.json", outcome.step)
 
     # 7. Write the model that other programs load, and show the tables.

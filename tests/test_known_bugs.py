@@ -35,9 +35,10 @@ from saro.model.score import score_pairs
 from saro.model.source import find_model
 from saro.runs.finish import save_final
 from saro.train.check_start import check_start
-from saro.train.objective import RWObjective, SRPOObjective
 from saro.train.optim import make_optimizer
 from saro.train.reference import load_reference
+from saro.train.rw_objective import RWObjective
+from saro.train.srpo_objective import SRPOObjective
 
 DAY = date(2024, 7, 26)
 

@@ -142,6 +142,11 @@ class PairSet:
         return len(self.chosen)
 
     @property
+    def as_pairs(self) -> PairSet:
+        """The set itself, see ``UnpairedSet.as_pairs``."""
+        return self
+
+    @property
     def ids(self) -> Sequence[str]:
         """The pairs' ids."""
         return self.chosen.ids

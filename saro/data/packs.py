@@ -66,6 +66,10 @@ class Pack:
         """(P,) index of each pair's record, for packs of pairs: a record's two sequences are neighbours."""
         return self.records[CHOSEN::2]
 
+    def sum_sequences(self, entries: torch.Tensor) -> torch.Tensor:
+        """Sum values (E,) of entries over each sequence: (S,)."""
+        return entries.new_zeros(len(self.records)).index_add(0, self.entry_sequence, entries)
+
     def to(self, device: torch.device | str) -> Pack:
         """Return the pack with its tensors on ``device``."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -82,6 +86,11 @@ def send(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
     if torch.device(device).type == "cuda" and torch.cuda.is_available() and tensor.device.type == "cpu":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
+
+
+def send_like(values: np.ndarray, tensor: torch.Tensor) -> torch.Tensor:
+    """Return an array of the host on the device of a tensor, in its dtype."""
+    return send(torch.from_numpy(values), tensor.device).to(tensor.dtype)
 
 
 def sequence_number(pair: int, side: int) -> int:

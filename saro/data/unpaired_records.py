@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from saro.config import PAIR_KINDS
+from saro.config import PAIR_KINDS, DataConfig, PreferenceConfig
 from saro.data.jsonl import fault, parse_kind, shown, type_name
 from saro.data.read_rows import read_rows
 from saro.data.record_fields import READ_COLUMNS
@@ -20,6 +20,7 @@ from saro.data.records import (
     parse_example,
     parse_pair,
     read_examples,
+    read_pair_files,
     read_pairs,
     with_own_ids,
 )
@@ -66,6 +67,14 @@ def read_unpaired_files(paths: Iterable[str | os.PathLike], *, may_be_equal: boo
     return with_own_ids(
         record for path in each_once(paths) for record in read_unpaired(path, may_be_equal=may_be_equal)
     )
+
+
+def read_preference_files(
+    paths: Iterable[str | os.PathLike], options: DataConfig, preference: PreferenceConfig
+) -> Iterator[Pair | Unpaired]:
+    """Yield the records that a loss of stage 2 takes: labelled responses for kto, else pairs."""
+    read = read_unpaired_files if preference.is_unpaired else read_pair_files
+    return read(paths, may_be_equal=options.equal_sides == "drop")
 
 
 def parse_unpaired(

@@ -48,7 +48,7 @@ class UnpairedSet(ExampleSet):
         )
 
     @cached_property
-    def beside(self) -> PairSet:
+    def as_pairs(self) -> PairSet:
         """Pairs of each record, as the chosen side, and its mismatched sequence, as the rejected one.
 
         In this form the log-probs of both under a reference are computed and kept.

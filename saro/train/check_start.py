@@ -17,7 +17,8 @@ from saro.data.tree import SequenceTree
 from saro.distributed.runtime import Runtime
 from saro.errors import SaroError
 from saro.model.policy import Policy
-from saro.train.objective import SRPOObjective
+from saro.train.kto_objective import KTOObjective
+from saro.train.srpo_objective import SRPOObjective
 
 # Check at least this many pairs, and measure the noise on trees of at least as many pairs and this many scored tokens: on
 # fewer it could be unusually low.
@@ -33,14 +34,22 @@ class StartCheck:
         allowed_logps: the limit of that pair, nats per token.
         margin: absolute margin of the pair that comes closest to its limit, nats.
         allowed_margin: the limit of that pair, nats.
-        loss: mean loss of the pairs.
+        loss: mean loss of the pairs; None if the objective is not one of pairs.
     """
 
     logps: float
     allowed_logps: float
     margin: float
     allowed_margin: float
-    loss: float
+    loss: float | None
+
+    def describe(self) -> str:
+        """Return a line that says what was found, and what rounding allows."""
+        loss = "" if self.loss is None else f"loss {self.loss:.4f} at the start; "
+        return (
+            f"{loss}log-probs differ from the reference by {self.logps:.1e} of {self.allowed_logps:.1e} nats per token, "
+            f"margins by {self.margin:.1e} of {self.allowed_margin:.1e} nats"
+        )
 
 
 @dataclass(frozen=True)
@@ -62,7 +71,12 @@ class _Pair:
 
 @torch.no_grad()
 def check_start(
-    runtime: Runtime, policy: Policy, objective: SRPOObjective, step: Step, pairs: PairSet, pack_tokens: int
+    runtime: Runtime,
+    policy: Policy,
+    objective: SRPOObjective | KTOObjective,
+    step: Step,
+    pairs: PairSet,
+    pack_tokens: int,
 ) -> StartCheck:
     """Score the pairs of the first step in eval mode, at least two pairs, and compare them with the reference.
 
@@ -70,14 +84,16 @@ def check_start(
     another model shows most, and summed to margins, where small errors of one direction add up.
 
     Args:
-        objective: its reference is the policy as it is now.
-        step: the first step.
+        objective: its reference is the policy as it is now. That of kto is checked on pairs, see ``KTOObjective.on_pairs``.
+        step: the first step, of pairs.
+        pairs: those to train on, or ``UnpairedSet.as_pairs``.
         pack_tokens: budget of a pack.
 
     Raises:
         SaroError: log-probs differ from the reference, a margin is not zero, or the loss is not its value at margins of
             zero, by more than rounding explains.
     """
+    on_pairs = objective.on_pairs()
     trees = _choose_trees(step, pairs, pack_tokens)
     noise = layout_noise(policy, _first_pairs(trees), pack_tokens)
     found: list[_Pair] = []
@@ -86,11 +102,11 @@ def check_start(
         for pack in pack_trees(trees, pack_tokens, runtime.share):
             pack = pack.to(runtime.device)
             logps = policy(pack)
-            sums = objective(logps, pack)
+            sums = on_pairs(logps, pack)
             loss_sum, count = sums.metrics["loss"]
             losses.append((float(loss_sum), int(count)))
             entries = logps.index_select(0, pack.entry_row).cpu().numpy()
-            found += _compare(entries, sums.pair_values["margin"].tolist(), pack, objective, pairs, noise)
+            found += _compare(entries, sums.pair_values["margin"].tolist(), pack, on_pairs, pairs, noise)
     # All ranks judge what all ranks found, so that all of them stop or none.
     found, losses = runtime.gather(found), runtime.gather(losses)
     off = max(found, key=lambda pair: _share(pair.logps, pair.allowed_logps))
@@ -110,8 +126,14 @@ def check_start(
             f"explains {wide.allowed_margin:.3g}: {advice}"
         )
     loss = sum(loss_sum for loss_sum, _ in losses) / sum(count for _, count in losses)
-    _check_loss(objective, loss, max(pair.allowed_margin for pair in found))
-    return StartCheck(off.logps, off.allowed_logps, wide.margin, wide.allowed_margin, loss)
+    _check_loss(on_pairs, loss, max(pair.allowed_margin for pair in found))
+    return StartCheck(
+        logps=off.logps,
+        allowed_logps=off.allowed_logps,
+        margin=wide.margin,
+        allowed_margin=wide.allowed_margin,
+        loss=loss if on_pairs is objective else None,
+    )
 
 
 def _choose_trees(step: Step, pairs: PairSet, pack_tokens: int) -> Sequence[SequenceTree]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from saro.checks import check_masks as check_module
 from saro.checks.check_masks import check_masks
-from saro.config import DataConfig
+from saro.config import DataConfig, PreferenceConfig
 from saro.data.chat_format import ChatFormat
 from saro.data.dataset import ExampleSet, PairSet
 from saro.data.encode_files import encode_files, encode_pair_files
@@ -34,17 +34,20 @@ def load_examples(
     return _load("examples", runtime, paths, chat, options, limits)
 
 
-def load_pairs(
-    runtime: Runtime, paths: Sequence[str], chat: ChatFormat, options: DataConfig, limits: TokenLimits
-) -> PairSet:
-    """Read, encode and check files of pairs, as ``load_examples`` does examples."""
-    return _load("pairs", runtime, paths, chat, options, limits)
+def load_preferences(
+    runtime: Runtime,
+    paths: Sequence[str],
+    chat: ChatFormat,
+    options: DataConfig,
+    limits: TokenLimits,
+    preference: PreferenceConfig,
+) -> PairSet | UnpairedSet:
+    """Read, encode and check files of what a loss of stage 2 takes, as ``load_examples`` does examples.
 
-
-def load_unpaired(
-    runtime: Runtime, paths: Sequence[str], chat: ChatFormat, options: DataConfig, limits: TokenLimits
-) -> UnpairedSet:
-    """Read, encode and check files of labelled responses, as ``load_examples`` does examples, but always in memory."""
+    It takes pairs, and kto labelled responses, which are always loaded into memory.
+    """
+    if not preference.is_unpaired:
+        return _load("pairs", runtime, paths, chat, options, limits)
     return encode_unpaired_files(
         paths, chat, options, progress=runtime.is_main, check=partial(check_masks, limits=limits)
     )

@@ -6,8 +6,8 @@ from saro.config import PreferenceConfig
 from saro.data.dataset import PairSet
 from saro.data.packs import PairLogps
 from saro.data.unpaired_set import UnpairedSet
-from saro.train.kto import KTOObjective
-from saro.train.objective import SRPOObjective
+from saro.train.kto_objective import KTOObjective
+from saro.train.srpo_objective import SRPOObjective
 
 
 def make_objective(
@@ -16,7 +16,7 @@ def make_objective(
     """Return the objective of a set of pairs, or of one of labelled responses.
 
     Args:
-        reference: log-probs of the pairs, or of ``UnpairedSet.beside``; None for a loss without a reference.
+        reference: log-probs of ``data.as_pairs``; None for a loss without a reference.
         pack_tokens: budget of a pack.
     """
     if isinstance(data, UnpairedSet):

@@ -1,4 +1,4 @@
-"""Write metrics.jsonl, and show progress on the terminal."""
+"""Writes metrics.jsonl and margins.jsonl, and shows progress on the terminal."""
 
 from __future__ import annotations
 
@@ -7,12 +7,16 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tqdm import tqdm
 
 from saro.files import atomic_write
+
+_MARGINS = "margins.jsonl"
+# One line of margins.jsonl, see ``PairLog.take``.
+Row = dict[str, float | int | str]
 
 
 def format_metrics(values: Mapping[str, float]) -> str:
@@ -31,8 +35,7 @@ class MetricsFile:
     def __init__(self, path: Path, resume_step: int) -> None:
         self._path = path
         kept = _lines_until(path, resume_step) if resume_step else []
-        with atomic_write(path) as file:
-            file.writelines(line + "\n" for line in kept)
+        _write_lines(path, kept)
         # Lines of the evaluations that the file had when it was opened.
         self.evaluations = [line for line in map(json.loads, kept) if any(k.startswith("eval/") for k in line)]
 
@@ -59,17 +62,26 @@ def drop_later_results(output: Path, step: int) -> None:
         if kept.exists():
             shutil.rmtree(kept)
         final.rename(kept)
-    margins = output / "margins.jsonl"
+    margins = output / _MARGINS
     if margins.exists():
-        kept = _lines_until(margins, step)
-        with atomic_write(margins) as file:
-            file.writelines(line + "\n" for line in kept)
+        _write_lines(margins, _lines_until(margins, step))
+
+
+def write_margins(output: Path, step: int, rows: Sequence[Row]) -> None:
+    """Append an evaluation's rows to margins.jsonl. Rows of this or later steps, from a killed run, are dropped."""
+    margins = output / _MARGINS
+    _write_lines(margins, [*_lines_until(margins, step - 1), *map(json.dumps, rows)])
 
 
 def _lines_until(path: Path, step: int) -> list[str]:
     """Return the complete lines of a file, if it exists, that are not of a later step."""
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     return [line for line in lines if _step_of(line) <= step]
+
+
+def _write_lines(path: Path, lines: Sequence[str]) -> None:
+    with atomic_write(path) as file:
+        file.writelines(line + "\n" for line in lines)
 
 
 def _step_of(line: str) -> float:

@@ -1,8 +1,7 @@
-"""Writes the margin of each pair at every evaluation, and warns when chosen responses lose probability."""
+"""Keeps the margin of each pair at every evaluation, and warns when chosen responses lose probability."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -11,14 +10,13 @@ import torch
 from saro.config import PAIR_KINDS
 from saro.data.dataset import PairSet
 from saro.data.packs import Pack, pack_trees
+from saro.data.unpaired_set import UnpairedSet
 from saro.distributed.runtime import Runtime
-from saro.files import atomic_write
 from saro.model.policy import Policy
 from saro.train.engine import evaluate
-from saro.train.objective import SRPOObjective, Sums
+from saro.train.metrics import Row, write_margins
+from saro.train.objective import Objective, Sums
 
-# One line of margins.jsonl, see ``PairLog.take``.
-Row = dict[str, float | int | str]
 # The warning names at most this many pairs, so that it stays one readable line.
 _NAMED = 10
 
@@ -26,15 +24,17 @@ _NAMED = 10
 class PairLog:
     """Collects the values of pairs pack by pack, and reads them from the device only when they are asked for.
 
+    Packs of labelled responses have none.
+
     Args:
-        pairs: the pairs that the packs' records index.
+        data: the pairs, or labelled responses, that the packs' records index.
         name: name of this set of pairs in the warning.
         warn_share: warn once if the chosen log-prob has fallen in more than this share of the pairs.
     """
 
-    def __init__(self, runtime: Runtime, pairs: PairSet, name: str, warn_share: float) -> None:
+    def __init__(self, runtime: Runtime, data: PairSet | UnpairedSet, name: str, warn_share: float) -> None:
         self._runtime = runtime
-        self._pairs = pairs
+        self._data = data
         self._name = name
         self._warn_share = warn_share
         self._seen: list[tuple[Sequence[int], dict[str, torch.Tensor]]] = []
@@ -42,7 +42,8 @@ class PairLog:
 
     def observe(self, pack: Pack, sums: Sums) -> None:
         """Keep a pack's values as tensors, without reading them."""
-        self._seen.append((pack.pairs, sums.pair_values))
+        if sums.pair_values:
+            self._seen.append((pack.pairs, sums.pair_values))
 
     def take(self, step: int) -> list[Row]:
         """Return a row for each pair that any rank has seen since the last call, in the order of the files.
@@ -56,7 +57,7 @@ class PairLog:
             for i, record in enumerate(records):
                 seen.append((record, {name: column[i] for name, column in columns.items()}))
         self._seen.clear()
-        ids, kinds = self._pairs.ids, self._pairs.kinds
+        ids, kinds = self._data.ids, self._data.kinds
         rows = []
         for record, values in sorted(self._runtime.gather(seen), key=lambda item: item[0]):
             rows.append({"step": step, "id": ids[record], "kind": PAIR_KINDS[kinds[record]], **values})
@@ -87,29 +88,30 @@ class PairLog:
         )
 
 
-def evaluate_pairs(
+def evaluate_heldout(
     runtime: Runtime,
     policy: Policy,
-    objective: SRPOObjective,
-    pairs: PairSet,
+    objective: Objective,
+    data: PairSet | UnpairedSet,
     pack_tokens: int,
     *,
     log: PairLog,
     step: int,
-    file: Path | None,
+    output: Path | None,
 ) -> dict[str, float]:
-    """Return the metrics of pairs under the policy after ``step`` steps, and write a line for each pair to ``file``, if given."""
-    packs = pack_trees(pairs.trees(range(len(pairs)), pack_tokens), pack_tokens, runtime.share)
+    """Return the metrics of held-out records under the policy after ``step`` steps.
+
+    If they have margins, each pair has a line in margins.jsonl.
+
+    Args:
+        log: reads the margins.
+        output: the run's folder; None if margins.jsonl is not to be written.
+    """
+    records = range(len(data))
+    objective.start_step(runtime, policy, records)
+    packs = pack_trees(data.trees(records, pack_tokens), pack_tokens, runtime.share)
     metrics = evaluate(runtime, policy, objective, packs, log=log)
     rows = log.take(step)
-    if runtime.is_main and file is not None:
-        write_margins(file, step, rows)
+    if rows and runtime.is_main and output is not None:
+        write_margins(output, step, rows)
     return metrics
-
-
-def write_margins(path: Path, step: int, rows: Sequence[Row]) -> None:
-    """Append an evaluation's rows to margins.jsonl. Rows of this or later steps, from a killed run, are dropped."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    with atomic_write(path) as file:
-        file.writelines(line for line in lines if json.loads(line)["step"] < step)
-        file.writelines(json.dumps(row) + "\n" for row in rows)

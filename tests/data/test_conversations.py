@@ -27,7 +27,7 @@ from saro.model.architectures import TokenLimits
 from saro.model.load import load_policy
 from saro.model.policy import Policy
 from saro.model.source import find_model
-from saro.train.objective import RWObjective
+from saro.train.rw_objective import RWObjective
 
 ALL = DataConfig(pack_tokens=1024, train_on="all")
 THINK = {"role": "assistant", "content": "Hello", "reasoning_content": "Greet them."}

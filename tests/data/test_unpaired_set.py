@@ -65,7 +65,7 @@ def test_a_mismatched_sequence_is_the_prompt_and_the_whole_response_of_the_other
         assert mismatch.tokens[: mismatch.scored_from].tolist() == own.tokens[: own.scored_from].tolist()
         assert mismatch.tokens[mismatch.scored_from :].tolist() == response.tokens[response.scored_from :].tolist()
         assert mismatch.row_kinds.tolist() == response.row_kinds.tolist()
-        assert data.beside.sequences(i)[1].tokens.tolist() == mismatch.tokens.tolist()
+        assert data.as_pairs.sequences(i)[1].tokens.tolist() == mismatch.tokens.tolist()
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -82,7 +82,7 @@ def test_every_record_has_another_that_fits_or_is_dropped(encode, drawn, pack_to
         return
     assert len(data) + len(data.dropped) == len(records)
     assert (data.prompts[data.others] != data.prompts).all()
-    assert max(tree.tokens for tree in data.beside.trees(range(len(data)), pack_tokens)) <= pack_tokens
+    assert max(tree.tokens for tree in data.as_pairs.trees(range(len(data)), pack_tokens)) <= pack_tokens
     most = np.bincount(data.prompts).max()
     if pack_tokens > 100 and 2 * most <= len(data):
         assert sorted(data.others.tolist()) == list(range(len(data))), "each response is taken once"

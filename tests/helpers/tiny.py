@@ -45,7 +45,8 @@ from saro.model.architectures import auto_class
 from saro.model.load import load_policy
 from saro.model.source import find_model
 from saro.train.engine import Outcome, fit
-from saro.train.objective import Objective, RWObjective
+from saro.train.objective import Objective
+from saro.train.rw_objective import RWObjective
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"

@@ -26,7 +26,7 @@ from saro.data.tree import ScoredSequence, build_tree
 from saro.model.load import load_policy
 from saro.model.policy import Policy
 from saro.model.source import find_model
-from saro.train.objective import RWObjective
+from saro.train.rw_objective import RWObjective
 
 METHODS = ("full", "lora", "qlora")
 VOCAB = 264

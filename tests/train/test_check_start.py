@@ -18,8 +18,8 @@ from saro.errors import SaroError
 from saro.model.score import score_pairs
 from saro.train import check_start as check_start_module
 from saro.train.check_start import check_start
-from saro.train.objective import SRPOObjective
 from saro.train.reference import load_reference
+from saro.train.srpo_objective import SRPOObjective
 
 pytestmark = pytest.mark.usefixtures("cache", "one_thread")
 

@@ -30,8 +30,8 @@ from saro.model.policy import Policy
 from saro.train import engine
 from saro.train.checkpoint import find_intact_checkpoint, list_checkpoints
 from saro.train.engine import evaluate
-from saro.train.objective import RWObjective
 from saro.train.optim import make_optimizer
+from saro.train.rw_objective import RWObjective
 from saro_kernels import LoraLinear, TokenStatistics
 
 METHODS = ("full", "lora", "qlora")

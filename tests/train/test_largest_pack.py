@@ -24,7 +24,7 @@ from saro.errors import SaroError
 from saro.model.recompute import count_recomputed
 from saro.train import engine, largest_pack
 from saro.train.largest_pack import LargestPack, find_largest_pack, try_largest_pack, try_pack
-from saro.train.objective import SRPOObjective
+from saro.train.srpo_objective import SRPOObjective
 
 
 @pytest.fixture

@@ -5,13 +5,14 @@ from __future__ import annotations
 import importlib.util
 import json
 from datetime import date
+from functools import partial
 
 import numpy as np
 import pytest
 from run_files import ROOT, assert_same_run
 from tiny import IM_END, tiny_tokenizer
 
-from saro.config import DataConfig
+from saro.config import DataConfig, PreferenceConfig
 from saro.data import encoded_folder
 from saro.data.chat_format import ChatFormat
 from saro.distributed.run_ranks import run_ranks
@@ -20,10 +21,11 @@ from saro.errors import SaroError
 from saro.model.architectures import TokenLimits
 from saro.runs.check_ranks import check_same_inputs
 from saro.train import load_sets
-from saro.train.load_sets import load_examples, load_pairs
+from saro.train.load_sets import load_examples, load_preferences
 
 CHAT = ChatFormat(tiny_tokenizer(), frozenset({IM_END}), date(1999, 7, 4))
 OPTIONS = DataConfig(pack_tokens=512)
+load_pairs = partial(load_preferences, preference=PreferenceConfig())
 MANIFEST = dict.fromkeys(("code", "versions", "template", "model", "reference"))
 
 

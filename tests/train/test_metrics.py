@@ -1,4 +1,4 @@
-"""MetricsFile writes metrics to metrics.jsonl, and Progress shows them."""
+"""Metrics and margins are in files that a kill cannot damage, and Progress shows metrics."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from contextlib import suppress
 import pytest
 
 from saro.errors import SaroError
-from saro.train.metrics import MetricsFile, Progress, drop_later_results, format_metrics
+from saro.train.metrics import MetricsFile, Progress, drop_later_results, format_metrics, write_margins
 
 # metrics.jsonl.
 
@@ -84,6 +84,25 @@ def test_a_line_is_in_the_file_when_write_returns(tmp_path):
     file = MetricsFile(tmp_path / "metrics.jsonl", 0)
     file.write({"step": 1})
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n'
+
+
+# margins.jsonl.
+
+
+def steps_of(output) -> list[tuple[int, str]]:
+    return [(line["step"], line["id"]) for line in map(json.loads, (output / "margins.jsonl").read_text().splitlines())]
+
+
+def test_evaluations_are_appended_to_one_file(tmp_path):
+    for step in (0, 4):
+        write_margins(tmp_path, step, [{"step": step, "id": i, "margin": 0.5} for i in "ab"])
+    assert steps_of(tmp_path) == [(0, "a"), (0, "b"), (4, "a"), (4, "b")]
+
+
+def test_an_evaluation_repeated_after_a_kill_replaces_the_first(tmp_path):
+    for step in (0, 4, 8, 4):
+        write_margins(tmp_path, step, [{"step": step, "id": "a"}])
+    assert steps_of(tmp_path) == [(0, "a"), (4, "a")]
 
 
 # The terminal.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,7 +9,7 @@ import pytest
 import torch
 
 from saro.train.objective import Sums
-from saro.train.pair_log import PairLog, write_margins
+from saro.train.pair_log import PairLog
 
 
 @pytest.fixture
@@ -106,21 +105,3 @@ def test_a_long_warning_stays_one_line(runtime):
 def test_without_pairs_there_is_no_warning(runtime):
     log_of(runtime, share=0.0).take(1)
     assert not runtime.said
-
-
-def steps_of(path) -> list[tuple[int, str]]:
-    return [(line["step"], line["id"]) for line in map(json.loads, path.read_text().splitlines())]
-
-
-def test_evaluations_are_appended_to_one_file(tmp_path):
-    path = tmp_path / "margins.jsonl"
-    for step in (0, 4):
-        write_margins(path, step, [{"step": step, "id": i, "margin": 0.5} for i in "ab"])
-    assert steps_of(path) == [(0, "a"), (0, "b"), (4, "a"), (4, "b")]
-
-
-def test_an_evaluation_repeated_after_a_kill_replaces_the_first(tmp_path):
-    path = tmp_path / "margins.jsonl"
-    for step in (0, 4, 8, 4):
-        write_margins(path, step, [{"step": step, "id": "a"}])
-    assert steps_of(path) == [(0, "a"), (4, "a")]

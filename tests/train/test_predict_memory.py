@@ -24,7 +24,7 @@ from saro.model.load import load_policy
 from saro.model.policy import Policy
 from saro.model.source import find_model
 from saro.train import predict_memory
-from saro.train.kto import KTOObjective
+from saro.train.kto_objective import KTOObjective
 from saro.train.predict_memory import Ranks, Setting, StepCost, Workload, measure_step, predict_costs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -131,7 +131,7 @@ def test_a_step_of_labelled_responses_takes_what_the_objective_of_kto_takes(worl
     source, policy, _ = world()
     options = DataConfig(pack_tokens=256)
     data = encode_unpaired_files([records_file(pairs)], source.chat_format(options, date(2024, 7, 26)), options)
-    reference = PairLogps.zeros(data.beside.scored_tokens)
+    reference = PairLogps.zeros(data.as_pairs.scored_tokens)
     objective = KTOObjective(data, reference, PreferenceConfig("kto"), 256)
     records = range(len(data))
     (pack, *_) = pack_trees(data.trees(records, 256), 256)

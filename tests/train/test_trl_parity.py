@@ -184,7 +184,7 @@ class Setting:
         data = self.unpaired if case.is_unpaired else self.pairs
         reference = None
         if case.needs_reference:
-            pairs = data.beside if case.is_unpaired else data
+            pairs = data.as_pairs
             trees = pairs.trees(range(len(pairs)), PACK_TOKENS)
             reference = score_pairs(policy, pairs, trees, PACK_TOKENS)
         objective = make_objective(data, reference, case, PACK_TOKENS)

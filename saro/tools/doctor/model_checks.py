@@ -19,7 +19,8 @@ from saro.tools.doctor.finding import Check, Finding, within
 from saro.tools.doctor.subject import Subject
 from saro.train.check_start import check_start
 from saro.train.engine import evaluate
-from saro.train.objective import RWObjective, SRPOObjective
+from saro.train.rw_objective import RWObjective
+from saro.train.srpo_objective import SRPOObjective
 
 # Tokens to generate: enough to run the model's decoding path.
 _GENERATED = 4

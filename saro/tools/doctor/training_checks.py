@@ -18,7 +18,7 @@ from saro.tools.doctor.finding import Check, Finding
 from saro.tools.doctor.subject import Subject
 from saro.train.checkpoint import checkpoint_folder
 from saro.train.engine import Outcome, evaluate, fit
-from saro.train.objective import RWObjective
+from saro.train.rw_objective import RWObjective
 
 _STEPS = 3
 _RATE = {"full": 2e-5, "lora": 1e-3, "qlora": 1e-3}

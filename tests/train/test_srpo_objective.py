@@ -26,7 +26,7 @@ from saro.data.packs import PairLogps, lay_out
 from saro.data.tree import ScoredSequence, build_tree
 from saro.model.policy import Policy
 from saro.train.losses import PAIR_LOSSES, orpo
-from saro.train.objective import SRPOObjective
+from saro.train.srpo_objective import SRPOObjective
 from saro_kernels import TokenStatistics
 
 BETA, GAMMA = 0.3, 0.5

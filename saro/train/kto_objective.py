@@ -1,4 +1,4 @@
-"""KTO: an objective on single responses with a label."""
+"""The objective of stage 2 on single responses with a label: KTO."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ import numpy as np
 import torch
 
 from saro.config import PreferenceConfig
-from saro.data.packs import CHOSEN, REJECTED, SIDES, Pack, PairLogps, pack_trees, send
+from saro.data.packs import CHOSEN, REJECTED, SIDES, Pack, PairLogps, pack_trees, send, send_like
 from saro.data.tree import SequenceTree
 from saro.data.unpaired_set import UnpairedSet
 from saro.distributed.runtime import Runtime
 from saro.model.policy import Policy
-from saro.train.engine import evaluate
+from saro.train.groups import Groups
 from saro.train.losses import kto
-from saro.train.objective import Groups, Metrics, Objective, Sums, describe_sides, send_like, sum_sequences
+from saro.train.objective import Metrics, Objective, Sums
+from saro.train.srpo_objective import SRPOObjective
 from saro_kernels import TokenStatistics
 
 
@@ -32,7 +33,7 @@ class KTOObjective(Objective):
 
     Args:
         data: the records.
-        reference: log-probs of ``data.beside`` under the reference model.
+        reference: log-probs of ``data.as_pairs`` under the reference model.
         options: beta and the weights of the two labels.
         pack_tokens: budget of a pack of mismatched sequences.
     """
@@ -60,12 +61,16 @@ class KTOObjective(Objective):
                 moved += self._entries_moved(policy(pack), pack, REJECTED).double().sum()
         self._reference_point = (runtime.sum_(moved) / len(records)).clamp(min=0)
 
+    def on_pairs(self) -> SRPOObjective:
+        """Return a loss on ``data.as_pairs``: unlike those of KTO, its margins are zero if the policy is its reference."""
+        return SRPOObjective(self._data.kinds, self._reference, PreferenceConfig(beta=self.options.beta))
+
     def gradient_rows(self, pack: Pack) -> int:
         return pack.rows
 
     def __call__(self, logps: torch.Tensor, pack: Pack) -> Sums:
-        policy = sum_sequences(logps.index_select(0, pack.entry_row), pack)  # (S,), as are moved and losses
-        moved = sum_sequences(self._entries_moved(logps, pack, CHOSEN), pack)
+        policy = pack.sum_sequences(logps.index_select(0, pack.entry_row))  # (S,), as are moved and losses
+        moved = pack.sum_sequences(self._entries_moved(logps, pack, CHOSEN))
         is_desirable = send(self._labels[list(pack.records)], logps.device)
         reference_point = self._reference_point.to(moved)
         losses = kto(moved, is_desirable, reference_point, self.options)
@@ -90,9 +95,9 @@ class KTOObjective(Objective):
         sides = torch.stack([is_desirable, ~is_desirable], dim=1)  # (S, 2)
 
         def sum_sides(entries: torch.Tensor) -> torch.Tensor:
-            return sum_sequences(entries, pack)[:, None].where(sides, 0)  # (S, 2)
+            return pack.sum_sequences(entries)[:, None].where(sides, 0)  # (S, 2)
 
-        return describe_sides(statistics, pack, self._groups, members, sum_sides)
+        return self._groups.describe_sides(statistics, pack, members, sum_sides)
 
     def combine(self, means: dict[str, float]) -> dict[str, float]:
         margins = {}
@@ -106,19 +111,8 @@ class KTOObjective(Objective):
         """Return the change (E,) of each entry's log-prob against the reference.
 
         Args:
-            side: ``CHOSEN`` for a pack of records, ``REJECTED`` for one of mismatched sequences, as in ``data.beside``.
+            side: ``CHOSEN`` for a pack of records, ``REJECTED`` for one of mismatched sequences, as in ``data.as_pairs``.
         """
         entries = logps.index_select(0, pack.entry_row)
         parts = [self._reference.side_logps(record, side) for record in pack.records]
         return entries - send_like(np.concatenate([np.empty(0, self._reference.logps.dtype), *parts]), entries)
-
-
-def evaluate_unpaired(
-    runtime: Runtime, policy: Policy, objective: KTOObjective, data: UnpairedSet, pack_tokens: int
-) -> dict[str, float]:
-    """Return the metrics of labelled responses under the policy, with one reference point over all of them."""
-    records = range(len(data))
-    objective.start_step(runtime, policy, records)
-    return evaluate(
-        runtime, policy, objective, pack_trees(data.trees(records, pack_tokens), pack_tokens, runtime.share)
-    )

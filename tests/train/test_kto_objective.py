@@ -14,7 +14,8 @@ from saro.config import PAIR_KINDS, PreferenceConfig
 from saro.data.packs import CHOSEN, REJECTED, PairLogps, pack_trees
 from saro.data.unpaired_set import UnpairedSet
 from saro.model.policy import Policy
-from saro.train.kto import KTOObjective, evaluate_unpaired
+from saro.train.kto_objective import KTOObjective
+from saro.train.pair_log import PairLog, evaluate_heldout
 from saro_kernels import TokenStatistics
 
 OPTIONS = PreferenceConfig("kto", beta=0.3, desirable_weight=1.5, undesirable_weight=0.5)
@@ -64,7 +65,7 @@ def make_reference(model, data, moved) -> PairLogps:
         parts = [
             plain_logps(model, sequence).numpy() - moved[record][side]
             for record in range(len(data))
-            for side, sequence in enumerate(data.beside.sequences(record))
+            for side, sequence in enumerate(data.as_pairs.sequences(record))
         ]
     return PairLogps(np.concatenate(parts), np.cumsum([0, *map(len, parts)]))
 
@@ -131,12 +132,15 @@ def test_loss_gradients_and_reference_point_equal_the_equations(model, runtime, 
     assert (found[2] - expected[2]).norm() <= 1e-11 * expected[2].norm()
 
 
-def test_metrics_match_values_by_hand(model, runtime):
+def test_metrics_match_values_by_hand(model, runtime, tmp_path):
+    """Labelled responses have no margins, so none are written."""
     data = make_set(forms=("guided", None, None, "guided"))
     moved = [[0.5, 0.1], [-0.25, 0.1], [1.0, 0.1], [0.5, 0.1]]
     objective = KTOObjective(data, make_reference(model, data, moved), OPTIONS, 64)
     with in_float64():
-        means = evaluate_unpaired(runtime, Policy(model), objective, data, 64)
+        log = PairLog(runtime, data, "heldout", warn_share=0.0)
+        means = evaluate_heldout(runtime, Policy(model), objective, data, 64, log=log, step=0, output=tmp_path)
+    assert list(tmp_path.iterdir()) == []
     op, pp = PAIR_KINDS
     # Scored tokens of the records: 4, 3, 2, 3. Of the mismatched: 3, 3, 3, 4.
     assert means["eval/kl"] == pytest.approx(0.1 * 13 / 4)
@@ -151,7 +155,7 @@ def test_metrics_match_values_by_hand(model, runtime):
 
 def test_entropies_are_means_over_the_tokens_of_each_label(model):
     data = make_set()
-    zeros = PairLogps.zeros(data.beside.scored_tokens)
+    zeros = PairLogps.zeros(data.as_pairs.scored_tokens)
     (pack,) = pack_trees(data.trees(range(4), 64), 64)
     entropy = torch.arange(1.0, pack.rows + 1)
     metrics = KTOObjective(data, zeros, OPTIONS, 64).describe(TokenStatistics(-entropy, entropy, entropy > 3), pack)

@@ -13,7 +13,7 @@ from saro.data.packs import lay_out
 from saro.data.tree import RowKind, ScoredSequence, build_tree
 from saro.errors import SaroError
 from saro.train.losses import nll_sum
-from saro.train.objective import RWObjective
+from saro.train.rw_objective import RWObjective
 from saro_kernels import TokenStatistics
 
 T, A, S = RowKind.THINK, RowKind.ANSWER, RowKind.STOP

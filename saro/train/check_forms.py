@@ -1,0 +1,34 @@
+"""Checks that a loss of stage 2 teaches no step that the chosen side takes back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from saro.config import PreferenceConfig
+from saro.errors import SaroError
+
+# Forms of pairs whose shared beginning holds, or may hold, a step that nobody should learn: the chosen side comes back from it.
+_FORMS_WITH_CUE = ("mirror", "recover", "sibling")
+
+
+def check_forms(options: PreferenceConfig, forms: Sequence[str | None]) -> None:
+    """Check that the loss would not teach the wrong steps that some forms of pairs have before their fork.
+
+    In the margin these steps cancel. The NLL of whole chosen responses has them, and so has a loss on single responses.
+
+    Args:
+        forms: form of each pair to train on, as in ``PairSet.forms``.
+
+    Raises:
+        SaroError: it would.
+    """
+    found = sorted(set(_FORMS_WITH_CUE) & set(forms))
+    if not found or options.scored == "divergent":
+        return
+    steps = f"the wrong steps that {', '.join(found)} pairs have before their fork"
+    if options.loss in ("orpo", "kto"):
+        raise SaroError(
+            f"preference.loss {options.loss} would teach {steps}; take a loss on the margin, such as sigmoid"
+        )
+    if options.nll:
+        raise SaroError(f"preference.nll would teach {steps}; give --preference.scored divergent")
