@@ -19,7 +19,7 @@ import json
 import multiprocessing
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from importlib.util import find_spec
@@ -110,11 +110,10 @@ def attempt(work: Callable[[], Result]) -> tuple[Result | None, str | None]:
 
 def measure(
     head: Head, sides: Sequence[str], passes: Sequence[str], case: Case, options: argparse.Namespace, step: Callable
-) -> list[dict]:
-    """Measure each side and pass on one head; ``step`` is called after each measurement.
+) -> Iterator[list[dict]]:
+    """Measure each pass and side on one head; ``step`` is called after each measurement.
 
-    Returns:
-        one dict for each side and pass: the figures, or "error".
+    Yields, after each pass, one dict for each side: the figures, or "error".
     """
     device, dtype, rows = case.hidden.device, case.hidden.dtype, len(case.hidden)
     gemm = partial(gemm_per_second, device, dtype, 256 if options.smoke else None)
@@ -125,8 +124,8 @@ def measure(
         _, error = attempt(partial(check_same, case, side, expected))
         if error is not None:
             errors |= {(side, pass_name): error for pass_name in passes}
-    results = []
     for pass_name in passes:
+        results = []
         operations = OPERATIONS[pass_name] * rows * head.width * head.vocab
         runs: dict[str, list[tuple[float, float]]] = {side: [] for side in sides}  # (seconds, share of the GEMM rate)
         for _ in range(options.warmup + options.rounds):
@@ -156,7 +155,7 @@ def measure(
                 }
             results.append(figures)
             step()
-    return results
+        yield results
 
 
 def time_run(case: Case, side: str, pass_name: str, operations: int, gemm: Callable[[], float]) -> tuple[float, float]:
@@ -277,7 +276,7 @@ def parse(args: Sequence[str] | None = None) -> argparse.Namespace:
     add("--rounds", type=int, default=3, help="Measured rounds; each side runs once per round.")
     add("--warmup", type=int, default=1, help="Rounds before these; they touch new memory and are slow.")
     add("--threads", type=int, default=psutil.cpu_count(logical=False) or 1, help="CPU threads.")
-    add("--json", metavar="FILE", help="Also write the figures to this file, after each head.")
+    add("--json", metavar="FILE", help="Also write the figures to this file, after each pass.")
     add("--plot", metavar="FILE", help="Also draw them to this file, as a PNG.")
     add("--smoke", action="store_true", help="Run one round on a tiny head, to check that all sides run.")
     options = parser.parse_args(args)
@@ -322,7 +321,6 @@ def main(args: Sequence[str] | None = None) -> int:
         for name, head in heads.items():
             rows = options.rows or (head.cpu_rows if device.type == "cpu" else head.gpu_rows)
             case = Case.of(head, rows, device, dtype)
-            figures = measure(head, sides, options.passes, case, options, lambda: progress.advance(task))
             results[name] = {
                 "device": torch.cuda.get_device_name() if device.type == "cuda" else f"{options.threads} CPU threads",
                 "dtype": str(dtype).removeprefix("torch."),
@@ -330,13 +328,15 @@ def main(args: Sequence[str] | None = None) -> int:
                 "width": head.width,
                 "vocab": head.vocab,
                 "sides": sides,
-                "results": figures,
+                "results": [],
             }
+            for figures in measure(head, sides, options.passes, case, options, lambda: progress.advance(task)):
+                results[name]["results"] += figures
+                if options.json:
+                    with atomic_write(options.json) as out:
+                        out.write(json.dumps({"torch": torch.__version__, "heads": results}, indent=1) + "\n")
             del case
             show(console, name, results[name])
-            if options.json:
-                with atomic_write(options.json) as out:
-                    out.write(json.dumps({"torch": torch.__version__, "heads": results}, indent=1) + "\n")
     if options.plot:
         plot(results, options.plot)
     return int(any(is_wrong(result) for entry in results.values() for result in entry["results"]))

@@ -75,7 +75,7 @@ def time_step(policy: Policy, pack: Pack, optimizer: torch.optim.Optimizer) -> T
 
     mark()
     hook = decoder.register_forward_hook(mark)
-    logps = policy(pack)
+    logps = policy(pack, gradient_rows=pack.margin_rows)
     hook.remove()
     mark()
     (nll_sum(logps) / pack.rows).backward()

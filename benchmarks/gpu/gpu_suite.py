@@ -18,11 +18,14 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
 from gpu_tables import summarize
+
+from saro.files import atomic_write
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = ROOT / "benchmarks/gpu"
@@ -31,6 +34,10 @@ DRY = os.environ.get("DRY") == "1"
 WRITE_EVERY = 10
 # Heads of the loss kernels, in order of importance.
 HEADS = ("Llama-3-8B", "SmolLM2-135M", "Qwen2.5-0.5B", "Gemma-2-2B")
+# Sides of the loss kernels. The last one is measured apart, because it tries many kernels before its first result, and one that
+# fails may leave the GPU unusable for the others.
+HEAD_SIDES = ("saro, Triton tiles", "saro, torch tiles", "Liger", "TRL", "log_softmax", "cross_entropy")
+CUT_SIDES = ("saro, Triton tiles", "saro, torch tiles", "cut cross-entropy")
 # A dry run has few cores, all of which are busy.
 SLOWNESS = 10 if DRY else 1
 
@@ -90,7 +97,9 @@ def list_steps(folders: Folders) -> list[Step]:
         return [sys.executable, "-m", "saro", *map(str, arguments)]
 
     def pytest(*arguments: object) -> list[str]:
-        return [sys.executable, "-m", "pytest", "-p", "no:randomly", "-p", "no:cacheprovider", *map(str, arguments)]
+        # A line for each test: if the step is stopped, its log still says which tests passed.
+        options = ("-vv", "-p", "no:randomly", "-p", "no:cacheprovider")
+        return [sys.executable, "-m", "pytest", *options, *map(str, arguments)]
 
     def results(name: str) -> Path:
         return folders.results / f"{name}.json"
@@ -118,16 +127,24 @@ def list_steps(folders: Folders) -> list[Step]:
         "benchmarks/gpu/step_matrix.py", folders.models / large, results("step_matrix"), "--packs", *packs,
         "--trace", folders.results / "trace.json.gz", "--seconds", 80 * SLOWNESS,
     )  # fmt: skip
+    pair_matrix = python(
+        "benchmarks/gpu/step_matrix.py", folders.models / large, results("step_matrix_srpo"), "--packs", *packs,
+        "--task", "srpo", "--seconds", 60 * SLOWNESS,
+    )  # fmt: skip
     without_liger = python(
         "benchmarks/gpu/step_matrix.py", folders.models / large, results("step_matrix_without_liger"), "--packs", *packs[:2],
         "--seconds", 40, "--without_liger",
     )  # fmt: skip
-    heads = ("--smoke", "--passes", "frozen") if DRY else ("--rounds", 8, "--rows", 8192, "--heads", *HEADS)
+    heads = ("--smoke",) if DRY else ("--rounds", 8, "--rows", 8192, "--heads", *HEADS)
+    loss_kernels = python("benchmarks/loss_kernels.py", *heads, "--json", results("loss_kernels"))
+    loss_kernels += ["--passes", "frozen", "trainable", "--sides", *HEAD_SIDES]
+    cut = python("benchmarks/loss_kernels.py", *heads, "--json", results("loss_kernels_cut"))
+    cut += ["--passes", "frozen", "--sides", *CUT_SIDES]
     long_pairs = ("--prompt_tokens", "256,0.5,1024", "--shared_tokens", "384,0.6,1024")
     long_pairs += ("--chosen_tokens", "640,0.6,2048", "--rejected_tokens", "600,0.6,2048")
     peers = python("benchmarks/peers.py", "--model", folders.models / large, "--method", "qlora", "--rounds", 1)
     peers += ["--gradient_checkpointing", "--warmup", "1", "--limit", str(75 * SLOWNESS)]
-    srpo_sides = ("saro", "trl, one by one", "saro, no sharing", "trl")
+    srpo_sides = ("saro", "trl, one by one", "trl", "saro, no sharing")
     if DRY:
         pairs = ("--pairs", 4, "--steps", 1, "--pack_tokens", 2048)
     else:
@@ -148,7 +165,7 @@ def list_steps(folders: Folders) -> list[Step]:
         Step("probe", 90, (python("benchmarks/gpu/gpu_probe.py", results("probe")),)),
         Step(
             "tests",
-            120,
+            180,
             (pytest(*few_tests, *compiled_tests),),
             environment=(("TRITON_INTERPRET", "1" if DRY else "0"),),
             alone=False,
@@ -156,16 +173,18 @@ def list_steps(folders: Folders) -> list[Step]:
         doctor(small, "qlora"),
         doctor(middle, "lora"),
         *([] if DRY else [doctor(large, "qlora")]),
-        Step("recipes", 150, recipes, models=(middle,), alone=False),
+        Step("recipes", 180, recipes, models=(middle,), alone=False),
         Step("step_matrix", 150, (matrix,), models=(large,)),
-        Step("loss_kernels", 90, (python("benchmarks/loss_kernels.py", *heads, "--json", results("loss_kernels")),)),
-        Step("srpo", 200, (srpo_peers,), models=(large,)),
-        Step("attention", 40, (python("benchmarks/gpu/attention_speed.py", results("attention")),)),
+        Step("loss_kernels", 90, (loss_kernels,)),
+        Step("srpo", 240, (srpo_peers,), models=(large,)),
+        Step("attention", 60, (python("benchmarks/gpu/attention_speed.py", results("attention")),)),
         Step(
             "lora_linear",
-            40,
+            60,
             (python("benchmarks/lora_linear.py", *rows, "--json_file", results("lora_linear")),),
         ),
+        Step("step_matrix_srpo", 130, (pair_matrix,), models=(large,)),
+        Step("loss_kernels_cut", 90, (cut,)),
         *([] if DRY else [Step("step_matrix_without_liger", 60, (without_liger,), models=(large,))]),
         Step("all_tests", 150, (pytest(*all_tests, "tests"),)),
     ]
@@ -185,8 +204,10 @@ class Suite:
         return self._end - time.monotonic()
 
     def run(self, step: Step) -> None:
-        """Run a step within its limit and what is left of the total."""
+        """Run a step within its limit and what is left of the total; its results of an earlier call are deleted."""
         begin = time.monotonic()
+        with self._writing:
+            (self._folders.results / f"{step.name}.json").unlink(missing_ok=True)
         limit = min(step.limit * SLOWNESS, self.left() - 5)
         models = [
             [sys.executable, str(HERE / "random_model.py"), m, str(self._folders.models / m)] for m in step.models
@@ -216,9 +237,11 @@ class Suite:
             found[file.stem] = json.loads(file.read_text())
         summary = summarize(found)
         out = self._folders.out
-        (out / "results.json").write_text(json.dumps(found, indent=1) + "\n")
-        (out / "summary.md").write_text(summary)
-        with tarfile.open(out / "logs.tar.gz", "w:gz") as archive:
+        # The whole call may be killed at any moment: each file is the new one or the one before.
+        for name, text in (("results.json", json.dumps(found, indent=1) + "\n"), ("summary.md", summary)):
+            with atomic_write(out / name) as file:
+                file.write(text)
+        with atomic_write(out / "logs.tar.gz", "wb") as file, tarfile.open(fileobj=file, mode="w:gz") as archive:
             archive.add(self._folders.logs, "logs")
         trace = self._folders.results / "trace.json.gz"
         if trace.exists():
@@ -231,6 +254,9 @@ def run_command(
 ) -> int | str:
     """Run a command in a process group of its own, and call ``meanwhile`` every few seconds.
 
+    Not in a session of its own: what ends the suite by its session then ends the command too, and no step goes on beside the
+    steps of a later call.
+
     Returns:
         Its exit code, or why it has none.
     """
@@ -239,7 +265,7 @@ def run_command(
     print("$", *command, file=log, flush=True)
     end = time.monotonic() + limit
     process = subprocess.Popen(
-        command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT, env=os.environ | environment, start_new_session=True
+        command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT, env=os.environ | environment, process_group=0
     )
     while (left := end - time.monotonic()) > 0:
         try:
@@ -247,7 +273,8 @@ def run_command(
         except subprocess.TimeoutExpired:
             meanwhile()
     os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(10)  # a process that hangs in the driver of the GPU does not end
     return f"stopped after {limit:.0f} s"
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from saro.errors import SaroError
@@ -63,7 +64,7 @@ def matrix_part(matrix: dict) -> str:
     for case in matrix["cases"]:
         layers = case["layers"] + (f", {case['attention']}" if case["attention"] else "")
         recomputation = ", recomputation" if case["checkpointing"] else ""
-        # Results from before there was the option lack it.
+        # Results from before there were the options lack them.
         if case.get("offload"):
             recomputation += ", inputs on the host"
         rows.append(
@@ -79,7 +80,7 @@ def matrix_part(matrix: dict) -> str:
             ]
         )
     header = [
-        "RW step",
+        f"{matrix.get('task', 'rw').upper()} step",
         "s",
         "forward",
         "head",
@@ -133,7 +134,7 @@ def heads_part(heads: dict) -> str:
                 if result is None:
                     cells += [""] * 3
                 elif "error" in result:
-                    cells += [result["error"][:60], "", ""]
+                    cells += [result["error"][:60].replace("|", "/"), "", ""]
                 else:
                     memory = (result["peak_bytes"] or 0) / 2**20
                     cells += [f"{1e3 * result['seconds']:.2f}", f"{result['share_of_gemm_rate']:.0%}", f"{memory:,.0f}"]
@@ -163,8 +164,11 @@ def peers_part(peers: dict) -> str:
                     ]
                 )
         header = [task.upper(), "records/s", "tokens/s", "read share", "reference, s", "loaded, GiB", "peak, GiB"]
-        errors = "".join(f"\n- {side} failed: {error[:300]}" for side, error in entry.get("errors", {}).items())
-        parts.append("### Beside TRL\n\n" + table(header, rows) + errors + "\n")
+        errors = entry.get("errors", {})
+        lines = [f"\n- {side} failed: {error[:300]}" for side, error in errors.items()]
+        unmeasured = [side for side, rounds in entry["rounds"].items() if not rounds and side not in errors]
+        lines += [f"\n- {side}: not measured" for side in unmeasured]
+        parts.append("### Beside TRL\n\n" + table(header, rows) + "".join(lines) + "\n")
     return "\n".join(parts)
 
 
@@ -200,19 +204,30 @@ def lora_part(lora: dict) -> str:
 
 
 def summarize(found: dict) -> str:
-    """Return all tables of ``found``, {name of the step: its results, "steps": how they ended}. Steps may be missing."""
-    parts = [steps_part(found)]
+    """Return all tables of ``found``, {name of the step: its results, "steps": how they ended}. Steps may be missing.
+
+    Results from which no table can be made, such as those of a step that failed early, are named.
+    """
     writers = {
         "probe": probe_part,
         "step_matrix": matrix_part,
+        "step_matrix_srpo": matrix_part,
         "step_matrix_without_liger": matrix_part,
         "srpo": peers_part,
         "loss_kernels": heads_part,
+        "loss_kernels_cut": heads_part,
         "attention": attention_part,
         "lora_linear": lora_part,
     }
-    parts += [write(found[name]) for name, write in writers.items() if name in found]
-    parts += [doctor_part(name, found[name]) for name in sorted(found) if name.startswith("doctor-")]
+    doctors = [name for name in sorted(found) if name.startswith("doctor-")]
+    writers |= {name: partial(doctor_part, name) for name in doctors}
+    parts = [steps_part(found)]
+    for name, write in writers.items():
+        if name in found:
+            try:
+                parts.append(write(found[name]))
+            except (KeyError, TypeError, AttributeError) as error:
+                parts.append(f"### {name}\n\n- no table: {type(error).__name__}: {error}; see results.json\n")
     return "\n".join(parts)
 
 

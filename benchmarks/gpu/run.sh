@@ -11,7 +11,9 @@ work=${WORK:-${TMPDIR:-/tmp}/saro-gpu}
 site=${SITE:-$work/site}
 mkdir -p "$work/src"
 if [[ -d .whl && ! -d $site && ${DRY:-0} != 1 ]]; then
-    "$python" -m pip install --quiet --no-index --no-deps --no-compile --no-cache-dir --target "$site" .whl/*.whl
+    rm -rf "$site.part"
+    "$python" -m pip install --quiet --no-index --no-deps --no-compile --no-cache-dir --target "$site.part" .whl/*.whl
+    mv "$site.part" "$site"
     "$python" -m compileall -q -j 0 "$site" > "$work/compileall.log" 2>&1 &
 fi
 # The root itself must stay off the path: its folder kernels/ would pose as the package of that name.

@@ -2,9 +2,10 @@
 
     python benchmarks/gpu/step_matrix.py MODEL_FOLDER FILE.json --seconds 150 [--packs 8192 2048] [--trace FILE.json.gz]
 
-One step is one pack of random sequences of 512 tokens, as in `train_step.py`: forward, head, backward, AdamW. The cases come
-in order of importance. Cases for which no time is left are named in the file, which is written after each one. Shares are those of
-the rate of a square GEMM that is measured beside each case, and count only the operations that the mathematics needs.
+One step is one pack of random sequences of 512 tokens, as in `train_step.py`, or with ``--task srpo`` of random pairs of 2,048:
+forward, head, backward, AdamW. The cases come in order of importance. Cases for which no time is left are named in the file,
+which is written after each one. Shares are those of the rate of a square GEMM that is measured beside each case, and count only
+the operations that the mathematics needs; of pairs 0.7 % too many, as if the rows that both sides share had a gradient in the head.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from train_step import Times, time_step
 from yardstick import gemm_per_second
 
 from saro.config import ModelConfig, TrainConfig
-from saro.data.random_packs import random_pack
+from saro.data.packs import Pack
+from saro.data.random_packs import random_pack, random_pairs
 from saro.distributed.runtime import Runtime
 from saro.files import atomic_write
 from saro.model.load import load_policy
@@ -42,8 +44,10 @@ from saro.train.step_floor import floor_of_step
 
 CUDA = torch.cuda.is_available()
 SEQUENCE_TOKENS = 512 if CUDA else 16
+PAIR_TOKENS = 4 * SEQUENCE_TOKENS
 SCORED_SHARE = 0.75
-WARMUP, ROUNDS = 2, 5
+# Steps that are timed by parts, and as a whole.
+WARMUP, PART_ROUNDS, ROUNDS = 2, 3, 5
 
 
 @dataclass(frozen=True)
@@ -65,15 +69,23 @@ class Case:
     offload: bool = False
 
 
-def list_cases(packs: list[int]) -> list[Case]:
+def list_cases(packs: list[int], task: str) -> list[Case]:
     """Return the cases in order of importance; the first size is the one that is looked at closely."""
     first, *others = packs
+    rest = [Case(tokens, checkpointing) for tokens in others for checkpointing in (False, True)]
     cases = [Case(first, True), Case(first, False)]
-    cases += [Case(others[0], False)] if others else []
-    cases += [Case(first, True, offload=True)]
+    if task == "srpo":
+        return cases + rest
+    cases += [*rest[:1], Case(first, True, offload=True)]
     cases += [Case(first, True, layers="peft"), Case(first, True, attention="sdpa")]
-    cases += [Case(tokens, checkpointing) for tokens in others[1:] for checkpointing in (False, True)]
-    return cases
+    return [*cases, *rest[2:], *rest[1:2]]
+
+
+def make_pack(task: str, tokens: int, vocabulary: int) -> Pack:
+    """Fill a pack of a task: "rw" with sequences, "srpo" with pairs."""
+    if task == "srpo":
+        return random_pairs(tokens, vocabulary, PAIR_TOKENS)
+    return random_pack(tokens, vocabulary, SEQUENCE_TOKENS, SCORED_SHARE)
 
 
 @contextmanager
@@ -109,10 +121,9 @@ def reset_memory() -> None:
         torch.cuda.reset_peak_memory_stats()
 
 
-def measure(policy: Policy, optimizer: torch.optim.Optimizer, vocabulary: int, case: Case) -> dict:
+def measure(policy: Policy, optimizer: torch.optim.Optimizer, pack: Pack, case: Case) -> dict:
     """Measure a case: seconds of the parts, tokens per second, share of the GEMM rate, peak memory."""
     device = policy.causal_lm.device
-    pack = random_pack(case.pack_tokens, vocabulary, SEQUENCE_TOKENS, SCORED_SHARE).to(device)
     floor = floor_of_step(policy, pack)
     operations = sum(work.operations for work in floor.values())
     dtype = torch.bfloat16 if CUDA else torch.float32
@@ -120,7 +131,7 @@ def measure(policy: Policy, optimizer: torch.optim.Optimizer, vocabulary: int, c
     with case_applied(policy, case):
         for _ in range(WARMUP):
             time_step(policy, pack, optimizer)
-        times: list[Times] = [time_step(policy, pack, optimizer) for _ in range(ROUNDS)]
+        times: list[Times] = [time_step(policy, pack, optimizer) for _ in range(PART_ROUNDS)]
         # Parts are timed with a pause of the device between them; the whole step, as training runs it, has none.
         whole = [whole_step_seconds(policy, pack, optimizer) for _ in range(ROUNDS)]
     memory = memory_gib()
@@ -142,13 +153,13 @@ def measure(policy: Policy, optimizer: torch.optim.Optimizer, vocabulary: int, c
 PARTS = ("forward", "head", "backward", "optimizer")
 
 
-def run_step(policy: Policy, pack, optimizer: torch.optim.Optimizer) -> None:
-    (nll_sum(policy(pack)) / pack.rows).backward()
+def run_step(policy: Policy, pack: Pack, optimizer: torch.optim.Optimizer) -> None:
+    (nll_sum(policy(pack, gradient_rows=pack.margin_rows)) / pack.rows).backward()
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 
 
-def whole_step_seconds(policy: Policy, pack, optimizer: torch.optim.Optimizer) -> float:
+def whole_step_seconds(policy: Policy, pack: Pack, optimizer: torch.optim.Optimizer) -> float:
     begin = time.perf_counter()
     run_step(policy, pack, optimizer)
     if CUDA:
@@ -156,11 +167,8 @@ def whole_step_seconds(policy: Policy, pack, optimizer: torch.optim.Optimizer) -
     return time.perf_counter() - begin
 
 
-def profile_step(
-    policy: Policy, optimizer: torch.optim.Optimizer, vocabulary: int, case: Case, trace: str | None
-) -> dict:
+def profile_step(policy: Policy, optimizer: torch.optim.Optimizer, pack: Pack, case: Case, trace: str | None) -> dict:
     """Return where the device's time of a step goes, by kernel; write a trace for Perfetto."""
-    pack = random_pack(case.pack_tokens, vocabulary, SEQUENCE_TOKENS, SCORED_SHARE).to(policy.causal_lm.device)
     activities = [torch.profiler.ProfilerActivity.CPU]
     if CUDA:
         activities.append(torch.profiler.ProfilerActivity.CUDA)
@@ -203,6 +211,7 @@ def main() -> int:
     parser.add_argument("model", help="Folder of the model.")
     parser.add_argument("file", help="JSON file to write.")
     parser.add_argument("--packs", type=int, nargs="+", default=[8192, 2048, 4096, 16384], help="Tokens of the packs.")
+    parser.add_argument("--task", choices=("rw", "srpo"), default="rw", help="What fills the packs.")
     parser.add_argument("--seconds", type=float, default=150, help="No case is started later than this.")
     parser.add_argument("--trace", help="Write a trace of the second case to this file, gzipped.")
     parser.add_argument("--without_liger", action="store_true", help="Leave liger-kernel's layers out.")
@@ -216,6 +225,7 @@ def main() -> int:
     optimizer = make_optimizer(policy.trainable().values(), TrainConfig(lr=1e-6))
     results: dict = {
         "model": Path(options.model).name,
+        "task": options.task,
         "device": torch.cuda.get_device_name() if CUDA else "cpu",
         "policy": policy.summary(),
         "load_seconds": time.monotonic() - begin,
@@ -224,7 +234,9 @@ def main() -> int:
         "left_out": [],
         "profile": None,
     }
-    vocabulary = source.config.vocab_size
+
+    def pack_of(case: Case) -> Pack:
+        return make_pack(options.task, case.pack_tokens, source.config.vocab_size).to(runtime.device)
 
     def record(name: str, run: Callable[[], None]) -> None:
         """Run a part if time is left; its failure is recorded, and stops no other part."""
@@ -243,7 +255,7 @@ def main() -> int:
             out.write(json.dumps(results, indent=1) + "\n")
 
     def run_case(case: Case) -> None:
-        entry = measure(policy, optimizer, vocabulary, case)
+        entry = measure(policy, optimizer, pack_of(case), case)
         results["cases"].append(entry)
         print(
             f"{case}: {entry['seconds']:.3f} s, {entry['tokens_per_second']:,.0f} tokens/s, "
@@ -252,9 +264,9 @@ def main() -> int:
         )
 
     def run_profile(case: Case) -> None:
-        results["profile"] = profile_step(policy, optimizer, vocabulary, case, options.trace)
+        results["profile"] = profile_step(policy, optimizer, pack_of(case), case, options.trace)
 
-    cases = list_cases(options.packs)
+    cases = list_cases(options.packs, options.task)
     for number, case in enumerate(cases):
         record(str(case), lambda case=case: run_case(case))
         if number == 1:

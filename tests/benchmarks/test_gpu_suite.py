@@ -13,6 +13,7 @@ import gpu_suite
 import pytest
 from gpu_suite import Folders, Step, Suite, group_steps, list_steps
 from gpu_tables import MARKERS, insert, summarize
+from loss_kernels_sides import SIDES
 from random_model import SHAPES, split_shards, write_model
 from run_files import ROOT
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -79,6 +80,29 @@ def test_results_are_written_while_a_step_runs(folders, monkeypatch):
     monkeypatch.setattr(Suite, "_write", lambda suite: seen.append(1))
     Suite(folders, 60).run(Step("waits", 30, (python("import time; time.sleep(0.5)"),)))
     assert len(seen) > 2  # once at its end, and meanwhile
+
+
+def test_a_step_shows_no_results_of_an_earlier_call(folders):
+    (folders.results / "failed.json").write_text('{"figure": 7}')
+    Suite(folders, 60).run(Step("failed", 30, (python("raise SystemExit(1)"),)))
+    assert "failed" not in read_out(folders).keys() - {"steps"}
+
+
+def test_results_of_which_no_table_can_be_made_are_written_and_named(folders):
+    """The machine could not be described: its probe has an error instead of figures."""
+    machine = {"machine": {"error": "RuntimeError: no driver"}}
+    Suite(folders, 60).run(Step("probe", 30, (python(writes(folders, "probe.json", machine)),)))
+    assert read_out(folders)["probe"] == machine
+    assert "- no table: KeyError: 'packages'" in (folders.out / "summary.md").read_text()
+
+
+def test_a_side_of_the_comparison_that_was_never_measured_is_named():
+    entry = {"rounds": {"trl": []}, "errors": {}, "figures": {}}
+    assert "- trl: not measured" in summarize({"srpo": {"tasks": {"srpo": entry}}})
+
+
+def test_all_sides_of_the_loss_kernels_are_measured():
+    assert {*gpu_suite.HEAD_SIDES, *gpu_suite.CUT_SIDES} == set(SIDES)
 
 
 def test_a_step_for_which_no_time_is_left_is_named(folders):

@@ -8,7 +8,7 @@ import re
 import loss_kernels
 import pytest
 import torch
-from loss_kernels_sides import HEADS, PASSES, SIDES, SMOKE, Case, Head, why_unavailable
+from loss_kernels_sides import HEADS, PASSES, SIDES, SMOKE, Case, why_unavailable
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 AVAILABLE = [side for side in SIDES if why_unavailable(side, CPU, torch.float32) is None]
@@ -102,13 +102,15 @@ def test_a_failing_side_of_our_own_makes_the_exit_code_1(tmp_path, monkeypatch):
     assert results["log_softmax", "frozen"]["seconds"] > 0
 
 
-def test_figures_are_written_after_each_head(tmp_path, monkeypatch):
-    """A run that dies at the second head leaves the first one's figures."""
+def test_figures_are_written_after_each_pass(tmp_path, monkeypatch):
+    """A run that is killed in the second pass leaves the first one's figures."""
     file = tmp_path / "figures.json"
-    monkeypatch.setattr(loss_kernels, "SMOKE", {"one": SMOKE["smoke"], "two": Head(-1, 10, 4, 4)})
-    with pytest.raises(RuntimeError):
-        loss_kernels.main(["--smoke", "--sides", "log_softmax", "--threads", "1", "--json", str(file)])
-    assert list(json.loads(file.read_text())["heads"]) == ["one"]
+    monkeypatch.setitem(SIDES, "log_softmax", fail_in_backward(KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        smoke_results(file, "log_softmax", passes=("frozen", "trainable"))
+    (result,) = json.loads(file.read_text())["heads"]["smoke"]["results"]
+    assert result["pass"] == "frozen"
+    assert result["seconds"] > 0
 
 
 def test_floor_bytes_are_log_probs_and_gradients(case):
