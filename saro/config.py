@@ -116,7 +116,7 @@ class ModelConfig:
             knows the model's type.
         dropout: Use the dropout that the model's own config sets; if false, the model has none.
         gradient_checkpointing: Recompute activations in the backward pass; saves memory, takes about a third more time. true
-            recomputes all layers, a number only so many; auto recomputes as few as the largest pack of the run needs to fit
+            recomputes all layers, a number only that many; auto recomputes as few as the largest pack of the run needs to fit
             into the GPU's memory.
         activation_offloading: Keep the inputs of recomputed layers in the host's memory instead of the GPU's. They are copied
             while the GPU computes.

@@ -18,15 +18,13 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from saro.config import THINK_TAGS
+from saro.data.answer_turn import AnswerTurn
 from saro.data.chat_template import ChatTemplate
-from saro.data.messages import Message, RecordMessage
+from saro.data.messages import Message
 from saro.data.records import Example, Pair, Response
 from saro.data.response_tokens import ResponseTokenizer, StableTokens
 from saro.data.tree import RowKind, ScoredSequence, common_prefix
 from saro.errors import SaroError
-
-# Placeholder answer, used to find out what the template writes after one. No template has a reason to change it.
-_PROBE = "saro-probe-answer"
 
 
 class EqualSides(SaroError):
@@ -120,6 +118,10 @@ class ChatFormat:
         """The model's chat template."""
         return ChatTemplate(self.tokenizer, self.template_date, dict(self.template_variables or {}))
 
+    @cached_property
+    def _turn(self) -> AnswerTurn:
+        return AnswerTurn(self.template, self.tokenizer, self.stop_ids, self.think_tags)
+
     def render_prompt(self, messages: Sequence[Message]) -> str:
         """Render the prompt that the model answers; see ``ChatTemplate.render``."""
         return self.template.render(messages)
@@ -197,7 +199,7 @@ class ChatFormat:
         text = self.completion_text(rendered, response)
         if not text:
             return PrefilledPrompt(prompt_ids, 0)
-        text = self._turn_start + text
+        text = self._turn.start + text
         stable = self._responses.find_stable(rendered, text)
         _check_kept(response, text, stable)
         return PrefilledPrompt(prompt_ids + tuple(stable.ids), len(stable.ids))
@@ -273,8 +275,8 @@ class ChatFormat:
         else:
             rendered = self.render_prompt(prompt)
             prompt_ids = self._responses.ids(rendered)
-            text = self._turn_start + self.completion_text(rendered, response)
-            turn_end = self._turn_end if response.calls is None else self._render_calls(prompt, rendered, response)
+            text = self._turn.start + self.completion_text(rendered, response)
+            turn_end = self._turn.end if response.calls is None else self._end_after_calls(prompt, rendered, response)
         if response.open:
             stable = self._responses.find_stable(rendered, text)
             _check_kept(response, text, stable)
@@ -287,41 +289,12 @@ class ChatFormat:
         kinds[-1] = RowKind.STOP
         return prompt_ids, _Completion(text + turn_end, ids, starts, kinds)
 
-    def _render_calls(self, prompt: Sequence[Message], rendered: str, response: Response) -> str:
-        """Return what the template writes after the text of a response with calls, up to the token that ends generation.
-
-        Raises SaroError if it does not write the calls after the text, or the calls hold a tag or a control token.
-        """
+    def _end_after_calls(self, prompt: Sequence[Message], rendered: str, response: Response) -> str:
+        """Return what the template writes after the text of a response with calls. Raises SaroError if it cannot be used."""
         if self._find_tags(response.calls):
             raise SaroError(f"tool_calls hold a {' or '.join(self.think_tags)} tag; remove it")
         self._check_control(self._responses.ids(response.calls), "tool_calls hold")
-        content = response.answer and _PROBE
-        if response.reasoning is not None and not content:
-            # The calls must be able to come after text: gpt-oss writes them right after the role.
-            self._render_calls(prompt, rendered, Response(None, _PROBE, calls=response.calls))
-        turn = RecordMessage("assistant", content, calls=response.calls)
-        written = self.template.render([*prompt, turn], add_generation_prompt=False)
-        opening, closing = self.think_tags
-        # A template may have opened the reasoning in the prompt, or closed an empty one. Here it writes an empty one, or none.
-        empty = rf"{re.escape(opening)}\s*{re.escape(closing)}\s*"
-        if self.opens_reasoning(rendered):
-            start = rendered[: rendered.rindex(opening)]
-        else:
-            start = re.sub(f"{empty}$", "", rendered)
-        beginning, rest = written[: len(start)], re.sub(rf"^\s*{empty}", "", written[len(start) :])
-        before = self._turn_start + content
-        if beginning != start or not rest.startswith(before):
-            raise SaroError(
-                "the chat template does not write tool_calls after the text of their turn; drop the record, or give a "
-                "template that does with --data.chat_template FILE"
-            )
-        turn_end = self._until_stop(rest.removeprefix(before))
-        if turn_end is None:
-            raise SaroError(
-                "after tool_calls the chat template writes no token that ends generation; add the one that it writes to "
-                "eos_token_id in generation_config.json"
-            )
-        return turn_end
+        return self._turn.end_after_calls(prompt, rendered, response)
 
     def _row_kinds(self, text: str, ids: list[int], starts: list[int], is_reasoning_open: bool) -> list[int]:
         """Return the part of a response that each of its tokens belongs to; the stop token counts as answer here.
@@ -350,43 +323,6 @@ class ChatFormat:
         if control:
             names = ", ".join(repr(self.tokenizer.convert_ids_to_tokens(i)) for i in sorted(control))
             raise SaroError(f"{holder} the model's control token {names} as text; remove or rewrite it")
-
-    @cached_property
-    def _rendered_probe(self) -> tuple[str, str]:
-        """Return what the template writes before and after an assistant's answer."""
-        probe = (Message("user", "Hello"), Message("assistant", _PROBE))
-        before, probe_found, after = self.template.render(probe, add_generation_prompt=False).rpartition(_PROBE)
-        if not probe_found:
-            raise SaroError("the chat template does not write the assistant's answer; give one that does")
-        return before, after
-
-    @cached_property
-    def _turn_start(self) -> str:
-        """Return the white space that the template writes between a prompt and its answer, such as Llama 2's space."""
-        before, _ = self._rendered_probe
-        prompt = self.render_prompt((Message("user", "Hello"),))
-        space = before.removeprefix(prompt)
-        return space if before.startswith(prompt) and not space.strip() else ""
-
-    @cached_property
-    def _turn_end(self) -> str:
-        """Return what the template writes after an answer, up to and including the first token that ends generation."""
-        _, suffix = self._rendered_probe
-        turn_end = self._until_stop(suffix)
-        if turn_end is not None:
-            return turn_end
-        names = ", ".join(repr(self.tokenizer.convert_ids_to_tokens(i)) for i in sorted(self.stop_ids))
-        raise SaroError(
-            f"after an answer the chat template writes {suffix!r}, and generation ends only at {names}: the model "
-            "would never learn to stop; add the template's end token to eos_token_id in generation_config.json"
-        )
-
-    def _until_stop(self, text: str) -> str | None:
-        """Return a text up to and including the first token that ends generation, None if there is none."""
-        for token, (_, stop) in zip(*self._responses.locate(text), strict=True):
-            if token in self.stop_ids:
-                return text[:stop]
-        return None
 
     @cached_property
     def _raw_turn_end(self) -> str:

@@ -31,7 +31,7 @@ _WEIGHTS, _OPTIMIZER, _STATE = "trainable.safetensors", "optimizer.pt", "state.j
 
 @dataclass(frozen=True, eq=False)
 class TrainingState:
-    """What training changes, and a checkpoint holds.
+    """Everything that training changes and a checkpoint holds.
 
     Attributes:
         trainable: the trainable parameters by name.

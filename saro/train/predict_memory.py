@@ -44,7 +44,7 @@ _PHASES = ("before the layers", "forward", "head", "backward of the last layer",
 
 @dataclass(frozen=True)
 class StepCost:
-    """What a step takes on one rank: bytes of memory, and floating-point operations for one pack.
+    """The cost of a step on one rank: bytes of memory, and floating-point operations for one pack.
 
     Attributes:
         weights: weights, frozen or trained, without adapters.
@@ -93,7 +93,7 @@ class StepCost:
 
 
 class Workload(NamedTuple):
-    """How packs are filled.
+    """The kind and the lengths of the records that fill packs.
 
     Attributes:
         stage: "rw", "srpo", or "kto" for labelled responses, whose packs are like those of RW.
@@ -130,7 +130,7 @@ class Ranks(NamedTuple):
 
 @dataclass(frozen=True)
 class Setting:
-    """What decides the cost of a step beside the pack.
+    """Everything besides the pack that decides the cost of a step.
 
     Attributes:
         config: the model's config.
