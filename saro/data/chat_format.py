@@ -197,7 +197,7 @@ class ChatFormat:
         text = self.completion_text(rendered, response)
         if not text:
             return PrefilledPrompt(prompt_ids, 0)
-        text = self._turn_start + text
+        text = self._answer_start + text
         stable = self._responses.find_stable(rendered, text)
         _check_kept(response, text, stable)
         return PrefilledPrompt(prompt_ids + tuple(stable.ids), len(stable.ids))
@@ -205,6 +205,13 @@ class ChatFormat:
     def opens_reasoning(self, rendered_prompt: str) -> bool:
         """Return True if the template has opened the reasoning at the end of a rendered prompt."""
         return rendered_prompt.rstrip().endswith(self.think_tags[0])
+
+    def count_start(self, ids: Sequence[int]) -> int:
+        """Return the number of ids with which a drawn response opens its answer, see ``_answer_start``; 0 for most models."""
+        if not ids or ids[0] not in self._control_ids:
+            return 0
+        start = self._responses.ids(self._answer_start)
+        return len(start) if list(ids[: len(start)]) == start else 0
 
     def _find_tags(self, text: str) -> list[str]:
         """Return the think tags in a text, in their order."""
@@ -268,21 +275,22 @@ class ChatFormat:
         """Return the ids of a prompt, and the response that follows them."""
         if isinstance(prompt, str):
             rendered, prompt_ids = prompt, self._raw_prompt_ids(prompt)
-            text, turn_end = response.answer, self._raw_turn_end
+            start, text, turn_end = "", response.answer, self._raw_turn_end
         else:
             rendered = self.render_prompt(prompt)
             prompt_ids = self._responses.ids(rendered)
-            text = self._turn_start + self.completion_text(rendered, response)
+            start = self._answer_start if response.calls is None else self._turn_start
+            text = start + self.completion_text(rendered, response)
             turn_end = self._turn_end if response.calls is None else self._render_calls(prompt, rendered, response)
         if response.open:
             stable = self._responses.find_stable(rendered, text)
             _check_kept(response, text, stable)
-            kinds = self._row_kinds(text, stable.ids, stable.starts, response.is_reasoning_open)
+            kinds = self._row_kinds(text, len(start), stable.ids, stable.starts, response.is_reasoning_open)
             return prompt_ids, _Completion(text, stable.ids, stable.starts, kinds)
         ids, starts = self._responses.continue_prompt(rendered, text, turn_end)
         if ids[-1] not in self.stop_ids:
             raise SaroError("the stop token merges with the end of the answer; end the answer with another character")
-        kinds = self._row_kinds(text, ids, starts, is_reasoning_open=False)
+        kinds = self._row_kinds(text, len(start), ids, starts, is_reasoning_open=False)
         kinds[-1] = RowKind.STOP
         return prompt_ids, _Completion(text + turn_end, ids, starts, kinds)
 
@@ -322,14 +330,16 @@ class ChatFormat:
             )
         return turn_end
 
-    def _row_kinds(self, text: str, ids: list[int], starts: list[int], is_reasoning_open: bool) -> list[int]:
+    def _row_kinds(
+        self, text: str, begin: int, ids: list[int], starts: list[int], is_reasoning_open: bool
+    ) -> list[int]:
         """Return the part of a response that each of its tokens belongs to; the stop token counts as answer here.
 
-        Raises SaroError if a control token is part of the text, or the closing tag is not part of the tokens.
+        The response begins at ``begin`` in ``text``, after what the template writes before it. Raises SaroError if a control token is part of the text, or the closing tag is not part of the tokens.
         """
-        # Check only the response: the template itself may write a control token before its end token.
+        # Check only the response: the template itself may write control tokens before and after it.
         self._check_control(
-            (i for i, start in zip(ids, starts, strict=True) if start < len(text)), "the response holds"
+            (i for i, start in zip(ids, starts, strict=True) if begin <= start < len(text)), "the response holds"
         )
         closing = self.think_tags[1]
         think_end = 0
@@ -360,12 +370,24 @@ class ChatFormat:
         return before, after
 
     @cached_property
-    def _turn_start(self) -> str:
-        """Return the white space that the template writes between a prompt and its answer, such as Llama 2's space."""
+    def _answer_start(self) -> str:
+        """Return what a model writes between a prompt and an answer: white space, such as Llama 2's space, or control tokens.
+
+        gpt-oss opens the channel of its answer, after a prompt that ends with the role. Other text, such as the empty
+        reasoning that Qwen3's template writes, is not part of it.
+        """
         before, _ = self._rendered_probe
         prompt = self.render_prompt((Message("user", "Hello"),))
-        space = before.removeprefix(prompt)
-        return space if before.startswith(prompt) and not space.strip() else ""
+        written = before.removeprefix(prompt)
+        if not before.startswith(prompt) or self._find_tags(written):
+            return ""
+        has_control = not self._control_ids.isdisjoint(self._responses.ids(written))
+        return written if has_control or not written.strip() else ""
+
+    @cached_property
+    def _turn_start(self) -> str:
+        """Return the white space of ``_answer_start``; calls may be written without the rest."""
+        return "" if self._answer_start.strip() else self._answer_start
 
     @cached_property
     def _turn_end(self) -> str:

@@ -143,6 +143,9 @@ def test_every_option_of_the_loss_trains(srpo, srpo_arguments, tmp_path, cache, 
     lines = metrics_of(tmp_path / "run")
     assert len(lines) == 4
     assert lines[-1]["rewards/margins"] > lines[0]["rewards/margins"]
+    # Only pairs have margins.
+    has_margins = "data_heldout" not in options and options.get("preference_loss") != "kto"
+    assert (tmp_path / "run" / "margins.jsonl").exists() == has_margins
     # Losses without a reference score none.
     assert (cache / "reference").exists() == (options.get("preference_loss") not in ("simpo", "orpo"))
 
@@ -402,7 +405,7 @@ def test_a_resume_from_another_start_is_refused(srpo, recipes, rw_arguments, srp
 # Several processes.
 
 
-@pytest.mark.parametrize(("loss", "records_per_step"), [("sigmoid", 1), ("sigmoid", 5), ("kto", 5), ("orpo", 5)])
+@pytest.mark.parametrize(("loss", "records_per_step"), [("sigmoid", 1), ("simpo", 5), ("kto", 5), ("orpo", 5)])
 def test_two_processes_take_the_same_steps_as_one(
     recipes, srpo, srpo_arguments, cache, tmp_path, loss, records_per_step
 ):
