@@ -335,7 +335,8 @@ class ChatFormat:
     ) -> list[int]:
         """Return the part of a response that each of its tokens belongs to; the stop token counts as answer here.
 
-        The response begins at ``begin`` in ``text``, after what the template writes before it. Raises SaroError if a control token is part of the text, or the closing tag is not part of the tokens.
+        The response begins at ``begin`` in ``text``, after what the template writes before it. Raises SaroError if a control
+        token is part of the response, or the closing tag is not part of the tokens.
         """
         # Check only the response: the template itself may write control tokens before and after it.
         self._check_control(
