@@ -23,6 +23,7 @@ class AnswerTurn:
 
     Args:
         stop_ids: ids that end generation.
+        control_ids: ids of control tokens, which no response holds as text.
         think_tags: opening and closing tag of the reasoning.
     """
 
@@ -31,11 +32,13 @@ class AnswerTurn:
         template: ChatTemplate,
         tokenizer: PreTrainedTokenizerBase,
         stop_ids: frozenset[int],
+        control_ids: frozenset[int],
         think_tags: tuple[str, str],
     ) -> None:
         self._template = template
         self._tokenizer = tokenizer
         self._stop_ids = stop_ids
+        self._control_ids = control_ids
         self._think_tags = think_tags
         self._responses = ResponseTokenizer(tokenizer)
 
@@ -58,7 +61,7 @@ class AnswerTurn:
         else:
             start = re.sub(f"{empty}$", "", rendered)
         beginning, rest = written[: len(start)], re.sub(rf"^\s*{empty}", "", written[len(start) :])
-        before = self.start + content
+        before = self.space + content
         if beginning != start or not rest.startswith(before):
             raise SaroError(
                 "the chat template does not write tool_calls after the text of their turn; drop the record, or give a "
@@ -83,11 +86,23 @@ class AnswerTurn:
 
     @cached_property
     def start(self) -> str:
-        """Return the white space that the template writes between a prompt and its answer, such as Llama 2's space."""
+        """Return what a model writes between a prompt and an answer: white space, such as Llama 2's, or control tokens.
+
+        gpt-oss opens the channel of its answer, after a prompt that ends with the role. Other text, such as the empty
+        reasoning that Qwen3's template writes, is not part of it.
+        """
         before, _ = self._rendered_probe
         prompt = self._template.render((Message("user", "Hello"),))
-        space = before.removeprefix(prompt)
-        return space if before.startswith(prompt) and not space.strip() else ""
+        written = before.removeprefix(prompt)
+        if not before.startswith(prompt) or any(tag in written for tag in self._think_tags):
+            return ""
+        has_control = not self._control_ids.isdisjoint(self._responses.ids(written))
+        return written if has_control or not written.strip() else ""
+
+    @cached_property
+    def space(self) -> str:
+        """Return ``start`` if it is white space, else nothing: calls may be written without the rest."""
+        return "" if self.start.strip() else self.start
 
     @cached_property
     def end(self) -> str:

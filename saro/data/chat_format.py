@@ -120,7 +120,7 @@ class ChatFormat:
 
     @cached_property
     def _turn(self) -> AnswerTurn:
-        return AnswerTurn(self.template, self.tokenizer, self.stop_ids, self.think_tags)
+        return AnswerTurn(self.template, self.tokenizer, self.stop_ids, self._control_ids, self.think_tags)
 
     def render_prompt(self, messages: Sequence[Message]) -> str:
         """Render the prompt that the model answers; see ``ChatTemplate.render``."""
@@ -208,6 +208,13 @@ class ChatFormat:
         """Return True if the template has opened the reasoning at the end of a rendered prompt."""
         return rendered_prompt.rstrip().endswith(self.think_tags[0])
 
+    def count_start(self, ids: Sequence[int]) -> int:
+        """Return the number of ids with which a drawn response opens its answer, see ``AnswerTurn.start``; 0 for most models."""
+        if not ids or ids[0] not in self._control_ids:
+            return 0
+        start = self._responses.ids(self._turn.start)
+        return len(start) if list(ids[: len(start)]) == start else 0
+
     def _find_tags(self, text: str) -> list[str]:
         """Return the think tags in a text, in their order."""
         # The longer one first: it may hold the other.
@@ -271,21 +278,23 @@ class ChatFormat:
         """Return the ids of a prompt, and the response that follows them."""
         if isinstance(prompt, str):
             rendered, prompt_ids = prompt, self._raw_prompt_ids(prompt)
-            text, turn_end = response.answer, self._raw_turn_end
+            start, text, turn_end = "", response.answer, self._raw_turn_end
         else:
             rendered = self.render_prompt(prompt)
             prompt_ids = self._responses.ids(rendered)
-            text = self._turn.start + self.completion_text(rendered, response)
-            turn_end = self._turn.end if response.calls is None else self._end_after_calls(prompt, rendered, response)
+            start, turn_end = self._turn.start, self._turn.end
+            if response.calls is not None:
+                start, turn_end = self._turn.space, self._end_after_calls(prompt, rendered, response)
+            text = start + self.completion_text(rendered, response)
         if response.open:
             stable = self._responses.find_stable(rendered, text)
             _check_kept(response, text, stable)
-            kinds = self._row_kinds(text, stable.ids, stable.starts, response.is_reasoning_open)
+            kinds = self._row_kinds(text, len(start), stable.ids, stable.starts, response.is_reasoning_open)
             return prompt_ids, _Completion(text, stable.ids, stable.starts, kinds)
         ids, starts = self._responses.continue_prompt(rendered, text, turn_end)
         if ids[-1] not in self.stop_ids:
             raise SaroError("the stop token merges with the end of the answer; end the answer with another character")
-        kinds = self._row_kinds(text, ids, starts, is_reasoning_open=False)
+        kinds = self._row_kinds(text, len(start), ids, starts, is_reasoning_open=False)
         kinds[-1] = RowKind.STOP
         return prompt_ids, _Completion(text + turn_end, ids, starts, kinds)
 
@@ -296,14 +305,17 @@ class ChatFormat:
         self._check_control(self._responses.ids(response.calls), "tool_calls hold")
         return self._turn.end_after_calls(prompt, rendered, response)
 
-    def _row_kinds(self, text: str, ids: list[int], starts: list[int], is_reasoning_open: bool) -> list[int]:
+    def _row_kinds(
+        self, text: str, begin: int, ids: list[int], starts: list[int], is_reasoning_open: bool
+    ) -> list[int]:
         """Return the part of a response that each of its tokens belongs to; the stop token counts as answer here.
 
-        Raises SaroError if a control token is part of the text, or the closing tag is not part of the tokens.
+        The response begins at ``begin`` in ``text``, after what the template writes before it. Raises SaroError if a control
+        token is part of the response, or the closing tag is not part of the tokens.
         """
-        # Check only the response: the template itself may write a control token before its end token.
+        # Check only the response: the template itself may write control tokens before and after it.
         self._check_control(
-            (i for i, start in zip(ids, starts, strict=True) if start < len(text)), "the response holds"
+            (i for i, start in zip(ids, starts, strict=True) if begin <= start < len(text)), "the response holds"
         )
         closing = self.think_tags[1]
         think_end = 0

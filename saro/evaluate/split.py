@@ -78,13 +78,14 @@ def find_parts(chat: ChatFormat, prompt: Sequence[int], ids: Sequence[int]) -> P
     has_stop = len(ids) > 0 and ids[-1] in chat.stop_ids
     response = _Response(chat, list(ids[:-1] if has_stop else ids))
     opening, closing = chat.think_tags
-    start: _Place | None = _Place(0, 0)
+    begin = _Place(chat.count_start(response.ids), 0)
+    start: _Place | None = begin
     # Decoded apart from the response: the template's tag is complete in the prompt.
     if not chat.opens_reasoning(_decode(chat, prompt[-_TAIL_TOKENS:], special=True)):
         tag = response.find(opening, start)
         start = None if tag is None or tag.before.strip() else tag.after
     if start is None:
-        return Parts(None, response.text(_Place(0, 0)), is_closed=True, think_tokens=0)
+        return Parts(None, response.text(begin), is_closed=True, think_tokens=0)
     tag = response.find(closing, start)
     if tag is None:
         return Parts(response.text(start), "", is_closed=False, think_tokens=len(ids))

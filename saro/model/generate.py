@@ -62,6 +62,7 @@ def answer_prompts(
     if not prompts:
         return []
     answers = generate(policy, [chat.prompt_ids(prompt) for prompt in prompts], chat.stop_ids, max_tokens)
+    answers = [answer[chat.count_start(answer) :] for answer in answers]
     return [chat.tokenizer.decode(answer, skip_special_tokens=True) for answer in answers]
 
 

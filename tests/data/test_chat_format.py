@@ -8,6 +8,7 @@ from chat_cases import (
     CHATS,
     DAY,
     DROPS_THINK,
+    HARMONY,
     LLAMA3,
     MISTRAL,
     OPENS_THINK,
@@ -204,6 +205,12 @@ def test_text_that_the_template_writes_before_its_end_token_is_trained_on():
     # Formats such as Harmony write another control token, the end of a channel, before the end of the turn.
     template = CHATML.replace("'<|im_end|>\n'", "'</s><|im_end|>\n'")
     assert texts(chat_of(template), ask())[1] == "<think>\nBecause.\n</think>\n\nSo.</s><|im_end|>"
+
+
+def test_control_tokens_that_a_model_writes_before_its_answer_are_trained_on():
+    prompt, completion = texts(chat_of(HARMONY), ask())
+    assert prompt.endswith("<|head|>assistant")
+    assert completion == "[INST]final<|eot_id|><think>\nBecause.\n</think>\n\nSo.<|im_end|>"
 
 
 def test_the_first_token_after_the_answer_that_ends_generation_is_the_stop_token():

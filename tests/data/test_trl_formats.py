@@ -59,6 +59,19 @@ EXAMPLES |= {
         {"messages": [WHY, CALL | {"content": "Hm."}, RESULT, SO], "tools": [PLUS]},
     ),
     "a call as completion": ("qwen2_5", {"prompt": [WHY], "completion": [CALL], "tools": [PLUS]}),
+    # saro's own tags are not gpt-oss' channel of reasoning, and Nemotron's template writes one line end fewer after them.
+    "channels": ("gptoss", {"messages": [SYSTEM, WHY, SO, AND, NO]}),
+    "channels of a completion": ("gptoss", {"prompt": [WHY], "completion": [SO]}),
+    "an answer in its channel after a call": ("gptoss", {"messages": [WHY, CALL, RESULT, SO], "tools": [PLUS]}),
+    "a call in its channel": ("gptoss", {"messages": [WHY, CALL], "tools": [PLUS]}),
+    "tags in the content after an open tag": (
+        "nemotron_3_nano",
+        {"messages": [SYSTEM, WHY, NO, AND, SO | {"content": "<think>\nBecause.\n</think>\nSo."}]},
+    ),
+    "a call after tags in the content": (
+        "nemotron_3_nano",
+        {"messages": [WHY, CALL | {"content": "<think>\nHm.\n</think>\nSo."}], "tools": [PLUS]},
+    ),
     "a call after reasoning": ("qwen3", {"messages": [WHY, CALL | {"reasoning_content": "Hm."}], "tools": [PLUS]}),
 }
 PAIRS = {
@@ -67,6 +80,7 @@ PAIRS = {
     "implicit prompt and scores": ("llama3", {"chosen": [WHY, SO], "rejected": [WHY, NO], "score_chosen": 8.0}),
     "explicit prompt": ("llama3", {"prompt": [SYSTEM, WHY], "chosen": [SO], "rejected": [NO]}),
     "strings": ("llama3", {"prompt": "Why?", "chosen": " So.", "rejected": " No."}),
+    "channels": ("gptoss", {"prompt": [SYSTEM, WHY], "chosen": [SO], "rejected": [NO]}),
     "calls": ("qwen2_5", {"prompt": [WHY], "chosen": [CALL], "rejected": [CALL | {"content": "Hm."}], "tools": [PLUS]}),
     "calls in conversations": (
         "qwen2_5",
@@ -79,9 +93,14 @@ PAIRS = {
 def chat_of(template: str) -> ChatFormat:
     """Return the format of a published template, on a tokenizer of bytes."""
     extra = ("<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>")
+    extra += ("<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|return|>", "<|call|>")
     tokenizer = tiny_tokenizer((TEMPLATES / f"{template}.jinja").read_text(), extra)
-    tokenizer.eos_token = "<|eot_id|>" if template.startswith("llama3") else "<|im_end|>"
-    return ChatFormat(tokenizer, frozenset([tokenizer.eos_token_id]), date(2024, 7, 26))
+    stops = {"llama3": ["<|eot_id|>"], "llama3_1": ["<|eot_id|>"], "gptoss": ["<|return|>", "<|call|>"]}
+    names = stops.get(template, ["<|im_end|>"])
+    tokenizer.eos_token = names[0]
+    stop_ids = frozenset(map(tokenizer.convert_tokens_to_ids, names))
+    # TRL cannot be told a date, and gpt-oss' template writes today's.
+    return ChatFormat(tokenizer, stop_ids, date.today() if template == "gptoss" else date(2024, 7, 26))
 
 
 def prepare(trainer: type, chat: ChatFormat, record: dict, *arguments: object, all_turns: bool = False) -> dict:

@@ -37,6 +37,11 @@ QWEN3 = DROPS_THINK.replace(
     "{{ '<|im_start|>assistant\n' }}"
     "{% if enable_thinking is defined and enable_thinking is false %}{{ '<think>\n\n</think>\n\n' }}{% endif %}",
 )
+# As gpt-oss (Harmony): the prompt ends with the role, and the model opens the channel of its answer.
+HARMONY = (
+    "{% for m in messages %}<|head|>{{ m['role'] }}{% if m['role'] == 'assistant' %}[INST]final{% endif %}"
+    "<|eot_id|>{{ m['content'] }}<|im_end|>{% endfor %}{% if add_generation_prompt %}<|head|>assistant{% endif %}"
+)
 
 # Writes tools and calls in the style of Hermes and Qwen.
 TOOLS = (
@@ -50,7 +55,7 @@ TOOLS = (
 TOKENS = ("<|head|>", "<|eot_id|>", "[INST]", "[/INST]", "</s>")
 STOP = {LLAMA3: "<|eot_id|>", MISTRAL: "</s>"}
 # What the template writes between the prompt and the assistant's answer.
-START = {MISTRAL: " "}
+START = {MISTRAL: " ", HARMONY: "[INST]final<|eot_id|>"}
 TEMPLATES = {
     "chatml": CHATML,
     "llama3": LLAMA3,
@@ -58,6 +63,7 @@ TEMPLATES = {
     "drops think": DROPS_THINK,
     "opens think": OPENS_THINK,
     "qwen3": QWEN3,
+    "harmony": HARMONY,
 }
 
 

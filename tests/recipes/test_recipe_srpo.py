@@ -143,6 +143,9 @@ def test_every_option_of_the_loss_trains(srpo, srpo_arguments, tmp_path, cache, 
     lines = metrics_of(tmp_path / "run")
     assert len(lines) == 4
     assert lines[-1]["rewards/margins"] > lines[0]["rewards/margins"]
+    # Only pairs have margins.
+    has_margins = "data_heldout" not in options and options.get("preference_loss") != "kto"
+    assert (tmp_path / "run" / "margins.jsonl").exists() == has_margins
     # Losses without a reference score none.
     assert (cache / "reference").exists() == (options.get("preference_loss") not in ("simpo", "orpo"))
 

@@ -12,8 +12,11 @@ from transformers import AutoModelForCausalLM
 
 from saro.config import PAIR_KINDS, PreferenceConfig
 from saro.data.packs import CHOSEN, REJECTED, PairLogps, pack_trees
+from saro.data.steps import Schedule, Steps
 from saro.data.unpaired_set import UnpairedSet
+from saro.errors import SaroError
 from saro.model.policy import Policy
+from saro.train.check_start import check_start
 from saro.train.kto_objective import KTOObjective
 from saro.train.pair_log import PairLog, evaluate_heldout
 from saro_kernels import TokenStatistics
@@ -165,3 +168,20 @@ def test_entropies_are_means_over_the_tokens_of_each_label(model):
     chosen = torch.cat([by_record[0], by_record[2]])
     assert metrics["entropy/chosen"].tolist() == [chosen.sum().item(), 6]
     assert metrics["mean_token_accuracy/rejected"][1] == 6
+
+
+def test_the_check_of_the_start_compares_both_sides_with_the_reference(model, runtime):
+    data = make_set()
+    step = Steps(data.as_pairs, Schedule(data.kinds, 4, seed=0), 64)[0]
+
+    @in_float64()
+    def check(moved):
+        objective = KTOObjective(data, make_reference(model, data, moved), OPTIONS, 64)
+        return check_start(runtime, Policy(model), objective, step, data.as_pairs, 64)
+
+    found = check([[0, 0]] * 4)
+    assert found.loss is None
+    assert found.describe().startswith("log-probs differ from the reference by ")
+    for side in ([0.1, 0], [0, 0.1]):
+        with pytest.raises(SaroError, match=r"of r[0-3] differ from the reference"):
+            check([side] * 4)

@@ -188,8 +188,8 @@ def test_loss_and_gradients_equal_those_of_plain_dpo(model, loss, smoothing):
     _assert_equal(ours, _plain(model, PAIRS, REFERENCE, loss, smoothing))
 
 
-@pytest.mark.parametrize(("loss", "nll"), [("sigmoid", 0.5), ("orpo", 0.0)])
-def test_the_nll_term_is_divided_by_the_chosen_tokens_of_the_whole_step(model, loss, nll):
+@pytest.mark.parametrize(("loss", "nll"), [("sigmoid", 0.5), ("orpo", 0.0), ("simpo", 0.0)])
+def test_each_term_is_divided_by_its_count_over_all_packs_of_a_step(model, loss, nll):
     packs = [build_tree(pair) for pair in PAIRS]
     ours = _ours(model, PAIRS, REFERENCE, loss, packs=packs, nll=nll)
     _assert_equal(ours, _plain(model, PAIRS, REFERENCE, loss, nll=nll))
