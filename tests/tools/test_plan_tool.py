@@ -203,6 +203,23 @@ def test_a_cpu_has_the_rate_that_is_measured_now(saro, config_only):
     found = plan(saro, "--model.name", config_only, "--tokens", "64", "--card", "cpu", "--model.method", "full")
     assert found["card"]["source"] == "measured on this machine"
     assert found["card"]["operations"] > 1e8
+    (layout,) = found["layouts"]
+    cost = layout["cost"]
+    held = sum(cost[part] for part in ("weights", "adapters", "gradients", "optimizer"))
+    # The C library keeps freed memory between the tensors.
+    assert layout["peak"] == held + layout["working"] + cost["gaps"]
+    assert 0.2 * layout["working"] < cost["gaps"] < 0.4 * layout["working"]
+
+
+@pytest.mark.parametrize("name", CARDS)
+def test_a_card_has_figures_of_the_right_size_and_their_source(name):
+    card = CARDS[name]
+    assert 16e9 <= card.memory <= 300e9
+    assert 50e12 <= card.operations <= 3e15
+    assert 0.2e12 <= card.bandwidth <= 10e12
+    assert 16e9 <= card.link <= 1e12
+    assert card.is_gpu
+    assert "dense rates" in card.source
 
 
 def measured_steps() -> list[dict]:

@@ -188,8 +188,9 @@ def test_all_figures_lie_on_a_plane_over_the_numbers_of_layers(setting, ranks, m
     assert extended.working == pytest.approx(whole.working, abs=4096)
     # Only the largest phase matters, and which one that is depends on the number of layers.
     # The scales of 4-bit weights are rounded to whole bytes.
-    assert replace(extended, phases=whole.phases, weights=whole.weights) == whole
+    assert replace(extended, phases=whole.phases, weights=whole.weights, gaps=whole.gaps) == whole
     assert extended.weights == pytest.approx(whole.weights, abs=8)
+    assert (extended.gaps > 0) == (not setting.is_gpu)
 
 
 @pytest.mark.parametrize("kind", ["gemma3 with vision", "gpt_oss"])

@@ -289,6 +289,7 @@ def _rows(layouts: Sequence[Layout], records: Records) -> list[tuple[str, list[s
         memory("head", [cost.head for cost in costs]),
         memory("backward beyond", rest),
         memory("gathered", [cost.gathered for cost in costs]),
+        memory("freed and kept", [cost.gaps for cost in costs]),
         memory("peak", [cost.peak for cost in costs]),
         ("fits", ["yes" if layout.fits else "no" for layout in layouts]),
         ("largest pack", [f"{layout.largest_pack:,}" if layout.largest_pack else "none" for layout in layouts]),
@@ -330,7 +331,7 @@ def _notes(options: Options, setting: Setting, card: Card, records: Records, lay
     else:
         lines.append(
             f"rate: {CPU_SHARE:.0%} of {card.operations / 1e9:,.0f} GFLOP/s, that of a GEMM measured now; "
-            "memory: what is free now. A run keeps freed memory, and was measured to take up to a quarter more than its tensors"
+            "memory: what is free now. The C library keeps freed memory between the tensors: a share that was measured"
         )
     if options.rate is None and is_mixture(setting.config):
         lines.append("the share was measured on a dense model; products with experts may reach less")
