@@ -11,7 +11,8 @@
 #   RW+op      from RW, on outcome pairs
 #   RW+op+pp   from RW, on outcome and process pairs, the same number of passes
 #
-# In $(OUTPUT)/saro/ablation. As `make saro`, it goes on where it was stopped.
+# In $(OUTPUT)/saro/ablation. As `make saro`, it goes on where it was stopped. With `make -j N`, N stages run at the same time:
+# each writes a folder of its own, and the store of draws, the reference cache and the demo model are made to be shared.
 
 SEEDS ?= 0 1 2
 

@@ -53,7 +53,7 @@ export NO_PROGRESS=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}
 run() {
     local left=$((${TOTAL:-500} - SECONDS + begin))
     if ((left < 1)); then return 124; fi
-    timeout --kill-after=20 "$left" make --keep-going --jobs="${JOBS:-6}" "$1" "${variables[@]}" >> "$work/make.log" 2>&1
+    timeout "$left" make --keep-going --jobs="${JOBS:-6}" "$1" "${variables[@]}" >> "$work/make.log" 2>&1
 }
 nvidia-smi --query-gpu=name,utilization.gpu,memory.used --format=csv,noheader -l 2 > "$work/gpu.csv" 2> /dev/null &
 watch=$!
@@ -62,6 +62,7 @@ watch=$!
 code=0
 run ablation || code=$?
 if [[ $code != 124 ]]; then run saro || code=$?; fi
+flock --wait 25 "$METHOD_LOGS/running.lock" true || echo 'method.sh: a stage was still running 25 s after its time ended'
 kill "$watch" 2> /dev/null || true
 
 # 4. Bring home.

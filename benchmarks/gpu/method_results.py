@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
+import os
 import shutil
 import sqlite3
 import subprocess
@@ -17,6 +17,7 @@ import sys
 import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from gpu_tables import table
@@ -55,11 +56,11 @@ class Stage:
 
     @property
     def name(self) -> str:
-        """What was run, and the last two parts of where its output is."""
-        words = shlex.split(self.command)
-        what = " ".join(words[2:4] if words[:2] == ["-m", "saro"] else words[:1])
-        outputs = [after for word, after in zip(words, words[1:], strict=False) if word in ("--output", "--train.output")]
-        return " ".join([what, *("/".join(Path(output).parts[-2:]) for output in outputs[-1:])])
+        """The program, what it makes, and the last two parts of where its output is."""
+        program, *words = self.command.removeprefix("-m saro ").split()
+        named = [word for word in words[:2] if program in ("synth", "convert") and not word.startswith("--")]
+        outputs = [after for word, after in pairwise(words) if word in ("--output", "--train.output")]
+        return " ".join([program, *named[:1], *("/".join(Path(output).parts[-2:]) for output in outputs[-1:])])
 
 
 def read_stages(file: Path) -> list[Stage]:
@@ -90,7 +91,9 @@ def funnels_part(folder: Path) -> str:
     for file in sorted(folder.glob("*.manifest.json")):
         result = json.loads(file.read_text())["result"]
         name = file.name.partition(".")[0]
-        lines.append(f"- {name}: {result['records']} records and {result['heldout']['records']} held out, {result['forms']}")
+        lines.append(
+            f"- {name}: {result['records']} records and {result['heldout']['records']} held out, {result['forms']}"
+        )
         lines.append(f"  - `{json.dumps(result['funnel'])[:2000]}`")
     return "\n".join(lines) + "\n"
 
@@ -136,7 +139,8 @@ def make_report(run: Path, output: Path) -> None:
     if not folders:
         return
     runs = [path.parent for path in (run / "rw/final", run / "srpo/final") if path.is_dir()]
-    command = [sys.executable, "-m", "saro", "report", *map(str, folders), "--output", str(output)]
+    python = os.environ.get("METHOD_PYTHON", sys.executable)
+    command = [python, "-m", "saro", "report", *map(str, folders), "--output", str(output)]
     subprocess.run([*command, "--runs", json.dumps([*map(str, runs)]), "--redact", "--overwrite"], check=False)
 
 
