@@ -8,10 +8,6 @@
 set -euo pipefail
 begin=$SECONDS
 cd "$(dirname "$0")/../.."
-# Checkpoints of gigabytes are written fastest to memory.
-if [[ -z ${WORK:-} && $(df --output=avail -BG /dev/shm 2> /dev/null | tail -1 | tr -dc 0-9) -gt 30 ]]; then
-    WORK=/dev/shm/saro-gpu
-fi
 . benchmarks/gpu/environment.sh
 
 # 1. Join what travelled in parts, whatever call brought it.

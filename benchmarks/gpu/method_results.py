@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import sqlite3
 import subprocess
@@ -123,13 +124,13 @@ def draws_part(store: Path) -> str:
 def gpu_part(file: Path) -> str:
     """Return the card's name, how busy it was, and the most memory that was in use."""
     lines = file.read_text().splitlines() if file.exists() else []
-    samples = [line.split(", ") for line in lines if line.count(", ") == 2]
+    # A machine that does not tell writes [N/A].
+    samples = [found.groups() for line in lines if (found := re.fullmatch(r"(.+), (\d+) %, (\d+) MiB", line))]
     if not samples:
-        return "No GPU was seen.\n"
-    busy = [int(utilization.split()[0]) for _, utilization, _ in samples]
-    memory = max(int(used.split()[0]) for _, _, used in samples)
-    name = samples[-1][0]
-    return f"{name}: busy {sum(busy) / len(busy):.0f} % of the last call, at most {memory / 1024:.1f} GiB in use.\n"
+        return f"{lines[-1] if lines else 'No GPU was seen'}.\n"
+    busy = sum(int(share) for _, share, _ in samples) / len(samples)
+    memory = max(int(used) for _, _, used in samples) / 1024
+    return f"{samples[-1][0]}: busy {busy:.0f} % of the last call, at most {memory:.1f} GiB in use.\n"
 
 
 def make_report(run: Path, output: Path) -> None:
