@@ -11,7 +11,8 @@
 #   RW+op      from RW, on outcome pairs
 #   RW+op+pp   from RW, on outcome and process pairs, the same number of passes
 #
-# In $(OUTPUT)/saro/ablation. As `make saro`, it goes on where it was stopped.
+# In $(OUTPUT)/saro/ablation. As `make saro`, it goes on where it was stopped. With `make -j N`, N stages run at the same time:
+# each writes a folder of its own, and the store of draws, the reference cache and the demo model are made to be shared.
 
 SEEDS ?= 0 1 2
 
@@ -25,7 +26,8 @@ full = $(if $(filter $(SEED),$(1)),$(RUN)/srpo,$(ABLATION)/pp-$(1))
 
 .PHONY: ablation
 # What rules with % make is kept, and only that: all others are made again when they are missing.
-.SECONDARY: $(foreach seed,$(SEEDS),$(foreach part,dpo op pp,$(ABLATION)/$(part)-$(seed)/final/tokenizer_config.json))
+.SECONDARY: $(foreach seed,$(SEEDS),$(foreach part,dpo op pp,$(ABLATION)/$(part)-$(seed)/final/tokenizer_config.json \
+	$(ABLATION)/answers/$(part)-$(seed)/scores.json)) $(ABLATION)/answers/sft/scores.json
 
 ifndef DATA
 ablation:
@@ -71,14 +73,25 @@ $(ABLATION)/op-%/final/tokenizer_config.json: $(RUN)/data/op.jsonl $(RW_MODEL)
 $(ABLATION)/pp-%/final/tokenizer_config.json: $(RUN)/pairs.jsonl $(RW_MODEL)
 	$(PREFER) --model.name $(RUN)/rw/final --data.heldout $(call heldout,$(<:.jsonl=-heldout.jsonl)) $(SRPO)
 
-# One evaluation for each seed: what earlier ones asked of the same model is not asked again.
+# Each model answers in a process of its own, so that `make -j` asks several at the same time, and as soon as they are trained.
+# The evaluations, one for each seed, find all answers in the store. A base model has the format of the first run beside it.
+
+ASK = $(SARO) evaluate --config $(CONFIGS)/laptop_evaluate.yaml --suites $(call list,$(ABLATION_SUITES)) --attacks '[]' \
+	--seed $(SEED) --output $(@D)
+ANSWERS := $(ABLATION)/answers
+
+$(ANSWERS)/rw/scores.json: $(RW_MODEL) $(call made,$(ABLATION_SUITES))
+	$(ASK) --models $(call list,$(RUN)/rw $(MODEL)) --names '[RW,base]' $(EVALUATE)
+$(ANSWERS)/srpo/scores.json: $(SRPO_MODEL) $(call made,$(ABLATION_SUITES))
+	$(ASK) --models $(call list,$(RUN)/srpo) $(EVALUATE)
+$(ANSWERS)/%/scores.json: $(ABLATION)/%/final/tokenizer_config.json $(call made,$(ABLATION_SUITES))
+	$(ASK) --models $(call list,$(ABLATION)/$*) $(EVALUATE)
 
 .SECONDEXPANSION:
-$(ABLATION)/evaluation-%/scores.json: $(foreach part,dpo op,$(ABLATION)/$(part)-%/final/tokenizer_config.json) \
-		$$(call full,$$*)/final/tokenizer_config.json $(call made,$(ABLATION_SUITES))
-	$(SARO) evaluate --config $(CONFIGS)/laptop_evaluate.yaml --suites $(call list,$(ABLATION_SUITES)) --attacks '[]' \
-		--models $(call list,$(RUN)/rw $(MODEL) $(ABLATION)/sft $(ABLATION)/dpo-$* $(ABLATION)/op-$* $(call full,$*)) \
-		--names '[RW,base,SFT,DPO,RW+op,RW+op+pp]' --seed $(SEED) --output $(@D) $(EVALUATE)
+$(ABLATION)/evaluation-%/scores.json: $(foreach name,rw sft dpo-% op-%,$(ANSWERS)/$(name)/scores.json) \
+		$(ANSWERS)/$$(notdir $$(call full,$$*))/scores.json
+	$(ASK) --models $(call list,$(RUN)/rw $(MODEL) $(ABLATION)/sft $(ABLATION)/dpo-$* $(ABLATION)/op-$* $(call full,$*)) \
+		--names '[RW,base,SFT,DPO,RW+op,RW+op+pp]' $(EVALUATE)
 
 $(ABLATION_REPORT): $(foreach seed,$(SEEDS),$(ABLATION)/evaluation-$(seed)/scores.json)
 	$(SARO) report $(patsubst %/,%,$(dir $^)) --overwrite \

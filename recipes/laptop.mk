@@ -176,7 +176,7 @@ $(RUN)/data/op.jsonl: $(RW_MODEL) $(call made,$(PAIR_PROMPTS) $(EXCLUDED))
 	$(SYNTHESIZE) --generator $(RUN)/rw --prompts $(call list,$(PAIR_PROMPTS)) $(OP) $(SYNTH)
 $(RUN)/data/pp.jsonl: $(RUN)/data/op.jsonl
 	$(SYNTHESIZE) --generator $(RUN)/rw --prompts $(call list,$(PAIR_PROMPTS)) $(PP) $(SYNTH)
-$(RUN)/data/mirror.jsonl: $(RUN)/data/pp.jsonl
+$(RUN)/data/mirror.jsonl: $(RUN)/data/op.jsonl
 	$(SYNTHESIZE) --generator $(RUN)/rw --prompts $(call list,$(PAIR_PROMPTS)) $(MIRROR) $(SYNTH)
 
 $(RUN)/pairs.jsonl: $(PAIRS)

@@ -35,3 +35,9 @@ def test_torch_has_expandable_segments():
 @pytest.mark.parametrize("name", NAMES[:2])
 def test_what_the_user_has_configured_stays(name):
     assert settings(**{name: "max_split_size_mb:64"}) == "['max_split_size_mb:64'] max_split_size_mb:64"
+
+
+def test_conversions_of_public_sets_do_not_wait_for_torch():
+    code = "import sys, saro.tools.convert; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"

@@ -146,9 +146,11 @@ def test_the_stages_run_in_order_and_a_second_make_runs_nothing(make, tmp_path):
     assert files_of(tmp_path / "out") == before
 
 
-def test_parallel_make_keeps_the_order(make, public):
+def test_parallel_make_keeps_the_order_of_stages_that_need_each_other(make, public):
     done = make("-j8", "saro", public)
-    assert (done.code, done.stages) == (0, STAGES), done.err
+    assert done.code == 0, done.err
+    assert set(done.stages[3:5]) == {"pp", "mirror"}
+    assert done.stages[:3] + done.stages[5:] == STAGES[:3] + STAGES[5:]
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -167,8 +169,8 @@ def test_a_stage_that_fails_ends_make_and_the_next_one_goes_on_from_it(make, tmp
 
 def test_a_deleted_output_is_made_again_with_all_that_follows(make, tmp_path):
     make("saro")
-    (tmp_path / "out" / "saro" / "data" / "pp.jsonl").unlink()
-    assert make("saro").stages == STAGES[STAGES.index("pp") :]
+    (tmp_path / "out" / "saro" / "data" / "op.jsonl").unlink()
+    assert make("saro").stages == STAGES[STAGES.index("op") :]
 
 
 def test_stages_whose_records_were_deleted_are_made_again_though_the_joined_file_is_there(make, tmp_path):
@@ -268,6 +270,12 @@ def ablation_data(public) -> str:
     return public
 
 
+def evaluations(done: Made) -> dict[str, dict[str, str]]:
+    """Return the options of each evaluation, in the order in which they were run, by the name of its folder."""
+    calls = (dict(pairwise(call)) for call in done.calls if call[0] == "evaluate")
+    return {Path(options["--output"]).name: options for options in calls}
+
+
 def trained(done: Made) -> list[str]:
     """What the recipes trained, in order: the output folder and the file of records, as names in the folder of the run."""
     runs = []
@@ -316,12 +324,23 @@ def test_the_ablation_begins_from_the_model_of_its_row_with_its_seed(make, ablat
 
 def test_the_ablation_evaluates_six_models_a_seed_on_five_suites(make, ablation_data):
     done = make("ablation", ablation_data, "SEEDS=0 7")
-    for options in (dict(pairwise(call)) for call in done.calls if call[0] == "evaluate"):
-        assert len(options["--models"].split(",")) == len(options["--names"].split(",")) == 6
+    for name, options in evaluations(done).items():
         suites = {Path(name).stem for name in options["--suites"].strip("[]").split(",")}
         assert suites == {"xstest", "simple-safety-tests", "coconot-contrast", "gsm8k-200", "ailuminate-300"}
+        if name.startswith("evaluation-"):
+            assert len(options["--models"].split(",")) == len(options["--names"].split(",")) == 6
+    assert {"rw", "sft", "srpo", "dpo-0", "op-7", "pp-7", "evaluation-0", "evaluation-7"} < set(evaluations(done))
     (report,) = (call for call in done.calls if call[0] == "report")
     assert [Path(name).name for name in report[1:3]] == ["evaluation-0", "evaluation-7"]
+
+
+def test_each_model_of_the_ablation_answers_on_its_own_before_the_evaluations(make, ablation_data):
+    done = make("-j8", "ablation", ablation_data, "SEEDS=7")
+    *names, last = evaluations(done)
+    assert (sorted(names), last) == (["dpo-7", "op-7", "pp-7", "rw", "sft"], "evaluation-7")
+    # The base model is asked in the format of the RW run, as in the evaluation.
+    for name in ("rw", last):
+        assert evaluations(done)[name]["--models"].split(",")[0].endswith("/out/saro/rw")
 
 
 def test_the_ablation_needs_public_data(make):

@@ -28,7 +28,7 @@ class LazyGenerator(Generator):
         device: torch.device,
         *,
         merge: bool = True,
-        batch: int = 64,
+        batch: int | None = None,
         progress: bool = True,
     ) -> None:
         model = (source, options, stop_ids, device)

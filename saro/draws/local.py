@@ -30,6 +30,9 @@ from saro.program import progress_bar
 
 # Part of every key: increase it when a change of the engine changes the texts that it draws by more than rounding.
 ENGINE_VERSION = 1
+# Texts that are continued at the same time, by the kind of device. A step on a GPU is bound by the launches of its kernels, so
+# more rows cost little; a CPU gains nothing from them.
+_GPU_BATCH, _CPU_BATCH = 256, 64
 # Requests of a group, in batches: all rows are busy until the last of them, and what a kill costs stays small.
 _BATCHES_PER_GROUP = 2
 # Share of the free memory that the cache may take. The rest is for activations and logits.
@@ -48,7 +51,8 @@ class LocalGenerator:
         identity: what distinguishes the model from all others, as plain JSON.
         tokenizer: encodes choices, and decodes texts that may hold a stop text.
         stop_ids: ids that end a text.
-        batch: number of texts that are continued at the same time; fewer if memory has room for fewer.
+        batch: number of texts that are continued at the same time, fewer if memory has room for fewer; default 256 on a
+            GPU, 64 on a CPU.
         progress: show a progress bar on a terminal.
     """
 
@@ -59,9 +63,11 @@ class LocalGenerator:
         tokenizer: PreTrainedTokenizerBase,
         stop_ids: Collection[int],
         *,
-        batch: int = 64,
+        batch: int | None = None,
         progress: bool = True,
     ) -> None:
+        if batch is None:
+            batch = _GPU_BATCH if policy.causal_lm.device.type == "cuda" else _CPU_BATCH
         if batch < 1:
             raise SaroError(f"batch is {batch}; it must be at least 1")
         self.policy = policy
@@ -84,7 +90,7 @@ class LocalGenerator:
         *,
         merge: bool = True,
         dtype: str | None = None,
-        batch: int = 64,
+        batch: int | None = None,
         progress: bool = True,
     ) -> LocalGenerator:
         """Load a model's weights for generation.

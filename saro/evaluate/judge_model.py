@@ -37,7 +37,7 @@ def open_judge_model(
     server: EndpointOptions | None = None,
     *,
     option: str = "--judge_model",
-    batch: int = 64,
+    batch: int | None = None,
     progress: bool = True,
 ) -> JudgeModel:
     """Open the model of a judge. Weights on this machine are read when the first reply is drawn.
@@ -46,7 +46,7 @@ def open_judge_model(
         name: folder, hub name, or address of a server with OpenAI's API; empty for the one that the judge's file names.
         server: how a server is asked; ``name`` is its address.
         option: what names a model on the command line, for the error message.
-        batch: replies that a model on this machine writes at once.
+        batch: replies that a model on this machine writes at once; default as in ``LocalGenerator``.
 
     Raises:
         SaroError: neither the file nor ``name`` gives a model, or it cannot be opened.

@@ -19,14 +19,15 @@ class LoadOptions:
             says, and for a model without a run as the first run among the models.
         dtype: Dtype that the models compute in; auto is bfloat16 on a GPU and on a CPU that is fast in it, else float32.
         merge: Merge an adapter into its base before it generates: faster, and equal up to rounding.
-        batch: How many prompts a local model answers at the same time.
+        batch: How many prompts a local model answers at the same time, fewer if memory has room for fewer; default 256 on a GPU, 64
+            on a CPU.
         trust_remote_code: Run code that comes with a model.
     """
 
     method: Literal["lora", "qlora"] | None = None
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     merge: bool = True
-    batch: int = 64
+    batch: int | None = None
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from saro.data.chat_format import ChatFormat, PrefilledPrompt
 from saro.draws.request import Draw, Request, Sampling
@@ -13,8 +14,11 @@ from saro.evaluate.answers import Answer
 from saro.evaluate.attacks import NO_ATTACK, Attack, Prompted, apply_attack, invert, prompt_ids
 from saro.evaluate.outcomes import find_units
 from saro.evaluate.split import Split, split_answer, split_text
-from saro.evaluate.subjects import Subject
 from saro.evaluate.suite import Item
+
+if TYPE_CHECKING:
+    # It imports torch, and `saro convert`, which imports this file, needs none.
+    from saro.evaluate.subjects import Subject
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -245,3 +246,9 @@ def test_auto_is_bfloat16_where_a_cpu_has_instructions_for_it(monkeypatch, capab
 def test_a_batch_of_nothing_is_refused(tiny_model):
     with pytest.raises(SaroError, match="batch is 0"):
         generator_of(tiny_model(), batch=0)
+
+
+@pytest.mark.parametrize(("device", "rows"), [("cpu", 64), ("cuda", 256)])
+def test_the_default_batch_is_larger_on_a_gpu(device, rows):
+    policy = SimpleNamespace(causal_lm=SimpleNamespace(device=torch.device(device)))
+    assert LocalGenerator(policy, {}, tiny_tokenizer(), STOPS).group_size == 2 * rows
