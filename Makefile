@@ -31,8 +31,9 @@ demo: $(VENV)/.demo
 		--suites demo --attacks prefill --attack_items 12 --max_tokens 160 --output $(OUTPUT)/demo-evaluation $(DEMO_EVALUATE)
 	$(VENV)/bin/saro report $(OUTPUT)/demo-evaluation --runs '["$(OUTPUT)/demo-rw", "$(OUTPUT)/demo-srpo"]' --overwrite
 
+# A process for each core, each with one thread; a file's tests stay together, because they share fixtures.
 test: $(VENV)/.test
-	$(VENV)/bin/python -m pytest
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 
 trl: $(VENV)/.bench
 	$(VENV)/bin/python -m pytest -m trl

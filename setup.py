@@ -57,6 +57,7 @@ setup(
             "pytest>=9.2.0",
             "pytest-randomly>=5.1.0",
             "pytest-timeout>=2.4.0",
+            "pytest-xdist>=3.8.0",
             "ruff>=0.17.6",
             "tensorboard>=2.21.0",
             # The CUDA build of torch installs it, the CPU build does not. The tests interpret and compile the kernels.

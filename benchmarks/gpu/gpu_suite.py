@@ -206,9 +206,10 @@ class Suite:
     def run(self, step: Step) -> None:
         """Run a step within its limit and what is left of the total; its results of an earlier call are deleted."""
         begin = time.monotonic()
-        with self._writing:
-            (self._folders.results / f"{step.name}.json").unlink(missing_ok=True)
         limit = min(step.limit * SLOWNESS, self.left() - 5)
+        if limit > 0:
+            with self._writing:
+                (self._folders.results / f"{step.name}.json").unlink(missing_ok=True)
         models = [
             [sys.executable, str(HERE / "random_model.py"), m, str(self._folders.models / m)] for m in step.models
         ]

@@ -105,6 +105,8 @@ def fit(
     output = TrainOutput(runtime, options, training, total_steps)
     step = output.restore() if resume else 0
     check_same_start(runtime, policy, steps.schedule, total_steps, step)
+    # Ranks are joined before files of the run are removed: it may fail.
+    module = runtime.wrap(policy)
     output.open(step, resume=resume)
     tokens_per_second, stop = 0.0, None
     with noting_stop_signals() as received, Progress(total_steps, step, runtime.is_main) as progress:
@@ -112,7 +114,20 @@ def fit(
         if evaluate and step and _is_evaluation_due(step, total_steps, options) and not output.has_evaluation(step):
             output.report_evaluation(step, evaluate(step))
         left = range(step, step if output.best.is_exhausted else total_steps)
-        for result in _make_steps(runtime, policy, objective, steps, left, training, options, ids, log, received):
+        results = _make_steps(
+            runtime,
+            policy,
+            module,
+            objective,
+            steps,
+            left,
+            training=training,
+            options=options,
+            ids=ids,
+            log=log,
+            received=received,
+        )
+        for result in results:
             step, tokens_per_second = result.step, result.tokens_per_second
             progress.step()
             if result.means:
@@ -193,9 +208,11 @@ class StepResult:
 def _make_steps(
     runtime: Runtime,
     policy: Policy,
+    module: nn.Module,
     objective: Objective,
     steps: Steps,
     left: range,
+    *,
     training: TrainingState,
     options: TrainConfig,
     ids: Sequence[str],
@@ -205,15 +222,16 @@ def _make_steps(
     """Make a step of training each time that a result is asked for.
 
     Args:
+        module: the policy as ranks share it, see ``Runtime.wrap``.
         left: numbers of the steps to make.
         received: the signals to stop that this rank has received so far.
     """
-    module, device, parameters = runtime.wrap(policy), runtime.device, list(training.trainable.values())
+    device, parameters = runtime.device, list(training.trainable.values())
     meter, probe = Meter(), _Probe(parameters)
     tokens, seconds = 0, 0.0
     upcoming: Step | None = None
     for step in left:
-        batch = upcoming or steps[step]
+        batch = steps[step] if upcoming is None else upcoming
         # Seed each step, so that a resumed run draws the same dropout although no random state is stored.
         torch.manual_seed(_step_seed(options.seed, step, runtime.rank))
         begun = time.perf_counter()
@@ -238,7 +256,8 @@ def _make_steps(
         # 3. Lay out the next step's packs and send them while the device works, and only then wait for it.
         has_next = _runs_ahead(device) and step + 1 in left
         upcoming = steps[step + 1].to(device) if has_next else None
-        (loss_value, num_signals), (norm_value,), changed, table = _read(sums, norm, changes, metrics and metrics.table)
+        sent = None if metrics is None else metrics.table
+        (loss_value, num_signals), (norm_value,), changed, table = _read(sums, norm, changes, sent)
 
         # 4. Check the numbers.
         if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
@@ -259,7 +278,7 @@ def _make_steps(
             num_signals=num_signals,
             tokens_per_second=tokens / seconds,
             changed=changed[0] / changed[1] if changed else 0.0,
-            means=average(metrics.names, table) if metrics else {},
+            means={} if metrics is None else average(metrics.names, table),
         )
 
 

@@ -170,7 +170,7 @@ def _advise(policy: Policy, device: torch.device) -> str:
         return ""
     if count_recomputed(lm) < len(recomputable_layers(lm)):
         return ", or set --model.gradient_checkpointing true"
-    # With offloading, or on a CPU, it is the host's memory that ran out.
+    # Offloading is on already. On a CPU it is the host's memory that ran out.
     if offloads_inputs(lm) or _usable_bytes(device) is None:
         return ""
     return ", or set --model.activation_offloading true"

@@ -28,7 +28,7 @@ class SRPOObjective(Objective):
 
     Metrics: rewards (``beta`` times the score, see ``losses``), their margin and accuracy, the log-probs, and the
     displacement: how far the log-probs moved, split into reasoning and the rest, and the share of pairs whose chosen
-    response has fallen. All are averaged over all pairs, by kind of pair and by form. ``Sums.pairs`` has the margin and
+    response has fallen. All are averaged over all pairs, by kind of pair and by form. ``Sums.pair_values`` has the margin and
     the changes of each pair, in nats. Evaluations add the entropy and the accuracy of the scored tokens of each side.
     Losses without a reference have no displacement. ORPO adds the log odds ratio of the two sides, ``log_odds_chosen``,
     and its log-sigmoid, ``log_odds_ratio``, as TRL names them.

@@ -29,7 +29,7 @@ class TrainOutput:
     """metrics.jsonl, the checkpoints and the best weights of a run. All ranks call all methods, in the same order.
 
     Args:
-        training: what checkpoints hold.
+        training: the state that checkpoints hold.
         total_steps: number of steps of the whole run.
     """
 
