@@ -295,10 +295,14 @@ _ACCELERATE += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_pro
 
 # A thread of a library, such as one of a process group, is never out of C++ for long.
 _BUSY_SCRIPT = """
-import atexit, threading, time
+import atexit, os, threading, time
 from torch.distributed import TCPStore
 from saro.distributed.run_ranks import run_ranks
 from saro.distributed.runtime import Runtime
+
+def say(line):
+    # In one call: print() may let another rank write before the end of the line.
+    os.write(1, f"{line}\\n".encode())
 
 def main():
     runtime = Runtime.start()
@@ -309,8 +313,8 @@ def main():
             store.set("key", "value")
 
     threading.Thread(target=work, daemon=True).start()
-    threading.Thread(target=lambda: time.sleep(0.5) or print(f"thread {runtime.rank}", flush=True)).start()
-    atexit.register(lambda: print(f"atexit {runtime.rank}", flush=True))
+    threading.Thread(target=lambda: time.sleep(0.5) or say(f"thread {runtime.rank}")).start()
+    atexit.register(lambda: say(f"atexit {runtime.rank}"))
     runtime.end()
     return 0
 
