@@ -421,6 +421,9 @@ def test_two_processes_take_the_same_steps_as_one(
     one, two = (tmp_path / name for name in ("one", "run"))
     for a, b in zip(metrics_of(one), metrics_of(two), strict=True):
         for name in a:
+            if name.endswith("rewards/accuracies") and abs(a[name.replace("accuracies", "margins")]) < 1e-3:
+                # Before the first step, margins are zero up to rounding, which decides their sign.
+                continue
             assert b[name] == pytest.approx(a[name], rel=1e-4, abs=1e-2 if name == "changed_parameters" else 1e-3), name
     if loss == "kto":
         assert metrics_of(one)[-1]["kl"] > 0.1
