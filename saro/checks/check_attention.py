@@ -146,6 +146,13 @@ def _errors(plan: AttentionPlan, shape: HeadShape, dtype: torch.dtype) -> dict[s
     exact, rounded, ours = plain(torch.float64), plain(dtype), packed()
     # Either error may be small by chance: a few roundings always count.
     eps = max(torch.finfo(dtype).eps, _FLOAT32_ROUNDINGS * torch.finfo(torch.float32).eps)
+    # Gradients of queries and keys are zero if all tokens attend only to themselves. The products that cancel then have at
+    # most this size, and their rounding may be left.
+    product = upstream.norm(dim=-1).max() * value.norm(dim=-1).max() * shape.size**-0.5
+    cancelled = {
+        "gradients of queries": product * key.norm(dim=-1).max(),
+        "gradients of keys": product * query.norm(dim=-1).max(),
+    }
     names = ("outputs", "gradients of queries", "gradients of keys", "gradients of values")
     # An output is a mean of values: each row has an error of its own, which falls with the number of its keys. Gradients
     # are sums, in which parts may cancel: the largest errors are compared.
@@ -154,8 +161,9 @@ def _errors(plan: AttentionPlan, shape: HeadShape, dtype: torch.dtype) -> dict[s
         error, plain_error, size = _token_norms(*results)
         if name != "outputs":
             error, plain_error, size = error.max(), plain_error.max(), size.max()
-        # A token that attends only to itself has a gradient of zero.
-        allowed = torch.maximum(plain_error, eps * size).clamp_min(torch.finfo(torch.float64).tiny)
+            if size == 0:
+                size = cancelled[name].double()
+        allowed = torch.maximum(plain_error, eps * size)
         ratios[name] = (error / allowed).max().item()
     return ratios
 
