@@ -192,12 +192,12 @@ def test_an_unknown_step_is_refused_by_name(tmp_path):
 
 
 @pytest.mark.whole
-@pytest.mark.timeout(1500)
+@pytest.mark.timeout(2100)
 def test_a_dry_run_passes_every_step(tmp_path):
     environment = {
         **os.environ,
         "DRY": "1",
-        "TOTAL": "1200",
+        "TOTAL": "1800",
         "PYTHON": sys.executable,
         "WORK": str(tmp_path / "work"),
         "OUT": str(tmp_path / "out"),
