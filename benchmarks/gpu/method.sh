@@ -2,7 +2,7 @@
 # Run `make ablation`, then the evaluation of `make saro`, on a GPU machine without a network, in at most TOTAL seconds
 # (default 500). Run it in the root of the repository, where prepare_method.sh has left .method.
 #   bash benchmarks/gpu/method.sh                           the same command goes on where it was stopped
-#   SYNTH="--op.draws 8" bash benchmarks/gpu/method.sh OUTPUT=/tmp/more OP="--limit 940"
+#   SYNTH="--op.draws 8" bash benchmarks/gpu/method.sh OUTPUT=output/more OP="--limit 940"
 # RW, SRPO, SYNTH and EVALUATE are options of the stages, behind those of this file; arguments are variables of `make`.
 # JOBS stages at a time (default 6) share the GPU. Results go to OUT: numbers, and no text of a prompt or an answer.
 set -euo pipefail
