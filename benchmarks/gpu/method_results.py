@@ -8,6 +8,7 @@ OUT gets summary.md, report.md, and results.tar.gz with the redacted report, sco
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -68,8 +69,12 @@ def read_stages(file: Path) -> list[Stage]:
     """Return the stages that timed.sh noted, in the order in which they began."""
     if not file.exists():
         return []
-    rows = (line.split("\t", 4) for line in file.read_text().splitlines())
-    stages = [Stage(float(begin), float(end), int(code), Path(log), command) for begin, end, code, log, command in rows]
+    stages = []
+    for line in file.read_text().splitlines():
+        # A call that is killed may leave a line without a time, or half of one.
+        with contextlib.suppress(ValueError):
+            begin, end, code, log, command = line.split("\t", 4)
+            stages.append(Stage(float(begin), float(end), int(code), Path(log), command))
     return sorted(stages, key=lambda stage: stage.begin)
 
 
