@@ -1,7 +1,7 @@
 """Run the steps of the GPU suite in order of importance, each with its own limit, log and results. See run.sh.
 
 A step that fails or takes too long stops no other. After each step, OUT holds all that is known: summary.md, results.json,
-trace.json.gz and logs.tar.gz.
+step_matrix.trace.json.gz and logs.tar.gz.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def list_steps(folders: Folders) -> list[Step]:
     packs = (64, 128) if DRY else (8192, 2048, 4096, 16384)
     matrix = python(
         "benchmarks/gpu/step_matrix.py", folders.models / large, results("step_matrix"), "--packs", *packs,
-        "--trace", folders.results / "trace.json.gz", "--seconds", 80 * SLOWNESS,
+        "--trace", folders.results / "step_matrix.trace.json.gz", "--seconds", 80 * SLOWNESS,
     )  # fmt: skip
     pair_matrix = python(
         "benchmarks/gpu/step_matrix.py", folders.models / large, results("step_matrix_srpo"), "--packs", *packs,
@@ -209,7 +209,8 @@ class Suite:
         limit = min(step.limit * SLOWNESS, self.left() - 5)
         if limit > 0:
             with self._writing:
-                (self._folders.results / f"{step.name}.json").unlink(missing_ok=True)
+                for file in self._folders.results.glob(f"{step.name}.*"):
+                    file.unlink()
         models = [
             [sys.executable, str(HERE / "random_model.py"), m, str(self._folders.models / m)] for m in step.models
         ]
@@ -244,8 +245,7 @@ class Suite:
                 file.write(text)
         with atomic_write(out / "logs.tar.gz", "wb") as file, tarfile.open(fileobj=file, mode="w:gz") as archive:
             archive.add(self._folders.logs, "logs")
-        trace = self._folders.results / "trace.json.gz"
-        if trace.exists():
+        for trace in self._folders.results.glob("*.trace.json.gz"):
             shutil.copy(trace, out)
         return summary
 

@@ -122,6 +122,11 @@ class ChatFormat:
     def _turn(self) -> AnswerTurn:
         return AnswerTurn(self.template, self.tokenizer, self.stop_ids, self._control_ids, self.think_tags)
 
+    @property
+    def answer_start(self) -> str:
+        """What a model writes between a prompt and its response, see ``AnswerTurn.start``; nothing for most models."""
+        return self._turn.start
+
     def render_prompt(self, messages: Sequence[Message]) -> str:
         """Render the prompt that the model answers; see ``ChatTemplate.render``."""
         return self.template.render(messages)
@@ -209,7 +214,7 @@ class ChatFormat:
         return rendered_prompt.rstrip().endswith(self.think_tags[0])
 
     def count_start(self, ids: Sequence[int]) -> int:
-        """Return the number of ids with which a drawn response opens its answer, see ``AnswerTurn.start``; 0 for most models."""
+        """Return the number of ids with which a drawn response opens its answer (``answer_start``); 0 for most models."""
         if not ids or ids[0] not in self._control_ids:
             return 0
         start = self._responses.ids(self._turn.start)

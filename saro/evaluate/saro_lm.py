@@ -49,6 +49,8 @@ from saro.runs.finished import this_device
 
 # Length of a text if neither the task nor the user names one, as in lm-eval.
 _MAX_TOKENS = 256
+# Stands for a question, to find what a chat template writes after one.
+_PROBE = "saro-probe-question"
 # Tokens of a tree of contexts, without gradients: more trees share fewer few-shot examples.
 PACK_TOKENS = 8192
 # Arguments of `lm_eval --model saro --model_args`.
@@ -177,12 +179,12 @@ class SaroLM(LM):
         messages = [Message(turn["role"], turn["content"]) for turn in chat_history]
         begun = "" if add_generation_prompt else messages.pop().content
         rendered = self._chat.render_prompt(messages)
+        if not begun and not self._no_think:
+            return rendered
         closes_reasoning = rendered.rstrip().endswith(self._chat.think_tags[1])
-        if self._no_think and not closes_reasoning:
-            return rendered + self._chat.completion_text(rendered, Response("", begun))
-        if begun:
-            return rendered + self._chat.completion_text(rendered, Response(None, begun))
-        return rendered
+        reasoning = "" if self._no_think and not closes_reasoning else None
+        text = self._chat.completion_text(rendered, Response(reasoning, begun))
+        return rendered + self._chat.answer_start + text
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Return (log-probability in nats, is what greedy decoding gives) of each continuation of a context.
@@ -194,10 +196,15 @@ class SaroLM(LM):
         continuations = []
         for request in requests:
             context, continuation = request.args
-            if self._is_open(context):
+            if self._chat.opens_reasoning(context):
                 raise SaroError(
                     f"{_where(request)}: the chat template opens the reasoning, so that choices would be scored as "
                     "reasoning; give --no_think"
+                )
+            if self._lacks_start(context):
+                raise SaroError(
+                    f"{_where(request)}: a model begins its answers with {self._chat.answer_start}, which choices do not "
+                    "have; give --no_think"
                 )
             try:
                 continuations.append(encoder.encode_pair(context, continuation))
@@ -253,7 +260,7 @@ class SaroLM(LM):
             # lm-eval repeats a request to have several draws. Greedy ones are all the same.
             number = repeats[asked] if sampling.temperature > 0 else 0
             repeats[asked] += 1
-            may_think = self._is_open(context) or (self._is_rendered and not self._no_think)
+            may_think = self._chat.opens_reasoning(context) or (self._is_rendered and not self._no_think)
             wanted.append(AnswerRequest(replace(asked, number=number), stop, may_think))
         self._count_cut_contexts(num_cut, len(requests))
         answers = draw_answers(self._generating(), self._chat, wanted)
@@ -299,8 +306,12 @@ class SaroLM(LM):
         scored = score_continuations(self._scoring(), trees)
         return [scored[i] for i in range(len(cut))]
 
-    def _is_open(self, context: str) -> bool:
-        return context.rstrip().endswith(self._chat.think_tags[0])
+    def _lacks_start(self, context: str) -> bool:
+        """Return True if a rendered context ends before the control tokens with which a model begins its answer."""
+        if not self._is_rendered or not self._chat.answer_start.strip():
+            return False
+        prompt_end = self._chat.render_prompt([Message("user", _PROBE)]).rpartition(_PROBE)[2]
+        return context.endswith(prompt_end)
 
     def _scoring(self) -> Policy:
         """Return the model that scores. Only one of the two is in memory, because they have the same weights."""

@@ -84,8 +84,10 @@ def test_results_are_written_while_a_step_runs(folders, monkeypatch):
 
 def test_a_step_shows_no_results_of_an_earlier_call(folders):
     (folders.results / "failed.json").write_text('{"figure": 7}')
+    (folders.results / "failed.trace.json.gz").touch()
     Suite(folders, 60).run(Step("failed", 30, (python("raise SystemExit(1)"),)))
     assert "failed" not in read_out(folders).keys() - {"steps"}
+    assert not (folders.out / "failed.trace.json.gz").exists()
 
 
 def test_results_of_which_no_table_can_be_made_are_written_and_named(folders):

@@ -13,6 +13,7 @@ pytest.importorskip("lm_eval")
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
 from lm_eval.models.huggingface import HFLM
+from chat_cases import HARMONY, chat_of
 from loaded import load
 from scripted import FromPolicy, Scripted
 from tiny import CHATML, IM_END, tiny_tokenizer
@@ -169,6 +170,27 @@ def test_a_prompt_ends_where_the_answer_or_its_reasoning_begins(template, no_thi
     lm = talker(a_chat(template), no_think=no_think)
     text = lm.apply_chat_template(turns, add_generation_prompt=turns is TURNS)
     assert text.partition("<|im_start|>")[2].partition("<|im_start|>")[2] == end
+
+
+@pytest.mark.parametrize(
+    ("no_think", "turns", "end"),
+    [
+        (False, TURNS, ""),
+        (True, TURNS, "[INST]final<|eot_id|><think>\n\n</think>\n\n"),
+        (False, BEGUN, "[INST]final<|eot_id|>The answer is"),
+    ],
+)
+def test_an_answer_of_its_own_channel_begins_after_it_as_in_training(no_think, turns, end):
+    lm = talker(chat_of(HARMONY), no_think=no_think)
+    text = lm.apply_chat_template(turns, add_generation_prompt=turns is TURNS)
+    assert text == "<|head|>user<|eot_id|>Why?<|im_end|><|head|>assistant" + end
+
+
+def test_choices_right_after_the_role_are_refused_if_answers_have_a_channel():
+    lm = talker(chat_of(HARMONY))
+    context = lm.apply_chat_template(TURNS)
+    with pytest.raises(SaroError, match="document 0: a model begins its answers with .*final.*; give --no_think"):
+        lm.loglikelihood([ask("loglikelihood", context, "yes")])
 
 
 def test_the_name_for_kept_requests_changes_with_all_that_changes_a_prompt():

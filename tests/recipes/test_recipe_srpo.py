@@ -405,7 +405,9 @@ def test_a_resume_from_another_start_is_refused(srpo, recipes, rw_arguments, srp
 # Several processes.
 
 
-@pytest.mark.parametrize(("loss", "records_per_step"), [("sigmoid", 1), ("sigmoid", 5), ("kto", 5), ("orpo", 5)])
+@pytest.mark.parametrize(
+    ("loss", "records_per_step"), [("sigmoid", 1), ("sigmoid", 5), ("kto", 5), ("orpo", 5), ("simpo", 5)]
+)
 def test_two_processes_take_the_same_steps_as_one(
     recipes, srpo, srpo_arguments, cache, tmp_path, loss, records_per_step
 ):
