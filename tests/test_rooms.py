@@ -9,6 +9,7 @@ import sys
 from collections import Counter
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -79,11 +80,19 @@ def imports(root: Path) -> Iterator[Import]:
     """Yield every import of every source file, also those inside functions. ``from a import b`` names a.b if it exists."""
     files = modules(root)
     for importer, file in files.items():
-        for node in ast.walk(ast.parse(file.read_text())):
-            yield from imported_by(node, importer, files)
+        for statement, _ in import_statements(file.read_text()):
+            yield from imported_by(statement, importer, files)
 
 
-def imported_by(node: ast.AST, importer: str, files: Collection[str]) -> Iterator[Import]:
+@cache
+def import_statements(source: str) -> list[tuple[ast.stmt, bool]]:
+    """Return the imports of a source text, and whether each runs when the text is imported: those outside functions."""
+    tree = ast.parse(source)
+    inside = {id(n) for function in ast.walk(tree) if isinstance(function, ast.FunctionDef) for n in ast.walk(function)}
+    return [(n, id(n) not in inside) for n in ast.walk(tree) if isinstance(n, (ast.Import, ast.ImportFrom))]
+
+
+def imported_by(node: ast.stmt, importer: str, files: Collection[str]) -> Iterator[Import]:
     if isinstance(node, ast.Import):
         for alias in node.names:
             yield Import(importer, alias.name)
@@ -225,22 +234,15 @@ TORCH = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "safeten
 
 def imports_torch(root: Path) -> list[str]:
     """Return the modules of report that import torch when they are imported, themselves or through other modules of ours."""
+    files = modules(root)
     graph: dict[str, set[str]] = {}
-    for importer, file in modules(root).items():
-        packages = {importer.rpartition(".")[0]} - {""}
-        graph[importer] = packages | {found.imported for found in imports_at_the_top(importer, file, root)}
-    reports = [module for module in modules(root) if room_of(module) == "report"]
+    for importer, file in files.items():
+        graph[importer] = {importer.rpartition(".")[0]} - {""}
+        for statement, is_outside in import_statements(file.read_text()):
+            if is_outside:
+                graph[importer] |= {found.imported for found in imported_by(statement, importer, files)}
+    reports = [module for module in files if room_of(module) == "report"]
     return [m for m in reports if any(is_within(name, library) for name in reachable(m, graph) for library in TORCH)]
-
-
-def imports_at_the_top(importer: str, file: Path, root: Path) -> list[Import]:
-    """Return the imports of a module that run when it is imported: those outside functions."""
-    inside: set[str] = set()
-    for node in ast.walk(ast.parse(file.read_text())):
-        if isinstance(node, ast.FunctionDef):
-            inside |= {ast.dump(n) for n in ast.walk(node) if isinstance(n, (ast.Import, ast.ImportFrom))}
-    outside = [n for n in ast.walk(ast.parse(file.read_text())) if isinstance(n, (ast.Import, ast.ImportFrom))]
-    return [found for n in outside if ast.dump(n) not in inside for found in imported_by(n, importer, modules(root))]
 
 
 def test_report_never_imports_torch(copy):
