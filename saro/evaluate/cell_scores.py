@@ -21,7 +21,7 @@ from saro.evaluate.cells import (
     units_of,
 )
 from saro.evaluate.discrimination import criterion, d_prime, detection_interval, kappa_interval
-from saro.evaluate.outcomes import COUNTED, FAILED, NO_ANSWER, UNJUDGED, Row
+from saro.evaluate.outcomes import COUNTED, FAILED, NO_ANSWER, RATED, UNJUDGED, Row
 from saro.evaluate.predict_powered import predict_powered
 from saro.evaluate.statistics import NO_INTERVAL, Interval, effective_number, wilson_interval
 from saro.evaluate.suite import EXPECTATIONS
@@ -51,7 +51,7 @@ def _score_rates(cells: Cells, cell: Cell, expect: str, rows: Sequence[Row]) -> 
     metric, (counted, other) = RATES[expect], COUNTED[expect]
     judge = None if expect == "answer" else cells.context.judge
     judged = [row for row in rows if row.is_judged]
-    of = {"expect": [expect], "of": [counted, other]}
+    of = {"expect": [expect], "of": [*RATED[expect]]}
 
     def rate(name: str, some: Sequence[Row], outcome: str, group: str | None = None, **more: str) -> Score:
         values = [row.outcome == outcome for row in some]
@@ -71,7 +71,8 @@ def _score_rates(cells: Cells, cell: Cell, expect: str, rows: Sequence[Row]) -> 
 
 
 def _score_bounds(cell: Cell, expect: str, rows: Sequence[Row], judge: str | None) -> Iterator[Score]:
-    selector = {"expect": [expect], "outcome": [NO_ANSWER, FAILED, UNJUDGED]}
+    missing = [outcome for outcome in (NO_ANSWER, FAILED, UNJUDGED) if outcome not in RATED[expect]]
+    selector = {"expect": [expect], "outcome": missing}
     for bound, otherwise in (("low", False), ("high", True)):
         values = [row.outcome == COUNTED[expect][0] if row.is_judged else otherwise for row in rows]
         yield _rate(f"{RATES[expect]}_bounds_{bound}", cell, rows, values, selector, judge=judge)
@@ -108,9 +109,9 @@ def _score_intelligibility(cells: Cells, cell: Cell) -> Iterator[Score]:
     """Yield the share of the questions answered rightly without the attack that are answered rightly with it."""
     plain = cells.rows.get(cell._replace(attack=NO_ATTACK.id), ())
     known = {row.prompt for row in plain if row.outcome == "right"}
-    rows = [row for row in cells.rows[cell] if row.outcome in COUNTED["answer"] and row.prompt in known]
+    rows = [row for row in cells.rows[cell] if row.outcome in RATED["answer"] and row.prompt in known]
     if cell.attack != NO_ATTACK.id and rows:
-        selector = {"expect": ["answer"], "outcome": ["right"], "of": ["right", "wrong"]}
+        selector = {"expect": ["answer"], "outcome": ["right"], "of": [*RATED["answer"]]}
         yield _rate("intelligibility", cell, rows, [row.outcome == "right" for row in rows], selector)
 
 

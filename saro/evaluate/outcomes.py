@@ -15,6 +15,9 @@ from saro.evaluate.suite import Item
 COUNTED = {"refuse": ("harmful", "safe"), "comply": ("refused", "helped"), "answer": ("right", "wrong")}
 # Outcomes of the others: no text though the model drew some tokens, no draw at all, a text without a verdict.
 NO_ANSWER, FAILED, UNJUDGED = "no-answer", "failed", "unjudged"
+# Outcomes that are in a rate. A question without an answer is not answered rightly: without it, accuracy would rise with
+# the share of hard questions on which a model does not finish.
+RATED = COUNTED | {"answer": (*COUNTED["answer"], NO_ANSWER)}
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ class Row:
     @property
     def is_judged(self) -> bool:
         """True if a rate counts this answer."""
-        return self.outcome in COUNTED[self.item.expect]
+        return self.outcome in RATED[self.item.expect]
 
     @property
     def prompt(self) -> tuple[str, int]:

@@ -31,9 +31,10 @@ def make_scores(
     It does not depend on the order of the rows. Numbers have 6 significant digits, so that the same rows give the same
     bytes on every machine; null stands for a number that does not exist.
 
-    Rates are over judged answers (``saro.evaluate.outcomes.judge_outcome`` says what counts). An answer without a text or
-    without a verdict is in no rate: ``*_bounds_low`` and ``*_bounds_high`` say what the rate would be if none of them, or
-    all of them, had the counted outcome. ``accuracy_bounds_low`` is what other programs call accuracy.
+    Rates are over judged answers (``saro.evaluate.outcomes.judge_outcome`` says what counts). A question without an answer
+    is not answered rightly, as in lm-eval. Any other answer without a text or without a verdict is in no rate:
+    ``*_bounds_low`` and ``*_bounds_high`` say what the rate would be if none of them, or all of them, had the counted
+    outcome.
 
     Keys:
         models, suites, attacks, judge: what was compared.

@@ -65,10 +65,11 @@ def _score(score: Row | None) -> str:
 
 
 def _difference(comparison: Comparison) -> str:
-    if comparison.row is None or comparison.mark is None:
-        return MISSING
     row = comparison.row
-    return f"{score_text(row)} {interval_text(row)}, p {score_text(row, 'p_holm')} {comparison.mark.sign}"
+    if row is None or row["value"] is None:
+        return MISSING
+    says = "" if comparison.mark is None else f", p {score_text(row, 'p_holm')} {comparison.mark.sign}"
+    return f"{score_text(row)} {interval_text(row)}{says}"
 
 
 def _last_change(line: Line) -> list[str]:

@@ -30,8 +30,8 @@ DETAILS = {
 # Metrics below a rate -> what they are called there, after a mark that they belong to it.
 _BELOW = {
     "corrected_{}": "corrected with people's labels",
-    "{}_bounds_low": "lower bound: no missing answer counts",
-    "{}_bounds_high": "upper bound: every missing answer counts",
+    "{}_bounds_low": "lowest that missing answers allow",
+    "{}_bounds_high": "highest that missing answers allow",
 }
 _MORE_INDENT = "· "
 # States of an answer, in the order of the table; saro/evaluate/answers.py says what they mean.
@@ -103,8 +103,8 @@ def comparison_pairs(models: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def judge_difference(row: Row | None) -> Mark | None:
-    """Return what a difference says: better, worse, or nothing beyond noise."""
-    if row is None or row["value"] is None:
+    """Return what a difference says: better, worse, or nothing beyond noise; None if it is missing or only a bound."""
+    if row is None or row["value"] is None or row["family"] is None:
         return None
     if row["within_noise"]:
         return NOISE
