@@ -7,10 +7,21 @@ from typing import Any
 
 import numpy as np
 
-from saro.evaluate.bootstrap import bootstrap_interval, cluster_sums, mean_difference, sign_flip_p
-from saro.evaluate.cells import LENGTHS, RATES, Cell, Cells, detection_counts, group_rows, has_lengths, units_of
-from saro.evaluate.discrimination import compare_detection, criterion, d_prime
+from saro.evaluate.bootstrap import bootstrap_interval, cluster_sums, mean_difference, ratio, sign_flip_p
+from saro.evaluate.cells import (
+    LENGTHS,
+    RATES,
+    Cell,
+    Cells,
+    detection_counts,
+    group_rows,
+    has_lengths,
+    seeds_of_pairs,
+    units_of,
+)
+from saro.evaluate.discrimination import CORRECTION, compare_detection, criterion, d_prime
 from saro.evaluate.outcomes import COUNTED, Row
+from saro.evaluate.seeds import widen_test
 from saro.evaluate.statistics import ALPHA, Interval, effective_number, holm, mcnemar_p, newcombe_paired
 from saro.evaluate.suite import EXPECTATIONS
 
@@ -93,15 +104,17 @@ def _compare_rates(
 ) -> Difference:
     counts = [int(n) for n in ((own & other).sum(), (own & ~other).sum(), (~own & other).sum(), (~own & ~other).sum())]
     units = units_of(pair[0] for pair in pairs)
+    differences = own.astype(np.int64) - other
     if len({*units}) == len(units):
         method = "newcombe paired + mcnemar mid-p"
         interval, p = newcombe_paired(*counts), mcnemar_p(counts[1], counts[2])
     else:
         method = "newcombe paired, effective n + sign flips"
-        differences = own.astype(np.int64) - other
         scale = effective_number(differences, units) / len(units)
         interval = newcombe_paired(*(scale * count for count in counts))
         p = sign_flip_p(cluster_sums([differences], units)[:, 0])
+    by_seed = ratio(cluster_sums([differences, np.ones(len(pairs))], seeds_of_pairs(pairs)))
+    interval, p = widen_test(interval, p, by_seed, len({*units}), within=(-1, 1))
     return _difference(metric, cell, baseline, interval, p, len(pairs), method)
 
 
@@ -110,9 +123,12 @@ def _compare_detection(cells: Cells, cell: Cell, baseline: str, judged: Pairs) -
     if not own:
         return
     units = units_of(own)
+    seeds = seeds_of_pairs(zip(own, other, strict=True))
     own_sums, other_sums = (cluster_sums(detection_counts(rows), units) for rows in (own, other))
+    own_seeds, other_seeds = (cluster_sums(detection_counts(rows), seeds) + CORRECTION for rows in (own, other))
     for metric, statistic in (("d_prime", d_prime), ("criterion", criterion)):
-        interval, p = compare_detection(own_sums, other_sums, statistic)
+        by_seed = statistic(own_seeds) - statistic(other_seeds)
+        interval, p = widen_test(*compare_detection(own_sums, other_sums, statistic), by_seed, len(own_sums))
         yield _difference(metric, cell, baseline, interval, p, len(own), "bayesian cluster bootstrap")
 
 
@@ -120,9 +136,11 @@ def _compare_tokens(cells: Cells, cell: Cell, baseline: str, expect: str, pairs:
     own, other = (cells.lengths([pair[side] for pair in pairs], [cell.model, baseline]) for side in (0, 1))
     units = units_of(pair[0] for pair in pairs)
     for column, part in enumerate(LENGTHS):
-        sums = cluster_sums([own[:, column], other[:, column], np.ones(len(own))], units)
-        interval = bootstrap_interval(sums, mean_difference)
-        p = sign_flip_p(sums[:, 0] - sums[:, 1])
+        columns = [own[:, column], other[:, column], np.ones(len(own))]
+        sums = cluster_sums(columns, units)
+        by_seed = mean_difference(cluster_sums(columns, seeds_of_pairs(pairs)))
+        interval, p = bootstrap_interval(sums, mean_difference), sign_flip_p(sums[:, 0] - sums[:, 1])
+        interval, p = widen_test(interval, p, by_seed, len(sums))
         method = "cluster bootstrap + sign flips"
         yield _difference(f"{part}_tokens", cell, baseline, interval, p, len(own), method, group=expect)
 

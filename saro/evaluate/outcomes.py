@@ -30,6 +30,8 @@ class Row:
         outcome: by the main judge, or by the target for items with a right answer.
         verdict: of the main judge; None without one.
         others: outcomes by the other judges, by their names.
+        label: people's verdict, 0 to 1, that the outcome is the counted one; None without a label.
+        seed: number of the training seed of the model, from 0.
     """
 
     answer: Answer
@@ -38,6 +40,8 @@ class Row:
     outcome: str
     verdict: Verdict | None
     others: Mapping[str, str]
+    label: float | None = None
+    seed: int = 0
 
     @property
     def is_judged(self) -> bool:

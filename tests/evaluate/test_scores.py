@@ -142,7 +142,12 @@ def test_a_rate_is_over_judged_answers_and_its_bounds_over_all():
 def test_a_question_without_an_answer_is_not_answered_rightly():
     """Otherwise a model that finishes only the easy questions would look able. A failed server's prompt was never asked."""
     builder = Builder()
-    for name, state, text in (("a", "finished", "18"), ("b", "unfinished", ""), ("c", "empty", ""), ("d", "looped", "")):
+    for name, state, text in (
+        ("a", "finished", "18"),
+        ("b", "unfinished", ""),
+        ("c", "empty", ""),
+        ("d", "looped", ""),
+    ):
         builder.add(name, "answer", state=state, text=text)
     builder.add("e", "answer", state="failed", text="")
     score = builder.score("accuracy/m/s/none")
