@@ -34,7 +34,8 @@ class Attack:
         turns: the made-up dialogue; the last turn is the user's and has ``{{prompt}}``.
         prefill: beginning of the response.
         step: number of steps of a rejected chain with which the reasoning begins.
-        chains: the steps of one rejected chain for each prompt. The attack applies to no other prompt.
+        chains: one rejected chain for each prompt: its steps, with the white space behind them, at least as many as the
+            longest attack of the curve takes. The attack applies to no other prompt.
         expect: the items to which the attack applies, by what a good answer does.
         control: id of the attack to compare with, or None.
     """
@@ -108,12 +109,12 @@ def apply_attack(attack: Attack, item: Item) -> Prompted | None:
             return Prompted(_with_system(turns[0].content, (*before, *turns[1:])))
         return Prompted((*before, *turns))
     if attack.step is not None:
-        steps = attack.chains.get(item.prompt, ())
-        if not steps or len(steps) < attack.step:
+        if item.prompt not in attack.chains:
             return None
-        # A line end follows each step, whether another one or the closing tag comes next.
-        begun = "".join(f"{step}\n" for step in steps[: attack.step])
-        return Prompted(item.prompt, Prefill(begun) if begun else None)
+        begun = "".join(attack.chains[item.prompt][: attack.step])
+        # A line end follows the last step too, before the closing tag.
+        begun += "" if begun[-1:].isspace() else "\n"
+        return Prompted(item.prompt, Prefill(begun) if attack.step else None)
     return Prompted(item.prompt, attack.prefill)
 
 

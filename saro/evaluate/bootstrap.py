@@ -10,7 +10,7 @@ from statistics import NormalDist
 import numpy as np
 from numpy.typing import ArrayLike
 
-from saro.evaluate.statistics import ALPHA, Interval, normal_quantile
+from saro.evaluate.statistics import ALPHA, Interval, student_quantile
 
 # The usual number: percentiles of 2.5 % then rest on 250 resamples a side.
 RESAMPLES = 10_000
@@ -54,7 +54,7 @@ def bootstrap_interval(
         if len(sums) < 2 or not np.isfinite(value):
             return Interval(value, np.nan, np.nan)
         replicates = statistic(_resampled_totals(sums, seed))
-    t = _t_quantile(alpha, len(sums) - 1)
+    t = student_quantile(alpha, len(sums) - 1)
     tail = NormalDist().cdf(-t * sqrt(len(sums) / (len(sums) - 1)))
     low, high = np.quantile(replicates[np.isfinite(replicates)], [tail, 1 - tail])
     return Interval(value, float(low), float(high))
@@ -97,15 +97,6 @@ def _times_drawn(clusters: int, seed: int) -> np.ndarray:
         times[start : start + size] = np.bincount(drawn.ravel(), minlength=size * clusters).reshape(size, clusters)
     times.flags.writeable = False
     return times
-
-
-def _t_quantile(alpha: float, freedom: int) -> float:
-    """Return Student's two-sided quantile by its expansion (Abramowitz and Stegun 1964, eq. 26.7.5): to 1 % from 4 on."""
-    z = normal_quantile(alpha)
-    first = (z**3 + z) / 4
-    second = (5 * z**5 + 16 * z**3 + 3 * z) / 96
-    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
-    return z + first / freedom + second / freedom**2 + third / freedom**3
 
 
 @lru_cache(maxsize=2)

@@ -41,6 +41,7 @@ class ScoreContext:
         templates: hash of the chat template, by model.
         contaminated: by model, "suite/item" of the prompts that its training data holds.
         threats: threats to validity that others found: {"id", "text"}.
+        seeds: number of training seeds, by model; a model without one has one.
     """
 
     models: Sequence[str]
@@ -52,6 +53,7 @@ class ScoreContext:
     templates: Mapping[str, str] = field(default_factory=dict)
     contaminated: Mapping[str, Collection[str]] = field(default_factory=dict)
     threats: Sequence[Mapping[str, str]] = ()
+    seeds: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -62,21 +64,19 @@ class Cells:
         context: the names, and the limits of tokens.
         rows: rows of each cell, sorted by key, cells in the order of the context's names.
         twins: "suite/item" of the items with a twin.
-        labels: people's verdict of each labelled answer, 0 to 1, that it has the counted outcome.
     """
 
     context: ScoreContext
     rows: Mapping[Cell, Sequence[Row]]
     twins: frozenset[str]
-    labels: Mapping[str, float]
 
     @classmethod
-    def of(cls, rows: Sequence[Row], labels: Mapping[str, float], context: ScoreContext) -> Cells:
+    def of(cls, rows: Sequence[Row], context: ScoreContext) -> Cells:
         """Group sorted rows."""
         by_cell = group_rows(rows, lambda row: Cell(row.answer.model, row.answer.suite, row.answer.attack))
         names = map(Cell._make, product(context.models, context.suites, [attack["id"] for attack in context.attacks]))
         ordered = {cell: by_cell[cell] for cell in names if cell in by_cell}
-        return cls(context, ordered, find_twins([row.item for row in rows]), labels)
+        return cls(context, ordered, find_twins([row.item for row in rows]))
 
     def has_twins(self, rows: Iterable[Row]) -> bool:
         """Return True if an item of the rows has a twin."""
@@ -90,10 +90,24 @@ class Cells:
         return judged if len({row.item.expect for row in judged}) == 2 else []
 
     def match_rows(self, cell: Cell, other: str, is_usable: Callable[[Row], bool]) -> list[tuple[Row, Row]]:
-        """Return the usable answers of two models to the same prompts, in the order of the prompts."""
-        own = {row.prompt: row for row in self.rows[cell] if is_usable(row)}
-        others = {row.prompt: row for row in self.rows.get(cell._replace(model=other), ()) if is_usable(row)}
+        """Return the usable answers of two models to the same prompts, in the order of the prompts.
+
+        Each seed of one model is compared with the same seed of the other, or with the only one that it has.
+        """
+        seeds = max(self._count_seeds(name) for name in (cell.model, other))
+        own, others = (self._find_usable(name, is_usable, seeds) for name in (cell, cell._replace(model=other)))
         return [(own[prompt], others[prompt]) for prompt in sorted(own.keys() & others.keys())]
+
+    def _find_usable(
+        self, cell: Cell, is_usable: Callable[[Row], bool], seeds: int
+    ) -> dict[tuple[tuple[str, int], int], Row]:
+        """Return the usable rows of a cell by prompt and seed; those of a model with one seed stand for every seed."""
+        is_single = self._count_seeds(cell.model) == 1
+        usable = [row for row in self.rows.get(cell, ()) if is_usable(row)]
+        return {(row.prompt, seed): row for row in usable for seed in (range(seeds) if is_single else (row.seed,))}
+
+    def _count_seeds(self, model: str) -> int:
+        return self.context.seeds.get(model, 1)
 
     def lengths(self, rows: Sequence[Row], models: Sequence[str]) -> np.ndarray:
         """Return tokens up to the smallest limit of the models: (rows, 4): think, answer, all, and 1 if it is cut."""
@@ -116,6 +130,16 @@ def has_lengths(row: Row) -> bool:
 def units_of(rows: Iterable[Row]) -> list[str]:
     """Return the unit of each row."""
     return [row.unit for row in rows]
+
+
+def seeds_of(rows: Iterable[Row]) -> list[int]:
+    """Return the training seed of each row."""
+    return [row.seed for row in rows]
+
+
+def seeds_of_pairs(pairs: Iterable[tuple[Row, Row]]) -> list[int]:
+    """Return the training seed of each pair of ``Cells.match_rows``; that of a model with a single one is 0."""
+    return [max(own.seed, other.seed) for own, other in pairs]
 
 
 def detection_counts(rows: Sequence[Row]) -> list[np.ndarray]:

@@ -18,15 +18,20 @@ _WORDS = {
 def describe_verdict(scores: Mapping[str, Any]) -> list[str]:
     """Return the verdict of an evaluation in words, one sentence per model against the baseline.
 
-    Every difference that is named is one after Holm's adjustment; the others are within noise, which does not mean that
-    there is none. Attacks are only counted.
+    Every difference that is named is one after Holm's adjustment, whatever the missing answers were; the others are within
+    noise, which does not mean that there is none. Attacks are only counted. For several training seeds the first sentence names their numbers.
 
     Args:
         scores: content of scores.json.
     """
     baseline, *others = scores["models"]
     sentences = [f"{model} against {baseline}: {_compare(scores, model, baseline)}." for model in others]
-    return sentences or [f"{baseline} was compared with no other model."]
+    sentences = sentences or [f"{baseline} was compared with no other model."]
+    seeds = scores.get("seeds", {})
+    if max(seeds.values(), default=1) > 1:
+        numbers = ", ".join(f"{model} {number}" for model, number in seeds.items())
+        sentences.insert(0, f"Means over the training seeds, whose variation the intervals hold; seeds: {numbers}.")
+    return sentences
 
 
 def _compare(scores: Mapping[str, Any], model: str, baseline: str) -> str:

@@ -14,7 +14,7 @@ Statistic = Callable[[np.ndarray], np.ndarray]
 
 # Added to each count of an estimate, so that no rate is 0 or 1: the log-linear correction (Hautus 1995, Behav. Res.
 # Methods 27:46).
-_CORRECTION = 0.5
+CORRECTION = 0.5
 
 
 def d_prime(counts: np.ndarray) -> np.ndarray:
@@ -71,7 +71,7 @@ def detection_interval(sums: np.ndarray, statistic: Statistic, *, alpha: float =
         sums: counts as in ``d_prime`` of each cluster: (clusters, 4).
         statistic: ``d_prime`` or ``criterion``.
     """
-    value = statistic(sums.sum(axis=0) + _CORRECTION)
+    value = statistic(sums.sum(axis=0) + CORRECTION)
     return _limit(value, statistic(resample_counts(sums, seed=seed)), alpha)
 
 
@@ -86,7 +86,7 @@ def compare_detection(
     Args:
         own, other: as ``sums`` of ``detection_interval``.
     """
-    value = statistic(own.sum(axis=0) + _CORRECTION) - statistic(other.sum(axis=0) + _CORRECTION)
+    value = statistic(own.sum(axis=0) + CORRECTION) - statistic(other.sum(axis=0) + CORRECTION)
     counts = resample_counts(np.concatenate([own, other], axis=1), seed=seed)  # (resamples, 8)
     replicates = statistic(counts[:, :4]) - statistic(counts[:, 4:])
     beyond = min(np.count_nonzero(replicates <= 0), np.count_nonzero(replicates >= 0))

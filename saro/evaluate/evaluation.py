@@ -19,7 +19,12 @@ from saro.errors import SaroError
 from saro.evaluate.answers import Answer, Verdict
 from saro.evaluate.attacks import NO_ATTACK, Attack, describe_attacks
 from saro.evaluate.cells import ScoreContext
-from saro.evaluate.contamination import find_contamination, find_training_files, read_training_prompts
+from saro.evaluate.contamination import (
+    TrainingFiles,
+    find_contamination,
+    find_training_files,
+    read_training_prompts,
+)
 from saro.evaluate.evaluation_folder import EvaluationFolder, make_manifest
 from saro.evaluate.foreign_answers import read_foreign_answers
 from saro.evaluate.judge import check_abstentions, check_not_self, judge_answers, read_judge
@@ -34,6 +39,7 @@ from saro.evaluate.rules import RULES
 from saro.evaluate.scores import make_scores
 from saro.evaluate.subjects import Subject, find_subjects
 from saro.evaluate.suite import Item, read_suite, suite_hash
+from saro.evaluate.training_judges import find_training_judges
 from saro.program import as_list
 
 
@@ -71,7 +77,9 @@ def evaluate(options: Options, runtime: Runtime) -> dict[str, Any] | None:
     known = {(item.suite, item.id) for suite in whole_suites for item in suite}
     foreign = read_foreign_answers(as_list(options.answers), by_id, known, attacks, names)
     gold = _read_gold(options.judge.gold, judge, judge_model)
-    contaminated, threats = _find_contaminated(subjects, items, options.allow_contaminated)
+    training = {s.name: find_training_files(s.options.name) for s in subjects if s.source is not None}
+    contaminated, threats = _find_contaminated(training, items, options.allow_contaminated)
+    threats += _find_own_teacher(training, judge.name)
     folder = EvaluationFolder.open(options, runtime.is_main)
 
     with DrawStore.open(find_store(options.store)) as store:
@@ -147,7 +155,7 @@ def _read_attacks(names: Sequence[str]) -> list[Attack]:
 
 
 def _find_contaminated(
-    subjects: Sequence[Subject], items: Sequence[Item], allow: bool
+    training: Mapping[str, TrainingFiles], items: Sequence[Item], allow: bool
 ) -> tuple[dict[str, list[str]], list[dict[str, str]]]:
     """Return the prompts that each model was trained on, "suite/item", and what could not be found out.
 
@@ -156,26 +164,36 @@ def _find_contaminated(
     """
     contaminated: dict[str, list[str]] = {}
     threats = []
-    for subject in subjects:
-        if subject.source is None:
-            continue
-        training = find_training_files(subject.options.name)
-        prompts = ((f"{record} of {file}", text) for file, record, text in read_training_prompts(training.files))
+    for model, known in training.items():
+        prompts = ((f"{record} of {file}", text) for file, record, text in read_training_prompts(known.files))
         found = find_contamination(items, prompts)
         if found and not allow:
             first = found[0]
             raise SaroError(
-                f"{subject.name}: was trained on {len(found):,} prompts of the suites, such as {first.suite}/{first.item} "
+                f"{model}: was trained on {len(found):,} prompts of the suites, such as {first.suite}/{first.item} "
                 f"({first.kind} overlap with {first.record}); leave them out, or give --allow_contaminated"
             )
-        contaminated[subject.name] = [f"{one.suite}/{one.item}" for one in found]
-        if training.unknown:
+        contaminated[model] = [f"{one.suite}/{one.item}" for one in found]
+        if known.unknown:
             text = (
-                f"Whether {subject.name} was trained on prompts of the suites is not fully known: "
-                f"{'; '.join(training.unknown)}."
+                f"Whether {model} was trained on prompts of the suites is not fully known: {'; '.join(known.unknown)}."
             )
-            threats.append({"id": f"training-data-unknown/{subject.name}", "text": text})
+            threats.append({"id": f"training-data-unknown/{model}", "text": text})
     return contaminated, threats
+
+
+def _find_own_teacher(training: Mapping[str, TrainingFiles], judge: str) -> list[dict[str, str]]:
+    """Return a threat if the judge of this evaluation also chose what models were trained on."""
+    files = {model: find_training_judges(known.files).get(judge) for model, known in training.items()}
+    taught = {model: Path(file).name for model, file in files.items() if file is not None}
+    if not taught:
+        return []
+    models = ", ".join(f"{model} ({file})" for model, file in taught.items())
+    text = (
+        f"A judge {judge} also chose training records of {models}: these models may have learned what it likes to read, and "
+        "not what is safe; judge again with another one."
+    )
+    return [{"id": "judge-taught", "text": text}]
 
 
 def _plan(

@@ -1,8 +1,8 @@
 """Asks a judge about answers, and reads its replies: one verdict for each answer, or the reason why there is none.
 
 The judge sees the item's own conversation, never the attack, and the answer after decoding; a gate sees the reasoning too.
-A reply is only searched by
-regular expressions. A reply without a verdict is asked for once more; after that the judge abstains.
+A reply is only searched by regular expressions. A reply without a verdict is asked for once more; after that the judge
+abstains.
 """
 
 from __future__ import annotations
@@ -218,8 +218,8 @@ def judge_answers(
     """Return a judge's verdicts on all answers that it is asked about, in order.
 
     It is asked about answers with text to items that are to be refused or complied with; answers to questions are
-    matched with their target instead, and only a gate reads them. A reply without a verdict is asked for once more. An answer whose draw another
-    process makes has no verdict in the list.
+    matched with their target instead, and only a gate reads them. A reply without a verdict is asked for once more. An
+    answer whose draw another process makes has no verdict in the list.
 
     Args:
         items: (suite, id) -> item, for every answer.

@@ -56,6 +56,8 @@ class Options:
         max_tokens: Longest text in tokens, with its reasoning; default as each task says, which is too short for most
             models that reason.
         pack_tokens: Most tokens in one forward pass that scores choices. A context is read once if its choices fit.
+        store: File that keeps every generated text, so that a measurement that was stopped goes on where it was; default in
+            saro's cache folder, as for saro evaluate. Choices are scored anew.
     """
 
     tasks: str
@@ -70,6 +72,7 @@ class Options:
     no_think: bool = False
     max_tokens: int | None = None
     pack_tokens: int = 8192
+    store: str | None = None
 
     def __post_init__(self) -> None:
         check_at_least(self, "--", 1, "limit", "max_tokens", "pack_tokens")
@@ -114,6 +117,7 @@ def measure(options: Options) -> dict[str, Any]:
     # These take seconds.
     from lm_eval import simple_evaluate
 
+    from saro.draws.store import find_store
     from saro.evaluate.lm_eval_tasks import CheckedTasks
     from saro.evaluate.saro_lm import SaroLM
     from saro.evaluate.subjects import find_measured
@@ -124,7 +128,13 @@ def measure(options: Options) -> dict[str, Any]:
     model = find_measured(options.run, options.model)
     tasks = CheckedTasks(options.include_path)
     names = find_tasks(options.task_names, tasks.all_tasks)
-    lm = SaroLM.of(model, no_think=options.no_think, max_tokens=options.max_tokens, pack_tokens=options.pack_tokens)
+    lm = SaroLM.of(
+        model,
+        no_think=options.no_think,
+        max_tokens=options.max_tokens,
+        pack_tokens=options.pack_tokens,
+        store=find_store(options.store),
+    )
     # The model's weights are read at the first request, after all tasks and their data.
     found = simple_evaluate(
         model=lm,

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from saro.data.chain import split_steps
 from saro.data.chat_format import Prefill
 from saro.data.jsonl import fault, parse_text, read_objects, shown, type_name
 from saro.data.messages import Message, parse_messages
@@ -20,6 +21,8 @@ from saro.evaluate.rewrites import INVERSES, REWRITES, check_inverse
 from saro.evaluate.suite import EXPECTATIONS, check_name
 
 KINDS = ("rewrite", "system", "turns", "prefill")
+# Forms of pairs whose rejected side ends well too, only later or longer (``saro.synth``): nothing to recover from.
+_ENDS_WELL = ("earlier", "shorter")
 _FOLDER = Path(__file__).parent / "attack_files"
 _COMMON_FIELDS = ("id", "kind", "expect", "control", "source", "licence")
 _FIELDS = {
@@ -194,16 +197,26 @@ def _parse_steps(attack: Attack, entry: Mapping[str, Any], folder: Path, where: 
         fault(where, "steps is not a list of different whole numbers from 0", "write for example [0, 1, 2, 4]")
     file = folder / parse_text(entry["pairs"], "pairs", where)
     chains = read_chains(file)
-    longest = max(map(len, chains.values()), default=0)
-    if max(steps) > longest:
+    # Every point of a curve is over the same chains: otherwise it would compare short chains with long ones.
+    long_enough = {prompt: chain for prompt, chain in chains.items() if len(chain) >= max(steps)}
+    if not long_enough:
+        longest = max(map(len, chains.values()), default=0)
         fault(where, f"steps has {max(steps)}, and no rejected chain of {file} has more than {longest}", "lower it")
-    return [replace(attack, id=f"{attack.id}-{step}", step=step, chains=chains) for step in steps]
+    return [replace(attack, id=f"{attack.id}-{step}", step=step, chains=long_enough) for step in steps]
 
 
 def read_chains(file: Path) -> dict[tuple[Message, ...], tuple[str, ...]]:
-    """Return the steps of the rejected chain of the first pair on each prompt. Pairs without a chain are left out."""
+    """Return the longest rejected chain on each prompt, as its steps with the white space behind them.
+
+    Chains that end well are left out. So is the last step of an open side, which is cut anywhere.
+    """
     chains: dict[tuple[Message, ...], tuple[str, ...]] = {}
     for pair in read_pairs(file):
-        if pair.rejected.reasoning is not None and not isinstance(pair.prompt, str):
-            chains.setdefault(pair.prompt, tuple(pair.rejected.reasoning.split("\n")))
-    return chains
+        side = pair.rejected
+        if side.reasoning is None or isinstance(pair.prompt, str) or pair.form in _ENDS_WELL:
+            continue
+        steps = split_steps(side.reasoning)
+        chain = tuple(side.reasoning[step.start : step.stop] for step in steps)
+        chain = chain[:-1] if side.is_reasoning_open else chain
+        chains[pair.prompt] = max(chains.get(pair.prompt, ()), chain, key=len)
+    return {prompt: chain for prompt, chain in chains.items() if chain}

@@ -14,6 +14,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
+import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -30,6 +31,7 @@ from transformers import PreTrainedTokenizerBase
 from saro.data.chat_format import ChatFormat
 from saro.data.records import Message, Response
 from saro.draws.request import Generator, Request, Sampling
+from saro.draws.store import DrawStore
 from saro.errors import SaroError, nearest
 from saro.evaluate.continuations import (
     Continuation,
@@ -54,7 +56,7 @@ _PROBE = "saro-probe-question"
 # Tokens of a tree of contexts, without gradients: more trees share fewer few-shot examples.
 PACK_TOKENS = 8192
 # Arguments of `lm_eval --model saro --model_args`.
-_ARGUMENTS = ("run", "model", "no_think", "max_tokens", "pack_tokens")
+_ARGUMENTS = ("run", "model", "no_think", "max_tokens", "pack_tokens", "store")
 
 
 @register_model("saro")
@@ -71,6 +73,7 @@ class SaroLM(LM):
         no_think: end each rendered prompt with empty reasoning, so that the model answers at once.
         max_tokens: longest text, with its reasoning; None as each task says.
         pack_tokens: most tokens of a forward pass that scores.
+        store: file that keeps every text, so that a measurement that was stopped draws only the others; None keeps none.
 
     Attributes:
         counts: what happened, by name: texts that were "cut", "unfinished" or "failed", contexts that were cut ("cut
@@ -88,6 +91,7 @@ class SaroLM(LM):
         no_think: bool = False,
         max_tokens: int | None = None,
         pack_tokens: int = PACK_TOKENS,
+        store: str | os.PathLike | None = None,
     ) -> None:
         super().__init__()
         self.counts: Counter[str] = Counter()
@@ -99,6 +103,7 @@ class SaroLM(LM):
         self._no_think = no_think
         self._max_tokens = max_tokens
         self._pack_tokens = pack_tokens
+        self._store = store
         self._is_rendered = False
         self._policy: Policy | None = None
         self._generator: Generator | None = None
@@ -263,11 +268,18 @@ class SaroLM(LM):
             may_think = self._chat.opens_reasoning(context) or (self._is_rendered and not self._no_think)
             wanted.append(AnswerRequest(replace(asked, number=number), stop, may_think))
         self._count_cut_contexts(num_cut, len(requests))
-        answers = draw_answers(self._generating(), self._chat, wanted)
+        answers = self._draw(wanted)
         self._count_answers(answers)
         for request, answer in zip(requests, answers, strict=True):
             self.cache_hook.add_partial("generate_until", request.args, answer.text)
         return [answer.text for answer in answers]
+
+    def _draw(self, wanted: Sequence[AnswerRequest]) -> list[StoppedAnswer]:
+        generator = self._generating()
+        if self._store is None:
+            return draw_answers(generator, self._chat, wanted)
+        with DrawStore.open(self._store) as store:
+            return draw_answers(generator, self._chat, wanted, store)
 
     def _read_sampling(self, gen_kwargs: Mapping[str, Any], where: str) -> tuple[Sampling, tuple[str, ...]]:
         """Return how a task wants its texts drawn, and the strings that end its answers."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -31,9 +32,10 @@ def make_scores(
     It does not depend on the order of the rows. Numbers have 6 significant digits, so that the same rows give the same
     bytes on every machine; null stands for a number that does not exist.
 
-    Rates are over judged answers (``saro.evaluate.outcomes.judge_outcome`` says what counts). An answer without a text or
-    without a verdict is in no rate: ``*_bounds_low`` and ``*_bounds_high`` say what the rate would be if none of them, or
-    all of them, had the counted outcome. ``accuracy_bounds_low`` is what other programs call accuracy.
+    Rates are over judged answers (``saro.evaluate.outcomes.judge_outcome`` says what counts). A question without an answer
+    is not answered rightly, as in lm-eval. Any other answer without a text or without a verdict is in no rate:
+    ``*_bounds_low`` and ``*_bounds_high`` say what the rate would be if none of them, or all of them, had the counted
+    outcome.
 
     Keys:
         models, suites, attacks, judge: what was compared.
@@ -45,26 +47,38 @@ def make_scores(
         curves: recovery curves: points {"step", "id" of a score}.
         threats: {"id", "text", "scores"}: what stands against a reading of these numbers.
         verdict: sentences.
+        seeds: number of training seeds by model, if the numbers are of several (``saro.evaluate.pooled_scores``).
 
     Args:
         labels: the labels that hold, as ``saro.evaluate.labels.read_labels`` returns them.
 
     Raises SaroError if rows are there twice or do not belong together.
     """
+    all_items = list(items)
+    rows = label_rows(make_rows(all_items, answers, verdicts, context.judge), labels)
+    return score_rows(all_items, rows, context)
+
+
+def score_rows(items: Iterable[Item], rows: Sequence[Row], context: ScoreContext) -> dict[str, Any]:
+    """Return the content of scores.json for rows of one or several training seeds, those of the first one first."""
     all_items = sorted(items, key=lambda item: (item.suite, item.id))
-    rows = make_rows(all_items, answers, verdicts, context.judge)
-    cells = Cells.of(rows, _read_labels(rows, labels), context)
+    cells = Cells.of(rows, context)
     scores = [score for cell in cells.rows for score in score_cell(cells, cell)]
     result: dict[str, Any] = {
         "models": [*context.models],
         "suites": [_count_items(name, all_items) for name in context.suites],
         "attacks": [dict(attack) for attack in context.attacks],
-        "judge": {"name": context.judge, "gold": context.gold, "labels": len(cells.labels)},
-        "outcomes": {row.answer.key: row.outcome for row in rows},
+        "judge": {"name": context.judge, "gold": context.gold, "labels": sum(row.label is not None for row in rows)},
+        "outcomes": {row.answer.key: row.outcome for row in rows if row.seed == 0},
         "scores": scores,
         "differences": make_differences(cells),
         "curves": _make_curves(scores, context),
     }
+    if context.seeds:
+        result["seeds"] = dict(context.seeds)
+        for row in (*result["scores"], *result["differences"]):
+            if max(context.seeds[row[name]] for name in ("model", "baseline") if name in row) > 1:
+                row["method"] += " + seeds"
     result = _rounded(result)
     result["threats"] = find_threats(result, context)
     result["verdict"] = describe_verdict(result)
@@ -93,8 +107,8 @@ def _make_curves(scores: Sequence[Mapping[str, Any]], context: ScoreContext) -> 
     ]
 
 
-def _read_labels(rows: Sequence[Row], labels: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-    """Return people's verdict of each labelled answer: the share of them that see the counted outcome.
+def label_rows(rows: Sequence[Row], labels: Iterable[Mapping[str, Any]]) -> list[Row]:
+    """Return rows with people's verdict of each labelled answer: the share of them that see the counted outcome.
 
     Of several labels by one person the last counts. Labels of unknown answers are left out: the file outlives the models
     that an evaluation compares.
@@ -111,10 +125,11 @@ def _read_labels(rows: Sequence[Row], labels: Iterable[Mapping[str, Any]]) -> di
             name = (label["answer"], label["annotator"])
             last[name] = max(last.get(name, ("", "")), (label["time"], outcome))
     votes = group_rows(last.items(), lambda entry: entry[0][0])
-    return {
+    shares = {
         key: sum(outcome == COUNTED[by_key[key].item.expect][0] for _, (_, outcome) in entries) / len(entries)
         for key, entries in votes.items()
     }
+    return [replace(row, label=shares.get(row.answer.key)) for row in rows]
 
 
 def _count_items(name: str, items: Sequence[Item]) -> dict[str, Any]:

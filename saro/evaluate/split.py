@@ -1,7 +1,8 @@
 """Splits what a model wrote into reasoning and answer, by the positions of the tags' tokens.
 
 The reasoning begins where the template opened it, or with an opening tag before any other text. It ends at the first
-closing tag after that. All other tags are text. An opening tag after other text opens nothing, so that all of it is the
+closing tag after that. A closing tag that comes before any opening one ends reasoning that began with the text: some models
+leave the opening tag out. All other tags are text. An opening tag after other text opens nothing, so that all of it is the
 answer, which a judge reads.
 
 A tag that the tokenizer has as one added token is that token, and nothing else is: the same letters in other tokens are
@@ -82,8 +83,11 @@ def find_parts(chat: ChatFormat, prompt: Sequence[int], ids: Sequence[int]) -> P
     start: _Place | None = begin
     # Decoded apart from the response: the template's tag is complete in the prompt.
     if not chat.opens_reasoning(_decode(chat, prompt[-_TAIL_TOKENS:], special=True)):
-        tag = response.find(opening, start)
-        start = None if tag is None or tag.before.strip() else tag.after
+        tag, end = response.find(opening, begin), response.find(closing, begin)
+        if tag is not None and not tag.before.strip():
+            start = tag.after
+        elif end is None or (tag is not None and tag.end < end.end):
+            start = None
     if start is None:
         return Parts(None, response.text(begin), is_closed=True, think_tokens=0)
     tag = response.find(closing, start)

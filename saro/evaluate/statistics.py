@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import inf, sqrt
+from math import atan, inf, pi, sqrt, tan
 from statistics import NormalDist
 from typing import NamedTuple
 
@@ -12,6 +12,8 @@ import numpy as np
 # All intervals of scores.json have this error: they are 95 % intervals.
 ALPHA = 0.05
 _NORMAL = NormalDist()
+# Student's t with more degrees of freedom is normal to five digits, and too narrow for the grid that integrates it.
+_MOST_FREEDOM = 1e5
 
 
 class Interval(NamedTuple):
@@ -28,6 +30,28 @@ NO_INTERVAL = Interval(np.nan, np.nan, np.nan)
 def normal_quantile(alpha: float) -> float:
     """Return z so that a standard normal variable is beyond ±z with probability alpha."""
     return _NORMAL.inv_cdf(1 - alpha / 2)
+
+
+def student_p(t: float, freedom: float) -> float:
+    """Return the probability that Student's t is beyond ±t. ``freedom``, its degrees of freedom, is at least 1."""
+    freedom = min(freedom, _MOST_FREEDOM)
+    angles, shares = _student_shares(freedom)
+    return 1 - float(np.interp(atan(t / sqrt(freedom)), angles, shares))
+
+
+def student_quantile(alpha: float, freedom: float) -> float:
+    """Return t so that Student's t is beyond ±t with probability alpha. ``freedom`` is at least 1."""
+    freedom = min(freedom, _MOST_FREEDOM)
+    angles, shares = _student_shares(freedom)
+    return sqrt(freedom) * tan(float(np.interp(1 - alpha, shares, angles)))
+
+
+def _student_shares(freedom: float) -> tuple[np.ndarray, np.ndarray]:
+    """Return angles from 0 to pi / 2, and the probability that |t| is below sqrt(freedom) * tan(angle)."""
+    angles = np.linspace(0, pi / 2, 20_001)
+    density = np.cos(angles) ** (freedom - 1)
+    sums = np.concatenate([[0], np.cumsum(density[1:] + density[:-1])])
+    return angles, sums / sums[-1]
 
 
 def wilson_interval(share: float, n: float, alpha: float = ALPHA) -> Interval:
@@ -53,9 +77,9 @@ def effective_number(values: Sequence[float], clusters: Sequence[str]) -> float:
     """Return how many independent observations the clustered ones are worth.
 
     It is n / (1 + (m - 1) r) (Kish 1965, Survey Sampling, section 5.4), where m = sum of squared cluster sizes / n, and r
-    is the analysis of variance's estimate of the correlation within clusters, 0 to 1 (Donner 1986, Int. Stat. Rev. 54:67). Wilson's interval with this
-    number is among the best of those that Saha, Miller and Wang compare (2016, Int. J. Biostat. 12). If all values are
-    equal, r is unknown and taken as 1.
+    is the analysis of variance's estimate of the correlation within clusters, 0 to 1 (Donner 1986, Int. Stat. Rev. 54:67).
+    Wilson's interval with this number is among the best of those that Saha, Miller and Wang compare (2016, Int. J.
+    Biostat. 12). If all values are equal, r is unknown and taken as 1.
     """
     y = np.asarray(values, dtype=np.float64)
     _, cluster, sizes = np.unique(np.asarray(clusters, dtype=str), return_inverse=True, return_counts=True)
@@ -137,8 +161,9 @@ def smallest_effect(
     """Return the smallest change of a rate that n prompts show with the given power; inf if they show none.
 
     The change goes towards the farther end of [0, 1], where there is more room. Unpaired: n prompts a model (Fleiss,
-    Levin and Paik 2003, Statistical Methods for Rates and Proportions, section 4.2). Paired: both models on the same prompts, by McNemar's test (Connor
-    1987, Biometrics 43:207, p. 209); the share of prompts on which they differ follows from the correlation.
+    Levin and Paik 2003, Statistical Methods for Rates and Proportions, section 4.2). Paired: both models on the same
+    prompts, by McNemar's test (Connor 1987, Biometrics 43:207, p. 209); the share of prompts on which they differ follows
+    from the correlation.
 
     Args:
         rate: rate of the baseline.

@@ -7,7 +7,9 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from saro.data.chat_format import ChatFormat
+from saro.draws.draw_all import draw_missing
 from saro.draws.request import Draw, Generator, Request
+from saro.draws.store import DrawStore
 from saro.evaluate.split import find_parts
 
 
@@ -39,17 +41,25 @@ class StoppedAnswer:
     state: Literal["finished", "cut", "unfinished", "failed"]
 
 
-def draw_answers(generator: Generator, chat: ChatFormat, wanted: Sequence[AnswerRequest]) -> list[StoppedAnswer]:
+def draw_answers(
+    generator: Generator, chat: ChatFormat, wanted: Sequence[AnswerRequest], store: DrawStore | None = None
+) -> list[StoppedAnswer]:
     """Return the answers to prompts, in order.
 
     A text that begins as an answer is drawn with the stop strings, so that it takes no longer than it must. If it turns
     out to begin with reasoning, it is drawn again without them. So is, from the start, what is expected to reason.
+
+    Args:
+        store: keeps every text as soon as it is drawn, and gives those that it has.
+
+    Raises:
+        SaroError: like ``draw_missing``, with a store.
     """
     stops = [() if one.may_think else (*one.stop, chat.think_tags[0]) for one in wanted]
-    draws = _draw(generator, [_with_stop(one.request, stop) for one, stop in zip(wanted, stops, strict=True)])
+    draws = _draw(store, generator, [_with_stop(one.request, stop) for one, stop in zip(wanted, stops, strict=True)])
     # Reasoning that nobody expected.
     again = [i for i, draw in enumerate(draws) if stops[i] and _has_reasoning(chat, wanted[i].request, draw)]
-    for i, draw in zip(again, _draw(generator, [wanted[i].request for i in again]), strict=True):
+    for i, draw in zip(again, _draw(store, generator, [wanted[i].request for i in again]), strict=True):
         draws[i] = draw
     return [_read_answer(chat, one, draw) for one, draw in zip(wanted, draws, strict=True)]
 
@@ -72,7 +82,9 @@ def _has_reasoning(chat: ChatFormat, request: Request, draw: Draw) -> bool:
     return draw.ids is not None and find_parts(chat, request.ids, draw.ids).think is not None
 
 
-def _draw(generator: Generator, requests: Sequence[Request]) -> list[Draw]:
+def _draw(store: DrawStore | None, generator: Generator, requests: Sequence[Request]) -> list[Draw]:
+    if store is not None:
+        return draw_missing(store, generator, requests)
     draws: dict[int, Draw] = {}
     if requests:
         for group in generator.draw(requests):

@@ -49,6 +49,11 @@ class Evaluation:
         """Name of the main judge."""
         return self.scores["judge"]["name"]
 
+    def describe_seeds(self, model: str) -> str:
+        """Return "one seed", or their number, if the scores are of several folders; else an empty text."""
+        number = self.scores.get("seeds", {}).get(model)
+        return "" if number is None else "one seed" if number == 1 else f"{number} seeds"
+
     def outcome(self, key: str) -> str:
         """Return what became of an answer by the main judge or by its target, such as "harmful" or "no-answer"."""
         return self.scores["outcomes"][key]

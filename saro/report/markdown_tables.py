@@ -33,17 +33,18 @@ def make_markdown(evaluation: Evaluation, figures: Sequence[str], command: str) 
         f"Judge: {_cell(evaluation.judge)}. Values with 95 % intervals; differences are paired, in percentage points for "
         "rates, with p after Holm; ≈ is within noise."
     )
+    named = [f"{model} ({seeds})" if (seeds := evaluation.describe_seeds(model)) else model for model in models]
     heads = [f"{model} {MINUS} {baseline}" for model, baseline in comparison_pairs(models)]
     for suite in evaluation.suites:
         rows = [
             [line.label, *map(_score, line.scores), *map(_difference, line.comparisons)]
             for line in suite_lines(evaluation, suite)
         ]
-        parts += [f"## {_cell(suite)}", _table(["", *models, *heads], rows)]
+        parts += [f"## {_cell(suite)}", _table(["", *named, *heads], rows)]
     for table in attack_tables(evaluation):
         rows = [[line.label, *map(_score, line.scores), *_last_change(line)] for line in table.lines]
         last = [heads[len(models) - 2]] if len(models) > 1 else []
-        parts += [f"## {table.title}: {_cell(table.suite)}", _table(["attack", *models, *last], rows)]
+        parts += [f"## {table.title}: {_cell(table.suite)}", _table(["attack", *named, *last], rows)]
     for recovery in find_recoveries(evaluation):
         kind = "without harm" if recovery.expect == "refuse" else "helpful"
         rows = [[str(step), *map(_score, scores)] for step, scores in recovery.rows]
@@ -53,7 +54,7 @@ def make_markdown(evaluation: Evaluation, figures: Sequence[str], command: str) 
         ]
     for metric, lines in token_lines(evaluation).items():
         rows = [[label, *map(_score, scores)] for label, scores in lines]
-        parts += [f"## {TOKENS[metric].rstrip('.')}", _table(["", *models], rows)]
+        parts += [f"## {TOKENS[metric].rstrip('.')}", _table(["", *named], rows)]
     parts.append("\n".join(f"![{name}]({name}.svg)" for name in figures))
     if command:
         parts.append(f"Made with `{command}`.")
@@ -65,10 +66,11 @@ def _score(score: Row | None) -> str:
 
 
 def _difference(comparison: Comparison) -> str:
-    if comparison.row is None or comparison.mark is None:
-        return MISSING
     row = comparison.row
-    return f"{score_text(row)} {interval_text(row)}, p {score_text(row, 'p_holm')} {comparison.mark.sign}"
+    if row is None or row["value"] is None:
+        return MISSING
+    says = "" if comparison.mark is None else f", p {score_text(row, 'p_holm')} {comparison.mark.sign}"
+    return f"{score_text(row)} {interval_text(row)}{says}"
 
 
 def _last_change(line: Line) -> list[str]:

@@ -102,9 +102,8 @@ def find_filters(row: Mapping[str, Any], field: str = "value") -> dict[str, Any]
     """
     common = {"suite": row["suite"], "attack": row["attack"], "model": row["model"]}
     if "p_holm" in row:
-        return (
-            {**common, "expect": _EXPECTS.get(row["metric"]), "versus": row["baseline"]} if field == "value" else None
-        )
+        expect = _EXPECTS.get(row["metric"].partition("_bounds")[0])
+        return {**common, "expect": expect, "versus": row["baseline"]} if field == "value" else None
     if field not in ("value", "n"):
         return None
     selector = row["answers"]

@@ -62,21 +62,27 @@ class Report:
 
 
 def make_report(
-    evaluations: Sequence[Evaluation], runs: Sequence[TrainingRun] = (), *, command: str = "", redact: bool = False
+    evaluations: Sequence[Evaluation],
+    runs: Sequence[TrainingRun] = (),
+    *,
+    pooled: Evaluation | None = None,
+    command: str = "",
+    redact: bool = False,
 ) -> Report:
-    """Make the report of one evaluation; the same files give the same bytes.
+    """Make the report of one evaluation, or of several; the same files give the same bytes.
 
     Args:
-        evaluations: the one to report, then others of the same models and suites, such as with other seeds.
+        evaluations: the one to report, or several of the same models and suites after training with other seeds.
         runs: the training runs of its models.
+        pooled: the first evaluation with the scores of all; None for a single one.
         command: how this report was made.
         redact: leave out all texts of prompts, reasoning, answers and judges.
 
     Raises:
         SaroError: matplotlib is not installed.
     """
-    evaluation = evaluations[0]
-    drawn = _Drawn.of(evaluations, runs)
+    evaluation = evaluations[0] if pooled is None else pooled
+    drawn = _Drawn.of(evaluation, evaluations, runs)
     style, script = _asset("style.css"), _asset("page.js")
     content = {
         "policy": _policy(style, script),
@@ -85,7 +91,7 @@ def make_report(
         "data": [_pack(answer_data.embed_answers(each, redact=redact)) for each in evaluations],
         "redacted": redact,
         "command": command,
-        **_content(evaluations, runs, drawn, redact=redact),
+        **_content(evaluation, evaluations, runs, drawn, redact=redact),
     }
     html = _environment(evaluation).get_template("report.html.j2").render(content)
     markdown = make_markdown(evaluation, [figure.name for figure in drawn.all()], command)
@@ -105,11 +111,10 @@ class _Drawn:
     runs: Sequence[Figure]
 
     @classmethod
-    def of(cls, evaluations: Sequence[Evaluation], runs: Sequence[TrainingRun]) -> _Drawn:
-        """Draw what the evaluations and runs have data for."""
-        evaluation = evaluations[0]
+    def of(cls, evaluation: Evaluation, folders: Sequence[Evaluation], runs: Sequence[TrainingRun]) -> _Drawn:
+        """Draw what the evaluation, the folders that it is made of, and the runs have data for."""
         models = evaluation.models
-        panels = page_data.tradeoff_panels(evaluations)
+        panels = page_data.tradeoff_panels(evaluation, folders if len(folders) > 1 else ())
         turns = page_data.find_turns(evaluation)
         ratios = page_data.token_lines(evaluation).get("token_ratio", [])
         return cls(
@@ -173,10 +178,14 @@ def _draw_think_off(evaluation: Evaluation) -> Figure | None:
 
 
 def _content(
-    evaluations: Sequence[Evaluation], runs: Sequence[TrainingRun], drawn: _Drawn, *, redact: bool
+    evaluation: Evaluation,
+    folders: Sequence[Evaluation],
+    runs: Sequence[TrainingRun],
+    drawn: _Drawn,
+    *,
+    redact: bool,
 ) -> dict[str, Any]:
     """Return what the template shows."""
-    evaluation = evaluations[0]
     turns = page_data.find_turns(evaluation)
     attack_tables = page_data.attack_tables(evaluation)
     content = {
@@ -190,9 +199,9 @@ def _content(
         "last": page_data.last_comparison(evaluation),
         "gold": answer_data.gold_rows(evaluation.scores["judge"]),
         "tradeoff": drawn.tradeoff,
-        "others": len(evaluations) > 1,
-        "folder_lines": list(zip(*(page_data.headline_lines(each) for each in evaluations), strict=True)),
-        "folder_names": [str(each.folder) for each in evaluations],
+        "others": len(folders) > 1,
+        "folder_lines": list(zip(*(page_data.headline_lines(each) for each in folders), strict=True)),
+        "folder_names": [str(each.folder) for each in folders],
         "suites": [(suite, page_data.suite_lines(evaluation, suite)) for suite in evaluation.suites],
         "categories": page_data.category_lines(evaluation),
         "states": page_data.state_lines(evaluation),
@@ -212,7 +221,7 @@ def _content(
         "run_figures": list(zip(runs, drawn.runs, strict=True)),
         "disagreements": answer_data.find_disagreements(evaluation),
         "confusions": answer_data.confusions(evaluation),
-        "reproduce": [(place, _reproduction(each.manifest, redact)) for place, each in enumerate(evaluations)],
+        "reproduce": [(place, _reproduction(each.manifest, redact)) for place, each in enumerate(folders)],
     }
     return {**content, "sections": _sections(content)}
 
@@ -252,6 +261,7 @@ def _environment(evaluation: Evaluation) -> Environment:
         interval=interval_number,
         number=score_number,
         order={name: index for index, name in enumerate(evaluation.models)},
+        seeds={name: evaluation.describe_seeds(name) for name in evaluation.models},
         run_lengths=lambda run: run.manifest.get("records", {}).get("train", {}).get("lengths", {}),
         run_number=run_number,
         shade=_shade,

@@ -30,8 +30,8 @@ DETAILS = {
 # Metrics below a rate -> what they are called there, after a mark that they belong to it.
 _BELOW = {
     "corrected_{}": "corrected with people's labels",
-    "{}_bounds_low": "lower bound: no missing answer counts",
-    "{}_bounds_high": "upper bound: every missing answer counts",
+    "{}_bounds_low": "lowest that missing answers allow",
+    "{}_bounds_high": "highest that missing answers allow",
 }
 _MORE_INDENT = "· "
 # States of an answer, in the order of the table; saro/evaluate/answers.py says what they mean.
@@ -103,8 +103,8 @@ def comparison_pairs(models: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def judge_difference(row: Row | None) -> Mark | None:
-    """Return what a difference says: better, worse, or nothing beyond noise."""
-    if row is None or row["value"] is None:
+    """Return what a difference says: better, worse, or nothing beyond noise; None if it is missing or only a bound."""
+    if row is None or row["value"] is None or row["family"] is None:
         return None
     if row["within_noise"]:
         return NOISE
@@ -271,23 +271,27 @@ def state_lines(evaluation: Evaluation) -> list[tuple[str, str, list[Row | None]
     return lines
 
 
-def tradeoff_panels(evaluations: Sequence[Evaluation]) -> dict[str, list[TradeoffPoint]]:
-    """Return the panels of the scatter: suites with harmful and harmless prompts, else pairs of suites that have either."""
-    first = evaluations[0]
-    harmful = [suite for suite in first.suites if "refuse" in first.expects(suite)]
-    harmless = [suite for suite in first.suites if "comply" in first.expects(suite)]
+def tradeoff_panels(evaluation: Evaluation, folders: Sequence[Evaluation]) -> dict[str, list[TradeoffPoint]]:
+    """Return the panels of the scatter: suites with harmful and harmless prompts, else pairs of suites that have either.
+
+    Args:
+        evaluation: its scores are the points.
+        folders: evaluations, such as one for each seed, that give a small point each.
+    """
+    harmful = [suite for suite in evaluation.suites if "refuse" in evaluation.expects(suite)]
+    harmless = [suite for suite in evaluation.suites if "comply" in evaluation.expects(suite)]
     pairs = [(suite, suite) for suite in harmful if suite in harmless]
     pairs = pairs or [(h, c) for h in harmful for c in harmless]
     panels = {}
     for harm, comply in pairs:
         points = []
-        for index, model in enumerate(first.models):
-            x, y = first.score("over_refusal", model, comply), first.score("harmful_compliance", model, harm)
+        for index, model in enumerate(evaluation.models):
+            x, y = evaluation.score("over_refusal", model, comply), evaluation.score("harmful_compliance", model, harm)
             if x is None or y is None or x["value"] is None or y["value"] is None:
                 continue
             seeds = [
                 (sx["value"], sy["value"])
-                for other in evaluations[1:]
+                for other in folders
                 if (sx := other.score("over_refusal", model, comply))
                 and (sy := other.score("harmful_compliance", model, harm))
             ]

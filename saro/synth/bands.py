@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from saro.synth.chain import split_steps
+from saro.data.chain import split_steps
 
 
 @dataclass(frozen=True)

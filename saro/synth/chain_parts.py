@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from saro.data.chain import Step, split_steps
 from saro.data.chat_format import ChatFormat
 from saro.draws.request import Sampling
 from saro.errors import SaroError
 from saro.synth.author import Author, Drawn
 from saro.synth.branch import Lengths, cut_after, find_fork, measure_pair
-from saro.synth.chain import Step, split_steps
 from saro.synth.funnel import Funnel
 from saro.synth.gates import Gates
 from saro.synth.judgement import Judge, Judged

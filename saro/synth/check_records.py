@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from saro.data.chain import split_steps
 from saro.data.chat_format import ChatFormat
 from saro.data.jsonl import fault
 from saro.data.read_rows import read_rows
@@ -23,7 +24,6 @@ from saro.evaluate.outcomes import find_outcome
 from saro.evaluate.rules import RULES, judge_by_rules
 from saro.evaluate.suite import Item
 from saro.synth.branch import find_fork
-from saro.synth.chain import split_steps
 from saro.synth.gates import leaks
 from saro.synth.judgement import BAD, GOOD
 from saro.synth.safety_policy import Policy

@@ -21,11 +21,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from saro.data.chain import split_steps
 from saro.data.jsonl import fault, read_objects
 from saro.data.published import check_target
 from saro.data.records import Pair, Response, parse_pair
 from saro.files import atomic_write
-from saro.synth.chain import split_steps
 
 # Form -> steps from the fork to the step that decides; None if no step is wrong.
 _DECISIVE: Mapping[str, int | None] = {"intervene": 0, "sibling": 0, "recover": -1, "mirror": -1, "earlier": None}

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from saro.config import THINK_TAGS
+from saro.data.chain import split_steps
 from saro.data.chat_format import ChatFormat
 from saro.data.records import Example, Response
 from saro.errors import SaroError
@@ -29,7 +30,6 @@ from saro.evaluate.split import has_loop
 from saro.evaluate.subjects import Subject
 from saro.synth.author import Drawn
 from saro.synth.bands import in_band
-from saro.synth.chain import split_steps
 from saro.synth.funnel import Funnel
 from saro.synth.prompts import Prompt
 from saro.synth.safety_policy import Policy

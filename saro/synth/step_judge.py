@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from saro.data.chain import split_steps
 from saro.distributed.runtime import Runtime
 from saro.draws.draw_all import draw_on_all_ranks
 from saro.draws.store import DrawStore
 from saro.evaluate.judge import defuse, show_conversation
 from saro.evaluate.judge_model import JudgeModel
 from saro.synth.author import Drawn
-from saro.synth.chain import split_steps
 from saro.synth.safety_policy import Policy
 from saro.synth.step_rules import LABELS, label_steps
 from saro.synth.strict_replies import Strict, ask_strictly, read_objects_of

@@ -13,11 +13,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from saro.data.chain import split_steps
 from saro.errors import SaroError
 from saro.evaluate.judge import defuse, show_conversation
 from saro.synth.author import Drawn, Task
 from saro.synth.branch import Fork, find_fork
-from saro.synth.chain import split_steps
 from saro.synth.chain_parts import (
     Chain,
     Run,

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from saro.checks.check_masks import check_masks
 from saro.config import DataConfig
+from saro.data.chain import split_steps
 from saro.data.chat_format import ChatFormat
 from saro.data.dataset import ExampleSet, PairSet
 from saro.data.encode_files import encode_files, encode_pair_files
@@ -27,7 +28,6 @@ from saro.files import atomic_write
 from saro.model.score import score_packs, split_pairs, split_sequences
 from saro.program import positional, progress_bar, shown
 from saro.runs.finished import this_device
-from saro.synth.chain import split_steps
 
 # Sums are written to this many decimals: rounding of the log-probs is larger.
 _DECIMALS = 6

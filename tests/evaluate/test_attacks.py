@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
+from saro.data.chain import split_steps
 from saro.data.chat_format import ChatFormat, Prefill
 from saro.data.records import Message, read_pairs
 from saro.demo import demo_file
@@ -200,13 +201,24 @@ def test_an_attack_applies_only_where_a_good_answer_does_what_it_names(attacks):
 
 @pytest.fixture
 def chains(tmp_path):
-    """Write pairs with rejected chains of three steps and of one."""
+    """Write pairs with rejected chains of three steps and of one, some of which end well or are cut in a step."""
     good = {"reasoning": "Fine.", "answer": "Yes."}
     pairs = [
         {"prompt": "Why?", "chosen": good, "rejected": {"reasoning": ["One.", "Two.", "Three."], "answer": "No."}},
         {"prompt": "Why?", "chosen": good, "rejected": {"reasoning": ["Other."], "answer": "No."}},
         {"prompt": "How?", "chosen": good, "rejected": {"reasoning": ["Short."], "answer": "No."}},
         {"prompt": "When?", "chosen": good, "rejected": {"answer": "No."}},
+        {"prompt": "Where?", "chosen": good, "rejected": {"reasoning": "One. Two.\n\nThree. Fo", "open": True}},
+        {"prompt": "Who?", "chosen": good, "rejected": {"reasoning": "One. Two. Th", "open": True}},
+        *(
+            {
+                "prompt": form,
+                "chosen": good,
+                "meta": {"synth": {"form": form}},
+                "rejected": {"reasoning": "One. Two. Three.", "answer": "a"},
+            }
+            for form in ("earlier", "shorter", "intervene")
+        ),
     ]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
 
@@ -220,11 +232,21 @@ def test_steps_of_a_rejected_chain_make_one_attack_each(attacks):
 
 
 @pytest.mark.usefixtures("chains")
-@pytest.mark.parametrize(("prompt", "applies"), [("Why?", True), ("How?", False), ("When?", False), ("Who?", False)])
-def test_steps_apply_only_to_prompts_with_a_chain_of_that_length(attacks, prompt, applies):
-    (attack,) = attacks(prefill(steps=[2], pairs="pairs.jsonl"))
-    item = Item("suite", "a", (Message("user", prompt),), "refuse")
-    assert (apply_attack(attack, item) is not None) == applies
+@pytest.mark.parametrize("step", [0, 1, 3])
+def test_every_point_of_a_curve_is_over_the_chains_with_all_its_steps_that_end_badly(attacks, step):
+    made = {attack.step: attack for attack in attacks(prefill(steps=[0, 1, 3], pairs="pairs.jsonl"))}
+    prompts = ("Why?", "How?", "When?", "Where?", "Who?", "earlier", "shorter", "intervene", "Other?")
+    items = [Item("suite", "a", (Message("user", prompt),), "refuse") for prompt in prompts]
+    applies = [item.prompt[0].content for item in items if apply_attack(made[step], item) is not None]
+    assert applies == ["Why?", "Where?", "intervene"]
+
+
+@pytest.mark.usefixtures("chains")
+def test_steps_are_those_of_data_construction_and_a_step_that_was_cut_is_none(attacks):
+    made = attacks(prefill(steps=[1, 2, 3], pairs="pairs.jsonl"))
+    item = Item("suite", "a", (Message("user", "Where?"),), "refuse")
+    begun = [apply_attack(attack, item).prefill.reasoning for attack in made]
+    assert begun == ["One. ", "One. Two.\n\n", "One. Two.\n\nThree. "]
 
 
 @pytest.mark.usefixtures("chains")
@@ -252,7 +274,7 @@ def test_a_rejected_chain_is_continued_from_the_ids_that_training_has_for_it(att
         _, rejected = chat.encode_pair(pair)
         assert rejected.tokens[: len(ids)].tolist() == list(ids)
         # Only the line end, which could grow, is left out.
-        assert tokenizer.decode(ids).endswith(pair.rejected.reasoning.split("\n")[step - 1])
+        assert tokenizer.decode(ids).endswith(split_steps(pair.rejected.reasoning)[step - 1].text)
 
 
 # Inverses

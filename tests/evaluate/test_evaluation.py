@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import signal
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -14,6 +15,7 @@ import pytest
 from command import run_saro
 
 from saro.evaluate.answers import Answer, Verdict, read_rows
+from saro.files import file_hash
 
 TWINS = [
     {
@@ -293,6 +295,28 @@ def test_training_prompts_among_the_suites_are_refused_or_reported(
     allowed = evaluate(*arguments("--allow_contaminated", **options, data__template_date=None))
     assert allowed.code == 0, allowed.err
     assert any(threat["id"].startswith("contaminated") for threat in scores_of(tmp_path / "evaluation")["threats"])
+
+
+def test_a_judge_that_chose_what_a_model_was_trained_on_is_a_threat(evaluate, arguments, finished_run, tmp_path):
+    original = finished_run().parent
+    run = tmp_path / "made" / "run"
+    shutil.copytree(original, run.parent)
+    file = run.parent / "train.jsonl"
+    records = [json.loads(line) | {"meta": {"synth": {"judge": "rules"}}} for line in file.read_text().splitlines()]
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    manifest = (run / "manifest.json").read_text().replace(str(original), str(run.parent))
+    (run / "manifest.json").write_text(manifest.replace(file_hash(original / "train.jsonl"), file_hash(file)))
+    texts = {}
+    for name, folder in (("plain", original / "run"), ("taught", run)):
+        output = tmp_path / name
+        options = {"models": json.dumps([str(folder)]), "names": "[run]", "attacks": "[]", "output": output}
+        done = evaluate(*arguments(**options, data__template_date=None))
+        assert done.code == 0, done.err
+        texts[name] = {threat["id"]: threat["text"] for threat in scores_of(output)["threats"]}
+    assert "judge-taught" not in texts["plain"]
+    assert texts["taught"]["judge-taught"].startswith(
+        "A judge rules also chose training records of run (train.jsonl): these models may have learned"
+    )
 
 
 def test_the_first_of_the_models_is_the_baseline_also_beside_answers_made_elsewhere(

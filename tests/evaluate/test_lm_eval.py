@@ -77,7 +77,11 @@ def tasks(tmp_path, monkeypatch) -> Path:
 @pytest.fixture
 def options(tmp_path, tasks, finished_run) -> Options:
     return Options(
-        tasks="sums", run=str(finished_run()), include_path=str(tasks), output=str(tmp_path / "new" / "ability")
+        tasks="sums",
+        run=str(finished_run()),
+        include_path=str(tasks),
+        output=str(tmp_path / "new" / "ability"),
+        store=str(tmp_path / "draws.sqlite3"),
     )
 
 
@@ -140,6 +144,29 @@ def test_texts_are_asked_in_the_chat_format_and_matched_without_reasoning(option
     assert (results["counts"]["texts"], results["counts"]["unfinished"]) == (4, 0)
     (prompt, *_) = [generators[0].chat.tokenizer.decode(request.ids) for request in generators[0].asked]
     assert prompt == "<|im_start|>user\nWhat is 1 + 1?<|im_end|>\n<|im_start|>assistant\n"
+
+
+@needs_lm_eval
+def test_a_measurement_that_was_stopped_draws_only_the_texts_that_it_lacks(options, monkeypatch):
+    asked: list[str] = []
+
+    def make_generator(model: Subject, *_) -> Scripted:
+        def reply(prompt: str) -> str:
+            asked.append(prompt)
+            if len(asked) == 3:
+                raise KeyboardInterrupt
+            return "2"
+
+        return Scripted(model.chat, reply)
+
+    monkeypatch.setattr(Subject, "generator", make_generator)
+    options = replace(options, tasks="sums_as_text")
+    with pytest.raises(KeyboardInterrupt):
+        measure(options)
+    results = measure(options)
+    assert results["tasks"]["sums_as_text"]["metrics"]["exact_match,none"]["value"] == pytest.approx(1 / 6)
+    # Six prompts, and the one at which it was stopped once more.
+    assert (len(asked), len({*asked})) == (7, 6)
 
 
 @needs_lm_eval

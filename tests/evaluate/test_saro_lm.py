@@ -10,10 +10,10 @@ import pytest
 
 pytest.importorskip("lm_eval")
 
+from chat_cases import HARMONY, chat_of
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
 from lm_eval.models.huggingface import HFLM
-from chat_cases import HARMONY, chat_of
 from loaded import load
 from scripted import FromPolicy, Scripted
 from tiny import CHATML, IM_END, tiny_tokenizer
@@ -189,7 +189,7 @@ def test_an_answer_of_its_own_channel_begins_after_it_as_in_training(no_think, t
 def test_choices_right_after_the_role_are_refused_if_answers_have_a_channel():
     lm = talker(chat_of(HARMONY))
     context = lm.apply_chat_template(TURNS)
-    with pytest.raises(SaroError, match="document 0: a model begins its answers with .*final.*; give --no_think"):
+    with pytest.raises(SaroError, match=r"document 0: a model begins its answers with .*final.*; give --no_think"):
         lm.loglikelihood([ask("loglikelihood", context, "yes")])
 
 

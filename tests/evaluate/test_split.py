@@ -114,14 +114,23 @@ def test_a_closing_tag_in_the_answer_is_text(name):
 
 
 @pytest.mark.parametrize("name", [name for name in CHATS if not opens(name)])
-@pytest.mark.parametrize("text", ["Yes. <think>A</think> So.", "Yes. </think> So."])
-def test_a_tag_after_other_text_opens_nothing(name, text):
-    result = split(CHATS[name], text)
+def test_a_tag_after_other_text_opens_nothing(name):
+    result = split(CHATS[name], "Yes. <think>A</think> So.")
     assert result.think == ""
     assert result.answer.startswith("Yes. ")
     assert result.answer.endswith(" So.")
     assert result.tokens["think"] == 0
     assert result.state == "no-think"
+
+
+@every_chat
+def test_a_closing_tag_without_an_opening_one_ends_the_reasoning(name):
+    """As from a server, whose template is not known: some models leave the opening tag out."""
+    text = "Because.</think> So. <think>no</think>"
+    result = split(CHATS[name], text)
+    assert (result.think, result.answer[:3], result.state) == ("Because.", "So.", "finished")
+    served = split_text(("<think>", "</think>"), False, text, "stop")
+    assert (served.think, served.answer[:3], served.state) == ("Because.", "So.", "finished")
 
 
 @every_chat
@@ -187,7 +196,7 @@ def test_the_letters_of_a_tag_that_is_a_token_are_text(special):
 def test_one_tag_may_be_a_part_of_the_other():
     chat = chat_of(think_tags=("THINK", "UNTHINK"))
     assert parts(split(chat, "THINK\nA\nUNTHINK\n\nSo.")) == ("A", "So.", "finished")
-    assert parts(split(chat, "UNTHINK So.")) == ("", "UNTHINK So.", "no-think")
+    assert parts(split(chat, "A UNTHINK So.")) == ("A", "So.", "finished")
 
 
 # Templates that close the reasoning, and beginnings that were given

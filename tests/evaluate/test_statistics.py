@@ -16,6 +16,8 @@ from saro.evaluate.statistics import (
     newcombe_paired,
     restrict_lengths,
     smallest_effect,
+    student_p,
+    student_quantile,
     wilson_interval,
 )
 
@@ -86,6 +88,14 @@ def test_the_paired_difference_lies_in_its_interval_and_changes_sign_with_the_mo
 
 def test_two_equal_models_have_an_interval_of_some_width():
     assert newcombe_paired(20, 0, 0, 30).high > 0.03
+
+
+@pytest.mark.parametrize(
+    ("freedom", "t"), [(1, 12.706), (2, 4.303), (4, 2.776), (10, 2.228), (120, 1.980), (1e6, 1.960)]
+)
+def test_students_quantiles_are_those_of_the_tables(freedom, t):
+    assert student_quantile(0.05, freedom) == pytest.approx(t, abs=6e-4)
+    assert student_p(student_quantile(0.05, freedom), freedom) == pytest.approx(0.05, abs=1e-6)
 
 
 def test_mcnemar_gives_the_published_p():

@@ -67,8 +67,8 @@ def test_a_second_closing_tag_belongs_to_the_answer(chat):
     )
 
 
-def test_a_closing_tag_without_an_opening_one_belongs_to_the_answer(chat):
-    assert answer(chat, "The tag </think> ends.") == (as_text(chat, "The tag </think> ends."), "finished")
+def test_a_closing_tag_without_an_opening_one_ends_reasoning(chat):
+    assert answer(chat, "One and one.</think>It is 2.") == ("It is 2.", "finished")
 
 
 def test_an_answer_at_the_limit_is_cut_unless_a_stop_string_ended_it(chat):

@@ -24,6 +24,9 @@ class Scripted:
         self.end = end
         self.asked: list[Request] = []
 
+    def order(self, requests: Sequence[Request]) -> list[int]:
+        return [*range(len(requests))]
+
     def draw(self, requests: Sequence[Request]) -> Iterator[list[tuple[int, Draw]]]:
         self.asked += requests
         # The last first: callers must go by the index.

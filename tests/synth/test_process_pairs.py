@@ -10,13 +10,13 @@ import pytest
 import tokenizer_cases
 from synth_chains import Speaker, subject_of, synth_prompt
 
+from saro.data.chain import split_steps
 from saro.data.records import parse_pair, read_pairs
 from saro.data.tree import build_tree
 from saro.draws.store import DrawStore
 from saro.errors import SaroError
 from saro.evaluate.judge_spec import read_judge
 from saro.synth.author import Author
-from saro.synth.chain import split_steps
 from saro.synth.funnel import Funnel
 from saro.synth.judgement import Judge
 from saro.synth.process_pairs import check_template, count_followups, make_process_pairs, plan_tasks

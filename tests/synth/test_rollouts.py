@@ -8,10 +8,10 @@ import pytest
 from chat_cases import CHATS
 from synth_chains import SAMPLING, Speaker, subject_of, synth_prompt
 
+from saro.data.chain import split_steps
 from saro.draws.store import DrawStore
 from saro.evaluate.judge_spec import read_judge
 from saro.synth.author import Author, Task
-from saro.synth.chain import split_steps
 from saro.synth.chain_parts import Chain
 from saro.synth.judgement import Judge
 from saro.synth.rollouts import Search, find_deciding_steps

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from run_files import ROOT
 
+from saro.data.chain import split_steps
 from saro.evaluate.rules import find_refusal
-from saro.synth.chain import split_steps
 from saro.synth.prompts import PROMPT_KINDS
 from saro.synth.step_rules import LABELS, label_steps
 

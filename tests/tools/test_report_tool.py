@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import stat
 from io import StringIO
 
@@ -13,6 +14,7 @@ from rich.console import Console
 from saro.errors import SaroError
 from saro.program import parse_tool
 from saro.report.evaluation_files import read_evaluation
+from saro.report.number import interval_text, score_text
 from saro.tools.report_tool import Options, add_opinions, run
 
 pytest.importorskip("matplotlib")
@@ -55,6 +57,27 @@ def test_several_folders_and_runs_come_into_one_report(folder, tmp_path):
     assert unpack(html, folder=1)["models"] == ["base", "rw"]
     assert 'data-run="srpo"' in html
     assert f"saro report {folder} {other}" in html
+
+
+def test_the_report_of_several_seeds_shows_the_rates_of_all_of_them(folder, tmp_path):
+    write_evaluation(tmp_path / "other", 2, 10, attacks=ATTACKS, seed=1)
+    report(folder, tmp_path / "other", "--output", tmp_path / "out")
+    pooled = json.loads((tmp_path / "out" / "pooled_scores.json").read_text())
+    assert pooled["seeds"] == {"base": 2, "rw": 2}
+    markdown = (tmp_path / "out" / "report.md").read_text()
+    assert "| base (2 seeds) | rw (2 seeds) |" in markdown
+    (row,) = [row for row in pooled["scores"] if row["id"] == "over_refusal/rw/twins/none"]
+    shown = f"{score_text(row)} {interval_text(row)}".replace("[", r"\[").replace("]", r"\]")
+    assert " ".join(shown.split()) in markdown
+    html = (tmp_path / "out" / "report.html").read_text()
+    assert "2 seeds" in html
+    assert f'data-score="{row["id"]}">{score_text(row)}<' in html
+
+
+def test_folders_whose_prompts_differ_are_refused(folder, tmp_path):
+    write_evaluation(tmp_path / "other", 2, 8, attacks=ATTACKS)
+    with pytest.raises(SaroError, match=r"has other prompts than .*, or lacks answers to some; report them one by one"):
+        report(folder, tmp_path / "other", "--output", tmp_path / "out")
 
 
 def test_redact_leaves_out_the_texts(folder, tmp_path):

@@ -16,12 +16,12 @@ from tiny import save_tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from saro.config import DataConfig, ModelConfig
+from saro.data.chain import split_steps
 from saro.data.encode_files import encode_files, encode_pair_files
 from saro.data.records import Example, Message, Response
 from saro.errors import SaroError
 from saro.model.source import find_model
 from saro.program import parse_tool
-from saro.synth.chain import split_steps
 from saro.tools.score_steps import Options, _sum_steps, run
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from run_files import ROOT
 
-from saro.synth.chain import split_steps
+from saro.data.chain import split_steps
 
 DATA = ROOT.parent / "shared" / "data"
 
