@@ -48,7 +48,7 @@ def main() -> int:
     console = Console(stderr=True, quiet=not runtime.is_main)
 
     # 1. The run's folder, and the model's tokenizer and config. The folder is not written yet.
-    run = RunFolder.open(config, train_options.output, flags, data_options.template_date, runtime)
+    run = RunFolder.open(config, train_options.output, flags, runtime)
     model_options = replace(config.model, name=find_demo(config.model.name))
     source = first_on_machine(runtime, find_model, model_options)
     model_options = run.decide_dtype(runtime, source, model_options)

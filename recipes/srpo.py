@@ -55,7 +55,7 @@ def main() -> int:
 
     # 1. The run's folder, the model that training starts from, and the reference model if it is another one. The folder
     # is not written yet.
-    run = RunFolder.open(config, train_options.output, flags, data_options.template_date, runtime)
+    run = RunFolder.open(config, train_options.output, flags, runtime)
     start = runtime.broadcast(run.start or find_start(config.model.name, runtime.say))
     model_options = replace(config.model, name=find_demo(start))
     source = first_on_machine(runtime, find_model, model_options)

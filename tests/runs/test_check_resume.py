@@ -98,10 +98,11 @@ def test_options_that_change_results_only_by_rounding_may_change(folder, source,
     assert open_run(folder, RWConfig(data=DataConfig(pack_tokens=4096)), resume=True).resumed
 
 
-def test_a_run_of_an_older_version_is_not_said_to_resume_with_another_dtype(folder, source, data_file):
+def test_a_run_of_an_older_version_is_not_said_to_resume_with_another_dtype_or_day(folder, source, data_file):
     begin(folder, source, data_file).lock.release(force=True)
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["config"]["model"]["dtype"] = "auto"
+    manifest["config"]["data"]["template_date"] = None
     (folder / "manifest.json").write_text(json.dumps(manifest))
     run, runtime = open_run(folder, resume=True), OneProcess()
     run.begin(runtime, manifest_of(run, source, [data_file]))
