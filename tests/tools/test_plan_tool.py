@@ -165,7 +165,10 @@ def test_mixtures_that_cannot_be_planned_or_trained_are_refused(saro, tmp_path, 
         (["--gpus", "0"], "--gpus is 0; it must be at least 1"),
         (["--model.attention", "varlen", "--model.dtype", "float32"], "needs CUDA and bfloat16; set --model.attention"),
         (["--model.name", "./nothing"], "./nothing: "),
-        (["--preference.beta", "0.5"], "--preference is for pairs, and the plan for RW; add --stage srpo, or leave it out"),
+        (
+            ["--preference.beta", "0.5"],
+            "--preference is for pairs, and the plan for RW; add --stage srpo, or leave it out",
+        ),
     ],
 )
 def test_a_plan_that_cannot_be_made_ends_in_one_line(saro, config_only, arguments, message):
