@@ -33,7 +33,7 @@ from saro.data.columns import FileColumns
 from saro.data.dataset import PairSet
 from saro.data.encoded_folder import find_fault, map_encoded, open_encoded, write_description
 from saro.data.lengths import LengthReport
-from saro.data.packs import SIDES
+from saro.data.records import SIDES
 from saro.data.steps import Schedule, Steps
 from saro.demo import find_demo
 from saro.model.source import find_model

@@ -1,6 +1,6 @@
 """Hold the predictions of `saro plan` against measurements on this CPU: peak memory and tokens per second of RW and SRPO steps.
 
-    python benchmarks/plan_check.py [--method lora] [--packs 512 1024 2048] [--into benchmarks/README.md] [--times]
+    PYTHONPATH=benchmarks/gpu python benchmarks/plan_check.py [--method lora] [--packs 512 1024 2048] [--into benchmarks/README.md] [--times]
 
 Each case is a process of its own. It loads the demo model with one thread, makes a step of two packs, so that gradients and the
 optimizer's state are there, and measures the second pack of another such step: the peak of the resident memory above that before

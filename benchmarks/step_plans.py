@@ -1,6 +1,6 @@
 """Simulate how long ranks wait for each other in a step, on records of long-tailed lengths.
 
-    python benchmarks/step_plans.py [--ranks 64] [--into benchmarks/README.md]
+    PYTHONPATH=benchmarks/gpu python benchmarks/step_plans.py [--ranks 64] [--into benchmarks/README.md]
 
 Lengths are lognormal, cut at the pack's budget. Work is counted as `saro.data.packs.record_cost` does. Dealt: records go to ranks in
 turn. Before: to the rank with the fewest tokens, packs as they were filled. Now: `plan_step`. Under DDP ranks wait at the end of the

@@ -33,7 +33,7 @@ from saro.runs.finish import BeforeAfter, end_run, gather_weights, save_final
 from saro.runs.folder import RunFolder
 from saro.train.best import check_metric
 from saro.train.engine import evaluate, fit
-from saro.train.largest_pack import try_largest_pack
+from saro.train.largest_pack import find_largest_pack, recompute_as_needed, try_pack
 from saro.train.load_sets import load_examples
 from saro.train.metrics import format_metrics
 from saro.train.rw_objective import RWObjective
@@ -48,7 +48,7 @@ def main() -> int:
     console = Console(stderr=True, quiet=not runtime.is_main)
 
     # 1. The run's folder, and the model's tokenizer and config. The folder is not written yet.
-    run = RunFolder.open(config, train_options.output, flags, data_options.template_date, runtime)
+    run = RunFolder.open(config, train_options.output, flags, runtime)
     model_options = replace(config.model, name=find_demo(config.model.name))
     source = first_on_machine(runtime, find_model, model_options)
     model_options = run.decide_dtype(runtime, source, model_options)
@@ -92,7 +92,10 @@ def main() -> int:
         f"rounding changes them by {check.logps_floor:.1e}"
     )
     objective = RWObjective(train.kinds, data_options.row_weights)
-    try_largest_pack(runtime, policy, objective, steps, total_steps, train_options.optimizer)
+    # Run out of memory now and not hours later.
+    largest = find_largest_pack(steps, total_steps, runtime.processes)
+    recompute_as_needed(runtime, policy, objective, largest, train_options.optimizer)
+    try_pack(runtime, policy, objective, largest, steps, train_options.optimizer)
 
     # 5. From here on the run's folder is written.
     run.begin(runtime, manifest)

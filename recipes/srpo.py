@@ -38,7 +38,7 @@ from saro.train.best import check_metric
 from saro.train.check_forms import check_forms
 from saro.train.check_start import check_start
 from saro.train.engine import fit
-from saro.train.largest_pack import try_largest_pack
+from saro.train.largest_pack import find_largest_pack, recompute_as_needed, try_pack
 from saro.train.load_sets import load_preferences
 from saro.train.make_objective import make_objective
 from saro.train.pair_log import PairLog, evaluate_heldout
@@ -55,7 +55,7 @@ def main() -> int:
 
     # 1. The run's folder, the model that training starts from, and the reference model if it is another one. The folder
     # is not written yet.
-    run = RunFolder.open(config, train_options.output, flags, data_options.template_date, runtime)
+    run = RunFolder.open(config, train_options.output, flags, runtime)
     start = runtime.broadcast(run.start or find_start(config.model.name, runtime.say))
     model_options = replace(config.model, name=find_demo(start))
     source = first_on_machine(runtime, find_model, model_options)
@@ -116,9 +116,12 @@ def main() -> int:
         f"packed log-probs differ from the model's own by {check.logps:.1e} nats; "
         f"rounding changes them by {check.logps_floor:.1e}"
     )
-    unscored = PairLogps.zeros(pairs["train"].scored_tokens) if preference.needs_reference else None
-    untrained = make_objective(train, unscored, preference, pack_tokens)
-    try_largest_pack(runtime, policy, untrained, steps, total_steps, train_options.optimizer)
+    # Run out of memory now and not hours later. To score the reference may take hours too: zeros stand for it here.
+    zero_reference = PairLogps.zeros(pairs["train"].scored_tokens) if preference.needs_reference else None
+    trial_objective = make_objective(train, zero_reference, preference, pack_tokens)
+    largest = find_largest_pack(steps, total_steps, runtime.processes)
+    recompute_as_needed(runtime, policy, trial_objective, largest, train_options.optimizer)
+    try_pack(runtime, policy, trial_objective, largest, steps, train_options.optimizer)
     if references is None and preference.needs_reference:
         references = load_references(runtime, policy, source, pairs, pack_tokens)
     objective = make_objective(train, references and references["train"], preference, pack_tokens)

@@ -242,7 +242,8 @@ class TrainConfig:
         epochs: Passes over the training records.
         max_steps: Stop after this many optimizer steps, even if epochs asks for more. A resumed run may change both; the
             learning rate then follows the schedule over the new number of steps.
-        records_per_step: Records in one optimizer step, over all ranks.
+        records_per_step: Most records in one optimizer step, over all ranks. An epoch is spread evenly over its steps: 17
+            records at 16 become 8 and 9.
         shard: How the ranks of a run with several processes hold the model: none, each all of it; full, each a part of
             every weight, gradient and optimizer state (FSDP2); hybrid, each machine all of it and its ranks a part each.
         optimizer: adamw is torch's fused AdamW; adamw8bit and paged_adamw8bit are from bitsandbytes.

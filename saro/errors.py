@@ -13,6 +13,11 @@ class SaroError(Exception):
     """
 
 
+def install_extra(extra: str) -> str:
+    """Return the end of a message about a missing package: how the READMEs install the extra that has it."""
+    return f"; run in saro's folder: pip install -c constraints.txt -e '.[{extra}]'"
+
+
 def nearest(name: str, valid: Iterable[str]) -> str:
     """Return the end of a message about an unknown name: the nearest valid name, or some of them if none is near."""
     names = [str(v) for v in valid]

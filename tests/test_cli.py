@@ -37,7 +37,7 @@ RESPELLED = {
         "--data.pack_tokens": ["--pack-tokens", "--pack_tokens"],
     },
     "compare": {
-        "--model.method": ["--method"],
+        "--load.method": ["--method"],
         "--max_tokens": ["--max-tokens"],
         "--data.pack_tokens": ["--pack-tokens", "--pack_tokens"],
         "--data.template_date": ["--template-date", "--template_date"],

@@ -51,7 +51,7 @@ class LoraLinear:
         base: the frozen W and bias.
         a: (r, in), trainable, in any floating dtype; cast to the input's dtype for the products.
         b: (out, r), like `a`.
-        scaling: alpha / r.
+        scaling: alpha / r, or alpha / sqrt(r) with rsLoRA.
         a_cast: `a` in the input's dtype, if the caller has cast it already. The backward reads it too: nobody may write to it.
         b_cast: `b`, like `a_cast`.
     """

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from saro.data.packs import SIDES, Pack, lay_out
+from saro.data.packs import Pack, lay_out
+from saro.data.records import SIDES
 from saro.data.tree import ScoredSequence, SequenceTree, build_tree, common_prefix
 from saro.model.architectures import decoder_layers, is_router
 from saro.model.policy import Policy

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from saro.config import KINDS, PAIR_KINDS
-from saro.data.packs import CHOSEN, REJECTED, SIDES
+from saro.data.records import CHOSEN, REJECTED, SIDES
 from saro.data.tree import RowKind, ScoredSequence, SequenceTree, build_tree, common_prefix
 
 
@@ -38,7 +38,7 @@ class ExampleSet:
         prompt_tokens: (n,) int32, number of tokens before the first scored one. These are the prompt; in a set made by
             ``PairSet.divergent``, they include the shared part of the responses.
         think_tokens: (n,) int32, number of scored tokens of the reasoning, including its tags.
-        kinds: (n,) uint8, index into ``KINDS``.
+        kinds: (n,) uint8, index into ``kind_names``.
         ids: the records' ids.
         where: "file.jsonl:17" of each record, as in ``Example``; empty for a set that was not read from files.
         dropped: ids of the records that were left out because they are too long.

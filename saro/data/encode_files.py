@@ -15,8 +15,7 @@ from saro.config import DataConfig
 from saro.data.chat_format import ChatFormat, EqualSides
 from saro.data.columns import Columns, MemoryColumns
 from saro.data.dataset import ExampleSet, PairSet, flatten, make_set
-from saro.data.packs import SIDES
-from saro.data.records import KINDS, PAIR_KINDS, Example, Pair, read_example_files, read_pair_files
+from saro.data.records import KINDS, PAIR_KINDS, SIDES, Example, Pair, read_example_files, read_pair_files
 from saro.data.tree import ScoredSequence, build_tree
 from saro.data.workers import map_in_order
 from saro.errors import SaroError

@@ -1,6 +1,6 @@
 """Lay out a step's trees as packs, one after the other under a token budget, without padding.
 
-This file also defines the order of a pair's two sequences, and holds the log-probs of pairs in that order.
+This file also holds the log-probs of pairs, chosen before rejected.
 """
 
 from __future__ import annotations
@@ -13,11 +13,8 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 import torch
 
+from saro.data.records import CHOSEN, REJECTED
 from saro.data.tree import SequenceTree
-
-# The two responses of a pair. Its sequences come in this order in every tree and pack, next to each other.
-CHOSEN, REJECTED = 0, 1
-SIDES = ("chosen", "rejected")
 
 
 @dataclass(frozen=True, eq=False)
@@ -234,8 +231,8 @@ def _cancelling_rows(
         return np.zeros(num_rows, bool)
     num_pairs = len(records) // 2
     pair, side = entry_sequence // 2, entry_sequence % 2
-    row_pairs, of_entry = np.unique(entry_row * num_pairs + pair, return_inverse=True)
-    chosen_minus_rejected = np.bincount(of_entry, weights=1 - 2 * side)
+    row_pairs, entry_row_pair = np.unique(entry_row * num_pairs + pair, return_inverse=True)
+    chosen_minus_rejected = np.bincount(entry_row_pair, weights=1 - 2 * side)
     cancels = np.ones(num_rows, bool)
     cancels[row_pairs[chosen_minus_rejected != 0] // max(num_pairs, 1)] = False
     return cancels

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from saro.data.jsonl import fault, open_data, read_objects
 from saro.data.record_fields import READ_COLUMNS
+from saro.errors import install_extra
 from saro.files import file_hash
 
 if TYPE_CHECKING:
@@ -135,4 +136,4 @@ def _choose_columns(
 
 
 def _fault_missing(name: str, library: str) -> None:
-    fault(name, f"reading it needs {library}, which is not installed", "install it: pip install 'saro[data]'")
+    fault(name, f"reading it needs {library}, which is not installed", install_extra("data"))

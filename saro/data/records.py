@@ -16,7 +16,9 @@ from saro.data.read_rows import read_rows
 from saro.data.record_fields import EXAMPLE_FORMATS, PAIR_FORMATS, READ_COLUMNS, check_columns, find_format
 from saro.errors import nearest
 
-_SIDES = ("chosen", "rejected")
+# The two responses of a pair. Its sequences come in this order in every tree and pack, next to each other.
+SIDES = ("chosen", "rejected")
+CHOSEN, REJECTED = 0, 1
 _SIDE_FIELDS = ("reasoning", "answer", "open")
 # A form becomes part of the names of metrics, in which a slash separates the parts.
 _FORM = r"[a-z0-9][a-z0-9_-]{0,31}"
@@ -217,7 +219,7 @@ def split_turns(example: Example) -> Iterator[Example]:
 def holds_pairs(path: str | os.PathLike) -> bool:
     """Return True if a file's first record has the fields of a pair. Raises SaroError like ``read_pairs``."""
     _, _, first = next(read_rows(path, READ_COLUMNS))
-    return any(first.get(name) is not None for name in _SIDES)
+    return any(first.get(name) is not None for name in SIDES)
 
 
 def parse_pair(record: dict[str, Any], where: str, default_id: str, *, may_be_equal: bool = False) -> Pair:
@@ -238,22 +240,25 @@ def parse_pair(record: dict[str, Any], where: str, default_id: str, *, may_be_eq
     if chosen == rejected and not may_be_equal:
         fault(where, "chosen equals rejected", "drop this pair; --data.equal_sides drop does so in training")
     id, kind = parse_id(record, where, default_id), parse_kind(record, PAIR_KINDS, where)
-    return Pair(id, kind, prompt, chosen, rejected, where, _parse_form(record, where), ignored)
+    form = _parse_form(record, where)
+    return Pair(
+        id=id, kind=kind, prompt=prompt, chosen=chosen, rejected=rejected, where=where, form=form, ignored=ignored
+    )
 
 
 def _parse_sides(record: dict[str, Any], where: str) -> tuple[tuple[Message, ...] | str, Response, Response]:
     """Return the prompt, the chosen and the rejected response of a pair."""
-    sides = [record[name] for name in _SIDES]
+    sides = [record[name] for name in SIDES]
     if all(isinstance(side, list) for side in sides):
-        chosen, rejected = (parse_messages(record[name], name, where, in_record=True) for name in _SIDES)
+        chosen, rejected = (parse_messages(record[name], name, where, in_record=True) for name in SIDES)
         if len(chosen) > 1 or len(rejected) > 1:
             return _parse_conversations(record.get("prompt"), chosen, rejected, where)
     if "prompt" not in record:
         fault(where, 'field "prompt" is missing', "add it; it is never guessed from the text of the two sides")
     if all(isinstance(side, dict) for side in sides):
         prompt = parse_prompt(record["prompt"], "prompt", where, in_record=True)
-        return prompt, *(_parse_pair_side(record[name], name, where) for name in _SIDES)
-    for name in _SIDES:
+        return prompt, *(_parse_pair_side(record[name], name, where) for name in SIDES)
+    for name in SIDES:
         if not isinstance(record[name], str | list):
             fault(where, f"{name} is {type_name(record[name])}", "give both sides in one form")
     prompt, chosen = _parse_prompt_and_completion(record["prompt"], record["chosen"], where, "chosen")
@@ -326,9 +331,9 @@ def parse_example(record: dict[str, Any], where: str, default_id: str) -> Exampl
     ignored = check_columns(record, where)
     if record.get("messages") is not None and record["messages"] == record.get("chosen"):
         # UltraFeedback: the same conversation is an example, and the chosen side of a pair.
-        record = {name: value for name, value in record.items() if name not in _SIDES}
-        ignored = (*ignored, *_SIDES)
-    for name in _SIDES:
+        record = {name: value for name, value in record.items() if name not in SIDES}
+        ignored = (*ignored, *SIDES)
+    for name in SIDES:
         if record.get(name) is not None:
             fault(where, f"field {shown(name)} makes this a preference pair", "give pairs to stage 2 (SRPO)")
     form = find_format(record, EXAMPLE_FORMATS, where)
@@ -346,7 +351,7 @@ def parse_example(record: dict[str, Any], where: str, default_id: str) -> Exampl
         response = _as_response(last)
     prompt = add_tools(prompt, record.get("tools"), where)
     id, kind = parse_id(record, where, default_id), parse_kind(record, KINDS, where)
-    return Example(id, kind, prompt, response, where, ignored)
+    return Example(id=id, kind=kind, prompt=prompt, response=response, where=where, ignored=ignored)
 
 
 def _parse_prompt_and_completion(

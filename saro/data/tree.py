@@ -1,7 +1,8 @@
 """Merge sequences into tries of tokens, in which a shared prefix is stored and computed once.
 
-Trees are built from token ids, after tokenization, never from text. In stage 1 (RW) a tree has one sequence and so one
-node. In stage 2 (SRPO) both responses of a pair, and other pairs with the same prompt, go into one tree.
+Trees are built from token ids, after tokenization, never from text. In stage 1 (RW) a tree has the sequence of one example,
+or those of the turns of one conversation. In stage 2 (SRPO) both responses of a pair, and other pairs with the same prompt, go
+into one tree.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import numpy as np
 
 
 class RowKind(IntEnum):
-    """The part of the response that a scored token belongs to; used only for metrics."""
+    """The part of the response that a scored token belongs to, for metrics and ``data.row_weights``."""
 
     THINK = 0
     ANSWER = 1

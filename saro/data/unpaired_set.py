@@ -101,8 +101,8 @@ def encode_unpaired_files(
         dropped.append(record.id)
 
     read = read_unpaired_files(paths, may_be_equal=options.equal_sides == "drop")
-    for where, of_line in groupby(progress_bar(read, "encoding", "records", shown=progress), attrgetter("where")):
-        both = [(record, chat.encode(record)) for record in of_line]
+    for where, line_records in groupby(progress_bar(read, "encoding", "records", shown=progress), attrgetter("where")):
+        both = [(record, chat.encode(record)) for record in line_records]
         if len(both) == 2 and np.array_equal(both[0][1].tokens, both[1][1].tokens):
             if options.equal_sides == "error":
                 raise equal_sides(where)

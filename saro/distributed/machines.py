@@ -41,15 +41,15 @@ def first_on_machine(runtime: Runtime, make: Callable[..., Value], *arguments: A
             made.append(make(*arguments))
         except SaroError as raised:
             error = raised
-    told = runtime.gather([(None if error is None else str(error), asked_hashes())])
+    outcomes = runtime.gather([(None if error is None else str(error), asked_hashes())])
     if error is not None:
         raise error
-    for rank, (message, _) in enumerate(told):
+    for rank, (message, _) in enumerate(outcomes):
         if message is not None:
             raise SaroError(f"rank {rank} failed: {message}")
     if runtime.rank == first:
         return made[0]
-    take_hashes(told[first][1])
+    take_hashes(outcomes[first][1])
     return make(*arguments)
 
 

@@ -9,7 +9,8 @@ import numpy as np
 from saro.config import DataConfig
 from saro.data.chat_format import ChatFormat
 from saro.data.encode_files import encode_files, encode_pair_files
-from saro.data.packs import CHOSEN, REJECTED, pack_trees
+from saro.data.packs import pack_trees
+from saro.data.records import CHOSEN, REJECTED
 from saro.model.policy import Policy
 from saro.model.score import score_packs, score_pairs
 

@@ -36,8 +36,7 @@ def open_judge_model(
     name: str = "",
     server: EndpointOptions | None = None,
     *,
-    option: str = "--judge_model",
-    batch: int | None = None,
+    option: str = "--judge.model",
     progress: bool = True,
 ) -> JudgeModel:
     """Open the model of a judge. Weights on this machine are read when the first reply is drawn.
@@ -46,7 +45,6 @@ def open_judge_model(
         name: folder, hub name, or address of a server with OpenAI's API; empty for the one that the judge's file names.
         server: how a server is asked; ``name`` is its address.
         option: what names a model on the command line, for the error message.
-        batch: replies that a model on this machine writes at once; default as in ``LocalGenerator``.
 
     Raises:
         SaroError: neither the file nor ``name`` gives a model, or it cannot be opened.
@@ -60,7 +58,7 @@ def open_judge_model(
     options = ModelConfig(name=name, method="lora")
     source = find_model(options)
     chat = source.chat_format(DataConfig(), FIXED_DATE)
-    generator = LazyGenerator(source, options, source.stop_ids, this_device(), batch=batch, progress=progress)
+    generator = LazyGenerator(source, options, source.stop_ids, this_device(), progress=progress)
     return JudgeModel(generator, chat)
 
 
@@ -76,4 +74,4 @@ def find_judge_model(spec: JudgeSpec, options: JudgeOptions, progress: bool = Tr
         return None
     server = EndpointOptions(model=options.model, key_env=options.key_env, revision=options.revision)
     name = options.endpoint or options.model or ""
-    return open_judge_model(spec, name, server, option="--judge.model", progress=progress)
+    return open_judge_model(spec, name, server, progress=progress)

@@ -27,7 +27,7 @@ from typing import Any
 
 import saro
 from saro.config import check_at_least
-from saro.errors import SaroError, nearest
+from saro.errors import SaroError, install_extra, nearest
 from saro.files import atomic_folder
 from saro.program import parse_tool, quiet_libraries, run_program
 
@@ -111,7 +111,7 @@ def measure(options: Options) -> dict[str, Any]:
         SaroError: lm-eval is not installed; the folder, a task or its data, or the model is not there or not sound.
     """
     if importlib.util.find_spec("lm_eval") is None:
-        raise SaroError("lm-eval is not installed; run: pip install 'saro[lm-eval]'")
+        raise SaroError("lm-eval is not installed" + install_extra("lm-eval"))
     output = Path(options.output).expanduser()
     _check_output(output, options.overwrite)
     # These take seconds.

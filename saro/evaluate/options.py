@@ -17,7 +17,8 @@ class LoadOptions:
     Attributes:
         method: qlora answers with the base in 4 bits (NF4), as a QLoRA run trained it; default: as the run of the model
             says, and for a model without a run as the first run among the models.
-        dtype: Dtype that the models compute in; auto is bfloat16 on a GPU and on a CPU that is fast in it, else float32.
+        dtype: Dtype that the models compute in; auto is bfloat16 on a GPU, and on a CPU float32 to score texts and, if the CPU
+            is fast in it, bfloat16 to write them.
         merge: Merge an adapter into its base before it generates: faster, and equal up to rounding.
         batch: How many prompts a local model answers at the same time, fewer if memory has room for fewer; default 256 on a GPU, 64
             on a CPU.

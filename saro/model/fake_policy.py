@@ -42,7 +42,7 @@ NF4_SCALE_BYTES = 1 / 64 + 4 / (64 * 256)
 H100_L2_BYTES = 50 * 2**20
 
 
-class Meter(TorchDispatchMode):
+class MemoryMeter(TorchDispatchMode):
     """Counts the bytes of all storages that operators allocate in this context, until they are freed.
 
     Attributes:
@@ -57,7 +57,7 @@ class Meter(TorchDispatchMode):
         self._sizes: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
         self._resize = mock.patch.object(torch.UntypedStorage, "resize_", _resize_noted(self))
 
-    def __enter__(self) -> Meter:
+    def __enter__(self) -> MemoryMeter:
         self._resize.start()
         return super().__enter__()
 
@@ -108,7 +108,7 @@ class Meter(TorchDispatchMode):
         return peak
 
 
-def _resize_noted(meter: Meter) -> Callable[[torch.UntypedStorage, int], torch.UntypedStorage]:
+def _resize_noted(meter: MemoryMeter) -> Callable[[torch.UntypedStorage, int], torch.UntypedStorage]:
     resize = torch.UntypedStorage.resize_
 
     def resize_(storage: torch.UntypedStorage, size: int) -> torch.UntypedStorage:

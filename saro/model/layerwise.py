@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -125,14 +126,14 @@ def make_skeleton(
 
 def _find_tensors(path: str, revision: str | None) -> dict[str, Path]:
     """Return the file of each tensor of a model's safetensors."""
-    found = {"revision": revision, "_raise_exceptions_for_missing_entries": False}
-    index = cached_file(path, SAFE_WEIGHTS_INDEX_NAME, **found)
+    find_file = partial(cached_file, path, revision=revision, _raise_exceptions_for_missing_entries=False)
+    index = find_file(SAFE_WEIGHTS_INDEX_NAME)
     if index is not None:
         shards, _ = get_checkpoint_shard_files(path, index, revision=revision)
         by_name = {Path(shard).name: Path(shard) for shard in shards}
         names = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
         return {name: by_name[file] for name, file in names.items()}
-    file = cached_file(path, SAFE_WEIGHTS_NAME, **found)
+    file = find_file(SAFE_WEIGHTS_NAME)
     if file is None:
         return {}
     with safe_open(file, "pt") as tensors:

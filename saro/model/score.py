@@ -9,7 +9,8 @@ import torch
 from transformers import PreTrainedModel
 
 from saro.data.dataset import PairSet
-from saro.data.packs import CHOSEN, REJECTED, Pack, PairLogps, pack_trees, sequence_number
+from saro.data.packs import Pack, PairLogps, pack_trees, sequence_number
+from saro.data.records import CHOSEN, REJECTED
 from saro.data.tree import SequenceTree
 from saro.model.policy import Policy
 from saro.program import progress_bar

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from saro.errors import SaroError
+from saro.errors import SaroError, install_extra
 from saro.program import run_program
 
 
@@ -34,7 +34,7 @@ def draw(steps: np.ndarray, margins: np.ndarray, title: str, output: Path) -> No
     try:
         import matplotlib
     except ImportError as error:
-        raise SaroError("the plot needs matplotlib; run: pip install 'saro[report]'") from error
+        raise SaroError("the plot needs matplotlib" + install_extra("report")) from error
 
     matplotlib.use("Agg")
     from matplotlib import pyplot

@@ -12,7 +12,7 @@ from xml.etree import ElementTree
 
 from markupsafe import Markup
 
-from saro.errors import SaroError
+from saro.errors import SaroError, install_extra
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -97,7 +97,7 @@ def drawing() -> Iterator[None]:
     try:
         import matplotlib
     except ImportError as error:
-        raise SaroError("the report needs matplotlib; run: pip install 'saro[report]'") from error
+        raise SaroError("the report needs matplotlib" + install_extra("report")) from error
     with matplotlib.rc_context({**matplotlib.rcParamsDefault, **_STYLE, "backend": "svg"}):
         yield
 

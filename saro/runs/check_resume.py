@@ -24,7 +24,6 @@ _FREE_ON_RESUME = frozenset(
         "data.allow_overlap",
         "data.pack_tokens",
         "data.too_long",
-        "data.template_date",
         "preference.warn_chosen_fell",
         "train.output",
         "train.shard",
@@ -55,7 +54,7 @@ _COMPARED_BY_CONTENT = frozenset(
 )
 _GROUPS = {"model": ModelConfig, "data": DataConfig, "preference": PreferenceConfig, "train": TrainConfig}
 # If these options are not given, or leave the choice open, a resumed run keeps what it began with.
-_KEPT_ON_RESUME = frozenset({"model.dtype", "data.think_tags", "data.template_variables"})
+_KEPT_ON_RESUME = frozenset({"model.dtype", "data.think_tags", "data.template_date", "data.template_variables"})
 # Values of options that did not exist when a run of an older version began.
 _DEFAULTS = {group: as_dict(options()) for group, options in _GROUPS.items()}
 
@@ -92,11 +91,12 @@ def changed_options(began: Mapping[str, Any], options: Mapping[str, Any]) -> dic
 
 
 def _recorded_options(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options of a run. An older version recorded the dtype "auto"; here it is what that meant."""
+    """Return the options of a run. An older version recorded the dtype and the day as given; here they are what that meant."""
     config = manifest["config"]
-    if config.get("model", {}).get("dtype") != "auto":
-        return config
-    return config | {"model": config["model"] | {"dtype": trained_dtype(manifest)}}
+    recorded = config | {"data": config["data"] | {"template_date": manifest["template_date"]}}
+    if config.get("model", {}).get("dtype") == "auto":
+        recorded["model"] = config["model"] | {"dtype": trained_dtype(manifest)}
+    return recorded
 
 
 def check_same_contents(folder: Path, began: Mapping[str, Any], now: Mapping[str, Any]) -> None:

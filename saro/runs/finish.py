@@ -71,8 +71,10 @@ def save_final(
 ) -> None:
     """Write the model that other programs load: a PEFT adapter or a full model, with its tokenizer.
 
-    ``weights``: those of ``gather_weights``; default the model's own. The folder is complete or absent. ``original_options`` are written into the config of a full model: they are options
-    that were changed only for training, such as its dropout.
+    Args:
+        folder: complete or absent.
+        original_options: written into the config of a full model: options that only training changed, such as its dropout.
+        weights: those of ``gather_weights``; default the model's own.
     """
     if not isinstance(model, PeftModel):
         for name, value in (original_options or {}).items():

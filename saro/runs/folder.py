@@ -58,7 +58,7 @@ class RunFolder:
     lock: FileLock
 
     @classmethod
-    def open(cls, config: Any, folder: str, flags: RunFlags, template_date: str | None, runtime: Runtime) -> RunFolder:
+    def open(cls, config: Any, folder: str, flags: RunFlags, runtime: Runtime) -> RunFolder:
         """Look at the folder without writing to it or deleting anything.
 
         Only rank 0 looks, at its folder and at its calendar: what the other ranks see there may be older, or missing.
@@ -71,7 +71,7 @@ class RunFolder:
         given = {f"--{group}.{name}": repr(value) for group, part in options.items() for name, value in part.items()}
         given |= {f"--{name}": repr(value) for name, value in flags._asdict().items()}
         runtime.compare(given, "start every rank with the same options")
-        day, began = runtime.on_main(lambda: _look(folder, options, flags, template_date))
+        day, began = runtime.on_main(lambda: _look(folder, options, flags))
         path = Path(folder)
         return cls(
             folder=path,
@@ -292,9 +292,13 @@ class RunFolder:
             files: data files.
             reports: the lengths of each set of records.
         """
-        tags, variables = list(chat.think_tags), dict(chat.template_variables or {})
+        day = chat.template_date.isoformat()
         model_options = self.config["model"] | {"dtype": dtype}
-        data_options = self.config["data"] | {"think_tags": tags, "template_variables": variables}
+        data_options = self.config["data"] | {
+            "think_tags": list(chat.think_tags),
+            "template_date": day,
+            "template_variables": dict(chat.template_variables or {}),
+        }
         contents = first_on_machine(runtime, _hash_contents, source, reference, files)
         return {
             "saro": saro.__version__,
@@ -305,7 +309,7 @@ class RunFolder:
                 "threads_per_process": runtime.threads,
                 "device": str(runtime.device),
             },
-            "template_date": chat.template_date.isoformat(),
+            "template_date": day,
             "template": template_hash(chat.tokenizer.chat_template),
             "start": source.adapter or source.path,
             **contents,
@@ -323,9 +327,7 @@ def _hash_contents(source: ModelSource, reference: ModelSource | None, files: li
     }
 
 
-def _look(
-    folder: str, options: dict[str, Any], flags: RunFlags, template_date: str | None
-) -> tuple[date, dict[str, Any] | None]:
+def _look(folder: str, options: dict[str, Any], flags: RunFlags) -> tuple[date, dict[str, Any] | None]:
     """Return the template date, and the manifest of the run that is resumed, if one is; see ``RunFolder.open``."""
     path = Path(folder)
     if flags.resume and flags.overwrite:
@@ -337,6 +339,7 @@ def _look(
         raise SaroError(f"{folder}: holds files that are not a run's; give an empty folder with --train.output")
     if existing is not None and not flags.resume and not flags.overwrite:
         raise SaroError(_holds_run(folder))
+    template_date = options["data"]["template_date"]
     day = _parse_date(template_date) if template_date else date.today()
     if existing is None or not flags.resume:
         return day, None

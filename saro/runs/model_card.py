@@ -64,7 +64,7 @@ def _training_lines(run: FinishedRun) -> Iterator[str]:
     lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     last = [line for line in lines if "grad_norm" in line][-1]
     yield (
-        f"- method {config['model']['method']}; {last['step']} steps of {train['records_per_step']} records; "
+        f"- method {config['model']['method']}; {last['step']} steps of at most {train['records_per_step']} records; "
         f"learning rate {train['lr']:g}, {train['schedule']}; training loss of the last step {last['loss']:.4g}"
     )
     metric = train.get("keep_best")

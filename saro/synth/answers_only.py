@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from saro.data.jsonl import fault
-
-_SIDES = ("chosen", "rejected")
+from saro.data.records import SIDES
 
 
 def drop_reasoning(source: dict[str, Any], number: int, where: str) -> dict[str, Any] | None:
@@ -21,7 +20,7 @@ def drop_reasoning(source: dict[str, Any], number: int, where: str) -> dict[str,
     Raises:
         SaroError: the record is not in our format, in which reasoning and answer are apart.
     """
-    sides = [source.get(name) for name in _SIDES]
+    sides = [source.get(name) for name in SIDES]
     kept = {"id": source.get("id") or f"answers-{number:06d}", "prompt": source.get("prompt")}
     if source.get("tools") is not None:
         kept["tools"] = source["tools"]

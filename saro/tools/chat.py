@@ -14,28 +14,17 @@ from rich.console import Console
 from tokenizers.decoders import DecodeStream
 from transformers.generation.streamers import BaseStreamer
 
-from saro.config import check_at_least
+from saro.config import DataConfig, check_at_least
 from saro.data.chat_format import ChatFormat
 from saro.data.records import Message
 from saro.errors import nearest
 from saro.model.architectures import most_positions
 from saro.model.generate import generate
 from saro.model.policy import Policy
+from saro.program import shown
 from saro.runs.finished import FinishedRun, this_device
 
 _COMMANDS = ("/reset", "/exit")
-
-
-@dataclass(frozen=True)
-class DataOptions:
-    """How the conversation becomes tokens.
-
-    Attributes:
-        think_tags: Opening and closing tag of the reasoning; default: those of the run.
-    """
-
-    # Not saro.config.DataConfig: its tags always have a value, and here None means those of the run.
-    think_tags: tuple[str, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -54,7 +43,7 @@ class Options:
     compare: Literal["base"] | None = None
     max_tokens: int = 2048
     temperature: float = 0.0
-    data: DataOptions = field(default_factory=DataOptions)
+    data: DataConfig = field(default_factory=DataConfig, metadata=shown("think_tags"))
 
     def __post_init__(self) -> None:
         check_at_least(self, "--", 1, "max_tokens")

@@ -19,9 +19,11 @@ from saro.evaluate.bootstrap import RESAMPLES
 from saro.evaluate.judge import JudgeSpec, check_abstentions, judge_answers, read_judge
 from saro.evaluate.judge_gold import GOLD, as_answers, describe_files, measure_agreement, read_gold
 from saro.evaluate.judge_spec import prompt_hashes
+from saro.evaluate.options import JudgeOptions
+from saro.evaluate.rules import RULES
 from saro.evaluate.statistics import ALPHA
 from saro.files import atomic_write
-from saro.program import as_list, positional
+from saro.program import as_list, positional, shown
 
 _TITLES = {
     "refusal": "refuses, fully or in part",
@@ -35,32 +37,25 @@ class Options:
     """Options of `saro judge-check`.
 
     Attributes:
-        judge: Name of a judge, or its YAML file.
+        name: Name of a judge, or its YAML file.
         gold: Labelled answers: XSTest's completions or PyRIT's refusals as published (.csv), or JSONL with id, prompt,
             answer, refuses and harmful. A name may hold * in quotes; default: 20 answers that come with saro, a first check only.
-        judge_model: Folder, hub name or server of the judge's model; default: the one that its file names.
-        server_model: Name of the model at the server, if it has several.
-        revision: Your label for what the server cannot tell, such as quantization.
-        key_env: Environment variable that holds the server's key.
-        batch: Replies that a model on this machine writes at once.
+        judge: The judge's model.
         store: File that keeps the judge's replies; default: the one that all evaluations share.
         output: File to write, which a report cites.
         seed: Seed of the resamples.
     """
 
-    judge: str = field(metadata=positional())
+    name: str = field(metadata=positional())
     gold: list[str] | str = field(default_factory=list)
-    judge_model: str = ""
-    server_model: str | None = None
-    revision: str | None = None
-    key_env: str = "SARO_API_KEY"
-    batch: int = 16
+    judge: JudgeOptions = field(
+        default_factory=JudgeOptions, metadata=shown("model", "endpoint", "key_env", "revision")
+    )
     store: str | None = None
     output: str = "gold.json"
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_at_least(self, "--", 1, "batch")
         check_at_least(self, "--", 0, "seed")
 
 
@@ -70,7 +65,7 @@ def run(options: Options, console: Console) -> int:
     Raises:
         SaroError: the judge, its model or a gold file is faulty, or the judge abstains on more than 5 % of the answers.
     """
-    spec = read_judge(options.judge)
+    spec = read_judge(options.name)
     paths = _find_files(as_list(options.gold)) or [GOLD]
     files = [read_gold(path) for path in paths]
     _check_output(Path(options.output))
@@ -126,16 +121,14 @@ def _check_output(path: Path) -> None:
 
 def _judge(spec: JudgeSpec, options: Options, answers: list, items: dict) -> tuple[list, dict[str, Any] | None]:
     """Return the verdicts, and the identity of the judge's model if it has one."""
-    if spec.form == "rules":
+    if spec.form == RULES and not (options.judge.model or options.judge.endpoint):
         return judge_answers(spec, answers, items), None
     # Only now: transformers and torch take seconds to import, and the rules need neither.
     from saro.draws.draw_all import draw_missing
-    from saro.draws.endpoint import EndpointOptions
     from saro.draws.store import DrawStore, find_store
-    from saro.evaluate.judge_model import open_judge_model
+    from saro.evaluate.judge_model import find_judge_model
 
-    server = EndpointOptions(model=options.server_model, key_env=options.key_env, revision=options.revision)
-    model = open_judge_model(spec, options.judge_model, server, batch=options.batch)
+    model = find_judge_model(spec, options.judge)
     identity = dict(model.generator.identity)
     with DrawStore.open(find_store(options.store)) as store:
         draw_all = partial(draw_missing, store, model.generator)

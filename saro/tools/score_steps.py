@@ -5,9 +5,9 @@ from __future__ import annotations
 import gc
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -18,8 +18,8 @@ from saro.data.chain import split_steps
 from saro.data.chat_format import ChatFormat
 from saro.data.dataset import ExampleSet, PairSet
 from saro.data.encode_files import encode_files, encode_pair_files
-from saro.data.packs import SIDES, pack_trees
-from saro.data.records import Example, Pair, Response, holds_pairs, read_examples, read_pairs
+from saro.data.packs import pack_trees
+from saro.data.records import SIDES, Example, Pair, Response, holds_pairs, read_examples, read_pairs
 from saro.data.tree import RowKind, ScoredSequence
 from saro.errors import SaroError
 from saro.evaluate.options import LoadOptions, ServerOptions
@@ -45,7 +45,6 @@ class Options:
         beta: Scale of the rewards; give that of the training, --preference.beta.
         output: JSONL file of the scores; default that of the records with .scores.jsonl at its end.
         overwrite: Replace the file if it exists.
-        dtype: Dtype that the models compute in; auto is bfloat16 on a GPU and float32 on a CPU.
         load: How the models are loaded.
         data: How the records become tokens. The default day, tags and template variables are those of the first run among
             the models.
@@ -57,9 +56,7 @@ class Options:
     beta: float = 0.1
     output: str | None = None
     overwrite: bool = False
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    # Without its dtype, whose auto is another one: generation may be faster in bfloat16 on a CPU.
-    load: LoadOptions = field(default_factory=LoadOptions, metadata=shown("method", "trust_remote_code"))
+    load: LoadOptions = field(default_factory=LoadOptions, metadata=shown("method", "dtype", "trust_remote_code"))
     data: DataConfig = field(
         default_factory=DataConfig,
         metadata=shown("pack_tokens", "think_tags", "chat_template", "template_date", "template_variables"),
@@ -115,8 +112,7 @@ def run(options: Options, console: Console) -> int:
 
 def _find_models(options: Options) -> list[Subject]:
     """Find the model and its reference. Raises SaroError if one is a server, or if they do not read the same tokens."""
-    load = replace(options.load, dtype=options.dtype)
-    models = find_subjects(options.models, ["model", "reference"], load, ServerOptions(), options.data)
+    models = find_subjects(options.models, ["model", "reference"], options.load, ServerOptions(), options.data)
     for subject in models:
         if subject.source is None:
             raise SaroError(f"--models: {subject.spec} is a server, which scores no given text; name a local model")

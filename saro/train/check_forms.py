@@ -22,10 +22,10 @@ def check_forms(options: PreferenceConfig, forms: Sequence[str | None]) -> None:
     Raises:
         SaroError: it would.
     """
-    found = sorted(set(_FORMS_WITH_CUE) & set(forms))
-    if not found or options.scored == "divergent":
+    with_cue = sorted(set(_FORMS_WITH_CUE) & set(forms))
+    if not with_cue or options.scored == "divergent":
         return
-    steps = f"the wrong steps that {', '.join(found)} pairs have before their fork"
+    steps = f"the wrong steps that {', '.join(with_cue)} pairs have before their fork"
     if options.loss in ("orpo", "kto"):
         raise SaroError(
             f"preference.loss {options.loss} would teach {steps}; take a loss on the margin, such as sigmoid"

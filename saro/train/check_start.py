@@ -96,7 +96,7 @@ def check_start(
     on_pairs = objective.on_pairs()
     trees = _choose_trees(step, pairs, pack_tokens)
     noise = layout_noise(policy, _first_pairs(trees), pack_tokens)
-    found: list[_Pair] = []
+    compared: list[_Pair] = []
     losses: list[tuple[float, int]] = []  # sum, count
     with policy.evaluating():
         for pack in pack_trees(trees, pack_tokens, runtime.share):
@@ -106,11 +106,11 @@ def check_start(
             loss_sum, count = sums.metrics["loss"]
             losses.append((float(loss_sum), int(count)))
             entries = logps.index_select(0, pack.entry_row).cpu().numpy()
-            found += _compare(entries, sums.pair_values["margin"].tolist(), pack, on_pairs, pairs, noise)
-    # All ranks judge what all ranks found, so that all of them stop or none.
-    found, losses = runtime.gather(found), runtime.gather(losses)
-    off = max(found, key=lambda pair: _share(pair.logps, pair.allowed_logps))
-    wide = max(found, key=lambda pair: _share(pair.margin, pair.allowed_margin))
+            compared += _compare(entries, sums.pair_values["margin"].tolist(), pack, on_pairs, pairs, noise)
+    # All ranks judge the pairs of all ranks, so that all of them stop or none.
+    compared, losses = runtime.gather(compared), runtime.gather(losses)
+    off = max(compared, key=lambda pair: _share(pair.logps, pair.allowed_logps))
+    wide = max(compared, key=lambda pair: _share(pair.margin, pair.allowed_margin))
     advice = (
         "the reference is not the model that training starts from; remove the cache of references "
         "($SARO_CACHE/reference) and report it"
@@ -126,7 +126,7 @@ def check_start(
             f"explains {wide.allowed_margin:.3g}: {advice}"
         )
     loss = sum(loss_sum for loss_sum, _ in losses) / sum(count for _, count in losses)
-    _check_loss(on_pairs, loss, max(pair.allowed_margin for pair in found))
+    _check_loss(on_pairs, loss, max(pair.allowed_margin for pair in compared))
     return StartCheck(
         logps=off.logps,
         allowed_logps=off.allowed_logps,
@@ -168,7 +168,7 @@ def _compare(
         margins: (P,) margins against the reference, nats.
     """
     differences = np.abs(entries.astype(np.float64) - objective.reference.pack_logps(pack))
-    found, start = [], 0
+    compared, start = [], 0
     for record, margin in zip(pack.pairs, margins, strict=True):
         sides = pairs.sequences(record)
         rows = sum(len(side.row_kinds) for side in sides)
@@ -177,7 +177,7 @@ def _compare(
         own = np.array([max(1, len(side.row_kinds) - shared_rows(sides)) for side in sides])
         # A margin sums the rows of both sides; a length-normalized one is a difference of two means.
         scale = (1 / own).sum() ** 0.5 if objective.options.length_normalize else own.sum() ** 0.5
-        found.append(
+        compared.append(
             _Pair(
                 record=record,
                 logps=float(differences[start : start + rows].mean()),
@@ -187,7 +187,7 @@ def _compare(
             )
         )
         start += rows
-    return found
+    return compared
 
 
 def _share(value: float, allowed: float) -> float:

@@ -42,7 +42,8 @@ class PackLog(Protocol):
 
         Args:
             step: number of finished steps.
-            means: averages of the metrics since the last log line. A log that they tell enough need not read the device.
+            means: averages of the metrics since the last log line. If they are all that a log needs, it need not read the
+                device.
         """
 
 

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 
 from saro.config import PAIR_KINDS
-from saro.data.packs import SIDES, Pack, send
+from saro.data.packs import Pack, send
+from saro.data.records import SIDES
 from saro.train.objective import Metrics
 from saro_kernels import TokenStatistics
 

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 
 from saro.config import PreferenceConfig
-from saro.data.packs import CHOSEN, REJECTED, SIDES, Pack, PairLogps, pack_trees, send, send_like
+from saro.data.packs import Pack, PairLogps, pack_trees, send, send_like
+from saro.data.records import CHOSEN, REJECTED, SIDES
 from saro.data.tree import SequenceTree
 from saro.data.unpaired_set import UnpairedSet
 from saro.distributed.runtime import Runtime
@@ -79,14 +80,14 @@ class KTOObjective(Objective):
             metrics = self._groups.sum({"loss": losses}, members)
             records = torch.full_like(reference_point, len(pack.records))
             metrics = metrics.join(Metrics.of({"kl": (reference_point * records, records)}))
-            for side, of_side in zip(SIDES, (is_desirable, ~is_desirable), strict=True):
+            for side, is_on_side in zip(SIDES, (is_desirable, ~is_desirable), strict=True):
                 values = {
                     f"rewards/{side}": self.options.beta * moved,
                     f"logps/{side}": policy,
                     f"delta_logps/{side}": moved,
                 }
-                values = {name: value.where(of_side, 0) for name, value in values.items()}
-                metrics = metrics.join(self._groups.sum(values, members, of_side))
+                values = {name: value.where(is_on_side, 0) for name, value in values.items()}
+                metrics = metrics.join(self._groups.sum(values, members, is_on_side))
         return Sums({"records": losses.sum()}, metrics)
 
     def describe(self, statistics: TokenStatistics, pack: Pack) -> Metrics:

@@ -1,6 +1,6 @@
-"""Try the largest pack of a run before its first step, so that running out of memory takes a minute and not a night.
+"""Find the largest pack of a run, recompute as many layers as it needs, and try it before the first step.
 
-It also decides how many layers are recomputed, if the options leave that to memory.
+So a run that is short of memory ends in the first minute and not at night.
 """
 
 from __future__ import annotations
@@ -54,34 +54,21 @@ class LargestPack:
         return self.step.packs[0]
 
 
-def try_largest_pack(
-    runtime: Runtime, policy: Policy, objective: Objective, steps: Steps, total_steps: int, optimizer: str
-) -> None:
-    """Find the largest pack of a run and try it. With ``gradient_checkpointing`` auto, first decide how many layers recompute.
-
-    It takes as long as that pack takes in training, also on a CPU: there the system may end a process that runs out of
-    memory without an error that could be caught, but then it does so in the first minute.
-
-    Raises:
-        SaroError: see ``try_pack``.
-    """
-    largest = find_largest_pack(steps, total_steps, runtime.processes)
-    if policy.recomputes_as_needed:
-        recompute_as_needed(runtime, policy, objective, largest, optimizer)
-    try_pack(runtime, policy, objective, largest, steps, optimizer)
-
-
 def recompute_as_needed(
     runtime: Runtime, policy: Policy, objective: Objective, largest: LargestPack, optimizer: str
 ) -> None:
-    """Recompute as few layers as the largest pack needs, the same number on all ranks.
+    """Recompute as few layers as the largest pack needs, the same number on all ranks, if ``gradient_checkpointing`` is auto.
 
-    On a CPU none is recomputed, and if ranks share the weights, all are. The pack is run with a few numbers of layers, as ``try_pack`` runs it. See ``find_most_kept``. Memory and peaks are those
-    of the rank where they are worst, so that all ranks try the same numbers.
+    On a CPU none is recomputed, and if ranks share the weights, all are. The pack is run with a few numbers of layers, as
+    ``try_pack`` runs it. See ``find_most_kept``. Memory and peaks are those of the rank where they are worst, so that all
+    ranks try the same numbers.
 
     Args:
         policy: the policy, not wrapped for several ranks, and without gradients. Its layers are changed, but no result.
+        optimizer: ``--train.optimizer``.
     """
+    if not policy.recomputes_as_needed:
+        return
     lm = policy.causal_lm
     layers = len(recomputable_layers(lm))
     if runtime.mesh is not None:
@@ -128,6 +115,9 @@ def try_pack(
     runtime: Runtime, policy: Policy, objective: Objective, largest: LargestPack, steps: Steps, optimizer: str
 ) -> None:
     """Run a pack forward and backward on every rank, with room for gradients and the optimizer's state.
+
+    It takes as long as that pack takes in training, also on a CPU: there the system may end a process that runs out of
+    memory without an error that could be caught, but then it does so in the first minute.
 
     Nothing is changed: weights, random state and mode are as before, and there are no gradients. The policy is the bare
     model, so ranks do not exchange gradients.

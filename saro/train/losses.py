@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from saro.config import PreferenceConfig
-from saro.data.packs import CHOSEN, REJECTED
+from saro.data.records import CHOSEN, REJECTED
 
 
 def nll_sum(logps: torch.Tensor) -> torch.Tensor:

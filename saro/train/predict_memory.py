@@ -22,7 +22,7 @@ from saro.model import recompute
 from saro.model.architectures import MIXTURES, WRAPPERS, decoder_layers, text_config
 from saro.model.attention_backend import EITHER, choose_backend
 from saro.model.fake_policy import (
-    Meter,
+    MemoryMeter,
     as_on_gpu,
     fake_tensors,
     liger_stand_ins,
@@ -253,7 +253,7 @@ def measure_step(
     """
     trainable = policy.trainable()
     parameters = dict(policy.model.named_parameters())
-    meter = Meter()
+    meter = MemoryMeter()
     meter.ignore([*parameters.values(), *policy.buffers()])
     for parameter in trainable.values():
         parameter.grad = torch.zeros_like(parameter) if holds_gradients else None

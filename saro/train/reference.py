@@ -17,7 +17,8 @@ from saro.checks.noise import NOISE_FACTOR, layout_noise
 from saro.config import ModelConfig
 from saro.data.chat_format import ChatFormat
 from saro.data.dataset import PairSet
-from saro.data.packs import CHOSEN, REJECTED, SIDES, PairLogps, pack_trees
+from saro.data.packs import PairLogps, pack_trees
+from saro.data.records import CHOSEN, REJECTED, SIDES
 from saro.data.tree import build_tree
 from saro.distributed.machines import share_array
 from saro.distributed.runtime import Runtime

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from saro.config import PreferenceConfig
-from saro.data.packs import CHOSEN, SIDES, Pack, PairLogps, send_like
+from saro.data.packs import Pack, PairLogps, send_like
+from saro.data.records import CHOSEN, SIDES
 from saro.data.tree import RowKind, SequenceTree
 from saro.train.groups import Groups
 from saro.train.losses import PAIR_LOSSES, log_odds, margins_of, nll_sum

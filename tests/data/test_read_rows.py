@@ -106,7 +106,8 @@ def test_a_missing_library_is_named_with_the_extra_that_has_it(tmp_path, monkeyp
     with pytest.raises(SaroError) as caught:
         list(read_examples(name))
     assert str(caught.value) == (
-        f"{name}: reading it needs {library}, which is not installed; install it: pip install 'saro[data]'"
+        f"{name}: reading it needs {library}, which is not installed; "
+        "run in saro's folder: pip install -c constraints.txt -e '.[data]'"
     )
 
 

@@ -168,7 +168,7 @@ def test_without_network_it_says_what_to_do(cache, local_index):
 
 def test_without_gguf_it_names_the_extra(cache, monkeypatch):
     monkeypatch.setitem(sys.modules, "gguf", None)
-    with pytest.raises(SaroError, match=r"the package gguf is missing; run: pip install 'saro\[demo\]'"):
+    with pytest.raises(SaroError, match=r"the package gguf is missing; run in saro's folder: .* -e '\.\[demo\]'"):
         demo_model()
 
 

@@ -9,7 +9,7 @@ from tiny import tiny_config
 from saro.config import ModelConfig
 from saro.distributed.pretended import pretended_ranks
 from saro.distributed.shard import local
-from saro.model.fake_policy import Meter, make_policy
+from saro.model.fake_policy import MemoryMeter, make_policy
 from saro.model.policy import Policy
 
 
@@ -37,7 +37,7 @@ def test_a_rank_holds_its_parts(shard, per_machine, shares):
 
 def test_sharding_gathers_nothing():
     """A rank never holds embedding and head in whole just to share them."""
-    policy, meter = full_policy(), Meter()
+    policy, meter = full_policy(), MemoryMeter()
     meter.ignore(policy.parameters())
     with pretended_ranks("full", 4, 8) as mesh, meter:
         policy.shard(mesh)

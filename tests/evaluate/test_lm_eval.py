@@ -244,7 +244,7 @@ def test_a_base_model_is_asked_in_the_format_of_the_run(finished_run, tiny_model
 
 def test_without_lm_eval_one_line_says_what_to_install(options, monkeypatch):
     monkeypatch.setattr(lm_eval.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(SaroError, match=r"lm-eval is not installed; run: pip install 'saro\[lm-eval\]'"):
+    with pytest.raises(SaroError, match=r"lm-eval is not installed; run in saro's folder: .* -e '\.\[lm-eval\]'"):
         measure(options)
 
 

@@ -40,10 +40,8 @@ class OneProcess(SimpleNamespace):
         self.said.append(text)
 
 
-def open_run(folder: Path, config: RWConfig | None = None, **options) -> RunFolder:
-    given = {"resume": False, "overwrite": False, "template_date": None} | options
-    flags = RunFlags(resume=given["resume"], overwrite=given["overwrite"])
-    return RunFolder.open(config or RWConfig(), str(folder), flags, given["template_date"], OneProcess())
+def open_run(folder: Path, config: RWConfig | None = None, *, resume=False, overwrite=False) -> RunFolder:
+    return RunFolder.open(config or RWConfig(), str(folder), RunFlags(resume, overwrite), OneProcess())
 
 
 def manifest_of(run: RunFolder, source: ModelSource, files: list[object], reports=None) -> dict[str, object]:
@@ -69,6 +67,10 @@ def refusal(folder: Path, config: RWConfig | None = None, **options) -> str:
 
 def with_train(**changes) -> RWConfig:
     return RWConfig(train=TrainConfig(**changes))
+
+
+def with_data(**changes) -> RWConfig:
+    return RWConfig(data=DataConfig(**changes))
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from saro.data.packs import CHOSEN, REJECTED, lay_out
+from saro.data.packs import lay_out
+from saro.data.records import CHOSEN, REJECTED
 from saro.data.tree import build_tree
 from saro.model.score import score_natively, score_packs, score_pairs, score_trees, split_pairs
 from saro.model.unmodified import unmodified

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import yaml
+from run_files import ROOT
 from run_folders import (
     NEW,
     OLD,
@@ -25,6 +27,7 @@ from run_folders import (
 from saro.config import DataConfig, ModelConfig, RWConfig, TrainConfig, as_dict
 from saro.errors import SaroError
 from saro.model.source import ModelSource
+from saro.runs.check_resume import _FREE_ON_RESUME
 
 pytestmark = pytest.mark.usefixtures("cache")
 
@@ -98,10 +101,11 @@ def test_options_that_change_results_only_by_rounding_may_change(folder, source,
     assert open_run(folder, RWConfig(data=DataConfig(pack_tokens=4096)), resume=True).resumed
 
 
-def test_a_run_of_an_older_version_is_not_said_to_resume_with_another_dtype(folder, source, data_file):
+def test_a_run_of_an_older_version_is_not_said_to_resume_with_another_dtype_or_day(folder, source, data_file):
     begin(folder, source, data_file).lock.release(force=True)
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["config"]["model"]["dtype"] = "auto"
+    manifest["config"]["data"]["template_date"] = None
     (folder / "manifest.json").write_text(json.dumps(manifest))
     run, runtime = open_run(folder, resume=True), OneProcess()
     run.begin(runtime, manifest_of(run, source, [data_file]))
@@ -137,6 +141,11 @@ def test_a_resume_with_changed_options_says_so_and_keeps_a_record(folder, source
     begin(folder, source, data_file, with_train(max_steps=9), resume=True)
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["resumed"] == [changed, {"data.pack_tokens": [512, 2048]}]
+
+
+def test_the_page_names_every_option_that_may_change():
+    section = (ROOT / "recipes/README.md").read_text().partition("### Resume")[2].partition("\n###")[0]
+    assert [option for option in _FREE_ON_RESUME if option.partition(".")[2] not in re.findall(r"\w+", section)] == []
 
 
 # Inputs

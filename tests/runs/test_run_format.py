@@ -9,11 +9,7 @@ from datetime import date
 from pathlib import Path
 
 import pytest
-from run_folders import (
-    begin,
-    open_run,
-    refusal,
-)
+from run_folders import begin, open_run, refusal, with_data
 
 from saro.config import DataConfig, RWConfig
 from saro.data.chat_format import ChatFormat
@@ -27,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("cache")
 
 
 def test_the_day_is_the_one_given(folder):
-    assert open_run(folder, template_date="1999-07-04").template_date == date(1999, 7, 4)
+    assert open_run(folder, with_data(template_date="1999-07-04")).template_date == date(1999, 7, 4)
 
 
 def test_the_default_day_is_today(folder):
@@ -37,17 +33,26 @@ def test_the_default_day_is_today(folder):
 
 @pytest.mark.parametrize("text", ["today", "04.07.1999", "1999-13-01", "1999-7-4"])
 def test_an_invalid_day_is_refused(folder, text):
-    assert refusal(folder, template_date=text) == f"data.template_date is {text!r}; write it as YYYY-MM-DD"
+    assert refusal(folder, with_data(template_date=text)) == f"data.template_date is {text!r}; write it as YYYY-MM-DD"
 
 
-@pytest.mark.parametrize("given", [None, "2024-02-29"], ids=["no day", "another day"])
-def test_a_resumed_run_keeps_the_day_on_which_it_began(folder, source, data_file, given):
-    begin(folder, source, data_file, template_date="1999-07-04")
-    assert open_run(folder, resume=True, template_date=given).template_date == date(1999, 7, 4)
+@pytest.mark.parametrize("given", [None, "1999-07-04"], ids=["no day", "the same day"])
+def test_a_resumed_run_keeps_the_day_on_which_it_began(folder, trained, data_file, given):
+    """Here it is that of the run that trained its model."""
+    begin(folder, trained, data_file).lock.release()
+    assert open_run(folder, with_data(template_date=given), resume=True).template_date == date(1999, 7, 4)
+
+
+def test_a_run_does_not_resume_on_another_day(folder, source, data_file):
+    begin(folder, source, data_file, with_data(template_date="1999-07-04"))
+    assert refusal(folder, with_data(template_date="2024-02-29"), resume=True) == (
+        f"{folder}: the run began with data.template_date 1999-07-04, not 2024-02-29; "
+        "resume with the same, or start over with --overwrite"
+    )
 
 
 def test_an_overwritten_run_has_a_new_day(folder, source, data_file):
-    begin(folder, source, data_file, template_date="1999-07-04")
+    begin(folder, source, data_file, with_data(template_date="1999-07-04"))
     assert open_run(folder, overwrite=True).template_date > date(1999, 7, 4)
 
 
@@ -65,7 +70,7 @@ def trained(tmp_path, source, data_file) -> ModelSource:
     """Make ``final/`` of a run that had its own tags, variables and date."""
     given = DataConfig(think_tags=("<a>", "</a>"), template_variables={"x": 1}, template_date="1999-07-04")
     folder = tmp_path / "earlier"
-    begin(folder, source, data_file, RWConfig(data=given), template_date="1999-07-04").lock.release()
+    begin(folder, source, data_file, RWConfig(data=given)).lock.release()
     shutil.copytree(source.path, folder / "final")
     return replace(source, path=str(folder / "final"))
 

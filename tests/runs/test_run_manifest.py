@@ -15,6 +15,7 @@ from run_folders import (
     manifest_of,
     open_run,
     sha256,
+    with_data,
 )
 from tiny import tiny_config
 
@@ -24,14 +25,14 @@ pytestmark = pytest.mark.usefixtures("cache")
 
 
 def test_the_manifest_names_the_inputs_of_the_run(folder, source, data_file):
-    begin(folder, source, data_file, template_date="1999-07-04")
+    begin(folder, source, data_file, with_data(template_date="1999-07-04"))
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["template_date"] == "1999-07-04"
     assert manifest["template"] == sha256(source.tokenizer.chat_template.encode())
     assert manifest["model"]["name"] == source.path
     assert manifest["model"]["files"] == {"model.safetensors": sha256(b"weights")}
     assert manifest["data"] == {str(data_file): sha256(data_file.read_bytes())}
-    decided = {"think_tags": ["<think>", "</think>"], "template_variables": {}}
+    decided = {"think_tags": ["<think>", "</think>"], "template_date": "1999-07-04", "template_variables": {}}
     options = as_dict(RWConfig())
     assert manifest["config"] == options | {
         "model": options["model"] | {"dtype": "float32"},

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from datetime import date
 
@@ -16,7 +15,7 @@ from saro.config import DataConfig, ModelConfig
 from saro.data.encode_files import encode_files, encode_pair_files
 from saro.errors import SaroError
 from saro.model.source import find_model
-from saro.tools.compare import ModelOptions, Options, _Setting, compare, run
+from saro.tools.compare import Options, compare, run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -27,7 +26,6 @@ def options(records_file, examples, pairs, tiny_model, tmp_path) -> Options:
     return Options(
         models=[tiny_model(), str(other)],
         names=["base", "new"],
-        model=ModelOptions(method="lora"),
         examples=records_file(examples[:4], "examples.jsonl"),
         pairs=[records_file(pairs[:5], "pairs.jsonl")],
         show=["p1"],
@@ -71,21 +69,11 @@ def test_the_table_has_a_column_for_each_model_and_shows_the_answers_of_show(opt
     assert "p0" not in text
 
 
-def test_models_are_loaded_as_the_first_run_among_them_was_trained(finished_run):
-    folder = finished_run("qlora")
-    models = ["./base", str(folder / "final")]
-    manifest = json.loads((folder / "manifest.json").read_text())
-    setting = _Setting.of(Options(models=models))
-    assert (setting.method, setting.day.isoformat()) == ("qlora", manifest["template_date"])
-    assert setting.data.think_tags == ("<think>", "</think>")
-    given = Options(
-        models=models,
-        model=ModelOptions(method="full"),
-        data=DataConfig(pack_tokens=512, template_date="2020-02-29"),
-    )
-    setting = _Setting.of(given)
-    assert (setting.method, setting.day, setting.data.pack_tokens) == ("full", date(2020, 2, 29), 512)
-    assert _Setting.of(Options(models=["./base"])).method == "lora"
+def test_a_run_is_named_by_its_folder_or_its_final_model(options, finished_run):
+    run = finished_run()
+    twice = replace(options, models=[str(run), str(run / "final")], names=["run", "final"])
+    first, second = compare(twice, Console(quiet=True))
+    assert first == second
 
 
 @pytest.mark.parametrize(

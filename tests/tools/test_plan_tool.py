@@ -81,6 +81,7 @@ def test_files_of_records_are_counted_as_the_recipe_counts_them(saro, rw_argumen
     )  # the last token is not read
     code, out, err = saro("--config", str(config), "--gpus", "2", "--card", "l4")
     assert code == 0, err
+    assert "RW of " in out
     assert "24 records, 12 steps" in out
     assert "NVIDIA's data sheet of the L4" in out
 
@@ -111,6 +112,7 @@ def test_files_of_pairs_are_labelled_responses_for_kto(saro, srpo_arguments):
     assert [layout["name"] for layout in found["layouts"]] == ["alone", "DDP", "FSDP2 full"]
     code, out, err = saro("--stage", "srpo", *arguments)
     assert code == 0, err
+    assert "SRPO of " in out
     assert "48 records, 4 steps" in out
 
 
@@ -163,6 +165,10 @@ def test_mixtures_that_cannot_be_planned_or_trained_are_refused(saro, tmp_path, 
         (["--gpus", "0"], "--gpus is 0; it must be at least 1"),
         (["--model.attention", "varlen", "--model.dtype", "float32"], "needs CUDA and bfloat16; set --model.attention"),
         (["--model.name", "./nothing"], "./nothing: "),
+        (
+            ["--preference.beta", "0.5"],
+            "--preference is for pairs, and the plan for RW; add --stage srpo, or leave it out",
+        ),
     ],
 )
 def test_a_plan_that_cannot_be_made_ends_in_one_line(saro, config_only, arguments, message):

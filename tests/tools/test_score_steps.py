@@ -20,6 +20,7 @@ from saro.data.chain import split_steps
 from saro.data.encode_files import encode_files, encode_pair_files
 from saro.data.records import Example, Message, Response
 from saro.errors import SaroError
+from saro.evaluate.options import LoadOptions
 from saro.model.source import find_model
 from saro.program import parse_tool
 from saro.tools.score_steps import Options, _sum_steps, run
@@ -123,7 +124,7 @@ def test_a_model_that_is_its_own_reference_gives_no_reward(score, models):
 
 
 def test_the_dtype_is_that_of_the_models(score):
-    exact, rounded = (score(PAIR, dtype=dtype)[0][0]["reward"] for dtype in ("float32", "bfloat16"))
+    exact, rounded = (score(PAIR, load=LoadOptions(dtype=dtype))[0][0]["reward"] for dtype in ("float32", "bfloat16"))
     assert 0 < abs(exact - rounded) < 1
 
 
@@ -214,12 +215,12 @@ def test_the_command_line_gives_these_options():
         "--steps",
         "--load.method",
         "qlora",
-        "--dtype",
+        "--load.dtype",
         "bfloat16",
     ]
     options = parse_tool(Options, "saro score", run.__doc__, args)
     assert (options.records, options.models, options.steps) == ("my.jsonl", ["output/srpo", "output/rw"], True)
-    assert (options.load.method, options.dtype) == ("qlora", "bfloat16")
+    assert (options.load.method, options.load.dtype) == ("qlora", "bfloat16")
 
 
 @pytest.mark.parametrize("name", CHATS)

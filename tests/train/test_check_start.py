@@ -12,7 +12,8 @@ from loaded import examples_of, load
 from saro.checks.noise import LayoutNoise
 from saro.config import PreferenceConfig
 from saro.data.dataset import PairSet
-from saro.data.packs import CHOSEN, REJECTED, PairLogps
+from saro.data.packs import PairLogps
+from saro.data.records import CHOSEN, REJECTED
 from saro.data.steps import Schedule, Steps
 from saro.errors import SaroError
 from saro.model.score import score_pairs

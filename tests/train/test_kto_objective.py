@@ -11,7 +11,8 @@ from tiny import tiny_config
 from transformers import AutoModelForCausalLM
 
 from saro.config import PAIR_KINDS, PreferenceConfig
-from saro.data.packs import CHOSEN, REJECTED, PairLogps, pack_trees
+from saro.data.packs import PairLogps, pack_trees
+from saro.data.records import CHOSEN, REJECTED
 from saro.data.steps import Schedule, Steps
 from saro.data.unpaired_set import UnpairedSet
 from saro.errors import SaroError

@@ -23,7 +23,7 @@ from saro.distributed.runtime import Runtime
 from saro.errors import SaroError
 from saro.model.recompute import count_recomputed
 from saro.train import engine, largest_pack
-from saro.train.largest_pack import LargestPack, find_largest_pack, try_largest_pack, try_pack
+from saro.train.largest_pack import LargestPack, find_largest_pack, recompute_as_needed, try_pack
 from saro.train.srpo_objective import SRPOObjective
 
 
@@ -38,8 +38,11 @@ def training(tiny_model, records_file, examples, tmp_path):
 
 
 def try_it(runtime: Runtime, run: Training, total_steps: int = 6) -> LargestPack:
+    """Try the largest pack of a run as the recipes do."""
+    optimizer = run.options.optimizer
     largest = find_largest_pack(run.steps, total_steps, runtime.processes)
-    try_pack(runtime, run.policy, run.objective, largest, run.steps, run.options.optimizer)
+    recompute_as_needed(runtime, run.policy, run.objective, largest, optimizer)
+    try_pack(runtime, run.policy, run.objective, largest, run.steps, optimizer)
     return largest
 
 
@@ -219,7 +222,7 @@ def test_the_largest_pack_is_found_and_tried_on_a_cpu_too(training, runtime, cap
     largest = find_largest_pack(run.steps, 3, 1)
     packs = []
     run.policy.register_forward_pre_hook(lambda _, arguments: packs.append(arguments[0].tokens))
-    try_largest_pack(runtime, run.policy, run.objective, run.steps, 3, "adamw")
+    try_it(runtime, run, 3)
     assert packs == [largest.pack.tokens]
     assert f"the largest pack fits ({largest.pack.tokens} tokens" in capsys.readouterr().err
 
@@ -294,7 +297,7 @@ def test_as_few_layers_are_recomputed_as_memory_needs(
     run = training(model={"gradient_checkpointing": "auto"})
     assert count_recomputed(run.policy.causal_lm) == 2
     Gpu(monkeypatch, usable, memory).watch(run)
-    try_largest_pack(runtime, run.policy, run.objective, run.steps, 3, "adamw")
+    try_it(runtime, run, 3)
     assert count_recomputed(run.policy.causal_lm) == recomputed
     said = capsys.readouterr().err
     assert f"{recomputed} of 2 layers are recomputed, for a peak within " in said
@@ -306,7 +309,7 @@ def test_a_peak_above_the_limit_with_all_layers_recomputed_is_not_said_to_be_wit
 ):
     run = training(model={"gradient_checkpointing": "auto"})
     Gpu(monkeypatch, usable=105, memory=200).watch(run)
-    try_largest_pack(runtime, run.policy, run.objective, run.steps, 3, "adamw")
+    try_it(runtime, run, 3)
     assert count_recomputed(run.policy.causal_lm) == 2
     said = capsys.readouterr().err
     assert "all 2 layers are recomputed, and even so the peak is above " in said
@@ -320,7 +323,7 @@ def test_a_pack_that_does_not_fit_with_all_layers_recomputed_is_refused(training
     with pytest.raises(
         SaroError, match=r"the largest pack of the run does not fit .* --model.activation_offloading true$"
     ):
-        try_largest_pack(runtime, run.policy, run.objective, run.steps, 3, "adamw")
+        try_it(runtime, run, 3)
     assert count_recomputed(run.policy.causal_lm) == 2
 
 
@@ -328,14 +331,14 @@ def test_a_number_of_layers_is_not_changed(training, runtime, monkeypatch):
     run = training(model={"gradient_checkpointing": 1})
     gpu = Gpu(monkeypatch, usable=10**9)
     gpu.watch(run)
-    try_largest_pack(runtime, run.policy, run.objective, run.steps, 3, "adamw")
+    try_it(runtime, run, 3)
     assert gpu.peaks == [110]
 
 
 def test_on_a_cpu_no_layer_is_recomputed_and_one_line_says_why(training, runtime, capsys):
     run = training(model={"gradient_checkpointing": "auto"})
     capsys.readouterr()
-    try_largest_pack(runtime, run.policy, run.objective, run.steps, 3, "adamw")
+    try_it(runtime, run, 3)
     assert count_recomputed(run.policy.causal_lm) == 0
     first, second = capsys.readouterr().err.splitlines()
     assert first.startswith("--model.gradient_checkpointing auto recomputes no layer here: it needs CUDA")
@@ -350,7 +353,7 @@ def test_ranks_that_share_the_weights_recompute_all_layers_and_one_line_says_why
     gpu.watch(run)
     capsys.readouterr()
     sharing = replace(runtime, mesh=SimpleNamespace())  # packs are run on this rank alone, which never asks the mesh
-    try_largest_pack(sharing, run.policy, run.objective, run.steps, 3, "adamw")
+    try_it(sharing, run, 3)
     assert count_recomputed(run.policy.causal_lm) == 2
     assert len(gpu.peaks) == 1
     assert capsys.readouterr().err.startswith("--model.gradient_checkpointing auto recomputes all layers here: ")
@@ -364,7 +367,7 @@ def test_a_run_may_be_resumed_with_another_number_of_recomputed_layers(training,
     training("parts", model={"gradient_checkpointing": 1}, **same_rates).fit(runtime, 2)
     run = training("parts", model={"gradient_checkpointing": "auto"}, **same_rates)
     Gpu(monkeypatch, usable=100).watch(run)
-    try_largest_pack(runtime, run.policy, run.objective, run.steps, 4, "adamw")
+    try_it(runtime, run, 4)
     assert count_recomputed(run.policy.causal_lm) == 2
     assert run.fit(runtime, 4, resume=True).step == 4
     assert all(torch.equal(weight, run.weights()[name]) for name, weight in whole.weights().items())

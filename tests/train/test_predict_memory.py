@@ -19,7 +19,7 @@ from saro.config import DataConfig, ModelConfig, PreferenceConfig
 from saro.data.packs import PairLogps, pack_trees
 from saro.data.unpaired_set import encode_unpaired_files
 from saro.model.architectures import text_config
-from saro.model.fake_policy import NF4_SCALE_BYTES, Meter, fake_tensors, liger_stand_ins, make_policy
+from saro.model.fake_policy import NF4_SCALE_BYTES, MemoryMeter, fake_tensors, liger_stand_ins, make_policy
 from saro.model.load import load_policy
 from saro.model.policy import Policy
 from saro.model.source import find_model
@@ -138,7 +138,7 @@ def test_a_step_of_labelled_responses_takes_what_the_objective_of_kto_takes(worl
     policy.head = "tiled-torch"
     policy.train()
     predicted = measure_step(policy, pack, objective.gradient_rows(pack), holds_gradients=False)
-    meter = Meter()
+    meter = MemoryMeter()
     meter.ignore([*policy.parameters(), *policy.buffers()])
     with meter:
         objective.start_step(runtime, policy, records)
@@ -241,7 +241,7 @@ def test_a_machine_that_holds_all_weights_shares_them_among_its_own_ranks():
 
 def test_views_and_freed_tensors_do_not_count():
     known = torch.ones(1000)
-    meter = Meter()
+    meter = MemoryMeter()
     meter.ignore([known])
     with meter:
         known.view(10, 100)
@@ -258,7 +258,7 @@ def test_views_and_freed_tensors_do_not_count():
 
 
 def test_a_storage_counts_with_the_size_that_it_has_now():
-    meter = Meter()
+    meter = MemoryMeter()
     with meter:
         made = torch.ones(1000) * 2
         storage = made.untyped_storage()

@@ -19,7 +19,8 @@ from saro.checks.check_packs import check_packs
 from saro.config import DataConfig, ModelConfig
 from saro.data.dataset import PairSet
 from saro.data.encode_files import encode_pair_files
-from saro.data.packs import CHOSEN, REJECTED, lay_out
+from saro.data.packs import lay_out
+from saro.data.records import CHOSEN, REJECTED
 from saro.distributed.runtime import Runtime
 from saro.errors import SaroError
 from saro.model.load import load_policy

@@ -95,6 +95,8 @@ class Options:
             )
         # Refuse what the recipe would refuse.
         if self.stage == "rw":
+            if self.preference != PreferenceConfig():
+                raise SaroError("--preference is for pairs, and the plan for RW; add --stage srpo, or leave it out")
             RWConfig(self.model, self.data, self.train)
         else:
             SRPOConfig(self.model, self.data, self.preference, self.train)
@@ -263,7 +265,10 @@ def _show(
     if options.gpus > 1:
         cards = f"{options.gpus} " + ("processes" if options.card == "cpu" else options.card)
     model, dtype = options.model, str(setting.dtype).removeprefix("torch.")
-    table = Table(title=f"{model.name}, {model.method}, {dtype}, packs of {options.data.pack_tokens:,} tokens, {cards}")
+    table = Table(
+        title=f"{options.stage.upper()} of {model.name}, {model.method}, {dtype}, "
+        f"packs of {options.data.pack_tokens:,} tokens, {cards}"
+    )
     table.add_column("on each of them", no_wrap=True)
     for layout in layouts:
         table.add_column(layout.name, justify="right", no_wrap=True)
