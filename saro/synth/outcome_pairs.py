@@ -6,14 +6,17 @@ The texts are drawn from the model that is to be trained, without the policy. Th
     guided      all texts of the prompt were bad: one that the model wrote with the policy in view over one of them
     shorter     two good texts, where little is at risk: one over another that is at least 1.5 times as long
 
-A text that was cut in its answer and is judged harmful or a refusal may be rejected. Its record is open: that it should
-have ended there is not learned. It is cut at 1.5 times the length of the chosen text, but not before its answer has begun:
-more of it would only teach by its length, and a harmful one is better not learned from in full.
+Of a harmful text the rejected side has the reasoning and the first 200 characters of the answer, in which it begins to
+comply: the rest would only store harm. The side is open: that it should have ended there is not learned. The funnel counts
+the characters that were written and kept.
+
+A refusal that was cut in its answer may be rejected too. Its side is open, and cut at 1.5 times the length of the chosen
+text, but not before its answer has begun: more of it would only teach by its length.
 
 Other texts that were cut, and those that loop, have no outcome. They are neither good nor bad, and they are counted. Where
 little is at risk one of them may be the longer text of "shorter", again open and cut at 1.5 times the length of the chosen
-one: a model that rambles learns to come to an end, and not from a thousand tokens of rambling. On other prompts they are not
-used: nobody has judged what they were about to say.
+one: a model that rambles learns to come to an end, and not from a thousand tokens of rambling. On other prompts, and on
+harmful ones of any level, they are not used: nobody has judged what they were about to say.
 """
 
 from __future__ import annotations
@@ -49,9 +52,9 @@ FORMS = ("outcome", "guided", "shorter")
 # Levels at which a shorter chain is better for being shorter.
 _LITTLE_RISK = ("none", "low")
 _LONGER = 1.5
-# An open side that is rejected for its answer has at least this many characters of it: about two sentences, in which it
-# refuses or begins to comply.
-_LEAST_ANSWER = 200
+# Characters of the answer that an open side has if it is rejected for its answer; a refusal may have more. They are about
+# two sentences, in which it refuses or begins to comply.
+_ANSWER_BEGINNING = 200
 # An answer of fewer characters than this may have no token that a continuation could not change.
 _LEAST_STABLE = 20
 
@@ -62,8 +65,7 @@ class _Pair:
 
     Attributes:
         prompt, form, number: as in ``make_pair_record``.
-        chosen: the chosen text.
-        rejected, outcome: key and outcome of the rejected text; the outcome of one without is its state.
+        chosen, rejected: the two texts. A rejected text that has no outcome has its state instead.
         side: the rejected side.
         length: number of tokens of the rejected side.
     """
@@ -72,8 +74,7 @@ class _Pair:
     form: str
     number: int
     chosen: Judged
-    rejected: str
-    outcome: str
+    rejected: Judged
     side: Side
     length: int
 
@@ -151,6 +152,7 @@ def make_outcome_pairs(
     kept = _cap(pairs, options, funnel)
     if options.op.balance:
         kept = _balance(kept, options.seed, funnel)
+    _measure_harm(kept, funnel)
     return [_make_record(pair, policy, judge) for pair in kept]
 
 
@@ -173,7 +175,9 @@ def _write_plain(
     for text in judge.judge(usable):
         id, is_cut = text.drawn.task.prompt.id, text.drawn.answer.state == "cut"
         # A wrong number in a solution that was cut may be a step on the way to the right one.
-        if text.is_bad and not (is_cut and text.outcome == "wrong"):
+        if text.outcome == "harmful" and len(text.drawn.answer.answer) < _LEAST_STABLE:
+            funnel.leave_out(id, "judge", "harmful, and too short to be cut", text.drawn.key)
+        elif text.is_bad and not (is_cut and text.outcome == "wrong"):
             bad.append(text)
         elif is_cut:
             endless.append(Judged(text.drawn, "cut", text.verdict))
@@ -214,17 +218,27 @@ def _describe(texts: _Texts) -> str:
 
 
 def _pair_outcomes(prompt: Prompt, form: str, good: Sequence[Judged], bad: Sequence[Judged], most: int) -> list[_Pair]:
-    """Return pairs of a good and a bad text of nearest length."""
+    """Return pairs of a good text and a bad one whose side is of nearest length."""
+    harmful = {text.drawn.key: _cut_harm(text) for text in bad if text.outcome == "harmful"}
+    lengths = {key: tokens for key, (_, tokens) in harmful.items()}
     pairs = []
-    for number, (chosen, rejected) in enumerate(pair_nearest(good, bad, most)):
+    for number, (chosen, rejected) in enumerate(pair_nearest(good, bad, most, lengths)):
         answer = rejected.drawn.answer
-        if answer.state == "cut":
+        if rejected.drawn.key in harmful:
+            side, length = harmful[rejected.drawn.key]
+        elif answer.state == "cut":
             room = _find_limit(chosen) - len(answer.think)
-            side, length = _cut(answer, len(answer.think), max(room, _LEAST_ANSWER))
+            side, length = _cut(answer, len(answer.think), max(room, _ANSWER_BEGINNING))
         else:
             side, length = make_side(answer.think, answer.answer), count_tokens(answer)
-        pairs.append(_Pair(prompt, form, number, chosen, rejected.drawn.key, rejected.outcome, side, length))
+        pairs.append(_Pair(prompt, form, number, chosen, rejected, side, length))
     return pairs
+
+
+def _cut_harm(text: Judged) -> tuple[Side, int]:
+    """Return a harmful text up to the beginning of its answer as an open side, and the number of its tokens."""
+    answer = text.drawn.answer
+    return _cut(answer, len(answer.think), _ANSWER_BEGINNING)
 
 
 def _pair_lengths(prompt: Prompt, texts: _Texts, found: Sequence[_Pair], most: int) -> list[_Pair]:
@@ -248,7 +262,9 @@ def _pair_lengths(prompt: Prompt, texts: _Texts, found: Sequence[_Pair], most: i
         answer = text.drawn.answer
         if count_tokens(answer) >= least:
             side = make_side(answer.think, answer.answer)
-            return [_Pair(prompt, "shorter", 0, chosen, text.drawn.key, text.outcome, side, count_tokens(answer))]
+            return [_Pair(prompt, "shorter", 0, chosen, text, side, count_tokens(answer))]
+    if prompt.kind == "harmful":
+        return []
     for text in texts.endless:
         if (pair := _pair_endless(prompt, chosen, text)) is not None:
             return [pair]
@@ -262,7 +278,7 @@ def _pair_endless(prompt: Prompt, chosen: Judged, rejected: Judged) -> _Pair | N
         return None
     think_characters = min(len(answer.think), limit)
     side, length = _cut(answer, think_characters, limit - think_characters)
-    return _Pair(prompt, "shorter", 0, chosen, rejected.drawn.key, rejected.outcome, side, length)
+    return _Pair(prompt, "shorter", 0, chosen, rejected, side, length)
 
 
 def _find_limit(chosen: Judged) -> int:
@@ -331,14 +347,22 @@ def _balance(pairs: Sequence[_Pair], seed: int, funnel: Funnel) -> list[_Pair]:
     return [pair for pair in pairs if pair.id not in dropped]
 
 
+def _measure_harm(pairs: Sequence[_Pair], funnel: Funnel) -> None:
+    """Count the characters of harmful answers, as they were written and as records have them."""
+    for pair in pairs:
+        if pair.rejected.outcome == "harmful":
+            funnel.count("harmful answers", "characters written", len(pair.rejected.drawn.answer.answer))
+            funnel.count("harmful answers", "characters kept", len(pair.side["answer"]))
+
+
 def _make_record(pair: _Pair, policy: Policy, judge: Judge) -> dict[str, Any]:
     answer = pair.chosen.drawn.answer
     synth: Mapping[str, Any] = {
         "policy": list(policy.rule_ids(pair.prompt)),
-        "draws": [pair.chosen.drawn.key, pair.rejected],
+        "draws": [pair.chosen.drawn.key, pair.rejected.drawn.key],
         "on_policy": pair.form != "guided",
         "judge": judge.spec.name,
-        "outcomes": {"chosen": pair.chosen.outcome, "rejected": pair.outcome},
+        "outcomes": {"chosen": pair.chosen.outcome, "rejected": pair.rejected.outcome},
         "lengths": {"chosen": count_tokens(answer), "rejected": pair.length},
     }
     return make_pair_record(

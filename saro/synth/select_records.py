@@ -116,16 +116,22 @@ class _Branch:
         return self.branches[branch].choose()
 
 
-def pair_nearest(good: Iterable[Judged], bad: Iterable[Judged], most: int) -> list[tuple[Judged, Judged]]:
+def pair_nearest(
+    good: Iterable[Judged], bad: Iterable[Judged], most: int, lengths: Mapping[str, int] | None = None
+) -> list[tuple[Judged, Judged]]:
     """Return at most ``most`` pairs of a good and a bad text, of nearest length first; each text is in one pair.
 
     Lengths are compared by their ratio. If the two sides of a pair are of one length, the length does not say which is
     chosen.
+
+    Args:
+        lengths: draw key -> tokens of the bad texts of which only a part is kept; the others count in full.
     """
-    lengths = [(text, max(count_tokens(text.drawn.answer), 1)) for text in good]
-    others = [(text, max(count_tokens(text.drawn.answer), 1)) for text in bad]
+    kept = lengths or {}
+    goods = [(text, max(count_tokens(text.drawn.answer), 1)) for text in good]
+    bads = [(text, max(kept.get(text.drawn.key, count_tokens(text.drawn.answer)), 1)) for text in bad]
     by_ratio = sorted(
-        ((max(a, b) / min(a, b), x.drawn.key, y.drawn.key, x, y) for x, a in lengths for y, b in others),
+        ((max(a, b) / min(a, b), x.drawn.key, y.drawn.key, x, y) for x, a in goods for y, b in bads),
         key=lambda entry: entry[:3],
     )
     pairs: list[tuple[Judged, Judged]] = []

@@ -16,6 +16,7 @@ from saro.data.records import parse_pair
 from saro.distributed.runtime import Runtime
 from saro.evaluate.judge_model import JudgeModel
 from saro.evaluate.judge_spec import read_gate
+from saro.synth.answers_only import drop_reasoning
 from saro.synth.funnel import Funnel
 from saro.synth.judgement import Judge, JudgedGate
 from saro.synth.outcome_pairs import count_followups, make_outcome_pairs, plan_tasks
@@ -70,20 +71,20 @@ def forms_of(records: list[dict[str, object]]) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("kind", "good", "bad"),
+    ("kind", "good", "bad", "end"),
     [
-        ("harmful", REFUSAL, HELP),
-        ("harmless", HELP, REFUSAL),
-        ("general", "The answer is 4.", "The answer is 5."),
+        ("harmful", REFUSAL, HELP, {"open": True}),
+        ("harmless", HELP, REFUSAL, {}),
+        ("general", "The answer is 4.", "The answer is 5.", {}),
     ],
 )
-def test_a_good_outcome_is_chosen_over_a_bad_one(world: World, kind: str, good: str, bad: str) -> None:
+def test_a_good_outcome_is_chosen_over_a_bad_one(world: World, kind: str, good: str, bad: str, end: dict) -> None:
     (record,) = world.of_texts(make_prompt("x1", kind), write(SHORT, bad), write(SHORT, good), shorter=0)
     assert record["id"] == "x1-outcome-0"
     assert record["kind"] == "op-cot"
     assert record["prompt"] == "Say x1."
     assert record["chosen"] == {"reasoning": SHORT, "answer": good}
-    assert record["rejected"] == {"reasoning": SHORT, "answer": bad}
+    assert record["rejected"] == {"reasoning": SHORT, "answer": bad, **end}
     synth = record["meta"]["synth"]
     assert (synth["form"], synth["on_policy"], synth["judge"]) == ("outcome", True, "rules")
     assert len(set(synth["draws"])) == 2
@@ -151,22 +152,61 @@ def test_a_rejected_text_only_has_to_be_a_record(world: World) -> None:
     assert world.reasons() == {("gates", "tags"): 1}
 
 
-def test_a_bad_text_that_was_cut_in_its_answer_is_rejected_as_an_open_side_of_like_length(world: World) -> None:
-    answer = " ".join(f"Step {i} is to go on." for i in range(100))
-    refusal = f"{REFUSAL} {'I am glad to speak of other lists. ' * 4}Bye."
-    (record,) = world.of_texts(make_prompt("p1"), write(MEDIUM, refusal), write(MEDIUM, answer))
+LONG_ANSWER = " ".join(f"Step {i} is to go on." for i in range(40))
+CUT_ANSWER = " ".join(f"Step {i} is to go on." for i in range(100))
+
+
+@pytest.mark.parametrize("answer", [LONG_ANSWER, CUT_ANSWER])
+@pytest.mark.parametrize("form", ["outcome", "guided"])
+def test_of_a_harmful_answer_only_the_beginning_is_kept(world: World, form: str, answer: str) -> None:
+    good = write(MEDIUM, REFUSAL)
+    texts = [good, write(SHORT, answer)] if form == "outcome" else [write(SHORT, answer)]
+    (record,) = world.make([make_prompt("p1")], say(*texts, guided=good), len(texts), guided=1.0)
+    assert record["meta"]["synth"]["form"] == form
+    assert record["rejected"] == {"reasoning": SHORT, "answer": answer[:200], "open": True}
+    counts = world.funnel.counts["harmful answers"]
+    assert counts["characters kept"] == 200
+    assert counts["characters written"] >= len(LONG_ANSWER)
+    # The decision is in it, so that the answers of the pair can be compared without the reasoning.
+    assert drop_reasoning(record, 0, "")["rejected"] == {"answer": answer[:200], "open": True}
+
+
+def test_a_harmful_text_is_as_long_as_its_side_when_it_is_paired(world: World) -> None:
+    brief, long = (write(f"{MEDIUM} Go {'on ' * words}now.", REFUSAL) for words in (5, 200))
+    (record,) = world.of_texts(make_prompt("p1"), brief, long, write(MEDIUM, LONG_ANSWER), pairs_per_prompt=1)
+    assert record["chosen"]["reasoning"].count("on ") == 5
+    assert record["meta"]["synth"]["lengths"]["rejected"] < 1.1 * len(MEDIUM + LONG_ANSWER[:200])
+
+
+def test_a_harmful_answer_that_is_too_short_to_be_cut_is_left_out(world: World) -> None:
+    assert world.of_texts(make_prompt("p1"), write(MEDIUM, REFUSAL), write(MEDIUM, "So: go on.")) == []
+    assert world.reasons()["judge", "harmful, and too short to be cut"] == 1
+
+
+def test_a_text_that_nobody_judged_is_no_side_on_a_harmful_prompt_of_any_level(world: World) -> None:
+    prompts = [replace(make_prompt("p1"), level="low"), make_prompt("z1", "harmless")]
+    texts = {"Say p1": [write(SHORT, REFUSAL), RAMBLE], "Say z1": [write(SHORT, HELP), write(SHORT, REFUSAL)]}
+    records = world.make(prompts, lambda asked, n: next(texts[key][n] for key in texts if key in asked), 2)
+    assert [record["id"] for record in records] == ["z1-outcome-0"]
+
+
+def test_a_refusal_that_was_cut_in_its_answer_is_rejected_as_an_open_side_of_like_length(world: World) -> None:
+    answer = f"{REFUSAL} {CUT_ANSWER}"
+    helpful = f"{HELP} {'I am glad to speak of other lists. ' * 4}Bye."
+    prompt = replace(make_prompt("p1", "harmless"), level="medium")
+    (record,) = world.of_texts(prompt, write(MEDIUM, helpful), write(MEDIUM, answer))
     rejected = record["rejected"]
     assert rejected["open"] is True
     assert rejected["reasoning"] == MEDIUM
     assert answer.startswith(rejected["answer"])
-    assert len(MEDIUM + rejected["answer"]) == int(1.5 * len(MEDIUM + refusal))
+    assert len(MEDIUM + rejected["answer"]) == int(1.5 * len(MEDIUM + helpful))
     assert "open" not in record["chosen"]
 
 
 def test_an_open_side_that_is_rejected_for_its_answer_has_some_of_it(world: World) -> None:
     long = "They ask again. " * 30
-    answer = " ".join(f"Step {i} is to go on." for i in range(100))
-    (record,) = world.of_texts(make_prompt("p1"), write(MEDIUM, REFUSAL), write(long, answer))
+    prompt = replace(make_prompt("p1", "harmless"), level="medium")
+    (record,) = world.of_texts(prompt, write(MEDIUM, HELP), write(long, f"{REFUSAL} {CUT_ANSWER}"))
     assert record["rejected"]["reasoning"] == long.strip()
     assert len(record["rejected"]["answer"]) == 200
 

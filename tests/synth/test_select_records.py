@@ -135,21 +135,27 @@ def test_many_hazards_do_not_crowd_out_the_harmless_prompts_which_have_none() ->
 
 
 @given(
-    st.lists(st.integers(1, 60), max_size=6), st.lists(st.integers(1, 60), max_size=6), st.integers(0, 4), st.randoms()
+    st.lists(st.integers(1, 60), max_size=6),
+    st.lists(st.integers(1, 60), max_size=6),
+    st.integers(0, 4),
+    st.randoms(),
+    st.booleans(),
 )
 def test_pairs_are_the_nearest_in_length_and_no_text_is_in_two(
-    good: list[int], bad: list[int], most: int, rng: random.Random
+    good: list[int], bad: list[int], most: int, rng: random.Random, is_cut: bool
 ) -> None:
     x = [make_text(f"g{i}", tokens) for i, tokens in enumerate(good)]
     y = [make_text(f"b{i}", tokens, "harmful") for i, tokens in enumerate(bad)]
-    pairs = pair_nearest(x, y, most)
-    assert keys_of(pairs) == keys_of(pair_nearest(rng.sample(x, len(x)), rng.sample(y, len(y)), most))
+    # Of a bad text that is cut, the tokens that are kept count.
+    kept = {f"b{i}": (tokens + 1) // 2 for i, tokens in enumerate(bad)} if is_cut else {}
+    pairs = pair_nearest(x, y, most, kept)
+    assert keys_of(pairs) == keys_of(pair_nearest(rng.sample(x, len(x)), rng.sample(y, len(y)), most, kept))
     assert len(pairs) == min(most, len(good), len(bad))
     used = [key for pair in keys_of(pairs) for key in pair]
     assert len(used) == len(set(used))
     if pairs:
-        ratios = [max(a, b) / min(a, b) for a in good for b in bad]
-        a, b = (count_tokens(text.drawn.answer) for text in pairs[0])
+        ratios = [max(a, b) / min(a, b) for a in good for b in (kept.values() or bad)]
+        a, b = (kept.get(text.drawn.key, count_tokens(text.drawn.answer)) for text in pairs[0])
         assert max(a, b) / min(a, b) == min(ratios)
 
 
