@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
@@ -83,6 +83,16 @@ class _Pair:
         """The id of its record."""
         return f"{self.prompt.id}-{self.form}-{self.number}"
 
+    @property
+    def draws(self) -> tuple[str, str]:
+        """Draw keys of its texts. Each text is in one pair at most."""
+        return self.chosen.drawn.key, self.rejected.drawn.key
+
+    @property
+    def candidate(self) -> Candidate:
+        """The pair as something to choose."""
+        return Candidate(self.id, cell_of(self.prompt, self.chosen.outcome), self.number)
+
 
 @dataclass(frozen=True)
 class _Texts:
@@ -92,11 +102,27 @@ class _Texts:
         good: finished texts with a good outcome that pass the gates.
         bad: texts with a bad outcome.
         endless: texts that were cut or loop, and have no bad outcome.
+        guided: good texts that were written with the policy in view.
     """
 
     good: tuple[Judged, ...]
     bad: tuple[Judged, ...]
     endless: tuple[Judged, ...]
+    guided: tuple[Judged, ...] = ()
+
+    @property
+    def all(self) -> tuple[Judged, ...]:
+        """All of them."""
+        return self.good + self.bad + self.endless + self.guided
+
+    @property
+    def description(self) -> str:
+        """What outcomes there are, without those of guided texts."""
+        if self.good and self.bad:
+            return "with both outcomes"
+        if self.good:
+            return "with good texts only"
+        return "with bad texts only" if self.bad else "without an outcome"
 
 
 def plan_tasks(prompts: Sequence[Prompt], policy: Policy, options: Options) -> list[Task]:
@@ -147,11 +173,16 @@ def make_outcome_pairs(
     hopeless = [p for p in prompts if p.kind != "general" and texts[p.id].bad and not texts[p.id].good]
     if hopeless and options.op.guided > 0:
         guided = write_guided(hopeless, author, judge, policy, options, funnel, judged_gates)
+        for id, accepted in guided.items():
+            texts[id] = replace(texts[id], guided=tuple(accepted))
         for prompt in hopeless:
-            pairs += _pair_outcomes(prompt, "guided", guided.get(prompt.id, ()), texts[prompt.id].bad, most)
-    kept = _cap(pairs, options, funnel)
-    if options.op.balance:
-        kept = _balance(kept, options.seed, funnel)
+            pairs += _pair_outcomes(prompt, "guided", texts[prompt.id].guided, texts[prompt.id].bad, most)
+    dropped = _select(pairs, options)
+    _note_left_out(prompts, texts, pairs, dropped, funnel)
+    in_order = sorted(pairs, key=lambda pair: (pair.prompt.id, FORMS.index(pair.form), pair.number))
+    kept = [pair for pair in in_order if pair.id not in dropped]
+    for pair in kept:
+        funnel.count("pairs", pair.form)
     _measure_harm(kept, funnel)
     return [_make_record(pair, policy, judge) for pair in kept]
 
@@ -189,10 +220,10 @@ def _write_plain(
             good.append(text)
     for name, number in (("written", len(drawn)), ("good", len(good)), ("bad", len(bad)), ("endless", len(endless))):
         funnel.count("draws", name, number)
-    by_prompt = [_group(texts) for texts in (good, bad, endless)]
+    by_prompt = [_group(texts, funnel) for texts in (good, bad, endless)]
     texts = {prompt.id: _Texts(*(groups.get(prompt.id, ()) for groups in by_prompt)) for prompt in prompts}
     for prompt in prompts:
-        funnel.count("prompts", _describe(texts[prompt.id]))
+        funnel.count("prompts", texts[prompt.id].description)
     return texts
 
 
@@ -204,17 +235,9 @@ def _find_unusable(drawn: Drawn, author: Author) -> str | None:
     return find_unfit_form(drawn.task.prompt, answer.think, answer.answer, subject.chat, tags=subject.think_tags)
 
 
-def _group(texts: Iterable[Judged]) -> dict[str, tuple[Judged, ...]]:
-    by_prompt = groupby(sort_texts(texts), key=lambda text: text.drawn.task.prompt.id)
+def _group(texts: Iterable[Judged], funnel: Funnel) -> dict[str, tuple[Judged, ...]]:
+    by_prompt = groupby(sort_texts(texts, funnel), key=lambda text: text.drawn.task.prompt.id)
     return {id: tuple(group) for id, group in by_prompt}
-
-
-def _describe(texts: _Texts) -> str:
-    if texts.good and texts.bad:
-        return "with both outcomes"
-    if texts.good:
-        return "with good texts only"
-    return "with bad texts only" if texts.bad else "without an outcome"
 
 
 def _pair_outcomes(prompt: Prompt, form: str, good: Sequence[Judged], bad: Sequence[Judged], most: int) -> list[_Pair]:
@@ -300,51 +323,81 @@ def _cut(answer: Answer, think_characters: int, answer_characters: int) -> tuple
     return make_side(think, text, is_open=True), round(share * count_tokens(answer))
 
 
-def _cap(pairs: Sequence[_Pair], options: Options, funnel: Funnel) -> list[_Pair]:
-    """Return the pairs that the largest shares of their forms allow, by prompt, form and number."""
+def _select(pairs: Sequence[_Pair], options: Options) -> dict[str, str]:
+    """Return why pairs are left out, by their ids: what is left is balanced, and no form has more than its largest share.
+
+    A form that is cut back may upset the balance, and fewer pairs may hold fewer of a form. So both are done until nothing
+    changes.
+    """
+    dropped: dict[str, str] = {}
+    while True:
+        number = len(dropped)
+        if options.op.balance:
+            dropped |= _balance([pair for pair in pairs if pair.id not in dropped], options.seed)
+        dropped |= _cap([pair for pair in pairs if pair.id not in dropped], options)
+        if len(dropped) == number:
+            return dropped
+
+
+def _cap(pairs: Sequence[_Pair], options: Options) -> dict[str, str]:
+    """Return the pairs that the largest shares of their forms do not allow, by their ids, with the reason."""
     shares = {"guided": options.op.guided, "shorter": options.op.shorter}
     available = Counter(pair.form for pair in pairs)
     numbers = cap_shares(available["outcome"], {form: available[form] for form in shares}, shares)
-    kept = {pair.id for pair in pairs if pair.form == "outcome"}
+    dropped: dict[str, str] = {}
     for form, number in numbers.items():
-        candidates = [
-            Candidate(pair.id, cell_of(pair.prompt, pair.chosen.outcome), pair.number)
-            for pair in pairs
-            if pair.form == form
-        ]
-        kept.update(choose_balanced(candidates, number, options.seed))
-    in_order = sorted(pairs, key=lambda pair: (pair.prompt.id, FORMS.index(pair.form), pair.number))
-    for pair in in_order:
-        if pair.id in kept:
-            funnel.count("pairs", pair.form)
-        else:
-            funnel.leave_out(pair.prompt.id, "select", f"largest share of form {pair.form}")
-    return [pair for pair in in_order if pair.id in kept]
+        candidates = [pair.candidate for pair in pairs if pair.form == form]
+        chosen = set(choose_balanced(candidates, number, options.seed))
+        reason = f"largest share of form {form}"
+        dropped |= {one.id: reason for one in candidates if one.id not in chosen}
+    return dropped
 
 
-def _balance(pairs: Sequence[_Pair], seed: int, funnel: Funnel) -> list[_Pair]:
-    """Return as many pairs of harmful as of harmless prompts, and all others. Those of form "shorter" say nothing of harm."""
+def _balance(pairs: Sequence[_Pair], seed: int) -> dict[str, str]:
+    """Return the pairs of harmful prompts, or of harmless ones, that are too many, by their ids, with the reason.
+
+    Those of form "shorter" say nothing of harm, and do not count.
+    """
     prompts = {pair.prompt.id for pair in pairs}
     groups = [
         [pair for pair in pairs if pair.prompt.kind == kind and pair.form != "shorter"]
         for kind in ("harmful", "harmless")
     ]
     number = min(map(len, groups))
-    dropped: set[str] = set()
+    dropped: dict[str, str] = {}
     for group in groups:
         chosen: set[str] = set()
         for is_with_twin in (True, False):
-            candidates = [
-                Candidate(pair.id, cell_of(pair.prompt, pair.chosen.outcome), pair.number)
-                for pair in group
-                if (pair.prompt.item.twin in prompts) is is_with_twin
-            ]
+            candidates = [pair.candidate for pair in group if (pair.prompt.item.twin in prompts) is is_with_twin]
             chosen.update(choose_balanced(candidates, number - len(chosen), seed))
-        dropped.update(pair.id for pair in group if pair.id not in chosen)
-    for pair in pairs:
-        if pair.id in dropped:
-            funnel.leave_out(pair.prompt.id, "select", "balance of harmful and harmless prompts")
-    return [pair for pair in pairs if pair.id not in dropped]
+        reason = "balance of harmful and harmless prompts"
+        dropped |= {pair.id: reason for pair in group if pair.id not in chosen}
+    return dropped
+
+
+def _note_left_out(
+    prompts: Sequence[Prompt],
+    texts: Mapping[str, _Texts],
+    pairs: Sequence[_Pair],
+    dropped: Mapping[str, str],
+    funnel: Funnel,
+) -> None:
+    """Note each prompt without a pair, and each text that is in none.
+
+    Args:
+        dropped: id of a pair that is left out -> the reason.
+    """
+    # Draw key of each text that was paired -> why its pair is left out; None if it is not.
+    paired = {key: dropped.get(pair.id) for pair in pairs for key in pair.draws}
+    for prompt in prompts:
+        reasons = [paired[key] for text in texts[prompt.id].all if (key := text.drawn.key) in paired]
+        if None not in reasons:
+            funnel.leave_out(prompt.id, "select", reasons[0] if reasons else texts[prompt.id].description)
+        for text in texts[prompt.id].all:
+            if reason := paired.get(text.drawn.key, "in no pair"):
+                funnel.leave_out(prompt.id, "draws", reason, text.drawn.key)
+        if None in reasons:
+            funnel.count("prompts", "in pairs")
 
 
 def _measure_harm(pairs: Sequence[_Pair], funnel: Funnel) -> None:
@@ -359,7 +412,7 @@ def _make_record(pair: _Pair, policy: Policy, judge: Judge) -> dict[str, Any]:
     answer = pair.chosen.drawn.answer
     synth: Mapping[str, Any] = {
         "policy": list(policy.rule_ids(pair.prompt)),
-        "draws": [pair.chosen.drawn.key, pair.rejected.drawn.key],
+        "draws": list(pair.draws),
         "on_policy": pair.form != "guided",
         "judge": judge.spec.name,
         "outcomes": {"chosen": pair.chosen.outcome, "rejected": pair.rejected.outcome},

@@ -149,7 +149,7 @@ def write_guided(
     funnel.count("judge", "good guided draws", len(accepted))
     for gate in judged_gates:
         accepted = gate.select(accepted, funnel)
-    by_prompt = groupby(sort_texts(accepted), key=lambda text: text.drawn.task.prompt.id)
+    by_prompt = groupby(sort_texts(accepted, funnel), key=lambda text: text.drawn.task.prompt.id)
     return {id: list(texts) for id, texts in by_prompt}
 
 
@@ -194,7 +194,7 @@ def _keep_shortest(texts: Sequence[Judged], policy: Policy, judge: Judge, funnel
     prompt, answer = best.drawn.task.prompt, best.drawn.answer
     for text in texts:
         if text is not best:
-            funnel.leave_out(prompt.id, "select", "not the shortest", text.drawn.key)
+            funnel.leave_out(prompt.id, "draws", "not the shortest", text.drawn.key)
     synth = {
         "form": "guided",
         "policy": list(policy.rule_ids(prompt)),
@@ -288,6 +288,8 @@ def _choose(kept: Sequence[_Kept], options: Options, funnel: Funnel) -> list[_Ke
     for one in sorted(kept, key=lambda one: one.prompt.id):
         if one.prompt.id not in chosen:
             funnel.leave_out(one.prompt.id, "select", "balance")
+            for key in one.synth.get("draws", ()):
+                funnel.leave_out(one.prompt.id, "draws", "balance", key)
     for kind in by_kind:
         funnel.count("records", kind, sum(one.prompt.record_kind == kind for one in result))
     funnel.count("records", "not on-policy", sum(one.is_filled for one in result))

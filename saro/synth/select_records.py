@@ -13,6 +13,7 @@ import numpy as np
 
 from saro.evaluate.answers import Answer
 from saro.synth.bands import band_distance
+from saro.synth.funnel import Funnel
 from saro.synth.judgement import Judged
 from saro.synth.prompts import Prompt
 
@@ -48,12 +49,13 @@ def count_tokens(answer: Answer) -> int:
     return answer.tokens["think"] + answer.tokens["answer"]
 
 
-def sort_texts(texts: Iterable[Judged]) -> list[Judged]:
-    """Return texts by prompt and draw key, without those that repeat another text on the same prompt."""
+def sort_texts(texts: Iterable[Judged], funnel: Funnel) -> list[Judged]:
+    """Return texts by prompt and draw key; those that repeat another text on the same prompt are left out."""
     unique: dict[tuple[str, str, str], Judged] = {}
     for text in sorted(texts, key=lambda text: (text.drawn.task.prompt.id, text.drawn.key)):
-        answer = text.drawn.answer
-        unique.setdefault((text.drawn.task.prompt.id, answer.think, answer.answer), text)
+        id, answer = text.drawn.task.prompt.id, text.drawn.answer
+        if unique.setdefault((id, answer.think, answer.answer), text) is not text:
+            funnel.leave_out(id, "draws", "repeats another text", text.drawn.key)
     return list(unique.values())
 
 

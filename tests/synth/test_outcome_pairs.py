@@ -56,6 +56,10 @@ class World:
     def reasons(self) -> Counter[tuple[str, str]]:
         return Counter((one.stage, one.reason) for one in self.funnel.left_out)
 
+    def prompt_reasons(self) -> Counter[str]:
+        """Count why prompts have no pair."""
+        return Counter(one.reason for one in self.funnel.left_out if one.draw is None)
+
 
 def say(*texts: str, guided: str = "") -> Reply:
     return lambda prompt, number: guided if "How you answer" in prompt else texts[number]
@@ -285,7 +289,7 @@ def test_if_all_texts_are_bad_a_guided_one_is_chosen(world: World) -> None:
 def test_guided_pairs_have_at_most_their_share(world: World) -> None:
     records = bad_prompts_and_pairs(world, 9, guided=0.2, pairs_per_prompt=1)
     assert Counter(forms_of(records)) == {"outcome": 4, "guided": 1}
-    assert world.reasons()["select", "largest share of form guided"] == 8
+    assert world.prompt_reasons()["largest share of form guided"] == 8
 
 
 def test_guided_texts_are_drawn_only_if_they_may_be_used_and_never_for_general_prompts(world: World) -> None:
@@ -325,7 +329,7 @@ def test_where_more_is_at_risk_no_text_is_chosen_for_being_short(world: World) -
 
 def test_shorter_pairs_have_at_most_their_share(world: World) -> None:
     assert forms_of(short_and_long(world, make_prompt("q1", "harmless"), shorter=0.4)) == ["outcome"]
-    assert world.reasons() == {("select", "largest share of form shorter"): 1}
+    assert world.prompt_reasons() == {"largest share of form shorter": 1}
 
 
 def test_the_beginning_of_a_text_that_does_not_end_is_rejected_where_little_is_at_risk(world: World) -> None:
@@ -375,10 +379,51 @@ def test_balance_keeps_as_many_pairs_of_harmful_as_of_harmless_prompts_and_first
     kept = {record["meta"]["synth"]["prompt"] for record in records}
     assert len(records) == 6
     assert {"good-0", "good-1", "good-2", "bad-2", "bad-4"} < kept
-    assert world.reasons()["select", "balance of harmful and harmless prompts"] == 3
+    assert world.prompt_reasons()["balance of harmful and harmless prompts"] == 3
 
 
 def test_balance_leaves_pairs_of_general_prompts_and_of_lengths_alone(world: World) -> None:
     records = short_and_long(world, make_prompt("q1", "general", expect="comply"), shorter=1.0, balance=True)
     assert forms_of(records) == ["shorter"]
-    assert world.reasons()["select", "balance of harmful and harmless prompts"] == 1
+    assert world.prompt_reasons()["balance of harmful and harmless prompts"] == 1
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_every_draw_and_every_prompt_is_in_a_pair_or_left_out_once_and_no_limit_is_exceeded(
+    world: World, seed: int
+) -> None:
+    rng = random.Random(seed)
+    kinds = {f"{kind[:5]}-{i}": kind for kind in ("harmful", "harmless", "general") for i in range(8)}
+    answers = [REFUSAL, HELP, f"{HELP} {LONG_ANSWER}", "The answer is 4.", "The answer is 5.", "So: go on."]
+    texts = [write(think, answer) for think in (SHORT, MEDIUM, "By the policy above.") for answer in answers]
+    texts += [RAMBLE, write(SHORT, CUT_ANSWER), write(MEDIUM, f"{HELP} <think>")]
+    drawn = {id: [rng.choice(texts) for _ in range(5)] for id in kinds}
+    guided = {id: rng.choice(texts) for id in kinds}
+
+    def reply(prompt: str, number: int) -> str:
+        id = next(id for id in kinds if f"Say {id}." in prompt)
+        return guided[id] if "How you answer" in prompt else drawn[id][number]
+
+    shares = {"guided": 0.2, "shorter": 0.1}
+    prompts = [make_prompt(id, kind) for id, kind in kinds.items()]
+    records = world.make(prompts, reply, 5, balance=seed % 2 == 0, **shares)
+    left_out = world.funnel.left_out
+
+    paired = [key for record in records for key in record["meta"]["synth"]["draws"]]
+    counted = paired + [one.draw for one in left_out if one.draw is not None]
+    assert len(counted) == len(set(counted)) == world.asked
+
+    with_pairs = {record["meta"]["synth"]["prompt"] for record in records}
+    without = [one.id for one in left_out if one.draw is None]
+    assert sorted(without) == sorted(set(kinds) - with_pairs)
+    counts = world.funnel.counts
+    assert counts["prompts"]["given"] == counts["prompts"]["in pairs"] + len(without)
+
+    forms = Counter(forms_of(records))
+    assert counts["pairs"] == forms
+    assert all(forms[form] <= share * len(records) for form, share in shares.items())
+    if seed % 2 == 0:
+        of_kind = Counter(
+            record["meta"]["synth"]["kind"] for record in records if record["meta"]["synth"]["form"] != "shorter"
+        )
+        assert of_kind["harmful"] == of_kind["harmless"] > 0

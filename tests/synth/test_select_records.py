@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from selection_cases import make_judged, make_prompt
 
+from saro.synth.funnel import Funnel
 from saro.synth.judgement import Judged
 from saro.synth.select_records import (
     Candidate,
@@ -62,7 +63,7 @@ def test_a_chain_as_long_as_asked_for_comes_before_a_shorter_one_that_misses_its
     assert find_shortest(texts).drawn.key == "asked"
 
 
-def test_texts_that_repeat_another_one_on_the_same_prompt_are_dropped() -> None:
+def test_texts_that_repeat_another_one_on_the_same_prompt_are_left_out() -> None:
     other = make_prompt("p0")
     texts = [
         make_judged(PROMPT, "safe", key="b"),
@@ -70,7 +71,9 @@ def test_texts_that_repeat_another_one_on_the_same_prompt_are_dropped() -> None:
         make_judged(other, "safe", key="c"),
     ]
     for order in permutations(texts):
-        assert [text.drawn.key for text in sort_texts(order)] == ["c", "a"]
+        funnel = Funnel()
+        assert [text.drawn.key for text in sort_texts(order, funnel)] == ["c", "a"]
+        assert [(one.id, one.reason, one.draw) for one in funnel.left_out] == [(PROMPT.id, "repeats another text", "b")]
 
 
 def test_without_a_servers_count_the_words_are_counted() -> None:
