@@ -11,8 +11,8 @@ Forms. A cue is a step that decides for the wrong answer, a turn one that decide
                 continuation that ended well (as Step-DPO, arXiv 2406.18629, which stops at the first wrong step)
     mirror      "recover" on a harmless prompt: a chain with needless caution, from which the chosen side comes back to help
 
-Rejected sides on harmful prompts are open: they end shortly behind the step that decides them, so that no harmful content
-is kept. All prompts go through each round together: whole chains, verdicts, labels; turning steps, continuations,
+Rejected sides that are made of harmful chains are open: they end shortly behind the step that decides them, so that little
+harmful content is kept. All prompts go through each round together: whole chains, verdicts, labels; turning steps, continuations,
 verdicts, labels; then the rounds of the bisections.
 """
 
@@ -155,10 +155,12 @@ def _draw_chains(run: Run, prompts: Sequence[Prompt]) -> dict[str, list[Chain]]:
         reason = reason or find_unfit_form(one.drawn.task.prompt, answer.think, answer.answer, run.chat)
         if reason is None:
             known.append(one)
-            run.funnel.count("chains", one.outcome)
         else:
             run.funnel.leave_out(one.drawn.task.prompt.id, "chains", reason, one.drawn.key)
+    run.funnel.count("chains", "written", len(tasks))
     chains: dict[str, list[Chain]] = {task.prompt.id: [] for task in tasks}
     for chain in label_chains(run, known, "chains"):
         chains[chain.prompt.id].append(chain)
+        # Counted now: without labels a text is left out of this stage.
+        run.funnel.count("chains", chain.judged.outcome)
     return {id: sorted(ones, key=lambda one: (one.characters, one.drawn.key)) for id, ones in chains.items()}

@@ -90,8 +90,8 @@ class ProcessStage:
         turns: Turning steps that the model writes for each fork, with the policy in view.
         borrowed: Turning steps tried at each fork that are taken from good chains of the model on the same prompt.
         rollouts: Continuations drawn to find the value of a step, for form sibling.
-        open_tokens: A rejected text ends this many tokens after the step that decides it, so that no harmful content
-            is written or learned.
+        open_tokens: A rejected harmful text ends this many tokens after the step that decides it, so that records hold
+            little of it.
         neutral: Share of forks that are also tried with a neutral step, as a control.
         pairs_per_prompt: Most pairs of one prompt and form.
     """

@@ -548,6 +548,20 @@ def test_texts_without_an_outcome_are_left_out(make):
     assert reasons_of(funnel, "chains") == {"no-answer": 4}
 
 
+def test_every_whole_chain_is_good_or_bad_or_left_out(make):
+    class Mixed(World):
+        def continue_chain(self, kind, begun, number):
+            other = {2: ENDS[kind], 3: "<think>\n" + "So it is. " * 400}.get(number)
+            return super().continue_chain(kind, begun, number) if begun or other is None else other
+
+    _, funnel = make(Mixed(), prompts_of("h1", "s1", "g1"), "sibling", draws=6)
+    counts = funnel.counts["chains"]
+    reasons = reasons_of(funnel, "chains")
+    # A solution without reasoning may be cut, and is not judged.
+    assert reasons == {"no reasoning": 2, "wrong": 1, "no-answer": 3}
+    assert counts.pop("written") == 18 == sum(counts.values()) + sum(reasons.values())
+
+
 def test_left_out_has_no_text(make):
     world = World()
     world.turn["harmful"] = "They ask for it, so to say."
