@@ -10,7 +10,7 @@ from saro.draws.request import Draw, Request
 from saro.evaluate.judge import defuse, show_conversation
 from saro.evaluate.judge_model import JudgeModel
 from saro.synth.funnel import Funnel
-from saro.synth.prompts import LEVELS, Prompt
+from saro.synth.prompts import LEVELS, Prompt, give_twin_hazards
 from saro.synth.safety_policy import Policy, Section
 from saro.synth.strict_replies import Strict, ask_strictly, read_objects_of
 from saro.synth.templates import read_template
@@ -49,7 +49,7 @@ def sort_prompts(
 ) -> list[Prompt]:
     """Return the prompts, in order, with hazards and levels that a model gives where their file gives none.
 
-    What the file gives stays. A harmful prompt gets the hazards of its section; it has none if that is a general one. A
+    What the file gives stays. A harmless prompt shares what its twin gets. A harmful prompt gets the hazards of its section; it has none if that is a general one. A
     prompt without a valid reply in two tries keeps the defaults, and the funnel counts it.
 
     Args:
@@ -70,7 +70,7 @@ def sort_prompts(
     funnel.count("hazards", "given by the file", len(prompts) - len(asked))
     funnel.count("hazards", "given by the model", len(asked) - unread)
     funnel.count("hazards", "no valid reply, so the default", unread)
-    return sorted_prompts
+    return give_twin_hazards(sorted_prompts)
 
 
 def parse_sorting(reply: str, policy: Policy) -> Sorting | None:

@@ -84,7 +84,7 @@ def test_the_record_holds_the_bare_prompt_and_the_shortest_accepted_text(world: 
     assert (record["id"], record["kind"]) == ("p1", "safety")
     synth = record["meta"]["synth"]
     assert (synth["form"], synth["on_policy"], synth["judge"]) == ("guided", True, "rules")
-    assert synth["policy"] == ["P2.1", "P2.2", "P2.3"]
+    assert synth["policy"] == list(POLICY.rule_ids(make_prompt("p1")))
     assert len(synth["draws"]) == 1
     assert world.reasons() == {("judge", "harmful"): 1, ("draws", "not the shortest"): 1}
 
