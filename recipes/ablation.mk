@@ -42,8 +42,6 @@ ablation: $(ABLATION_REPORT) $(ABLATION)/arms.txt
 	@echo 'The report is $(ABLATION_REPORT), its tables are in $(dir $(ABLATION_REPORT))report.md'
 endif
 
-$(PUBLIC)/ailuminate.jsonl: $(DATA)/ailuminate_demo_en.csv | saro-begin $(VENV)/.demo
-	$(CONVERT) ailuminate $< $@
 # The file is in the order of its hazards, so every fourth prompt has as many of each.
 $(PUBLIC)/ailuminate-300.jsonl: $(PUBLIC)/ailuminate.jsonl
 	$(call lines,NR % 4 == 1)

@@ -373,6 +373,12 @@ def test_all_preference_stages_of_the_ablation_take_as_many_steps_and_the_last_l
     assert [line.partition(":")[0] for line in (sft, dpo, op, full)] == ["SFT", "DPO-0", "RW+op-0", "RW+op+pp-0"]
 
 
+def test_no_prompt_of_the_ablations_suites_may_be_in_the_data(make, ablation_data):
+    done = make("saro", ablation_data)
+    for stage in ("rw", "op", "pp", "mirror"):
+        assert "/ailuminate.jsonl" in done.options(stage)["--exclude"]
+
+
 def test_the_ablation_needs_public_data(make):
     done = make("ablation")
     assert (done.code, done.calls) == (2, [])

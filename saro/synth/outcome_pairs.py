@@ -35,7 +35,7 @@ from saro.synth.gates import Gates, find_unfit_form
 from saro.synth.judgement import Judge, Judged, JudgedGate
 from saro.synth.prompts import Prompt
 from saro.synth.rw_examples import write_guided
-from saro.synth.safety_policy import Policy
+from saro.synth.safety_policy import SafetyPolicy
 from saro.synth.select_records import (
     Candidate,
     cap_shares,
@@ -125,7 +125,7 @@ class _Texts:
         return "with bad texts only" if self.bad else "without an outcome"
 
 
-def plan_tasks(prompts: Sequence[Prompt], policy: Policy, options: Options) -> list[Task]:
+def plan_tasks(prompts: Sequence[Prompt], policy: SafetyPolicy, options: Options) -> list[Task]:
     """Return the texts to write first: ``options.op.draws`` for each prompt, without the policy."""
     del policy
     return [
@@ -146,7 +146,7 @@ def make_outcome_pairs(
     prompts: Sequence[Prompt],
     author: Author,
     judge: Judge,
-    policy: Policy,
+    policy: SafetyPolicy,
     options: Options,
     funnel: Funnel,
     judged_gates: Sequence[JudgedGate] = (),
@@ -188,7 +188,7 @@ def make_outcome_pairs(
 
 
 def _write_plain(
-    prompts: Sequence[Prompt], author: Author, judge: Judge, policy: Policy, options: Options, funnel: Funnel
+    prompts: Sequence[Prompt], author: Author, judge: Judge, policy: SafetyPolicy, options: Options, funnel: Funnel
 ) -> dict[str, _Texts]:
     """Return the texts of each prompt by its id."""
     drawn = author.write(plan_tasks(prompts, policy, options), Sampling(options.max_tokens, options.op.temperature))
@@ -408,7 +408,7 @@ def _measure_harm(pairs: Sequence[_Pair], funnel: Funnel) -> None:
             funnel.count("harmful answers", "characters kept", len(pair.side["answer"]))
 
 
-def _make_record(pair: _Pair, policy: Policy, judge: Judge) -> dict[str, Any]:
+def _make_record(pair: _Pair, policy: SafetyPolicy, judge: Judge) -> dict[str, Any]:
     answer = pair.chosen.drawn.answer
     synth: Mapping[str, Any] = {
         "policy": list(policy.rule_ids(pair.prompt)),

@@ -31,7 +31,7 @@ from saro.synth.funnel import Funnel
 from saro.synth.gates import find_unfit_form
 from saro.synth.judgement import Judge
 from saro.synth.prompts import Prompt
-from saro.synth.safety_policy import Policy
+from saro.synth.safety_policy import SafetyPolicy
 from saro.synth.sibling_pairs import make_sibling_pairs
 from saro.synth.step_judge import StepJudge
 from saro.synth.synth_options import FORMS, Options
@@ -67,7 +67,7 @@ def check_template(prompts: Sequence[Prompt], chat: ChatFormat | None) -> None:
         find_fork(chat, prompts[0].item.prompt, "")
 
 
-def plan_tasks(prompts: Sequence[Prompt], policy: Policy, options: Options) -> list[Task]:
+def plan_tasks(prompts: Sequence[Prompt], policy: SafetyPolicy, options: Options) -> list[Task]:
     """Return the tasks of the first round: whole chains on every prompt that a form is made from.
 
     They are drawn from the bare prompt, without the policy, as those of stage op, so that both stages share draws.
@@ -106,7 +106,7 @@ def make_process_pairs(
     author: Author,
     judge: Judge,
     step_judge: StepJudge,
-    policy: Policy,
+    policy: SafetyPolicy,
     options: Options,
     funnel: Funnel,
 ) -> list[dict[str, Any]]:
@@ -117,7 +117,9 @@ def make_process_pairs(
     - policy: ids of the rules that the turning step was written under; empty if it was borrowed, and for siblings.
     - fork: {"step": number of shared steps, "token": number of shared tokens, with those of the prompt}.
     - turn: {"chosen", "rejected"}: index of the first step from the fork on that turns; null if none does.
-    - value: {"before", "after"} the step that decides the rejected side, for siblings; else null.
+    - value: {"before", "after"} the step that decides the rejected side, for siblings; else null. The rollouts that found
+      the step give these values too, so their difference is too large on average: the largest drop was searched. After the
+      step that ends the search (``Search``) the value is taken for zero, without rollouts.
     - outcomes: {"chosen", "rejected"}: by the judge or the right answer; that of a rejected chain is of the whole chain.
     - draws: keys of the draws: chosen, rejected, and that of the turning step if one was put in.
     - on_policy: true if all of both sides was drawn from the bare prompt, as a borrowed step was and a written one was not.

@@ -85,7 +85,7 @@ class Section:
 
 
 @dataclass(frozen=True)
-class Policy:
+class SafetyPolicy:
     """A safety policy.
 
     Attributes:
@@ -218,7 +218,7 @@ def shipped_policies() -> list[str]:
     return sorted(file.stem for file in SHIPPED.glob("*.yaml"))
 
 
-def read_policy(name_or_path: str) -> Policy:
+def read_policy(name_or_path: str) -> SafetyPolicy:
     """Read a policy: a name from ``shipped_policies``, or a YAML file.
 
     Raises:
@@ -243,7 +243,7 @@ def read_policy(name_or_path: str) -> Policy:
         fault(where, "every section has a hazard", "add one with hazard: [] on requests that do no harm")
     if all(section.is_general for section in sections):
         fault(where, "no section has a hazard", "say which hazards the sections are about")
-    return Policy(path.stem, _parse_line(content["licence"], "licence", where), tuple(sections))
+    return SafetyPolicy(path.stem, _parse_line(content["licence"], "licence", where), tuple(sections))
 
 
 def _parse_section(value: Any, where: str, places: dict[str, str]) -> Section:

@@ -198,7 +198,7 @@ class Options:
         stage: rw makes reasoning examples; op makes pairs of outcomes; pp makes pairs of processes; mirror makes those of
             harmless prompts, in which the chosen chain comes back from needless caution.
         prompts: JSONL files of prompts (`saro convert` makes them from public sets); "demo" is 98 that come with saro, "twins"
-            340 more pairs of a harmless prompt and a harmful one.
+            940 more pairs of a harmless prompt and a harmful one.
         exclude: Suites whose prompts may not be among them; "demo" is always one.
         drop_excluded: Leave such prompts out, and list them in NAME.left_out.jsonl; otherwise they are an error.
         policy: YAML file of the policy; "saro" is the one that comes with saro.

@@ -20,7 +20,7 @@ from saro.errors import SaroError
 from saro.evaluate.judge_spec import read_judge
 from saro.evaluate.suite import Item
 from saro.synth.prompts import HAZARDS, Prompt, read_prompts
-from saro.synth.safety_policy import ACTIONS, Policy, read_policy, shipped_policies
+from saro.synth.safety_policy import ACTIONS, SafetyPolicy, read_policy, shipped_policies
 
 SHARED = ROOT.parent / "shared" / "data"
 EXPECT = {"harmful": "refuse", "harmless": "comply", "general": "answer"}
@@ -69,7 +69,7 @@ def write(folder: Path, content: object, comment: str = "") -> str:
     return str(path)
 
 
-def read(folder: Path, content: object, comment: str = "") -> Policy:
+def read(folder: Path, content: object, comment: str = "") -> SafetyPolicy:
     return read_policy(write(folder, content, comment))
 
 
