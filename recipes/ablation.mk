@@ -5,11 +5,15 @@
 #
 # DIR is that of laptop.mk, and has ailuminate_demo_en.csv too.
 #
-#   SFT        answers of the RW data, without their reasoning
-#   DPO        from SFT, on the answers of the outcome pairs
-#   RW         chains: `make saro`
-#   RW+op      from RW, on outcome pairs
-#   RW+op+pp   from RW, on outcome and process pairs, the same number of passes
+#   SFT             answers of the records that RW was trained on, without their reasoning
+#   DPO (RW texts)  from SFT, on the answers of the outcome pairs. RW wrote them: for SFT they are off-policy, and a difference
+#                   to RW+op is due to that too
+#   RW              chains: `make saro`
+#   RW+op           from RW, on outcome pairs
+#   RW+op+pp        from RW, on outcome and process pairs
+#
+# DPO, RW+op and RW+op+pp take the same number of optimizer steps: that of RW+op+pp, which its pairs and SRPO= decide. With fewer
+# pairs a stage passes over them more often. Records and steps of each model are in arms.txt.
 #
 # In $(OUTPUT)/saro/ablation. As `make saro`, it goes on where it was stopped. With `make -j N`, N stages run at the same time:
 # each writes a folder of its own, and the store of draws, the reference cache and the demo model are made to be shared.
@@ -33,12 +37,11 @@ ifndef DATA
 ablation:
 	@echo 'error: make ablation DATA=DIR: the few prompts that come with saro would tell no model from another' >&2; exit 2
 else
-ablation: $(ABLATION_REPORT)
+ablation: $(ABLATION_REPORT) $(ABLATION)/arms.txt
+	@cat $(ABLATION)/arms.txt
 	@echo 'The report is $(ABLATION_REPORT), its tables are in $(dir $(ABLATION_REPORT))report.md'
 endif
 
-$(PUBLIC)/ailuminate.jsonl: $(DATA)/ailuminate_demo_en.csv | saro-begin $(VENV)/.demo
-	$(CONVERT) ailuminate $< $@
 # The file is in the order of its hazards, so every fourth prompt has as many of each.
 $(PUBLIC)/ailuminate-300.jsonl: $(PUBLIC)/ailuminate.jsonl
 	$(call lines,NR % 4 == 1)
@@ -47,12 +50,13 @@ $(PUBLIC)/ailuminate-300.jsonl: $(PUBLIC)/ailuminate.jsonl
 
 define answers
 	@mkdir -p $(ABLATION)
-	test ! -s $(1:.jsonl=$(2).jsonl) || $(CONVERT) answers $(1:.jsonl=$(2).jsonl) $(@:.jsonl=$(2).jsonl)
-	$(CONVERT) answers $(1) $@
+	test ! -s $(1:.jsonl=$(2).jsonl) || $(CONVERT) answers $(3) $(1:.jsonl=$(2).jsonl) $(@:.jsonl=$(2).jsonl)
+	$(CONVERT) answers $(3) $(1) $@
 endef
 
-$(ABLATION)/examples.jsonl: $(RUN)/examples.jsonl
-	$(call answers,$<,-heldout)
+# Some chains are too long for the packs of RW. Their answers are not, and would give SFT more records.
+$(ABLATION)/examples.jsonl: $(RUN)/examples.jsonl $(RW_MODEL)
+	$(call answers,$<,-heldout,--as_trained $(RUN)/rw)
 $(ABLATION)/op.jsonl: $(RUN)/data/op.jsonl
 	$(call answers,$<,.heldout)
 
@@ -65,13 +69,18 @@ $(SFT_MODEL): $(ABLATION)/examples.jsonl
 
 PREFER = $(LAUNCH) recipes/srpo.py --config $(CONFIGS)/laptop_srpo.yaml --train.seed $* --train.output $(patsubst %/final/,%,$(@D)/) \
 	--resume --data.train $(call list,$<)
+# Steps that a run has made.
+steps = $$(sed -n 's/^{"step": \([0-9]*\),.*/\1/p' $(1)/metrics.jsonl | tail -n 1)
+# As many steps as RW+op+pp of this seed, whatever the number of records.
+EQUAL_STEPS = --train.epochs 100000 --train.max_steps "$(call steps,$(call full,$*))"
 
-$(ABLATION)/dpo-%/final/tokenizer_config.json: $(ABLATION)/op.jsonl $(SFT_MODEL)
-	$(PREFER) --model.name $(ABLATION)/sft/final --data.heldout $(call heldout,$(<:.jsonl=.heldout.jsonl)) $(SRPO)
-$(ABLATION)/op-%/final/tokenizer_config.json: $(RUN)/data/op.jsonl $(RW_MODEL)
-	$(PREFER) --model.name $(RUN)/rw/final --data.heldout $(call heldout,$(<:.jsonl=.heldout.jsonl)) $(SRPO)
+.SECONDEXPANSION:
 $(ABLATION)/pp-%/final/tokenizer_config.json: $(RUN)/pairs.jsonl $(RW_MODEL)
 	$(PREFER) --model.name $(RUN)/rw/final --data.heldout $(call heldout,$(<:.jsonl=-heldout.jsonl)) $(SRPO)
+$(ABLATION)/dpo-%/final/tokenizer_config.json: $(ABLATION)/op.jsonl $(SFT_MODEL) $$(call full,$$*)/final/tokenizer_config.json
+	$(PREFER) --model.name $(ABLATION)/sft/final --data.heldout $(call heldout,$(<:.jsonl=.heldout.jsonl)) $(SRPO) $(EQUAL_STEPS)
+$(ABLATION)/op-%/final/tokenizer_config.json: $(RUN)/data/op.jsonl $(RW_MODEL) $$(call full,$$*)/final/tokenizer_config.json
+	$(PREFER) --model.name $(RUN)/rw/final --data.heldout $(call heldout,$(<:.jsonl=.heldout.jsonl)) $(SRPO) $(EQUAL_STEPS)
 
 # Each model answers in a process of its own, so that `make -j` asks several at the same time, and as soon as they are trained.
 # The evaluations, one for each seed, find all answers in the store. A base model has the format of the first run beside it.
@@ -87,13 +96,24 @@ $(ANSWERS)/srpo/scores.json: $(SRPO_MODEL) $(call made,$(ABLATION_SUITES))
 $(ANSWERS)/%/scores.json: $(ABLATION)/%/final/tokenizer_config.json $(call made,$(ABLATION_SUITES))
 	$(ASK) --models $(call list,$(ABLATION)/$*) $(EVALUATE)
 
-.SECONDEXPANSION:
 $(ABLATION)/evaluation-%/scores.json: $(foreach name,rw sft dpo-% op-%,$(ANSWERS)/$(name)/scores.json) \
 		$(ANSWERS)/$$(notdir $$(call full,$$*))/scores.json
 	$(ASK) --models $(call list,$(RUN)/rw $(MODEL) $(ABLATION)/sft $(ABLATION)/dpo-$* $(ABLATION)/op-$* $(call full,$*)) \
-		--names '[RW,base,SFT,DPO,RW+op,RW+op+pp]' $(EVALUATE)
+		--names '[RW,base,SFT,DPO (RW texts),RW+op,RW+op+pp]' $(EVALUATE)
 
 $(ABLATION_REPORT): $(foreach seed,$(SEEDS),$(ABLATION)/evaluation-$(seed)/scores.json)
 	$(SARO) report $(patsubst %/,%,$(dir $^)) --overwrite \
 		--runs $(call list,$(RUN)/rw $(ABLATION)/sft $(foreach part,dpo op,$(ABLATION)/$(part)-$(firstword $(SEEDS))) \
 			$(call full,$(firstword $(SEEDS))))
+
+# What each model was trained on: records by kind, without those that were too long, and optimizer steps.
+
+kinds = $$(sed -n '/^  *"train": {/,/}/{s/^ *"\(.*\)": \([0-9]*\),*$$/\2 \1/p;/}/q}' $(1)/manifest.json | paste -s -d , -)
+arm = echo "$(1): $(call kinds,$(2)); $(call steps,$(2)) optimizer steps";
+
+$(ABLATION)/arms.txt: $(ABLATION_REPORT)
+	@{ $(call arm,RW,$(RUN)/rw) $(call arm,SFT,$(ABLATION)/sft) $(foreach seed,$(SEEDS), \
+		$(call arm,DPO-$(seed),$(ABLATION)/dpo-$(seed)) \
+		$(call arm,RW+op-$(seed),$(ABLATION)/op-$(seed)) \
+		$(call arm,RW+op+pp-$(seed),$(call full,$(seed)))) } > $@.tmp
+	@mv $@.tmp $@

@@ -41,13 +41,14 @@ list = '[$(subst $() ,$(comma),$(strip $(1)))]'
 
 ifdef DATA
 SUITES := $(addprefix $(PUBLIC)/,xstest.jsonl simple-safety-tests.jsonl coconot-contrast.jsonl gsm8k-200.jsonl)
-EXCLUDED := $(SUITES:200.jsonl=test.jsonl)
+# `make ablation` evaluates on AILuminate too. Whoever has it must not train on it before.
+EXCLUDED := $(SUITES:200.jsonl=test.jsonl) $(if $(wildcard $(DATA)/ailuminate_demo_en.csv),$(PUBLIC)/ailuminate.jsonl)
 RW_PROMPTS := $(PUBLIC)/star1-prompts.jsonl $(PUBLIC)/gsm8k-rw.jsonl
 CHAINS := $(PUBLIC)/star1.jsonl $(PUBLIC)/gsm8k.jsonl
 RW_DATA := --rw.fill $(call list,$(CHAINS))
 # Twins: prompts in the same words of which one is harmful. Others moved only the threshold (saro/synth/README.md).
 PAIR_PROMPTS := twins demo $(PUBLIC)/gsm8k-pairs.jsonl
-# Of the twins as many as four hours allow. Values of steps take many rollouts, so pp reads fewer of the prompts that op read.
+# As many twins as the budget above allows. Values of steps take many rollouts, so pp reads fewer of the prompts that op read.
 OP := --limit 700
 PP := --limit 60
 MIRROR := --limit 200
@@ -132,6 +133,8 @@ $(PUBLIC)/coconot-contrast.jsonl: $(DATA)/coconot_contrast_eval.jsonl | saro-beg
 	$(CONVERT) coconot $< $@
 $(PUBLIC)/gsm8k-test.jsonl: $(DATA)/gsm8k_test.jsonl | saro-begin $(VENV)/.demo
 	$(CONVERT) gsm8k-test $< $@
+$(PUBLIC)/ailuminate.jsonl: $(DATA)/ailuminate_demo_en.csv | saro-begin $(VENV)/.demo
+	$(CONVERT) ailuminate $< $@
 
 lines = @awk '$(1)' $< > $@.tmp && mv $@.tmp $@
 

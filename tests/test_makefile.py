@@ -49,7 +49,12 @@ elif name == "synth":
     if stage == "op":
         write(options["--output"].replace(".jsonl", ".heldout.jsonl"), "held op\\n")
 elif name.startswith("recipes/"):
-    write(options["--train.output"] + "/final/tokenizer_config.json", "{{}}")
+    steps = int(options.get("--train.max_steps", 11))
+    folder = options["--train.output"]
+    write(folder + "/metrics.jsonl", "".join(json.dumps({{"step": n, "loss": 0.5}}) + "\\n" for n in range(1, steps + 1)))
+    kinds = {{"train": {{"records": {{"op-cot": 3, "pp-cot": 2}}, "dropped": []}}}}
+    write(folder + "/manifest.json", json.dumps({{"records": kinds, "config": {{"train": {{"epochs": 2}}}}}}, indent=2))
+    write(folder + "/final/tokenizer_config.json", "{{}}")
 elif name == "evaluate":
     write(options["--output"] + "/scores.json", "{{}}")
 elif name == "report":
@@ -341,6 +346,37 @@ def test_each_model_of_the_ablation_answers_on_its_own_before_the_evaluations(ma
     # The base model is asked in the format of the RW run, as in the evaluation.
     for name in ("rw", last):
         assert evaluations(done)[name]["--models"].split(",")[0].endswith("/out/saro/rw")
+
+
+def test_sft_is_trained_on_the_records_that_rw_kept(make, ablation_data):
+    done = make("ablation", ablation_data, "SEEDS=0")
+    answers = [call for call in done.calls if call[:2] == ["convert", "--overwrite"] and call[2] == "answers"]
+    runs = {Path(call[-2]).name: dict(pairwise(call)).get("--as_trained", "") for call in answers}
+    assert {name: run.partition("/out/saro/")[2] for name, run in runs.items()} == {
+        "examples.jsonl": "rw",
+        "op.jsonl": "",
+        "op.heldout.jsonl": "",
+    }
+
+
+def test_all_preference_stages_of_the_ablation_take_as_many_steps_and_the_last_lines_say_so(make, ablation_data):
+    done = make("ablation", ablation_data, "SEEDS=0 7")
+    steps = {}
+    for call in done.calls:
+        if call[0] == "recipes/srpo.py":
+            options = dict(pairwise(call))
+            steps[Path(options["--train.output"]).name] = options.get("--train.max_steps")
+    equal = dict.fromkeys(("dpo-0", "op-0", "dpo-7", "op-7"), "11")
+    assert steps == equal | {"srpo": None, "pp-7": None}
+    *_, rw, sft, dpo, op, full = done.out[: done.out.index("DPO-7")].splitlines()
+    assert rw == "RW: 3 op-cot,2 pp-cot; 11 optimizer steps"
+    assert [line.partition(":")[0] for line in (sft, dpo, op, full)] == ["SFT", "DPO-0", "RW+op-0", "RW+op+pp-0"]
+
+
+def test_no_prompt_of_the_ablations_suites_may_be_in_the_data(make, ablation_data):
+    done = make("saro", ablation_data)
+    for stage in ("rw", "op", "pp", "mirror"):
+        assert "/ailuminate.jsonl" in done.options(stage)["--exclude"]
 
 
 def test_the_ablation_needs_public_data(make):

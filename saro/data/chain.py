@@ -25,7 +25,7 @@ _ABBREVIATION = re.compile(
 
 
 @dataclass(frozen=True)
-class Step:
+class ChainStep:
     """One step of a chain.
 
     Attributes:
@@ -39,7 +39,7 @@ class Step:
     stop: int
 
 
-def split_steps(think: str) -> tuple[Step, ...]:
+def split_steps(think: str) -> tuple[ChainStep, ...]:
     """Return the steps of a chain, which cover it without gaps; none if it has no text.
 
     A step is a line, or a sentence of a line. A block of code between fences is one step. Abbreviations, initials,
@@ -48,14 +48,14 @@ def split_steps(think: str) -> tuple[Step, ...]:
     A chain that is cut at the end of a step has the same steps up to there.
     """
     ends = [end for end in _find_ends(think) if think[:end].strip()]
-    steps: list[Step] = []
+    steps: list[ChainStep] = []
     start = 0
     for end in ends:
         if text := think[start:end].strip():
-            steps.append(Step(text, start, end))
+            steps.append(ChainStep(text, start, end))
             start = end
         elif steps:
-            steps[-1] = Step(steps[-1].text, steps[-1].start, end)
+            steps[-1] = ChainStep(steps[-1].text, steps[-1].start, end)
             start = end
     return tuple(steps)
 

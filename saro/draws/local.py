@@ -44,7 +44,8 @@ class LocalGenerator:
 
     Requests are drawn in groups of ``group_size``, cut from what ``draw`` gets, in that order. In bfloat16, a greedy text
     depends on its group by rounding. Texts are therefore the same after an interruption if requests come in the order of
-    ``order``, without those of the groups that are done. Processes that share the work take whole groups.
+    ``order``, without those of the groups that are done. Processes that share the work take every nth request of that
+    order.
 
     Args:
         policy: a policy from ``load_plain``, ``inference_policy`` or ``load_policy``.

@@ -89,7 +89,7 @@ def describe_plan(plans: Sequence[ModelPlan], items: Sequence[Item]) -> list[str
         if missing:
             prompts = "" if plan.prompt_tokens is None else f"{plan.prompt_tokens:,} tokens of prompts, "
             line += f"; {prompts}at most {plan.most_tokens:,} tokens to draw"
-            line += "; no speed is known yet" if plan.seconds is None else f"; about {_describe_time(plan.seconds)}"
+            line += "; no speed is known yet" if plan.seconds is None else f"; about {describe_time(plan.seconds)}"
         lines.append(line)
     # By clusters, not items: what is not independent does not count twice.
     independent = {(item.suite, item.expect, item.cluster or item.id) for item in items}
@@ -103,7 +103,8 @@ def describe_plan(plans: Sequence[ModelPlan], items: Sequence[Item]) -> list[str
     return lines
 
 
-def _describe_time(seconds: float) -> str:
+def describe_time(seconds: float) -> str:
+    """Return a time in the unit that fits it."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,11 +1,17 @@
-"""Takes the reasoning out of native records: what training on answers alone would see, the baseline of training on chains."""
+"""Takes the reasoning out of native records: what training on answers alone would see, the baseline of training on chains.
+
+To compare the two, both must see the same records: a chain may be too long for the packs of a run, and its answer never is.
+"""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from saro.data.jsonl import fault
 from saro.data.records import SIDES
+from saro.errors import SaroError
+from saro.manifest import read_manifest
 
 
 def drop_reasoning(source: dict[str, Any], number: int, where: str) -> dict[str, Any] | None:
@@ -32,6 +38,20 @@ def drop_reasoning(source: dict[str, Any], number: int, where: str) -> dict[str,
     if "answer" not in source:
         fault(where, "is not in saro's own format, with a field for the answer", "convert it first")
     return kept | {name: source[name] for name in ("kind", "answer") if name in source}
+
+
+def find_dropped(run: str) -> frozenset[str]:
+    """Return the ids of the records that a run left out because they are longer than its packs.
+
+    Raises:
+        SaroError: the folder has no manifest of a run.
+    """
+    records = (read_manifest(Path(run)) or {}).get("records")
+    if records is None:
+        raise SaroError(
+            f"--as_trained {run}: holds no run (no manifest.json); give the folder that --train.output named"
+        )
+    return frozenset(id for report in records.values() for id in report["dropped"])
 
 
 def _cannot_differ(one: dict[str, Any], other: dict[str, Any]) -> bool:

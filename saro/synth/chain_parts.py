@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from saro.data.chain import Step, split_steps
+from saro.data.chain import ChainStep, split_steps
 from saro.data.chat_format import ChatFormat
 from saro.draws.request import Sampling
 from saro.errors import SaroError
@@ -16,7 +16,7 @@ from saro.synth.funnel import Funnel
 from saro.synth.gates import Gates
 from saro.synth.judgement import Judge, Judged
 from saro.synth.prompts import Prompt
-from saro.synth.safety_policy import Policy
+from saro.synth.safety_policy import SafetyPolicy
 from saro.synth.step_judge import StepJudge
 from saro.synth.synth_options import Options
 from saro.synth.synth_records import Side, make_pair_record, make_side
@@ -38,7 +38,7 @@ class Run:
     author: Author
     judge: Judge
     step_judge: StepJudge
-    policy: Policy
+    policy: SafetyPolicy
     options: Options
     funnel: Funnel
 
@@ -64,7 +64,7 @@ class Chain:
     """
 
     judged: Judged
-    steps: tuple[Step, ...]
+    steps: tuple[ChainStep, ...]
     labels: tuple[str, ...]
 
     @property

@@ -26,7 +26,7 @@ from saro.evaluate.suite import Item
 from saro.synth.branch import find_fork
 from saro.synth.gates import leaks
 from saro.synth.judgement import BAD, GOOD
-from saro.synth.safety_policy import Policy
+from saro.synth.safety_policy import SafetyPolicy
 from saro.synth.select_records import correlate
 
 # Largest difference of the shares of pairs in which the chosen side is the longer and the shorter one: beyond, a model may
@@ -112,7 +112,7 @@ def read_records(files: Sequence[str], chat: ChatFormat) -> list[CheckedRecord]:
 
 
 def check_records(
-    records: Sequence[CheckedRecord], chat: ChatFormat, policy: Policy, *, sample: int = 200, seed: int = 0
+    records: Sequence[CheckedRecord], chat: ChatFormat, policy: SafetyPolicy, *, sample: int = 200, seed: int = 0
 ) -> list[Finding]:
     """Return the findings of all checks.
 
@@ -206,7 +206,7 @@ def _count_before_fork(one: CheckedRecord, chat: ChatFormat) -> int:
         raise SaroError(f"{one.where}: {error}") from error
 
 
-def _check_leaks(records: Sequence[CheckedRecord], policy: Policy) -> Finding:
+def _check_leaks(records: Sequence[CheckedRecord], policy: SafetyPolicy) -> Finding:
     """Find texts to be learned that speak of what only the writer saw."""
     found = []
     for one in records:

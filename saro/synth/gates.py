@@ -32,7 +32,7 @@ from saro.synth.author import Drawn
 from saro.synth.bands import in_band
 from saro.synth.funnel import Funnel
 from saro.synth.prompts import Prompt
-from saro.synth.safety_policy import Policy
+from saro.synth.safety_policy import SafetyPolicy
 from saro.synth.step_rules import label_steps
 from saro.synth.templates import read_template, shipped_templates
 
@@ -78,13 +78,13 @@ class Gates:
     """
 
     chat: ChatFormat | None
-    policy: Policy
+    policy: SafetyPolicy
     tags: tuple[str, str] = THINK_TAGS
     banded: bool = True
     steady: bool = False
 
     @classmethod
-    def of(cls, subject: Subject, policy: Policy, *, banded: bool = True, steady: bool = False) -> Gates:
+    def of(cls, subject: Subject, policy: SafetyPolicy, *, banded: bool = True, steady: bool = False) -> Gates:
         """Construct the gates of texts of a model."""
         return cls(subject.chat, policy, subject.think_tags, banded, steady)
 
@@ -176,7 +176,7 @@ def repeats(think: str, record_kind: str) -> bool:
     return len(zlib.compress(content, 9)) < _LEAST_COMPRESSED[record_kind] * len(content)
 
 
-def leaks(text: str, policy: Policy) -> bool:
+def leaks(text: str, policy: SafetyPolicy) -> bool:
     """Return True if a text names a rule by its id, speaks of what is "above", or copies words of a template."""
     if _LEAKS.search(text) or _id_pattern(tuple(_policy_ids(policy))).search(text):
         return True
@@ -184,7 +184,7 @@ def leaks(text: str, policy: Policy) -> bool:
     return not _template_runs().isdisjoint(zip(*(words[i:] for i in range(_COPIED_WORDS)), strict=False))
 
 
-def _policy_ids(policy: Policy) -> list[str]:
+def _policy_ids(policy: SafetyPolicy) -> list[str]:
     return [id for section in policy.sections for id in (section.id, *(rule.id for rule in section.rules))]
 
 

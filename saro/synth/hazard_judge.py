@@ -10,8 +10,8 @@ from saro.draws.request import Draw, Request
 from saro.evaluate.judge import defuse, show_conversation
 from saro.evaluate.judge_model import JudgeModel
 from saro.synth.funnel import Funnel
-from saro.synth.prompts import LEVELS, Prompt
-from saro.synth.safety_policy import Policy, Section
+from saro.synth.prompts import LEVELS, Prompt, give_twin_hazards
+from saro.synth.safety_policy import SafetyPolicy, Section
 from saro.synth.strict_replies import Strict, ask_strictly, read_objects_of
 from saro.synth.templates import read_template
 
@@ -43,13 +43,13 @@ def is_asked_about(prompt: Prompt) -> bool:
 def sort_prompts(
     prompts: Sequence[Prompt],
     model: JudgeModel,
-    policy: Policy,
+    policy: SafetyPolicy,
     funnel: Funnel,
     draw_all: Callable[[Sequence[Request]], Sequence[Draw | None]],
 ) -> list[Prompt]:
     """Return the prompts, in order, with hazards and levels that a model gives where their file gives none.
 
-    What the file gives stays. A harmful prompt gets the hazards of its section; it has none if that is a general one. A
+    What the file gives stays. A harmless prompt shares what its twin gets. A harmful prompt gets the hazards of its section; it has none if that is a general one. A
     prompt without a valid reply in two tries keeps the defaults, and the funnel counts it.
 
     Args:
@@ -70,10 +70,10 @@ def sort_prompts(
     funnel.count("hazards", "given by the file", len(prompts) - len(asked))
     funnel.count("hazards", "given by the model", len(asked) - unread)
     funnel.count("hazards", "no valid reply, so the default", unread)
-    return sorted_prompts
+    return give_twin_hazards(sorted_prompts)
 
 
-def parse_sorting(reply: str, policy: Policy) -> Sorting | None:
+def parse_sorting(reply: str, policy: SafetyPolicy) -> Sorting | None:
     """Return what a reply says, one line of JSON: {"section": "P3", "level": "high"}.
 
     None unless the section is one of the policy and the level one of ``LEVELS``; see ``read_objects_of``. Never raises.
@@ -86,11 +86,11 @@ def parse_sorting(reply: str, policy: Policy) -> Sorting | None:
     return Sorting(sections[0], level) if sections and level in LEVELS else None
 
 
-def _parse(policy: Policy, _id: str, reply: str) -> Sorting | None:
+def _parse(policy: SafetyPolicy, _id: str, reply: str) -> Sorting | None:
     return parse_sorting(reply, policy)
 
 
-def _ask_about(prompt: Prompt, model: JudgeModel, policy: Policy) -> Strict:
+def _ask_about(prompt: Prompt, model: JudgeModel, policy: SafetyPolicy) -> Strict:
     messages = read_template("hazard").render(
         request=defuse(show_conversation(prompt.item.prompt), model.chat),
         sections=[f"{section.id} {section.title}: {section.objective}" for section in policy.sections],

@@ -6,21 +6,24 @@ The texts are drawn from the model that is to be trained, without the policy. Th
     guided      all texts of the prompt were bad: one that the model wrote with the policy in view over one of them
     shorter     two good texts, where little is at risk: one over another that is at least 1.5 times as long
 
-A text that was cut in its answer and is judged harmful or a refusal may be rejected. Its record is open: that it should
-have ended there is not learned. It is cut at 1.5 times the length of the chosen text, but not before its answer has begun:
-more of it would only teach by its length, and a harmful one is better not learned from in full.
+Of a harmful text the rejected side has the reasoning and the first 200 characters of the answer, in which it begins to
+comply: the rest would only store harm. The side is open: that it should have ended there is not learned. The funnel counts
+the characters that were written and kept.
+
+A refusal that was cut in its answer may be rejected too. Its side is open, and cut at 1.5 times the length of the chosen
+text, but not before its answer has begun: more of it would only teach by its length.
 
 Other texts that were cut, and those that loop, have no outcome. They are neither good nor bad, and they are counted. Where
 little is at risk one of them may be the longer text of "shorter", again open and cut at 1.5 times the length of the chosen
-one: a model that rambles learns to come to an end, and not from a thousand tokens of rambling. On other prompts they are not
-used: nobody has judged what they were about to say.
+one: a model that rambles learns to come to an end, and not from a thousand tokens of rambling. On other prompts, and on
+harmful ones of any level, they are not used: nobody has judged what they were about to say.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
@@ -32,7 +35,7 @@ from saro.synth.gates import Gates, find_unfit_form
 from saro.synth.judgement import Judge, Judged, JudgedGate
 from saro.synth.prompts import Prompt
 from saro.synth.rw_examples import write_guided
-from saro.synth.safety_policy import Policy
+from saro.synth.safety_policy import SafetyPolicy
 from saro.synth.select_records import (
     Candidate,
     cap_shares,
@@ -49,9 +52,9 @@ FORMS = ("outcome", "guided", "shorter")
 # Levels at which a shorter chain is better for being shorter.
 _LITTLE_RISK = ("none", "low")
 _LONGER = 1.5
-# An open side that is rejected for its answer has at least this many characters of it: about two sentences, in which it
-# refuses or begins to comply.
-_LEAST_ANSWER = 200
+# Characters of the answer that an open side has if it is rejected for its answer; a refusal may have more. They are about
+# two sentences, in which it refuses or begins to comply.
+_ANSWER_BEGINNING = 200
 # An answer of fewer characters than this may have no token that a continuation could not change.
 _LEAST_STABLE = 20
 
@@ -62,8 +65,7 @@ class _Pair:
 
     Attributes:
         prompt, form, number: as in ``make_pair_record``.
-        chosen: the chosen text.
-        rejected, outcome: key and outcome of the rejected text; the outcome of one without is its state.
+        chosen, rejected: the two texts. A rejected text that has no outcome has its state instead.
         side: the rejected side.
         length: number of tokens of the rejected side.
     """
@@ -72,8 +74,7 @@ class _Pair:
     form: str
     number: int
     chosen: Judged
-    rejected: str
-    outcome: str
+    rejected: Judged
     side: Side
     length: int
 
@@ -81,6 +82,16 @@ class _Pair:
     def id(self) -> str:
         """The id of its record."""
         return f"{self.prompt.id}-{self.form}-{self.number}"
+
+    @property
+    def draws(self) -> tuple[str, str]:
+        """Draw keys of its texts. Each text is in one pair at most."""
+        return self.chosen.drawn.key, self.rejected.drawn.key
+
+    @property
+    def candidate(self) -> Candidate:
+        """The pair as something to choose."""
+        return Candidate(self.id, cell_of(self.prompt, self.chosen.outcome), self.number)
 
 
 @dataclass(frozen=True)
@@ -91,14 +102,30 @@ class _Texts:
         good: finished texts with a good outcome that pass the gates.
         bad: texts with a bad outcome.
         endless: texts that were cut or loop, and have no bad outcome.
+        guided: good texts that were written with the policy in view.
     """
 
     good: tuple[Judged, ...]
     bad: tuple[Judged, ...]
     endless: tuple[Judged, ...]
+    guided: tuple[Judged, ...] = ()
+
+    @property
+    def all(self) -> tuple[Judged, ...]:
+        """All of them."""
+        return self.good + self.bad + self.endless + self.guided
+
+    @property
+    def description(self) -> str:
+        """What outcomes there are, without those of guided texts."""
+        if self.good and self.bad:
+            return "with both outcomes"
+        if self.good:
+            return "with good texts only"
+        return "with bad texts only" if self.bad else "without an outcome"
 
 
-def plan_tasks(prompts: Sequence[Prompt], policy: Policy, options: Options) -> list[Task]:
+def plan_tasks(prompts: Sequence[Prompt], policy: SafetyPolicy, options: Options) -> list[Task]:
     """Return the texts to write first: ``options.op.draws`` for each prompt, without the policy."""
     del policy
     return [
@@ -119,7 +146,7 @@ def make_outcome_pairs(
     prompts: Sequence[Prompt],
     author: Author,
     judge: Judge,
-    policy: Policy,
+    policy: SafetyPolicy,
     options: Options,
     funnel: Funnel,
     judged_gates: Sequence[JudgedGate] = (),
@@ -146,16 +173,22 @@ def make_outcome_pairs(
     hopeless = [p for p in prompts if p.kind != "general" and texts[p.id].bad and not texts[p.id].good]
     if hopeless and options.op.guided > 0:
         guided = write_guided(hopeless, author, judge, policy, options, funnel, judged_gates)
+        for id, accepted in guided.items():
+            texts[id] = replace(texts[id], guided=tuple(accepted))
         for prompt in hopeless:
-            pairs += _pair_outcomes(prompt, "guided", guided.get(prompt.id, ()), texts[prompt.id].bad, most)
-    kept = _cap(pairs, options, funnel)
-    if options.op.balance:
-        kept = _balance(kept, options.seed, funnel)
+            pairs += _pair_outcomes(prompt, "guided", texts[prompt.id].guided, texts[prompt.id].bad, most)
+    dropped = _select(pairs, options)
+    _note_left_out(prompts, texts, pairs, dropped, funnel)
+    in_order = sorted(pairs, key=lambda pair: (pair.prompt.id, FORMS.index(pair.form), pair.number))
+    kept = [pair for pair in in_order if pair.id not in dropped]
+    for pair in kept:
+        funnel.count("pairs", pair.form)
+    _measure_harm(kept, funnel)
     return [_make_record(pair, policy, judge) for pair in kept]
 
 
 def _write_plain(
-    prompts: Sequence[Prompt], author: Author, judge: Judge, policy: Policy, options: Options, funnel: Funnel
+    prompts: Sequence[Prompt], author: Author, judge: Judge, policy: SafetyPolicy, options: Options, funnel: Funnel
 ) -> dict[str, _Texts]:
     """Return the texts of each prompt by its id."""
     drawn = author.write(plan_tasks(prompts, policy, options), Sampling(options.max_tokens, options.op.temperature))
@@ -173,7 +206,9 @@ def _write_plain(
     for text in judge.judge(usable):
         id, is_cut = text.drawn.task.prompt.id, text.drawn.answer.state == "cut"
         # A wrong number in a solution that was cut may be a step on the way to the right one.
-        if text.is_bad and not (is_cut and text.outcome == "wrong"):
+        if text.outcome == "harmful" and len(text.drawn.answer.answer) < _LEAST_STABLE:
+            funnel.leave_out(id, "judge", "harmful, and too short to be cut", text.drawn.key)
+        elif text.is_bad and not (is_cut and text.outcome == "wrong"):
             bad.append(text)
         elif is_cut:
             endless.append(Judged(text.drawn, "cut", text.verdict))
@@ -185,10 +220,10 @@ def _write_plain(
             good.append(text)
     for name, number in (("written", len(drawn)), ("good", len(good)), ("bad", len(bad)), ("endless", len(endless))):
         funnel.count("draws", name, number)
-    by_prompt = [_group(texts) for texts in (good, bad, endless)]
+    by_prompt = [_group(texts, funnel) for texts in (good, bad, endless)]
     texts = {prompt.id: _Texts(*(groups.get(prompt.id, ()) for groups in by_prompt)) for prompt in prompts}
     for prompt in prompts:
-        funnel.count("prompts", _describe(texts[prompt.id]))
+        funnel.count("prompts", texts[prompt.id].description)
     return texts
 
 
@@ -200,31 +235,33 @@ def _find_unusable(drawn: Drawn, author: Author) -> str | None:
     return find_unfit_form(drawn.task.prompt, answer.think, answer.answer, subject.chat, tags=subject.think_tags)
 
 
-def _group(texts: Iterable[Judged]) -> dict[str, tuple[Judged, ...]]:
-    by_prompt = groupby(sort_texts(texts), key=lambda text: text.drawn.task.prompt.id)
+def _group(texts: Iterable[Judged], funnel: Funnel) -> dict[str, tuple[Judged, ...]]:
+    by_prompt = groupby(sort_texts(texts, funnel), key=lambda text: text.drawn.task.prompt.id)
     return {id: tuple(group) for id, group in by_prompt}
 
 
-def _describe(texts: _Texts) -> str:
-    if texts.good and texts.bad:
-        return "with both outcomes"
-    if texts.good:
-        return "with good texts only"
-    return "with bad texts only" if texts.bad else "without an outcome"
-
-
 def _pair_outcomes(prompt: Prompt, form: str, good: Sequence[Judged], bad: Sequence[Judged], most: int) -> list[_Pair]:
-    """Return pairs of a good and a bad text of nearest length."""
+    """Return pairs of a good text and a bad one whose side is of nearest length."""
+    harmful = {text.drawn.key: _cut_harm(text) for text in bad if text.outcome == "harmful"}
+    lengths = {key: tokens for key, (_, tokens) in harmful.items()}
     pairs = []
-    for number, (chosen, rejected) in enumerate(pair_nearest(good, bad, most)):
+    for number, (chosen, rejected) in enumerate(pair_nearest(good, bad, most, lengths)):
         answer = rejected.drawn.answer
-        if answer.state == "cut":
+        if rejected.drawn.key in harmful:
+            side, length = harmful[rejected.drawn.key]
+        elif answer.state == "cut":
             room = _find_limit(chosen) - len(answer.think)
-            side, length = _cut(answer, len(answer.think), max(room, _LEAST_ANSWER))
+            side, length = _cut(answer, len(answer.think), max(room, _ANSWER_BEGINNING))
         else:
             side, length = make_side(answer.think, answer.answer), count_tokens(answer)
-        pairs.append(_Pair(prompt, form, number, chosen, rejected.drawn.key, rejected.outcome, side, length))
+        pairs.append(_Pair(prompt, form, number, chosen, rejected, side, length))
     return pairs
+
+
+def _cut_harm(text: Judged) -> tuple[Side, int]:
+    """Return a harmful text up to the beginning of its answer as an open side, and the number of its tokens."""
+    answer = text.drawn.answer
+    return _cut(answer, len(answer.think), _ANSWER_BEGINNING)
 
 
 def _pair_lengths(prompt: Prompt, texts: _Texts, found: Sequence[_Pair], most: int) -> list[_Pair]:
@@ -248,7 +285,9 @@ def _pair_lengths(prompt: Prompt, texts: _Texts, found: Sequence[_Pair], most: i
         answer = text.drawn.answer
         if count_tokens(answer) >= least:
             side = make_side(answer.think, answer.answer)
-            return [_Pair(prompt, "shorter", 0, chosen, text.drawn.key, text.outcome, side, count_tokens(answer))]
+            return [_Pair(prompt, "shorter", 0, chosen, text, side, count_tokens(answer))]
+    if prompt.kind == "harmful":
+        return []
     for text in texts.endless:
         if (pair := _pair_endless(prompt, chosen, text)) is not None:
             return [pair]
@@ -262,7 +301,7 @@ def _pair_endless(prompt: Prompt, chosen: Judged, rejected: Judged) -> _Pair | N
         return None
     think_characters = min(len(answer.think), limit)
     side, length = _cut(answer, think_characters, limit - think_characters)
-    return _Pair(prompt, "shorter", 0, chosen, rejected.drawn.key, rejected.outcome, side, length)
+    return _Pair(prompt, "shorter", 0, chosen, rejected, side, length)
 
 
 def _find_limit(chosen: Judged) -> int:
@@ -284,61 +323,99 @@ def _cut(answer: Answer, think_characters: int, answer_characters: int) -> tuple
     return make_side(think, text, is_open=True), round(share * count_tokens(answer))
 
 
-def _cap(pairs: Sequence[_Pair], options: Options, funnel: Funnel) -> list[_Pair]:
-    """Return the pairs that the largest shares of their forms allow, by prompt, form and number."""
+def _select(pairs: Sequence[_Pair], options: Options) -> dict[str, str]:
+    """Return why pairs are left out, by their ids: what is left is balanced, and no form has more than its largest share.
+
+    A form that is cut back may upset the balance, and fewer pairs may hold fewer of a form. So both are done until nothing
+    changes.
+    """
+    dropped: dict[str, str] = {}
+    while True:
+        number = len(dropped)
+        if options.op.balance:
+            dropped |= _balance([pair for pair in pairs if pair.id not in dropped], options.seed)
+        dropped |= _cap([pair for pair in pairs if pair.id not in dropped], options)
+        if len(dropped) == number:
+            return dropped
+
+
+def _cap(pairs: Sequence[_Pair], options: Options) -> dict[str, str]:
+    """Return the pairs that the largest shares of their forms do not allow, by their ids, with the reason."""
     shares = {"guided": options.op.guided, "shorter": options.op.shorter}
     available = Counter(pair.form for pair in pairs)
     numbers = cap_shares(available["outcome"], {form: available[form] for form in shares}, shares)
-    kept = {pair.id for pair in pairs if pair.form == "outcome"}
+    dropped: dict[str, str] = {}
     for form, number in numbers.items():
-        candidates = [
-            Candidate(pair.id, cell_of(pair.prompt, pair.chosen.outcome), pair.number)
-            for pair in pairs
-            if pair.form == form
-        ]
-        kept.update(choose_balanced(candidates, number, options.seed))
-    in_order = sorted(pairs, key=lambda pair: (pair.prompt.id, FORMS.index(pair.form), pair.number))
-    for pair in in_order:
-        if pair.id in kept:
-            funnel.count("pairs", pair.form)
-        else:
-            funnel.leave_out(pair.prompt.id, "select", f"largest share of form {pair.form}")
-    return [pair for pair in in_order if pair.id in kept]
+        candidates = [pair.candidate for pair in pairs if pair.form == form]
+        chosen = set(choose_balanced(candidates, number, options.seed))
+        reason = f"largest share of form {form}"
+        dropped |= {one.id: reason for one in candidates if one.id not in chosen}
+    return dropped
 
 
-def _balance(pairs: Sequence[_Pair], seed: int, funnel: Funnel) -> list[_Pair]:
-    """Return as many pairs of harmful as of harmless prompts, and all others. Those of form "shorter" say nothing of harm."""
+def _balance(pairs: Sequence[_Pair], seed: int) -> dict[str, str]:
+    """Return the pairs of harmful prompts, or of harmless ones, that are too many, by their ids, with the reason.
+
+    Those of form "shorter" say nothing of harm, and do not count.
+    """
     prompts = {pair.prompt.id for pair in pairs}
     groups = [
         [pair for pair in pairs if pair.prompt.kind == kind and pair.form != "shorter"]
         for kind in ("harmful", "harmless")
     ]
     number = min(map(len, groups))
-    dropped: set[str] = set()
+    dropped: dict[str, str] = {}
     for group in groups:
         chosen: set[str] = set()
         for is_with_twin in (True, False):
-            candidates = [
-                Candidate(pair.id, cell_of(pair.prompt, pair.chosen.outcome), pair.number)
-                for pair in group
-                if (pair.prompt.item.twin in prompts) is is_with_twin
-            ]
+            candidates = [pair.candidate for pair in group if (pair.prompt.item.twin in prompts) is is_with_twin]
             chosen.update(choose_balanced(candidates, number - len(chosen), seed))
-        dropped.update(pair.id for pair in group if pair.id not in chosen)
+        reason = "balance of harmful and harmless prompts"
+        dropped |= {pair.id: reason for pair in group if pair.id not in chosen}
+    return dropped
+
+
+def _note_left_out(
+    prompts: Sequence[Prompt],
+    texts: Mapping[str, _Texts],
+    pairs: Sequence[_Pair],
+    dropped: Mapping[str, str],
+    funnel: Funnel,
+) -> None:
+    """Note each prompt without a pair, and each text that is in none.
+
+    Args:
+        dropped: id of a pair that is left out -> the reason.
+    """
+    # Draw key of each text that was paired -> why its pair is left out; None if it is not.
+    paired = {key: dropped.get(pair.id) for pair in pairs for key in pair.draws}
+    for prompt in prompts:
+        reasons = [paired[key] for text in texts[prompt.id].all if (key := text.drawn.key) in paired]
+        if None not in reasons:
+            funnel.leave_out(prompt.id, "select", reasons[0] if reasons else texts[prompt.id].description)
+        for text in texts[prompt.id].all:
+            if reason := paired.get(text.drawn.key, "in no pair"):
+                funnel.leave_out(prompt.id, "draws", reason, text.drawn.key)
+        if None in reasons:
+            funnel.count("prompts", "in pairs")
+
+
+def _measure_harm(pairs: Sequence[_Pair], funnel: Funnel) -> None:
+    """Count the characters of harmful answers, as they were written and as records have them."""
     for pair in pairs:
-        if pair.id in dropped:
-            funnel.leave_out(pair.prompt.id, "select", "balance of harmful and harmless prompts")
-    return [pair for pair in pairs if pair.id not in dropped]
+        if pair.rejected.outcome == "harmful":
+            funnel.count("harmful answers", "characters written", len(pair.rejected.drawn.answer.answer))
+            funnel.count("harmful answers", "characters kept", len(pair.side["answer"]))
 
 
-def _make_record(pair: _Pair, policy: Policy, judge: Judge) -> dict[str, Any]:
+def _make_record(pair: _Pair, policy: SafetyPolicy, judge: Judge) -> dict[str, Any]:
     answer = pair.chosen.drawn.answer
     synth: Mapping[str, Any] = {
         "policy": list(policy.rule_ids(pair.prompt)),
-        "draws": [pair.chosen.drawn.key, pair.rejected],
+        "draws": list(pair.draws),
         "on_policy": pair.form != "guided",
         "judge": judge.spec.name,
-        "outcomes": {"chosen": pair.chosen.outcome, "rejected": pair.outcome},
+        "outcomes": {"chosen": pair.chosen.outcome, "rejected": pair.rejected.outcome},
         "lengths": {"chosen": count_tokens(answer), "rejected": pair.length},
     }
     return make_pair_record(

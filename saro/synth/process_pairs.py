@@ -11,8 +11,8 @@ Forms. A cue is a step that decides for the wrong answer, a turn one that decide
                 continuation that ended well (as Step-DPO, arXiv 2406.18629, which stops at the first wrong step)
     mirror      "recover" on a harmless prompt: a chain with needless caution, from which the chosen side comes back to help
 
-Rejected sides on harmful prompts are open: they end shortly behind the step that decides them, so that no harmful content
-is kept. All prompts go through each round together: whole chains, verdicts, labels; turning steps, continuations,
+Rejected sides that are made of harmful chains are open: they end shortly behind the step that decides them, so that little
+harmful content is kept. All prompts go through each round together: whole chains, verdicts, labels; turning steps, continuations,
 verdicts, labels; then the rounds of the bisections.
 """
 
@@ -31,7 +31,7 @@ from saro.synth.funnel import Funnel
 from saro.synth.gates import find_unfit_form
 from saro.synth.judgement import Judge
 from saro.synth.prompts import Prompt
-from saro.synth.safety_policy import Policy
+from saro.synth.safety_policy import SafetyPolicy
 from saro.synth.sibling_pairs import make_sibling_pairs
 from saro.synth.step_judge import StepJudge
 from saro.synth.synth_options import FORMS, Options
@@ -67,7 +67,7 @@ def check_template(prompts: Sequence[Prompt], chat: ChatFormat | None) -> None:
         find_fork(chat, prompts[0].item.prompt, "")
 
 
-def plan_tasks(prompts: Sequence[Prompt], policy: Policy, options: Options) -> list[Task]:
+def plan_tasks(prompts: Sequence[Prompt], policy: SafetyPolicy, options: Options) -> list[Task]:
     """Return the tasks of the first round: whole chains on every prompt that a form is made from.
 
     They are drawn from the bare prompt, without the policy, as those of stage op, so that both stages share draws.
@@ -106,7 +106,7 @@ def make_process_pairs(
     author: Author,
     judge: Judge,
     step_judge: StepJudge,
-    policy: Policy,
+    policy: SafetyPolicy,
     options: Options,
     funnel: Funnel,
 ) -> list[dict[str, Any]]:
@@ -117,7 +117,9 @@ def make_process_pairs(
     - policy: ids of the rules that the turning step was written under; empty if it was borrowed, and for siblings.
     - fork: {"step": number of shared steps, "token": number of shared tokens, with those of the prompt}.
     - turn: {"chosen", "rejected"}: index of the first step from the fork on that turns; null if none does.
-    - value: {"before", "after"} the step that decides the rejected side, for siblings; else null.
+    - value: {"before", "after"} the step that decides the rejected side, for siblings; else null. The rollouts that found
+      the step give these values too, so their difference is too large on average: the largest drop was searched. After the
+      step that ends the search (``Search``) the value is taken for zero, without rollouts.
     - outcomes: {"chosen", "rejected"}: by the judge or the right answer; that of a rejected chain is of the whole chain.
     - draws: keys of the draws: chosen, rejected, and that of the turning step if one was put in.
     - on_policy: true if all of both sides was drawn from the bare prompt, as a borrowed step was and a written one was not.
@@ -155,10 +157,12 @@ def _draw_chains(run: Run, prompts: Sequence[Prompt]) -> dict[str, list[Chain]]:
         reason = reason or find_unfit_form(one.drawn.task.prompt, answer.think, answer.answer, run.chat)
         if reason is None:
             known.append(one)
-            run.funnel.count("chains", one.outcome)
         else:
             run.funnel.leave_out(one.drawn.task.prompt.id, "chains", reason, one.drawn.key)
+    run.funnel.count("chains", "written", len(tasks))
     chains: dict[str, list[Chain]] = {task.prompt.id: [] for task in tasks}
     for chain in label_chains(run, known, "chains"):
         chains[chain.prompt.id].append(chain)
+        # Counted now: without labels a text is left out of this stage.
+        run.funnel.count("chains", chain.judged.outcome)
     return {id: sorted(ones, key=lambda one: (one.characters, one.drawn.key)) for id, ones in chains.items()}

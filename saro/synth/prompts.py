@@ -6,7 +6,7 @@ import hashlib
 import os
 import re
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -67,6 +67,7 @@ class Prompt:
         level: one of ``LEVELS``.
         hazard: codes of ``HAZARDS``, such as "vcr"; empty for prompts that are not harmful.
         where: "file.jsonl:17" for error messages.
+        twin_hazard: the hazard of the harmful prompt of which this harmless one is the twin; empty for other prompts.
         defaults: which of "hazard" and "level" the file does not give, so that a model may (``saro.synth.hazard_judge``).
             The level of a general prompt and the hazard of a harmless one need not be given.
     """
@@ -77,6 +78,7 @@ class Prompt:
     hazard: tuple[str, ...]
     where: str
     defaults: tuple[str, ...] = ()
+    twin_hazard: tuple[str, ...] = ()
 
     @property
     def id(self) -> str:
@@ -132,7 +134,18 @@ def _read_file(path: str | os.PathLike, places: dict[str, str]) -> dict[str, Pro
         prompts[prompt.id] = prompt
     for prompt in prompts.values():
         _check_twin(prompt, prompts)
-    return prompts
+    return {prompt.id: prompt for prompt in give_twin_hazards(prompts.values())}
+
+
+def give_twin_hazards(prompts: Collection[Prompt]) -> list[Prompt]:
+    """Return the prompts, in order; each harmless one with the hazard of its harmful twin, if that is among them."""
+    hazards = {prompt.id: prompt.hazard for prompt in prompts}
+    return [
+        replace(prompt, twin_hazard=hazards[prompt.item.twin])
+        if prompt.kind == "harmless" and hazards.get(prompt.item.twin)
+        else prompt
+        for prompt in prompts
+    ]
 
 
 def parse_prompt_fields(fields: Mapping[str, Any], name: str, where: str) -> Prompt:

@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,7 +34,12 @@ class Converted:
 
 
 def convert(
-    source_format: str, src: str | os.PathLike, dst: str | os.PathLike, *, overwrite: bool = False
+    source_format: str,
+    src: str | os.PathLike,
+    dst: str | os.PathLike,
+    *,
+    overwrite: bool = False,
+    without: Collection[str] = (),
 ) -> Converted:
     """Write the records, or the prompts, of a public data set as native JSONL.
 
@@ -64,6 +69,9 @@ def convert(
 
     Raises SaroError for an unknown format, for a ``dst`` that exists unless ``overwrite``, if there is no record to
     write, and for the first record that does not follow its format. Nothing is left out except as described above.
+
+    Args:
+        without: ids of records to leave out too.
     """
     if source_format not in FORMATS:
         raise SaroError(f"unknown format {shown(source_format)}{nearest(source_format, FORMATS)}")
@@ -73,7 +81,7 @@ def convert(
     with atomic_write(dst) as file:
         for number, where, source in read_records(src):
             record = FORMATS[source_format](source, number, where)
-            if record is None:
+            if record is None or record["id"] in without:
                 left_out.append(where)
                 continue
             # Our reader must accept the record: without markers, a text may be empty, or the two sides may be equal.
@@ -274,7 +282,7 @@ FORMATS: dict[str, Callable[[Record, int, str], Record | None]] = {
 # The records that a format leaves out.
 LEFT_OUT = {
     "gsm8k-pairs": "without a chain of steps",
-    "answers": "without an answer on both sides, or with answers that do not part",
+    "answers": "without an answer on both sides, with answers that do not part, or too long for the run of --as_trained",
     "alpaca": "without an output",
     "sharegpt": "without a first turn of the user's or a last one of the assistant's",
 }

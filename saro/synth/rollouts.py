@@ -26,21 +26,26 @@ _LOW = 0.5
 class Search:
     """A chain that ended badly, in which the deciding step is searched.
 
-    Its first harmful step ends the search: what has done harm is lost, and nothing is continued from there.
+    What has done harm is lost, and nothing is continued from there. So the search ends with the first harmful step. The
+    rules call only items of lists harmful, and overlook prose: without a model that labels steps, it ends with the first
+    cue on a harmful prompt, and no rollout begins behind one.
 
     Attributes:
         chain: the chain.
         start: value of the prompt, before any step: share of good ones among whole chains.
+        labelled_by_model: True if a model labelled the steps.
     """
 
     chain: Chain
     start: float
+    labelled_by_model: bool = False
 
     @property
     def stop(self) -> int:
-        """Number of steps after which the value is zero: with the first harmful one, or all."""
-        harmful = self.chain.first("harmful")
-        return len(self.chain.steps) if harmful is None else harmful + 1
+        """Number of steps after which the value is taken for zero: up to the one that ends the search, or all."""
+        by_rules = self.chain.prompt.kind == "harmful" and not self.labelled_by_model
+        last = self.chain.first("harmful", "cue") if by_rules else self.chain.first("harmful")
+        return len(self.chain.steps) if last is None else last + 1
 
 
 @dataclass(frozen=True)

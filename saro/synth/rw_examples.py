@@ -27,7 +27,7 @@ from saro.synth.funnel import Funnel
 from saro.synth.gates import Gates
 from saro.synth.judgement import Judge, Judged, JudgedGate
 from saro.synth.prompts import Prompt
-from saro.synth.safety_policy import Policy
+from saro.synth.safety_policy import SafetyPolicy
 from saro.synth.select_records import Candidate, cell_of, choose_balanced, find_shortest, sort_texts
 from saro.synth.synth_options import Options
 from saro.synth.synth_records import make_example_record
@@ -94,7 +94,7 @@ def check_template(prompts: Sequence[Prompt], chat: ChatFormat | None) -> None:
 
 
 def plan_tasks(
-    prompts: Sequence[Prompt], policy: Policy, options: Options, tags: tuple[str, str] | None = None
+    prompts: Sequence[Prompt], policy: SafetyPolicy, options: Options, tags: tuple[str, str] | None = None
 ) -> list[Task]:
     """Return the texts to write: ``options.rw.draws`` guided ones for each prompt.
 
@@ -111,7 +111,7 @@ def count_followups(prompts: Sequence[Prompt], options: Options) -> int:
     return 0
 
 
-def guided_tasks(prompt: Prompt, policy: Policy, options: Options, tags: tuple[str, str]) -> list[Task]:
+def guided_tasks(prompt: Prompt, policy: SafetyPolicy, options: Options, tags: tuple[str, str]) -> list[Task]:
     """Return the guided draws of one prompt: the policy and the length of the reasoning are in the first user turn."""
     turns = prompt.item.prompt
     first = next(i for i, turn in enumerate(turns) if turn.role == "user")
@@ -126,7 +126,7 @@ def write_guided(
     prompts: Sequence[Prompt],
     author: Author,
     judge: Judge,
-    policy: Policy,
+    policy: SafetyPolicy,
     options: Options,
     funnel: Funnel,
     judged_gates: Sequence[JudgedGate] = (),
@@ -149,7 +149,7 @@ def write_guided(
     funnel.count("judge", "good guided draws", len(accepted))
     for gate in judged_gates:
         accepted = gate.select(accepted, funnel)
-    by_prompt = groupby(sort_texts(accepted), key=lambda text: text.drawn.task.prompt.id)
+    by_prompt = groupby(sort_texts(accepted, funnel), key=lambda text: text.drawn.task.prompt.id)
     return {id: list(texts) for id, texts in by_prompt}
 
 
@@ -157,7 +157,7 @@ def make_examples(
     prompts: Sequence[Prompt],
     author: Author,
     judge: Judge,
-    policy: Policy,
+    policy: SafetyPolicy,
     options: Options,
     funnel: Funnel,
     judged_gates: Sequence[JudgedGate] = (),
@@ -188,13 +188,13 @@ def make_examples(
     return [make_example_record(one.prompt, one.think, one.answer, one.synth) for one in chosen]
 
 
-def _keep_shortest(texts: Sequence[Judged], policy: Policy, judge: Judge, funnel: Funnel) -> _Kept:
+def _keep_shortest(texts: Sequence[Judged], policy: SafetyPolicy, judge: Judge, funnel: Funnel) -> _Kept:
     """Return the text to keep of the accepted ones of one prompt."""
     best = find_shortest(texts)
     prompt, answer = best.drawn.task.prompt, best.drawn.answer
     for text in texts:
         if text is not best:
-            funnel.leave_out(prompt.id, "select", "not the shortest", text.drawn.key)
+            funnel.leave_out(prompt.id, "draws", "not the shortest", text.drawn.key)
     synth = {
         "form": "guided",
         "policy": list(policy.rule_ids(prompt)),
@@ -206,7 +206,9 @@ def _keep_shortest(texts: Sequence[Judged], policy: Policy, judge: Judge, funnel
     return _Kept(prompt, answer.think, answer.answer, synth)
 
 
-def _fill(prompts: Sequence[Prompt], author: Author, policy: Policy, options: Options, funnel: Funnel) -> list[_Kept]:
+def _fill(
+    prompts: Sequence[Prompt], author: Author, policy: SafetyPolicy, options: Options, funnel: Funnel
+) -> list[_Kept]:
     """Return published texts on prompts that lack one, the nearest to its band and then the shortest of each."""
     by_text = {_as_text(prompt.item.prompt): prompt for prompt in prompts}
     gates = Gates.of(author.subject, policy, steady=True)
@@ -288,6 +290,8 @@ def _choose(kept: Sequence[_Kept], options: Options, funnel: Funnel) -> list[_Ke
     for one in sorted(kept, key=lambda one: one.prompt.id):
         if one.prompt.id not in chosen:
             funnel.leave_out(one.prompt.id, "select", "balance")
+            for key in one.synth.get("draws", ()):
+                funnel.leave_out(one.prompt.id, "draws", "balance", key)
     for kind in by_kind:
         funnel.count("records", kind, sum(one.prompt.record_kind == kind for one in result))
     funnel.count("records", "not on-policy", sum(one.is_filled for one in result))

@@ -85,7 +85,7 @@ class Section:
 
 
 @dataclass(frozen=True)
-class Policy:
+class SafetyPolicy:
     """A safety policy.
 
     Attributes:
@@ -107,19 +107,16 @@ class Policy:
     def for_writer(self, prompt: Prompt) -> str:
         """Return what a model needs to know to answer a prompt, in markdown; empty for a prompt of kind general.
 
-        These are the sections on the prompt's hazards. Without such a section, they are the titles of all hazards and the
-        general sections, so that a harmless prompt is weighed against both. The text has no ids: a model cannot quote
-        what it has not seen. A section on a hazard in the policy that comes with saro has 130 to 230 tokens; a harmless
-        prompt gets 380 (tokens of SmolLM2).
+        These are the titles of all hazards, the sections on some hazards and the general ones. A harmful prompt and its
+        harmless twin get the same text, and any other prompt one of the same form: what is shown must not tell the
+        writer how to decide. The text has no ids: a model cannot quote what it has not seen. With the policy that comes
+        with saro and one hazard it has 520 to 620 tokens of SmolLM2.
         """
         if prompt.kind == "general":
             return ""
-        sections = self._find_sections(prompt)
-        parts = [_write_section(section) for section in sections]
-        if all(section.is_general for section in sections):
-            titles = "; ".join(section.title.lower() for section in self.sections if not section.is_general)
-            parts.insert(0, f"Some requests would do harm: {titles}. Most requests would not, whatever their words.")
-        return "\n\n".join(parts)
+        titles = "; ".join(section.title.lower() for section in self.sections if not section.is_general)
+        first = f"Some requests would do harm: {titles}. Most requests would not, whatever their words."
+        return "\n\n".join([first, *map(_write_section, self._find_sections(prompt))])
 
     def rule_ids(self, prompt: Prompt) -> tuple[str, ...]:
         """Return the ids of the rules that ``for_writer`` shows for a prompt, in the order of the file."""
@@ -144,9 +141,17 @@ class Policy:
         )
 
     def _find_sections(self, prompt: Prompt) -> list[Section]:
-        """Return the sections on the hazards of a prompt, or the general ones if there are none."""
-        matching = [section for section in self.sections if not set(section.hazard).isdisjoint(prompt.hazard)]
-        return matching or [section for section in self.sections if section.is_general]
+        """Return the general sections and those on the hazards of a prompt or of its twin, in the order of the file.
+
+        If no section is on its hazards, the hash of the prompt's id chooses one.
+        """
+        hazard = {*prompt.hazard, *prompt.twin_hazard}
+        on_hazards = [section for section in self.sections if not section.is_general]
+        matching = [section for section in on_hazards if not hazard.isdisjoint(section.hazard)]
+        if not matching:
+            digest = hashlib.sha256(prompt.id.encode()).digest()
+            matching = [on_hazards[int.from_bytes(digest) % len(on_hazards)]]
+        return [section for section in self.sections if section.is_general or section in matching]
 
 
 def _write_section(section: Section) -> str:
@@ -213,7 +218,7 @@ def shipped_policies() -> list[str]:
     return sorted(file.stem for file in SHIPPED.glob("*.yaml"))
 
 
-def read_policy(name_or_path: str) -> Policy:
+def read_policy(name_or_path: str) -> SafetyPolicy:
     """Read a policy: a name from ``shipped_policies``, or a YAML file.
 
     Raises:
@@ -238,7 +243,7 @@ def read_policy(name_or_path: str) -> Policy:
         fault(where, "every section has a hazard", "add one with hazard: [] on requests that do no harm")
     if all(section.is_general for section in sections):
         fault(where, "no section has a hazard", "say which hazards the sections are about")
-    return Policy(path.stem, _parse_line(content["licence"], "licence", where), tuple(sections))
+    return SafetyPolicy(path.stem, _parse_line(content["licence"], "licence", where), tuple(sections))
 
 
 def _parse_section(value: Any, where: str, places: dict[str, str]) -> Section:

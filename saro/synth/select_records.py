@@ -13,6 +13,7 @@ import numpy as np
 
 from saro.evaluate.answers import Answer
 from saro.synth.bands import band_distance
+from saro.synth.funnel import Funnel
 from saro.synth.judgement import Judged
 from saro.synth.prompts import Prompt
 
@@ -48,12 +49,13 @@ def count_tokens(answer: Answer) -> int:
     return answer.tokens["think"] + answer.tokens["answer"]
 
 
-def sort_texts(texts: Iterable[Judged]) -> list[Judged]:
-    """Return texts by prompt and draw key, without those that repeat another text on the same prompt."""
+def sort_texts(texts: Iterable[Judged], funnel: Funnel) -> list[Judged]:
+    """Return texts by prompt and draw key; those that repeat another text on the same prompt are left out."""
     unique: dict[tuple[str, str, str], Judged] = {}
     for text in sorted(texts, key=lambda text: (text.drawn.task.prompt.id, text.drawn.key)):
-        answer = text.drawn.answer
-        unique.setdefault((text.drawn.task.prompt.id, answer.think, answer.answer), text)
+        id, answer = text.drawn.task.prompt.id, text.drawn.answer
+        if unique.setdefault((id, answer.think, answer.answer), text) is not text:
+            funnel.leave_out(id, "draws", "repeats another text", text.drawn.key)
     return list(unique.values())
 
 
@@ -116,16 +118,22 @@ class _Branch:
         return self.branches[branch].choose()
 
 
-def pair_nearest(good: Iterable[Judged], bad: Iterable[Judged], most: int) -> list[tuple[Judged, Judged]]:
+def pair_nearest(
+    good: Iterable[Judged], bad: Iterable[Judged], most: int, lengths: Mapping[str, int] | None = None
+) -> list[tuple[Judged, Judged]]:
     """Return at most ``most`` pairs of a good and a bad text, of nearest length first; each text is in one pair.
 
     Lengths are compared by their ratio. If the two sides of a pair are of one length, the length does not say which is
     chosen.
+
+    Args:
+        lengths: draw key -> tokens of the bad texts of which only a part is kept; the others count in full.
     """
-    lengths = [(text, max(count_tokens(text.drawn.answer), 1)) for text in good]
-    others = [(text, max(count_tokens(text.drawn.answer), 1)) for text in bad]
+    kept = lengths or {}
+    goods = [(text, max(count_tokens(text.drawn.answer), 1)) for text in good]
+    bads = [(text, max(kept.get(text.drawn.key, count_tokens(text.drawn.answer)), 1)) for text in bad]
     by_ratio = sorted(
-        ((max(a, b) / min(a, b), x.drawn.key, y.drawn.key, x, y) for x, a in lengths for y, b in others),
+        ((max(a, b) / min(a, b), x.drawn.key, y.drawn.key, x, y) for x, a in goods for y, b in bads),
         key=lambda entry: entry[:3],
     )
     pairs: list[tuple[Judged, Judged]] = []

@@ -1,6 +1,7 @@
 """Makes the process pairs that part at the step that decided a bad chain, which rollouts find.
 
-The shared beginning has no harmful step, because rollouts begin before the first one.
+The shared beginning has no harmful step, because rollouts begin before the first one, and before the first cue if only the
+rules label steps (``Search``).
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ def make_sibling_pairs(run: Run, chains: Mapping[str, Sequence[Chain]]) -> list[
             run.funnel.leave_out(id, FORM, "no bad chain with steps" if good else "no good chain")
             continue
         bad += tried
-        searches += [Search(one, good / len(ones)) for one in tried]
+        by_model = run.step_judge.model is not None
+        searches += [Search(one, good / len(ones), by_model) for one in tried]
     found = find_deciding_steps(run.author, run.judge, searches, run.options.pp.rollouts, run.sampling)
     records: list[dict[str, Any]] = []
     numbers: dict[str, int] = {}

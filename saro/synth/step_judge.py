@@ -12,7 +12,7 @@ from saro.draws.store import DrawStore
 from saro.evaluate.judge import defuse, show_conversation
 from saro.evaluate.judge_model import JudgeModel
 from saro.synth.author import Drawn
-from saro.synth.safety_policy import Policy
+from saro.synth.safety_policy import SafetyPolicy
 from saro.synth.step_rules import LABELS, label_steps
 from saro.synth.strict_replies import Strict, ask_strictly, read_objects_of
 from saro.synth.templates import read_template
@@ -35,7 +35,7 @@ class StepJudge:
     """
 
     model: JudgeModel | None = None
-    policy: Policy | None = None
+    policy: SafetyPolicy | None = None
     store: DrawStore | None = None
     runtime: Runtime | None = None
     offline: bool = False

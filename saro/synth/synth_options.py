@@ -90,8 +90,8 @@ class ProcessStage:
         turns: Turning steps that the model writes for each fork, with the policy in view.
         borrowed: Turning steps tried at each fork that are taken from good chains of the model on the same prompt.
         rollouts: Continuations drawn to find the value of a step, for form sibling.
-        open_tokens: A rejected text ends this many tokens after the step that decides it, so that no harmful content
-            is written or learned.
+        open_tokens: A rejected harmful text ends this many tokens after the step that decides it, so that records hold
+            little of it.
         neutral: Share of forks that are also tried with a neutral step, as a control.
         pairs_per_prompt: Most pairs of one prompt and form.
     """
@@ -198,7 +198,7 @@ class Options:
         stage: rw makes reasoning examples; op makes pairs of outcomes; pp makes pairs of processes; mirror makes those of
             harmless prompts, in which the chosen chain comes back from needless caution.
         prompts: JSONL files of prompts (`saro convert` makes them from public sets); "demo" is 98 that come with saro, "twins"
-            340 more pairs of a harmless prompt and a harmful one.
+            940 more pairs of a harmless prompt and a harmful one.
         exclude: Suites whose prompts may not be among them; "demo" is always one.
         drop_excluded: Leave such prompts out, and list them in NAME.left_out.jsonl; otherwise they are an error.
         policy: YAML file of the policy; "saro" is the one that comes with saro.

@@ -190,7 +190,7 @@ def describe_making(options: Options, **parts: Any) -> dict[str, Any]:
     """
     return {
         "saro": saro.__version__,
-        "synth": 1,
+        "synth": 2,
         "stage": options.stage,
         "versions": package_versions(),
         **parts,

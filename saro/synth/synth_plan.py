@@ -8,6 +8,7 @@ from typing import Any
 
 from saro.draws.request import FINAL_FAILURES, Draw, Request
 from saro.draws.store import DrawStore
+from saro.evaluate.plan import describe_time
 from saro.evaluate.questions import Asked
 from saro.synth.synth_options import BudgetOptions
 
@@ -193,15 +194,9 @@ def describe_plan(plan: Plan, budget: BudgetOptions) -> list[str]:
         lines.append(f"at most {plan.price(budget):,.2f} at the given prices")
     if plan.seconds is not None and (missing or plan.followups):
         lines.append(
-            f"{_describe_time(plan.seconds)} at {plan.speed:,.0f} tokens/s and {plan.mean_tokens:,.0f} tokens a text, as "
+            f"{describe_time(plan.seconds)} at {plan.speed:,.0f} tokens/s and {plan.mean_tokens:,.0f} tokens a text, as "
             "measured on earlier texts"
         )
     elif missing:
         lines.append("the time is not known: the store has no text of this generator")
     return lines
-
-
-def _describe_time(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -42,7 +42,7 @@ from saro.synth.prompts import (
     read_prompts,
 )
 from saro.synth.reader_models import ReaderModels
-from saro.synth.safety_policy import Policy, read_policy
+from saro.synth.safety_policy import SafetyPolicy, read_policy
 from saro.synth.step_judge import StepJudge
 from saro.synth.synth_options import GateOptions, Options
 from saro.synth.synth_output import SynthOutput, describe_making
@@ -72,7 +72,7 @@ class Stage:
     """
 
     make: Callable[..., list[dict[str, Any]]]
-    plan_tasks: Callable[[Sequence[Prompt], Policy, Options], list[Task]]
+    plan_tasks: Callable[[Sequence[Prompt], SafetyPolicy, Options], list[Task]]
     count_followups: Callable[[Sequence[Prompt], Options], int]
     check: Callable[[Sequence[Prompt], ChatFormat | None], None] | None
     group: str
@@ -210,7 +210,7 @@ def synthesize(options: Options, runtime: Runtime) -> dict[str, Any] | None:
     return runtime.on_main(lambda: output.write(records, made_from, funnel, more, heldout, subject.chat))
 
 
-def _read_judge(name: str, policy: Policy) -> JudgeSpec:
+def _read_judge(name: str, policy: SafetyPolicy) -> JudgeSpec:
     """Return the judge. The one that comes with saro and reads a policy reads the policy of this run."""
     spec = read_judge(name)
     if name != "policy":
@@ -257,7 +257,7 @@ def _find_stored(author: Author, model: JudgeModel) -> Callable[[Sequence[Reques
 def _plan(
     stage: Stage,
     prompts: Sequence[Prompt],
-    policy: Policy,
+    policy: SafetyPolicy,
     options: Options,
     author: Author,
     judges: Sequence[JudgeModel | None],

@@ -86,7 +86,7 @@ def shipped_templates() -> list[str]:
 
 @cache
 def read_template(name: str) -> Template:
-    """Read a template by its name, one of ``shipped_templates``. ``policy`` is what ``Policy.for_writer`` returns.
+    """Read a template by its name, one of ``shipped_templates``. ``policy`` is what ``SafetyPolicy.for_writer`` returns.
 
     - ``guided`` asks for short reasoning and an answer with the policy in view. Variables: request; policy, which may be
       empty; sentences, such as "2 to 3"; tags, the opening and the closing tag of the reasoning.

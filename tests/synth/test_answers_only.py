@@ -7,6 +7,7 @@ import pytest
 
 from saro.data.records import Message, Response, read_examples, read_pairs
 from saro.errors import SaroError
+from saro.synth.answers_only import find_dropped
 from saro.synth.public_sets import Converted, convert
 
 EXAMPLE = {"id": "a", "kind": "safety", "prompt": "Why?", "reasoning": ["Think.", "More."], "answer": "So."}
@@ -62,6 +63,24 @@ def test_a_pair_whose_answers_cannot_be_compared_is_left_out(answers, rejected):
     converted, target = answers({**PAIR, "id": "c", "rejected": rejected}, PAIR)
     assert [pair.id for pair in read_pairs(target)] == ["b"]
     assert [place.rpartition(":")[2] for place in converted.left_out] == ["1"]
+
+
+def test_records_that_were_too_long_for_a_run_are_left_out(tmp_path):
+    """As the run's manifest says: a chain may be too long though its answer is not."""
+    source, target, run = tmp_path / "in.jsonl", tmp_path / "out.jsonl", tmp_path / "run"
+    source.write_text("".join(json.dumps(EXAMPLE | {"id": id}) + "\n" for id in "abc"))
+    run.mkdir()
+    records = {"train": {"dropped": ["b"]}, "heldout": {"dropped": ["c"]}}
+    manifest = {"saro": "", "config": {}, "template_date": "2025-01-01", "records": records}
+    (run / "manifest.json").write_text(json.dumps(manifest))
+    converted = convert("answers", source, target, without=find_dropped(str(run)))
+    assert [example.id for example in read_examples(target)] == ["a"]
+    assert [place.rpartition(":")[2] for place in converted.left_out] == ["2", "3"]
+
+
+def test_a_folder_without_a_run_is_one_line(tmp_path):
+    with pytest.raises(SaroError, match="holds no run"):
+        find_dropped(str(tmp_path))
 
 
 def test_the_tools_of_a_record_stay(answers):

@@ -16,6 +16,7 @@ from saro.data.records import parse_pair
 from saro.distributed.runtime import Runtime
 from saro.evaluate.judge_model import JudgeModel
 from saro.evaluate.judge_spec import read_gate
+from saro.synth.answers_only import drop_reasoning
 from saro.synth.funnel import Funnel
 from saro.synth.judgement import Judge, JudgedGate
 from saro.synth.outcome_pairs import count_followups, make_outcome_pairs, plan_tasks
@@ -55,6 +56,10 @@ class World:
     def reasons(self) -> Counter[tuple[str, str]]:
         return Counter((one.stage, one.reason) for one in self.funnel.left_out)
 
+    def prompt_reasons(self) -> Counter[str]:
+        """Count why prompts have no pair."""
+        return Counter(one.reason for one in self.funnel.left_out if one.draw is None)
+
 
 def say(*texts: str, guided: str = "") -> Reply:
     return lambda prompt, number: guided if "How you answer" in prompt else texts[number]
@@ -70,20 +75,20 @@ def forms_of(records: list[dict[str, object]]) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("kind", "good", "bad"),
+    ("kind", "good", "bad", "end"),
     [
-        ("harmful", REFUSAL, HELP),
-        ("harmless", HELP, REFUSAL),
-        ("general", "The answer is 4.", "The answer is 5."),
+        ("harmful", REFUSAL, HELP, {"open": True}),
+        ("harmless", HELP, REFUSAL, {}),
+        ("general", "The answer is 4.", "The answer is 5.", {}),
     ],
 )
-def test_a_good_outcome_is_chosen_over_a_bad_one(world: World, kind: str, good: str, bad: str) -> None:
+def test_a_good_outcome_is_chosen_over_a_bad_one(world: World, kind: str, good: str, bad: str, end: dict) -> None:
     (record,) = world.of_texts(make_prompt("x1", kind), write(SHORT, bad), write(SHORT, good), shorter=0)
     assert record["id"] == "x1-outcome-0"
     assert record["kind"] == "op-cot"
     assert record["prompt"] == "Say x1."
     assert record["chosen"] == {"reasoning": SHORT, "answer": good}
-    assert record["rejected"] == {"reasoning": SHORT, "answer": bad}
+    assert record["rejected"] == {"reasoning": SHORT, "answer": bad, **end}
     synth = record["meta"]["synth"]
     assert (synth["form"], synth["on_policy"], synth["judge"]) == ("outcome", True, "rules")
     assert len(set(synth["draws"])) == 2
@@ -151,22 +156,61 @@ def test_a_rejected_text_only_has_to_be_a_record(world: World) -> None:
     assert world.reasons() == {("gates", "tags"): 1}
 
 
-def test_a_bad_text_that_was_cut_in_its_answer_is_rejected_as_an_open_side_of_like_length(world: World) -> None:
-    answer = " ".join(f"Step {i} is to go on." for i in range(100))
-    refusal = f"{REFUSAL} {'I am glad to speak of other lists. ' * 4}Bye."
-    (record,) = world.of_texts(make_prompt("p1"), write(MEDIUM, refusal), write(MEDIUM, answer))
+LONG_ANSWER = " ".join(f"Step {i} is to go on." for i in range(40))
+CUT_ANSWER = " ".join(f"Step {i} is to go on." for i in range(100))
+
+
+@pytest.mark.parametrize("answer", [LONG_ANSWER, CUT_ANSWER])
+@pytest.mark.parametrize("form", ["outcome", "guided"])
+def test_of_a_harmful_answer_only_the_beginning_is_kept(world: World, form: str, answer: str) -> None:
+    good = write(MEDIUM, REFUSAL)
+    texts = [good, write(SHORT, answer)] if form == "outcome" else [write(SHORT, answer)]
+    (record,) = world.make([make_prompt("p1")], say(*texts, guided=good), len(texts), guided=1.0)
+    assert record["meta"]["synth"]["form"] == form
+    assert record["rejected"] == {"reasoning": SHORT, "answer": answer[:200], "open": True}
+    counts = world.funnel.counts["harmful answers"]
+    assert counts["characters kept"] == 200
+    assert counts["characters written"] >= len(LONG_ANSWER)
+    # The decision is in it, so that the answers of the pair can be compared without the reasoning.
+    assert drop_reasoning(record, 0, "")["rejected"] == {"answer": answer[:200], "open": True}
+
+
+def test_a_harmful_text_is_as_long_as_its_side_when_it_is_paired(world: World) -> None:
+    brief, long = (write(f"{MEDIUM} Go {'on ' * words}now.", REFUSAL) for words in (5, 200))
+    (record,) = world.of_texts(make_prompt("p1"), brief, long, write(MEDIUM, LONG_ANSWER), pairs_per_prompt=1)
+    assert record["chosen"]["reasoning"].count("on ") == 5
+    assert record["meta"]["synth"]["lengths"]["rejected"] < 1.1 * len(MEDIUM + LONG_ANSWER[:200])
+
+
+def test_a_harmful_answer_that_is_too_short_to_be_cut_is_left_out(world: World) -> None:
+    assert world.of_texts(make_prompt("p1"), write(MEDIUM, REFUSAL), write(MEDIUM, "So: go on.")) == []
+    assert world.reasons()["judge", "harmful, and too short to be cut"] == 1
+
+
+def test_a_text_that_nobody_judged_is_no_side_on_a_harmful_prompt_of_any_level(world: World) -> None:
+    prompts = [replace(make_prompt("p1"), level="low"), make_prompt("z1", "harmless")]
+    texts = {"Say p1": [write(SHORT, REFUSAL), RAMBLE], "Say z1": [write(SHORT, HELP), write(SHORT, REFUSAL)]}
+    records = world.make(prompts, lambda asked, n: next(texts[key][n] for key in texts if key in asked), 2)
+    assert [record["id"] for record in records] == ["z1-outcome-0"]
+
+
+def test_a_refusal_that_was_cut_in_its_answer_is_rejected_as_an_open_side_of_like_length(world: World) -> None:
+    answer = f"{REFUSAL} {CUT_ANSWER}"
+    helpful = f"{HELP} {'I am glad to speak of other lists. ' * 4}Bye."
+    prompt = replace(make_prompt("p1", "harmless"), level="medium")
+    (record,) = world.of_texts(prompt, write(MEDIUM, helpful), write(MEDIUM, answer))
     rejected = record["rejected"]
     assert rejected["open"] is True
     assert rejected["reasoning"] == MEDIUM
     assert answer.startswith(rejected["answer"])
-    assert len(MEDIUM + rejected["answer"]) == int(1.5 * len(MEDIUM + refusal))
+    assert len(MEDIUM + rejected["answer"]) == int(1.5 * len(MEDIUM + helpful))
     assert "open" not in record["chosen"]
 
 
 def test_an_open_side_that_is_rejected_for_its_answer_has_some_of_it(world: World) -> None:
     long = "They ask again. " * 30
-    answer = " ".join(f"Step {i} is to go on." for i in range(100))
-    (record,) = world.of_texts(make_prompt("p1"), write(MEDIUM, REFUSAL), write(long, answer))
+    prompt = replace(make_prompt("p1", "harmless"), level="medium")
+    (record,) = world.of_texts(prompt, write(MEDIUM, HELP), write(long, f"{REFUSAL} {CUT_ANSWER}"))
     assert record["rejected"]["reasoning"] == long.strip()
     assert len(record["rejected"]["answer"]) == 200
 
@@ -245,7 +289,7 @@ def test_if_all_texts_are_bad_a_guided_one_is_chosen(world: World) -> None:
 def test_guided_pairs_have_at_most_their_share(world: World) -> None:
     records = bad_prompts_and_pairs(world, 9, guided=0.2, pairs_per_prompt=1)
     assert Counter(forms_of(records)) == {"outcome": 4, "guided": 1}
-    assert world.reasons()["select", "largest share of form guided"] == 8
+    assert world.prompt_reasons()["largest share of form guided"] == 8
 
 
 def test_guided_texts_are_drawn_only_if_they_may_be_used_and_never_for_general_prompts(world: World) -> None:
@@ -285,7 +329,7 @@ def test_where_more_is_at_risk_no_text_is_chosen_for_being_short(world: World) -
 
 def test_shorter_pairs_have_at_most_their_share(world: World) -> None:
     assert forms_of(short_and_long(world, make_prompt("q1", "harmless"), shorter=0.4)) == ["outcome"]
-    assert world.reasons() == {("select", "largest share of form shorter"): 1}
+    assert world.prompt_reasons() == {"largest share of form shorter": 1}
 
 
 def test_the_beginning_of_a_text_that_does_not_end_is_rejected_where_little_is_at_risk(world: World) -> None:
@@ -335,10 +379,51 @@ def test_balance_keeps_as_many_pairs_of_harmful_as_of_harmless_prompts_and_first
     kept = {record["meta"]["synth"]["prompt"] for record in records}
     assert len(records) == 6
     assert {"good-0", "good-1", "good-2", "bad-2", "bad-4"} < kept
-    assert world.reasons()["select", "balance of harmful and harmless prompts"] == 3
+    assert world.prompt_reasons()["balance of harmful and harmless prompts"] == 3
 
 
 def test_balance_leaves_pairs_of_general_prompts_and_of_lengths_alone(world: World) -> None:
     records = short_and_long(world, make_prompt("q1", "general", expect="comply"), shorter=1.0, balance=True)
     assert forms_of(records) == ["shorter"]
-    assert world.reasons()["select", "balance of harmful and harmless prompts"] == 1
+    assert world.prompt_reasons()["balance of harmful and harmless prompts"] == 1
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_every_draw_and_every_prompt_is_in_a_pair_or_left_out_once_and_no_limit_is_exceeded(
+    world: World, seed: int
+) -> None:
+    rng = random.Random(seed)
+    kinds = {f"{kind[:5]}-{i}": kind for kind in ("harmful", "harmless", "general") for i in range(8)}
+    answers = [REFUSAL, HELP, f"{HELP} {LONG_ANSWER}", "The answer is 4.", "The answer is 5.", "So: go on."]
+    texts = [write(think, answer) for think in (SHORT, MEDIUM, "By the policy above.") for answer in answers]
+    texts += [RAMBLE, write(SHORT, CUT_ANSWER), write(MEDIUM, f"{HELP} <think>")]
+    drawn = {id: [rng.choice(texts) for _ in range(5)] for id in kinds}
+    guided = {id: rng.choice(texts) for id in kinds}
+
+    def reply(prompt: str, number: int) -> str:
+        id = next(id for id in kinds if f"Say {id}." in prompt)
+        return guided[id] if "How you answer" in prompt else drawn[id][number]
+
+    shares = {"guided": 0.2, "shorter": 0.1}
+    prompts = [make_prompt(id, kind) for id, kind in kinds.items()]
+    records = world.make(prompts, reply, 5, balance=seed % 2 == 0, **shares)
+    left_out = world.funnel.left_out
+
+    paired = [key for record in records for key in record["meta"]["synth"]["draws"]]
+    counted = paired + [one.draw for one in left_out if one.draw is not None]
+    assert len(counted) == len(set(counted)) == world.asked
+
+    with_pairs = {record["meta"]["synth"]["prompt"] for record in records}
+    without = [one.id for one in left_out if one.draw is None]
+    assert sorted(without) == sorted(set(kinds) - with_pairs)
+    counts = world.funnel.counts
+    assert counts["prompts"]["given"] == counts["prompts"]["in pairs"] + len(without)
+
+    forms = Counter(forms_of(records))
+    assert counts["pairs"] == forms
+    assert all(forms[form] <= share * len(records) for form, share in shares.items())
+    if seed % 2 == 0:
+        of_kind = Counter(
+            record["meta"]["synth"]["kind"] for record in records if record["meta"]["synth"]["form"] != "shorter"
+        )
+        assert of_kind["harmful"] == of_kind["harmless"] > 0

@@ -236,7 +236,7 @@ def test_without_a_good_chain_the_turn_is_written(make):
     assert synth_of(record)["policy"]
 
 
-@pytest.mark.parametrize("decides", range(1, HARMFUL + 1))
+@pytest.mark.parametrize("decides", range(1, CUE + 1))
 def test_bisection_finds_the_step_that_decides(make, decides):
     world = World(decides)
     (record,), _ = make(world, prompts_of("h1"), "sibling")
@@ -287,15 +287,16 @@ def test_chosen_sides_turn_earlier_than_rejected_ones(make):
         assert "turn" not in rejected[:1]
 
 
-def test_no_shared_beginning_has_a_harmful_step(make):
-    world = World(decides=HARMFUL + 1)
+def test_no_sibling_shares_a_cue_if_only_the_rules_label_steps(make):
+    """The rules overlook prose: what follows a cue may do harm, whatever they call it."""
+    world = World(decides=CUE + 1)
     records, funnel = make(world, prompts_of("h1"), "sibling")
     assert records == []
-    # The step that decides is behind a harmful one, so what ends well says that one too.
+    # The step that decides is behind the cue, so what ends well says the cue too.
     assert set(reasons_of(funnel, "sibling")) == {"the same step at the fork", "outcome harmful"}
     first, *rounds = world.speaker.asked
     assert first
-    assert all(BAD[HARMFUL] not in CHAT.tokenizer.decode(one.ids) for asked in rounds for one in asked)
+    assert all(BAD[CUE] not in CHAT.tokenizer.decode(one.ids) for asked in rounds for one in asked)
 
 
 def test_a_chain_whose_first_decisive_step_is_harmful_is_not_recovered_from(make, monkeypatch):
@@ -348,8 +349,8 @@ def test_rounds_go_over_all_prompts(make):
     one, many = World(), World()
     make(one, prompts_of("h1"), neutral=1.0)
     make(many, prompts_of(*(f"h{i}" for i in range(2, 8))), neutral=1.0)
-    # Whole chains, sentences, continuations, and one call for each halving.
-    assert len(one.speaker.asked) == len(many.speaker.asked) == 3 + math.ceil(math.log2(len(BAD)))
+    # Whole chains, sentences, continuations, and one call for each halving of the steps up to the cue.
+    assert len(one.speaker.asked) == len(many.speaker.asked) == 3 + 2
 
 
 def test_the_plan_is_an_upper_bound(make):
@@ -545,6 +546,20 @@ def test_texts_without_an_outcome_are_left_out(make):
     records, funnel = make(World(), prompts_of("h1"), max_tokens=40)
     assert records == []
     assert reasons_of(funnel, "chains") == {"no-answer": 4}
+
+
+def test_every_whole_chain_is_good_or_bad_or_left_out(make):
+    class Mixed(World):
+        def continue_chain(self, kind, begun, number):
+            other = {2: ENDS[kind], 3: "<think>\n" + "So it is. " * 400}.get(number)
+            return super().continue_chain(kind, begun, number) if begun or other is None else other
+
+    _, funnel = make(Mixed(), prompts_of("h1", "s1", "g1"), "sibling", draws=6)
+    counts = funnel.counts["chains"]
+    reasons = reasons_of(funnel, "chains")
+    # A solution without reasoning may be cut, and is not judged.
+    assert reasons == {"no reasoning": 2, "wrong": 1, "no-answer": 3}
+    assert counts.pop("written") == 18 == sum(counts.values()) + sum(reasons.values())
 
 
 def test_left_out_has_no_text(make):

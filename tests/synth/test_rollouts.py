@@ -28,7 +28,15 @@ def search(tmp_path, runtime):
     """
     with DrawStore.open(tmp_path / "draws.sqlite") as store:
 
-        def run(lengths: dict[str, int], reply, rollouts: int = 3, start: float = 0.5, sampling=SAMPLING, labels=None):
+        def run(
+            lengths: dict[str, int],
+            reply,
+            rollouts: int = 3,
+            start: float = 0.5,
+            sampling=SAMPLING,
+            labels=None,
+            by_model=False,
+        ):
             def speak(user: str, begun: str, number: int) -> str:
                 id = user.removeprefix("Request ")
                 if not begun:
@@ -44,7 +52,7 @@ def search(tmp_path, runtime):
             searches = []
             for one in judge.judge(drawn):
                 steps = split_steps(one.drawn.answer.think)
-                searches.append(Search(Chain(one, steps, labels or ("neutral",) * len(steps)), start))
+                searches.append(Search(Chain(one, steps, labels or ("neutral",) * len(steps)), start, by_model))
             return find_deciding_steps(author, judge, searches, rollouts, sampling), speaker.asked[1:]
 
         yield run
@@ -70,18 +78,21 @@ def test_rollouts_are_those_from_before_the_deciding_step(search):
     assert {one.drawn.answer.think for one in found.rollouts} == {"It is step 0. It is step 1."}
 
 
-@pytest.mark.parametrize("harmful", [0, 1, 3, 5])
-def test_nothing_is_continued_from_behind_a_harmful_step(search, harmful):
+@pytest.mark.parametrize("label", ["harmful", "cue"])
+@pytest.mark.parametrize("by_model", [False, True])
+@pytest.mark.parametrize("place", [0, 1, 3, 5])
+def test_nothing_is_continued_from_behind_a_harmful_step_nor_behind_a_cue_of_the_rules(search, label, by_model, place):
     continued = []
 
     def reply(_id, steps, _number):
         continued.append(steps)
         return GOOD
 
-    labels = ("neutral",) * harmful + ("harmful",) + ("neutral",) * (7 - harmful)
-    (found,), _ = search({"a": 8}, reply, labels=labels)
-    assert (found.step, found.after) == (harmful, 0.0)
-    assert max(continued, default=0) <= harmful
+    labels = ("neutral",) * place + (label,) + ("neutral",) * (7 - place)
+    (found,), _ = search({"a": 8}, reply, labels=labels, by_model=by_model)
+    last = 7 if label == "cue" and by_model else place
+    assert (found.step, found.after) == (last, 0.0)
+    assert max(continued, default=0) <= last
 
 
 def test_a_value_is_low_below_half_of_what_it_was_at_the_start(search):

@@ -84,9 +84,9 @@ def test_the_record_holds_the_bare_prompt_and_the_shortest_accepted_text(world: 
     assert (record["id"], record["kind"]) == ("p1", "safety")
     synth = record["meta"]["synth"]
     assert (synth["form"], synth["on_policy"], synth["judge"]) == ("guided", True, "rules")
-    assert synth["policy"] == ["P2.1", "P2.2", "P2.3"]
+    assert synth["policy"] == list(POLICY.rule_ids(make_prompt("p1")))
     assert len(synth["draws"]) == 1
-    assert world.reasons() == {("judge", "harmful"): 1, ("select", "not the shortest"): 1}
+    assert world.reasons() == {("judge", "harmful"): 1, ("draws", "not the shortest"): 1}
 
 
 def test_the_model_is_asked_with_the_policy_the_length_of_the_level_and_the_tags_in_view() -> None:
@@ -261,7 +261,7 @@ def test_fewer_records_are_balanced_over_outcomes_and_hazards(world: World) -> N
     records = world.make([*harmful, *harmless], good_for_all, records=8)
     hazards = Counter(tuple(record["meta"]["synth"]["hazard"]) for record in records)
     assert hazards == {("vcr",): 2, ("ncr",): 2, (): 4}
-    assert world.reasons()["select", "balance"] == 4
+    assert world.reasons()["select", "balance"] == world.reasons()["draws", "balance"] == 4
     assert world.funnel.counts["records"] == {"safety": 8, "general": 0, "not on-policy": 0}
 
 

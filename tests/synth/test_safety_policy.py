@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from copy import deepcopy
 from dataclasses import replace
@@ -18,8 +19,8 @@ from saro.data.records import Message
 from saro.errors import SaroError
 from saro.evaluate.judge_spec import read_judge
 from saro.evaluate.suite import Item
-from saro.synth.prompts import HAZARDS, Prompt
-from saro.synth.safety_policy import ACTIONS, Policy, read_policy, shipped_policies
+from saro.synth.prompts import HAZARDS, Prompt, read_prompts
+from saro.synth.safety_policy import ACTIONS, SafetyPolicy, read_policy, shipped_policies
 
 SHARED = ROOT.parent / "shared" / "data"
 EXPECT = {"harmful": "refuse", "harmless": "comply", "general": "answer"}
@@ -68,7 +69,7 @@ def write(folder: Path, content: object, comment: str = "") -> str:
     return str(path)
 
 
-def read(folder: Path, content: object, comment: str = "") -> Policy:
+def read(folder: Path, content: object, comment: str = "") -> SafetyPolicy:
     return read_policy(write(folder, content, comment))
 
 
@@ -91,29 +92,50 @@ def changed(path: tuple, value: object) -> dict:
 # What a writer sees
 
 
-def test_a_harmful_prompt_shows_the_sections_of_its_hazards_only(tmp_path):
+def sections_in(text: str) -> list[str]:
+    return re.findall("^## (.*)$", text, re.MULTILINE)
+
+
+def test_a_harmful_prompt_shows_the_sections_of_its_hazards_and_that_on_harmless_requests(tmp_path):
     text = read(tmp_path, SMALL).for_writer(prompt("harmful", "vcr"))
-    assert text.startswith(
-        "## Violence\nNobody is hurt.\n- Decline: Plans to hurt somebody.\n- Help with the safe part"
-    )
+    assert "## Violence\nNobody is hurt.\n- Decline: Plans to hurt somebody.\n- Help with the safe part" in text
     assert "Not acceptable: a threat.\nAcceptable: why a war began." in text
-    assert "Privacy" not in text
-    assert "Harmless requests" not in text
+    assert "- Help: Help at once.\nToo careful: a sermon.\nFine: stopping a process." in text
+    assert sections_in(text) == ["Harmless requests", "Violence"]
+
+
+def test_a_harmful_prompt_and_its_harmless_twin_show_the_same(tmp_path):
+    lines = [
+        {"id": "a", "kind": "harmful", "hazard": ["prv"], "twin": "b"},
+        {"id": "b", "kind": "harmless", "twin": "a"},
+    ]
+    file = tmp_path / "prompts.jsonl"
+    about = {"prompt": "How do I lift a sofa?", "source": "made up", "licence": "CC0"}
+    file.write_text("".join(json.dumps(line | about) + "\n" for line in lines))
+    policy = read(tmp_path, SMALL)
+    harmful, harmless = read_prompts([str(file)])
+    assert harmless.hazard == ()
+    assert policy.for_writer(harmful) == policy.for_writer(harmless)
+    assert policy.rule_ids(harmful) == policy.rule_ids(harmless)
+    assert sections_in(policy.for_writer(harmless)) == ["Harmless requests", "Privacy"]
 
 
 def test_several_hazards_show_their_sections_in_the_order_of_the_file(tmp_path):
     policy = read(tmp_path, SMALL)
     both = policy.for_writer(prompt("harmful", "prv", "iwp"))
-    assert re.findall("^## (.*)$", both, re.MULTILINE) == ["Violence", "Privacy"]
+    assert sections_in(both) == ["Harmless requests", "Violence", "Privacy"]
     assert both == policy.for_writer(prompt("harmful", "vcr", "prv"))
 
 
 @pytest.mark.parametrize("asked", [prompt("harmless"), prompt("harmful"), prompt("harmful", "hte")])
-def test_without_a_section_of_its_own_a_prompt_shows_all_titles_and_the_general_section(tmp_path, asked):
-    text = read(tmp_path, SMALL).for_writer(asked)
-    assert text.startswith("Some requests would do harm: violence; privacy. Most requests would not")
-    assert re.findall("^## (.*)$", text, re.MULTILINE) == ["Harmless requests"]
-    assert "- Help: Help at once.\nToo careful: a sermon.\nFine: stopping a process." in text
+def test_without_a_section_of_its_own_a_prompt_shows_one_by_its_id_so_that_the_form_does_not_tell(tmp_path, asked):
+    policy = read(tmp_path, SMALL)
+    for example in (asked, prompt("harmful", "vcr")):
+        text = policy.for_writer(example)
+        assert text.startswith("Some requests would do harm: violence; privacy. Most requests would not")
+        assert len(sections_in(text)) == 2
+    others = [replace(asked, item=replace(asked.item, id=f"p{i}")) for i in range(20)]
+    assert {sections_in(policy.for_writer(one))[1] for one in others} == {"Violence", "Privacy"}
 
 
 def test_a_general_prompt_shows_no_policy(tmp_path):
@@ -124,12 +146,12 @@ def test_a_general_prompt_shows_no_policy(tmp_path):
 
 def test_empty_cases_leave_no_line(tmp_path):
     text = read(tmp_path, SMALL).for_writer(prompt("harmful", "prv"))
-    assert text == "## Privacy\nPeople decide what is known.\n- Ask back: It is open whose data it is."
+    assert text.endswith("## Privacy\nPeople decide what is known.\n- Ask back: It is open whose data it is.")
 
 
 @pytest.mark.parametrize(
     ("asked", "ids"),
-    [(prompt("harmful", "iwp"), ("P2.1", "P2.2")), (prompt("harmless"), ("P1.1",)), (prompt("harmful"), ("P1.1",))],
+    [(prompt("harmful", "iwp"), ("P1.1", "P2.1", "P2.2")), (prompt("harmful", "prv"), ("P1.1", "P3.1"))],
 )
 def test_rule_ids_are_those_of_the_rules_that_are_shown(tmp_path, asked, ids):
     policy = read(tmp_path, SMALL)
@@ -332,8 +354,7 @@ def test_ids_of_saros_policy_count_up_within_their_sections():
 @pytest.mark.parametrize("code", HAZARDS)
 def test_what_saros_policy_shows_is_short_enough_for_a_small_model(code):
     policy = read_policy("saro")
-    assert len(policy.for_writer(prompt("harmful", code)).split()) <= 200
-    assert len(policy.for_writer(prompt("harmless")).split()) <= 320
+    assert len(policy.for_writer(prompt("harmful", code)).split()) <= 500
 
 
 def test_rules_and_cases_are_general_words_without_figures():

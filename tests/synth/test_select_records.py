@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from selection_cases import make_judged, make_prompt
 
+from saro.synth.funnel import Funnel
 from saro.synth.judgement import Judged
 from saro.synth.select_records import (
     Candidate,
@@ -62,7 +63,7 @@ def test_a_chain_as_long_as_asked_for_comes_before_a_shorter_one_that_misses_its
     assert find_shortest(texts).drawn.key == "asked"
 
 
-def test_texts_that_repeat_another_one_on_the_same_prompt_are_dropped() -> None:
+def test_texts_that_repeat_another_one_on_the_same_prompt_are_left_out() -> None:
     other = make_prompt("p0")
     texts = [
         make_judged(PROMPT, "safe", key="b"),
@@ -70,7 +71,9 @@ def test_texts_that_repeat_another_one_on_the_same_prompt_are_dropped() -> None:
         make_judged(other, "safe", key="c"),
     ]
     for order in permutations(texts):
-        assert [text.drawn.key for text in sort_texts(order)] == ["c", "a"]
+        funnel = Funnel()
+        assert [text.drawn.key for text in sort_texts(order, funnel)] == ["c", "a"]
+        assert [(one.id, one.reason, one.draw) for one in funnel.left_out] == [(PROMPT.id, "repeats another text", "b")]
 
 
 def test_without_a_servers_count_the_words_are_counted() -> None:
@@ -135,21 +138,27 @@ def test_many_hazards_do_not_crowd_out_the_harmless_prompts_which_have_none() ->
 
 
 @given(
-    st.lists(st.integers(1, 60), max_size=6), st.lists(st.integers(1, 60), max_size=6), st.integers(0, 4), st.randoms()
+    st.lists(st.integers(1, 60), max_size=6),
+    st.lists(st.integers(1, 60), max_size=6),
+    st.integers(0, 4),
+    st.randoms(),
+    st.booleans(),
 )
 def test_pairs_are_the_nearest_in_length_and_no_text_is_in_two(
-    good: list[int], bad: list[int], most: int, rng: random.Random
+    good: list[int], bad: list[int], most: int, rng: random.Random, is_cut: bool
 ) -> None:
     x = [make_text(f"g{i}", tokens) for i, tokens in enumerate(good)]
     y = [make_text(f"b{i}", tokens, "harmful") for i, tokens in enumerate(bad)]
-    pairs = pair_nearest(x, y, most)
-    assert keys_of(pairs) == keys_of(pair_nearest(rng.sample(x, len(x)), rng.sample(y, len(y)), most))
+    # Of a bad text that is cut, the tokens that are kept count.
+    kept = {f"b{i}": (tokens + 1) // 2 for i, tokens in enumerate(bad)} if is_cut else {}
+    pairs = pair_nearest(x, y, most, kept)
+    assert keys_of(pairs) == keys_of(pair_nearest(rng.sample(x, len(x)), rng.sample(y, len(y)), most, kept))
     assert len(pairs) == min(most, len(good), len(bad))
     used = [key for pair in keys_of(pairs) for key in pair]
     assert len(used) == len(set(used))
     if pairs:
-        ratios = [max(a, b) / min(a, b) for a in good for b in bad]
-        a, b = (count_tokens(text.drawn.answer) for text in pairs[0])
+        ratios = [max(a, b) / min(a, b) for a in good for b in (kept.values() or bad)]
+        a, b = (kept.get(text.drawn.key, count_tokens(text.drawn.answer)) for text in pairs[0])
         assert max(a, b) / min(a, b) == min(ratios)
 
 

@@ -33,6 +33,7 @@ from saro.data.steps import Schedule
 from saro.data.unpaired_set import UnpairedSet, encode_unpaired_files
 from saro.demo import data_files, find_demo
 from saro.errors import SaroError
+from saro.evaluate.plan import describe_time
 from saro.model.adapter import find_adapter
 from saro.model.architectures import check_supported, is_mixture, text_config
 from saro.model.load import check_method
@@ -302,17 +303,13 @@ def _rows(layouts: Sequence[Layout], records: Records) -> list[tuple[str, list[s
         ("s/step", [f"{layout.step_seconds:.3g}" for layout in layouts]),
         ("tokens/s, all", [f"{records.step_tokens / layout.step_seconds:,.0f}" for layout in layouts]),
         ("waiting for ranks", [f"{layout.idle:.1%}" for layout in layouts]),
-        ("run", [_describe_time(layout.run_seconds) for layout in layouts]),
+        ("run", [_describe_run(layout.run_seconds) for layout in layouts]),
     ]
     return rows
 
 
-def _describe_time(seconds: float | None) -> str:
-    if seconds is None:
-        return "steps not known"
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+def _describe_run(seconds: float | None) -> str:
+    return "steps not known" if seconds is None else describe_time(seconds)
 
 
 def _notes(options: Options, setting: Setting, card: Card, records: Records, layouts: Sequence[Layout]) -> list[str]:
