@@ -294,7 +294,8 @@ def _check_same_templates(subjects: list[Subject]) -> None:
             continue
         first = by_base.setdefault(subject.source.path, subject)
         mine, theirs = subject.describe_format(), first.describe_format()
-        for name in ("template", "template_date", "template_variables", "think_tags"):
+        date = ("template_date",) if subject.chat.template.shows_date else ()
+        for name in ("template", *date, "template_variables", "think_tags"):
             if mine[name] != theirs[name]:
                 raise SaroError(
                     f"{subject.name} and {first.name} have the same base and differ in {name}, so their answers cannot be "
