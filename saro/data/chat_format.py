@@ -124,7 +124,7 @@ class ChatFormat:
 
     @property
     def answer_start(self) -> str:
-        """What a model writes between a prompt and its response, see ``AnswerTurn.start``; nothing for most models."""
+        """Return what a model writes between a prompt and its response, see ``AnswerTurn.start``; most write nothing."""
         return self._turn.start
 
     def render_prompt(self, messages: Sequence[Message]) -> str:

@@ -57,7 +57,7 @@ class Options:
             models that reason.
         pack_tokens: Most tokens in one forward pass that scores choices. A context is read once if its choices fit.
         store: File that keeps every generated text, so that a measurement that was stopped goes on where it was; default in
-            saro's cache folder, as for saro evaluate. Choices are scored anew.
+            saro's cache folder, as for saro evaluate. Choices are scored again.
     """
 
     tasks: str

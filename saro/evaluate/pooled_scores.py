@@ -16,7 +16,7 @@ from saro.evaluate.threats import SCORE_THREATS
 
 @dataclass(frozen=True)
 class SeedRows:
-    """What one folder holds.
+    """Holds the rows and scores of one folder.
 
     Attributes:
         answers, verdicts, labels: its rows, and the labels that hold.

@@ -117,7 +117,7 @@ class _Texts:
 
     @property
     def description(self) -> str:
-        """What outcomes there are, without those of guided texts."""
+        """Return which outcomes there are, without those of guided texts."""
         if self.good and self.bad:
             return "with both outcomes"
         if self.good:

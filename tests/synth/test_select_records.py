@@ -149,7 +149,7 @@ def test_pairs_are_the_nearest_in_length_and_no_text_is_in_two(
 ) -> None:
     x = [make_text(f"g{i}", tokens) for i, tokens in enumerate(good)]
     y = [make_text(f"b{i}", tokens, "harmful") for i, tokens in enumerate(bad)]
-    # Of a bad text that is cut, the tokens that are kept count.
+    # A bad text that is cut counts with the tokens that are kept.
     kept = {f"b{i}": (tokens + 1) // 2 for i, tokens in enumerate(bad)} if is_cut else {}
     pairs = pair_nearest(x, y, most, kept)
     assert keys_of(pairs) == keys_of(pair_nearest(rng.sample(x, len(x)), rng.sample(y, len(y)), most, kept))
