@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -138,11 +139,14 @@ class Options:
     def __post_init__(self) -> None:
         if not (self.models or self.answers):
             raise SaroError("nothing to evaluate; name --models, or files of answers with --answers")
-        if self.names and len(self.names) != len(self.models):
-            raise SaroError(
-                f"--names names {len(self.names)} models, and --models {len(self.models)}; give one for each"
-            )
+        check_names(self.names, self.models)
         check_at_least(self, "--", 1, "max_tokens", "draws", "limit", "attack_items")
         check_at_least(self, "--", 0, "temperature")
         if self.draws > 1 and self.temperature == 0:
             raise SaroError("--draws above 1 needs a --temperature above 0: greedy answers are all the same")
+
+
+def check_names(names: Sequence[str], models: Sequence[str]) -> None:
+    """Raise SaroError if there are names for models, and not one for each."""
+    if names and len(names) != len(models):
+        raise SaroError(f"--names names {len(names)} models, and --models {len(models)}; give one for each")

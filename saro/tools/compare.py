@@ -16,7 +16,7 @@ from saro.demo import data_files
 from saro.errors import SaroError, nearest
 from saro.evaluate.heldout import heldout_loss, heldout_preference
 from saro.evaluate.heldout_prompts import choose_prompts, count_reasoning_tokens, label_prompts
-from saro.evaluate.options import LoadOptions, ServerOptions
+from saro.evaluate.options import LoadOptions, ServerOptions, check_names
 from saro.evaluate.subjects import Subject, find_subjects
 from saro.model.generate import answer_prompts
 from saro.program import as_list, progress_bar, shown
@@ -55,10 +55,7 @@ class Options:
     )
 
     def __post_init__(self) -> None:
-        if self.names and len(self.names) != len(self.models):
-            raise SaroError(
-                f"--names names {len(self.names)} models, and --models {len(self.models)}; give one for each"
-            )
+        check_names(self.names, self.models)
         check_at_least(self, "--", 0, "prompts")
         check_at_least(self, "--", 1, "max_tokens")
 
