@@ -90,7 +90,7 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Run:
+class TimedRun:
     """One run of a side: the texts of all prompts, and the seconds that they took."""
 
     texts: list[list[int]]
@@ -142,19 +142,19 @@ def make_sides(names: Sequence[str], options: ModelConfig, work: Work) -> dict[s
     return {name: sides[name] for name in names}
 
 
-def measure(sides: dict[str, Side], rounds: int) -> dict[str, list[Run]]:
+def measure(sides: dict[str, Side], rounds: int) -> dict[str, list[TimedRun]]:
     """Return the runs of each side. Every second round goes backwards."""
-    results: dict[str, list[Run]] = {name: [] for name in sides}
+    results: dict[str, list[TimedRun]] = {name: [] for name in sides}
     for number in range(rounds):
         for name in list(sides)[:: -1 if number % 2 else 1]:
             start = time.perf_counter()
-            run = Run(sides[name](), time.perf_counter() - start)
+            run = TimedRun(sides[name](), time.perf_counter() - start)
             results[name].append(run)
             print(f"round {number + 1}, {name}: {run.tokens:,} tokens, {run.seconds:.1f} s", flush=True)
     return results
 
 
-def table(results: dict[str, list[Run]]) -> list[str]:
+def table(results: dict[str, list[TimedRun]]) -> list[str]:
     """Return a markdown table: tokens/s, its ratio to the first side's (medians over rounds), and the texts that agree."""
     first = next(iter(results.values()))
     lines = [

@@ -30,7 +30,7 @@ from pathlib import Path
 
 import psutil
 import torch
-from peers_data import BASELINE, FIRST_METRICS, LENGTHS, PER_STEP, SIDES, Lengths, Part, Request, Result
+from peers_data import BASELINE, FIRST_METRICS, LENGTHS, PER_STEP, SIDES, Part, PartLengths, Request, Result
 from rich.console import Console
 from rich.table import Table
 
@@ -207,7 +207,7 @@ def parse(args: Sequence[str] | None = None) -> argparse.Namespace:
         help="Number of records (SRPO: pairs, RW: examples); training cycles over them.",
     )
     add("--records_per_step", type=int, help="Records of an optimizer step; default SRPO 4, RW 8.")
-    for field in fields(Lengths):
+    for field in fields(PartLengths):
         part = getattr(LENGTHS, field.name)
         add(
             f"--{field.name}_tokens",
@@ -246,7 +246,7 @@ def parse(args: Sequence[str] | None = None) -> argparse.Namespace:
 
 def make_request(task: str, side: str, model: str, options: argparse.Namespace) -> Request:
     """Return the request of one measurement."""
-    lengths = Lengths(**{field.name: getattr(options, f"{field.name}_tokens") for field in fields(Lengths)})
+    lengths = PartLengths(**{field.name: getattr(options, f"{field.name}_tokens") for field in fields(PartLengths)})
     return Request(
         task=task,
         side=side,

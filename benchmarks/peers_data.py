@@ -60,7 +60,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Lengths:
+class PartLengths:
     """The parts of a generated pair: a prompt, reasoning that both sides share, and the rest of each side."""
 
     prompt: Part = Part(80, 0.5, 300)
@@ -69,7 +69,7 @@ class Lengths:
     rejected: Part = Part(200, 0.6, 500)
 
 
-LENGTHS = Lengths()
+LENGTHS = PartLengths()
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class Request:
     method: str
     gradient_checkpointing: bool
     data: str | None
-    lengths: Lengths
+    lengths: PartLengths
     records: int
     per_step: int
     pack_tokens: int
@@ -115,7 +115,7 @@ class Request:
         """Return the request that ``json.dumps(asdict(request))`` wrote."""
         values = json.loads(text)
         parts = {name: Part(**part) for name, part in values.pop("lengths").items()}
-        return cls(**values, lengths=Lengths(**parts))
+        return cls(**values, lengths=PartLengths(**parts))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -182,7 +182,7 @@ def measured(request: Request, per_epoch_step: Sequence[int]) -> int:
     return sum(per_epoch_step[step % len(per_epoch_step)] for step in range(request.warmup, request.all_steps))
 
 
-def generate_pairs(number: int, vocabulary: int, stop_id: int, seed: int, lengths: Lengths = LENGTHS) -> PairSet:
+def generate_pairs(number: int, vocabulary: int, stop_id: int, seed: int, lengths: PartLengths = LENGTHS) -> PairSet:
     """Return pairs of random token ids: a prompt, reasoning shared by both sides, and a remainder per side."""
     rng = np.random.default_rng(seed)
     parts = (lengths.prompt, lengths.shared, lengths.chosen, lengths.rejected)

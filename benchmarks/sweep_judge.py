@@ -64,7 +64,7 @@ class Verdict:
     leak: float = 0.0
 
 
-class Run(NamedTuple):
+class SideResult(NamedTuple):
     """Results of one side.
 
     Attributes:
@@ -280,13 +280,13 @@ _WEIGHTS = torch.randn(sum(_SCORED), generator=torch.Generator().manual_seed(0),
 
 
 @in_float64()
-def _run_packed(policy: Policy, pack: Pack) -> Run:
+def _run_packed(policy: Policy, pack: Pack) -> SideResult:
     with _captured_embeddings(policy.causal_lm) as captured:
         logps = policy(pack)[pack.entry_row]  # (E,)
     (logps * _WEIGHTS).sum().backward()
     trained = [matrix for a, b, _ in _adapters(policy).values() for matrix in (a, b)]
     gradients = [_gradient(p) for p in trained or _sorted_parameters(policy.model)]
-    return Run(logps.detach(), captured[0].grad[0], _join(gradients))
+    return SideResult(logps.detach(), captured[0].grad[0], _join(gradients))
 
 
 @in_float64()
@@ -309,7 +309,7 @@ def _make_double(model: PreTrainedModel) -> PreTrainedModel:
 
 
 @in_float64()
-def _run_natively(model: PreTrainedModel, adapters: _Adapters) -> Run:
+def _run_natively(model: PreTrainedModel, adapters: _Adapters) -> SideResult:
     """Run an unmodified model, with adapters added to its weights, on one sequence at a time."""
     with torch.no_grad():
         for name, (a, b, scaling) in adapters.items():
@@ -333,7 +333,7 @@ def _run_natively(model: PreTrainedModel, adapters: _Adapters) -> Run:
         for name, (a, b, scaling) in adapters.items():
             gradient = _gradient(model.get_submodule(name).weight)
             gradients += [scaling * b.T @ gradient, scaling * gradient @ a.T]
-    return Run(torch.cat(logps), on_pack, _join(gradients).detach())
+    return SideResult(torch.cat(logps), on_pack, _join(gradients).detach())
 
 
 def _sorted_parameters(model: nn.Module) -> list[nn.Parameter]:

@@ -10,7 +10,7 @@ import statistics
 import sys
 
 import torch
-from peers_data import Lengths, Part, generate_pairs
+from peers_data import Part, PartLengths, generate_pairs
 from yardstick import seconds
 
 from saro.data.packs import Pack, lay_out
@@ -24,7 +24,7 @@ DTYPE = torch.bfloat16 if CUDA else torch.float32
 HEADS, GROUPS, SIZE = (32, 8, 128) if CUDA else (4, 2, 16)
 # Tokens of a pack, and of the sequences that fill it: which backend is faster depends on their length.
 TOKENS, LENGTHS = (8192, (256, 1024, 2048, 4096, 8192)) if CUDA else (64, (16, 64))
-LONG_PAIRS = Lengths(
+LONG_PAIRS = PartLengths(
     prompt=Part(256, 0.5, 1024),
     shared=Part(384, 0.6, 1024),
     chosen=Part(640, 0.6, 2048),
@@ -41,7 +41,7 @@ class Causal(torch.nn.Module):
 
 def make_packs() -> dict[str, Pack]:
     """Return the packs that are measured, by description."""
-    pairs = generate_pairs(4, 1000, 2, 0, LONG_PAIRS if CUDA else Lengths())
+    pairs = generate_pairs(4, 1000, 2, 0, LONG_PAIRS if CUDA else PartLengths())
     packs = {f"{TOKENS // length} sequences of {length}": random_pack(TOKENS, 1000, length, 0.5) for length in LENGTHS}
     return {**packs, "trees of 4 pairs": lay_out(pairs.trees(range(4), 2**31))}
 

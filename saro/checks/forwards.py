@@ -20,8 +20,8 @@ from saro.model.recompute import recomputable_layers
 
 
 @dataclass(frozen=True, eq=False)
-class Run:
-    """The results of one forward and backward.
+class PassResult:
+    """The results of one forward and backward pass.
 
     Attributes:
         logps: (R,) log-probs of the compared entries, nats.
@@ -32,7 +32,7 @@ class Run:
     logps: torch.Tensor
     gradients: torch.Tensor
 
-    def differences(self, other: Run) -> tuple[torch.Tensor, torch.Tensor]:
+    def differences(self, other: PassResult) -> tuple[torch.Tensor, torch.Tensor]:
         """Return |difference| of the log-probs, (R,), and of the gradients, (T, D), in float64."""
         return (
             (self.logps.double() - other.logps.double()).abs(),
@@ -79,13 +79,13 @@ class Probe:
         starts = np.cumsum([0, *lengths[:-1]]).tolist()
         return torch.cat([start + self.rows[self.rows < n] for start, n in zip(starts, lengths, strict=True)])
 
-    def run_packed(self, policy: Policy) -> Run:
+    def run_packed(self, policy: Policy) -> PassResult:
         """Run the policy on one pack of all trees."""
         pack, rows = self._pack(policy)
         with _captured_embeddings(policy) as captured:
             logps = policy(pack)[rows]
         (gradient,) = torch.autograd.grad(logps.sum(), captured)
-        return Run(logps.detach(), gradient[0])
+        return PassResult(logps.detach(), gradient[0])
 
     @torch.no_grad()
     def run_leaky(self, policy: Policy) -> torch.Tensor:
@@ -93,7 +93,7 @@ class Probe:
         pack, rows = self._pack(policy)
         return policy(pack, isolated=False)[rows]
 
-    def run_natively(self, policy: Policy, softmax: torch.dtype) -> Run:
+    def run_natively(self, policy: Policy, softmax: torch.dtype) -> PassResult:
         """Run each sequence alone by the model's own forward; call it in the context ``unmodified``.
 
         ``softmax``: dtype of the log-softmax.
@@ -101,7 +101,7 @@ class Probe:
         runs = [_run_natively(policy, [s], self.rows, softmax) for s in self.sequences]
         return self._map_to_pack(runs)
 
-    def run_padded(self, policy: Policy, softmax: torch.dtype) -> Run:
+    def run_padded(self, policy: Policy, softmax: torch.dtype) -> PassResult:
         """Run all sequences as one right-padded batch by the model's own forward; see ``run_natively``."""
         return self._map_to_pack([_run_natively(policy, self.sequences, self.rows, softmax)])
 
@@ -110,16 +110,18 @@ class Probe:
         pack = lay_out(self.trees).to(policy.causal_lm.device)
         return pack, pack.entry_row[self.entries.to(pack.entry_row.device)]
 
-    def _map_to_pack(self, runs: Sequence[Run]) -> Run:
+    def _map_to_pack(self, runs: Sequence[PassResult]) -> PassResult:
         """Join the runs of all sequences in the layout of the pack."""
         logps = torch.cat([run.logps for run in runs])
         gradients = torch.cat([run.gradients for run in runs]).double()
         positions = _read_positions(self.trees).to(gradients.device)
         on_pack = gradients.new_zeros(sum(tree.tokens for tree in self.trees), gradients.shape[1])
-        return Run(logps, on_pack.index_add(0, positions, gradients))
+        return PassResult(logps, on_pack.index_add(0, positions, gradients))
 
 
-def _run_natively(policy: Policy, sequences: Sequence[ScoredSequence], rows: torch.Tensor, softmax: torch.dtype) -> Run:
+def _run_natively(
+    policy: Policy, sequences: Sequence[ScoredSequence], rows: torch.Tensor, softmax: torch.dtype
+) -> PassResult:
     """Run the model's own forward on a right-padded batch; the gradients are those of the sequences' tokens, in order."""
     lm = policy.causal_lm
     longest = max(len(s.tokens) for s in sequences) - 1
@@ -149,7 +151,7 @@ def _run_natively(policy: Policy, sequences: Sequence[ScoredSequence], rows: tor
             logps.append(logits[i, : len(own_rows)].to(softmax).log_softmax(-1).gather(1, targets[:, None])[:, 0])
         result = torch.cat(logps)
         (gradient,) = torch.autograd.grad(result.sum(), captured)
-    return Run(result.detach(), torch.cat([gradient[i, : len(s.tokens) - 1] for i, s in enumerate(sequences)]))
+    return PassResult(result.detach(), torch.cat([gradient[i, : len(s.tokens) - 1] for i, s in enumerate(sequences)]))
 
 
 @contextmanager

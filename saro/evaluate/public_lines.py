@@ -26,7 +26,7 @@ class Line:
 
 
 @dataclass(frozen=True)
-class LeftOut:
+class SkippedRecord:
     """A published record that is not converted.
 
     Attributes:

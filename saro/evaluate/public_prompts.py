@@ -9,8 +9,8 @@ from pathlib import Path
 from saro.data.jsonl import fault, parse_text, read_objects, shown
 from saro.data.published import parse_field, read_csv, read_json, read_records, read_text
 from saro.evaluate.public_lines import (
-    LeftOut,
     Line,
+    SkippedRecord,
     check_object,
     choose_by_name,
     get_objects,
@@ -80,17 +80,17 @@ _HARMBENCH_LEFT_OUT = {
 }
 
 
-def read_harmbench(path: Path) -> Iterator[Line | LeftOut]:
+def read_harmbench(path: Path) -> Iterator[Line | SkippedRecord]:
     """Yield HarmBench's standard behaviours: columns Behavior, FunctionalCategory, SemanticCategory and BehaviorID."""
     for where, row in read_csv(path, ("Behavior", "FunctionalCategory", "SemanticCategory", "BehaviorID")):
         function = parse_field(row, "FunctionalCategory", where)
         if function in _HARMBENCH_LEFT_OUT:
-            yield LeftOut(where, _HARMBENCH_LEFT_OUT[function])
+            yield SkippedRecord(where, _HARMBENCH_LEFT_OUT[function])
             continue
         if function != "standard":
             fault(where, f"FunctionalCategory is {shown(function)}", "it must be standard, copyright or contextual")
         if row.get("ImageFileName"):
-            yield LeftOut(where, "multimodal: the behaviour is about a picture")
+            yield SkippedRecord(where, "multimodal: the behaviour is about a picture")
             continue
         id, prompt = parse_field(row, "BehaviorID", where), parse_field(row, "Behavior", where)
         yield Line(where, make_harmful(f"harmbench-{id}", prompt, parse_field(row, "SemanticCategory", where)))
@@ -117,7 +117,7 @@ def read_jbb(path: Path) -> Iterator[Line]:
 JBB_ARTIFACT_FILES = ("black_box/*.json", "white_box/*.json", "transfer/*.json", "manual/*.json")
 
 
-def read_jbb_artifacts(path: Path) -> Iterator[Line | LeftOut]:
+def read_jbb_artifacts(path: Path) -> Iterator[Line | SkippedRecord]:
     """Yield the jailbreak prompts of one JSON file of JailbreakBench/artifacts: ``parameters`` and ``jailbreaks``.
 
     They were found on another model, so they test whether its jailbreaks transfer. All prompts for one behaviour are one
@@ -131,7 +131,7 @@ def read_jbb_artifacts(path: Path) -> Iterator[Line | LeftOut]:
     origin = "-".join(parse_field(content["parameters"], key, f"{name}: parameters") for key in ("method", "model"))
     for where, row in rows:
         if row["prompt"] is None:
-            yield LeftOut(where, "no prompt: the method found none for this behaviour")
+            yield SkippedRecord(where, "no prompt: the method found none for this behaviour")
             continue
         prompt, category = parse_field(row, "prompt", where), parse_field(row, "category", where)
         fields = make_harmful(f"jbb-{origin}-{row['index']}", prompt, category)
@@ -154,7 +154,7 @@ _COCONOT_SAFETY = "Requests with safety concerns"
 COCONOT_CONTRAST = {"coconot_contrast_eval.jsonl": True, "coconot_eval.jsonl": False}
 
 
-def read_coconot(path: Path) -> Iterator[Line | LeftOut]:
+def read_coconot(path: Path) -> Iterator[Line | SkippedRecord]:
     """Yield CoCoNot's prompts: coconot_eval.jsonl or coconot_contrast_eval.jsonl, fields id, category, subcategory, prompt.
 
     All contrast prompts are harmless. Of the others, only those with safety concerns are to be refused; the rest asks
@@ -163,7 +163,7 @@ def read_coconot(path: Path) -> Iterator[Line | LeftOut]:
     is_contrast = choose_by_name(path, COCONOT_CONTRAST)
     for _, where, row in read_records(path):
         if not is_contrast and parse_field(row, "category", where) != _COCONOT_SAFETY:
-            yield LeftOut(where, "no safety concern: a good answer is not a refusal of harm")
+            yield SkippedRecord(where, "no safety concern: a good answer is not a refusal of harm")
             continue
         id, prompt = parse_field(row, "id", where), parse_field(row, "prompt", where)
         expect = "comply" if is_contrast else "refuse"
@@ -193,7 +193,7 @@ def read_ailuminate(path: Path) -> Iterator[Line]:
         yield Line(where, make_harmful(parse_field(row, "release_prompt_id", where), prompt, category))
 
 
-def read_synth_pairs(path: Path) -> Iterator[Line | LeftOut]:
+def read_synth_pairs(path: Path) -> Iterator[Line | SkippedRecord]:
     """Yield the prompts of pairs that ``saro synth`` made, each once: those of the held-out ones, for recovery curves.
 
     Prompts with a right answer are left out: a pair does not name it.
@@ -207,7 +207,7 @@ def read_synth_pairs(path: Path) -> Iterator[Line | LeftOut]:
             continue
         seen.add(synth["prompt"])
         if synth["expect"] == "answer":
-            yield LeftOut(where, "a prompt with a right answer, which a pair does not name")
+            yield SkippedRecord(where, "a prompt with a right answer, which a pair does not name")
             continue
         fields = make_prompt(synth["prompt"], record["prompt"], synth["expect"], synth["kind"])
         notes = {name: record["meta"].get(name, "") for name in ("source", "licence")}

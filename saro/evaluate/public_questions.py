@@ -9,7 +9,7 @@ from pathlib import Path
 
 from saro.data.jsonl import fault, parse_text
 from saro.data.published import parse_field, read_csv_rows, read_json, read_records
-from saro.evaluate.public_lines import LeftOut, Line, get_objects, make_question
+from saro.evaluate.public_lines import Line, SkippedRecord, get_objects, make_question
 
 _NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?")
 
@@ -70,7 +70,7 @@ def _make_choice_line(id: str, where: str, question: str, choices: list[str], le
     return Line(where, make_question(id, f"{question}\n\n{listed}\n\n{_ASK_LETTER}", letter, "choice", subject))
 
 
-def read_bbh(path: Path) -> Iterator[Line | LeftOut]:
+def read_bbh(path: Path) -> Iterator[Line | SkippedRecord]:
     """Yield the questions of a task of BIG-Bench Hard, ``{"examples": [{"input", "target"}]}``, with how to answer.
 
     The answer is a lettered choice, a number, or words.
@@ -83,10 +83,10 @@ def read_bbh(path: Path) -> Iterator[Line | LeftOut]:
             match = "choice" if letter[1] in _LETTERS else "exact"
             yield Line(where, make_question(id, f"{text}\n\n{_ASK_LETTER}", letter[1], match, path.stem))
         elif "\n(A) " in text:
-            yield LeftOut(where, "the target is none of the choices")
+            yield SkippedRecord(where, "the target is none of the choices")
         elif _NUMBER.fullmatch(target):
             yield Line(where, make_question(id, f"{text}\n\n{_ASK_NUMBER}", target, "number", path.stem))
         elif re.search(r"\w", target):
             yield Line(where, make_question(id, f"{text}\n\n{_ASK_WORDS}", target, "exact", path.stem))
         else:
-            yield LeftOut(where, "the target is punctuation, which a match of words does not see")
+            yield SkippedRecord(where, "the target is punctuation, which a match of words does not see")

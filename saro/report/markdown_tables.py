@@ -9,7 +9,7 @@ from saro.report.number import MINUS, MISSING, interval_text, score_text
 from saro.report.page_data import (
     TOKENS,
     Comparison,
-    Line,
+    MetricLine,
     attack_tables,
     comparison_pairs,
     find_recoveries,
@@ -73,7 +73,7 @@ def _difference(comparison: Comparison) -> str:
     return f"{score_text(row)} {interval_text(row)}{says}"
 
 
-def _last_change(line: Line) -> list[str]:
+def _last_change(line: MetricLine) -> list[str]:
     """Return the cell of the last model against the first; none for a single model."""
     models = len(line.scores)
     return [_difference(line.comparisons[models - 2])] if models > 1 else []

@@ -73,7 +73,7 @@ class Comparison:
 
 
 @dataclass(frozen=True)
-class Line:
+class MetricLine:
     """One metric under one attack, for every model.
 
     Attributes:
@@ -115,14 +115,14 @@ def judge_difference(row: Row | None) -> Mark | None:
     return DIFFERENT
 
 
-def make_line(evaluation: Evaluation, label: str, metric: str, suite: str, attack: str = "none") -> Line | None:
+def make_line(evaluation: Evaluation, label: str, metric: str, suite: str, attack: str = "none") -> MetricLine | None:
     """Return one metric for every model; None if no model has it."""
     models = evaluation.models
     scores = [evaluation.score(metric, model, suite, attack) for model in models]
     if not any(scores):
         return None
     rows = [evaluation.difference(metric, model, base, suite, attack) for model, base in comparison_pairs(models)]
-    return Line(
+    return MetricLine(
         label=label,
         metric=metric,
         suite=suite,
@@ -132,7 +132,7 @@ def make_line(evaluation: Evaluation, label: str, metric: str, suite: str, attac
     )
 
 
-def headline_lines(evaluation: Evaluation) -> list[Line]:
+def headline_lines(evaluation: Evaluation) -> list[MetricLine]:
     """Return the rates that decide, without attack: harmful compliance, then over-refusal, then ability, suite by suite."""
     lines = []
     for metric, (label, _) in HEADLINES.items():
@@ -140,7 +140,7 @@ def headline_lines(evaluation: Evaluation) -> list[Line]:
     return [line for line in lines if line is not None]
 
 
-def suite_lines(evaluation: Evaluation, suite: str) -> list[Line]:
+def suite_lines(evaluation: Evaluation, suite: str) -> list[MetricLine]:
     """Return the table of a suite without attack; below each rate what it may be after correction, and its bounds."""
     labels: dict[str, str] = {}
     for metric, (label, _) in HEADLINES.items():
@@ -157,7 +157,7 @@ class AttackTable:
     title: str
     metric: str
     suite: str
-    lines: Sequence[Line]
+    lines: Sequence[MetricLine]
 
     @property
     def has_changes(self) -> bool:
@@ -200,7 +200,7 @@ class Claim:
 
     metric: str
     mark: Mark | None
-    lines: Sequence[Line]
+    lines: Sequence[MetricLine]
 
 
 def make_claims(evaluation: Evaluation) -> list[Claim]:

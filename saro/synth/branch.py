@@ -34,7 +34,7 @@ class Fork:
 
 
 @dataclass(frozen=True)
-class Lengths:
+class PairLengths:
     """Numbers of tokens of an encoded pair.
 
     Attributes:
@@ -59,7 +59,7 @@ def find_fork(chat: ChatFormat, prompt: Sequence[Message], prefix_text: str) -> 
     return Fork(prefill, chat.prefill_ids(prompt, prefill).ids, prefix_text)
 
 
-def measure_pair(chat: ChatFormat, record: Mapping[str, Any], fork: Fork) -> Lengths | None:
+def measure_pair(chat: ChatFormat, record: Mapping[str, Any], fork: Fork) -> PairLengths | None:
     """Return the lengths of a record's sides in tokens, as training encodes them, or None if they do not share the fork.
 
     They must share at least the fork, or one token less, and more than the prompt. A model may continue with text that
@@ -77,7 +77,7 @@ def measure_pair(chat: ChatFormat, record: Mapping[str, Any], fork: Fork) -> Len
     least = prompt if len(fork.ids) == prompt and not fork.text else prompt + 1
     if shared < max(len(fork.ids) - 1, least):
         return None
-    return Lengths(shared, prompt, len(chosen.tokens) - prompt, len(rejected.tokens) - prompt)
+    return PairLengths(shared, prompt, len(chosen.tokens) - prompt, len(rejected.tokens) - prompt)
 
 
 def cut_after(chat: ChatFormat, text: str, place: int, tokens: int) -> str:

@@ -11,7 +11,7 @@ from saro.data.chat_format import ChatFormat
 from saro.draws.request import Sampling
 from saro.errors import SaroError
 from saro.synth.author import Author, Drawn
-from saro.synth.branch import Lengths, cut_after, find_fork, measure_pair
+from saro.synth.branch import PairLengths, cut_after, find_fork, measure_pair
 from saro.synth.funnel import Funnel
 from saro.synth.gates import Gates
 from saro.synth.judgement import Judge, Judged
@@ -210,7 +210,7 @@ def finish_record(
     return record
 
 
-def _measure(run: Run, record: Mapping[str, Any], prompt: Prompt, prefix: str) -> Lengths | None:
+def _measure(run: Run, record: Mapping[str, Any], prompt: Prompt, prefix: str) -> PairLengths | None:
     try:
         fork = find_fork(run.chat, prompt.item.prompt, prefix)
     except SaroError:

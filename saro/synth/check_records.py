@@ -42,7 +42,7 @@ _EXPECT = {"harmful": "refuse", "harmless": "comply"}
 
 
 @dataclass(frozen=True)
-class Finding:
+class CheckResult:
     """The result of one check.
 
     Attributes:
@@ -113,7 +113,7 @@ def read_records(files: Sequence[str], chat: ChatFormat) -> list[CheckedRecord]:
 
 def check_records(
     records: Sequence[CheckedRecord], chat: ChatFormat, policy: SafetyPolicy, *, sample: int = 200, seed: int = 0
-) -> list[Finding]:
+) -> list[CheckResult]:
     """Return the findings of all checks.
 
     Args:
@@ -134,14 +134,14 @@ def check_records(
     ]
 
 
-def _check_encoding(records: Sequence[CheckedRecord]) -> Finding:
+def _check_encoding(records: Sequence[CheckedRecord]) -> CheckResult:
     wrong = [one for one in records if one.sequences is None]
     if wrong:
-        return Finding("encoding", False, f"{len(wrong):,} records cannot be encoded; the first: {wrong[0].error}")
-    return Finding("encoding", True, f"{len(records):,} records are encoded as in training")
+        return CheckResult("encoding", False, f"{len(wrong):,} records cannot be encoded; the first: {wrong[0].error}")
+    return CheckResult("encoding", True, f"{len(records):,} records are encoded as in training")
 
 
-def _check_duplicates(records: Sequence[CheckedRecord]) -> Finding:
+def _check_duplicates(records: Sequence[CheckedRecord]) -> CheckResult:
     """Find examples on one prompt, and pairs of one form that say the same or the opposite."""
     prompts: Counter[Any] = Counter()
     pairs: Counter[Any] = Counter()
@@ -166,15 +166,15 @@ def _check_duplicates(records: Sequence[CheckedRecord]) -> Finding:
     if opposite:
         faults.append(f"{len(opposite):,} pairs are the reverse of another ({_first(opposite)})")
     if faults:
-        return Finding("duplicates", False, "; ".join(faults) + "; drop them")
-    return Finding("duplicates", True, "no prompt has two examples, and no pair is there twice or reversed")
+        return CheckResult("duplicates", False, "; ".join(faults) + "; drop them")
+    return CheckResult("duplicates", True, "no prompt has two examples, and no pair is there twice or reversed")
 
 
-def _check_forks(records: Sequence[CheckedRecord], chat: ChatFormat) -> Finding:
+def _check_forks(records: Sequence[CheckedRecord], chat: ChatFormat) -> CheckResult:
     """Check that both sides of each pair share all steps before the recorded fork, in this model's tokens."""
     forked = [one for one in records if one.sequences is not None and one.synth.get("fork") is not None]
     if not forked:
-        return Finding("forks", True, "no record has a fork")
+        return CheckResult("forks", True, "no record has a fork")
     early, other = [], 0
     for one in forked:
         shared = common_prefix([sequence.tokens for sequence in one.sequences])
@@ -183,7 +183,7 @@ def _check_forks(records: Sequence[CheckedRecord], chat: ChatFormat) -> Finding:
             early.append(one.where)
         other += shared != one.synth["fork"].get("token")
     if early:
-        return Finding(
+        return CheckResult(
             "forks",
             False,
             f"{len(early):,} of {len(forked):,} pairs part before their fork ({_first(early)}); drop them",
@@ -191,7 +191,7 @@ def _check_forks(records: Sequence[CheckedRecord], chat: ChatFormat) -> Finding:
     text = f"{len(forked):,} pairs share all tokens before their fork"
     if other:
         text += f"; {other:,} were made with a model that has other tokens"
-    return Finding("forks", True, text)
+    return CheckResult("forks", True, text)
 
 
 def _count_before_fork(one: CheckedRecord, chat: ChatFormat) -> int:
@@ -206,7 +206,7 @@ def _count_before_fork(one: CheckedRecord, chat: ChatFormat) -> int:
         raise SaroError(f"{one.where}: {error}") from error
 
 
-def _check_leaks(records: Sequence[CheckedRecord], policy: SafetyPolicy) -> Finding:
+def _check_leaks(records: Sequence[CheckedRecord], policy: SafetyPolicy) -> CheckResult:
     """Find texts to be learned that speak of what only the writer saw."""
     found = []
     for one in records:
@@ -214,25 +214,25 @@ def _check_leaks(records: Sequence[CheckedRecord], policy: SafetyPolicy) -> Find
         if any(leaks(text, policy) for text in (response.reasoning or "", response.answer or "")):
             found.append(one.where)
     if found:
-        return Finding(
+        return CheckResult(
             "leaks",
             False,
             f"{len(found):,} texts to learn speak of the policy or a prompt ({_first(found)}); drop them",
         )
-    return Finding("leaks", True, "no text to learn speaks of the policy or a prompt")
+    return CheckResult("leaks", True, "no text to learn speaks of the policy or a prompt")
 
 
-def _check_lengths(records: Sequence[CheckedRecord]) -> Finding:
+def _check_lengths(records: Sequence[CheckedRecord]) -> CheckResult:
     lengths = _measure([one for one in records if one.is_pair and one.sequences is not None])
     if lengths is None:
-        return Finding("lengths", True, "no pair has two whole texts of different length")
+        return CheckResult("lengths", True, "no pair has two whole texts of different length")
     text = describe_lengths(lengths)
     # With few pairs, chance alone gives a larger one: two standard errors of equal shares.
     if abs(2 * lengths["longer"] - 1) > max(_MOST_ONE_SIDED, 2 / sqrt(lengths["pairs"])):
-        return Finding(
+        return CheckResult(
             "lengths", False, f"{text}; a model can tell the sides by their length: draw more texts, or drop pairs"
         )
-    return Finding("lengths", True, text)
+    return CheckResult("lengths", True, text)
 
 
 def measure_lengths(records: Iterable[Mapping[str, Any]], chat: ChatFormat | None) -> dict[str, Any] | None:
@@ -293,28 +293,28 @@ def describe_lengths(lengths: Mapping[str, Any]) -> str:
     )
 
 
-def _check_balance(records: Sequence[CheckedRecord]) -> Finding:
+def _check_balance(records: Sequence[CheckedRecord]) -> CheckResult:
     kinds = Counter(one.kind for one in records)
     forms = Counter(one.synth["form"] for one in records if "form" in one.synth)
     text = f"prompts: {_list_counts(kinds)}" + (f"; forms: {_list_counts(forms)}" if forms else "")
     if kinds["harmless"] < _LEAST_HARMLESS * kinds["harmful"]:
-        return Finding(
+        return CheckResult(
             "balance",
             False,
             f"{text}; too few are on harmless prompts, and a model would learn to refuse them: add twins or stage mirror, "
             "and check all files of one training together",
         )
-    return Finding("balance", True, text)
+    return CheckResult("balance", True, text)
 
 
-def _check_verdicts(records: Sequence[CheckedRecord], sample: int, seed: int) -> Finding:
+def _check_verdicts(records: Sequence[CheckedRecord], sample: int, seed: int) -> CheckResult:
     """Compare the outcomes that the judge gave with those of the rules, on a sample of answers."""
     by_rules = sum(one.kind == "harmful" and one.synth.get("judge") == RULES for one in records)
     only_rules = f"{by_rules:,} records on harmful prompts: rules only: not compared; the rules call all harmful that does not refuse"
     sides = [(one, name, outcome) for one in records for name, outcome in _judged_sides(one)]
     if not sides:
         text = "no answer was judged by a model, so there is nothing to compare with the rules"
-        return Finding("verdicts", True, only_rules if by_rules else text, is_warning=by_rules > 0)
+        return CheckResult("verdicts", True, only_rules if by_rules else text, is_warning=by_rules > 0)
     chosen = sorted(sides, key=lambda side: hashlib.sha256(f"{seed}/{side[0].record.id}/{side[1]}".encode()).digest())[
         :sample
     ]
@@ -322,8 +322,10 @@ def _check_verdicts(records: Sequence[CheckedRecord], sample: int, seed: int) ->
     share = 1 - len(differ) / len(chosen)
     text = f"judge and rules agree on {share:.0%} of {len(chosen):,} answers"
     if share < _LEAST_AGREEMENT:
-        return Finding("verdicts", False, f"{text} ({_first(differ)}); read some, and check the judge with judge-check")
-    return Finding("verdicts", True, f"{text}; {only_rules}" if by_rules else text, is_warning=by_rules > 0)
+        return CheckResult(
+            "verdicts", False, f"{text} ({_first(differ)}); read some, and check the judge with judge-check"
+        )
+    return CheckResult("verdicts", True, f"{text}; {only_rules}" if by_rules else text, is_warning=by_rules > 0)
 
 
 def _judged_sides(one: CheckedRecord) -> list[tuple[str, str]]:
@@ -359,7 +361,7 @@ def _is_good_by_rules(one: CheckedRecord, name: str) -> bool:
     return find_outcome(item, answer, judge_by_rules(item, answer)) in GOOD
 
 
-def _describe_tokens(records: Sequence[CheckedRecord]) -> Finding:
+def _describe_tokens(records: Sequence[CheckedRecord]) -> CheckResult:
     """Return the mean tokens of the reasoning to be learned, by the level of the prompt."""
     by_level: dict[str, list[int]] = {}
     for one in records:
@@ -367,7 +369,7 @@ def _describe_tokens(records: Sequence[CheckedRecord]) -> Finding:
             tokens = int((one.sequences[0].row_kinds == RowKind.THINK).sum())
             by_level.setdefault(one.synth.get("level", "unknown"), []).append(tokens)
     listed = ", ".join(f"{level} {sum(values) / len(values):,.0f}" for level, values in sorted(by_level.items()))
-    return Finding("tokens", True, f"reasoning to learn, in tokens on average by level: {listed}")
+    return CheckResult("tokens", True, f"reasoning to learn, in tokens on average by level: {listed}")
 
 
 def _as_messages(prompt: tuple[Message, ...] | str) -> tuple[Message, ...]:

@@ -16,8 +16,8 @@ import torch
 from peers_data import (
     LENGTHS,
     InOrder,
-    Lengths,
     Part,
+    PartLengths,
     Request,
     Result,
     generate_pairs,
@@ -76,7 +76,7 @@ def test_the_same_seed_generates_the_same_pairs():
 
 
 def test_generated_pairs_have_the_lengths_asked_for():
-    fixed = Lengths(Part(5, 0.0, 9), Part(4, 0.0, 9), Part(30, 0.0, 7), Part(6, 0.0, 9))
+    fixed = PartLengths(Part(5, 0.0, 9), Part(4, 0.0, 9), Part(30, 0.0, 7), Part(6, 0.0, 9))
     pairs = generate_pairs(3, VOCABULARY, STOP, seed=0, lengths=fixed)
     for record in range(3):
         chosen, rejected = pairs.sequences(record)

@@ -18,16 +18,16 @@ from saro.config import DataConfig, ModelConfig
 from saro.distributed.runtime import Runtime
 from saro.errors import SaroError
 from saro.model import attention, fused_lora
+from saro.tools.doctor import checked_model as model_module
 from saro.tools.doctor import doctor as doctor_module
 from saro.tools.doctor import kernel_checks as kernels
 from saro.tools.doctor import memory_check as memory
 from saro.tools.doctor import model_checks as model
-from saro.tools.doctor import subject as subject_module
 from saro.tools.doctor import training_checks as training
+from saro.tools.doctor.checked_model import CheckedModel
 from saro.tools.doctor.doctor import Options, doctor
 from saro.tools.doctor.finding import Check, Finding, guarded, within
 from saro.tools.doctor.memory_check import Memory
-from saro.tools.doctor.subject import Subject
 from saro.train import checkpoint, engine, restore
 from saro.train.optim import make_optimizer
 
@@ -86,15 +86,15 @@ def test_all_checks_pass_on_a_tiny_model(examine, method):
 
 
 def test_on_a_cpu_that_is_faster_in_bfloat16_the_model_is_checked_in_it_and_it_is_advised(examine, monkeypatch):
-    for module in (subject_module, doctor_module):
+    for module in (model_module, doctor_module):
         monkeypatch.setattr(module, "decide_dtype", lambda name, *_: "bfloat16" if name == "auto" else name)
-    loaded, load = [], subject_module.load_policy
+    loaded, load = [], model_module.load_policy
 
     def load_policy(source, options, *arguments, **keywords):
         loaded.append(options.dtype)
         return load(source, options, *arguments, **keywords)
 
-    monkeypatch.setattr(subject_module, "load_policy", load_policy)
+    monkeypatch.setattr(model_module, "load_policy", load_policy)
     code, findings, advice, _ = examine()
     assert code == 0, failed(findings)
     assert advice[0] == "dtype: bfloat16 (--model.dtype)"
@@ -224,7 +224,7 @@ def another_reference(patch):
 
 
 def packs_that_take_no_memory(patch):
-    patch.setattr(memory, "_peak", lambda subject, pack: 1.0)
+    patch.setattr(memory, "_peak", lambda checked, pack: 1.0)
 
 
 TILES = {"token_logps, torch tiles, frozen head", "token_logps, torch tiles, trainable head"}
@@ -277,10 +277,10 @@ def test_an_error_is_shown_by_its_first_line(examine, monkeypatch):
 def test_gradients_that_generation_changes_fail(examine, monkeypatch):
     original = model._generate
 
-    def generate(subject):
-        original(subject)
+    def generate(checked):
+        original(checked)
         with torch.no_grad():
-            next(p for p in subject.policy.parameters() if p.dtype == torch.float32 and p.ndim == 1).mul_(1.001)
+            next(p for p in checked.policy.parameters() if p.dtype == torch.float32 and p.ndim == 1).mul_(1.001)
 
     monkeypatch.setattr(model, "_generate", generate)
     code, findings, _, _ = examine(method="qlora")
@@ -309,7 +309,7 @@ def test_if_a_broken_backend_cannot_load_the_model_the_rows_of_the_machine_remai
     def load_policy(*_: object, **__: object) -> None:
         raise RuntimeError("CUDA error: no kernel image")
 
-    monkeypatch.setattr(subject_module, "load_policy", load_policy)
+    monkeypatch.setattr(model_module, "load_policy", load_policy)
     code, findings, advice, _ = examine()
     assert code == 1
     assert list(findings) == ["versions", "device", "threads", "free disk of the cache", "the model loads"]
@@ -378,7 +378,7 @@ def test_the_largest_pack_is_a_multiple_of_256():
 
 def test_memory_is_measured_with_gradients_and_optimizer_states(runtime, tiny_model, monkeypatch):
     """From the second step on they exist; a first step allocates its states after the activations are freed."""
-    subject = Subject.load(runtime, ModelConfig(name=tiny_model(), method="full"), PACK_TOKENS)
+    checked = CheckedModel.load(runtime, ModelConfig(name=tiny_model(), method="full"), PACK_TOKENS)
     optimizers, seen = [], []
 
     def note_optimizer(*args):
@@ -386,25 +386,25 @@ def test_memory_is_measured_with_gradients_and_optimizer_states(runtime, tiny_mo
         return optimizers[-1]
 
     def note(backward):
-        parameters = subject.policy.trainable().values()
+        parameters = checked.policy.trainable().values()
         seen.append(all(p.grad is not None and "exp_avg" in optimizers[0].state[p] for p in parameters))
         backward()
         return float(len(seen))
 
     monkeypatch.setattr(memory, "make_optimizer", note_optimizer)
     monkeypatch.setattr(memory, "resident_peak", note)
-    measured = memory.measure_memory(subject)
+    measured = memory.measure_memory(checked)
     assert seen == [True, True]
     assert measured.slope > 0
-    assert all(p.grad is None for p in subject.policy.trainable().values())
+    assert all(p.grad is None for p in checked.policy.trainable().values())
 
 
 def test_gradient_checkpointing_is_advised_if_packs_do_not_fit(monkeypatch):
     monkeypatch.setattr(memory, "measure_memory", lambda _: Memory(base=1.0, slope=0.001))
     monkeypatch.setattr(memory, "device_memory", lambda _: 4.0)  # a step may use 3.4 GiB
-    subject = type("Subject", (), {"runtime": type("Runtime", (), {"device": torch.device("cpu")})})
+    checked = type("CheckedModel", (), {"runtime": type("Runtime", (), {"device": torch.device("cpu")})})
     advice: list[str] = []
-    assert memory.memory_check(subject, advice.append).ok
+    assert memory.memory_check(checked, advice.append).ok
     assert advice == [
         "pack size: up to 2,304 tokens (--data.pack_tokens)",
         "gradient checkpointing for packs of 2,048 tokens: not needed; a step takes 3.0 GiB",

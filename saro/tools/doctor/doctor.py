@@ -18,12 +18,12 @@ from saro.files import atomic_write
 from saro.model.training_dtype import decide_dtype
 from saro.program import shown
 from saro.report.tables import doctor_table
+from saro.tools.doctor.checked_model import CheckedModel
 from saro.tools.doctor.finding import Check, Finding, guarded
 from saro.tools.doctor.kernel_checks import kernel_checks
 from saro.tools.doctor.machine_checks import has_bf16, machine_checks
 from saro.tools.doctor.memory_check import MEMORY, memory_check
 from saro.tools.doctor.model_checks import ATTENTION, model_checks
-from saro.tools.doctor.subject import Subject
 from saro.tools.doctor.training_checks import training_checks
 
 
@@ -70,23 +70,23 @@ def doctor(runtime: Runtime, options: Options, console: Console) -> int:
     if options.json is not None and not Path(options.json).absolute().parent.is_dir():
         raise SaroError(f"--json: there is no folder {Path(options.json).absolute().parent}; make it first")
     findings = _run(runtime, machine_checks(runtime))
-    subjects: list[Subject] = []
+    models: list[CheckedModel] = []
 
     def load() -> Finding:
-        subject = Subject.load(runtime, options.model, options.data.pack_tokens)
-        subjects.append(subject)
-        figure = f"{options.model.name}, {options.model.method}: {subject.policy.summary()}; on {subject.records}"
+        checked = CheckedModel.load(runtime, options.model, options.data.pack_tokens)
+        models.append(checked)
+        figure = f"{options.model.name}, {options.model.method}: {checked.policy.summary()}; on {checked.records}"
         return Finding("the model loads", True, figure)
 
     findings += _run(runtime, [Check("the model loads", load)], user_errors=(SaroError,))
     advice: list[str] = []
-    # No subject if a broken backend could not load the model.
-    for subject in subjects:
+    # None if a broken backend could not load the model.
+    for checked in models:
         with tempfile.TemporaryDirectory(prefix="saro-doctor-") as folder:
-            checks = [*kernel_checks(subject.policy), *model_checks(subject), *training_checks(subject, Path(folder))]
+            checks = [*kernel_checks(checked.policy), *model_checks(checked), *training_checks(checked, Path(folder))]
             findings += _run(runtime, checks)
-        findings += _run(runtime, [Check(MEMORY, partial(memory_check, subject, advice.append))])
-    advice = [*_backend_advice(runtime, subjects, findings), *advice]
+        findings += _run(runtime, [Check(MEMORY, partial(memory_check, checked, advice.append))])
+    advice = [*_backend_advice(runtime, models, findings), *advice]
     failed = any(finding.ok is False for finding in findings)
     console.print(doctor_table([asdict(finding) for finding in findings]))
     for line in advice:
@@ -108,17 +108,17 @@ def _run(runtime: Runtime, checks: Iterable[Check], user_errors: tuple[type[Exce
     return findings
 
 
-def _backend_advice(runtime: Runtime, subjects: Sequence[Subject], findings: Sequence[Finding]) -> list[str]:
+def _backend_advice(runtime: Runtime, models: Sequence[CheckedModel], findings: Sequence[Finding]) -> list[str]:
     """Recommend dtype and attention: the fast ones if their checks passed here."""
-    dtype = _fast_dtype(runtime, subjects)
+    dtype = _fast_dtype(runtime, models)
     varlen_passed = any(finding.name == ATTENTION and finding.ok for finding in findings)
     attention = "auto" if varlen_passed and dtype == "bfloat16" else "sdpa"
     return [f"dtype: {dtype} (--model.dtype)", f"attention: {attention} (--model.attention)"]
 
 
-def _fast_dtype(runtime: Runtime, subjects: Sequence[Subject]) -> str:
+def _fast_dtype(runtime: Runtime, models: Sequence[CheckedModel]) -> str:
     """Return the name of the dtype in which the model's products are fastest here; float32 if no model was loaded on a CPU."""
     if runtime.device.type == "cpu":
-        chosen = [decide_dtype("auto", subject.policy.causal_lm.config, runtime.device) for subject in subjects]
+        chosen = [decide_dtype("auto", checked.policy.causal_lm.config, runtime.device) for checked in models]
         return chosen[0] if chosen else "float32"
     return "bfloat16" if has_bf16(runtime.device) else "float32"

@@ -12,9 +12,9 @@ from saro.config import TrainConfig
 from saro.data.packs import Pack, lay_out
 from saro.data.tree import RowKind, ScoredSequence, build_tree
 from saro.errors import SaroError
+from saro.tools.doctor.checked_model import CheckedModel
 from saro.tools.doctor.finding import Finding
 from saro.tools.doctor.machine_checks import device_memory
-from saro.tools.doctor.subject import Subject
 from saro.train.optim import make_optimizer
 from saro.train.resident_memory import give_freed_memory_back, resident_peak
 
@@ -43,7 +43,7 @@ class Memory:
         return max(0, int((gib - self.base) / self.slope) // 256 * 256)
 
 
-def measure_memory(subject: Subject) -> Memory:
+def measure_memory(checked: CheckedModel) -> Memory:
     """Measure forward and backward of a small and of a larger pack of one sequence.
 
     Gradients and optimizer states exist before, as from the second step on. A first step allocates its states when the
@@ -52,13 +52,13 @@ def measure_memory(subject: Subject) -> Memory:
     Raises:
         SaroError: the larger pack took no more memory, so there is no slope.
     """
-    sizes = [int(share * subject.pack_tokens) for share in _SHARES]
+    sizes = [int(share * checked.pack_tokens) for share in _SHARES]
     # lr ~ 0: only memory is measured, and the weights should stay finite.
-    optimizer = make_optimizer(subject.policy.trainable().values(), TrainConfig(lr=1e-12))
-    subject.policy.train()
-    _backward(subject, _pack(subject, sizes[0]))
+    optimizer = make_optimizer(checked.policy.trainable().values(), TrainConfig(lr=1e-12))
+    checked.policy.train()
+    _backward(checked, _pack(checked, sizes[0]))
     optimizer.step()
-    small, large = (_peak(subject, _pack(subject, tokens)) for tokens in sizes)
+    small, large = (_peak(checked, _pack(checked, tokens)) for tokens in sizes)
     optimizer.zero_grad(set_to_none=True)
     slope = (large - small) / (sizes[1] - sizes[0])
     if slope <= 0:
@@ -66,33 +66,33 @@ def measure_memory(subject: Subject) -> Memory:
     return Memory(small - slope * sizes[0], slope)
 
 
-def _pack(subject: Subject, tokens: int) -> Pack:
+def _pack(checked: CheckedModel, tokens: int) -> Pack:
     """Return a pack of one sequence of random tokens, of which ``tokens`` are scored."""
-    vocab = subject.policy.causal_lm.config.get_text_config().vocab_size
+    vocab = checked.policy.causal_lm.config.get_text_config().vocab_size
     ids = np.random.default_rng(0).integers(vocab, size=tokens + 1).astype(np.int32)
     sequence = ScoredSequence(ids, 1, np.full(tokens, RowKind.THINK, np.uint8), 0)
-    return lay_out([build_tree([sequence])]).to(subject.runtime.device)
+    return lay_out([build_tree([sequence])]).to(checked.runtime.device)
 
 
-def _backward(subject: Subject, pack: Pack) -> None:
-    (-subject.policy(pack).mean()).backward()
+def _backward(checked: CheckedModel, pack: Pack) -> None:
+    (-checked.policy(pack).mean()).backward()
 
 
-def _peak(subject: Subject, pack: Pack) -> float:
+def _peak(checked: CheckedModel, pack: Pack) -> float:
     """Return the peak memory of forward and backward, GiB."""
-    if subject.runtime.device.type == "cuda":
+    if checked.runtime.device.type == "cuda":
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(subject.runtime.device)
-        _backward(subject, pack)
-        return subject.runtime.memory()
+        torch.cuda.reset_peak_memory_stats(checked.runtime.device)
+        _backward(checked, pack)
+        return checked.runtime.memory()
     give_freed_memory_back()
-    return resident_peak(lambda: _backward(subject, pack)) / 2**30
+    return resident_peak(lambda: _backward(checked, pack)) / 2**30
 
 
-def memory_check(subject: Subject, advise: Callable[[str], object]) -> Finding:
+def memory_check(checked: CheckedModel, advise: Callable[[str], object]) -> Finding:
     """Measure, and advise on the largest pack that fits and on gradient checkpointing for the usual packs."""
-    memory = measure_memory(subject)
-    gib = _USED * device_memory(subject.runtime.device)
+    memory = measure_memory(checked)
+    gib = _USED * device_memory(checked.runtime.device)
     largest = memory.largest_pack(gib)
     advise(f"pack size: up to {largest:,} tokens (--data.pack_tokens)" if largest else "pack size: none fits")
     for tokens in _USUAL_PACKS:

@@ -1,4 +1,4 @@
-"""The subject of the checks: the user's model and a few short records."""
+"""Loads what the checks need: the user's model and a few short records that fit it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _BEFORE, _AFTER, _MORE = 16, 24, 12
 
 
 @dataclass(frozen=True, eq=False)
-class Subject:
+class CheckedModel:
     """A loaded model with records that fit it.
 
     Attributes:
@@ -51,7 +51,7 @@ class Subject:
     pack_tokens: int
 
     @classmethod
-    def load(cls, runtime: Runtime, model: ModelConfig, pack_tokens: int) -> Subject:
+    def load(cls, runtime: Runtime, model: ModelConfig, pack_tokens: int) -> CheckedModel:
         """Find the model and load it.
 
         Raises:
