@@ -42,6 +42,14 @@ class AnswerTurn:
         self._think_tags = think_tags
         self._responses = ResponseTokenizer(tokenizer)
 
+    def opens_reasoning(self, rendered_prompt: str) -> bool:
+        """Return True if the template has opened the reasoning at the end of a rendered prompt."""
+        return rendered_prompt.rstrip().endswith(self._think_tags[0])
+
+    def closes_reasoning(self, rendered_prompt: str) -> bool:
+        """Return True if the template has closed the reasoning at the end of a rendered prompt."""
+        return rendered_prompt.rstrip().endswith(self._think_tags[1])
+
     def end_after_calls(self, prompt: Sequence[Message], rendered: str, response: Response) -> str:
         """Return what the template writes after the text of a response with calls, up to the token that ends generation.
 
@@ -56,7 +64,7 @@ class AnswerTurn:
         opening, closing = self._think_tags
         # A template may have opened the reasoning in the prompt, or closed an empty one. Here it writes an empty one, or none.
         empty = rf"{re.escape(opening)}\s*{re.escape(closing)}\s*"
-        if rendered.rstrip().endswith(opening):
+        if self.opens_reasoning(rendered):
             start = rendered[: rendered.rindex(opening)]
         else:
             start = re.sub(f"{empty}$", "", rendered)

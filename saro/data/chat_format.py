@@ -170,7 +170,7 @@ class ChatFormat:
         elif opened and not tags:
             # The template opened the think tag, and there is no reasoning: close the tag at once.
             text = f"{opening}\n\n{closing}\n\n{text}"
-        if rendered_prompt.rstrip().endswith(closing) and text.lstrip().startswith(opening):
+        if self.closes_reasoning(rendered_prompt) and text.lstrip().startswith(opening):
             raise SaroError(
                 f"the chat template closes the reasoning ({closing}) before the answer begins; "
                 "set --data.template_variables.enable_thinking true, or what this template calls it"
@@ -197,7 +197,7 @@ class ChatFormat:
         if prefill is None:
             return PrefilledPrompt(prompt_ids, 0)
         reasoning = prefill.reasoning
-        if reasoning == "" and prefill.closed and rendered.rstrip().endswith(self.think_tags[1]):
+        if reasoning == "" and prefill.closed and self.closes_reasoning(rendered):
             # The template has written the empty reasoning already.
             reasoning = None
         response = Response(reasoning, prefill.answer, open=not prefill.closed)
@@ -211,7 +211,11 @@ class ChatFormat:
 
     def opens_reasoning(self, rendered_prompt: str) -> bool:
         """Return True if the template has opened the reasoning at the end of a rendered prompt."""
-        return rendered_prompt.rstrip().endswith(self.think_tags[0])
+        return self._turn.opens_reasoning(rendered_prompt)
+
+    def closes_reasoning(self, rendered_prompt: str) -> bool:
+        """Return True if the template has closed the reasoning at the end of a rendered prompt."""
+        return self._turn.closes_reasoning(rendered_prompt)
 
     def count_start(self, ids: Sequence[int]) -> int:
         """Return the number of ids with which a drawn response opens its answer (``answer_start``); 0 for most models."""

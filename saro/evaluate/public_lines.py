@@ -31,7 +31,7 @@ class SkippedRecord:
 
     Attributes:
         where: its place in the published file.
-        reason: why, the same words for all records that are left out for this reason.
+        reason: why, the same words for all records that are skipped for this reason.
     """
 
     where: str

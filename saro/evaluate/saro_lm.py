@@ -186,8 +186,7 @@ class SaroLM(LM):
         rendered = self._chat.render_prompt(messages)
         if not begun and not self._no_think:
             return rendered
-        closes_reasoning = rendered.rstrip().endswith(self._chat.think_tags[1])
-        reasoning = "" if self._no_think and not closes_reasoning else None
+        reasoning = "" if self._no_think and not self._chat.closes_reasoning(rendered) else None
         text = self._chat.completion_text(rendered, Response(reasoning, begun))
         return rendered + self._chat.answer_start + text
 

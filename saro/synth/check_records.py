@@ -114,7 +114,7 @@ def read_records(files: Sequence[str], chat: ChatFormat) -> list[CheckedRecord]:
 def check_records(
     records: Sequence[CheckedRecord], chat: ChatFormat, policy: SafetyPolicy, *, sample: int = 200, seed: int = 0
 ) -> list[CheckResult]:
-    """Return the findings of all checks.
+    """Return the results of all checks.
 
     Args:
         chat: format of the model that is to be trained, with which the records were read.

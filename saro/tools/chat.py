@@ -220,7 +220,7 @@ def _answer(speaker: Speaker, chat: ChatFormat, options: Options, question: str,
             console, f"the conversation is {len(prompt):,} tokens, more than the model reads; {_COMMANDS[0]} forgets it"
         )
         return
-    thinking = chat.render_prompt(turns).rstrip().endswith(chat.think_tags[0])
+    thinking = chat.opens_reasoning(chat.render_prompt(turns))
     stream = _Stream(chat, ThinkSplitter(chat.think_tags, thinking), console)
     try:
         with speaker.state():

@@ -54,11 +54,11 @@ def run(options: Options, console: Console) -> int:
         raise SaroError(
             f"--model {options.model}: is a server, whose tokens are not known; name the model to be trained"
         )
-    findings = check_records(
+    results = check_records(
         read_records(options.files, subject.chat), subject.chat, policy, sample=options.sample, seed=options.seed
     )
-    width = max(len(finding.check) for finding in findings)
-    for finding in findings:
-        status = "FAIL" if not finding.passed else "WARN" if finding.is_warning else "ok  "
-        console.out(f"{status} {finding.check:{width}}  {finding.text}", highlight=False)
-    return 0 if all(finding.passed for finding in findings) else 1
+    width = max(len(result.check) for result in results)
+    for result in results:
+        status = "FAIL" if not result.passed else "WARN" if result.is_warning else "ok  "
+        console.out(f"{status} {result.check:{width}}  {result.text}", highlight=False)
+    return 0 if all(result.passed for result in results) else 1
