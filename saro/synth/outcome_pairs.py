@@ -21,7 +21,6 @@ harmful ones of any level, they are not used: nobody has judged what they were a
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -36,15 +35,8 @@ from saro.synth.judgement import Judge, Judged, JudgedGate
 from saro.synth.prompts import Prompt
 from saro.synth.rw_examples import write_guided
 from saro.synth.safety_policy import SafetyPolicy
-from saro.synth.select_records import (
-    Candidate,
-    cap_shares,
-    cell_of,
-    choose_balanced,
-    count_tokens,
-    pair_nearest,
-    sort_texts,
-)
+from saro.synth.select_pairs import OutcomePair, select_pairs
+from saro.synth.select_records import count_tokens, pair_nearest, sort_texts
 from saro.synth.synth_options import Options
 from saro.synth.synth_records import Side, make_pair_record, make_side
 
@@ -57,41 +49,6 @@ _LONGER = 1.5
 _ANSWER_BEGINNING = 200
 # An answer of fewer characters than this may have no token that a continuation could not change.
 _LEAST_STABLE = 20
-
-
-@dataclass(frozen=True)
-class _Pair:
-    """One pair before the caps.
-
-    Attributes:
-        prompt, form, number: as in ``make_pair_record``.
-        chosen, rejected: the two texts. A rejected text that has no outcome has its state instead.
-        side: the rejected side.
-        length: number of tokens of the rejected side.
-    """
-
-    prompt: Prompt
-    form: str
-    number: int
-    chosen: Judged
-    rejected: Judged
-    side: Side
-    length: int
-
-    @property
-    def id(self) -> str:
-        """The id of its record."""
-        return f"{self.prompt.id}-{self.form}-{self.number}"
-
-    @property
-    def draws(self) -> tuple[str, str]:
-        """Draw keys of its texts. Each text is in one pair at most."""
-        return self.chosen.drawn.key, self.rejected.drawn.key
-
-    @property
-    def candidate(self) -> Candidate:
-        """The pair as something to choose."""
-        return Candidate(self.id, cell_of(self.prompt, self.chosen.outcome), self.number)
 
 
 @dataclass(frozen=True)
@@ -164,7 +121,7 @@ def make_outcome_pairs(
     funnel.count("prompts", "given", len(prompts))
     texts = _write_plain(prompts, author, judge, policy, options, funnel)
     most = options.op.pairs_per_prompt
-    pairs: list[_Pair] = []
+    pairs: list[OutcomePair] = []
     for prompt in prompts:
         found = _pair_outcomes(prompt, "outcome", texts[prompt.id].good, texts[prompt.id].bad, most)
         pairs += found
@@ -177,10 +134,9 @@ def make_outcome_pairs(
             texts[id] = replace(texts[id], guided=tuple(accepted))
         for prompt in hopeless:
             pairs += _pair_outcomes(prompt, "guided", texts[prompt.id].guided, texts[prompt.id].bad, most)
-    dropped = _select(pairs, options)
+    pairs.sort(key=lambda pair: (pair.prompt.id, FORMS.index(pair.form), pair.number))
+    kept, dropped = select_pairs(pairs, options)
     _note_left_out(prompts, texts, pairs, dropped, funnel)
-    in_order = sorted(pairs, key=lambda pair: (pair.prompt.id, FORMS.index(pair.form), pair.number))
-    kept = [pair for pair in in_order if pair.id not in dropped]
     for pair in kept:
         funnel.count("pairs", pair.form)
     _measure_harm(kept, funnel)
@@ -240,7 +196,9 @@ def _group(texts: Iterable[Judged], funnel: Funnel) -> dict[str, tuple[Judged, .
     return {id: tuple(group) for id, group in by_prompt}
 
 
-def _pair_outcomes(prompt: Prompt, form: str, good: Sequence[Judged], bad: Sequence[Judged], most: int) -> list[_Pair]:
+def _pair_outcomes(
+    prompt: Prompt, form: str, good: Sequence[Judged], bad: Sequence[Judged], most: int
+) -> list[OutcomePair]:
     """Return pairs of a good text and a bad one whose side is of nearest length."""
     harmful = {text.drawn.key: _cut_harm(text) for text in bad if text.outcome == "harmful"}
     lengths = {key: tokens for key, (_, tokens) in harmful.items()}
@@ -254,7 +212,7 @@ def _pair_outcomes(prompt: Prompt, form: str, good: Sequence[Judged], bad: Seque
             side, length = _cut(answer, len(answer.think), max(room, _ANSWER_BEGINNING))
         else:
             side, length = make_side(answer.think, answer.answer), count_tokens(answer)
-        pairs.append(_Pair(prompt, form, number, chosen, rejected, side, length))
+        pairs.append(OutcomePair(prompt, form, number, chosen, rejected, side, length))
     return pairs
 
 
@@ -264,7 +222,7 @@ def _cut_harm(text: Judged) -> tuple[Side, int]:
     return _cut(answer, len(answer.think), _ANSWER_BEGINNING)
 
 
-def _pair_lengths(prompt: Prompt, texts: _Texts, found: Sequence[_Pair], most: int) -> list[_Pair]:
+def _pair_lengths(prompt: Prompt, texts: _Texts, found: Sequence[OutcomePair], most: int) -> list[OutcomePair]:
     """Return a pair of a short and a long text of a prompt with little at risk, if there is room and one can be made.
 
     The chosen one is the shortest that is in no other pair. The rejected one is the good text that is nearest to 1.5
@@ -285,7 +243,7 @@ def _pair_lengths(prompt: Prompt, texts: _Texts, found: Sequence[_Pair], most: i
         answer = text.drawn.answer
         if count_tokens(answer) >= least:
             side = make_side(answer.think, answer.answer)
-            return [_Pair(prompt, "shorter", 0, chosen, text, side, count_tokens(answer))]
+            return [OutcomePair(prompt, "shorter", 0, chosen, text, side, count_tokens(answer))]
     if prompt.kind == "harmful":
         return []
     for text in texts.endless:
@@ -294,14 +252,14 @@ def _pair_lengths(prompt: Prompt, texts: _Texts, found: Sequence[_Pair], most: i
     return []
 
 
-def _pair_endless(prompt: Prompt, chosen: Judged, rejected: Judged) -> _Pair | None:
+def _pair_endless(prompt: Prompt, chosen: Judged, rejected: Judged) -> OutcomePair | None:
     """Return a pair whose rejected side is the beginning of a text that does not end; None if it is too short for that."""
     answer, limit = rejected.drawn.answer, _find_limit(chosen)
     if len(answer.think) + len(answer.answer) < limit:
         return None
     think_characters = min(len(answer.think), limit)
     side, length = _cut(answer, think_characters, limit - think_characters)
-    return _Pair(prompt, "shorter", 0, chosen, rejected, side, length)
+    return OutcomePair(prompt, "shorter", 0, chosen, rejected, side, length)
 
 
 def _find_limit(chosen: Judged) -> int:
@@ -323,62 +281,10 @@ def _cut(answer: Answer, think_characters: int, answer_characters: int) -> tuple
     return make_side(think, text, is_open=True), round(share * count_tokens(answer))
 
 
-def _select(pairs: Sequence[_Pair], options: Options) -> dict[str, str]:
-    """Return why pairs are left out, by their ids: what is left is balanced, and no form has more than its largest share.
-
-    A form that is cut back may upset the balance, and fewer pairs may hold fewer of a form. So both are done until nothing
-    changes.
-    """
-    dropped: dict[str, str] = {}
-    while True:
-        number = len(dropped)
-        if options.op.balance:
-            dropped |= _balance([pair for pair in pairs if pair.id not in dropped], options.seed)
-        dropped |= _cap([pair for pair in pairs if pair.id not in dropped], options)
-        if len(dropped) == number:
-            return dropped
-
-
-def _cap(pairs: Sequence[_Pair], options: Options) -> dict[str, str]:
-    """Return the pairs that the largest shares of their forms do not allow, by their ids, with the reason."""
-    shares = {"guided": options.op.guided, "shorter": options.op.shorter}
-    available = Counter(pair.form for pair in pairs)
-    numbers = cap_shares(available["outcome"], {form: available[form] for form in shares}, shares)
-    dropped: dict[str, str] = {}
-    for form, number in numbers.items():
-        candidates = [pair.candidate for pair in pairs if pair.form == form]
-        chosen = set(choose_balanced(candidates, number, options.seed))
-        reason = f"largest share of form {form}"
-        dropped |= {one.id: reason for one in candidates if one.id not in chosen}
-    return dropped
-
-
-def _balance(pairs: Sequence[_Pair], seed: int) -> dict[str, str]:
-    """Return the pairs of harmful prompts, or of harmless ones, that are too many, by their ids, with the reason.
-
-    Those of form "shorter" say nothing of harm, and do not count.
-    """
-    prompts = {pair.prompt.id for pair in pairs}
-    groups = [
-        [pair for pair in pairs if pair.prompt.kind == kind and pair.form != "shorter"]
-        for kind in ("harmful", "harmless")
-    ]
-    number = min(map(len, groups))
-    dropped: dict[str, str] = {}
-    for group in groups:
-        chosen: set[str] = set()
-        for is_with_twin in (True, False):
-            candidates = [pair.candidate for pair in group if (pair.prompt.item.twin in prompts) is is_with_twin]
-            chosen.update(choose_balanced(candidates, number - len(chosen), seed))
-        reason = "balance of harmful and harmless prompts"
-        dropped |= {pair.id: reason for pair in group if pair.id not in chosen}
-    return dropped
-
-
 def _note_left_out(
     prompts: Sequence[Prompt],
     texts: Mapping[str, _Texts],
-    pairs: Sequence[_Pair],
+    pairs: Sequence[OutcomePair],
     dropped: Mapping[str, str],
     funnel: Funnel,
 ) -> None:
@@ -400,7 +306,7 @@ def _note_left_out(
             funnel.count("prompts", "in pairs")
 
 
-def _measure_harm(pairs: Sequence[_Pair], funnel: Funnel) -> None:
+def _measure_harm(pairs: Sequence[OutcomePair], funnel: Funnel) -> None:
     """Count the characters of harmful answers, as they were written and as records have them."""
     for pair in pairs:
         if pair.rejected.outcome == "harmful":
@@ -408,7 +314,7 @@ def _measure_harm(pairs: Sequence[_Pair], funnel: Funnel) -> None:
             funnel.count("harmful answers", "characters kept", len(pair.side["answer"]))
 
 
-def _make_record(pair: _Pair, policy: SafetyPolicy, judge: Judge) -> dict[str, Any]:
+def _make_record(pair: OutcomePair, policy: SafetyPolicy, judge: Judge) -> dict[str, Any]:
     answer = pair.chosen.drawn.answer
     synth: Mapping[str, Any] = {
         "policy": list(policy.rule_ids(pair.prompt)),
