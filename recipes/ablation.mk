@@ -69,10 +69,8 @@ $(SFT_MODEL): $(ABLATION)/examples.jsonl
 
 PREFER = $(LAUNCH) recipes/srpo.py --config $(CONFIGS)/laptop_srpo.yaml --train.seed $* --train.output $(patsubst %/final/,%,$(@D)/) \
 	--resume --data.train $(call list,$<)
-# Steps that a run has made.
-steps = $$(sed -n 's/^{"step": \([0-9]*\),.*/\1/p' $(1)/metrics.jsonl | tail -n 1)
 # As many steps as RW+op+pp of this seed, whatever the number of records.
-EQUAL_STEPS = --train.epochs 100000 --train.max_steps "$(call steps,$(call full,$*))"
+EQUAL_STEPS = --train.epochs 100000 --train.max_steps "$$($(SARO) runs --steps $(call full,$*))"
 
 .SECONDEXPANSION:
 $(ABLATION)/pp-%/final/tokenizer_config.json: $(RUN)/pairs.jsonl $(RW_MODEL)
@@ -108,12 +106,8 @@ $(ABLATION_REPORT): $(foreach seed,$(SEEDS),$(ABLATION)/evaluation-$(seed)/score
 
 # What each model was trained on: records by kind, without those that were too long, and optimizer steps.
 
-kinds = $$(sed -n '/^  *"train": {/,/}/{s/^ *"\(.*\)": \([0-9]*\),*$$/\2 \1/p;/}/q}' $(1)/manifest.json | paste -s -d , -)
-arm = echo "$(1): $(call kinds,$(2)); $(call steps,$(2)) optimizer steps";
-
 $(ABLATION)/arms.txt: $(ABLATION_REPORT)
-	@{ $(call arm,RW,$(RUN)/rw) $(call arm,SFT,$(ABLATION)/sft) $(foreach seed,$(SEEDS), \
-		$(call arm,DPO-$(seed),$(ABLATION)/dpo-$(seed)) \
-		$(call arm,RW+op-$(seed),$(ABLATION)/op-$(seed)) \
-		$(call arm,RW+op+pp-$(seed),$(call full,$(seed)))) } > $@.tmp
+	@$(SARO) runs $(RUN)/rw $(ABLATION)/sft \
+		$(foreach seed,$(SEEDS),$(ABLATION)/dpo-$(seed) $(ABLATION)/op-$(seed) $(call full,$(seed))) \
+		--names $(call list,RW SFT $(foreach seed,$(SEEDS),DPO-$(seed) RW+op-$(seed) RW+op+pp-$(seed))) > $@.tmp
 	@mv $@.tmp $@

@@ -34,6 +34,7 @@ COMMANDS = {
     "compare": Command("saro.tools.compare", "several models on the same records, in one table"),
     "evaluate": Command("saro.tools.evaluate_models", "harm, refusals, ability and cost of models, with intervals"),
     "report": Command("saro.tools.report_tool", "an evaluation as one HTML page and tables to paste"),
+    "runs": Command("saro.tools.show_runs", "records and steps of training runs, one line each"),
     "label": Command("saro.tools.label", "label answers by hand, blind, to correct a judge's rates"),
     "judge-check": Command("saro.tools.judge_check", "how far a judge agrees with people"),
     "synth": Command("saro.tools.synth_tool", "training records from prompts, a model and a judge"),

@@ -52,11 +52,14 @@ elif name.startswith("recipes/"):
     steps = int(options.get("--train.max_steps", 11))
     folder = options["--train.output"]
     write(folder + "/metrics.jsonl", "".join(json.dumps({{"step": n, "loss": 0.5}}) + "\\n" for n in range(1, steps + 1)))
-    kinds = {{"train": {{"records": {{"op-cot": 3, "pp-cot": 2}}, "dropped": []}}}}
-    write(folder + "/manifest.json", json.dumps({{"records": kinds, "config": {{"train": {{"epochs": 2}}}}}}, indent=2))
     write(folder + "/final/tokenizer_config.json", "{{}}")
 elif name == "evaluate":
     write(options["--output"] + "/scores.json", "{{}}")
+elif name == "runs":
+    steps = [len(open(folder + "/metrics.jsonl").readlines()) for folder in arguments if os.path.isdir(folder)]
+    names = options.get("--names", "").strip("[]").split(",")
+    lines = steps if "--steps" in arguments else map("{{}}: {{}} steps".format, names, steps)
+    print(*lines, sep="\\n")
 elif name == "report":
     write(arguments[0] + "/report/report.html", "<html>")
 """
@@ -368,9 +371,10 @@ def test_all_preference_stages_of_the_ablation_take_as_many_steps_and_the_last_l
             steps[Path(options["--train.output"]).name] = options.get("--train.max_steps")
     equal = dict.fromkeys(("dpo-0", "op-0", "dpo-7", "op-7"), "11")
     assert steps == equal | {"srpo": None, "pp-7": None}
-    *_, rw, sft, dpo, op, full = done.out[: done.out.index("DPO-7")].splitlines()
-    assert rw == "RW: 3 op-cot,2 pp-cot; 11 optimizer steps"
-    assert [line.partition(":")[0] for line in (sft, dpo, op, full)] == ["SFT", "DPO-0", "RW+op-0", "RW+op+pp-0"]
+    models = ["RW", "SFT", *(f"{name}-{seed}" for seed in (0, 7) for name in ("DPO", "RW+op", "RW+op+pp"))]
+    lines = done.out.splitlines()
+    begin = lines.index("RW: 11 steps")
+    assert lines[begin : begin + 8] == [f"{model}: 11 steps" for model in models]
 
 
 def test_no_prompt_of_the_ablations_suites_may_be_in_the_data(make, ablation_data):

@@ -41,6 +41,16 @@ class TrainingRun:
         values = self.series(metric)[1]
         return values[-1] if values else None
 
+    @property
+    def num_steps(self) -> int:
+        """Number of optimizer steps that the run has made."""
+        return max((line["step"] for line in self.lines), default=0)
+
+    @property
+    def num_records(self) -> Mapping[str, int]:
+        """Number of training records of each kind, without those that were left out."""
+        return self.manifest["records"]["train"]["records"]
+
 
 def read_training_run(folder: Path) -> TrainingRun:
     """Read the folder of a run of recipes/rw.py or recipes/srpo.py.
@@ -50,15 +60,15 @@ def read_training_run(folder: Path) -> TrainingRun:
     """
     manifest = read_manifest(folder)
     if manifest is None:
-        raise SaroError(f"--runs: {folder} holds no training run; give the output folder of a recipe")
+        raise SaroError(f"{folder}: holds no training run; give the output folder of a recipe")
     path = folder / "metrics.jsonl"
     try:
         lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         steps = [line["step"] for line in lines]
     except FileNotFoundError as error:
-        raise SaroError(f"--runs: {path} does not exist; the run has not begun to train") from error
+        raise SaroError(f"{path}: does not exist; the run has not begun to train") from error
     except (ValueError, TypeError, KeyError) as error:
-        raise SaroError(f"--runs: {path} is damaged; resume the run, which repairs it") from error
+        raise SaroError(f"{path}: is damaged; resume the run, which repairs it") from error
     margins = folder / "margins.jsonl"
     order = sorted(range(len(lines)), key=lambda i: steps[i])
     return TrainingRun(

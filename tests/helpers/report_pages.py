@@ -83,7 +83,7 @@ def write_training_run(folder: Path, steps: int = 6, *, pairs: int = 4) -> Path:
         "saro": "0",
         "config": {"model": {}},
         "template_date": "2026-01-01",
-        "records": {"train": {"lengths": lengths}},
+        "records": {"train": {"records": {"op-cot": 1200, "pp-cot": 2}, "lengths": lengths}},
     }
     (folder / "manifest.json").write_text(json.dumps(manifest))
     lines = []

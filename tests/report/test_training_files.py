@@ -42,5 +42,5 @@ def test_a_damaged_line_is_refused(tmp_path):
     folder = write_training_run(tmp_path / "rw")
     with open(folder / "metrics.jsonl", "a") as file:
         file.write('{"step": 7, "lo')
-    with pytest.raises(SaroError, match=r"metrics.jsonl is damaged; resume the run"):
+    with pytest.raises(SaroError, match=r"metrics.jsonl: is damaged; resume the run"):
         read_training_run(folder)
