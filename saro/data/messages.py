@@ -118,6 +118,16 @@ def find_tools(messages: Sequence[Message]) -> list[dict[str, Any]] | None:
     return json.loads(first.tools) if isinstance(first, RecordMessage) and first.tools is not None else None
 
 
+def as_messages(prompt: tuple[Message, ...] | str) -> tuple[Message, ...]:
+    """Return the turns of a prompt; a string is one user turn."""
+    return (Message("user", prompt),) if isinstance(prompt, str) else prompt
+
+
+def normalise_prompt(prompt: tuple[Message, ...] | str) -> tuple[tuple[str, str], ...]:
+    """Return (role, text) of each turn of a prompt for comparison: in lower case, with single spaces."""
+    return tuple((turn.role, " ".join(turn.content.casefold().split())) for turn in as_messages(prompt))
+
+
 def check_prompt(turns: Sequence[Message], name: str, where: str) -> tuple[Message, ...]:
     """Check the turns of a prompt and return them.
 

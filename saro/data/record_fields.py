@@ -102,6 +102,13 @@ def find_format(record: Mapping[str, Any], formats: Mapping[str, Fields], where:
     return fitting[0]
 
 
+def get_synth(record: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return ``meta.synth``, in which ``saro synth`` says how it made a record; empty if there is none."""
+    meta = record.get("meta")
+    synth = meta.get("synth") if isinstance(meta, dict) else None
+    return synth if isinstance(synth, dict) else {}
+
+
 @lru_cache
 def _find_meant(name: str) -> str | None:
     """Return the known field that this name misspells by one missing, added, changed or swapped character, or in capitals."""

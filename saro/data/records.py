@@ -13,7 +13,7 @@ from saro.config import KINDS, PAIR_KINDS
 from saro.data.jsonl import fault, parse_id, parse_kind, parse_text, shown, type_name
 from saro.data.messages import Message, RecordMessage, add_tools, check_prompt, parse_messages, parse_prompt
 from saro.data.read_rows import read_rows
-from saro.data.record_fields import EXAMPLE_FORMATS, PAIR_FORMATS, READ_COLUMNS, check_columns, find_format
+from saro.data.record_fields import EXAMPLE_FORMATS, PAIR_FORMATS, READ_COLUMNS, check_columns, find_format, get_synth
 from saro.errors import nearest
 
 # The two responses of a pair. Its sequences come in this order in every tree and pack, next to each other.
@@ -311,9 +311,7 @@ def _parse_pair_side(value: dict[str, Any], name: str, where: str) -> Response:
 
 def _parse_form(record: dict[str, Any], where: str) -> str | None:
     """Return ``meta.synth.form``, how data construction made a pair; None if there is none. Other meta is not read."""
-    meta = record.get("meta")
-    synth = meta.get("synth") if isinstance(meta, dict) else None
-    form = synth.get("form") if isinstance(synth, dict) else None
+    form = get_synth(record).get("form")
     if form is None:
         return None
     fix = 'give a short name, such as "intervene", or leave it out'

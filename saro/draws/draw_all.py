@@ -131,7 +131,7 @@ def _draw(store: DrawStore, generator: Generator, requests: dict[str, Request], 
             store.put(generator.identity, {keys[index]: (requests[keys[index]], draw) for index, draw in group})
             drawn.update(index for index, _ in group)
             recent.extend((keys[index], draw) for index, draw in group)
-            tokens += sum(_count_tokens(draw) for _, draw in group)
+            tokens += sum(draw.num_tokens for _, draw in group)
             failures += sum(draw.failure is not None for _, draw in group)
             bar.set_postfix_str(f"{tokens:,} tokens" + (f", {failures:,} failed" if failures else ""), refresh=False)
             bar.update(len(group))
@@ -143,10 +143,6 @@ def _draw(store: DrawStore, generator: Generator, requests: dict[str, Request], 
 def _may_change(failure: str | None) -> bool:
     """Return True for a failure that another try may not repeat."""
     return failure is not None and failure not in FINAL_FAILURES
-
-
-def _count_tokens(draw: Draw) -> int:
-    return len(draw.ids) if draw.ids is not None else draw.usage.get("completion", 0)
 
 
 def _check_failures(recent: Sequence[tuple[str, Draw]]) -> None:

@@ -21,7 +21,7 @@ from saro.draws.request import Draw, Request
 from saro.errors import SaroError
 from saro.model.architectures import most_positions
 from saro.model.cached_attention import cache_bytes_per_token
-from saro.model.load import inference_policy, load_plain, load_policy, resolve_dtype
+from saro.model.load import dtype_name, inference_policy, load_plain, load_policy, resolve_dtype
 from saro.model.merge import merge as merge_adapter
 from saro.model.policy import Policy
 from saro.model.source import ModelSource
@@ -246,7 +246,7 @@ def identify(
     return {
         **_file_identity(source),
         "method": "full" if _is_plain(source, options) else options.method,
-        "dtype": str(compute_dtype).removeprefix("torch."),
+        "dtype": dtype_name(compute_dtype),
         "merged": merge,
         "stop_ids": sorted(stop_ids),
         "device": device.type,
@@ -272,7 +272,7 @@ def _load(
     merge: bool,
 ) -> Policy:
     if not merge:
-        return load_policy(source, replace(options, dtype=str(dtype).removeprefix("torch.")), device, seed=0)
+        return load_policy(source, replace(options, dtype=dtype_name(dtype)), device, seed=0)
     if is_plain:
         return load_plain(source, options, device, dtype)
     # The base has the dtype that it was trained in: only the sum is rounded to the new one. Fused layers would look for the

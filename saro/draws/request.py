@@ -104,6 +104,11 @@ class Draw:
     seconds: float = 0.0
     versions: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def num_tokens(self) -> int:
+        """Number of new tokens; 0 if a server did not count them."""
+        return len(self.ids) if self.ids is not None else self.usage.get("completion", 0)
+
 
 class Generator(Protocol):
     """Makes draws: a model on this machine, or a server."""

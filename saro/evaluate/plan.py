@@ -60,7 +60,7 @@ def plan_model(
     missing = [one for one, key in zip(asked, keys, strict=True) if key not in stored]
     has_ids = all(one.request.ids is not None for one in asked)
     finished = {key: draw for key, draw in stored.items() if draw.failure is None}
-    lengths = {key: draw.usage.get("completion", 0) for key, draw in finished.items()}
+    lengths = {key: draw.num_tokens for key, draw in finished.items()}
     seconds = sum(draw.seconds for draw in finished.values()) / concurrency
     by_attack: dict[str, list[int]] = {}
     for one, key in zip(asked, keys, strict=True):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from saro.data.jsonl import fault, parse_text, read_objects, shown
 from saro.data.published import parse_field, read_csv, read_json, read_records, read_text
+from saro.data.record_fields import get_synth
 from saro.evaluate.public_lines import (
     Line,
     SkippedRecord,
@@ -200,8 +201,8 @@ def read_synth_pairs(path: Path) -> Iterator[Line | SkippedRecord]:
     """
     seen: set[str] = set()
     for _, where, record in read_objects(path):
-        synth = record.get("meta", {}).get("synth") if isinstance(record.get("meta"), dict) else None
-        if not isinstance(synth, dict) or not {"prompt", "expect", "kind"} <= synth.keys():
+        synth = get_synth(record)
+        if not {"prompt", "expect", "kind"} <= synth.keys():
             fault(where, "is no record of saro synth (no prompt, kind and expect in meta.synth)", "give its files")
         if synth["prompt"] in seen:
             continue

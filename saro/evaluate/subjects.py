@@ -21,7 +21,7 @@ from saro.errors import SaroError
 from saro.evaluate.options import LoadOptions, ServerOptions
 from saro.manifest import read_manifest
 from saro.model.adapter import find_adapter
-from saro.model.load import load_policy, resolve_dtype
+from saro.model.load import dtype_name, load_policy, resolve_dtype
 from saro.model.policy import Policy
 from saro.model.source import ModelSource, find_model, first_line, template_hash, trained_format
 from saro.runs.finished import FinishedRun, this_device
@@ -156,7 +156,7 @@ def _measured_options(model: str, run: FinishedRun | None) -> ModelConfig:
     # LoRA and full fine-tuning compute with the same dense base.
     method = "lora" if adapter is None or adapter.method is None else adapter.method
     if run is None:
-        return ModelConfig(name=model, method=method, dtype=str(resolve_dtype("auto", this_device())).partition(".")[2])
+        return ModelConfig(name=model, method=method, dtype=dtype_name(resolve_dtype("auto", this_device())))
     is_quantized = run.options.method == "qlora" and adapter is None
     return ModelConfig(
         name=model,

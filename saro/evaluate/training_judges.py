@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable
 
 from saro.data.read_rows import read_rows
+from saro.data.record_fields import get_synth
 
 
 def find_training_judges(files: Iterable[str | os.PathLike]) -> dict[str, str]:
@@ -18,9 +19,7 @@ def find_training_judges(files: Iterable[str | os.PathLike]) -> dict[str, str]:
     judges: dict[str, str] = {}
     for path in files:
         for _, _, record in read_rows(path, ("meta",)):
-            meta = record.get("meta")
-            synth = meta.get("synth") if isinstance(meta, dict) else None
-            judge = synth.get("judge") if isinstance(synth, dict) else None
+            judge = get_synth(record).get("judge")
             if isinstance(judge, str):
                 judges.setdefault(judge, os.fsdecode(path))
     return judges

@@ -175,6 +175,11 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     return getattr(torch, name)
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return the name of a dtype as options have it, such as "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
+
+
 def has_dtype(name: str, device: torch.device) -> bool:
     """Return False for bfloat16 on a GPU that only emulates it."""
     return name != "bfloat16" or device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
@@ -242,7 +247,7 @@ def _changed_config(source: ModelSource, options: ModelConfig, dtype: torch.dtyp
         for name in dropout_options(config):
             setattr(text_config(config), name, 0.0)
     if is_quantized(config):
-        config.quantization_config["bnb_4bit_compute_dtype"] = str(dtype).removeprefix("torch.")
+        config.quantization_config["bnb_4bit_compute_dtype"] = dtype_name(dtype)
     return config
 
 

@@ -9,7 +9,7 @@ import torch
 from transformers import PretrainedConfig
 
 from saro.model.architectures import text_config
-from saro.model.load import resolve_dtype
+from saro.model.load import dtype_name, resolve_dtype
 
 # bfloat16 has 8 bits of precision instead of 24, so it must be clearly faster. With instructions for it, products are 2 to 4
 # times as fast, with tile units (AMX) more. A ratio near this limit means that the machine is busy with something else.
@@ -34,7 +34,7 @@ def decide_dtype(name: str, config: PretrainedConfig, device: torch.device) -> s
     """
     if name == "auto" and device.type == "cpu" and has_bfloat16_instructions() and _is_bfloat16_faster(config):
         return "bfloat16"
-    return str(resolve_dtype(name, device)).removeprefix("torch.")
+    return dtype_name(resolve_dtype(name, device))
 
 
 def has_bfloat16_instructions() -> bool:

@@ -43,7 +43,7 @@ class Budget:
     def spend(self, draws: Sequence[Draw]) -> None:
         """Count draws that came."""
         self.drawn_calls += len(draws)
-        self.drawn_tokens += sum(_count_tokens(draw) for draw in draws)
+        self.drawn_tokens += sum(draw.num_tokens for draw in draws)
 
     def count_affordable(self, requests: Sequence[Request]) -> int:
         """Return how many of the first requests can be drawn even if each text is as long as it may be."""
@@ -92,10 +92,6 @@ class Budget:
 
 def _part(limit: int | None, rank: int, processes: int) -> int | None:
     return None if limit is None else limit // processes + (rank < limit % processes)
-
-
-def _count_tokens(draw: Draw) -> int:
-    return len(draw.ids) if draw.ids is not None else draw.usage.get("completion", 0)
 
 
 class BudgetedGenerator(Generator):

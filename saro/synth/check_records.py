@@ -14,9 +14,10 @@ import numpy as np
 from saro.data.chain import split_steps
 from saro.data.chat_format import ChatFormat
 from saro.data.jsonl import fault
+from saro.data.messages import as_messages, normalise_prompt
 from saro.data.read_rows import read_rows
-from saro.data.record_fields import READ_COLUMNS
-from saro.data.records import Example, Message, Pair, Response, parse_example, parse_pair
+from saro.data.record_fields import READ_COLUMNS, get_synth
+from saro.data.records import Example, Pair, Response, parse_example, parse_pair
 from saro.data.tree import RowKind, ScoredSequence, common_prefix
 from saro.errors import SaroError
 from saro.evaluate.answers import Answer
@@ -79,7 +80,7 @@ class CheckedRecord:
     @property
     def synth(self) -> Mapping[str, Any]:
         """``meta.synth``; empty for records of other origin."""
-        return _synth_of(self.fields)
+        return get_synth(self.fields)
 
     @property
     def is_pair(self) -> bool:
@@ -148,7 +149,7 @@ def _check_duplicates(records: Sequence[CheckedRecord]) -> CheckResult:
     double, opposite = [], []
     for one in records:
         record = one.record
-        prompt = _normalise(record.prompt)
+        prompt = normalise_prompt(record.prompt)
         if not one.is_pair:
             prompts[prompt] += 1
             if prompts[prompt] > 1:
@@ -344,7 +345,7 @@ def _judged_sides(one: CheckedRecord) -> list[tuple[str, str]]:
 
 def _is_good_by_rules(one: CheckedRecord, name: str) -> bool:
     response: Response = getattr(one.record, name)
-    item = Item("checked", one.record.id, _as_messages(one.record.prompt), _EXPECT[one.kind])
+    item = Item("checked", one.record.id, as_messages(one.record.prompt), _EXPECT[one.kind])
     answer = Answer(
         key=one.record.id,
         model="",
@@ -370,20 +371,6 @@ def _describe_tokens(records: Sequence[CheckedRecord]) -> CheckResult:
             by_level.setdefault(one.synth.get("level", "unknown"), []).append(tokens)
     listed = ", ".join(f"{level} {sum(values) / len(values):,.0f}" for level, values in sorted(by_level.items()))
     return CheckResult("tokens", True, f"reasoning to learn, in tokens on average by level: {listed}")
-
-
-def _as_messages(prompt: tuple[Message, ...] | str) -> tuple[Message, ...]:
-    return (Message("user", prompt),) if isinstance(prompt, str) else prompt
-
-
-def _normalise(prompt: tuple[Message, ...] | str) -> tuple[tuple[str, str], ...]:
-    return tuple((turn.role, " ".join(turn.content.casefold().split())) for turn in _as_messages(prompt))
-
-
-def _synth_of(fields: Mapping[str, Any]) -> Mapping[str, Any]:
-    meta = fields.get("meta")
-    synth = meta.get("synth") if isinstance(meta, dict) else None
-    return synth if isinstance(synth, dict) else {}
 
 
 def _first(places: Sequence[str]) -> str:

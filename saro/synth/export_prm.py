@@ -24,6 +24,7 @@ from typing import Any
 from saro.data.chain import split_steps
 from saro.data.jsonl import fault, read_objects
 from saro.data.published import check_target
+from saro.data.record_fields import get_synth
 from saro.data.records import Pair, Response, parse_pair
 from saro.files import atomic_write
 
@@ -109,7 +110,7 @@ def _find_beginnings(line: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 def _make_lines(pair: Pair, fields: Mapping[str, Any], left_out: Counter[str]) -> Iterator[dict[str, Any]]:
     """Yield the chosen and the rejected chain of a pair with labels, as far as they have some."""
-    synth = (fields.get("meta") or {}).get("synth") or {}
+    synth = get_synth(fields)
     form, fork = synth.get("form"), synth.get("fork")
     if form not in _DECISIVE or not isinstance(fork, dict) or not isinstance(fork.get("step"), int):
         left_out["no process pair"] += 2

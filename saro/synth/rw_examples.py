@@ -14,9 +14,9 @@ from typing import Any
 
 from saro.config import THINK_TAGS
 from saro.data.chat_format import ChatFormat
-from saro.data.messages import find_tools
+from saro.data.messages import find_tools, normalise_prompt
 from saro.data.read_rows import hash_rows, read_rows
-from saro.data.records import Message, Response, read_examples
+from saro.data.records import Response, read_examples
 from saro.draws.request import Sampling
 from saro.evaluate.answers import Answer
 from saro.evaluate.matching import is_right
@@ -210,7 +210,7 @@ def _fill(
     prompts: Sequence[Prompt], author: Author, policy: SafetyPolicy, options: Options, funnel: Funnel
 ) -> list[_Kept]:
     """Return published texts on prompts that lack one, the nearest to its band and then the shortest of each."""
-    by_text = {_as_text(prompt.item.prompt): prompt for prompt in prompts}
+    by_text = {normalise_prompt(prompt.item.prompt): prompt for prompt in prompts}
     gates = Gates.of(author.subject, policy, steady=True)
     passed: dict[str, list[_Published]] = {}
     for file in as_list(options.rw.fill):
@@ -218,7 +218,7 @@ def _fill(
         # Both read the same lines; the second one has what a record says of itself.
         for example, (_, _, fields) in zip(read_examples(file), read_rows(file), strict=True):
             digest = digest or hash_rows(file)
-            prompt = by_text.get(_as_text(example.prompt))
+            prompt = by_text.get(normalise_prompt(example.prompt))
             if example.response.calls is not None or find_tools(example.prompt) is not None:
                 # A text that ends before its call would teach to end there.
                 funnel.count("fill", "with tools")
@@ -268,12 +268,6 @@ def _find_fault(prompt: Prompt, response: Response, gates: Gates) -> str | None:
         state="finished",
     )
     return None if is_right(prompt.item, answer) else "wrong"
-
-
-def _as_text(prompt: Sequence[Message] | str) -> tuple[tuple[str, str], ...]:
-    """Return a conversation for comparison: lower case, single spaces."""
-    turns = (Message("user", prompt),) if isinstance(prompt, str) else prompt
-    return tuple((turn.role, " ".join(turn.content.lower().split())) for turn in turns)
 
 
 def _choose(kept: Sequence[_Kept], options: Options, funnel: Funnel) -> list[_Kept]:

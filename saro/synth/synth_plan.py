@@ -151,11 +151,7 @@ def _count_shared(first: Sequence[Any], second: Sequence[Any]) -> int:
 
 def _measurable(draws: Iterable[Draw]) -> list[tuple[int, float]]:
     """Return (tokens, seconds) of the draws that are texts with a known number of tokens."""
-    return [(tokens, draw.seconds) for draw in draws if draw.failure is None and (tokens := _count_drawn(draw))]
-
-
-def _count_drawn(draw: Draw) -> int:
-    return draw.usage.get("completion", len(draw.ids or ()))
+    return [(draw.num_tokens, draw.seconds) for draw in draws if draw.failure is None and draw.num_tokens]
 
 
 def _find_sample(store: DrawStore, identity: Mapping[str, Any]) -> list[tuple[int, float]]:

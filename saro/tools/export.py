@@ -31,7 +31,7 @@ from saro.demo import data_files
 from saro.errors import SaroError
 from saro.files import atomic_folder, file_hash
 from saro.model.architectures import OUTSIDE_TEXT_MODEL, WRAPPERS, auto_class, is_quantized
-from saro.model.load import load_policy
+from saro.model.load import dtype_name, load_policy
 from saro.model.merge import merge
 from saro.model.policy import Policy
 from saro.model.score import score_natively, score_trees
@@ -266,7 +266,7 @@ class _Export:
             folder, dtype="auto", device_map={"": self.device}, trust_remote_code=run.options.trust_remote_code
         )
         exported = score_natively(model, self.trees)
-        return f"model in {_name(dtype)}", Deviation.of(exported, trained, base, noise, len(self.trees))
+        return f"model in {dtype_name(dtype)}", Deviation.of(exported, trained, base, noise, len(self.trees))
 
     def suggest_fix(self, kind: str) -> str:
         """Return the advice for an export that is too far off."""
@@ -334,10 +334,6 @@ def _find_file(model: str, name: str, revision: str | None) -> str | None:
         return cached_file(model, name, revision=revision)
     except OSError:
         return None
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _free_memory() -> None:

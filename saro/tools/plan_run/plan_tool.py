@@ -36,7 +36,7 @@ from saro.errors import SaroError
 from saro.evaluate.plan import describe_time
 from saro.model.adapter import find_adapter
 from saro.model.architectures import check_supported, is_mixture, text_config
-from saro.model.load import check_method
+from saro.model.load import check_method, dtype_name
 from saro.model.source import ModelSource, first_line
 from saro.model.training_dtype import decide_dtype
 from saro.tools.plan_run.cards import CPU_SHARE, GPU_SHARE, NETWORK, Card, find_card
@@ -265,7 +265,7 @@ def _show(
     cards = "1 process" if options.card == "cpu" else f"1 {options.card}"
     if options.gpus > 1:
         cards = f"{options.gpus} " + ("processes" if options.card == "cpu" else options.card)
-    model, dtype = options.model, str(setting.dtype).removeprefix("torch.")
+    model, dtype = options.model, dtype_name(setting.dtype)
     table = Table(
         title=f"{options.stage.upper()} of {model.name}, {model.method}, {dtype}, "
         f"packs of {options.data.pack_tokens:,} tokens, {cards}"
