@@ -48,8 +48,8 @@ class TrainingRun:
 
     @property
     def num_records(self) -> Mapping[str, int]:
-        """Number of training records of each kind, without those that were left out."""
-        return self.manifest["records"]["train"]["records"]
+        """Number of training records of each kind, without those that were left out; empty if the manifest has none."""
+        return self.manifest.get("records", {}).get("train", {}).get("records", {})
 
 
 def read_training_run(folder: Path) -> TrainingRun:

@@ -41,6 +41,6 @@ def run(options: Options, console: Console) -> int:
         if options.steps:
             console.out(run.num_steps, highlight=False)
             continue
-        records = ", ".join(f"{number:,} {kind}" for kind, number in run.num_records.items())
+        records = ", ".join(f"{number:,} {kind}" for kind, number in run.num_records.items()) or "unknown records"
         console.out(f"{name}: {records}; {run.num_steps:,} optimizer steps", highlight=False)
     return 0
