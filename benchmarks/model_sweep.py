@@ -146,7 +146,7 @@ def _plain_reason(verdict: Verdict) -> str:
 # The table.
 
 
-def write_tables(results: Results, seconds: float) -> Iterator[str]:
+def write_tables(results: Results, seconds: float, jobs: int) -> Iterator[str]:
     """Yield the lines of the Markdown tables."""
     order = {name: i for i, name in enumerate(CLASSES)}
     cases = sorted(results, key=lambda case: order[case.model_type])
@@ -156,7 +156,7 @@ def write_tables(results: Results, seconds: float) -> Iterator[str]:
     yield ""
     yield (
         f"Written by `benchmarks/model_sweep.py` on {date.today():%Y-%m-%d}: transformers {transformers.__version__}, "
-        f"torch {torch.__version__}, {seconds / 60:.0f} minutes on {os.cpu_count()} CPU cores."
+        f"torch {torch.__version__}, {seconds / 60:.0f} minutes with --jobs {jobs}."
     )
     yield ""
     yield f"- **Model types, by their defaults:** {_counts(defaults)}"
@@ -246,7 +246,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--only: transformers {transformers.__version__} has no causal LM of type {unknown[0]}")
     begin = monotonic()
     results = run_sweep(model_types, options.jobs, options.seconds, with_options=not options.defaults)
-    lines = list(write_tables(results, monotonic() - begin))
+    lines = list(write_tables(results, monotonic() - begin, options.jobs))
     print("\n".join(line for line in lines if line.startswith("- **")))
     if options.output:
         Path(options.output).write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -68,12 +68,13 @@ def _check_tokens(side: ExampleSet, limits: TokenLimits) -> None:
 
 def _check_scored(side: ExampleSet, stop_ids: frozenset[int]) -> None:
     """Check that the scored tokens of each sequence have their only stop token at the end, or none if it is open."""
-    stops = np.fromiter(stop_ids, np.int32)
-    for i, record_id in enumerate(side.ids):
-        sequence = side.sequence(i)
-        is_stop = np.isin(sequence.tokens[sequence.scored_from :], stops)
-        if sequence.is_open:
-            if is_stop.any():
-                raise SaroError(f"record {record_id}: the scored tokens of an open side hold a stop token")
-        elif not is_stop[-1] or is_stop[:-1].any():
-            raise SaroError(f"record {record_id}: the scored tokens do not end with their only stop token")
+    is_open = np.zeros(len(side), bool) if side.is_open is None else side.is_open
+    ends = side.offsets[1:]
+    is_stop = np.isin(side.tokens, np.fromiter(stop_ids, np.int32))
+    stops_before = np.concatenate([[0], np.cumsum(is_stop)])
+    stops = stops_before[ends] - stops_before[side.offsets[:-1] + side.prompt_tokens]
+    wrong = np.where(is_open, stops != 0, (stops != 1) | ~is_stop[ends - 1])
+    for i in np.flatnonzero(wrong)[:1]:
+        if is_open[i]:
+            raise SaroError(f"record {side.ids[i]}: the scored tokens of an open side hold a stop token")
+        raise SaroError(f"record {side.ids[i]}: the scored tokens do not end with their only stop token")

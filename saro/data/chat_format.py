@@ -69,6 +69,20 @@ class PrefilledPrompt(NamedTuple):
     prefilled: int
 
 
+class _Prompt(NamedTuple):
+    """A prompt as text and tokens.
+
+    Attributes:
+        messages: the conversation; None for a string prompt, which does not go through the template.
+        text: the rendered conversation, or the string.
+        ids: (n,) ids that the model reads before it answers.
+    """
+
+    messages: Sequence[Message] | None
+    text: str
+    ids: list[int]
+
+
 class _Completion(NamedTuple):
     """A response as tokens.
 
@@ -76,13 +90,13 @@ class _Completion(NamedTuple):
         text: the response with its tags and what the template writes around it.
         ids: (n,) ids, with the stop token unless the response is open.
         starts: the place in the text where each token begins.
-        kinds: the ``RowKind`` of each token.
+        kinds: (n,) uint8, the ``RowKind`` of each token.
     """
 
     text: str
     ids: list[int]
     starts: list[int]
-    kinds: list[int]
+    kinds: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -237,7 +251,8 @@ class ChatFormat:
         """
         if example.response.open:
             raise SaroError(f"{example.where}: the response has no end; only a side of a pair may be open")
-        return self._encode(example.prompt, example.response, example.where, record)
+        (sequence,) = self._encode(example.prompt, [example.response], example.where, record)
+        return sequence
 
     def encode_pair(self, pair: Pair, record: int = 0) -> tuple[ScoredSequence, ScoredSequence]:
         """Encode a pair as its chosen and its rejected sequence, on the same prompt ids.
@@ -249,8 +264,7 @@ class ChatFormat:
         of the other: every response that begins with the longer one then begins with the shorter one too, so that neither
         can be preferred.
         """
-        chosen = self._encode(pair.prompt, pair.chosen, pair.where, record)
-        rejected = self._encode(pair.prompt, pair.rejected, pair.where, record)
+        chosen, rejected = self._encode(pair.prompt, [pair.chosen, pair.rejected], pair.where, record)
         if np.array_equal(chosen.tokens, rejected.tokens):
             raise equal_sides(pair.where)
         shared = common_prefix([chosen.tokens, rejected.tokens])
@@ -268,75 +282,84 @@ class ChatFormat:
         The text has the tags and what the template writes around it, up to the stop token unless the response is open.
         Raises SaroError if the response cannot be encoded.
         """
-        _, completion = self._encode_completion(prompt, response)
+        completion = self._encode_completion(self._read_prompt(prompt), response)
         # A tokenizer may put a space in front of the text, which then begins before it.
         return completion.text, [max(start, 0) for start in completion.starts]
 
-    def _encode(self, prompt: Sequence[Message] | str, response: Response, where: str, record: int) -> ScoredSequence:
+    def _encode(
+        self, prompt: Sequence[Message] | str, responses: Sequence[Response], where: str, record: int
+    ) -> tuple[ScoredSequence, ...]:
+        """Encode responses to one prompt, which is rendered and tokenized once."""
         try:
-            prompt_ids, completion = self._encode_completion(prompt, response)
+            read = self._read_prompt(prompt)
+            completions = [self._encode_completion(read, response) for response in responses]
         except SaroError as error:
             raise SaroError(f"{where}: {error}") from error
         bos = self.tokenizer.bos_token_id
-        if bos is not None and prompt_ids[:2] == [bos, bos]:
+        if bos is not None and read.ids[:2] == [bos, bos]:
             raise SaroError(f"{where}: the prompt begins with two BOS tokens; remove the one in its text")
-        tokens = np.array(prompt_ids + completion.ids, np.int32)
-        return ScoredSequence(tokens, len(prompt_ids), np.array(completion.kinds, np.uint8), record)
+        return tuple(
+            ScoredSequence(np.array(read.ids + completion.ids, np.int32), len(read.ids), completion.kinds, record)
+            for completion in completions
+        )
 
-    def _encode_completion(self, prompt: Sequence[Message] | str, response: Response) -> tuple[list[int], _Completion]:
-        """Return the ids of a prompt, and the response that follows them."""
+    def _read_prompt(self, prompt: Sequence[Message] | str) -> _Prompt:
         if isinstance(prompt, str):
-            rendered, prompt_ids = prompt, self._raw_prompt_ids(prompt)
+            return _Prompt(None, prompt, self._raw_prompt_ids(prompt))
+        rendered = self.render_prompt(prompt)
+        return _Prompt(prompt, rendered, self._responses.ids(rendered))
+
+    def _encode_completion(self, prompt: _Prompt, response: Response) -> _Completion:
+        """Return a response as it follows a prompt."""
+        if prompt.messages is None:
             start, text, turn_end = "", response.answer, self._raw_turn_end
         else:
-            rendered = self.render_prompt(prompt)
-            prompt_ids = self._responses.ids(rendered)
             start, turn_end = self._turn.start, self._turn.end
             if response.calls is not None:
-                start, turn_end = self._turn.space, self._end_after_calls(prompt, rendered, response)
-            text = start + self.completion_text(rendered, response)
+                start, turn_end = self._turn.space, self._end_after_calls(prompt, response)
+            text = start + self.completion_text(prompt.text, response)
         if response.open:
-            stable = self._responses.find_stable(rendered, text)
+            stable = self._responses.find_stable(prompt.text, text)
             _check_kept(response, text, stable)
             kinds = self._row_kinds(text, len(start), stable.ids, stable.starts, response.is_reasoning_open)
-            return prompt_ids, _Completion(text, stable.ids, stable.starts, kinds)
-        ids, starts = self._responses.continue_prompt(rendered, text, turn_end)
+            return _Completion(text, stable.ids, stable.starts, kinds)
+        ids, starts = self._responses.continue_prompt(prompt.text, text, turn_end)
         if ids[-1] not in self.stop_ids:
             raise SaroError("the stop token merges with the end of the answer; end the answer with another character")
         kinds = self._row_kinds(text, len(start), ids, starts, is_reasoning_open=False)
         kinds[-1] = RowKind.STOP
-        return prompt_ids, _Completion(text + turn_end, ids, starts, kinds)
+        return _Completion(text + turn_end, ids, starts, kinds)
 
-    def _end_after_calls(self, prompt: Sequence[Message], rendered: str, response: Response) -> str:
+    def _end_after_calls(self, prompt: _Prompt, response: Response) -> str:
         """Return what the template writes after the text of a response with calls. Raises SaroError if it cannot be used."""
         if self._find_tags(response.calls):
             raise SaroError(f"tool_calls hold a {' or '.join(self.think_tags)} tag; remove it")
         self._check_control(self._responses.ids(response.calls), "tool_calls hold")
-        return self._turn.end_after_calls(prompt, rendered, response)
+        return self._turn.end_after_calls(prompt.messages, prompt.text, response)
 
     def _row_kinds(
         self, text: str, begin: int, ids: list[int], starts: list[int], is_reasoning_open: bool
-    ) -> list[int]:
+    ) -> np.ndarray:
         """Return the part of a response that each of its tokens belongs to; the stop token counts as answer here.
 
         The response begins at ``begin`` in ``text``, after what the template writes before it. Raises SaroError if a control
         token is part of the response, or the closing tag is not part of the tokens.
         """
+        begins = np.array(starts)
         # Check only the response: the template itself may write control tokens before and after it.
-        self._check_control(
-            (i for i, start in zip(ids, starts, strict=True) if begin <= start < len(text)), "the response holds"
-        )
+        in_response = (begin <= begins) & (begins < len(text))
+        self._check_control(np.array(ids)[in_response].tolist(), "the response holds")
         closing = self.think_tags[1]
         think_end = 0
         if is_reasoning_open:
             think_end = len(text)
         elif closing in text:
             think_end = text.index(closing) + len(closing)
-        if closing in text and closing not in self.tokenizer.decode(ids):
+        if closing in text and closing not in self._responses.decode(ids):
             raise SaroError(
                 f"the tokenizer does not keep the tag {closing}; set --data.think_tags to tags that it keeps"
             )
-        return [RowKind.THINK if start < think_end else RowKind.ANSWER for start in starts]
+        return np.where(begins < think_end, np.uint8(RowKind.THINK), np.uint8(RowKind.ANSWER))
 
     def _check_control(self, ids: Iterable[int], holder: str) -> None:
         """Raise SaroError if a control token is among ids. ``holder`` says whose they are, such as "the response holds"."""

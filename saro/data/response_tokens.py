@@ -52,6 +52,11 @@ class ResponseTokenizer:
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         return encoded.input_ids, encoded.offset_mapping
 
+    def decode(self, ids: list[int]) -> str:
+        """Return the text of ids, special tokens too."""
+        # With the backend: transformers may leave out spaces before punctuation.
+        return self.tokenizer.backend_tokenizer.decode(ids, skip_special_tokens=False)
+
     def continue_prompt(self, prompt: str, text: str, turn_end: str) -> tuple[list[int], list[int]]:
         """Return the ids that ``text + turn_end`` has after ``prompt``, and the position in it where each begins.
 
@@ -72,7 +77,7 @@ class ResponseTokenizer:
             # A token before the text may also take characters from it: Phi-3's <|assistant|> takes the line ends after it.
             if ids[:n] != before_ids or any(stop > len(before) for _, stop in spans[:n]):
                 continue
-            if before == prompt or self._decode(prompt_ids + ids[n:]).startswith(self._decode(prompt_ids) + text):
+            if before == prompt or self.decode(prompt_ids + ids[n:]).startswith(self.decode(prompt_ids) + text):
                 return ids[n:], [start - len(before) for start, _ in spans[n:]]
         raise SaroError(
             "the tokenizer merges the beginning of the response with the end of the prompt; "
@@ -134,10 +139,6 @@ class ResponseTokenizer:
         """Return True unless the tokenizer gives a letter the same id in front of a text and inside it."""
         letter = self.ids("a")
         return all(self.ids(anchor + "a") != self.ids(anchor) + letter for anchor in _ANCHORS)
-
-    def _decode(self, ids: list[int]) -> str:
-        # Decode with the backend: transformers may leave out spaces before punctuation.
-        return self.tokenizer.backend_tokenizer.decode(ids, skip_special_tokens=False)
 
 
 # The characters that stand for the 256 bytes in byte-level vocabularies.
