@@ -138,6 +138,15 @@ def find_fault(run: Run, judged: Judged, chain: Chain, step: int, prefix: str) -
     """
     if not judged.is_good:
         return f"outcome {judged.outcome}"
+    other = find_other_beginning(judged, chain, step, prefix)
+    return other or Gates(run.chat, run.policy, banded=False).find_fault(judged.drawn)
+
+
+def find_other_beginning(judged: Judged, chain: Chain, step: int, prefix: str) -> str | None:
+    """Return why a continuation does not have the text that was continued as steps of its own; None if it does.
+
+    The arguments are those of ``find_fault``.
+    """
     think = judged.drawn.answer.think
     if not think.startswith(prefix.strip()):
         # The ids of the fork leave its last characters to the model.
@@ -145,7 +154,7 @@ def find_fault(run: Run, judged: Judged, chain: Chain, step: int, prefix: str) -
     if [one.text for one in split_steps(think)[:step]] != [one.text for one in chain.steps[:step]]:
         # It goes on in the middle of a sentence, so that its steps and those of the chain have different numbers.
         return "the fork is inside a step"
-    return Gates(run.chat, run.policy, banded=False).find_fault(judged.drawn)
+    return None
 
 
 def length_distance(chain: Chain, other: Chain) -> tuple[int, str]:

@@ -190,7 +190,7 @@ def describe_making(options: Options, **parts: Any) -> dict[str, Any]:
     """
     return {
         "saro": saro.__version__,
-        "synth": 2,
+        "synth": 3,
         "stage": options.stage,
         "versions": package_versions(),
         **parts,

@@ -241,12 +241,14 @@ def test_bisection_finds_the_step_that_decides(make, decides):
     world = World(decides)
     (record,), _ = make(world, prompts_of("h1"), "sibling")
     assert synth_of(record)["fork"]["step"] == decides
-    assert synth_of(record)["value"] == {"before": 0.5, "after": 0.0}
+    # Nothing is continued behind the cue.
+    assert synth_of(record)["value"] == {"before": 0.5, "after": None if decides == CUE else 0.0}
     assert steps_of(record["chosen"])[:decides] == steps_of(record["rejected"])[:decides] == [*BAD[:decides]]
     assert record["chosen"]["answer"] == SAFE
-    rounds = world.speaker.asked[1:]
+    *rounds, fresh = world.speaker.asked[1:]
     assert len(rounds) <= math.ceil(math.log2(len(BAD)))
     assert all(len(asked) == 4 for asked in rounds)
+    assert len(fresh) == (4 if decides == CUE else 8)
 
 
 def test_a_chain_that_the_first_step_decides_has_no_sibling(make):
@@ -329,9 +331,33 @@ def test_the_neutral_arm_is_a_share_of_the_forks_and_always_the_same(make):
 
 def test_values_and_labels_are_compared(make):
     _, funnel = make(World(decides=CUE), prompts_of("h1"), "sibling")
-    assert funnel.counts["control sibling"] == {"cue decides": 1}
+    assert funnel.counts["control sibling"]["cue decides"] == 1
     _, funnel = make(World(decides=1), prompts_of("h2"), "sibling")
-    assert funnel.counts["control sibling"] == {"cue elsewhere": 1}
+    assert funnel.counts["control sibling"]["cue elsewhere"] == 1
+
+
+def test_values_of_all_steps_that_were_found_are_counted_and_only_confirmed_ones_become_pairs(make):
+    class OnlyByChance(World):
+        """The draws that choose the step of h1 say what fresh ones do not."""
+
+        def continue_chain(self, kind, begun, number):
+            return super().continue_chain(kind, begun, number if number < 4 or not self.is_unlucky else 1)
+
+        def reply(self, user, begun, number):
+            self.is_unlucky = user == "Request h1"
+            return super().reply(user, begun, number)
+
+    records, funnel = make(OnlyByChance(), prompts_of("h1", "h2"), "sibling")
+    assert [record["id"] for record in records] == ["h2-sibling-0"]
+    assert reasons_of(funnel, "sibling")["fresh rollouts do not confirm the step"] == 1
+    counts = funnel.counts["control sibling"]
+    assert (counts["confirmed"], counts["not confirmed"]) == (1, 1)
+    assert {name: counts[name] for name in ("before good", "before judged", "after good", "after judged")} == {
+        "before good": 2,
+        "before judged": 8,
+        "after good": 0,
+        "after judged": 8,
+    }
 
 
 def test_records_do_not_depend_on_the_order_of_the_prompts_and_a_second_run_asks_nothing(make):
@@ -349,8 +375,8 @@ def test_rounds_go_over_all_prompts(make):
     one, many = World(), World()
     make(one, prompts_of("h1"), neutral=1.0)
     make(many, prompts_of(*(f"h{i}" for i in range(2, 8))), neutral=1.0)
-    # Whole chains, sentences, continuations, and one call for each halving of the steps up to the cue.
-    assert len(one.speaker.asked) == len(many.speaker.asked) == 3 + 2
+    # Whole chains, sentences, continuations, one call for each halving of the steps up to the cue, and fresh rollouts.
+    assert len(one.speaker.asked) == len(many.speaker.asked) == 3 + 2 + 1
 
 
 def test_the_plan_is_an_upper_bound(make):
@@ -449,7 +475,8 @@ def test_a_sibling_that_says_the_deciding_step_as_well_is_no_chosen_side(make):
 
     records, funnel = make(ComesBack(), prompts_of("h1"), "sibling")
     assert records == []
-    assert reasons_of(funnel, "sibling")["the same step at the fork"] == 2
+    # Of those that found the step, and of those that confirmed it.
+    assert reasons_of(funnel, "sibling")["the same step at the fork"] == 2 + 2
 
 
 def test_a_chosen_side_that_is_overcautious_again_is_left_out(make):
