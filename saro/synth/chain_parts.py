@@ -115,10 +115,12 @@ def label_chains(run: Run, texts: Sequence[Judged], stage: str) -> list[Chain]:
 def has_outcome(judged: Judged) -> bool:
     """Return True if a text is known to be good or bad.
 
-    A wrong number in a solution that was cut may be a step on the way to the right one.
+    A wrong number in a solution that was cut may be a step on the way to the right one. A text that loops has no outcome, as
+    in stage op: nobody wants it, whatever it says.
     """
-    is_on_its_way = judged.outcome == "wrong" and judged.drawn.answer.state != "finished"
-    return judged.is_good or (judged.is_bad and not is_on_its_way)
+    state = judged.drawn.answer.state
+    is_on_its_way = judged.outcome == "wrong" and state != "finished"
+    return state != "looped" and (judged.is_good or (judged.is_bad and not is_on_its_way))
 
 
 def drop_repeats(chains: Sequence[Chain]) -> list[Chain]:

@@ -154,8 +154,10 @@ def _draw_chains(run: Run, prompts: Sequence[Prompt]) -> dict[str, list[Chain]]:
     known = []
     for one in judged:
         answer = one.drawn.answer
-        reason = None if has_outcome(one) else one.outcome
-        reason = reason or find_unfit_form(one.drawn.task.prompt, answer.think, answer.answer, run.chat)
+        if has_outcome(one):
+            reason = find_unfit_form(one.drawn.task.prompt, answer.think, answer.answer, run.chat)
+        else:
+            reason = "looped" if answer.state == "looped" else one.outcome
         if reason is None:
             known.append(one)
         else:

@@ -575,6 +575,17 @@ def test_texts_without_an_outcome_are_left_out(make):
     assert reasons_of(funnel, "chains") == {"no-answer": 4}
 
 
+@pytest.mark.parametrize("id", ["h1", "s1", "g1"])
+def test_a_chain_whose_answer_loops_has_no_outcome_whatever_it_says(make, id):
+    class Loops(World):
+        def continue_chain(self, kind, begun, number):
+            return super().continue_chain(kind, begun, number) + " I say it again." * 200
+
+    records, funnel = make(Loops(), prompts_of(id))
+    assert records == []
+    assert reasons_of(funnel, "chains") == {"looped": 4}
+
+
 def test_every_whole_chain_is_good_or_bad_or_left_out(make):
     class Mixed(World):
         def continue_chain(self, kind, begun, number):
@@ -585,7 +596,7 @@ def test_every_whole_chain_is_good_or_bad_or_left_out(make):
     counts = funnel.counts["chains"]
     reasons = reasons_of(funnel, "chains")
     # A solution without reasoning may be cut, and is not judged.
-    assert reasons == {"no reasoning": 2, "wrong": 1, "no-answer": 3}
+    assert reasons == {"no reasoning": 2, "wrong": 1, "looped": 3}
     assert counts.pop("written") == 18 == sum(counts.values()) + sum(reasons.values())
 
 
