@@ -171,9 +171,13 @@ def whole_side(drawn: Drawn) -> Side:
 
 
 def open_side(run: Run, chain: Chain, decisive: int) -> Side:
-    """Return the reasoning of a chain up to ``open_tokens`` tokens behind the step with index ``decisive``, as open side."""
-    stop = chain.steps[decisive].stop
-    return make_side(cut_after(run.chat, chain.drawn.answer.think, stop, run.options.pp.open_tokens), is_open=True)
+    """Return the reasoning of a chain up to ``open_tokens`` tokens behind the step with index ``decisive``, as open side.
+
+    A step that does harm itself is not kept whole: the side ends as many tokens behind its beginning.
+    """
+    step = chain.steps[decisive]
+    place = step.start if chain.labels[decisive] == "harmful" else step.stop
+    return make_side(cut_after(run.chat, chain.drawn.answer.think, place, run.options.pp.open_tokens), is_open=True)
 
 
 def finish_record(

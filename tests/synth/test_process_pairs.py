@@ -301,15 +301,17 @@ def test_no_sibling_shares_a_cue_if_only_the_rules_label_steps(make):
     assert all(BAD[CUE] not in CHAT.tokenizer.decode(one.ids) for asked in rounds for one in asked)
 
 
-def test_a_chain_whose_first_decisive_step_is_harmful_is_not_recovered_from(make, monkeypatch):
+def test_a_first_decisive_step_that_does_harm_is_neither_recovered_from_nor_kept_whole(make, monkeypatch):
     # A model that labels steps may find harm without a cue before it.
     def label(steps, kind):
         return tuple("harmful" if name == "cue" else name for name in label_steps(steps, kind))
 
     monkeypatch.setattr("saro.synth.step_judge.label_steps", label)
-    records, funnel = make(World(), prompts_of("h1"), "intervene", "recover")
+    records, funnel = make(World(), prompts_of("h1"), "intervene", "recover", open_tokens=5)
     assert [synth_of(record)["form"] for record in records] == ["intervene"]
     assert reasons_of(funnel, "recover") == {"no chain has a place for it": 1}
+    # One token is one letter here.
+    assert records[0]["rejected"]["reasoning"] == " ".join((*BAD[:CUE], BAD[CUE][:5]))
 
 
 def test_the_neutral_arm_shows_nothing(make):
