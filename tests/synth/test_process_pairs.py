@@ -549,11 +549,13 @@ def test_a_sibling_that_goes_on_inside_the_step_before_the_fork_is_left_out(make
     class GoesOn(World):
         def continue_chain(self, kind, begun, number):
             text = super().continue_chain(kind, begun, number)
-            return text.replace(TURNS["harmful"], TURNS["harmful"].lower()) if begun else text
+            return text.replace(TURNS["harmful"], TURNS["harmful"].lower()) if begun and number % 4 == 0 else text
 
-    records, funnel = make(GoesOn(), prompts_of("h1"), "sibling")
-    assert records == []
+    (record,), funnel = make(GoesOn(), prompts_of("h1"), "sibling")
+    assert steps_of(record["chosen"])[:3] == [*BAD[:2], TURNS["harmful"]]
+    # One of those that found the step, and one of those that confirmed it; neither says anything of its value.
     assert reasons_of(funnel, "sibling")["the fork is inside a step"] == 2
+    assert synth_of(record)["value"] == {"before": 1 / 3, "after": 0.0}
 
 
 def test_prompts_without_such_chains_are_counted(make):
