@@ -97,14 +97,14 @@ def test_values_are_unbiased_where_chance_has_chosen_the_step(search):
     def reply(id, steps, number):
         return GOOD if hashlib.sha256(f"{id}/{steps}/{number}".encode()).digest()[0] % 2 else BAD
 
-    found, measured, _ = search({f"c{i}": 8 for i in range(60)}, reply, rollouts=4)
+    found, measured, _ = search({f"c{i}": 4 for i in range(20)}, reply, rollouts=4)
     pairs = [(one, values) for one, values in zip(found, measured, strict=True) if values is not None]
     chose = [text.is_good for one, _ in pairs for text in one.rollouts]
     fresh = [text.is_good for _, values in pairs for text in values.rollouts]
     assert sum(chose) / len(chose) > 0.6
-    assert sum(fresh) / len(fresh) == pytest.approx(0.5, abs=0.07)
+    assert sum(fresh) / len(fresh) == pytest.approx(0.5, abs=0.1)
     after = [values.after for _, values in pairs]
-    assert sum(value.good for value in after) / sum(value.known for value in after) == pytest.approx(0.5, abs=0.07)
+    assert sum(value.good for value in after) / sum(value.known for value in after) == pytest.approx(0.5, abs=0.1)
     assert sum(values.is_confirmed for _, values in pairs) < len(pairs) / 2
 
 
