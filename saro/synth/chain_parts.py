@@ -115,10 +115,12 @@ def label_chains(run: Run, texts: Sequence[Judged], stage: str) -> list[Chain]:
 def has_outcome(judged: Judged) -> bool:
     """Return True if a text is known to be good or bad.
 
-    A wrong number in a solution that was cut may be a step on the way to the right one.
+    A wrong number in a solution that was cut may be a step on the way to the right one. A text that loops has no outcome, as
+    in stage op: nobody wants it, whatever it says.
     """
-    is_on_its_way = judged.outcome == "wrong" and judged.drawn.answer.state != "finished"
-    return judged.is_good or (judged.is_bad and not is_on_its_way)
+    state = judged.drawn.answer.state
+    is_on_its_way = judged.outcome == "wrong" and state != "finished"
+    return state != "looped" and (judged.is_good or (judged.is_bad and not is_on_its_way))
 
 
 def drop_repeats(chains: Sequence[Chain]) -> list[Chain]:
@@ -138,6 +140,15 @@ def find_fault(run: Run, judged: Judged, chain: Chain, step: int, prefix: str) -
     """
     if not judged.is_good:
         return f"outcome {judged.outcome}"
+    other = find_other_beginning(judged, chain, step, prefix)
+    return other or Gates(run.chat, run.policy, banded=False).find_fault(judged.drawn)
+
+
+def find_other_beginning(judged: Judged, chain: Chain, step: int, prefix: str) -> str | None:
+    """Return why a continuation does not have the text that was continued as steps of its own; None if it does.
+
+    The arguments are those of ``find_fault``.
+    """
     think = judged.drawn.answer.think
     if not think.startswith(prefix.strip()):
         # The ids of the fork leave its last characters to the model.
@@ -145,7 +156,7 @@ def find_fault(run: Run, judged: Judged, chain: Chain, step: int, prefix: str) -
     if [one.text for one in split_steps(think)[:step]] != [one.text for one in chain.steps[:step]]:
         # It goes on in the middle of a sentence, so that its steps and those of the chain have different numbers.
         return "the fork is inside a step"
-    return Gates(run.chat, run.policy, banded=False).find_fault(judged.drawn)
+    return None
 
 
 def length_distance(chain: Chain, other: Chain) -> tuple[int, str]:
@@ -160,9 +171,13 @@ def whole_side(drawn: Drawn) -> Side:
 
 
 def open_side(run: Run, chain: Chain, decisive: int) -> Side:
-    """Return the reasoning of a chain up to ``open_tokens`` tokens behind the step with index ``decisive``, as open side."""
-    stop = chain.steps[decisive].stop
-    return make_side(cut_after(run.chat, chain.drawn.answer.think, stop, run.options.pp.open_tokens), is_open=True)
+    """Return the reasoning of a chain up to ``open_tokens`` tokens behind the step with index ``decisive``, as open side.
+
+    A step that does harm itself is not kept whole: the side ends as many tokens behind its beginning.
+    """
+    step = chain.steps[decisive]
+    place = step.start if chain.labels[decisive] == "harmful" else step.stop
+    return make_side(cut_after(run.chat, chain.drawn.answer.think, place, run.options.pp.open_tokens), is_open=True)
 
 
 def finish_record(

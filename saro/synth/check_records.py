@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import sqrt
 from typing import Any
-
-import numpy as np
 
 from saro.data.chain import split_steps
 from saro.data.chat_format import ChatFormat
@@ -27,8 +25,8 @@ from saro.evaluate.suite import Item
 from saro.synth.branch import find_fork
 from saro.synth.gates import leaks
 from saro.synth.judgement import BAD, GOOD
+from saro.synth.pair_lengths import describe_lengths, measure_encoded
 from saro.synth.safety_policy import SafetyPolicy
-from saro.synth.select_records import correlate
 
 # Largest difference of the shares of pairs in which the chosen side is the longer and the shorter one: beyond, a model may
 # learn lengths instead. At 0.3, one who only looks at the lengths of a pair is right in 65 %.
@@ -50,7 +48,7 @@ class CheckResult:
         check: its name.
         passed: False if something is wrong with the records.
         text: what was found, and for a fault the first places and what to do; no text of a record.
-        is_warning: True if nothing is known to be wrong, but not all could be checked.
+        is_warning: True if nothing is known to be wrong, but people should look at it.
     """
 
     check: str
@@ -143,9 +141,10 @@ def _check_encoding(records: Sequence[CheckedRecord]) -> CheckResult:
 
 
 def _check_duplicates(records: Sequence[CheckedRecord]) -> CheckResult:
-    """Find examples on one prompt, and pairs of one form that say the same or the opposite."""
+    """Find examples on one prompt, pairs of one form that say the same, and pairs of any forms that say the opposite."""
     prompts: Counter[Any] = Counter()
     pairs: Counter[Any] = Counter()
+    orders: set[Any] = set()
     double, opposite = [], []
     for one in records:
         record = one.record
@@ -159,7 +158,8 @@ def _check_duplicates(records: Sequence[CheckedRecord]) -> CheckResult:
         pairs[form, prompt, record.chosen, record.rejected] += 1
         if pairs[form, prompt, record.chosen, record.rejected] > 1:
             double.append(one.where)
-        if (form, prompt, record.rejected, record.chosen) in pairs:
+        orders.add((prompt, record.chosen, record.rejected))
+        if (prompt, record.rejected, record.chosen) in orders:
             opposite.append(one.where)
     faults = []
     if double:
@@ -224,74 +224,37 @@ def _check_leaks(records: Sequence[CheckedRecord], policy: SafetyPolicy) -> Chec
 
 
 def _check_lengths(records: Sequence[CheckedRecord]) -> CheckResult:
-    lengths = _measure([one for one in records if one.is_pair and one.sequences is not None])
+    """Check that lengths do not tell the sides apart: neither over all pairs, nor on the prompts of one kind."""
+    pairs = [one for one in records if one.is_pair and one.sequences is not None]
+    lengths = _measure_whole(pairs)
     if lengths is None:
         return CheckResult("lengths", True, "no pair has two whole texts of different length")
     text = describe_lengths(lengths)
-    # With few pairs, chance alone gives a larger one: two standard errors of equal shares.
-    if abs(2 * lengths["longer"] - 1) > max(_MOST_ONE_SIDED, 2 / sqrt(lengths["pairs"])):
+    if _is_one_sided(lengths):
         return CheckResult(
             "lengths", False, f"{text}; a model can tell the sides by their length: draw more texts, or drop pairs"
         )
+    by_kind = {
+        kind: _measure_whole([one for one in pairs if one.kind == kind]) for kind in sorted({one.kind for one in pairs})
+    }
+    hidden = [
+        f"in {found['longer']:.0%} of {found['pairs']:,} on {kind} prompts"
+        for kind, found in by_kind.items()
+        if found is not None and _is_one_sided(found)
+    ]
+    if hidden:
+        wrong = f"but {' and '.join(hidden)}, and a model knows the kind: draw more texts, or drop pairs"
+        return CheckResult("lengths", True, f"{text}; {wrong}", is_warning=True)
     return CheckResult("lengths", True, text)
 
 
-def measure_lengths(records: Iterable[Mapping[str, Any]], chat: ChatFormat | None) -> dict[str, Any] | None:
-    """Return how far length tells the chosen side of pairs, as plain JSON; None if there is nothing to compare.
-
-    {"pairs", "chosen", "rejected", "longer", "effect", "correlation"}: number of pairs with two whole texts; mean tokens of
-    each side; share of pairs whose chosen side is longer, where equal lengths count half; mean of log(chosen / rejected)
-    over its standard deviation, None if that is 0; and the point-biserial correlation of "is chosen" and length. The
-    correlation is over all texts: lengths that differ more between prompts than within pairs hide in it what every pair
-    shows. Open sides do not count: where they end is no choice.
-
-    Args:
-        records: native records; examples do not count.
-        chat: format of the model; None if it is not known, and there is nothing to measure.
-    """
-    checked = []
-    for fields in records:
-        if chat is None or "chosen" not in fields:
-            continue
-        record = parse_pair(dict(fields), fields["id"], fields["id"])
-        try:
-            sequences = chat.encode_pair(record)
-        except SaroError:
-            continue
-        checked.append(CheckedRecord(fields["id"], fields, record, sequences))
-    return _measure(checked)
+def _measure_whole(pairs: Sequence[CheckedRecord]) -> dict[str, Any] | None:
+    return measure_encoded([(one.fields, one.sequences) for one in pairs])
 
 
-def _measure(pairs: Sequence[CheckedRecord]) -> dict[str, Any] | None:
-    whole = [one for one in pairs if not any(one.fields[side].get("open") for side in ("chosen", "rejected"))]
-    lengths = np.array([[len(s.tokens) - s.scored_from for s in one.sequences] for one in whole], np.float64).reshape(
-        -1, 2
-    )  # (P, 2) chosen, rejected
-    correlation = correlate([True, False] * len(whole), lengths.reshape(-1).tolist())
-    if correlation is None:
-        return None
-    chosen, rejected = lengths.mean(0)
-    # Every side has at least its tags or its answer.
-    ratios = np.log(lengths[:, 0] / lengths[:, 1])
-    spread = ratios.std()
-    figures = {
-        "chosen": chosen,
-        "rejected": rejected,
-        "longer": (np.sign(ratios).mean() + 1) / 2,
-        "effect": ratios.mean() / spread if spread > 1e-9 else None,
-        "correlation": correlation,
-    }
-    rounded = {name: None if value is None else float(f"{value:.6g}") for name, value in figures.items()}
-    return {"pairs": len(whole)} | rounded
-
-
-def describe_lengths(lengths: Mapping[str, Any]) -> str:
-    """Return what ``measure_lengths`` found as a line."""
-    return (
-        f"{lengths['pairs']:,} pairs of two whole texts have {lengths['chosen']:,.0f} tokens on the chosen side and "
-        f"{lengths['rejected']:,.0f} on the rejected one; the chosen side is longer in {lengths['longer']:.0%}, and label and "
-        f"length correlate by {lengths['correlation']:+.2f}"
-    )
+def _is_one_sided(lengths: Mapping[str, Any]) -> bool:
+    # With few pairs, chance alone gives a larger difference: two standard errors of equal shares.
+    return abs(2 * lengths["longer"] - 1) > max(_MOST_ONE_SIDED, 2 / sqrt(lengths["pairs"]))
 
 
 def _check_balance(records: Sequence[CheckedRecord]) -> CheckResult:

@@ -134,7 +134,7 @@ def _make_lines(pair: Pair, fields: Mapping[str, Any], left_out: Counter[str]) -
             "drop it",
         )
     if fields["rejected"].get("open"):
-        # It was cut some tokens after that step, inside another one.
+        # It was cut some tokens after that step, inside another one, or inside that step if it does harm.
         rejected = rejected[: decisive + 1]
     yield {"prompt": prompt, "completions": rejected, "labels": [step < decisive for step in range(len(rejected))]}
 

@@ -7,13 +7,13 @@ Forms. A cue is a step that decides for the wrong answer, a turn one that decide
     earlier     a safe chain that turns late; the chosen side turns sooner. Both are safe: it teaches when
     recover     a harmful chain with its first cue in the shared beginning; the chosen side turns next (RECAP,
                 arXiv 2510.00938)
-    sibling     a chain that ended badly up to the step that decided it, found by rollouts; the chosen side is a
-                continuation that ended well (as Step-DPO, arXiv 2406.18629, which stops at the first wrong step)
+    sibling     a chain that ended badly up to the step that decided it, found by rollouts and confirmed by others; the
+                chosen side is a continuation that ended well (as Step-DPO, arXiv 2406.18629, which stops at the first wrong step)
     mirror      "recover" on a harmless prompt: a chain with needless caution, from which the chosen side comes back to help
 
 Rejected sides that are made of harmful chains are open: they end shortly behind the step that decides them, so that little
 harmful content is kept. All prompts go through each round together: whole chains, verdicts, labels; turning steps, continuations,
-verdicts, labels; then the rounds of the bisections.
+verdicts, labels; then the rounds of the bisections, and one that measures the steps which they find.
 """
 
 from __future__ import annotations
@@ -95,8 +95,8 @@ def _count_texts(form: str, options: Options) -> int:
     """Return the most texts that one pair of a form takes."""
     pp = options.pp
     if form == "sibling":
-        # A step has at least one token.
-        return pp.rollouts * math.ceil(math.log2(max(options.max_tokens, 2)))
+        # A step has at least one token. As many rollouts again at both ends of the step that is found measure it.
+        return pp.rollouts * (math.ceil(math.log2(max(options.max_tokens, 2))) + 2)
     # Each step that is put in takes a continuation, and a written one takes a sentence too.
     return pp.borrowed + 2 * (pp.turns + has_control(form, pp.neutral))
 
@@ -117,9 +117,9 @@ def make_process_pairs(
     - policy: ids of the rules that the turning step was written under; empty if it was borrowed, and for siblings.
     - fork: {"step": number of shared steps, "token": number of shared tokens, with those of the prompt}.
     - turn: {"chosen", "rejected"}: index of the first step from the fork on that turns; null if none does.
-    - value: {"before", "after"} the step that decides the rejected side, for siblings; else null. The rollouts that found
-      the step give these values too, so their difference is too large on average: the largest drop was searched. After the
-      step that ends the search (``Search``) the value is taken for zero, without rollouts.
+    - value: {"before", "after"} the step that decides the rejected side, for siblings; else null. They are of other rollouts
+      than those that found the step, and a pair is only made if they confirm it (``Measured``). ``after`` is null behind a
+      step that ends the search (``Search``): nothing is continued from there.
     - outcomes: {"chosen", "rejected"}: by the judge or the right answer; that of a rejected chain is of the whole chain.
     - draws: keys of the draws: chosen, rejected, and that of the turning step if one was put in.
     - on_policy: true if all of both sides was drawn from the bare prompt, as a borrowed step was and a written one was not.
@@ -127,7 +127,8 @@ def make_process_pairs(
     - lengths: {"chosen", "rejected"}: tokens of each response, with the shared ones.
 
     The funnel also gets the controls: outcomes after turning and after neutral steps at the same places ("control FORM"),
-    and how often the step that rollouts find is the first cue by its label ("control sibling").
+    the values of all steps that rollouts find, confirmed or not, and how often a confirmed one is the first cue by its label
+    ("control sibling").
 
     Raises:
         SaroError: like ``Author.write``, ``Judge.judge`` and ``StepJudge.label``.
@@ -153,8 +154,10 @@ def _draw_chains(run: Run, prompts: Sequence[Prompt]) -> dict[str, list[Chain]]:
     known = []
     for one in judged:
         answer = one.drawn.answer
-        reason = None if has_outcome(one) else one.outcome
-        reason = reason or find_unfit_form(one.drawn.task.prompt, answer.think, answer.answer, run.chat)
+        if has_outcome(one):
+            reason = find_unfit_form(one.drawn.task.prompt, answer.think, answer.answer, run.chat)
+        else:
+            reason = "looped" if answer.state == "looped" else one.outcome
         if reason is None:
             known.append(one)
         else:

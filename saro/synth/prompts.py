@@ -230,12 +230,15 @@ def drop_duplicates(prompts: Sequence[Prompt], funnel: Funnel) -> list[Prompt]:
 
     Conversations are the same if they have the same turns up to case, white space and the punctuation of sentences. Of
     each, the prompt with the first id in the alphabet stays. If they do not want the same of an answer, none stays,
-    because nobody can say which is right. A prompt whose twin is left out has none.
+    because nobody can say which is right. A prompt whose twin is left out is the twin of the one that stays, if that is in
+    its file, so that they are held out together; else it has none.
     """
     groups: dict[tuple[tuple[str, str], ...], list[Prompt]] = {}
     for prompt in prompts:
         groups.setdefault(_normalise(prompt), []).append(prompt)
     reasons: dict[str, str] = {}
+    # Id of a prompt that is left out -> the one that stays.
+    same: dict[str, Prompt] = {}
     for group in groups.values():
         first = min(group, key=lambda prompt: prompt.id)
         if len({_wanted(prompt) for prompt in group}) > 1:
@@ -245,12 +248,13 @@ def drop_duplicates(prompts: Sequence[Prompt], funnel: Funnel) -> list[Prompt]:
             if prompt is not first:
                 is_exact = prompt.item.prompt == first.item.prompt
                 reasons[prompt.id] = "duplicate" if is_exact else "normalised duplicate"
+                same[prompt.id] = first
     kept = []
     for prompt in prompts:
         if prompt.id in reasons:
             funnel.leave_out(prompt.id, "prompts", reasons[prompt.id])
         else:
-            kept.append(_without_twin(prompt) if prompt.item.twin in reasons else prompt)
+            kept.append(_with_twin(prompt, same.get(prompt.item.twin)) if prompt.item.twin in reasons else prompt)
     funnel.count("prompts", "read", len(prompts))
     funnel.count("prompts", "kept", len(kept))
     return kept
@@ -273,8 +277,10 @@ def _wanted(prompt: Prompt) -> tuple[str, str, str | None]:
     return prompt.kind, prompt.item.expect, prompt.item.target
 
 
-def _without_twin(prompt: Prompt) -> Prompt:
-    return replace(prompt, item=replace(prompt.item, twin=None))
+def _with_twin(prompt: Prompt, twin: Prompt | None) -> Prompt:
+    """Return a prompt with another twin; with none if that is not in its file, since twins are named by ids of one file."""
+    is_near = twin is not None and twin.item.suite == prompt.item.suite
+    return replace(prompt, item=replace(prompt.item, twin=twin.id if is_near else None))
 
 
 def excluded_files(suites: Sequence[str]) -> list[str]:
@@ -317,7 +323,7 @@ def drop_excluded(prompts: Sequence[Prompt], suites: Sequence[str], funnel: Funn
                 dropped.add(prompt.id)
         kept = [prompt for prompt in kept if prompt.id not in dropped]
     funnel.count("prompts", "in an excluded suite", len(dropped))
-    return [_without_twin(prompt) if prompt.item.twin in dropped else prompt for prompt in kept]
+    return [_with_twin(prompt, None) if prompt.item.twin in dropped else prompt for prompt in kept]
 
 
 def _excluded_items(suites: Sequence[str]) -> list[Item]:

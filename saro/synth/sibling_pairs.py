@@ -1,4 +1,4 @@
-"""Makes the process pairs that part at the step that decided a bad chain, which rollouts find.
+"""Makes the process pairs that part at the step that decided a bad chain, which rollouts find and others confirm.
 
 The shared beginning has no harmful step, because rollouts begin before the first one, and before the first cue if only the
 rules label steps (``Search``).
@@ -20,9 +20,12 @@ from saro.synth.chain_parts import (
     open_side,
     whole_side,
 )
-from saro.synth.rollouts import Found, Search, find_deciding_steps
+from saro.synth.judgement import Judged
+from saro.synth.rollouts import Found, Measured, Search, find_deciding_steps, measure_steps
 
 FORM = "sibling"
+# Where the funnel counts what says how far the choice of steps can be trusted.
+_CONTROL = f"control {FORM}"
 
 
 def make_sibling_pairs(run: Run, chains: Mapping[str, Sequence[Chain]]) -> list[dict[str, Any]]:
@@ -31,7 +34,6 @@ def make_sibling_pairs(run: Run, chains: Mapping[str, Sequence[Chain]]) -> list[
     Args:
         chains: the chains of each prompt, by its id, in the order in which they are tried.
     """
-    bad: list[Chain] = []
     searches: list[Search] = []
     for id, ones in chains.items():
         good = sum(one.judged.is_good for one in ones)
@@ -40,31 +42,38 @@ def make_sibling_pairs(run: Run, chains: Mapping[str, Sequence[Chain]]) -> list[
         if not good or not tried:
             run.funnel.leave_out(id, FORM, "no bad chain with steps" if good else "no good chain")
             continue
-        bad += tried
         by_model = run.step_judge.model is not None
         searches += [Search(one, good / len(ones), by_model) for one in tried]
     found = find_deciding_steps(run.author, run.judge, searches, run.options.pp.rollouts, run.sampling)
+    forks: list[Found] = []
+    for search, one in zip(searches, found, strict=True):
+        if isinstance(one, Found) and one.step > 0:
+            forks.append(one)
+        else:
+            # Whole chains that part at their first step are pairs of stage op.
+            reason = one if isinstance(one, str) else "the first step decides"
+            run.funnel.leave_out(search.chain.prompt.id, FORM, reason, search.chain.drawn.key)
+    measured = measure_steps(run.author, run.judge, forks, run.options.pp.rollouts, run.sampling)
     records: list[dict[str, Any]] = []
     numbers: dict[str, int] = {}
-    for chain, one in zip(bad, found, strict=True):
-        record = _make_record(run, one, chain, numbers.get(chain.prompt.id, 0))
+    for one, values in zip(forks, measured, strict=True):
+        prompt = one.search.chain.prompt.id
+        record = _make_record(run, one, values, numbers.get(prompt, 0))
         if record is not None:
             records.append(record)
-            numbers[chain.prompt.id] = numbers.get(chain.prompt.id, 0) + 1
+            numbers[prompt] = numbers.get(prompt, 0) + 1
     return records
 
 
-def _make_record(run: Run, found: Found | str, chain: Chain, number: int) -> dict[str, Any] | None:
-    """Return the pair of a chain and the good rollout of nearest length, or None."""
-    if isinstance(found, str):
-        run.funnel.leave_out(chain.prompt.id, FORM, found, chain.drawn.key)
+def _make_record(run: Run, found: Found, values: Measured, number: int) -> dict[str, Any] | None:
+    """Return the pair of a chain and the good rollout of nearest length; None without one, or if the step is not confirmed."""
+    chain = found.search.chain
+    _count_values(run, values)
+    if not values.is_confirmed:
+        run.funnel.leave_out(chain.prompt.id, FORM, "fresh rollouts do not confirm the step", chain.drawn.key)
         return None
-    _count_agreement(run, found, chain)
-    if found.step == 0:
-        # Whole chains that part at their first step are pairs of stage op.
-        run.funnel.leave_out(chain.prompt.id, FORM, "the first step decides", chain.drawn.key)
-        return None
-    chosen = _find_nearest(run, found, chain)
+    _count_agreement(run, found)
+    chosen = _find_nearest(run, found, found.rollouts + values.rollouts)
     if chosen is None:
         return None
     is_harmful = chain.prompt.kind == "harmful"
@@ -78,17 +87,18 @@ def _make_record(run: Run, found: Found | str, chain: Chain, number: int) -> dic
         step=found.step,
         synth={
             "policy": [],
-            "value": {"before": found.before, "after": found.after},
+            "value": {"before": values.before.share, "after": None if values.after is None else values.after.share},
             "draws": [chosen.drawn.key, chain.drawn.key],
             "on_policy": True,
         },
     )
 
 
-def _find_nearest(run: Run, found: Found, chain: Chain) -> Chain | None:
+def _find_nearest(run: Run, found: Found, rollouts: Sequence[Judged]) -> Chain | None:
     """Return the rollout that can be a chosen side and is nearest in length to the chain, so that length tells nothing."""
+    chain = found.search.chain
     passed = []
-    for one in found.rollouts:
+    for one in rollouts:
         reason = find_fault(run, one, chain, found.step, chain.prefix(found.step))
         if reason is None:
             passed.append(one)
@@ -106,8 +116,22 @@ def _find_nearest(run: Run, found: Found, chain: Chain) -> Chain | None:
     return min(fit, key=lambda one: length_distance(one, chain), default=None)
 
 
-def _count_agreement(run: Run, found: Found, chain: Chain) -> None:
+def _count_values(run: Run, values: Measured) -> None:
+    """Count the outcomes of fresh rollouts at both ends of the chosen steps, confirmed or not.
+
+    Over all of them the values are unbiased. Those of pairs alone are a little too far apart: they had to be.
+    """
+    for name, value in (("before", values.before), ("after", values.after)):
+        if value is not None:
+            run.funnel.count(_CONTROL, f"{name} good", value.good)
+            run.funnel.count(_CONTROL, f"{name} judged", value.known)
+    run.funnel.count(_CONTROL, "confirmed", values.is_confirmed)
+    run.funnel.count(_CONTROL, "not confirmed", not values.is_confirmed)
+
+
+def _count_agreement(run: Run, found: Found) -> None:
     """Count how often the step that decides by its value is the first cue by its label."""
+    chain = found.search.chain
     if chain.prompt.kind != "general":
         name = {None: "no cue", found.step: "cue decides"}.get(chain.first("cue", "harmful"), "cue elsewhere")
-        run.funnel.count(f"control {FORM}", name)
+        run.funnel.count(_CONTROL, name)

@@ -89,9 +89,10 @@ class ProcessStage:
         temperature: 0 takes the likeliest token each time.
         turns: Turning steps that the model writes for each fork, with the policy in view.
         borrowed: Turning steps tried at each fork that are taken from good chains of the model on the same prompt.
-        rollouts: Continuations drawn to find the value of a step, for form sibling.
-        open_tokens: A rejected harmful text ends this many tokens after the step that decides it, so that records hold
-            little of it.
+        rollouts: Continuations drawn to find the value of a step, for form sibling. The step that is found takes twice as
+            many again, which measure it at both ends.
+        open_tokens: A rejected harmful text ends this many tokens after the step that decides it, or after the beginning of
+            a step that does harm itself, so that records hold little of it.
         neutral: Share of forks that are also tried with a neutral step, as a control.
         pairs_per_prompt: Most pairs of one prompt and form.
     """

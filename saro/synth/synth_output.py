@@ -20,8 +20,8 @@ from saro.data.records import parse_example, parse_pair
 from saro.errors import SaroError
 from saro.files import atomic_write, lock_output, remove_temps
 from saro.manifest import package_versions
-from saro.synth.check_records import describe_lengths
 from saro.synth.funnel import Funnel
+from saro.synth.pair_lengths import describe_lengths
 from saro.synth.synth_options import Options
 
 # Options that say where something is, or how it is asked, and decide no record. The manifest has the hash of what is there,
@@ -190,7 +190,7 @@ def describe_making(options: Options, **parts: Any) -> dict[str, Any]:
     """
     return {
         "saro": saro.__version__,
-        "synth": 2,
+        "synth": 3,
         "stage": options.stage,
         "versions": package_versions(),
         **parts,

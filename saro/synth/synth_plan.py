@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from saro.data.chat_format import ChatFormat
 from saro.draws.request import FINAL_FAILURES, Draw, Request
 from saro.draws.store import DrawStore
 from saro.evaluate.plan import describe_time
@@ -71,6 +72,7 @@ def plan_stage(
     asked: Sequence[Asked],
     *,
     followups: int = 0,
+    more_prompt: int = 0,
     max_tokens: int,
     judges: int = 0,
     more_read: int = 0,
@@ -82,6 +84,7 @@ def plan_stage(
         identity: ``Generator.identity`` of the generator.
         asked: texts of the first round.
         followups: most texts of later rounds.
+        more_prompt: most tokens that their prompts have beside the longest prompt of the first round and a text.
         max_tokens: longest text, in tokens.
         judges: number of judges that are models: each reads each text, and once more if its reply cannot be read.
         more_read: what some judges read beside, each once or twice: answers on which one is tried first, guided texts
@@ -102,11 +105,18 @@ def plan_stage(
         drawn_tokens=sum(request.sampling.max_tokens for request in missing),
         followups=followups,
         followup_tokens=followups * max_tokens,
-        followup_prompt_tokens=followups * (longest + max_tokens),
+        followup_prompt_tokens=followups * (longest + more_prompt + max_tokens),
         verdicts=2 * (judges * (len(by_key) + followups) + more_read),
         speed=speed,
         mean_tokens=mean_tokens,
     )
+
+
+def count_tokens(text: str, chat: ChatFormat | None) -> int:
+    """Return the number of tokens of a text; about as many if the tokenizer is not known."""
+    if chat is None:
+        return -(-len(text) // _CHARACTERS)
+    return len(chat.tokenizer(text, add_special_tokens=False).input_ids)
 
 
 def _would_draw(stored: Draw | None) -> bool:
@@ -121,9 +131,7 @@ def _text_of(request: Request) -> str:
 
 
 def _count_prompt(request: Request) -> int:
-    if request.ids is not None:
-        return len(request.ids)
-    return -(-len(_text_of(request)) // _CHARACTERS)
+    return count_tokens(_text_of(request), None) if request.ids is None else len(request.ids)
 
 
 def _count_distinct(requests: Sequence[Request]) -> int:

@@ -28,10 +28,10 @@ from saro.program import as_list
 from saro.synth import outcome_pairs, process_pairs, rw_examples
 from saro.synth.author import Author, Task
 from saro.synth.budget import Budget, BudgetedGenerator
-from saro.synth.check_records import measure_lengths
 from saro.synth.funnel import Funnel
 from saro.synth.hazard_judge import sort_prompts
 from saro.synth.judgement import Judge, JudgedGate
+from saro.synth.pair_lengths import measure_forks, measure_lengths
 from saro.synth.prompts import (
     Prompt,
     check_exclusion,
@@ -46,7 +46,7 @@ from saro.synth.safety_policy import SafetyPolicy, read_policy
 from saro.synth.step_judge import StepJudge
 from saro.synth.synth_options import GateOptions, Options
 from saro.synth.synth_output import SynthOutput, describe_making
-from saro.synth.synth_plan import describe_plan, plan_stage
+from saro.synth.synth_plan import count_tokens, describe_plan, plan_stage
 from saro.synth.templates import read_template
 
 # A judge must agree with people on this share of the answers that come with saro. They are clear cases: one that does
@@ -69,6 +69,7 @@ class Stage:
         reads_steps: True if a judge of steps works too; ``make`` then takes it after the judge.
         guided: texts that are written with the policy in view: all, those of later rounds, or none. If there are some,
             ``make`` takes ``judged_gates``.
+        later: the template of the longest prompts of later rounds; None if all are asked in the first one.
     """
 
     make: Callable[..., list[dict[str, Any]]]
@@ -79,6 +80,7 @@ class Stage:
     templates: tuple[str, ...]
     reads_steps: bool = False
     guided: Literal["all", "later", "none"] = "none"
+    later: str | None = None
 
 
 _PROCESS = Stage(
@@ -89,6 +91,7 @@ _PROCESS = Stage(
     group="pp",
     templates=("turn", "neutral", "steps"),
     reads_steps=True,
+    later="turn",
 )
 STAGE_TABLE = {
     "rw": Stage(
@@ -108,6 +111,7 @@ STAGE_TABLE = {
         group="op",
         templates=("guided",),
         guided="later",
+        later="guided",
     ),
     "pp": _PROCESS,
     "mirror": _PROCESS,
@@ -205,7 +209,12 @@ def synthesize(options: Options, runtime: Runtime) -> dict[str, Any] | None:
             gate.finish(funnel)
 
     # 4. Write.
-    more = {"lengths": measure_lengths(records, subject.chat), "gold": gold, "warnings": warnings}
+    more = {
+        "lengths": measure_lengths(records, subject.chat),
+        "forks": measure_forks(records),
+        "gold": gold,
+        "warnings": warnings,
+    }
     heldout = choose_heldout(prompts, options.heldout, options.seed)
     return runtime.on_main(lambda: output.write(records, made_from, funnel, more, heldout, subject.chat))
 
@@ -287,12 +296,27 @@ def _plan(
         author.generator.identity,
         author.ask(tasks, sampling),
         followups=followups,
+        more_prompt=_count_more(stage, prompts, policy, options, author.subject.chat),
         max_tokens=options.max_tokens,
         judges=sum(model is not None for model in judges),
         more_read=gold + gates * guided + unsorted,
         concurrency=1 if author.subject.server is None else author.subject.server.concurrency,
     )
     return describe_plan(plan, options.budget)
+
+
+def _count_more(
+    stage: Stage, prompts: Sequence[Prompt], policy: SafetyPolicy, options: Options, chat: ChatFormat | None
+) -> int:
+    """Return the most tokens that prompts of later rounds have beside a bare prompt and a text: template and policy."""
+    if stage.later is None:
+        return 0
+    template = "\n".join(content for _, content in read_template(stage.later).turns)
+    policies = {policy.for_writer(prompt) for prompt in prompts}
+    longest = max((count_tokens(text, chat) for text in policies), default=0)
+    # A turning step is asked for below the reasoning before it, and may be written behind it too.
+    reasoning = options.max_tokens if stage.reads_steps else 0
+    return count_tokens(template, chat) + longest + reasoning
 
 
 def _hash_files(files: Sequence[str]) -> list[dict[str, str]]:

@@ -392,5 +392,6 @@ def _count_control(run: Run, tries: Sequence[Try], judged: Sequence[Judged]) -> 
     controlled = {one.turning for one in tries if one.role == "neutral"}
     for one, text in zip(tries, judged, strict=True):
         if one.turning in controlled:
-            run.funnel.count(f"control {one.turning.form}", f"{one.role} good", text.is_good)
-            run.funnel.count(f"control {one.turning.form}", f"{one.role} judged", has_outcome(text))
+            is_judged = has_outcome(text)
+            run.funnel.count(f"control {one.turning.form}", f"{one.role} good", is_judged and text.is_good)
+            run.funnel.count(f"control {one.turning.form}", f"{one.role} judged", is_judged)

@@ -174,7 +174,8 @@ def _sum_parts(moved: np.ndarray, sequence: ScoredSequence) -> dict[str, Any]:
 def _sum_steps(moved: np.ndarray, record: Example | Pair, response: Response, chat: ChatFormat) -> list[dict[str, Any]]:
     """Sum the rewards of tokens over each step of the reasoning.
 
-    ``start`` and ``stop`` are characters of the record's reasoning. A token belongs to the step in which it begins, and
+    ``start`` and ``stop`` are characters of the record's reasoning, and ``first`` is the number of the step's first token
+    among the scored ones. A token belongs to the step in which it begins, and
     the white space between the tags and the chain to the first and the last step. The tags belong to none.
     """
     text, starts = chat.locate_tokens(record.prompt, response)
@@ -185,8 +186,9 @@ def _sum_steps(moved: np.ndarray, record: Example | Pair, response: Response, ch
     step_of_token = np.searchsorted([first + step.start for step in steps[1:]], places, side="right")
     scores = []
     for number, step in enumerate(steps):
-        own = moved[is_chain & (step_of_token == number)]
-        scores.append({"start": step.start, "stop": step.stop, "tokens": len(own), "reward": _sum(own)})
+        is_own = is_chain & (step_of_token == number)
+        place = {"start": step.start, "stop": step.stop, "first": int(is_own.argmax())}
+        scores.append(place | {"tokens": int(is_own.sum()), "reward": _sum(moved[is_own])})
     return scores
 
 

@@ -11,7 +11,7 @@ from tiny import CHATML, IM_END, tiny_tokenizer
 from saro.data.chat_format import ChatFormat
 from saro.data.records import Message
 from saro.errors import SaroError
-from saro.synth.check_records import check_records, measure_lengths, read_records
+from saro.synth.check_records import check_records, read_records
 from saro.synth.safety_policy import read_policy
 
 CHAT = ChatFormat(tiny_tokenizer(), frozenset({IM_END}), date(2024, 7, 26))
@@ -89,7 +89,8 @@ def test_two_examples_on_one_prompt_are_found(findings):
 def test_a_pair_that_is_there_twice_or_reversed_is_found(findings):
     first = pair("a", "harmless")
     assert failed(findings(first, first | {"id": "b"})) == ["duplicates"]
-    reverse = first | {"id": "b", "chosen": first["rejected"], "rejected": first["chosen"]}
+    reverse = pair("a", "harmless", synth={"form": "shorter"})
+    reverse |= {"id": "b", "chosen": first["rejected"], "rejected": first["chosen"]}
     found = findings(first, reverse)
     assert "1 pairs are the reverse of another" in found["duplicates"].text
 
@@ -141,12 +142,12 @@ def test_a_leak_in_a_text_to_be_learned_is_found(findings, text):
     assert failed(findings(rejected)) == []
 
 
-def sided(i: int, chosen: int, rejected: int, **side: object) -> dict:
+def sided(i: int, chosen: int, rejected: int, kind: str = "harmless") -> dict:
     return pair(
         f"p{i}",
-        "harmless",
+        kind,
         chosen={"reasoning": "g" * chosen, "answer": "Gladly."},
-        rejected={"reasoning": "b" * rejected, "answer": "Gladly not."} | side,
+        rejected={"reasoning": "b" * rejected, "answer": "Gladly not."},
     )
 
 
@@ -173,20 +174,15 @@ def test_a_little_one_sidedness_of_few_pairs_is_chance(findings):
     assert failed(findings(*(sided(i, *both) for i, both in enumerate(lengths)))) == []
 
 
-def test_the_correlation_is_that_of_whole_sides(records_file):
-    pairs = [sided(i, 10 + i, 30 + i) for i in range(4)]
-    lengths = measure_lengths(pairs, CHAT)
-    assert lengths["pairs"] == 4
-    # 4 letters more in the rejected answers.
-    assert lengths["rejected"] - lengths["chosen"] == 24
-    assert lengths["correlation"] < -0.9
-    assert lengths["longer"] == 0
-    assert lengths["effect"] < -1
-    assert measure_lengths([sided(0, 24, 20), sided(1, 50, 20)], CHAT)["longer"] == 0.75  # one tie
-    assert measure_lengths([sided(0, 50, 20)], CHAT)["effect"] is None
-    assert measure_lengths([], CHAT) is None
-    assert measure_lengths(pairs, None) is None
-    assert measure_lengths([example("a", "harmless")], CHAT) is None
+def test_sides_whose_lengths_tell_them_apart_on_the_prompts_of_each_kind_are_a_warning(findings):
+    """Over all pairs the chosen side is the longer one in half; a model that knows the kind can tell it in all."""
+    pairs = [sided(i, 80 + i, 50, kind="harmless") for i in range(12)]
+    pairs += [sided(i + 20, 50, 80 + i, kind="harmful") for i in range(12)]
+    found = findings(*pairs)["lengths"]
+    assert (found.passed, found.is_warning) == (True, True)
+    assert "the chosen side is longer in 50%" in found.text
+    assert "but in 0% of 12 on harmful prompts and in 100% of 12 on harmless prompts" in found.text
+    assert not findings(*pairs[:3], *pairs[12:15])["lengths"].is_warning  # so few are chance
 
 
 def test_harmful_prompts_without_harmless_ones_are_found(findings):

@@ -241,12 +241,14 @@ def test_bisection_finds_the_step_that_decides(make, decides):
     world = World(decides)
     (record,), _ = make(world, prompts_of("h1"), "sibling")
     assert synth_of(record)["fork"]["step"] == decides
-    assert synth_of(record)["value"] == {"before": 0.5, "after": 0.0}
+    # Nothing is continued behind the cue.
+    assert synth_of(record)["value"] == {"before": 0.5, "after": None if decides == CUE else 0.0}
     assert steps_of(record["chosen"])[:decides] == steps_of(record["rejected"])[:decides] == [*BAD[:decides]]
     assert record["chosen"]["answer"] == SAFE
-    rounds = world.speaker.asked[1:]
+    *rounds, fresh = world.speaker.asked[1:]
     assert len(rounds) <= math.ceil(math.log2(len(BAD)))
     assert all(len(asked) == 4 for asked in rounds)
+    assert len(fresh) == (4 if decides == CUE else 8)
 
 
 def test_a_chain_that_the_first_step_decides_has_no_sibling(make):
@@ -299,15 +301,17 @@ def test_no_sibling_shares_a_cue_if_only_the_rules_label_steps(make):
     assert all(BAD[CUE] not in CHAT.tokenizer.decode(one.ids) for asked in rounds for one in asked)
 
 
-def test_a_chain_whose_first_decisive_step_is_harmful_is_not_recovered_from(make, monkeypatch):
+def test_a_first_decisive_step_that_does_harm_is_neither_recovered_from_nor_kept_whole(make, monkeypatch):
     # A model that labels steps may find harm without a cue before it.
     def label(steps, kind):
         return tuple("harmful" if name == "cue" else name for name in label_steps(steps, kind))
 
     monkeypatch.setattr("saro.synth.step_judge.label_steps", label)
-    records, funnel = make(World(), prompts_of("h1"), "intervene", "recover")
+    records, funnel = make(World(), prompts_of("h1"), "intervene", "recover", open_tokens=5)
     assert [synth_of(record)["form"] for record in records] == ["intervene"]
     assert reasons_of(funnel, "recover") == {"no chain has a place for it": 1}
+    # One token is one letter here.
+    assert records[0]["rejected"]["reasoning"] == " ".join((*BAD[:CUE], BAD[CUE][:5]))
 
 
 def test_the_neutral_arm_shows_nothing(make):
@@ -329,9 +333,33 @@ def test_the_neutral_arm_is_a_share_of_the_forks_and_always_the_same(make):
 
 def test_values_and_labels_are_compared(make):
     _, funnel = make(World(decides=CUE), prompts_of("h1"), "sibling")
-    assert funnel.counts["control sibling"] == {"cue decides": 1}
+    assert funnel.counts["control sibling"]["cue decides"] == 1
     _, funnel = make(World(decides=1), prompts_of("h2"), "sibling")
-    assert funnel.counts["control sibling"] == {"cue elsewhere": 1}
+    assert funnel.counts["control sibling"]["cue elsewhere"] == 1
+
+
+def test_values_of_all_steps_that_were_found_are_counted_and_only_confirmed_ones_become_pairs(make):
+    class OnlyByChance(World):
+        """The draws that choose the step of h1 say what fresh ones do not."""
+
+        def continue_chain(self, kind, begun, number):
+            return super().continue_chain(kind, begun, number if number < 4 or not self.is_unlucky else 1)
+
+        def reply(self, user, begun, number):
+            self.is_unlucky = user == "Request h1"
+            return super().reply(user, begun, number)
+
+    records, funnel = make(OnlyByChance(), prompts_of("h1", "h2"), "sibling")
+    assert [record["id"] for record in records] == ["h2-sibling-0"]
+    assert reasons_of(funnel, "sibling")["fresh rollouts do not confirm the step"] == 1
+    counts = funnel.counts["control sibling"]
+    assert (counts["confirmed"], counts["not confirmed"]) == (1, 1)
+    assert {name: counts[name] for name in ("before good", "before judged", "after good", "after judged")} == {
+        "before good": 2,
+        "before judged": 8,
+        "after good": 0,
+        "after judged": 8,
+    }
 
 
 def test_records_do_not_depend_on_the_order_of_the_prompts_and_a_second_run_asks_nothing(make):
@@ -349,8 +377,8 @@ def test_rounds_go_over_all_prompts(make):
     one, many = World(), World()
     make(one, prompts_of("h1"), neutral=1.0)
     make(many, prompts_of(*(f"h{i}" for i in range(2, 8))), neutral=1.0)
-    # Whole chains, sentences, continuations, and one call for each halving of the steps up to the cue.
-    assert len(one.speaker.asked) == len(many.speaker.asked) == 3 + 2
+    # Whole chains, sentences, continuations, one call for each halving of the steps up to the cue, and fresh rollouts.
+    assert len(one.speaker.asked) == len(many.speaker.asked) == 3 + 2 + 1
 
 
 def test_the_plan_is_an_upper_bound(make):
@@ -449,7 +477,8 @@ def test_a_sibling_that_says_the_deciding_step_as_well_is_no_chosen_side(make):
 
     records, funnel = make(ComesBack(), prompts_of("h1"), "sibling")
     assert records == []
-    assert reasons_of(funnel, "sibling")["the same step at the fork"] == 2
+    # Of those that found the step, and of those that confirmed it.
+    assert reasons_of(funnel, "sibling")["the same step at the fork"] == 2 + 2
 
 
 def test_a_chosen_side_that_is_overcautious_again_is_left_out(make):
@@ -520,11 +549,13 @@ def test_a_sibling_that_goes_on_inside_the_step_before_the_fork_is_left_out(make
     class GoesOn(World):
         def continue_chain(self, kind, begun, number):
             text = super().continue_chain(kind, begun, number)
-            return text.replace(TURNS["harmful"], TURNS["harmful"].lower()) if begun else text
+            return text.replace(TURNS["harmful"], TURNS["harmful"].lower()) if begun and number % 4 == 0 else text
 
-    records, funnel = make(GoesOn(), prompts_of("h1"), "sibling")
-    assert records == []
+    (record,), funnel = make(GoesOn(), prompts_of("h1"), "sibling")
+    assert steps_of(record["chosen"])[:3] == [*BAD[:2], TURNS["harmful"]]
+    # One of those that found the step, and one of those that confirmed it; neither says anything of its value.
     assert reasons_of(funnel, "sibling")["the fork is inside a step"] == 2
+    assert synth_of(record)["value"] == {"before": 1 / 3, "after": 0.0}
 
 
 def test_prompts_without_such_chains_are_counted(make):
@@ -548,6 +579,17 @@ def test_texts_without_an_outcome_are_left_out(make):
     assert reasons_of(funnel, "chains") == {"no-answer": 4}
 
 
+@pytest.mark.parametrize("id", ["h1", "s1", "g1"])
+def test_a_chain_whose_answer_loops_has_no_outcome_whatever_it_says(make, id):
+    class Loops(World):
+        def continue_chain(self, kind, begun, number):
+            return super().continue_chain(kind, begun, number) + " I say it again." * 200
+
+    records, funnel = make(Loops(), prompts_of(id))
+    assert records == []
+    assert reasons_of(funnel, "chains") == {"looped": 4}
+
+
 def test_every_whole_chain_is_good_or_bad_or_left_out(make):
     class Mixed(World):
         def continue_chain(self, kind, begun, number):
@@ -558,7 +600,7 @@ def test_every_whole_chain_is_good_or_bad_or_left_out(make):
     counts = funnel.counts["chains"]
     reasons = reasons_of(funnel, "chains")
     # A solution without reasoning may be cut, and is not judged.
-    assert reasons == {"no reasoning": 2, "wrong": 1, "no-answer": 3}
+    assert reasons == {"no reasoning": 2, "wrong": 1, "looped": 3}
     assert counts.pop("written") == 18 == sum(counts.values()) + sum(reasons.values())
 
 

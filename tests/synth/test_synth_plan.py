@@ -85,6 +85,7 @@ def test_later_rounds_and_judges_are_bounded(store):
     found = plan(store, [of_ids(1, 2, 3)], followups=5, judges=2)
     assert (found.followups, found.followup_tokens, found.verdicts) == (5, 50, 24)
     assert found.followup_prompt_tokens == 5 * (3 + 10)
+    assert plan(store, [of_ids(1, 2, 3)], followups=5, more_prompt=7).followup_prompt_tokens == 5 * (3 + 7 + 10)
     text = "\n".join(describe_plan(found, BudgetOptions()))
     assert "at most 5 texts more in later rounds" in text
     assert "at most 24 replies of judges" in text

@@ -23,6 +23,7 @@ from saro.synth.prompts import (
     HAZARDS,
     Prompt,
     check_exclusion,
+    choose_heldout,
     drop_duplicates,
     drop_excluded,
     excluded_files,
@@ -238,10 +239,19 @@ def test_of_prompts_that_contradict_each_other_none_stays(tmp_path, other):
     assert left_out == [LeftOut(id, "prompts", "contradictory duplicate") for id in ("a", "c")]
 
 
-def test_a_prompt_whose_twin_is_left_out_has_none(tmp_path):
+def test_a_prompt_whose_twin_is_a_duplicate_is_held_out_with_the_one_that_stays(tmp_path):
+    # "a" has the words of "c", so training on it would show the twin of "b".
     rows = [asks("b", "Why?", twin="c"), {**HARMFUL, "id": "c", "twin": "b"}, {**HARMFUL, "id": "a"}]
     kept = drop_duplicates(read(tmp_path, *rows), Funnel())
-    assert [(prompt.id, prompt.item.twin) for prompt in kept] == [("b", None), ("a", None)]
+    assert [(prompt.id, prompt.item.twin) for prompt in kept] == [("b", "a"), ("a", None)]
+    held_out = [choose_heldout(kept, 0.5, seed) for seed in range(20)]
+    assert set(held_out) == {frozenset(), frozenset({"a", "b"})}
+
+
+def test_a_prompt_whose_twin_contradicts_another_prompt_has_none(tmp_path):
+    rows = [asks("b", "Why?", twin="c"), {**HARMFUL, "id": "c", "twin": "b"}, asks("a", HARMFUL["prompt"])]
+    (kept,) = drop_duplicates(read(tmp_path, *rows), Funnel())
+    assert (kept.id, kept.item.twin) == ("b", None)
 
 
 def test_roles_and_turns_tell_conversations_apart(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 from datetime import date
 from pathlib import Path
@@ -13,7 +14,7 @@ import synth_cases
 from chat_cases import QWEN3
 from draw_cases import Server, chat_reply
 from run_files import steps_logged
-from synth_cases import ScriptedWriter, make_prompts, play, serve, write_lines
+from synth_cases import ScriptedWriter, make_prompts, play, serve, write, write_lines
 
 from saro.config import DataConfig, ModelConfig
 from saro.data.records import read_examples, read_pairs
@@ -186,6 +187,27 @@ def test_a_plan_draws_nothing_and_writes_nothing(make, writers, capsys, tmp_path
     assert "more in later rounds" in said
     assert "at the given prices" in said
     assert "the time is not known" in said
+
+
+@pytest.mark.parametrize(
+    ("stage", "changes"),
+    [("pp", {"pp__forms": "[intervene]", "pp__turns": 8}), ("op", {"op__draws": 1, "rw__draws": 8})],
+)
+def test_a_plan_bounds_the_texts_and_the_tokens_of_prompts_of_later_rounds(
+    make, writers, capsys, monkeypatch, stage, changes
+):
+    # Only bad texts, so that stage op asks for guided ones on every prompt.
+    if stage == "op":
+        monkeypatch.setattr(synth_cases, "write", lambda prompt, begun, number: write(prompt, begun, 1))
+    changes |= {"max_tokens": 400}
+    make(stage, "--plan", **changes)
+    said = " ".join(capsys.readouterr().err.split())
+    texts, tokens = re.search(r"at most ([\d,]+) texts more .* after prompts of ([\d,]+) tokens", said).groups()
+    first = int(re.search(r"([\d,]+) texts in the first round", said)[1])
+    make(stage, "--allow_empty", **changes)
+    later = writers[-1].asked[first:]
+    assert 0 < len(later) <= int(texts.replace(",", ""))
+    assert 0 < sum(len(request.ids) for request in later) <= int(tokens.replace(",", ""))
 
 
 def test_a_plan_of_what_is_in_the_store_asks_for_nothing(make, capsys):

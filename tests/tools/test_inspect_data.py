@@ -18,7 +18,7 @@ from saro.data.chat_format import ChatFormat
 from saro.data.records import Example, Message, Pair, Response
 from saro.data.tree import RowKind
 from saro.errors import SaroError
-from saro.tools.inspect_data import STYLES, Options, colour, pair_tree, run
+from saro.tools.inspect_data import HIGHER, LOWER, STYLES, Options, colour, pair_tree, run
 
 
 @pytest.fixture
@@ -27,11 +27,13 @@ def saro(monkeypatch, capsys):
     return partial(run_saro, monkeypatch, capsys, "inspect")
 
 
-def _inspect(files, model, *, show=1, ids=(), width=200, color=True, **data) -> str:
+def _inspect(files, model, *, show=1, ids=(), scores=None, width=200, color=True, **data) -> str:
     """Return what the tool prints about files; ``data``: further options of the records."""
     output = io.StringIO()
     console = Console(file=output, width=width, force_terminal=True, color_system="standard" if color else None)
-    options = Options(model=ModelConfig(name=model), data=DataConfig(train=files, **data), show=show, ids=list(ids))
+    options = Options(
+        model=ModelConfig(name=model), data=DataConfig(train=files, **data), show=show, ids=list(ids), scores=scores
+    )
     assert run(options, console) == 0
     return output.getvalue()
 
@@ -114,6 +116,59 @@ def test_scored_tokens_are_coloured_by_their_kind():
         ("\n\nyes ☂", STYLES[RowKind.ANSWER]),
         ("<|im_end|>", STYLES[RowKind.STOP]),
     ]
+
+
+def scored(id: str, side: str, tokens: int, *steps: tuple[int, int, float]) -> dict:
+    """Return a line of `saro score --steps`: steps are (first token, number of tokens, reward)."""
+    names = ("first", "tokens", "reward")
+    return {"id": id, "side": side, "tokens": tokens, "steps": [dict(zip(names, step, strict=True)) for step in steps]}
+
+
+def test_steps_are_coloured_by_their_reward_which_stands_behind_them():
+    chat = ChatFormat(tiny_tokenizer(), frozenset([IM_END]), date(2024, 7, 26))
+    sequence = chat.encode(Example("a", "general", (Message("user", "Hi"),), Response("One. Two.", "yes"), "f:1"))
+    first = len("<think>\n")
+    steps = scored("a", "response", 0, (first, len("One. "), 0.25), (first + len("One. "), len("Two."), -1.5))["steps"]
+    text = colour(sequence, chat.tokenizer, steps=steps)
+    assert _styled(text)[1:6] == [
+        ("<think>\n", STYLES[RowKind.THINK]),
+        ("One. ", HIGHER),
+        ("[+0.25]", "dim"),
+        ("Two.", LOWER),
+        ("[-1.50]", "dim"),
+    ]
+    # In two parts, as in the tree of a pair, a step keeps its style and is marked once.
+    place = sequence.scored_from + first + 2
+    parts = [colour(sequence, chat.tokenizer, stop=place, steps=steps)]
+    parts.append(colour(sequence, chat.tokenizer, start=place, steps=steps))
+    assert "".join(part.plain for part in parts) == text.plain
+
+
+def test_inspect_shows_the_rewards_that_saro_score_has_written(records_file, tiny_model):
+    sides = {
+        "chosen": "<think>\nLook first.\nYes a.\n</think>\n\nyes",
+        "rejected": "<think>\nLook first.\nNo a.\n</think>\n\nno",
+    }
+    lines = [scored("pair-a", side, len(text) + 1, (8, 12, 0.5), (20, 6, -0.75)) for side, text in sides.items()]
+    arguments = [records_file(PAIRS[:1])], tiny_model()
+    text = _inspect(*arguments, color=False, scores=records_file(lines, "scores.jsonl"))
+    assert "Look first." in text
+    assert text.count("[+0.50]") == 1  # the shared step
+    assert text.count("[-0.75]") == 2
+    assert "[" not in _inspect(*arguments, color=False)
+
+
+@pytest.mark.parametrize(
+    ("lines", "wrong"),
+    [
+        ([{"id": "pair-a", "side": "chosen", "tokens": 3}], r"scores.jsonl:1: has no rewards of steps"),
+        ([scored("pair-b", "chosen", 3)], r"--scores: those of 'pair-a' \(chosen\) are missing"),
+        ([scored("pair-a", "chosen", 3)], r"--scores: those of 'pair-a' \(chosen\) are of 3 tokens, and it has \d+"),
+    ],
+)
+def test_scores_of_other_records_are_one_line(records_file, tiny_model, lines, wrong):
+    with pytest.raises(SaroError, match=wrong):
+        _inspect([records_file(PAIRS[:1])], tiny_model(), scores=records_file(lines, "scores.jsonl"))
 
 
 def test_inspect_shows_the_records_of_ids(records_file, examples, tiny_model):

@@ -104,6 +104,7 @@ def test_the_reward_of_a_step_is_that_of_its_tokens(score, models, records_file)
     assert [step["tokens"] for step in steps] == sizes
     at = len("<think>")
     for step, size in zip(steps, sizes, strict=True):
+        assert step["first"] == at
         assert step["reward"] == pytest.approx(moved[at : at + size].sum(), abs=1e-4)
         at += size
 
