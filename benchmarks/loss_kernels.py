@@ -78,7 +78,10 @@ def peak_bytes(side: str, pass_name: str, head: Head, case: Case, threads: int) 
         return torch.cuda.max_memory_allocated() - before
     if not Path("/proc/self/clear_refs").exists():
         return None
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+    # Each pass gets a new process: a fork of one that has imported the libraries and computed nothing.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["transformers", "saro.distributed.runtime", "saro_kernels"])
+    with ProcessPoolExecutor(1, mp_context=context) as process:
         rows, dtype = len(case.hidden), case.hidden.dtype
         return process.submit(_resident_peak, side, pass_name, head, rows, dtype, threads).result()
 

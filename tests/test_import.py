@@ -1,4 +1,4 @@
-"""Importing saro configures torch's allocator before torch is loaded."""
+"""Importing saro configures torch's allocator before torch is loaded, and loads no more than it needs."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
+
+from saro.model import _compile_when_called
 
 NAMES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 CODE = """
@@ -41,3 +44,29 @@ def test_conversions_of_public_sets_do_not_wait_for_torch():
     code = "import sys, saro.tools.convert; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def say_if_compiler_is_loaded() -> None:
+    print("torch._inductor.compile_fx" in sys.modules)
+
+
+def test_recipes_do_not_wait_for_torchs_compiler(recipes):
+    """bitsandbytes would import it."""
+    assert recipes.run(call=f"{__file__}:say_if_compiler_is_loaded").out == "False\n"
+
+
+def test_what_is_compiled_later_is_compiled_once_as_it_was_asked_for(monkeypatch):
+    asked = []
+
+    def compiled(function, **options):
+        asked.append((function, options))
+        return lambda x: function(x) + 1
+
+    def double(x):
+        return 2 * x
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    later = _compile_when_called(dynamic=False)(double)
+    assert asked == []
+    assert [later(1), later(2)] == [3, 5]
+    assert asked == [(double, {"dynamic": False})]

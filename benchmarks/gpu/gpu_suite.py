@@ -38,6 +38,8 @@ HEADS = ("Llama-3-8B", "SmolLM2-135M", "Qwen2.5-0.5B", "Gemma-2-2B")
 # fails may leave the GPU unusable for the others.
 HEAD_SIDES = ("saro, Triton tiles", "saro, torch tiles", "Liger", "TRL", "log_softmax", "cross_entropy")
 CUT_SIDES = ("saro, Triton tiles", "saro, torch tiles", "cut cross-entropy")
+# Sides of the comparison with TRL, in order of importance.
+SRPO_SIDES = ("saro", "trl, one by one", "trl", "saro, no sharing")
 # A dry run has few cores, all of which are busy.
 SLOWNESS = 10 if DRY else 1
 
@@ -144,12 +146,12 @@ def list_steps(folders: Folders) -> list[Step]:
     long_pairs += ("--chosen_tokens", "640,0.6,2048", "--rejected_tokens", "600,0.6,2048")
     peers = python("benchmarks/peers.py", "--model", folders.models / large, "--method", "qlora", "--rounds", 1)
     peers += ["--gradient_checkpointing", "--warmup", "1", "--limit", str(75 * SLOWNESS)]
-    srpo_sides = ("saro", "trl, one by one", "trl", "saro, no sharing")
     if DRY:
         pairs = ("--pairs", 4, "--steps", 1, "--pack_tokens", 2048)
     else:
         pairs = ("--pairs", 16, "--steps", 3, "--pack_tokens", 8192, *long_pairs)
-    srpo_peers = [*peers, *map(str, ("--task", "srpo", "--side", *srpo_sides, *pairs, "--json", results("srpo")))]
+    sides = ("saro", "trl") if DRY else SRPO_SIDES
+    srpo_peers = [*peers, *map(str, ("--task", "srpo", "--side", *sides, *pairs, "--json", results("srpo")))]
     rows = ("--rows", 32, "--rounds", 1, "--layers", '["SmolLM2-135M q"]') if DRY else ("--rows", 8192)
     compiled_tests = (
         "tests/saro_kernels/test_triton_tile.py",
@@ -159,7 +161,7 @@ def list_steps(folders: Folders) -> list[Step]:
         "tests/model/test_recompute.py",
     )
     few_tests = ("-k", "test_rows_are_aligned or test_kinds_that_it_knows") if DRY else ()
-    all_tests = ("-k", "test_tile_height") if DRY else ("--maxfail", "60")
+    all_tests = ("tests/saro_kernels", "-k", "test_tile_height") if DRY else ("tests", "--maxfail", "60")
 
     return [
         Step("probe", 90, (python("benchmarks/gpu/gpu_probe.py", results("probe")),)),
@@ -186,7 +188,7 @@ def list_steps(folders: Folders) -> list[Step]:
         Step("step_matrix_srpo", 130, (pair_matrix,), models=(large,)),
         Step("loss_kernels_cut", 90, (cut,)),
         *([] if DRY else [Step("step_matrix_without_liger", 60, (without_liger,), models=(large,))]),
-        Step("all_tests", 150, (pytest(*all_tests, "tests"),)),
+        Step("all_tests", 150, (pytest(*all_tests),)),
     ]
 
 
@@ -197,6 +199,7 @@ class Suite:
         self._folders = folders
         self._end = time.monotonic() + total
         self._ends: dict[str, dict] = {}
+        self._written: set[str] = set()  # names of models
         self._writing = threading.Lock()
 
     def left(self) -> float:
@@ -211,9 +214,8 @@ class Suite:
             with self._writing:
                 for file in self._folders.results.glob(f"{step.name}.*"):
                     file.unlink()
-        models = [
-            [sys.executable, str(HERE / "random_model.py"), m, str(self._folders.models / m)] for m in step.models
-        ]
+        missing = [m for m in step.models if m not in self._written]
+        models = [[sys.executable, str(HERE / "random_model.py"), m, str(self._folders.models / m)] for m in missing]
         code: int | str = "no time left"
         with open(self._folders.logs / f"{step.name}.log", "w") as log:
             for command in (*models, *step.commands):
@@ -221,6 +223,8 @@ class Suite:
                 code = run_command(command, log, dict(step.environment), left, self.write)
                 if code != 0:
                     break
+            else:
+                self._written.update(missing)
         self._ends[step.name] = {"code": code, "seconds": time.monotonic() - begin}
         print(f"{step.name}: {code}, {time.monotonic() - begin:.0f} s", flush=True)
         if code != 0:

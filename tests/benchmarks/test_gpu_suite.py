@@ -14,6 +14,7 @@ import pytest
 from gpu_suite import Folders, Step, Suite, group_steps, list_steps
 from gpu_tables import MARKERS, insert, summarize
 from loss_kernels_sides import SIDES
+from peers_data import SIDES as PEERS
 from random_model import SHAPES, split_shards, write_model
 from run_files import ROOT
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -105,6 +106,19 @@ def test_a_side_of_the_comparison_that_was_never_measured_is_named():
 
 def test_all_sides_of_the_loss_kernels_are_measured():
     assert {*gpu_suite.HEAD_SIDES, *gpu_suite.CUT_SIDES} == set(SIDES)
+
+
+def test_all_sides_of_the_comparison_with_trl_are_measured():
+    assert set(gpu_suite.SRPO_SIDES) == set(PEERS["srpo"])
+
+
+def test_a_model_is_written_before_the_first_step_that_needs_it_and_again_only_after_a_failure(folders, monkeypatch):
+    codes, ran = iter([1, 0, 0, 0]), []
+    monkeypatch.setattr(gpu_suite, "run_command", lambda command, *_: ran.append(Path(command[1]).name) or next(codes))
+    suite = Suite(folders, 60)
+    for name in ("fails", "first", "second"):
+        suite.run(Step(name, 30, (["python", f"{name}.py"],), models=("tiny-qwen3",)))
+    assert ran == ["random_model.py", "random_model.py", "first.py", "second.py"]
 
 
 def test_a_step_for_which_no_time_is_left_is_named(folders):

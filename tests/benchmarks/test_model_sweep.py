@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import model_sweep
@@ -12,56 +12,79 @@ import pytest
 import transformers
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-ROOT = Path(__file__).parents[2]
-BENCHMARKS = ROOT / "benchmarks"
-
-LEAK = """
 from saro.model.attention import AttentionPlan
-isolated_plan = AttentionPlan.of
-AttentionPlan.of = lambda pack, backend, isolated=True: isolated_plan(pack, backend, isolated=False)
-"""
-WRONG_ADAPTER_GRADIENT = """
-from saro_kernels import LoraLinear
-cast_gradients = LoraLinear.cast_gradients
-LoraLinear.cast_gradients = lambda layer, d_a, d_b: cast_gradients(layer, d_a, d_b / 2)
-"""
-TRACEBACK = """
 from saro.model.policy import Policy
-def fail(*arguments, **options):
-    raise RuntimeError("planted")
-Policy.forward = fail
-"""
-CRASH = """
-import os
-import model_sweep
-judge = model_sweep.judge
-def crash(case, folder, enter):
-    if case.model_type == "llama":
-        enter("saro")
-        os.abort()
-    return judge(case, folder, enter)
-model_sweep.judge = crash
-"""
-HANG = CRASH.replace("os.abort()", "__import__('time').sleep(600)")
+from saro_kernels import LoraLinear
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+# Faults. Each is planted in a process that ends with the sweep.
 
 
-def sweep(*arguments: str, fault: str = "") -> subprocess.CompletedProcess:
-    """Run the sweep on the defaults of some model types, with a fault planted first."""
-    program = f"{fault}\nimport sys, model_sweep\nsys.exit(model_sweep.main())"
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(BENCHMARKS), *sys.path])}
-    command = [sys.executable, "-c", program, "--defaults", *arguments]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+def leak() -> None:
+    isolated_plan = AttentionPlan.of
+    AttentionPlan.of = lambda pack, backend, isolated=True: isolated_plan(pack, backend, isolated=False)
 
 
-def verdict(process: subprocess.CompletedProcess, model_type: str) -> str:
-    (line,) = [line for line in process.stdout.splitlines() if line.split()[:1] == [model_type]]
+def wrong_adapter_gradient() -> None:
+    cast_gradients = LoraLinear.cast_gradients
+    LoraLinear.cast_gradients = lambda layer, d_a, d_b: cast_gradients(layer, d_a, d_b / 2)
+
+
+def traceback() -> None:
+    def fail(*arguments: object, **options: object) -> None:
+        raise RuntimeError("planted")
+
+    Policy.forward = fail
+
+
+def crash() -> None:
+    replace_the_judge_of_llama(os.abort)
+
+
+def hang() -> None:
+    replace_the_judge_of_llama(lambda: time.sleep(600))
+
+
+def replace_the_judge_of_llama(do: Callable[[], None]) -> None:
+    judge = model_sweep.judge
+
+    def replaced(case, folder, enter):
+        if case.model_type == "llama":
+            enter("saro")
+            do()
+        return judge(case, folder, enter)
+
+    model_sweep.judge = replaced
+
+
+def none() -> None:
+    pass
+
+
+def run_with_fault(fault: str, *arguments: str) -> int:
+    """Plant a fault and run the sweep on the defaults of some model types."""
+    globals()[fault]()
+    return model_sweep.main(["--defaults", *arguments])
+
+
+@pytest.fixture
+def sweep(recipes) -> Callable:
+    def run(*arguments: str, fault: Callable[[], None] = none):
+        return recipes.run(fault.__name__, *arguments, call=f"{__file__}:run_with_fault")
+
+    return run
+
+
+def verdict(process, model_type: str) -> str:
+    (line,) = [line for line in process.out.splitlines() if line.split()[:1] == [model_type]]
     return line.removeprefix(model_type).strip()
 
 
-def test_a_model_is_exact_or_refused_with_a_reason_and_the_table_says_so(tmp_path):
+def test_a_model_is_exact_or_refused_with_a_reason_and_the_table_says_so(sweep, tmp_path):
     table = tmp_path / "table.md"
     process = sweep("--only", "gemma2,mixtral", "--output", str(table))
-    assert process.returncode == 0, process.stderr
+    assert process.code == 0, process.err
     assert verdict(process, "gemma2").startswith("exact")
     assert verdict(process, "mixtral").startswith("refused it is a mixture of experts (num_experts_per_tok=2); only")
     text = table.read_text()
@@ -70,20 +93,20 @@ def test_a_model_is_exact_or_refused_with_a_reason_and_the_table_says_so(tmp_pat
     assert "| mixtral | it is a mixture of experts" in text
 
 
-@pytest.mark.parametrize("fault", [LEAK, WRONG_ADAPTER_GRADIENT, TRACEBACK], ids=["leak", "adapter", "traceback"])
-def test_a_model_that_is_accepted_and_wrong_fails_the_sweep(fault):
+@pytest.mark.parametrize("fault", [leak, wrong_adapter_gradient, traceback])
+def test_a_model_that_is_accepted_and_wrong_fails_the_sweep(sweep, fault):
     process = sweep("--only", "llama", fault=fault)
-    assert process.returncode == 1, process.stderr
+    assert process.code == 1, process.err
     assert verdict(process, "llama").startswith("WRONG")
-    assert "1; 0 exact, 0 refused, 0 not loadable, 1 WRONG." in process.stdout
+    assert "1; 0 exact, 0 refused, 0 not loadable, 1 WRONG." in process.out
 
 
 @pytest.mark.parametrize(
-    ("fault", "reason"), [(CRASH, "the process ended with -6"), (HANG, "no result after 10 seconds")]
+    ("fault", "reason"), [(crash, "the process ended with -6"), (hang, "no result after 10 seconds")]
 )
-def test_a_crash_or_a_hang_fails_only_its_own_model(fault, reason):
+def test_a_crash_or_a_hang_fails_only_its_own_model(sweep, fault, reason):
     process = sweep("--only", "llama,mixtral", "--seconds", "10", fault=fault)
-    assert process.returncode == 1, process.stderr
+    assert process.code == 1, process.err
     assert verdict(process, "llama") == f"WRONG saro: {reason}"
     assert verdict(process, "mixtral").startswith("refused it is a mixture of experts")
 

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from accelerate.commands import launch as launcher
 from accelerate.commands.config.config_args import ClusterConfig
 
 from saro.distributed.check_launcher import check_launcher
@@ -31,6 +32,18 @@ def config_file(folder: Path, distributed_type: str, **options: object) -> Path:
     return folder / "accelerate.yaml"
 
 
+def variables_of_launch(monkeypatch: pytest.MonkeyPatch, file: Path) -> dict[str, str]:
+    """Return the environment in which `accelerate launch` would start a recipe. It starts none."""
+    started: list[dict[str, str]] = []
+    prepare_one, prepare_several = launcher.prepare_simple_launcher_cmd_env, launcher.prepare_multi_gpu_env
+    monkeypatch.setattr(launcher, "simple_launcher", lambda args: started.append(prepare_one(args)[1]))
+    monkeypatch.setattr(launcher, "multi_gpu_launcher", lambda args: started.append(prepare_several(args)))
+    parser = launcher.launch_command_parser()
+    launcher.launch_command(parser.parse_args(["--config_file", str(file), "recipes/rw.py"]))
+    (variables,) = started
+    return variables
+
+
 def launch(file: Path, arguments: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file), "recipes/rw.py"]
     return subprocess.run(
@@ -50,14 +63,25 @@ def launch(file: Path, arguments: list[str], environment: dict[str, str]) -> sub
     ids=["FSDP", "FSDP2 with offloading", "Megatron-LM", "dynamo", "fp16"],
 )
 def test_a_configuration_that_a_run_would_ignore_is_refused_by_name(
-    distributed_type, options, named, rw_arguments, tmp_path, environment
+    distributed_type, options, named, recipes, rw_arguments, tmp_path, monkeypatch
 ):
-    """One process each: the real launcher passes them on without a word, and each rank would train its own copy."""
-    done = launch(config_file(tmp_path, distributed_type, **options), rw_arguments(), environment)
-    assert done.returncode != 0
-    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    """The launcher passes them on without a word, and each rank would train its own copy."""
+    variables = variables_of_launch(monkeypatch, config_file(tmp_path, distributed_type, **options))
+    done = recipes.run(*rw_arguments(), environment=variables)
+    assert done.code == 2
+    (line,) = done.err.splitlines()
+    assert line.startswith("error: ")
     assert named in line
     assert "which is not supported; " in line or "only data parallelism (DDP) and FSDP2 are supported; " in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_launcher_itself_ends_with_that_error(rw_arguments, tmp_path, environment):
+    file = config_file(tmp_path, "FSDP", fsdp_config={"fsdp_version": 1} | FSDP)
+    done = launch(file, rw_arguments(), environment)
+    assert done.returncode != 0
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert "accelerate is configured for FSDP, " in line
     assert not (tmp_path / "run").exists()
 
 
