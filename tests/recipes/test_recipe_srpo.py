@@ -172,13 +172,12 @@ def test_open_sides_and_forms_train_from_file_to_table(srpo, srpo_arguments, rec
     assert ("intervene/logps/chosen" in lines[-1]) == (scored == "all")
 
 
-@pytest.mark.parametrize("form", ["recover", "mirror", "sibling"])
-def test_the_nll_of_shared_wrong_steps_is_refused(srpo, srpo_arguments, records_file, pairs, form):
-    made = [pair | {"meta": {"synth": {"form": form if i == 3 else "intervene"}}} for i, pair in enumerate(pairs)]
+def test_the_nll_of_shared_wrong_steps_is_refused(srpo, srpo_arguments, records_file, pairs):
+    made = [pair | {"meta": {"synth": {"form": "recover" if i == 3 else "intervene"}}} for i, pair in enumerate(pairs)]
     file = json.dumps([records_file(made, "made.jsonl")])
     done = srpo(*srpo_arguments(data_train=file, preference_nll=0.1))
     assert done.code == 2
-    assert f"would teach the wrong steps that {form} pairs have before their fork; give --preference.scored" in done.err
+    assert "would teach the wrong steps that recover pairs have before their fork; give --preference.scored" in done.err
 
 
 def test_a_warning_is_printed_when_chosen_responses_lose_probability(srpo, srpo_arguments):
