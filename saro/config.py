@@ -181,8 +181,8 @@ class DataConfig:
         think_tags: Opening and closing tag of the reasoning; default those of the run that trained the model, else
             <think> and </think>.
         chat_template: File with a Jinja chat template that replaces the model's own.
-        template_date: Date that templates see as today, YYYY-MM-DD; default that of the run that trained the model, else
-            the day on which the run starts.
+        template_date: Date that strftime_now gives to templates, YYYY-MM-DD; default that of the run that trained the model,
+            else the day on which the run starts. A template that reads date_string has it from template_variables.
         template_variables: More variables for the template, such as {enable_thinking: true}; default those of the run
             that trained the model, else none.
     """

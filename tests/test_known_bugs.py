@@ -190,10 +190,9 @@ def test_a_template_that_drops_the_reasoning_does_not_drop_it_from_training():
     assert completion == "<think>\nTwo and two.\n</think>\n\nFour.<|im_end|>"
 
 
-@pytest.mark.parametrize("today", ["{{ strftime_now('%d %B %Y') }}", "{{ date_string }}"])
-def test_a_template_that_prints_todays_date_prints_the_day_of_the_run(today):
+def test_a_template_that_prints_todays_date_prints_the_day_of_the_run():
     """Llama 3 templates print the date: prompts, reference log-probs and evaluation then change overnight."""
-    tokenizer = tiny_tokenizer(today + CHATML)
+    tokenizer = tiny_tokenizer("{{ strftime_now('%d %B %Y') }}" + CHATML)
     chat = ChatFormat(tokenizer, frozenset([IM_END]), DAY)
     assert "26 Jul" in chat.render_prompt([Message("user", "Hello")])
     assert date.today().strftime("%d %b %Y") not in chat.render_prompt([Message("user", "Hello")])

@@ -106,7 +106,7 @@ class ChatFormat:
     Attributes:
         tokenizer: a fast tokenizer (character offsets are needed).
         stop_ids: ids that end generation (``generation_config.eos_token_id``).
-        template_date: date that templates see as today.
+        template_date: date that ``strftime_now`` gives to templates.
         think_tags: opening and closing tag of the reasoning.
         template_variables: more variables for the template, such as ``enable_thinking``.
     """

@@ -21,7 +21,7 @@ class ChatTemplate:
 
     Attributes:
         tokenizer: has the template.
-        today: date that the template sees as today.
+        today: date that ``strftime_now`` gives to the template.
         variables: more variables for the template, such as ``enable_thinking``.
     """
 
@@ -67,15 +67,16 @@ class ChatTemplate:
     @property
     def shows_date(self) -> bool:
         """True if prompts may depend on ``today``."""
-        template = str(self.tokenizer.chat_template)
-        return "strftime_now" in template or "date_string" in template
+        return "strftime_now" in str(self.tokenizer.chat_template)
 
     def _apply(self, messages: Sequence[Message], **options: Any) -> Any:
         if self.tokenizer.chat_template is None:
             raise SaroError(
                 "the model has no chat template; give one with --data.chat_template FILE, or use string prompts"
             )
-        variables = {"date_string": self.today.strftime("%d %b %Y")} | dict(self.variables)
+        # Only the user's own variables: Llama 3.1's template writes another date as soon as date_string is given, and no
+        # server gives it.
+        variables = dict(self.variables)
         tools = find_tools(messages)
         if tools is not None:
             self._check_own_tools(variables)

@@ -268,7 +268,7 @@ def _read_chat_format(name: str, data: DataConfig, tags: tuple[str, str]) -> Cha
 
 
 def _parse_date(text: str | None) -> date:
-    """Return the date that templates see as today; ``FIXED_DATE`` if neither a run nor an option gives one."""
+    """Return the date that ``strftime_now`` gives to templates; ``FIXED_DATE`` if neither a run nor an option gives one."""
     if text is None:
         return FIXED_DATE
     try:

@@ -42,7 +42,7 @@ class RunFolder:
     Attributes:
         folder: holds config.yaml, manifest.json, metrics.jsonl, checkpoints/ and final/.
         config: the options, as nested dicts.
-        template_date: the day that templates see as today, unless the run that trained the model had another one
+        template_date: the day that ``strftime_now`` gives to templates, unless the run that trained the model had another one
             (``chat_format``); a resumed run keeps it.
         began: the manifest of the run in the folder, which this run continues; None for a new run.
         replaces: True if a run in the folder may be deleted (--overwrite).
@@ -104,8 +104,10 @@ class RunFolder:
         known: the options say the rest.
 
         Raises:
-            SaroError: an option is given and is not what the run that trained the model had.
+            SaroError: an option is given and is not what the run that trained the model had, or a date is given that the
+                template does not read.
         """
+        given = data.template_date
         if self.began is None:
             data = source.continue_chat(data)
         else:
@@ -117,7 +119,13 @@ class RunFolder:
                 template_date=self.began["template_date"],
             )
         day = self.template_date if data.template_date is None else date.fromisoformat(data.template_date)
-        return source.chat_format(data, day)
+        chat = source.chat_format(data, day)
+        if given is not None and not chat.template.shows_date and "date_string" in str(chat.tokenizer.chat_template):
+            raise SaroError(
+                f"data.template_date {given}: the model's chat template reads date_string, not the date; "
+                f"give --data.template_variables.date_string '{day:%d %b %Y}'"
+            )
+        return chat
 
     def decide_dtype(self, runtime: Runtime, source: ModelSource, options: ModelConfig) -> ModelConfig:
         """Return the options with the dtype that the run computes in. A resumed run keeps the one it began with.

@@ -167,7 +167,7 @@ def test_whatever_may_change_tokens_or_checks_encodes_again(map_files, said, rec
     assert len(said) == 2
 
 
-@pytest.mark.parametrize(("template", "times"), [("{{ date_string }}", 2), ("", 1)])
+@pytest.mark.parametrize(("template", "times"), [("{{ strftime_now('%d') }}", 2), ("", 1)])
 def test_another_day_encodes_again_only_if_prompts_show_the_day(map_files, said, records_file, template, times):
     chat = replace(CHAT, tokenizer=tiny_tokenizer(template + CHAT.tokenizer.chat_template))
     file = records_file(PAIR_RECORDS)

@@ -56,6 +56,15 @@ def test_an_overwritten_run_has_a_new_day(folder, source, data_file):
     assert open_run(folder, overwrite=True).template_date > date(1999, 7, 4)
 
 
+def test_a_given_day_that_the_template_does_not_read_is_refused(folder, source, tmp_path):
+    file = tmp_path / "template.jinja"
+    file.write_text("{{ date_string }}" + source.tokenizer.chat_template)
+    given = DataConfig(chat_template=str(file), template_date="1999-07-04")
+    with pytest.raises(SaroError, match=r"reads date_string, not the date; give .*date_string '04 Jul 1999'$"):
+        open_run(folder).chat_format(source, given)
+    open_run(folder).chat_format(source, replace(given, template_date=None))
+
+
 # The format of conversations
 
 

@@ -678,8 +678,46 @@ def test_the_card_of_a_run_that_kept_its_best_model_names_its_step_and_figure(fi
         file.writelines(
             json.dumps({"step": step, "eval/loss": loss}) + "\n" for step, loss in ((7, 0.02), (8, 0.01), (9, 0.03))
         )
-    card = make_card(FinishedRun.open(str(folder)), "mine", "adapter", "nothing", "load()")
-    assert "- the model is that of step 8, the best of the run: held-out eval/loss 0.01\n" in card
+    assert "- the model is that of step 8, the best of the run: held-out eval/loss 0.01\n" in card_of(folder)
+
+
+def card_of(folder: Path) -> str:
+    return make_card(FinishedRun.open(str(folder)), "mine", "adapter", "nothing", "load()")
+
+
+def test_the_card_has_the_version_and_all_steps_of_the_run_also_if_it_logged_none(own_run):
+    folder = own_run()
+    change_manifest(folder, lambda manifest: manifest.update(saro="0.0.9"))
+    lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (folder / "metrics.jsonl").write_text("".join(line for line in lines if "grad_norm" not in line))
+    (folder / "checkpoints" / "step_000123").mkdir(parents=True)
+    card = card_of(folder)
+    assert "with saro 0.0.9\n" in card
+    assert "; 123 steps of at most" in card
+    assert "training loss" not in card
+
+
+def test_the_card_names_the_step_of_the_training_loss(own_run):
+    folder = own_run()
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 77, "loss": 0.25, "grad_norm": 1.0}) + "\n")
+    (folder / "checkpoints" / "step_000080").mkdir()
+    card = card_of(folder)
+    assert "; 80 steps of at most" in card
+    assert "training loss of step 77 0.25\n" in card
+
+
+def test_the_card_of_a_continued_adapter_names_the_run_before(own_run, tmp_path):
+    folder = own_run()
+    shutil.copytree(folder, tmp_path / "stage1")
+
+    def continue_stage_1(manifest):
+        manifest["start"] = str(tmp_path / "stage1" / "final")
+        manifest["model"]["adapter"] = {"config": {}}
+
+    change_manifest(folder, continue_stage_1)
+    expected = "- continues the adapter stage1/final, which a run had trained before: RW, supervised fine-tuning\n"
+    assert expected in card_of(folder)
 
 
 @pytest.fixture
