@@ -209,8 +209,8 @@ def _continue_chains(
 def _estimate(start: tuple[Chain, int], rollouts: Sequence[Judged]) -> Value:
     """Return the value behind a number of steps of a chain.
 
-    The ids of a fork leave the last characters of the steps to the model. What goes on otherwise, such as with a comma
-    instead of the full stop, says nothing of these steps, and does not count.
+    The ids of a fork may leave the last characters of the steps to the model, and the next words may go on in the last step.
+    A text without the same steps, such as one with a comma instead of the full stop, says nothing of them and does not count.
     """
     chain, place = start
     known = [
