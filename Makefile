@@ -19,6 +19,9 @@ DEMO_EVALUATE ?=
 OUTPUT ?= output
 
 PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# A process for each core, each with one thread; a file's tests stay together, because they share fixtures. The order of the
+# files is that of tests/conftest.py.
+PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 LAUNCH := $(VENV)/bin/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
 
 .PHONY: demo test trl lint clean
@@ -31,13 +34,13 @@ demo: $(VENV)/.demo
 		--suites demo --attacks prefill --attack_items 12 --max_tokens 160 --output $(OUTPUT)/demo-evaluation $(DEMO_EVALUATE)
 	$(VENV)/bin/saro report $(OUTPUT)/demo-evaluation --runs '["$(OUTPUT)/demo-rw", "$(OUTPUT)/demo-srpo"]' --overwrite
 
-# A process for each core, each with one thread; a file's tests stay together, because they share fixtures.
 test: $(VENV)/.test
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto --maxprocesses 8 --dist loadfile
+	$(PYTEST)
 
+# Only files that have such tests: to import all others takes as long as some of these tests.
 trl: $(VENV)/.bench
-	$(VENV)/bin/python -m pytest -m trl
-	$(VENV)/bin/python -m pytest tests/evaluate/test_saro_lm.py tests/evaluate/test_lm_eval.py tests/evaluate/test_export_suites.py
+	$(PYTEST) -m trl $$(grep -rl --include='test_*.py' mark.trl tests)
+	$(PYTEST) tests/evaluate/test_saro_lm.py tests/evaluate/test_lm_eval.py tests/evaluate/test_export_suites.py
 
 lint: $(VENV)/.test
 	$(VENV)/bin/ruff check .

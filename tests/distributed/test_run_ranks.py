@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -28,8 +29,15 @@ from saro.errors import SaroError
 RANK = int(os.environ.get("RANK", "0"))
 # Longer than any test waits: a rank that is not ended fails the test.
 HOURS = 10_000
+# Seconds that ranks give each other to end, in tests in which they wait that long.
+GRACE = 2.0
 KILLED = "ended without an error message; it may have been killed, for example when memory ran out: "
 # What rank 0, or the rank in ``failing``, does. The others wait as ``waiting`` says.
+
+
+def run_impatient_ranks(main: Callable[[], int]) -> None:
+    watch._GRACE_SECONDS = GRACE
+    run_ranks(main)
 
 
 def fail(how: str) -> None:
@@ -56,7 +64,7 @@ def one_fails(failing: str, how: str, moment: str, waiting: str) -> None:
         wait(waiting)
         return 0
 
-    run_ranks(main)
+    run_impatient_ranks(main)
 
 
 @pytest.mark.parametrize("waiting", ["collective", "long work"])
@@ -138,12 +146,12 @@ def slow() -> None:
     def main() -> int:
         runtime = Runtime.start()
         if RANK == 1:
-            ctypes.PyDLL(None).sleep(int(watch._GRACE_SECONDS * 1.5))
+            ctypes.PyDLL(None).sleep(int(GRACE * 1.5))
         total = runtime.sum_(torch.ones(1))
         runtime.end()
         return int(total) - 2
 
-    run_ranks(main)
+    run_impatient_ranks(main)
 
 
 def test_a_rank_that_holds_the_gil_is_waited_for(recipes):
@@ -160,7 +168,7 @@ def meets() -> None:
         runtime.end()
         return int(total) - 2
 
-    run_ranks(main)
+    run_impatient_ranks(main)
 
 
 @pytest.mark.parametrize("stopped", [0, 1])
@@ -169,7 +177,7 @@ def test_a_rank_that_is_stopped_for_a_while_is_waited_for(recipes, stopped):
     ranks = recipes.start_ranks(2, call=f"{__file__}:meets")
     wait_for(lambda: "started" in ranks[stopped].out, ranks[stopped])
     ranks[stopped].send(signal.SIGSTOP)
-    time.sleep(watch._GRACE_SECONDS * 1.5)
+    time.sleep(GRACE * 1.5)
     ranks[stopped].send(signal.SIGCONT)
     assert [(p.wait().code, p.err) for p in ranks] == [(0, ""), (0, "")]
 
@@ -181,11 +189,11 @@ def ends_early(early: str) -> None:
         runtime = Runtime.start()
         runtime.barrier()
         if int(early) != RANK:
-            time.sleep(watch._GRACE_SECONDS * 1.5)
+            time.sleep(GRACE * 1.5)
         runtime.end()
         return 0
 
-    run_ranks(main)
+    run_impatient_ranks(main)
 
 
 @pytest.mark.parametrize("early", [0, 1])
@@ -207,12 +215,12 @@ def strangers_connect() -> None:
                 for text in (b"", b"GET / HTTP/1.1\n\n", b"1\n", b'{"token": "x", "rank": 1}\n', b'{"failed": "x"}\n'):
                     with socket.create_connection(("127.0.0.1", port)) as stranger:
                         stranger.sendall(text)
-            time.sleep(watch._GRACE_SECONDS * 1.5)
+            time.sleep(GRACE * 1.5)
         runtime.barrier()
         runtime.end()
         return 0
 
-    run_ranks(main)
+    run_impatient_ranks(main)
 
 
 def test_strangers_who_connect_are_not_ranks(recipes):
