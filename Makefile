@@ -24,7 +24,11 @@ PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --c
 PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 LAUNCH := $(VENV)/bin/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
 
-.PHONY: demo test trl lint clean
+.PHONY: help demo test trl lint clean
+
+# What `make` does without a target: it prints the lines at the top of this file.
+help:
+	@sed -n '/^#/!q;s/^# \{0,1\}//p' $(firstword $(MAKEFILE_LIST))
 
 demo: $(VENV)/.demo
 	$(LAUNCH) recipes/rw.py --config recipes/configs/demo_rw.yaml --train.output $(OUTPUT)/demo-rw --overwrite $(DEMO)
