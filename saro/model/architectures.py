@@ -216,6 +216,17 @@ def dropout_options(config: PretrainedConfig) -> dict[str, float]:
     return {name: value for name, value in options.items() if isinstance(value, float) and "drop" in name}
 
 
+def remove_dropout(config: PretrainedConfig) -> None:
+    """Set all dropout rates of the text model to 0."""
+    for name in dropout_options(config):
+        setattr(text_config(config), name, 0.0)
+
+
+def has_attention_dropout(config: PretrainedConfig) -> bool:
+    """Return True if the config sets a dropout of attention weights: ``attention_dropout``, or ``attn_pdrop`` of GPT-2."""
+    return any(name.startswith("att") and rate > 0 for name, rate in dropout_options(config).items())
+
+
 def check_supported(config: PretrainedConfig) -> None:
     """Raise SaroError with the reason if packed training does not support a model of this type."""
     name = config.model_type
