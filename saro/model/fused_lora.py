@@ -115,6 +115,11 @@ def lora_layers(model: nn.Module) -> tuple[LoraLayer, ...]:
     return tuple(module for module in model.modules() if isinstance(module, LoraLayer))
 
 
+def uses_fused_lora(model: nn.Module) -> bool:
+    """Return True if ``saro_kernels`` computes LoRA layers of a model."""
+    return any(getattr(layer.forward, "__func__", None) is _linear_forward for layer in lora_layers(model))
+
+
 @contextmanager
 def cast_adapters(layers: Iterable[LoraLayer], dtype: torch.dtype) -> Iterator[None]:
     """Cast the active adapters of all fused layers to ``dtype`` at once, for all forwards in this context.
