@@ -1,7 +1,8 @@
 """Compute PEFT's LoRA layers with ``saro_kernels``. PEFT owns parameters, saving and loading; we replace the forward.
 
-We replace it only where the result is exact: one active adapter of plain LoRA, without dropout, on a dense or 4-bit
-linear layer. Every call checks this again, so that PEFT's own forward computes merged and disabled adapters.
+We replace it only where the result is the same up to rounding in the compute dtype: one active adapter of plain LoRA, without
+dropout, on a dense or 4-bit linear layer. (PEFT computes an adapter of float32 in float32 also where the base is bfloat16.)
+Every call checks this again, so that PEFT's own forward computes merged and disabled adapters.
 """
 
 from __future__ import annotations
