@@ -111,7 +111,8 @@ class ModelConfig:
         lora_rslora: Scale a new adapter by lora_alpha / sqrt(lora_rank) instead (rsLoRA, arXiv 2312.03732); default false.
         lora_dropout: Dropout before the adapter, 0 to below 1; default 0, or the value of a continued adapter.
         lora_targets: Names of the linear layers that get a new adapter; default all but the LM head.
-        fused_lora: Compute adapters with saro_kernels where that is exact; if false, PEFT computes all of them.
+        fused_lora: Compute adapters with saro_kernels where that is exact up to rounding in dtype; if false, PEFT computes all
+            of them, in float32.
         liger: Let liger-kernel compute norms, rotary embedding and gated MLP; default: on CUDA, where it is installed and
             knows the model's type.
         dropout: Use the dropout that the model's own config sets; if false, the model has none.

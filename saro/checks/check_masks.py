@@ -54,8 +54,8 @@ def _check_tokens(side: ExampleSet, limits: TokenLimits) -> None:
     if limits.longest is not None and side.lengths.max() > limits.longest:
         record = int(side.lengths.argmax())
         raise SaroError(
-            f"record {side.ids[record]}: has {side.lengths[record]:,} tokens, and beyond {limits.longest:,} this model's "
-            "rotary embedding (longrope) changes for every token of a pack; leave out longer records"
+            f"record {side.ids[record]}: has {side.lengths[record]:,} tokens, and beyond {limits.longest:,} "
+            f"{limits.beyond}; leave out longer records"
         )
     places = np.flatnonzero(np.isin(side.tokens, np.fromiter(limits.placeholders, np.int32)))
     if len(places):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 
 import numpy as np
 import torch
@@ -127,8 +128,7 @@ class Schedule:
 
     def num_steps(self, train: TrainConfig) -> int:
         """Return the number of steps of a run: its epochs, or ``max_steps`` if that is less."""
-        steps = math.ceil(train.epochs * self.steps_per_epoch)
-        return steps if train.max_steps is None else min(steps, train.max_steps)
+        return count_steps(train, self.steps_per_epoch)
 
     def records(self, step: int) -> np.ndarray:
         """Return the indices of the records of step ``step``, counted from 0 over all epochs."""
@@ -151,6 +151,13 @@ class Schedule:
             drawn.append(rng.permutation(members)[:rest])  # another part in each epoch
         order = rng.permutation(np.concatenate(drawn))
         return order if self.groups is None else _gather_groups(order, self.groups)
+
+
+def count_steps(train: TrainConfig, steps_per_epoch: int) -> int:
+    """Return the number of steps of ``epochs``, rounded up, or ``max_steps`` if that is less."""
+    # The epochs as the user wrote them: in floats, 1.1 * 10 is above 11.
+    steps = math.ceil(Fraction(str(train.epochs)) * steps_per_epoch)
+    return steps if train.max_steps is None else min(steps, train.max_steps)
 
 
 def _gather_groups(order: np.ndarray, groups: np.ndarray) -> np.ndarray:

@@ -32,6 +32,8 @@ MIXTURES = frozenset({"gpt_oss", "qwen3_moe"})
 _WITH_SINKS = frozenset({"gpt_oss"})
 # Rotary embeddings whose frequencies depend on the length of the input: one pack holds sequences of many lengths.
 REFUSED_ROPE = frozenset({"dynamic"})
+# Models with an embedding of each position, in place of rotary embeddings.
+_POSITION_TABLES = frozenset({"ctrl", "gpt2", "gpt_bigcode", "opt"})
 # MLPs whose forward is down_proj(act_fn(gate_proj(x)) * up_proj(x)) and nothing more; a test compares each.
 GATED_MLPS = frozenset(
     {"LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP", "SmolLM3MLP", "GemmaMLP", "Gemma2MLP", "Gemma3MLP"}
@@ -87,11 +89,13 @@ class TokenLimits(NamedTuple):
     Attributes:
         vocabulary: number of tokens that the model embeds.
         longest: most tokens of a sequence; None for any number.
+        beyond: what a longer sequence would meet, for the error.
         placeholders: ids that stand for images or videos. A text has none.
     """
 
     vocabulary: int
     longest: int | None = None
+    beyond: str = ""
     placeholders: frozenset[int] = frozenset()
 
 
@@ -118,9 +122,15 @@ def auto_class(config: PretrainedConfig) -> type[AutoModelForCausalLM | AutoMode
 def token_limits(config: PretrainedConfig) -> TokenLimits:
     """Return the limits on a model's sequences."""
     ids = [getattr(config, name, None) for name in _PLACEHOLDERS] if config.model_type in WRAPPERS else []
+    text = text_config(config)
+    longest = _longest_with_short_factors(config)
+    beyond = "this model's rotary embedding (longrope) changes for every token of a pack"
+    if text.model_type in _POSITION_TABLES:
+        longest, beyond = text.max_position_embeddings, "this model's table of positions has no entry"
     return TokenLimits(
-        vocabulary=text_config(config).vocab_size,
-        longest=_longest_with_short_factors(config),
+        vocabulary=text.vocab_size,
+        longest=longest,
+        beyond=beyond,
         placeholders=frozenset(i for i in ids if i is not None),
     )
 
@@ -214,6 +224,17 @@ def dropout_options(config: PretrainedConfig) -> dict[str, float]:
     """Return the dropout rates by their names in the config of the text model."""
     options = text_config(config).to_dict()
     return {name: value for name, value in options.items() if isinstance(value, float) and "drop" in name}
+
+
+def remove_dropout(config: PretrainedConfig) -> None:
+    """Set all dropout rates of the text model to 0."""
+    for name in dropout_options(config):
+        setattr(text_config(config), name, 0.0)
+
+
+def has_attention_dropout(config: PretrainedConfig) -> bool:
+    """Return True if the config sets a dropout of attention weights: ``attention_dropout``, or ``attn_pdrop`` of GPT-2."""
+    return any(name.startswith("att") and rate > 0 for name, rate in dropout_options(config).items())
 
 
 def check_supported(config: PretrainedConfig) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from transformers import PretrainedConfig
 
-from saro.model.architectures import attention_softcap, has_sinks, head_sizes
+from saro.model.architectures import attention_softcap, has_attention_dropout, has_sinks, head_sizes
 
 BACKENDS = ("sdpa", "varlen")
 # "auto" on CUDA: the faster of the two for each pack. For one sequence of 8,192 tokens, SDPA is 1.8 times as fast on an
@@ -43,6 +43,8 @@ def _why_not_varlen(device: torch.device, dtype: torch.dtype, config: Pretrained
         return "has no softcap, which the model needs"
     if has_sinks(config):
         return "has no sinks, which the model needs"
+    if has_attention_dropout(config):
+        return "has no dropout, which --model.dropout true keeps"
     sizes = head_sizes(config)
     largest = max(sizes)
     if len(sizes) > 1 or largest > 256 or largest % 8 or 192 < largest <= 224:

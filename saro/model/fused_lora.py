@@ -1,7 +1,8 @@
 """Compute PEFT's LoRA layers with ``saro_kernels``. PEFT owns parameters, saving and loading; we replace the forward.
 
-We replace it only where the result is exact: one active adapter of plain LoRA, without dropout, on a dense or 4-bit
-linear layer. Every call checks this again, so that PEFT's own forward computes merged and disabled adapters.
+We replace it only where the result is the same up to rounding in the compute dtype: one active adapter of plain LoRA, without
+dropout, on a dense or 4-bit linear layer. (PEFT computes an adapter of float32 in float32 also where the base is bfloat16.)
+Every call checks this again, so that PEFT's own forward computes merged and disabled adapters.
 """
 
 from __future__ import annotations
@@ -113,6 +114,11 @@ def _projections(attention: nn.Module) -> tuple[nn.Module, nn.Module, nn.Module]
 def lora_layers(model: nn.Module) -> tuple[LoraLayer, ...]:
     """Return the LoRA layers of a model, fused or not."""
     return tuple(module for module in model.modules() if isinstance(module, LoraLayer))
+
+
+def uses_fused_lora(model: nn.Module) -> bool:
+    """Return True if ``saro_kernels`` computes LoRA layers of a model."""
+    return any(getattr(layer.forward, "__func__", None) is _linear_forward for layer in lora_layers(model))
 
 
 @contextmanager

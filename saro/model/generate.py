@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from saro.data.chat_format import ChatFormat
@@ -50,7 +51,13 @@ def generate(
     )
     if temperature > 0:
         options.update(temperature=temperature, top_k=0, top_p=1.0)
-    with policy.evaluating(), native_attention(lm), policy.precision(), policy.gathered(lm):
+    with (
+        policy.evaluating(),
+        native_attention(lm),
+        policy.precision(),
+        policy.gathered(lm),
+        _without_generation_options(lm),
+    ):
         output = lm.generate(input_ids=ids, attention_mask=mask, generation_config=options, streamer=streamer)
     return [_cut_padding(row, stop_ids) for row in output[:, longest:].tolist()]
 
@@ -64,6 +71,19 @@ def answer_prompts(
     answers = generate(policy, [chat.prompt_ids(prompt) for prompt in prompts], chat.stop_ids, max_tokens)
     answers = [answer[chat.count_start(answer) :] for answer in answers]
     return [chat.tokenizer.decode(answer, skip_special_tokens=True) for answer in answers]
+
+
+@contextmanager
+def _without_generation_options(lm: PreTrainedModel) -> Iterator[None]:
+    """Leave out the options of generation_config.json: transformers takes each one that the caller does not set.
+
+    Such as a repetition penalty, with which greedy tokens are not the likeliest.
+    """
+    own, lm.generation_config = lm.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        lm.generation_config = own
 
 
 def _cut_padding(tokens: list[int], stop_ids: Collection[int]) -> list[int]:

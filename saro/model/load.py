@@ -20,12 +20,11 @@ from saro.model.architectures import (
     OUTSIDE_TEXT_MODEL,
     WRAPPERS,
     auto_class,
-    dropout_options,
     fully_trained_parts,
     is_mixture,
     is_mxfp4,
     is_quantized,
-    text_config,
+    remove_dropout,
 )
 from saro.model.attention_backend import choose_backend
 from saro.model.fused_lora import fuse_lora
@@ -61,7 +60,7 @@ def load_policy(
     check_method(source.config, options, is_shared=mesh is not None)
     dtype = resolve_dtype(options.dtype, device)
     try:
-        attention = choose_backend(options.attention, device, dtype, source.config)
+        attention = choose_backend(options.attention, device, dtype, _changed_config(source, options, dtype))
         head = choose_impl(options.head, device, dtype)
     except ValueError as error:
         raise SaroError(str(error)) from error
@@ -244,8 +243,7 @@ def _changed_config(source: ModelSource, options: ModelConfig, dtype: torch.dtyp
     """Return a copy of the model's config, without dropout unless it was asked for, and with 4-bit products in ``dtype``."""
     config = deepcopy(source.config)
     if not options.dropout:
-        for name in dropout_options(config):
-            setattr(text_config(config), name, 0.0)
+        remove_dropout(config)
     if is_quantized(config):
         config.quantization_config["bnb_4bit_compute_dtype"] = dtype_name(dtype)
     return config

@@ -57,7 +57,7 @@ class Policy(nn.Module):
         self.autocast = autocast
         self.recomputes_as_needed = recomputes_as_needed
         self.logits = logit_options(self.causal_lm.config)
-        self.longest = token_limits(self.causal_lm.config).longest
+        self.limits = token_limits(self.causal_lm.config)
         # Weak references, because ``merge`` replaces the layers one by one to free their memory.
         self._lora_layers = WeakSet(lora_layers(model))
         use_packed_attention(self.causal_lm)
@@ -119,10 +119,10 @@ class Policy(nn.Module):
     def _hidden_states(self, pack: Pack, isolated: bool) -> torch.Tensor:
         """Run the decoder and return the last hidden states of the pack's tokens, (T, D)."""
         plan = AttentionPlan.of(pack, self.attention, isolated)
-        if isolated and self.longest is not None and plan.longest > self.longest:
+        longest = self.limits.longest
+        if isolated and longest is not None and plan.longest > longest:
             raise SaroError(
-                f"a sequence has {plan.longest:,} tokens, and beyond {self.longest:,} this model's rotary embedding "
-                "(longrope) changes for every token of a pack; leave it out"
+                f"a sequence has {plan.longest:,} tokens, and beyond {longest:,} {self.limits.beyond}; leave it out"
             )
         # Sharded adapters are gathered layer by layer: each layer casts its own.
         layers = () if is_sharded(self) else self._lora_layers

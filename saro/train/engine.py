@@ -95,8 +95,8 @@ def fit(
         resume: continue from the newest intact checkpoint in the output folder, if there are checkpoints.
 
     Raises:
-        SaroError: the loss or the gradient is not finite; the step has not changed the weights. Or the first step has
-            changed none of them. Or all checkpoints are damaged, the run has made more steps than ``total_steps``, or a
+        SaroError: the loss or the gradient is not finite; the step has not changed the weights. Or the first step with a
+            gradient has changed none of them. Or all checkpoints are damaged, the run has made more steps than ``total_steps``, or a
             rank has another model, schedule or start than rank 0, or other weights at a checkpoint.
     """
     trainable = policy.trainable()
@@ -231,6 +231,7 @@ def _make_steps(
     meter, probe = Meter(), _Probe(parameters)
     tokens, seconds = 0, 0.0
     upcoming: Step | None = None
+    has_trained = False
     for step in left:
         batch = steps[step] if upcoming is None else upcoming
         # Seed each step, so that a resumed run draws the same dropout although no random state is stored.
@@ -246,8 +247,8 @@ def _make_steps(
 
         # 2. Queue the optimizer step. The device leaves it out if the loss or the gradient is not finite.
         is_logged = (step + 1) % options.log_every == 0
-        # The first step is always probed: an optimizer made of other tensors than the model's trains nothing.
-        before = probe.copy() if is_logged or step == left.start else None
+        # Probed until a step had a gradient: an optimizer made of other tensors than the model's trains nothing.
+        before = probe.copy() if is_logged or not has_trained else None
         lr = training.scheduler.get_last_lr()[0]
         step_unless(training.optimizer, ~(sums[0].isfinite() & norm.isfinite()))
         training.optimizer.zero_grad(set_to_none=True)
@@ -267,8 +268,10 @@ def _make_steps(
                 f"step {step + 1}: loss {loss_value}, gradient norm {norm_value}; the weights were not changed. "
                 f"Records of the step: {records}. Lower --train.lr, or look at them"
             )
-        if step == left.start and not changed[0]:
+        # The gradient may be zero, as that of hinge is where all margins are wide enough.
+        if norm_value and not has_trained and not changed[0]:
             raise SaroError(f"step {step + 1}: the optimizer changed no weight; raise --train.lr, or report it")
+        has_trained = has_trained or norm_value > 0
         training.scheduler.step()
         seconds += time.perf_counter() - begun
         tokens += batch.tokens

@@ -19,7 +19,7 @@ from saro.distributed.pretended import pretended_ranks
 from saro.distributed.shard import is_sharded, local
 from saro.model import policy as policy_module
 from saro.model import recompute
-from saro.model.architectures import MIXTURES, WRAPPERS, decoder_layers, text_config
+from saro.model.architectures import MIXTURES, WRAPPERS, decoder_layers, remove_dropout, text_config
 from saro.model.attention_backend import EITHER, choose_backend
 from saro.model.fake_policy import (
     MemoryMeter,
@@ -210,6 +210,8 @@ def _run_layers(
 ) -> list[StepCost]:
     """Run a step of a model with these numbers of layers on fake tensors for each size of the pack; see ``predict_costs``."""
     config = deepcopy(setting.config)
+    if not setting.options.dropout:
+        remove_dropout(config)
     text = text_config(config)
     text.num_hidden_layers = kept + recomputed
     if getattr(text, "layer_types", None) is not None:

@@ -23,6 +23,7 @@ from saro.data.tree import build_tree
 from saro.distributed.machines import share_array
 from saro.distributed.runtime import Runtime
 from saro.errors import SaroError
+from saro.model.fused_lora import uses_fused_lora
 from saro.model.liger import uses_liger
 from saro.model.load import load_policy
 from saro.model.policy import Policy
@@ -142,6 +143,7 @@ def cache_key(policy: Policy, source: ModelSource, device: torch.device) -> dict
         "dtype": f"{policy.causal_lm.dtype}, products in {policy.compute_dtype}",
         "attention": policy.attention,
         "head": policy.head,
+        "fused_lora": uses_fused_lora(policy.model),
         "device": device.type,
         "versions": {name: version(name) for name in packages},
     }

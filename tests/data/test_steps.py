@@ -8,13 +8,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, reject
+from hypothesis import example, given, reject
 from hypothesis import strategies as st
 from sets import by_hand, pairs_by_hand
 
 from saro.config import DataConfig, TrainConfig
 from saro.data.packs import Share, plan_step
-from saro.data.steps import Schedule, Steps
+from saro.data.steps import Schedule, Steps, count_steps
 from saro.errors import SaroError
 
 
@@ -347,6 +347,13 @@ def test_a_run_of_pairs_groups_them_by_prompt_if_the_option_is_set(grouped, grou
 def test_the_number_of_steps_is_that_of_the_epochs_or_the_limit(epochs, max_steps, num_steps):
     train = TrainConfig(records_per_step=4, epochs=epochs, max_steps=max_steps)
     assert Schedule.of(by_hand(), DataConfig(), train).num_steps(train) == num_steps
+
+
+@given(st.integers(1, 1000), st.integers(1, 2000))
+@example(110, 10)  # in floats, 1.1 * 10 is above 11
+def test_epochs_of_two_decimals_make_the_steps_that_they_make_on_paper(hundredths, steps_per_epoch):
+    train = TrainConfig(epochs=hundredths / 100)
+    assert count_steps(train, steps_per_epoch) == -(-hundredths * steps_per_epoch // 100)
 
 
 def test_a_step_holds_all_of_its_trees_and_the_packs_of_one_rank():

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import Gemma2Config, Gemma4TextConfig, LlamaConfig, MiniCPM3Config
+from transformers import Gemma2Config, Gemma4TextConfig, GPT2Config, LlamaConfig, MiniCPM3Config
 
+from saro.model.architectures import remove_dropout
 from saro.model.attention_backend import EITHER, choose_backend
 
 
@@ -64,3 +65,16 @@ def test_a_softcap_uses_the_sdpa_backend():
     assert choose_backend("auto", torch.device("cuda"), torch.bfloat16, Gemma2Config()) == "sdpa"
     with pytest.raises(ValueError, match=r"no softcap, which the model needs; set --model.attention sdpa"):
         choose_backend("varlen", torch.device("cuda"), torch.bfloat16, Gemma2Config())
+
+
+@pytest.mark.parametrize(
+    "config", [LlamaConfig(attention_dropout=0.1), GPT2Config()], ids=["attention_dropout", "attn_pdrop"]
+)
+def test_attention_dropout_uses_the_sdpa_backend(config):
+    assert choose_backend("auto", torch.device("cuda"), torch.bfloat16, config) == "sdpa"
+    with pytest.raises(
+        ValueError, match=r"has no dropout, which --model.dropout true keeps; set --model.attention sdpa"
+    ):
+        choose_backend("varlen", torch.device("cuda"), torch.bfloat16, config)
+    remove_dropout(config)
+    assert choose_backend("auto", torch.device("cuda"), torch.bfloat16, config) == EITHER

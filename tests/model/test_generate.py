@@ -25,13 +25,27 @@ def test_a_batch_gives_what_each_prompt_gives_alone(policy):
     assert batch == [generate(policy, [prompt], {IM_END}, max_tokens=12)[0] for prompt in PROMPTS]
 
 
-def test_greedy_tokens_are_those_of_the_unmodified_model(policy):
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"repetition_penalty": 5.0},
+        {"no_repeat_ngram_size": 1},
+        {"num_beams": 4},
+        {"min_new_tokens": 8, "suppress_tokens": [*range(100)]},
+    ],
+    ids=str,
+)
+def test_greedy_tokens_are_those_of_the_unmodified_model(policy, options):
+    policy.causal_lm.generation_config.update(**options)
+    own = policy.causal_lm.generation_config.to_dict()
     (answer,) = generate(policy, PROMPTS[:1], {IM_END}, max_tokens=8)
     tokens = list(PROMPTS[0])
     with torch.no_grad(), unmodified(policy):
         for token in answer:
             assert policy.causal_lm(torch.tensor([tokens])).logits[0, -1].argmax() == token
             tokens.append(token)
+    assert policy.causal_lm.generation_config.to_dict() == own
 
 
 def test_an_answer_ends_with_its_first_stop_token(policy):

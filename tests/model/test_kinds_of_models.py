@@ -23,7 +23,16 @@ from tiny import (
     tiny_config,
     tiny_tokenizer,
 )
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, Mxfp4Config
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    CTRLConfig,
+    GPT2Config,
+    GPTBigCodeConfig,
+    Mxfp4Config,
+    OPTConfig,
+)
 
 from saro.checks.check_attention import check_attention
 from saro.checks.check_masks import check_masks
@@ -36,6 +45,7 @@ from saro.model.architectures import OUTSIDE_TEXT_MODEL, auto_class, most_positi
 from saro.model.cached_attention import KeyValueCache, continue_rows, generating, read_prompts
 from saro.model.load import load_plain, load_policy
 from saro.model.merge import merge
+from saro.model.policy import Policy
 from saro.model.score import score_natively, score_trees
 from saro.model.source import find_model
 from saro.runs.finish import save_final
@@ -218,6 +228,24 @@ def test_a_pack_may_be_longer_than_the_length_up_to_which_longrope_has_its_short
     torch.testing.assert_close(score_trees(policy, trees, 2 * limits.longest), own, rtol=0, atol=1e-4)
     plain.config.rope_parameters["long_factor"] = plain.config.rope_parameters["short_factor"]
     assert torch.equal(score_natively(plain, trees), own)
+
+
+@pytest.mark.parametrize("config", [GPT2Config, GPTBigCodeConfig, OPTConfig, CTRLConfig])
+def test_a_record_longer_than_a_table_of_positions_is_refused_by_its_name(config):
+    sizes = {"hidden_size": 32, "ffn_dim": 32, "dff": 32, "word_embed_proj_dim": 32}
+    sizes |= {"num_hidden_layers": 1, "num_attention_heads": 4}
+    config = config(vocab_size=264, max_position_embeddings=64, **sizes)
+    limits = token_limits(config)
+    policy = Policy(AutoModelForCausalLM.from_config(config)).eval()
+    # The last token of a sequence is not read.
+    data = ended_examples(12, limits.longest)
+    check_masks(data, CHAT, [], limits)
+    policy(a_pack((12, limits.longest + 1)))
+    message = "65 tokens, and beyond 64 this model's table of positions has no entry; leave "
+    with pytest.raises(SaroError, match=f"^record r1: has {message}out longer records$"):
+        check_masks(ended_examples(12, limits.longest + 1), CHAT, [], limits)
+    with pytest.raises(SaroError, match=f"^a sequence has {message}it out$"):
+        policy(a_pack((12, limits.longest + 2)))
 
 
 def test_a_record_beyond_that_length_is_refused_by_its_name(tiny_model):

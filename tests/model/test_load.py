@@ -271,8 +271,14 @@ def test_without_that_flag_bitsandbytes_does_repack(wide_model, dtype):
 
 
 @pytest.mark.parametrize(("asked", "rate"), [(False, 0.0), (True, 0.5)])
-def test_the_configs_dropout_is_off_unless_asked_for(tmp_path, asked, rate):
+def test_the_configs_dropout_is_off_unless_asked_for(tmp_path, monkeypatch, asked, rate):
+    rates = []
+    monkeypatch.setattr(
+        "saro.model.load.choose_backend",
+        lambda name, device, dtype, config: rates.append(config.attention_dropout) or "sdpa",
+    )
     policy = load(save_tiny_model(tmp_path, "llama", attention_dropout=0.5), dropout=asked)
+    assert rates == [rate]  # the backend is chosen for the model as it is loaded
     assert {layer.self_attn.attention_dropout for layer in policy.causal_lm.model.layers} == {rate}
 
 

@@ -756,6 +756,20 @@ def test_an_optimizer_that_holds_other_tensors_than_the_models_is_noticed_in_the
     assert not list_checkpoints(Path(run.options.output) / "checkpoints")
 
 
+def test_a_gradient_of_zero_in_the_first_steps_is_no_error(training, runtime):
+    """As that of hinge, where the margins of all pairs are wide enough."""
+    run = training(weight_decay=0.0)
+    before = run.weights()
+    zeroed = [p.register_hook(torch.zeros_like) for p in run.policy.trainable().values()]
+    run.fit(runtime, 2)
+    assert [line["grad_norm"] for line in lines_of(run)] == [0, 0]
+    assert all(torch.equal(before[name], weights) for name, weights in run.weights().items())
+    for hook in zeroed:
+        hook.remove()
+    run.fit(runtime, 2)
+    assert lines_of(run)[-1]["changed_parameters"] > 0
+
+
 # Log lines.
 
 

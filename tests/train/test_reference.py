@@ -159,7 +159,9 @@ def test_another_seed_or_rank_of_a_new_adapter_needs_no_new_scores(runtime, worl
 
 
 @pytest.mark.parametrize(
-    "change", [{"dtype": "bfloat16"}, {"method": "qlora"}, {"head": "reference"}], ids=["dtype", "4 bits", "head"]
+    "change",
+    [{"dtype": "bfloat16"}, {"method": "qlora"}, {"head": "reference"}, {"fused_lora": False}],
+    ids=["dtype", "4 bits", "head", "layers of PEFT"],
 )
 def test_another_way_of_computing_is_another_reference(world, change):
     """huggingface/trl#3985: a stale reference after a change of options."""

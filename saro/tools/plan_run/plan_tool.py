@@ -29,7 +29,7 @@ from saro.config import (
 from saro.data.dataset import PairSet
 from saro.data.encode_files import encode_files, encode_pair_files
 from saro.data.read_rows import is_hub
-from saro.data.steps import Schedule
+from saro.data.steps import Schedule, count_steps
 from saro.data.unpaired_set import UnpairedSet, encode_unpaired_files
 from saro.demo import data_files, find_demo
 from saro.errors import SaroError
@@ -187,8 +187,7 @@ def _known_records(options: Options) -> Records:
     train = options.train
     total = train.max_steps
     if options.records is not None:
-        steps = -(-options.records // train.records_per_step)
-        total = min(filter(None, (total, int(np.ceil(train.epochs * steps)))))
+        total = count_steps(train, -(-options.records // train.records_per_step))
     kind = _kind(options)
     workload = Workload(kind, options.tokens, all_rows=_has_all_rows(options.preference))
     steps = [[options.tokens] * train.records_per_step]
