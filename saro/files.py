@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 # Files that are hashed at the same time: each thread reads about 1 GB/s, and disks that are as fast as all of them are rare.
 _HASH_THREADS = 8
 # Endings of what is being written, and of a folder that is being replaced.
-_TEMP, _SET_ASIDE = "tmp", "old"
+_TEMP, _SET_ASIDE = "tmp", "old.tmp"
 
 
 def cache_dir() -> Path:
@@ -132,13 +132,13 @@ def remove_temps(path: str | os.PathLike) -> None:
     Call this only if nobody can be writing ``path`` now, because the caller holds a lock or owns the folder.
     """
     path = Path(path)
-    name = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{8}}\.({_TEMP}|{_SET_ASIDE})")
+    name = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{8}}\.({_TEMP}|{re.escape(_SET_ASIDE)})")
     if not path.parent.is_dir():
         return
     for item in list(path.parent.iterdir()):
         if not name.fullmatch(item.name):
             continue
-        if item.suffix == f".{_SET_ASIDE}" and not path.exists():
+        if item.name.endswith(_SET_ASIDE) and not path.exists():
             item.rename(path)
         elif item.is_dir() and not item.is_symlink():
             shutil.rmtree(item)

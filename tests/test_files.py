@@ -226,7 +226,7 @@ def test_the_old_folder_of_a_replacement_that_was_killed_is_put_back(tmp_path, r
 
 def test_the_old_folder_of_a_replacement_that_was_killed_later_is_deleted(tmp_path):
     (tmp_path / "final").mkdir()
-    (tmp_path / ".final.0123abcd.old").mkdir()
+    (tmp_path / ".final.0123abcd.old.tmp").mkdir()
     remove_temps(tmp_path / "final")
     assert [p.name for p in tmp_path.iterdir()] == ["final"]
 
