@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 import yaml
 from command import run_saro
 from run_files import ROOT
-from tiny import tiny_config
+from tiny import CHATML, tiny_config, tiny_tokenizer
 
 from saro.config import ModelConfig
 from saro.tools.plan_run.cards import CARDS, GPU_SHARE
@@ -84,6 +85,50 @@ def test_files_of_records_are_counted_as_the_recipe_counts_them(saro, rw_argumen
     assert "RW of " in out
     assert "24 records, 12 steps" in out
     assert "NVIDIA's data sheet of the L4" in out
+
+
+def test_end_tokens_are_those_of_the_generation_config_as_in_the_recipe(
+    saro, tiny_model, records_file, examples, tmp_path
+):
+    model = Path(shutil.copytree(tiny_model(), tmp_path / "model"))
+    change_json(model / "tokenizer_config.json", eos_token="<|bos|>")
+    known = ["--model.name", str(model), "--data.train", records_file(examples)]
+    assert plan(saro, *known)["records"] == 24
+    change_json(model / "generation_config.json", eos_token_id=4)
+    code, _, err = saro(*known)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "end token" in err
+
+
+@pytest.fixture
+def trained_adapter(tiny_model, tmp_path) -> Path:
+    """Make ``final/`` of a run with tags, and a template, of its own."""
+    final = tmp_path / "run" / "final"
+    final.mkdir(parents=True)
+    (final / "adapter_model.safetensors").touch()
+    adapter = {"peft_type": "LORA", "base_model_name_or_path": tiny_model(), "r": 4, "target_modules": ["q_proj"]}
+    (final / "adapter_config.json").write_text(json.dumps(adapter))
+    tiny_tokenizer("x" * 50 + CHATML).save_pretrained(final)
+    trained = {"data": {"think_tags": ["<a>", "</a>"]}, "model": {"method": "lora"}}
+    manifest = {"saro": "0.1.0", "config": trained, "template_date": "1999-07-04"}
+    (tmp_path / "run" / "manifest.json").write_text(json.dumps(manifest))
+    return final
+
+
+def test_records_of_a_continued_adapter_are_encoded_in_the_format_of_its_run(
+    saro, tiny_model, trained_adapter, records_file, examples
+):
+    records = ["--data.train", records_file(examples), "--model.method", "lora"]
+    base = plan(saro, *records, "--model.name", tiny_model(), "--data.think_tags", "[<a>, </a>]")
+    found = plan(saro, *records, "--model.name", str(trained_adapter))
+    assert found["record_tokens"] == base["record_tokens"] + 50
+    code, _, err = saro(*records, "--model.name", str(trained_adapter), "--data.think_tags", "[<b>, </b>]")
+    assert code == 2
+    assert "data.think_tags is ('<b>', '</b>'), and the run that trained" in err
+
+
+def change_json(file: Path, **changes: object) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
 def test_pairs_share_their_beginning(saro, srpo_arguments):
