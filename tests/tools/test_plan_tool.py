@@ -15,10 +15,10 @@ from run_files import ROOT
 from tiny import CHATML, tiny_config, tiny_tokenizer
 
 from saro.config import ModelConfig
-from saro.tools.plan_run.cards import CARDS, GPU_SHARE
-from saro.tools.plan_run.layouts import _pack_seconds
+from saro.tools.plan_run.cards import CARDS, GPU_SHARE, Card
+from saro.tools.plan_run.layouts import Records, _pack_seconds, _step_seconds
 from saro.train import predict_memory
-from saro.train.predict_memory import Setting
+from saro.train.predict_memory import Ranks, Setting, StepCost, Workload
 
 H100 = ROOT / "benchmarks/results/gpu/h100-2026-11-27/results.json"
 
@@ -260,6 +260,65 @@ def test_a_cpu_has_the_rate_that_is_measured_now(saro, config_only):
     # The C library keeps freed memory between the tensors.
     assert layout["peak"] == held + layout["working"] + cost["gaps"]
     assert 0.2 * layout["working"] < cost["gaps"] < 0.4 * layout["working"]
+
+
+# Exchanges between cards
+
+# Four cards on two machines. A card's link has 8 bytes per second, its network 2: the two of a machine have 4.
+LINK = Card(memory=1, operations=1, bandwidth=1e9, link=8, source="dense rates")
+NETWORK = 2
+TRAINED = 12
+
+
+def step_seconds(shard: str, steps: list[list[int]], *, processes=4, pack_seconds=0.0, adapters=0) -> float:
+    """Return the seconds of a step in which packs of 100 tokens take these seconds, two thirds of them the backward.
+
+    A rank holds 20 bytes of frozen weights beside those that are trained.
+    """
+    frozen = 20 if adapters else 0
+    cost = StepCost(
+        weights=frozen or TRAINED, adapters=adapters, trained=TRAINED, gradients=0, optimizer=0, gathered=0,
+        layers=0, head=0, phases=(0,), tokens=100, operations=300, forward_operations=100,
+    )  # fmt: skip
+    records = Records(Workload("rw", 100), steps, None, None)
+    ranks = Ranks(shard, processes, 2)
+
+    def seconds(operations: float) -> float:
+        return operations / 300 * pack_seconds
+
+    return _step_seconds(records, ranks, 100, cost, seconds, seconds, LINK, NETWORK)[0]
+
+
+@pytest.mark.parametrize(
+    ("shard", "processes", "expected"),
+    [
+        # An all-reduce moves 2 (n - 1) / n of the gradients.
+        ("none", 2, 2 * 1 / 2 * TRAINED / 8),
+        # Across machines, by the network of both cards.
+        ("none", 4, 2 * 3 / 4 * TRAINED / 4),
+        # Two gathers of weights, and one sum of gradients, of n - 1 other parts.
+        ("full", 2, 3 * 1 * TRAINED / 8),
+        ("full", 4, 3 * 3 * TRAINED / 4),
+        # The same within a machine, and an all-reduce of a part between two machines.
+        ("hybrid", 4, 3 * 1 * TRAINED / 8 + 2 * 1 / 2 * TRAINED / 2),
+    ],
+)
+def test_exchanges_take_the_bytes_and_the_links_of_rings(shard, processes, expected):
+    assert step_seconds(shard, [[100] * processes], processes=processes) == pytest.approx(expected)
+
+
+def test_full_fine_tuning_under_sharding_exchanges_gradients_in_every_pack_and_lora_in_the_last():
+    packs = [[100] * 8]  # two on each rank
+    assert step_seconds("full", packs) == pytest.approx(2 * 3 * 3 * TRAINED / 4)
+    gather, gradients = 2 * 3 * (20 + TRAINED) / 4, 3 * TRAINED / 4
+    assert step_seconds("full", packs, adapters=TRAINED) == pytest.approx(2 * gather + gradients)
+
+
+def test_ddp_exchanges_while_the_last_pack_is_in_its_backward():
+    packs = [[100] * 8]
+    exchange = 2 * 3 / 4 * TRAINED / 4
+    assert step_seconds("none", packs, pack_seconds=3.0) == pytest.approx(2 * 3.0 + exchange - 2.0)
+    assert step_seconds("none", packs, pack_seconds=9.0) == pytest.approx(2 * 9.0)
 
 
 @pytest.mark.parametrize("name", CARDS)
