@@ -39,7 +39,8 @@ trap : TERM
 code=0
 # --resume starts a new run if there is none. --kill-on-bad-exit=0: ranks that another one's failure ends say so themselves.
 # shellcheck disable=SC2016
-srun --kill-on-bad-exit=0 bash -c '
+# srun takes no --cpus-per-task from sbatch since SLURM 22.05; without it each rank would have one CPU.
+srun --kill-on-bad-exit=0 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" bash -c '
     export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS
     export LOCAL_WORLD_SIZE=$((SLURM_NTASKS / SLURM_JOB_NUM_NODES))
     exec python "$@"

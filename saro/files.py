@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 # Files that are hashed at the same time: each thread reads about 1 GB/s, and disks that are as fast as all of them are rare.
 _HASH_THREADS = 8
+# Endings of what is being written, and of a folder that is being replaced.
+_TEMP, _SET_ASIDE = "tmp", "old.tmp"
 
 
 def cache_dir() -> Path:
@@ -91,7 +93,7 @@ def atomic_folder(path: str | os.PathLike, *, replace: bool = False) -> Iterator
     Yields an empty folder beside the target, named like the files of ``atomic_write``. When the block ends, the folder
     is flushed to disk with everything in it and renamed to ``path``. If the block raises, it is deleted.
     ``replace=True`` replaces an existing folder. This takes two renames, and for an instant between them ``path`` does
-    not exist.
+    not exist: if the process is killed there, ``remove_temps`` puts the old folder back.
 
     Raises SaroError if ``path`` exists and ``replace`` is false, if it is a file, or if its parent does not exist.
     """
@@ -106,9 +108,13 @@ def atomic_folder(path: str | os.PathLike, *, replace: bool = False) -> Iterator
         # Check again: a rename onto an empty folder that appeared in the meantime would succeed silently.
         _check_free(path, replace)
         if path.exists():
-            old = _temp_beside(path)
+            old = _temp_beside(path, _SET_ASIDE)
             path.rename(old)
-            temp.rename(path)
+            try:
+                temp.rename(path)
+            except BaseException:
+                old.rename(path)
+                raise
             shutil.rmtree(old)
         else:
             temp.rename(path)
@@ -121,16 +127,20 @@ def atomic_folder(path: str | os.PathLike, *, replace: bool = False) -> Iterator
 def remove_temps(path: str | os.PathLike) -> None:
     """Delete the temporary files and folders that killed processes left beside ``path``.
 
+    A folder that ``atomic_folder`` was about to replace is put back if ``path`` is missing.
+
     Call this only if nobody can be writing ``path`` now, because the caller holds a lock or owns the folder.
     """
     path = Path(path)
-    name = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{8}}\.tmp")
+    name = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{8}}\.({_TEMP}|{re.escape(_SET_ASIDE)})")
     if not path.parent.is_dir():
         return
     for item in list(path.parent.iterdir()):
         if not name.fullmatch(item.name):
             continue
-        if item.is_dir() and not item.is_symlink():
+        if item.name.endswith(_SET_ASIDE) and not path.exists():
+            item.rename(path)
+        elif item.is_dir() and not item.is_symlink():
             shutil.rmtree(item)
         else:
             item.unlink()
@@ -209,9 +219,9 @@ def _read_hash_cache() -> dict[str, str]:
         return {}
 
 
-def _temp_beside(path: Path) -> Path:
+def _temp_beside(path: Path, ending: str = _TEMP) -> Path:
     # Beside the target, so that the rename never crosses file systems.
-    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.{ending}")
 
 
 def _check_parent(path: Path) -> None:

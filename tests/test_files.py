@@ -183,6 +183,54 @@ def test_a_folder_is_replaced_when_asked(tmp_path):
     assert names(tmp_path / "final") == ["new"]
 
 
+@pytest.fixture
+def replacing(tmp_path, monkeypatch):
+    """Make an old folder, and replace it by a new one with the given error before the second rename."""
+    (tmp_path / "final").mkdir()
+    (tmp_path / "final" / "old").touch()
+
+    def replace(error: BaseException) -> None:
+        rename, renames = Path.rename, []
+
+        def failing(self, target):
+            renames.append(target)
+            if len(renames) >= 2 and (len(renames) == 2 or isinstance(error, Killed)):
+                raise error
+            return rename(self, target)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "rename", failing)
+            with pytest.raises(type(error)), atomic_folder(tmp_path / "final", replace=True) as temp:
+                (temp / "new").touch()
+
+    return replace
+
+
+class Killed(BaseException):
+    """Stands in for SIGKILL: after it no rename happens."""
+
+
+def test_the_old_folder_is_back_if_the_new_one_cannot_be_renamed(tmp_path, replacing):
+    replacing(OSError("planted"))
+    assert [p.name for p in tmp_path.iterdir()] == ["final"]
+    assert (tmp_path / "final" / "old").exists()
+
+
+def test_the_old_folder_of_a_replacement_that_was_killed_is_put_back(tmp_path, replacing):
+    replacing(Killed())
+    assert not (tmp_path / "final").exists()
+    remove_temps(tmp_path / "final")
+    assert [p.name for p in tmp_path.iterdir()] == ["final"]
+    assert (tmp_path / "final" / "old").exists()
+
+
+def test_the_old_folder_of_a_replacement_that_was_killed_later_is_deleted(tmp_path):
+    (tmp_path / "final").mkdir()
+    (tmp_path / ".final.0123abcd.old.tmp").mkdir()
+    remove_temps(tmp_path / "final")
+    assert [p.name for p in tmp_path.iterdir()] == ["final"]
+
+
 def test_a_file_is_never_replaced_by_a_folder(tmp_path):
     (tmp_path / "final").touch()
     with pytest.raises(SaroError, match="is a file"), atomic_folder(tmp_path / "final", replace=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import platform
 import secrets
 import signal
 import sys
@@ -93,8 +94,12 @@ class Runtime:
                 f"the launcher promised {promised} processes, and there are {accelerator.num_processes}; {_LAUNCH}"
             )
         # Set the number of threads ourselves: without a GPU, `accelerate launch` gives each process only one.
-        cores = min(_count_allowed_cpus(), psutil.cpu_count(logical=False) or 1)
-        threads = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        cpus = _allowed_cpus()
+        cores = min(len(cpus), psutil.cpu_count(logical=False) or 1)
+        places = gather_object([(platform.node(), cpus)]) if accelerator.num_processes > 1 else []
+        if not has_own_cpus(places, accelerator.process_index):
+            cores //= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        threads = max(1, cores)
         torch.set_num_threads(threads)
         mesh = make_mesh(shard, accelerator.num_processes, accelerator.device, os.environ)
         return cls(accelerator, accelerator.process_index, accelerator.num_processes, threads, mesh)
@@ -325,11 +330,23 @@ def _map_tensors(tree: Any, change: Callable[[Any], Any]) -> Any:
     return tree
 
 
-def _count_allowed_cpus() -> int:
-    """Return the number of logical CPUs that this process may use."""
+def _allowed_cpus() -> set[int]:
+    """Return the logical CPUs that this process may use."""
     if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1  # macOS has no affinity
+        return os.sched_getaffinity(0)
+    return set(range(os.cpu_count() or 1))  # macOS has no affinity
+
+
+def has_own_cpus(places: Sequence[tuple[str, set[int]]], rank: int) -> bool:
+    """Return True if the launcher bound a rank to CPUs that no other rank of its machine may use, as srun does.
+
+    ``places``: the machine of each rank, and the CPUs that it may use there.
+    """
+    if not places:
+        return False
+    machine, cpus = places[rank]
+    others = [theirs for i, (name, theirs) in enumerate(places) if name == machine and i != rank]
+    return bool(others) and all(cpus.isdisjoint(theirs) for theirs in others)
 
 
 def _check_trackers(names: list[str]) -> None:

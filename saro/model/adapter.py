@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,17 +37,19 @@ class AdapterSource:
         folder: holds adapter_config.json and the safetensors weights.
         base: the base model that it was trained on, as a folder or a hub name.
         method: "lora" or "qlora" if one of our runs wrote the adapter, else None.
+        commit: commit of the base on the hub, if the adapter's config names one.
     """
 
     folder: str
     base: str
     method: str | None = None
+    commit: str | None = None
 
     def check_base(self, path: str, commit: str | None) -> None:
         """Raise SaroError if the adapter was trained on a base with other weights than those in ``path``.
 
-        Only adapters of our own runs can be checked, because a run's manifest lies beside its ``final/``. An adapter
-        from elsewhere only names its base, so it passes.
+        Files can be compared only for adapters of our own runs, because a run's manifest lies beside its ``final/``. An
+        adapter from elsewhere names its base, and perhaps the commit of it.
 
         Args:
             path: folder of the base model, or its hub name.
@@ -55,7 +58,8 @@ class AdapterSource:
         manifest = read_manifest(Path(self.folder).resolve().parent)
         model = {} if manifest is None else manifest.get("model", {})
         hashes: dict[str, str] = model.get("files", {})
-        trained_on = model.get("commit")
+        # A base in a folder has no commit.
+        trained_on = model.get("commit") if manifest is not None or commit is None else self.commit
         if commit is not None and commit == trained_on:
             return
         found = weight_hashes(path, commit) if hashes else {}
@@ -103,7 +107,10 @@ def find_adapter(name: str) -> AdapterSource | None:
         raise SaroError(f"{file}: names no base model; write its folder or hub name as {_BASE}")
     manifest = read_manifest(folder.resolve().parent)
     method = None if manifest is None else manifest["config"].get("model", {}).get("method")
-    return AdapterSource(str(folder), base, method)
+    revision = config.get("revision") or ""
+    # Other programs may write a branch here.
+    commit = revision if re.fullmatch("[0-9a-f]{40}", revision) else None
+    return AdapterSource(str(folder), base, method, commit)
 
 
 def adapter_identity(folder: str) -> dict[str, Any]:

@@ -84,6 +84,8 @@ def load_policy(
             model = new_adapter(model, options, seed)
         else:
             model = continued_adapter(model, source.adapter, options)
+        # Saved in adapter_config.json: peft then loads the base of this commit. None for a base in a folder.
+        model.peft_config["default"].revision = getattr(source.config, "_commit_hash", None)
         if options.fused_lora:
             fuse_lora(model)
     recomputation = options.gradient_checkpointing

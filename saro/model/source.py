@@ -16,7 +16,7 @@ from saro.config import DEMO, THINK_TAGS, DataConfig, ModelConfig
 from saro.data.chat_format import ChatFormat
 from saro.errors import SaroError
 from saro.manifest import read_manifest
-from saro.model.adapter import adapter_identity, find_adapter
+from saro.model.adapter import AdapterSource, adapter_identity, find_adapter
 from saro.model.architectures import TokenLimits, check_supported, token_limits
 from saro.model.identity import defining_hashes, weight_hashes
 
@@ -141,14 +141,27 @@ def find_model(options: ModelConfig) -> ModelSource:
             f"gives it; set --model.method {adapter.method}"
         )
     path = _find_weights(options.name if adapter is None else adapter.base)
-    hub = {"revision": options.revision, "trust_remote_code": options.trust_remote_code}
     try:
-        config = AutoConfig.from_pretrained(path, **hub)
+        config = AutoConfig.from_pretrained(
+            path, revision=options.revision, trust_remote_code=options.trust_remote_code
+        )
         check_supported(config)
         if adapter is not None:
             adapter.check_base(path, getattr(config, "_commit_hash", None))
     except (OSError, ValueError, StrictDataclassError) as error:
         raise SaroError(f"{options.name}: {first_line(error)}") from error
+    return read_source(path, config, adapter, options)
+
+
+def read_source(
+    path: str, config: PretrainedConfig, adapter: AdapterSource | None, options: ModelConfig
+) -> ModelSource:
+    """Read the tokenizer and the end tokens of a model whose config has been read.
+
+    Raises:
+        SaroError: it has no tokenizer.
+    """
+    hub = {"revision": options.revision, "trust_remote_code": options.trust_remote_code}
     try:
         has_tokenizer = adapter is not None and (Path(adapter.folder) / "tokenizer_config.json").is_file()
         tokenizer = AutoTokenizer.from_pretrained(adapter.folder if has_tokenizer else path, **hub)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import secrets
 import shutil
 from collections.abc import Callable
@@ -342,6 +343,10 @@ def _look(folder: str, options: dict[str, Any], flags: RunFlags) -> tuple[date, 
         raise SaroError("--resume continues a run and --overwrite removes it; give one of them")
     if path.is_file():
         raise SaroError(f"{folder}: is a file; give a folder with --train.output")
+    beside = next(p for p in (path, *path.absolute().parents) if p.exists())
+    if not beside.is_dir() or not os.access(beside, os.W_OK | os.X_OK):
+        reason = "is not writable" if beside.is_dir() else "is a file"
+        raise SaroError(f"{folder}: cannot be made, {beside} {reason}; give another folder with --train.output")
     existing = read_manifest(path)
     if existing is None and path.is_dir() and any(not p.name.startswith(".") for p in path.iterdir()):
         raise SaroError(f"{folder}: holds files that are not a run's; give an empty folder with --train.output")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import gc
 import json
 import math
@@ -15,7 +16,7 @@ from typing import Literal
 import huggingface_hub
 import numpy as np
 import torch
-from huggingface_hub.errors import HFValidationError, HTTPError
+from huggingface_hub.errors import HFValidationError, HTTPError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 from rich.console import Console
 from transformers import GenerationConfig
@@ -95,18 +96,20 @@ def run(options: Options, console: Console) -> int:
     """
     if options.push is not None:
         # Before the long work.
-        check_push(options.push)
+        has_adapter = (Path(options.run).expanduser() / "final" / "adapter_config.json").is_file()
+        check_push(options.push, is_adapter=has_adapter and not options.merge)
     console.out(export(options, lambda line: print(line, file=sys.stderr, flush=True)), highlight=False)
     if options.push is not None:
         console.out(push(options), highlight=False)
     return 0
 
 
-def check_push(repository: str) -> None:
-    """Check that a name is one of a repository, and that somebody is logged in to the hub.
+def check_push(repository: str, *, is_adapter: bool) -> None:
+    """Check that a name is one of a repository that can take the export, and that somebody is logged in to the hub.
 
     Raises:
-        SaroError: it is not, or nobody is.
+        SaroError: it is not, nobody is, the hub cannot be reached, or the repository holds an adapter and the export is a
+            whole model, or the reverse: transformers would load the adapter on top of the model.
     """
     try:
         validate_repo_id(repository)
@@ -114,6 +117,22 @@ def check_push(repository: str) -> None:
         raise SaroError(f"--push {repository}: is not the name of a repository; write it as ORG/NAME") from error
     if huggingface_hub.get_token() is None:
         raise SaroError("--push needs an account of the hub: log in with hf auth login, or set HF_TOKEN")
+    try:
+        files = huggingface_hub.list_repo_files(repository)
+    except RepositoryNotFoundError:
+        return
+    except (HTTPError, OSError) as error:
+        first = str(error).strip().partition("\n")[0]
+        raise SaroError(
+            f"--push {repository}: cannot be looked at ({first}); leave --push out, or try again"
+        ) from error
+    # They are not deleted here: they may be somebody's only copy.
+    other = "model*.safetensors" if is_adapter else "adapter_*"
+    if found := fnmatch.filter(files, other):
+        raise SaroError(
+            f"--push {repository}: holds {found[0]}, and transformers would load an adapter on top of a model in one "
+            "repository; delete it there, or give another repository"
+        )
 
 
 def push(options: Options) -> str:
@@ -323,7 +342,9 @@ def _loader(run: FinishedRun, options: Options, target: str) -> str:
         )
         quantization = f", quantization_config={nf4}{skipped})"
     if config.model_type in WRAPPERS:
-        base = f"{plain}.from_pretrained({run.source.path!r}{quantization})"
+        commit = run.manifest["model"].get("commit")
+        revision = f", revision={commit!r}" if commit else ""
+        base = f"{plain}.from_pretrained({run.source.path!r}{revision}{quantization})"
         return f"PeftModel.from_pretrained({base}, {target!r})"
     return f"AutoPeftModelForCausalLM.from_pretrained({target!r}{quantization})"
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from saro.distributed.runtime import Runtime
+from saro.distributed.runtime import Runtime, has_own_cpus
 from saro.errors import SaroError
 
 ROOT = Path(__file__).parents[2]
@@ -71,6 +71,21 @@ def test_the_cores_are_shared_between_the_processes_of_a_machine(recipes, local_
     found = found_by(recipes.run(call=f"{__file__}:start", environment={"LOCAL_WORLD_SIZE": str(local_processes)}))
     cores = min(len(os.sched_getaffinity(0)), psutil.cpu_count(logical=False) or 1)
     assert found["threads"] == found["said_threads"] == max(1, cores // local_processes)
+
+
+@pytest.mark.parametrize(
+    ("places", "own"),
+    [
+        ([], False),
+        ([("a", {0, 1}), ("a", {0, 1})], False),
+        ([("a", {0, 1}), ("a", {2, 3})], True),
+        ([("a", {0, 1}), ("b", {0, 1}), ("a", {1, 2})], False),
+        ([("a", {0, 1}), ("b", {0, 1}), ("a", {2, 3})], True),
+    ],
+    ids=["alone", "shared", "bound", "overlapping", "bound on two machines"],
+)
+def test_cpus_that_a_launcher_bound_a_rank_to_are_not_divided_again(places, own):
+    assert has_own_cpus(places, 0) == own
 
 
 def test_two_processes_find_each_other(recipes):

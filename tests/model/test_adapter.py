@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from loaded import a_pack, load, refused
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from tiny import KINDS_OF_LOGITS, KINDS_OF_MODEL, save_tiny_model
 from transformers import AutoModelForCausalLM
@@ -19,6 +19,7 @@ from saro.errors import SaroError
 from saro.files import file_hash
 from saro.model.adapter import find_adapter
 from saro.model.attention import use_packed_attention
+from saro.model.load import load_policy
 from saro.model.merge import merge
 from saro.model.policy import Policy
 from saro.model.source import find_model
@@ -220,6 +221,24 @@ def test_another_commit_of_a_hub_base_is_refused(adapter):
     source.check_base("org/model", "abc")
     with pytest.raises(SaroError, match=r"was trained on commit abc of org/model; set --model\.revision abc"):
         source.check_base("org/model", "def")
+
+
+def test_a_copied_adapter_loads_only_the_commit_of_its_base(base, tmp_path):
+    """Without it peft, and a later run, would load whatever the hub has by then."""
+    options = ModelConfig(name=base)
+    source = find_model(options)
+    source.config._commit_hash = "a" * 40
+    save_final(tmp_path / "copy", load_policy(source, options, torch.device("cpu"), 0).model, source.tokenizer)
+    assert LoraConfig.from_pretrained(tmp_path / "copy").revision == "a" * 40
+    adapter = find_adapter(str(tmp_path / "copy"))
+    adapter.check_base("org/model", "a" * 40)
+    adapter.check_base("a local copy", None)
+    with pytest.raises(SaroError, match=rf"was trained on commit a+ of org/model; set --model\.revision {'a' * 40}"):
+        adapter.check_base("org/model", "b" * 40)
+
+
+def test_an_adapter_on_a_base_in_a_folder_names_no_commit(adapter):
+    assert LoraConfig.from_pretrained(adapter).revision is None
 
 
 def test_the_identity_tells_adapters_apart(base, adapter, tmp_path):

@@ -16,7 +16,8 @@ SCRIPT = ROOT / "recipes" / "slurm.sh"
 # Starts two tasks on each of two nodes, and ends with the highest of their codes, as srun does.
 SRUN = """#!/bin/bash
 [ "$1" = --kill-on-bad-exit=0 ] && shift
-for rank in 0 1 2 3; do SLURM_PROCID=$rank SLURM_LOCALID=$((rank % 2)) SLURM_NTASKS=4 "$@" & done
+cpus=${1#--cpus-per-task=}; [ "$cpus" = "$1" ] || shift
+for rank in 0 1 2 3; do SLURM_PROCID=$rank SLURM_LOCALID=$((rank % 2)) SLURM_NTASKS=4 CPUS=$cpus "$@" & done
 most=0
 for task in $(jobs -p); do wait "$task" || { code=$?; [ $code -gt $most ] && most=$code; }; done
 exit $most
@@ -31,7 +32,7 @@ esac
 # Stands for a recipe: it writes down what it was given.
 RECIPE = """
 import json, os, sys
-names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "CPUS")
 given = {name: os.environ[name] for name in names} | {"arguments": sys.argv[1:]}
 open(f"rank{os.environ['RANK']}.json", "w").write(json.dumps(given))
 sys.exit(int(os.environ["CODE"]) if os.environ["RANK"] == "2" else 0)
@@ -50,7 +51,12 @@ def submit(tmp_path) -> Callable[..., subprocess.CompletedProcess]:
     (tmp_path / "recipe.py").write_text(RECIPE)
 
     def run(*arguments: str, code: int = 0) -> subprocess.CompletedProcess:
-        job = {"SLURM_JOB_ID": "70123", "SLURM_JOB_NODELIST": "node[7-8]", "SLURM_JOB_NUM_NODES": "2"}
+        job = {
+            "SLURM_JOB_ID": "70123",
+            "SLURM_JOB_NODELIST": "node[7-8]",
+            "SLURM_JOB_NUM_NODES": "2",
+            "SLURM_CPUS_PER_TASK": "8",
+        }
         environment = job | {"PATH": f"{commands}:{os.environ['PATH']}", "CODE": str(code)}
         return subprocess.run(
             ["bash", str(SCRIPT), *arguments],
@@ -80,6 +86,7 @@ def test_each_rank_knows_its_place_and_resumes(submit, tmp_path):
             "LOCAL_WORLD_SIZE": "2",
             "MASTER_ADDR": "node7",
             "MASTER_PORT": "20123",
+            "CPUS": "8",
             "arguments": ["--train.lr", "1e-4", "--resume"],
         }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import yaml
@@ -55,6 +56,19 @@ def test_a_run_begins_in_an_empty_folder(folder, source, data_file):
 def test_a_run_makes_the_parents_of_its_folder(folder, source, data_file):
     begin(folder / "deep" / "down", source, data_file)
     assert (folder / "deep" / "down" / "manifest.json").is_file()
+
+
+@pytest.mark.parametrize("deep", ["run", "deep/down/run"])
+def test_a_folder_that_cannot_be_made_is_refused_before_the_work(tmp_path, deep):
+    (tmp_path / "file").touch()
+    message = f"cannot be made, {tmp_path / 'file'} is a file; give another folder with --train.output"
+    assert message in refusal(tmp_path / "file" / deep)
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_the_work(tmp_path, monkeypatch):
+    # The administrator may write everywhere.
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path) != tmp_path)
+    assert f"{tmp_path} is not writable; give another folder with --train.output" in refusal(tmp_path / "deep" / "run")
 
 
 def test_hidden_files_do_not_prevent_a_run_and_are_kept(folder, source, data_file):

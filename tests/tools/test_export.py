@@ -6,6 +6,7 @@ import json
 import shutil
 from datetime import date
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
@@ -17,12 +18,13 @@ from huggingface_hub.errors import HTTPError
 from peft import AutoPeftModelForCausalLM
 from rich.console import Console
 from safetensors.torch import load_file, save_file
-from tiny import IM_END, save_tiny_model
+from tiny import IM_END, save_tiny_model, tiny_config
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.models.llama import modeling_llama
 
 import saro.tools.export
 from saro.checks.deviation import choose_records
+from saro.config import ModelConfig
 from saro.demo import demo_file
 from saro.errors import SaroError
 from saro.files import file_hash
@@ -725,6 +727,7 @@ def hub(monkeypatch):
     """Stand in for the hub: collects what is sent."""
     sent: list[tuple[str, dict]] = []
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: "hf_of_nobody")
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda repo: [".gitattributes", "README.md"])
     monkeypatch.setattr(huggingface_hub, "create_repo", lambda repo, **options: sent.append((repo, options)))
     monkeypatch.setattr(
         huggingface_hub,
@@ -763,6 +766,40 @@ def test_a_push_that_cannot_succeed_is_refused_before_the_export(
     assert str(caught.value).startswith(message)
     assert not (tmp_path / "out").exists()
     assert not hub
+
+
+@pytest.mark.parametrize(
+    ("merge", "file"), [(True, "adapter_config.json"), (False, "model-00001-of-00002.safetensors")]
+)
+def test_a_model_and_an_adapter_are_not_pushed_to_one_repository(finished_run, tmp_path, hub, monkeypatch, merge, file):
+    """transformers loads an adapter that lies beside a model on top of it."""
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda repo: ["README.md", file])
+    options = Options(run=str(finished_run("lora")), output=str(tmp_path / "out"), push="org/name", merge=merge)
+    with pytest.raises(SaroError, match=f"^--push org/name: holds {file}, .* in one repository; delete it there, or"):
+        export_run(options, Console())
+    assert not (tmp_path / "out").exists()
+    assert not hub
+
+
+def test_a_repository_that_cannot_be_looked_at_is_one_line_before_the_export(finished_run, tmp_path, hub, monkeypatch):
+    def refuse(repo):
+        raise HTTPError("no connection\nmore")
+
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", refuse)
+    with pytest.raises(SaroError, match=r"^--push org/name: cannot be looked at \(no connection\); leave --push out"):
+        export_run(Options(run=str(finished_run("lora")), output=str(tmp_path / "out"), push="org/name"), Console())
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_multimodal_base_is_loaded_in_the_commit_of_the_run():
+    run = SimpleNamespace(
+        source=SimpleNamespace(config=tiny_config("qwen3_vl"), path="org/base"),
+        is_full=False,
+        options=ModelConfig(name="run/final"),
+        manifest={"model": {"commit": "abc"}},
+    )
+    call = saro.tools.export._loader(run, Options(run="run"), "out")
+    assert "from_pretrained('org/base', revision='abc', quantization_config=" in call
 
 
 @pytest.mark.parametrize("error", [OSError, HTTPError])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -11,13 +12,13 @@ import torch
 import yaml
 from command import run_saro
 from run_files import ROOT
-from tiny import tiny_config
+from tiny import CHATML, tiny_config, tiny_tokenizer
 
 from saro.config import ModelConfig
-from saro.tools.plan_run.cards import CARDS, GPU_SHARE
-from saro.tools.plan_run.layouts import _pack_seconds
+from saro.tools.plan_run.cards import CARDS, GPU_SHARE, Card
+from saro.tools.plan_run.layouts import Records, _pack_seconds, _step_seconds
 from saro.train import predict_memory
-from saro.train.predict_memory import Setting
+from saro.train.predict_memory import Ranks, Setting, StepCost, Workload
 
 H100 = ROOT / "benchmarks/results/gpu/h100-2026-11-27/results.json"
 
@@ -84,6 +85,50 @@ def test_files_of_records_are_counted_as_the_recipe_counts_them(saro, rw_argumen
     assert "RW of " in out
     assert "24 records, 12 steps" in out
     assert "NVIDIA's data sheet of the L4" in out
+
+
+def test_end_tokens_are_those_of_the_generation_config_as_in_the_recipe(
+    saro, tiny_model, records_file, examples, tmp_path
+):
+    model = Path(shutil.copytree(tiny_model(), tmp_path / "model"))
+    change_json(model / "tokenizer_config.json", eos_token="<|bos|>")
+    known = ["--model.name", str(model), "--data.train", records_file(examples)]
+    assert plan(saro, *known)["records"] == 24
+    change_json(model / "generation_config.json", eos_token_id=4)
+    code, _, err = saro(*known)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "end token" in err
+
+
+@pytest.fixture
+def trained_adapter(tiny_model, tmp_path) -> Path:
+    """Make ``final/`` of a run with tags, and a template, of its own."""
+    final = tmp_path / "run" / "final"
+    final.mkdir(parents=True)
+    (final / "adapter_model.safetensors").touch()
+    adapter = {"peft_type": "LORA", "base_model_name_or_path": tiny_model(), "r": 4, "target_modules": ["q_proj"]}
+    (final / "adapter_config.json").write_text(json.dumps(adapter))
+    tiny_tokenizer("x" * 50 + CHATML).save_pretrained(final)
+    trained = {"data": {"think_tags": ["<a>", "</a>"]}, "model": {"method": "lora"}}
+    manifest = {"saro": "0.1.0", "config": trained, "template_date": "1999-07-04"}
+    (tmp_path / "run" / "manifest.json").write_text(json.dumps(manifest))
+    return final
+
+
+def test_records_of_a_continued_adapter_are_encoded_in_the_format_of_its_run(
+    saro, tiny_model, trained_adapter, records_file, examples
+):
+    records = ["--data.train", records_file(examples), "--model.method", "lora"]
+    base = plan(saro, *records, "--model.name", tiny_model(), "--data.think_tags", "[<a>, </a>]")
+    found = plan(saro, *records, "--model.name", str(trained_adapter))
+    assert found["record_tokens"] == base["record_tokens"] + 50
+    code, _, err = saro(*records, "--model.name", str(trained_adapter), "--data.think_tags", "[<b>, </b>]")
+    assert code == 2
+    assert "data.think_tags is ('<b>', '</b>'), and the run that trained" in err
+
+
+def change_json(file: Path, **changes: object) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
 def test_pairs_share_their_beginning(saro, srpo_arguments):
@@ -215,6 +260,65 @@ def test_a_cpu_has_the_rate_that_is_measured_now(saro, config_only):
     # The C library keeps freed memory between the tensors.
     assert layout["peak"] == held + layout["working"] + cost["gaps"]
     assert 0.2 * layout["working"] < cost["gaps"] < 0.4 * layout["working"]
+
+
+# Exchanges between cards
+
+# Four cards on two machines. A card's link has 8 bytes per second, its network 2: the two of a machine have 4.
+LINK = Card(memory=1, operations=1, bandwidth=1e9, link=8, source="dense rates")
+NETWORK = 2
+TRAINED = 12
+
+
+def step_seconds(shard: str, steps: list[list[int]], *, processes=4, pack_seconds=0.0, adapters=0) -> float:
+    """Return the seconds of a step in which packs of 100 tokens take these seconds, two thirds of them the backward.
+
+    A rank holds 20 bytes of frozen weights beside those that are trained.
+    """
+    frozen = 20 if adapters else 0
+    cost = StepCost(
+        weights=frozen or TRAINED, adapters=adapters, trained=TRAINED, gradients=0, optimizer=0, gathered=0,
+        layers=0, head=0, phases=(0,), tokens=100, operations=300, forward_operations=100,
+    )  # fmt: skip
+    records = Records(Workload("rw", 100), steps, None, None)
+    ranks = Ranks(shard, processes, 2)
+
+    def seconds(operations: float) -> float:
+        return operations / 300 * pack_seconds
+
+    return _step_seconds(records, ranks, 100, cost, seconds, seconds, LINK, NETWORK)[0]
+
+
+@pytest.mark.parametrize(
+    ("shard", "processes", "expected"),
+    [
+        # An all-reduce moves 2 (n - 1) / n of the gradients.
+        ("none", 2, 2 * 1 / 2 * TRAINED / 8),
+        # Across machines, by the network of both cards.
+        ("none", 4, 2 * 3 / 4 * TRAINED / 4),
+        # Two gathers of weights, and one sum of gradients, of n - 1 other parts.
+        ("full", 2, 3 * 1 * TRAINED / 8),
+        ("full", 4, 3 * 3 * TRAINED / 4),
+        # The same within a machine, and an all-reduce of a part between two machines.
+        ("hybrid", 4, 3 * 1 * TRAINED / 8 + 2 * 1 / 2 * TRAINED / 2),
+    ],
+)
+def test_exchanges_take_the_bytes_and_the_links_of_rings(shard, processes, expected):
+    assert step_seconds(shard, [[100] * processes], processes=processes) == pytest.approx(expected)
+
+
+def test_full_fine_tuning_under_sharding_exchanges_gradients_in_every_pack_and_lora_in_the_last():
+    packs = [[100] * 8]  # two on each rank
+    assert step_seconds("full", packs) == pytest.approx(2 * 3 * 3 * TRAINED / 4)
+    gather, gradients = 2 * 3 * (20 + TRAINED) / 4, 3 * TRAINED / 4
+    assert step_seconds("full", packs, adapters=TRAINED) == pytest.approx(2 * gather + gradients)
+
+
+def test_ddp_exchanges_while_the_last_pack_is_in_its_backward():
+    packs = [[100] * 8]
+    exchange = 2 * 3 / 4 * TRAINED / 4
+    assert step_seconds("none", packs, pack_seconds=3.0) == pytest.approx(2 * 3.0 + exchange - 2.0)
+    assert step_seconds("none", packs, pack_seconds=9.0) == pytest.approx(2 * 9.0)
 
 
 @pytest.mark.parametrize("name", CARDS)

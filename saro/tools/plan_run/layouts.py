@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from statistics import fmean
+from typing import NamedTuple
 
 from saro.config import ModelConfig, TrainConfig
 from saro.data.packs import plan_step
@@ -121,8 +122,7 @@ def plan_layouts(
         cost, larger = costs
         slope = (larger.peak - cost.peak) / (larger.tokens - cost.tokens)
         most = int(pack_tokens + (limit - cost.peak) / slope)
-        link = card.link if ranks.processes <= ranks.per_machine else network
-        step_seconds, idle = _step_seconds(records, ranks, pack_tokens, cost, seconds, read_seconds, card, link)
+        step_seconds, idle = _step_seconds(records, ranks, pack_tokens, cost, seconds, read_seconds, card, network)
         return Layout(
             name=name,
             ranks=ranks.processes,
@@ -191,25 +191,23 @@ def _step_seconds(
     seconds: Callable[[float], float],
     read_seconds: Callable[[float], float],
     card: Card,
-    link: float,
+    network: float,
 ) -> tuple[float, float]:
     """Return the average time of a step, and the share of their tokens that ranks wait.
 
-    What is only read comes first, and its packs are as those with gradients. A rank exchanges while it computes: the longer of the two counts. Under sharding it gathers all weights twice for each pack,
-    and ranks wait for each other in each pack; under DDP they wait at the end of the step.
+    What is only read comes first, and its packs are as those with gradients. Under sharding a rank gathers all weights
+    twice for each pack while it computes, the longer of the two counts, and ranks wait for each other in each pack. It
+    exchanges gradients in each pack if all weights are trained, else in the last one. Under DDP ranks exchange gradients
+    during the backward of the last pack, and wait at the end of the step.
     """
     processes, is_sharded = ranks.processes, ranks.shard != "none"
-    others = 1 - 1 / processes
-    shares = min(processes, ranks.per_machine) if ranks.shard == "hybrid" else processes
-    # The gradients of all trained weights: shares of them under sharding.
-    gradients = cost.trained * (shares if is_sharded else 1)
-    exchange = 2 * others * gradients / link
-    whole = shares * (cost.weights + cost.adapters)
-    gather = 2 * others * whole / (card.link if ranks.shard == "hybrid" else link) if is_sharded else 0.0
+    is_full = not cost.adapters
+    exchanges = _exchange_seconds(ranks, cost, card.link, network)
     update = _ADAMW_MOVES * cost.trained / card.bandwidth
+    backward = 1 - cost.forward_operations / cost.operations
 
     def run(
-        trees: Sequence[int], seconds: Callable[[float], float], operations: int, gather: float
+        trees: Sequence[int], seconds: Callable[[float], float], operations: int, gather: float, exchange: float
     ) -> tuple[float, int]:
         """Return the seconds of a step's packs, and the tokens of a rank that never waits."""
         plan = plan_step(trees, pack_tokens, processes, is_sharded)
@@ -217,22 +215,57 @@ def _step_seconds(
         per_token = operations / cost.tokens
         if is_sharded:
             slots = [max(slot) for slot in zip_longest(*loads, fillvalue=0)]
-            return sum(max(seconds(per_token * tokens), gather) for tokens in slots), sum(slots)
-        slowest = max(sum(seconds(per_token * tokens) for tokens in packs) for packs in loads)
+            moves = [gather + (exchange if is_full else 0.0)] * (len(slots) - 1) + [gather + exchange]
+            return sum(max(seconds(per_token * n), move) for n, move in zip(slots, moves, strict=True)), sum(slots)
+        slowest = 0.0
+        for packs in loads:
+            times = [seconds(per_token * tokens) for tokens in packs]
+            slowest = max(slowest, sum(times) + max(0.0, exchange - backward * times[-1]))
         return slowest, max(map(sum, loads))
 
     times, read, waited = [], 0, 0
     for trees, read_only in zip_longest(records.steps, records.read_only, fillvalue=()):
-        trained, longest = run(trees, seconds, cost.operations, gather)
+        trained, longest = run(trees, seconds, cost.operations, exchanges.gather, exchanges.gradients)
         before = 0.0
         if read_only:
-            before, most = run(read_only, read_seconds, cost.forward_operations, gather / 2)
+            before, most = run(read_only, read_seconds, cost.forward_operations, exchanges.gather / 2, 0.0)
             longest += most
-        times.append(before + max(trained, exchange) + update)
+        times.append(before + trained + update)
         tokens = sum(trees) + sum(read_only)
         read += tokens
         waited += processes * longest - tokens
     return fmean(times), waited / (read + waited)
+
+
+class _Exchanges(NamedTuple):
+    """Seconds of exchanges: the two gathers of all weights for a pack, and the sum of gradients over all ranks."""
+
+    gather: float
+    gradients: float
+
+
+def _exchange_seconds(ranks: Ranks, cost: StepCost, link: float, network: float) -> _Exchanges:
+    """Return the seconds of exchanges, in rings.
+
+    Args:
+        cost: of a rank: under sharding it holds a part of weights and gradients.
+        link: bytes per second and direction between the cards of a machine.
+        network: the same between machines, for each card.
+    """
+    per_machine = min(ranks.processes, ranks.per_machine)
+    machines = -(-ranks.processes // per_machine)
+    # A ring over all ranks leaves a machine by the network of all of its cards.
+    across = link if machines == 1 else min(link, per_machine * network)
+    if ranks.shard == "none":
+        return _Exchanges(0.0, 2 * (1 - 1 / ranks.processes) * cost.trained / across)
+    # Under sharding the parts of a ring's other ranks pass each rank once: to gather weights, and to sum gradients.
+    ring, speed = (per_machine, link) if ranks.shard == "hybrid" else (ranks.processes, across)
+    gather = 2 * (ring - 1) * (cost.weights + cost.adapters) / speed
+    gradients = (ring - 1) * cost.trained / speed
+    if ranks.shard == "hybrid":
+        # Each card sums its part with the same part of the other machines.
+        gradients += 2 * (1 - 1 / machines) * cost.trained / network
+    return _Exchanges(gather, gradients)
 
 
 def checkpoint_bytes(cost: StepCost, train: TrainConfig) -> int:

@@ -14,7 +14,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
+from transformers import AutoConfig, PretrainedConfig
 
 from saro.config import (
     DataConfig,
@@ -37,7 +37,7 @@ from saro.evaluate.plan import describe_time
 from saro.model.adapter import find_adapter
 from saro.model.architectures import check_supported, is_mixture, text_config
 from saro.model.load import check_method, dtype_name
-from saro.model.source import ModelSource, first_line
+from saro.model.source import first_line, read_source
 from saro.model.training_dtype import decide_dtype
 from saro.tools.plan_run.cards import CPU_SHARE, GPU_SHARE, NETWORK, Card, find_card
 from saro.tools.plan_run.layouts import Layout, Records, checkpoint_bytes, plan_layouts
@@ -147,15 +147,15 @@ def _read_config(options: ModelConfig) -> tuple[str, PretrainedConfig, ModelConf
     options = replace(options, name=find_demo(options.name))
     adapter = find_adapter(options.name)
     path = options.name if adapter is None else adapter.base
+    if Path(path).expanduser().is_dir():
+        path = str(Path(path).expanduser())
     if adapter is not None:
         trained = json.loads((Path(adapter.folder).expanduser() / "adapter_config.json").read_text(encoding="utf-8"))
         targets = trained["target_modules"]
         options = replace(options, lora_rank=trained["r"], lora_targets=targets if isinstance(targets, list) else None)
     try:
         config = AutoConfig.from_pretrained(
-            str(Path(path).expanduser()) if Path(path).expanduser().is_dir() else path,
-            revision=options.revision,
-            trust_remote_code=options.trust_remote_code,
+            path, revision=options.revision, trust_remote_code=options.trust_remote_code
         )
         check_supported(config)
         if is_mixture(config) and _is_partly_dense(text_config(config)):
@@ -207,15 +207,12 @@ def _read_records(path: str, config: PretrainedConfig, options: Options) -> Reco
             raise SaroError(f"data.train: {file} is not there; name another file, {instead}")
     model = options.model
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            path, revision=model.revision, trust_remote_code=model.trust_remote_code
-        )
-    except (OSError, ValueError) as error:
+        source = read_source(path, config, find_adapter(find_demo(model.name)), model)
+    except SaroError as error:
         raise SaroError(f"{model.name}: its tokenizer is needed to read data.train; fetch it, {instead}") from error
-    stop_ids = frozenset() if tokenizer.eos_token_id is None else frozenset({tokenizer.eos_token_id})
-    source = ModelSource(path, config, tokenizer, stop_ids)
-    day = options.data.template_date
-    chat = source.chat_format(options.data, date.fromisoformat(day) if day else date.today())
+    known = source.continue_chat(options.data)
+    day = known.template_date
+    chat = source.chat_format(known, date.fromisoformat(day) if day else date.today())
     kind = _kind(options)
     encode = {"rw": encode_files, "srpo": encode_pair_files, "kto": encode_unpaired_files}[kind]
     data = encode(files, chat, options.data, progress=not options.json)
