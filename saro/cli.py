@@ -53,6 +53,9 @@ def main() -> NoReturn:
 
 def _main() -> int:
     """Run the tool that the command line names, and return its exit code."""
+    if len(sys.argv) == 1:
+        _command_parser().print_help(sys.stderr)
+        return 2
     name, arguments = _split_command(sys.argv[1:])
     if name not in COMMANDS:
         _show_commands()
@@ -73,10 +76,15 @@ def _split_command(arguments: list[str]) -> tuple[str, list[str]]:
 
 
 def _show_commands() -> NoReturn:
-    """Print the commands and exit if --help was given. Raises SaroError for a missing or unknown command."""
+    """Print the commands and exit if --help was given. Raises SaroError for an unknown command."""
+    _command_parser().parse(sys.argv[1:])
+    raise AssertionError("neither a command nor an error")
+
+
+def _command_parser() -> Parser:
+    """Return a parser that knows the commands by name, and none of their options."""
     parser = Parser(prog="saro", description="Tools around the SaRO recipes, recipes/rw.py and recipes/srpo.py.")
     commands = parser.add_subcommands(required=True)
     for name, command in COMMANDS.items():
         commands.add_subcommand(name, Parser(), help=command.help)
-    parser.parse(sys.argv[1:])
-    raise AssertionError("neither a command nor an error")
+    return parser

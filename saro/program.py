@@ -9,6 +9,7 @@ import sys
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass
+from difflib import SequenceMatcher, get_close_matches
 from itertools import islice
 from typing import Any, NamedTuple, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
@@ -23,6 +24,50 @@ Config = TypeVar("Config")
 # These libraries log lines that a user can do nothing about.
 _LIBRARIES = ("bitsandbytes", "transformers", "accelerate", "peft", "torch.distributed")
 
+# A group of options -> its option that is meant if only the group is typed: --model is --model.name.
+_GROUP_OPTIONS = {"model": "name", "data": "train", "preference": "loss"}
+# Option of TRL or transformers, in any group or none -> ours.
+_FOREIGN_OPTIONS = {
+    "attn_implementation": "model.attention",
+    "base_model": "model.name",
+    "batch_size": "train.records_per_step",
+    "beta": "preference.beta",
+    "bf16": "model.dtype bfloat16",
+    "dataset": "data.train",
+    "dataset_name": "data.train",
+    "eval_steps": "train.eval_every",
+    "fp16": "model.dtype",
+    "gradient_accumulation_steps": "train.records_per_step",
+    "learning_rate": "train.lr",
+    "load_in_4bit": "model.method qlora",
+    "logging_steps": "train.log_every",
+    "lora_r": "model.lora_rank",
+    "lora_target_modules": "model.lora_targets",
+    "loss_type": "preference.loss",
+    "lr_scheduler_type": "train.schedule",
+    "max_length": "data.pack_tokens",
+    "max_seq_length": "data.pack_tokens",
+    "model_name_or_path": "model.name",
+    "num_epochs": "train.epochs",
+    "num_train_epochs": "train.epochs",
+    "optim": "train.optimizer",
+    "output_dir": "train.output",
+    "overwrite_output_dir": "overwrite",
+    "per_device_train_batch_size": "train.records_per_step",
+    "report_to": "train.trackers",
+    "resume_from_checkpoint": "resume",
+    "save_steps": "train.save_every",
+    "save_total_limit": "train.keep_checkpoints",
+    "target_modules": "model.lora_targets",
+    "torch_dtype": "model.dtype",
+    "use_peft": "model.method lora",
+    "warmup_ratio": "train.warmup",
+}
+# Likeness, 0 to 1, from which a name may be a misspelling of an option's: difflib's default, for a name without its group.
+_LIKENESS = 0.6
+# Likeness from which an option without a group is meant rather than one of the same name in some group.
+_TOP_LIKENESS = 0.8
+
 
 class RunFlags(NamedTuple):
     """The flags that say what a recipe does with a run that is already in its output folder."""
@@ -35,7 +80,7 @@ class Parser(ArgumentParser):
     """jsonargparse's parser; each mistake is one line that names the nearest valid option.
 
     Attributes:
-        group_options: name of a group -> its first option, which is suggested to someone who types only the group.
+        group_options: name of a group -> the option that is suggested to someone who types only the group.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -51,53 +96,92 @@ class Parser(ArgumentParser):
         try:
             return self.parse_args(args)
         except ArgumentError as error:
-            raise SaroError(self._one_line(str(error))) from error
+            raise SaroError(self._one_line(str(error), sys.argv[1:] if args is None else args)) from error
         except UnicodeDecodeError as error:
             raise SaroError("--config: the file is not UTF-8; convert it") from error
 
     def _option_names(self) -> list[str]:
         return [name for action in self._actions for name in action.option_strings]
 
-    def _one_line(self, message: str) -> str:
-        """Return an error message of jsonargparse as one line of ours."""
+    def _one_line(self, message: str, args: Sequence[str]) -> str:
+        """Return an error message of jsonargparse as one line of ours. ``args``: the arguments that it is about."""
         names = self._option_names()
         if match := re.match(r"unrecognized arguments: (\S+)", message):
             given = match[1].partition("=")[0]
-            return f"unknown option {given}{self._suggestion(given)}"
+            return (
+                f"unknown option {given}{self._suggestion(given)}"
+                if given.startswith("-")
+                else self._stray(given, args)
+            )
         if match := re.match(r"Group '([\w.]+)' does not accept option '([\w.-]+)'", message):
             given = f"{match[1]}.{match[2]}"
-            return f"unknown option {given}{nearest(given, [name.lstrip('-') for name in names])}"
+            return f"unknown option {given}{self._suggestion(given)}"
         if match := re.match(r"(?:Parser does not accept option|Key|Option) '([\w.-]+)'", message):
-            given = match[1]
-            return f"unknown option {given}{nearest(given, [name.lstrip('-') for name in names])}"
+            return f"unknown option {match[1]}{self._suggestion(match[1])}"
         if match := re.match(r"argument (\w+): invalid choice: '(.*?)' \(choose from (.*)\)", message):
             choices = re.findall(r"[\w-]+", match[3])
             return f"unknown {match[1]} {match[2]!r}{nearest(match[2], choices)}"
         if match := re.match(r"the following arguments are required: (.*)", message):
             required = [f"--{name}" if f"--{name}" in names else name for name in match[1].split(", ")]
             return f"missing {', '.join(required)}; see {self.prog} --help"
+        if match := re.match(r"Parser key \"config\": File does not exist: '(.*)'", " ".join(message.split())):
+            return f"--config: there is no file {match[1]}; correct the path, or leave --config out for the defaults"
         if message.startswith("Unexpected config"):
             return "--config: the file holds no options; write them as group: {option: value}"
         message = re.sub(r'^Parser key "([\w.]+)":\s*', r"--\1: ", message)
         message = re.sub(r"<class '(\w+)'>", r"\1", message).replace("typing.", "")
         message = " ".join(message.split())
+        choice = r"(--[\w.]+): Expected a Literal\[([^]]*)\]\. Got value: (.*)"
+        if match := re.fullmatch(choice, message):
+            *values, last = re.findall(r"'(.*?)'", match[2])
+            return f"{match[1]} is {match[3]}; it must be {', '.join(values)} or {last}"
         optional = r"Does not validate against any of the Union subtypes Subtypes: \[(.*?), NoneType\].* Given value: "
         message = re.sub(optional, r"Expected a \1. Got value: ", message)
         union = r"Does not validate against any of the Union subtypes Subtypes: \[(.*)\] Errors: .* Given value: "
         return re.sub(union, r"Expected one of \1. Got value: ", message)
 
+    def _stray(self, given: str, args: Sequence[str]) -> str:
+        """Return the message about a value without an option. After an option that takes a list, it is one value more."""
+        i = list(args).index(given) if given in args else 0
+        start = next((j for j in range(i - 1, -1, -1) if args[j].startswith("--")), i)
+        end = next((j for j in range(i, len(args)) if args[j].startswith("--")), len(args))
+        name, _, value = args[start].partition("=") if args else ("", "", "")
+        for action in self._actions:
+            if name in action.option_strings and "list[" in str(getattr(action, "_typehint", "")):
+                values = [each.strip("[]") for each in (value, *args[start + 1 : end]) if each]
+                return f"{name} takes one value; write several as {name} '[{', '.join(values)}]'"
+        return f"unknown option {given}"
+
     def _suggestion(self, given: str) -> str:
-        """Return the end of a message about an unknown option: its spelling, or near names; empty for a stray value."""
-        if not given.startswith("-"):
-            return ""
-        # Be certain if one option fits with underscores for hyphens and its group added: --pack-tokens is
-        # --data.pack_tokens. The name of a recipes' group stands for its first option: --model is --model.name.
+        """Return the end of a message about an unknown option of the command line or a file: its spelling, or a near name."""
+        dashes = "--" if given.startswith("-") else ""
         spelled = given.lstrip("-").replace("-", "_")
-        names = self._option_names()
-        exact = [name for name in names if name == f"--{spelled}" or name.endswith(f".{spelled}")]
+        names = [name.lstrip("-") for name in self._option_names()]
+        # An option without a group is meant rather than one of the same name in a group: --model is --models in
+        # `saro evaluate`, not --judge.model.
+        top = get_close_matches(spelled, [name for name in names if "." not in name], n=1, cutoff=_TOP_LIKENESS)
+        if top and spelled not in names:
+            return f"; did you mean {dashes}{top[0]}?"
+        # Be certain if one option fits with underscores for hyphens and its group added: --pack-tokens is
+        # --data.pack_tokens.
+        exact = [name for name in names if name == spelled or name.endswith(f".{spelled}")]
         if spelled in self.group_options:
-            exact.append(f"--{self.group_options[spelled]}")
-        return f"; it is spelled {exact[0]}" if len(exact) == 1 else nearest(given, names)
+            exact.append(self.group_options[spelled])
+        if len(exact) == 1:
+            return f"; it is spelled {dashes}{exact[0]}"
+        if foreign := _FOREIGN_OPTIONS.get(spelled.rpartition(".")[2]):
+            is_option = foreign.split()[0] in names
+            return f"; it is spelled {dashes}{foreign}" if is_option else f"; see {self.prog} --help"
+        # Compare without groups too: they would make two options alike that share nothing else.
+        groups = {name.partition(".")[0] for name in names if "." in name}
+        words = [word for word in spelled.split(".") if word not in groups] or [spelled]
+        alike = [name for name in names if any(_likeness(word, name.rpartition(".")[2]) >= _LIKENESS for word in words)]
+        near = get_close_matches(spelled, alike, n=1, cutoff=_LIKENESS)
+        return f"; did you mean {dashes}{near[0]}?" if near else f"; see {self.prog} --help"
+
+
+def _likeness(a: str, b: str) -> float:
+    return SequenceMatcher(None, a, b).ratio()
 
 
 def parse_recipe(
@@ -120,12 +204,14 @@ def parse_recipe(
         "output and length may be others; the same bits need the same options.",
     )
     parser.add_argument("--overwrite", action="store_true", help="Delete the run in the output folder and start over.")
-    parser.add_class_arguments(config)
+    hints, docs = get_type_hints(config), _read_docs(config)
+    for field in fields(config):
+        _add_group(parser, field, hints[field.name], docs[field.name])
     parsed = parser.parse(_files_first(sys.argv[1:] if args is None else args))
     _check_parsed(config, parsed)
-    groups = parser.instantiate(parsed)
+    groups = {name: _read_group(hint, parsed[name]) for name, hint in hints.items()}
     flags = RunFlags(resume=parsed.resume, overwrite=parsed.overwrite)
-    return config(**{field.name: groups[field.name] for field in fields(config)}), flags
+    return config(**groups), flags
 
 
 def _check_parsed(config: type, parsed: Namespace) -> None:
@@ -203,7 +289,7 @@ def parse_tool(options: type[Config], prog: str, description: str, args: Sequenc
     values = {}
     for field in fields(options):
         value, hint = parsed[field.name], hints[field.name]
-        values[field.name] = _make_group(field.name, hint, value) if is_dataclass(hint) else value
+        values[field.name] = _make_group(field.name, hint, value) if is_dataclass(hint) else _listed(value, hint)
     return options(**values)
 
 
@@ -211,6 +297,22 @@ def _spell_out(args: Sequence[str], names: Mapping[str, str]) -> list[str]:
     """Return the arguments with some names of options replaced by others."""
     split = [arg.partition("=") for arg in args]
     return [names.get(name, name) + equals + value for name, equals, value in split]
+
+
+def _takes_list(hint: Any) -> bool:
+    """Return True for a list, or a list or None, of which the dataclass takes no other form."""
+    kinds = {hint, *get_args(hint)} if get_origin(hint) is not list else {hint}
+    return str not in kinds and any(get_origin(kind) is list for kind in kinds)
+
+
+def _or_one(hint: Any) -> Any:
+    """Return the type of an option on the command line and in files; where a list is expected, one name will do."""
+    return hint | str if _takes_list(hint) else hint
+
+
+def _listed(value: Any, hint: Any) -> Any:
+    """Return a value in the form of its field: a list of one name if the name was given alone."""
+    return [value] if isinstance(value, str) and _takes_list(hint) else value
 
 
 def _read_docs(config: type) -> dict[str, str]:
@@ -230,10 +332,10 @@ def _add_option(parser: Parser, field: Field, hint: Any, doc: str) -> None:
     elif field.default is False:
         parser.add_argument(f"--{field.name}", action="store_true", help=doc)
     elif field.default is MISSING and field.default_factory is MISSING:
-        parser.add_argument(f"--{field.name}", type=hint, required=True, help=doc)
+        parser.add_argument(f"--{field.name}", type=_or_one(hint), required=True, help=doc)
     else:
         default = field.default if field.default_factory is MISSING else field.default_factory()
-        parser.add_argument(f"--{field.name}", type=hint, default=default, help=doc)
+        parser.add_argument(f"--{field.name}", type=_or_one(hint), default=default, help=doc)
 
 
 def _add_group(parser: Parser, field: Field, config: type, doc: str) -> None:
@@ -248,19 +350,24 @@ def _add_group(parser: Parser, field: Field, config: type, doc: str) -> None:
     group = parser.add_argument_group(title.rstrip("."), description or None)
     for name in names_shown:
         option = f"--{field.name}.{name}"
-        group.add_argument(option, type=hints[name], default=getattr(defaults, name), help=docs[name])
-    # Only for the recipes' groups: for a group of the tool's own, `saro compare --model` most likely means --models.
-    if "shown" in field.metadata and names[0] in names_shown:
-        parser.group_options[field.name] = f"{field.name}.{names[0]}"
+        group.add_argument(option, type=_or_one(hints[name]), default=getattr(defaults, name), help=docs[name])
+    meant = _GROUP_OPTIONS.get(field.name)
+    if meant in names_shown:
+        parser.group_options[field.name] = f"{field.name}.{meant}"
 
 
 def _make_group(name: str, config: type, values: Namespace) -> Any:
     try:
-        return config(**values.as_dict())
+        return _read_group(config, values)
     except SaroError as error:
         # The recipes' checks name their options as YAML does, "data.pack_tokens"; tools have a command line only.
         text = str(error)
         raise SaroError(f"--{text}" if text.startswith(f"{name}.") else text) from error
+
+
+def _read_group(config: type, values: Namespace) -> Any:
+    hints = get_type_hints(config)
+    return config(**{name: _listed(value, hints[name]) for name, value in values.as_dict().items()})
 
 
 def as_list(value: list[str] | str) -> list[str]:

@@ -122,6 +122,12 @@ def test_help_of_all_commands_is_the_table_and_imports_no_tool():
     assert done.stderr == ""
 
 
+def test_without_a_command_the_commands_are_listed(saro):
+    code, out, err = saro()
+    assert (code, out) == (2, "")
+    assert all(f" {name} " in err for name in COMMANDS)
+
+
 def test_help_starts_as_a_process():
     done = subprocess.run([sys.executable, "-m", "saro", "--help"], capture_output=True, text=True, check=False)
     assert done.returncode == 0
@@ -132,14 +138,16 @@ def test_help_starts_as_a_process():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], 'expected "subcommand" to be one of {plan,inspect,'),
         (["inspct"], "unknown subcommand 'inspct'; did you mean inspect?"),
         (["--hlep"], "unknown option --hlep; did you mean --help?"),
         (["convert", "gsm8", "a", "b"], "unknown format 'gsm8'; did you mean gsm8k?"),
         (["convert", "gsm8k", "a"], "missing target; see saro convert --help"),
         (["export", "--merge"], "missing --run; see saro export --help"),
         (["compare", "--model", "demo"], "unknown option --model; did you mean --models?"),
-        (["doctor", "--data", "my.jsonl"], "unknown option --data; valid are "),
+        (["evaluate", "--model", "demo"], "unknown option --model; did you mean --models?"),
+        (["evaluate", "--models", "a", "b"], "--models takes one value; write several as --models '[a, b]'"),
+        (["plan", "--model", "demo"], "unknown option --model; it is spelled --model.name"),
+        (["doctor", "--data", "my.jsonl"], "unknown option --data; see saro doctor --help"),
         (["doctor", "--model.liger"], "argument --model.liger: expected one argument"),
         (["chat", "--run", "x", "--max_tokens", "null"], "--max_tokens: Expected a int. Got value: None"),
     ],
