@@ -263,7 +263,8 @@ class TrainConfig:
         patience: Stop once this many evaluations, one after the other, were not better than the best by keep_best.
         save_every: Steps between checkpoints; 0 saves only at the end.
         keep_checkpoints: Number of newest checkpoints to keep.
-        log_every: Steps between log lines.
+        log_every: Steps between log lines. Evaluations, checkpoints and the end of the run have a line too, so that the lines
+            cover all steps.
         samples: Number of held-out prompts to answer before and after training, for the table at the end.
         sample_tokens: Maximum length of these answers, in tokens.
         trackers: Also report to these trackers, such as tensorboard or wandb. A resumed run continues its run in W&B.

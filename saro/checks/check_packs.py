@@ -21,6 +21,7 @@ from saro.data.dataset import ExampleSet, PairSet
 from saro.data.tree import ScoredSequence, SequenceTree, build_tree, common_prefix
 from saro.errors import SaroError
 from saro.model.architectures import sliding_window
+from saro.model.attention import UnfitAttention
 from saro.model.liger import uses_liger
 from saro.model.policy import Policy
 from saro.model.unmodified import unmodified
@@ -81,7 +82,10 @@ def check_packs(policy: Policy, data: ExampleSet | PairSet) -> PackCheck:
         with policy.evaluating(), nonzero_adapter(policy):
             kernels = check_kernels(policy)
             return _check_whole(policy, data, layout, attention, kernels)
-    except (TypeError, ValueError) as error:
+    except (UnfitAttention, TypeError) as error:
+        # The model's own code raises this TypeError if it does not take the layout of a pack. Any other is a bug, perhaps ours.
+        if isinstance(error, TypeError) and "unexpected keyword argument" not in str(error):
+            raise
         raise SaroError(f"packed attention does not fit this model: {error}") from error
 
 

@@ -43,6 +43,10 @@ SINK_WIDTH = 8
 _WITHOUT_EFFECT = frozenset({"position_ids", "use_cache", "cache_position"})
 
 
+class UnfitAttention(ValueError):
+    """A model's layer calls attention in a way that packed attention does not compute."""
+
+
 class KeyGather(NamedTuple):
     """The keys of all paths, one path after the other, as copies of the T tokens of a pack.
 
@@ -213,10 +217,10 @@ def packed_attention(
         (1, T, H, D), and None for the attention weights.
 
     Raises:
-        ValueError: there is no plan, or an unknown argument could change the result.
+        UnfitAttention: there is no plan, or an unknown argument could change the result.
     """
     if plan is None:
-        raise ValueError(f"{type(module).__name__} got no plan of a pack; call the model through Policy")
+        raise UnfitAttention(f"{type(module).__name__} got no plan of a pack; call the model through Policy")
     check_arguments(module, attention_mask, others)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     # autocast does this for SDPA only, and the rotary embedding of float32 hidden states leaves queries and keys float32.
@@ -227,7 +231,7 @@ def packed_attention(
 
 
 def check_arguments(module: torch.nn.Module, mask: torch.Tensor | None, others: Mapping[str, object]) -> None:
-    """Raise ValueError if a module passes an argument that our attention functions do not support.
+    """Raise UnfitAttention if a module passes an argument that our attention functions do not support.
 
     Args:
         others: the arguments that our attention function does not name.
@@ -235,9 +239,9 @@ def check_arguments(module: torch.nn.Module, mask: torch.Tensor | None, others: 
     unknown = sorted(k for k, v in others.items() if v is not None and k not in _WITHOUT_EFFECT)
     if unknown or mask is not None:
         names = ", ".join(unknown) or "attention_mask"
-        raise ValueError(f"packed attention does not know the argument {names} of {type(module).__name__}")
+        raise UnfitAttention(f"packed attention does not know the argument {names} of {type(module).__name__}")
     if not getattr(module, "is_causal", True):
-        raise ValueError(f"{type(module).__name__} is not causal; packed attention is")
+        raise UnfitAttention(f"{type(module).__name__} is not causal; packed attention is")
 
 
 def _sdpa(query, key, value, plan, scale, dropout, window, softcap=None, sinks=None):

@@ -137,7 +137,7 @@ class Policy(nn.Module):
 
     def _head_inputs(self, hidden: torch.Tensor, pack: Pack, part: slice) -> dict[str, Any]:
         """Return the arguments of ``token_logps`` for a part of the pack's rows: their hidden states, targets and head."""
-        # index_select, because the backward of advanced indexing with repeated indices is slow and not reproducible.
+        # index_select, because on a CPU the backward of advanced indexing with repeated indices is slow and not reproducible.
         rows = hidden.index_select(0, pack.row_hidden[part])  # (n, D)
         if self.autocast is not None:
             rows = rows.to(self.autocast)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
+from collections.abc import Iterator
 from functools import partial
 
 import torch
@@ -15,8 +16,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from saro.errors import SaroError
 from saro.model.fused_lora import CHECKPOINTING
 
-# Inputs that are still on the device while they are copied to the host. The stream that computes waits for a copy only
-# when the next but one layer begins, and a layer takes several times as long as the copy of its input.
+# Layers whose inputs are still on the device while they are copied to the host. The stream that computes waits for a copy only
+# when the next but one layer begins, and a layer takes several times as long as the copy of its inputs.
 _LEAVING = 2
 
 
@@ -96,18 +97,20 @@ class _Parked:
         host: its values, in pinned memory if they come from a device.
         on_device: the tensor on the device, or None.
         moved: event after the last copy in either direction.
-        previous: weak reference to the tensor that was saved before. The backward reads it next.
+        before: the first tensor of a layer has references to all of the layer before, which the backward reads next.
     """
 
-    def __init__(self, host, on_device, moved, previous) -> None:
+    def __init__(self, host, on_device, moved, before) -> None:
         self.host = host
         self.on_device = on_device
         self.moved = moved
-        self.previous = previous
+        self.before = before
 
 
 class InputsOnHost(saved_tensors_hooks):
     """Makes autograd save tensors in host memory in its context. Each is back on the device before the backward reads it.
+
+    Enter it once for each layer, in the order in which they run.
 
     Copies have a stream of their own. The stream that computes waits for a copy only where it needs the result: for that to
     the host before the device's memory is used again, and for that back, which begins a layer before. The host waits for
@@ -122,8 +125,19 @@ class InputsOnHost(saved_tensors_hooks):
     def __init__(self) -> None:
         super().__init__(self._park, self._bring_back)
         self._stream = None
-        self._leaving: deque[weakref.ref[_Parked]] = deque()
-        self._newest = _no_tensor
+        # The tensors of the layers whose copies to the host may be under way, the newest layer last.
+        self._leaving: deque[list[weakref.ref[_Parked]]] = deque()
+
+    def __enter__(self) -> None:
+        """Begin a layer, and free the device's memory of an earlier one."""
+        self._leaving.append([])
+        while len(self._leaving) > _LEAVING:
+            # Autograd has freed a tensor already if its backward is done, or will never run.
+            for parked in _alive(self._leaving.popleft()):
+                if parked.on_device is not None:
+                    self._wait_for(parked)
+                    parked.on_device = None
+        super().__enter__()
 
     @torch.no_grad()
     def _park(self, tensor: torch.Tensor) -> _Parked | torch.Tensor:
@@ -132,29 +146,23 @@ class InputsOnHost(saved_tensors_hooks):
         if tensor.numel() == 0:
             return tensor
         host, tensor = empty_on_host(tensor), tensor.detach()
-        parked = _Parked(host, tensor, self._copy(tensor, host), self._newest)
-        self._newest = weakref.ref(parked)
-        self._leaving.append(self._newest)
-        while len(self._leaving) > _LEAVING:
-            oldest = self._leaving.popleft()()
-            # Autograd has freed it already if its backward is done, or will never run.
-            if oldest is not None and oldest.on_device is not None:
-                self._wait_for(oldest)
-                oldest.on_device = None
+        *earlier, layer = self._leaving
+        before = earlier[-1] if earlier and not layer else []
+        parked = _Parked(host, tensor, self._copy(tensor, host), before)
+        layer.append(weakref.ref(parked))
         return parked
 
     @torch.no_grad()
     def _bring_back(self, parked: _Parked | torch.Tensor) -> torch.Tensor:
-        """Return a tensor on the device, and begin to fetch the one that the backward reads next."""
+        """Return a tensor on the device, and begin to fetch those of the layer that the backward reads next."""
         if isinstance(parked, torch.Tensor):
             return parked
         self._fetch(parked)
         self._wait_for(parked)
         # Autograd keeps the result while it needs it. If it asks again (retain_graph), the tensor is fetched again.
         tensor, parked.on_device = parked.on_device, None
-        previous = parked.previous()
-        if previous is not None:
-            self._fetch(previous)
+        for earlier in _alive(parked.before):
+            self._fetch(earlier)
         return tensor
 
     def _fetch(self, parked: _Parked) -> None:
@@ -179,5 +187,6 @@ class InputsOnHost(saved_tensors_hooks):
         self._streams.current_stream().wait_event(parked.moved)
 
 
-def _no_tensor() -> None:
-    """Stand in for a weak reference whose tensor is gone."""
+def _alive(references: list[weakref.ref[_Parked]]) -> Iterator[_Parked]:
+    """Yield the tensors that autograd still keeps."""
+    return filter(None, (reference() for reference in references))

@@ -141,7 +141,7 @@ def fit(
                     "tokens_per_second": tokens_per_second,
                     "peak_memory_gib": runtime.memory(),
                     **_reserved_memory(runtime.device),
-                    "changed_parameters": result.changed,
+                    **({} if result.changed is None else {"changed_parameters": result.changed}),
                     **means,
                 }
                 output.report(step, values)
@@ -183,6 +183,11 @@ def _is_evaluation_due(step: int, total_steps: int, options: TrainConfig) -> boo
     return step % options.eval_every == 0
 
 
+def _is_line_due(step: int, options: TrainConfig) -> bool:
+    """Return True if a log line follows ``step`` steps: also where the run may be resumed, which begins a new average."""
+    return any(every and step % every == 0 for every in (options.log_every, options.save_every, options.eval_every))
+
+
 @dataclass(frozen=True)
 class StepResult:
     """The numbers of one step, on the host.
@@ -193,7 +198,7 @@ class StepResult:
         grad_norm: norm of the gradient before clipping.
         num_signals: number of signals to stop that all ranks have received.
         tokens_per_second: see ``Outcome``.
-        changed: share of the probed weights that the step has changed; 0 if it was not probed.
+        changed: share of the probed weights that the step has changed; None if it was not probed.
         means: averages of the metrics since the last log line; empty if no line is due.
     """
 
@@ -202,7 +207,7 @@ class StepResult:
     grad_norm: float
     num_signals: float
     tokens_per_second: float
-    changed: float
+    changed: float | None
     means: dict[str, float]
 
 
@@ -246,7 +251,7 @@ def _make_steps(
         sums = runtime.sum_(torch.stack([loss, torch.full_like(loss, len(received))]))  # (2,) loss, signals
 
         # 2. Queue the optimizer step. The device leaves it out if the loss or the gradient is not finite.
-        is_logged = (step + 1) % options.log_every == 0
+        is_logged = step + 1 == left.stop or _is_line_due(step + 1, options)
         # Probed until a step had a gradient: an optimizer made of other tensors than the model's trains nothing.
         before = probe.copy() if is_logged or not has_trained else None
         lr = training.scheduler.get_last_lr()[0]
@@ -260,6 +265,11 @@ def _make_steps(
         upcoming = steps[step + 1].to(device) if has_next else None
         sent = None if metrics is None else metrics.table
         (loss_value, num_signals), (norm_value,), changed, table = _read(sums, norm, changes, sent)
+
+        if num_signals and metrics is None:
+            # The run ends here, and the next one begins with an empty meter.
+            metrics = meter.take(runtime)
+            (table,) = _read(metrics.table)
 
         # 4. Check the numbers.
         if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
@@ -281,7 +291,7 @@ def _make_steps(
             grad_norm=norm_value,
             num_signals=num_signals,
             tokens_per_second=tokens / seconds,
-            changed=changed[0] / changed[1] if changed else 0.0,
+            changed=changed[0] / changed[1] if changed else None,
             means={} if metrics is None else average(metrics.names, table),
         )
 

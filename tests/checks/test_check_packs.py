@@ -639,6 +639,17 @@ def test_fails_on_an_unknown_attention_argument(tiny_model, monkeypatch, name):
         check_packs(load(tiny_model("llama")), DATA)
 
 
+@pytest.mark.parametrize("bug", [TypeError("unsupported operand"), ValueError("not enough values to unpack")])
+def test_a_bug_of_ours_is_not_blamed_on_the_model(tiny_model, monkeypatch, bug):
+    def raise_bug(*_: object) -> None:
+        raise bug
+
+    monkeypatch.setattr("saro.checks.check_packs.check_kernels", raise_bug)
+    with pytest.raises(type(bug)) as caught:
+        check_packs(load(tiny_model("llama")), DATA)
+    assert caught.value is bug
+
+
 # It leaves no trace.
 
 

@@ -163,6 +163,35 @@ def test_without_a_gradient_nothing_goes_to_the_host(three_layers, monkeypatch):
     assert not parked.tensors
 
 
+def test_each_tensor_of_a_layer_with_two_is_fetched_once_and_waited_for(tmp_path, monkeypatch):
+    """A layer of Gemma 4 also gets an embedding of each token for itself."""
+    types = ["sliding_attention", "full_attention"] * 2
+    folder = save_tiny_model(tmp_path, "gemma4", num_hidden_layers=4, layer_types=types)
+    expected = outcome(wake(load(folder)))
+    parked = Parked(monkeypatch)
+    events: dict[int, list[str]] = {}
+    alive = []  # so that no two have the same id
+    copy, wait = InputsOnHost._fetch, InputsOnHost._wait_for
+
+    def fetch(hooks: InputsOnHost, tensor: object) -> None:
+        if tensor.on_device is None:
+            alive.append(tensor)
+            events.setdefault(id(tensor), []).append("fetched")
+        copy(hooks, tensor)
+
+    def wait_for(hooks: InputsOnHost, tensor: object) -> None:
+        if id(tensor) in events:
+            events[id(tensor)].append("waited for")
+        wait(hooks, tensor)
+
+    monkeypatch.setattr(InputsOnHost, "_fetch", fetch)
+    monkeypatch.setattr(InputsOnHost, "_wait_for", wait_for)
+    assert is_equal(outcome(wake(load(folder, gradient_checkpointing=True, activation_offloading=True))), expected)
+    assert len(parked.tensors) == 2 * 4
+    # The last two layers have not left the device when the backward begins.
+    assert list(events.values()) == [["fetched", "waited for"]] * 4
+
+
 def chain(hooks: InputsOnHost, links: int) -> tuple[torch.Tensor, torch.Tensor, list[weakref.ref]]:
     """Multiply a number of tensors, each saved under the hooks. Return leaf, result, and references to what was saved."""
     leaf = torch.linspace(0.5, 1.5, 8, dtype=torch.float64, requires_grad=True)

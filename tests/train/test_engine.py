@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -783,6 +784,23 @@ def test_a_log_line_averages_over_its_steps_weighted_by_tokens(training, runtime
     expected = [(losses[i] * tokens[i] + losses[i + 1] * tokens[i + 1]) / (tokens[i] + tokens[i + 1]) for i in (0, 2)]
     assert [line["step"] for line in lines_of(pairs)] == [2, 4]
     assert [line["loss"] for line in lines_of(pairs)] == pytest.approx(expected, rel=1e-12)
+
+
+def test_lines_cover_all_steps_of_a_run_that_was_stopped_and_resumed(training, runtime):
+    each = training("each", policy=Bigram())
+    each.fit(runtime, 8)
+    losses = [line["loss"] for line in lines_of(each)]
+    tokens = [sum(int(each.data.scored_tokens[r]) for r in each.steps[s].records) for s in range(8)]
+    sparse = {"log_every": 10, "save_every": 3}
+    stopped = training("stopped", policy=Bigram(), **sparse)
+    stopped.steps = Sending(stopped.steps, at=4, number=signal.SIGTERM)
+    assert stopped.fit(runtime, 8).step == 5
+    training("stopped", policy=Bigram(), **sparse).fit(runtime, 8, resume=True)
+    lines = lines_of(stopped)
+    assert [line["step"] for line in lines] == [3, 5, 6, 8]
+    for (start, stop), line in zip(pairwise([0, 3, 5, 6, 8]), lines, strict=True):
+        total = sum(loss * n for loss, n in zip(losses[start:stop], tokens[start:stop], strict=True))
+        assert line["loss"] == pytest.approx(total / sum(tokens[start:stop]), rel=1e-12)
 
 
 def test_tokens_per_second_counts_the_tokens_that_the_model_reads(training, runtime):
