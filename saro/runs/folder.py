@@ -17,6 +17,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 import saro
+import saro_kernels
 from saro.config import DataConfig, ModelConfig, as_dict
 from saro.data.chat_format import ChatFormat
 from saro.data.lengths import LengthReport
@@ -365,10 +366,11 @@ def _holds_run(folder: str | Path) -> str:
 
 
 def _code_hash() -> str:
-    """Return the sha256 of all Python files of this package."""
+    """Return the sha256 of all Python files of this package and its kernels."""
     digest = hashlib.sha256()
-    for path in sorted(Path(saro.__file__).parent.rglob("*.py")):
-        digest.update(path.read_bytes())
+    for package in (saro, saro_kernels):
+        for path in sorted(Path(package.__file__).parent.rglob("*.py")):
+            digest.update(path.read_bytes())
     return digest.hexdigest()
 
 
