@@ -45,7 +45,7 @@ def test_the_manifest_names_the_inputs_of_the_run(folder, source, data_file):
 
 def test_the_hash_of_the_code_is_that_of_the_kernels_too(folder, source, data_file, tmp_path, monkeypatch):
     (tmp_path / "kernels").mkdir()
-    monkeypatch.setattr("saro_kernels.__file__", str(tmp_path / "kernels" / "__init__.py"))
+    monkeypatch.setattr("saro_kernels.__spec__.origin", str(tmp_path / "kernels" / "__init__.py"))
     hashes = []
     for text in ("a = 1", "a = 2"):
         (tmp_path / "kernels" / "one.py").write_text(text)
