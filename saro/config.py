@@ -211,11 +211,23 @@ class DataConfig:
         if not self.train:
             raise SaroError("data.train names no file; give one or more")
         for kind, weight in self.weights.items():
-            if weight < 0:
-                raise SaroError(f"data.weights: {kind} is {weight}; it must be at least 0")
+            if not (math.isfinite(weight) and weight >= 0):
+                raise SaroError(f"data.weights: {kind} is {weight}; it must be at least 0, and finite")
         _check_row_weights(self.row_weights)
         if self.think_tags is not None and (not all(self.think_tags) or self.think_tags[0] == self.think_tags[1]):
             raise SaroError("data.think_tags must be two different tags")
+
+
+def _check_read(model: ModelConfig, train: TrainConfig) -> None:
+    """Raise SaroError for an option that is given and that nothing would read."""
+    if model.method == "full":
+        for name in ("lora_rank", "lora_alpha", "lora_rslora", "lora_dropout", "lora_targets"):
+            if getattr(model, name) is not None:
+                raise SaroError(f"model.{name} is for adapters, and --model.method is full; leave it out")
+    if not train.trackers:
+        for name in ("run_name", "track_samples"):
+            if getattr(train, name):
+                raise SaroError(f"train.{name} is for trackers, and there are none; name one with --train.trackers")
 
 
 def _check_keep_best(data: DataConfig, train: TrainConfig) -> None:
@@ -344,6 +356,7 @@ class RWConfig:
 
     def __post_init__(self) -> None:
         _check_kinds(self.data.weights, KINDS)
+        _check_read(self.model, self.train)
         object.__setattr__(self, "data", _with_heldout(self.data))
         _check_keep_best(self.data, self.train)
 
@@ -456,6 +469,7 @@ class SRPOConfig:
 
     def __post_init__(self) -> None:
         _check_kinds(self.data.weights, PAIR_KINDS)
+        _check_read(self.model, self.train)
         if self.data.row_weights:
             raise SaroError("data.row_weights is for RW; weigh kinds of pairs with --data.weights")
         if self.data.train_on != "last":

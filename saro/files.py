@@ -68,9 +68,7 @@ def atomic_write(path: str | os.PathLike, mode: str = "w") -> Iterator[IO]:
     if mode not in ("w", "wb"):
         raise ValueError(f'mode must be "w" or "wb", not {mode!r}')
     path = Path(path)
-    _check_parent(path)
-    if path.is_dir():
-        raise SaroError(f"{path}: is a folder; give the name of a file")
+    check_file_target(path)
     temp = _temp_beside(path)
     text = {"encoding": "utf-8", "newline": "\n"} if mode == "w" else {}
     try:
@@ -222,6 +220,15 @@ def _read_hash_cache() -> dict[str, str]:
 def _temp_beside(path: Path, ending: str = _TEMP) -> Path:
     # Beside the target, so that the rename never crosses file systems.
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}.{ending}")
+
+
+def check_file_target(path: Path) -> None:
+    """Raise SaroError if ``atomic_write`` cannot write a file at ``path``; for a check before long work."""
+    _check_parent(path)
+    if path.is_dir():
+        raise SaroError(f"{path}: is a folder; give the name of a file")
+    if not os.access(path.parent, os.W_OK):
+        raise SaroError(f"{path}: cannot be written, {path.parent} is not writable; give another name")
 
 
 def _check_parent(path: Path) -> None:

@@ -294,7 +294,19 @@ def test_recomputation_is_on_or_off_or_automatic_or_a_number_of_layers(yaml_file
         ("data.pack_tokens", "1", "data.pack_tokens is 1; it must be at least 2"),
         ("data.train", "[]", "data.train names no file; give one or more"),
         ("data.weights", "{safty: 2}", "data.weights: unknown kind 'safty'; did you mean safety?"),
-        ("data.weights", "{safety: -1}", "data.weights: safety is -1.0; it must be at least 0"),
+        ("data.weights", "{safety: -1}", "data.weights: safety is -1.0; it must be at least 0, and finite"),
+        ("data.weights", "{safety: .nan}", "data.weights: safety is nan; it must be at least 0, and finite"),
+        ("data.weights", "{safety: .inf}", "data.weights: safety is inf; it must be at least 0, and finite"),
+        (
+            "train.run_name",
+            "mine",
+            "train.run_name is for trackers, and there are none; name one with --train.trackers",
+        ),
+        (
+            "train.track_samples",
+            "true",
+            "train.track_samples is for trackers, and there are none; name one with --train.trackers",
+        ),
         ("data.think_tags", "[<a>, <a>]", "data.think_tags must be two different tags"),
     ],
 )
@@ -302,6 +314,12 @@ def test_a_value_that_a_check_refuses_is_one_line(yaml_file, option, value, mess
     assert refusal(f"--{option}", value) == message
     group, name = option.split(".")
     assert refusal("--config", yaml_file(f"{group}: {{{name}: {value}}}")) == message
+
+
+def test_an_option_of_adapters_is_refused_if_all_weights_are_trained():
+    assert refusal("--model.method", "full", "--model.lora_rank", "4") == (
+        "model.lora_rank is for adapters, and --model.method is full; leave it out"
+    )
 
 
 def test_an_option_without_its_value_is_refused():

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from saro.checks.noise import EXPORT_FACTOR, EXPORT_SHARE
-from saro.data.chat_format import ChatFormat
+from saro.data.chat_format import ChatFormat, EqualSides
 from saro.data.records import Example, Pair
 from saro.data.tree import SequenceTree, build_tree
 from saro.data.unpaired_records import read_records
@@ -59,14 +59,14 @@ class Deviation:
 def choose_records(files: Sequence[str], chat: ChatFormat, pack_tokens: int, number: int) -> list[SequenceTree]:
     """Choose up to ``number`` records, examples or pairs, spread over the files. Each becomes a tree of its sequences.
 
-    Records longer than a pack are skipped. The ``record`` of a sequence is its number among the chosen sequences.
+    Records longer than a pack, and pairs with two equal sides, which the run left out, are skipped. The ``record`` of a sequence is its number among the chosen sequences.
 
     Raises:
         SaroError: a file or a record is faulty, or all are too long.
     """
     records: list[Example | Pair] = []
     for file in files:
-        records += read_records(file)
+        records += read_records(file, may_be_equal=True)
     evenly = [i * len(records) // number for i in range(number)]
     # The other records follow, in case some of these are too long.
     order = dict.fromkeys([*evenly, *range(len(records))])
@@ -76,7 +76,10 @@ def choose_records(files: Sequence[str], chat: ChatFormat, pack_tokens: int, num
         if len(trees) == number:
             break
         record = records[index]
-        encoded = chat.encode_pair(record) if isinstance(record, Pair) else (chat.encode(record),)
+        try:
+            encoded = chat.encode_pair(record) if isinstance(record, Pair) else (chat.encode(record),)
+        except EqualSides:
+            continue
         tree = build_tree([replace(sequence, record=sequences + i) for i, sequence in enumerate(encoded)])
         if tree.tokens <= pack_tokens:
             trees.append(tree)

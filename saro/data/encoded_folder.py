@@ -153,6 +153,8 @@ def _make_key(
         # A record without an id is named after its file.
         "files": [[Path(path).stem, file_hash(Path(path))] for path in paths],
         "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
+        # Not in the tokenizer's text: special tokens in a prompt are then split like other text.
+        "split_special_tokens": tokenizer.backend_tokenizer.encode_special_tokens,
         "special_tokens": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
         "template": hashlib.sha256(json.dumps(tokenizer.chat_template).encode()).hexdigest(),
         "template_date": chat.template_date.isoformat() if chat.template.shows_date else None,

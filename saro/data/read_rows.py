@@ -85,7 +85,7 @@ def _read_parquet(name: str, columns: Collection[str] | None) -> Iterator[tuple[
                 rows = batch.to_pylist() if wanted else [{}] * batch.num_rows
                 for row in rows:
                     number += 1
-                    yield number, f"{name}:{number}", row | others
+                    yield number, f"{name}:{number}", _without_nulls(row | others)
         except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
             fault(name, f"broken Parquet ({type(error).__name__})", "write the file again")
     if not number:
@@ -99,7 +99,12 @@ def _read_hub(name: str, columns: Collection[str] | None) -> Iterator[tuple[int,
         fault(name, "the split has no records", "name another one")
     rows = data.select_columns(wanted) if wanted else ({} for _ in range(len(data)))
     for number, row in enumerate(rows, start=1):
-        yield number, f"{name}:{number}", row | others
+        yield number, f"{name}:{number}", _without_nulls(row | others)
+
+
+def _without_nulls(row: dict[str, Any]) -> dict[str, Any]:
+    """Leave out an id or a kind that is null: a table has no other way to leave it out in some rows."""
+    return {field: value for field, value in row.items() if value is not None or field not in ("id", "kind")}
 
 
 def _load_hub(name: str) -> Dataset:

@@ -119,6 +119,9 @@ class Schedule:
     @classmethod
     def of(cls, data: ExampleSet | PairSet, data_options: DataConfig, train: TrainConfig) -> Schedule:
         """Make the schedule that the options of a run ask for."""
+        present = {data.kind_names[kind] for kind in np.unique(data.kinds)}
+        if absent := data_options.weights.keys() - present:
+            raise SaroError(f"data.weights: no record is of kind {min(absent)}; leave it out, or add records")
         weights = {kind: data_options.weights.get(name, 1.0) for kind, name in enumerate(data.kind_names)}
         shares_prompts = isinstance(data, PairSet | UnpairedSet)
         groups = data.prompts if shares_prompts else data.conversations

@@ -123,8 +123,11 @@ def holds_labels(path: str | os.PathLike) -> bool:
     return first.get("label") is not None and first.get("chosen") is None
 
 
-def read_records(path: str | os.PathLike) -> Iterator[Example | Pair]:
-    """Yield the records of a file in whichever form its first one has: pairs, labelled responses, or examples."""
+def read_records(path: str | os.PathLike, *, may_be_equal: bool = False) -> Iterator[Example | Pair]:
+    """Yield the records of a file in whichever form its first one has: pairs, labelled responses, or examples.
+
+    ``may_be_equal`` as in ``read_pairs``.
+    """
     if holds_labels(path):
-        return read_unpaired(path)
-    return read_pairs(path) if holds_pairs(path) else read_examples(path)
+        return read_unpaired(path, may_be_equal=may_be_equal)
+    return read_pairs(path, may_be_equal=may_be_equal) if holds_pairs(path) else read_examples(path)

@@ -119,7 +119,10 @@ def template_hash(template: str | dict[str, str] | None) -> str:
 
 def _read_template(file: str) -> str:
     try:
-        return Path(file).read_text(encoding="utf-8")
+        # An editor may begin the file with a mark, which would be a part of every prompt.
+        return Path(file).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise SaroError(f"{file}: is not UTF-8; save it as UTF-8") from error
     except OSError as error:
         raise SaroError(f"{file}: {error.strerror}; give the file of a Jinja template") from error
 

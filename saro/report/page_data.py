@@ -294,6 +294,8 @@ def tradeoff_panels(evaluation: Evaluation, folders: Sequence[Evaluation]) -> di
                 for other in folders
                 if (sx := other.score("over_refusal", model, comply))
                 and (sy := other.score("harmful_compliance", model, harm))
+                # A seed in which nothing could be counted has no rate.
+                and None not in (sx["value"], sy["value"])
             ]
             points.append(TradeoffPoint(model, index, x, y, seeds))
         if points:

@@ -133,7 +133,13 @@ def _check_same_records(folder: Path, began: Mapping[str, Any], now: Mapping[str
             )
 
 
-def _data_contents(manifest: Mapping[str, Any]) -> tuple[list[str], int, list[str]]:
-    """Return the hashes of the data files in order, how many of them are training files, and the names of the sets."""
-    hashes = list(manifest.get("data", {}).values())
-    return hashes, len(manifest["config"]["data"]["train"]), sorted(manifest.get("records", {}))
+def _data_contents(manifest: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Return what the sets of a run hold, wherever the files are.
+
+    These are the hashes of the files in order, how many of them are training files, the names of the sets, and the training
+    file that each held-out file is, if it is one: both are then hashed once.
+    """
+    hashes, data = list(manifest.get("data", {}).values()), manifest["config"]["data"]
+    train = data["train"]
+    shared = [train.index(name) if name in train else None for name in data["heldout"] or []]
+    return hashes, len(train), sorted(manifest.get("records", {})), shared

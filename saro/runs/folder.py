@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import date
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -365,10 +366,11 @@ def _holds_run(folder: str | Path) -> str:
 
 
 def _code_hash() -> str:
-    """Return the sha256 of all Python files of this package."""
+    """Return the sha256 of all Python files of this package and its kernels."""
     digest = hashlib.sha256()
-    for path in sorted(Path(saro.__file__).parent.rglob("*.py")):
-        digest.update(path.read_bytes())
+    for package in ("saro", "saro_kernels"):
+        for path in sorted(Path(find_spec(package).origin).parent.rglob("*.py")):
+            digest.update(path.read_bytes())
     return digest.hexdigest()
 
 

@@ -19,12 +19,13 @@ from saro.data.chat_format import ChatFormat
 from saro.data.dataset import ExampleSet, PairSet
 from saro.data.encode_files import encode_files, encode_pair_files
 from saro.data.packs import pack_trees
+from saro.data.read_rows import is_hub
 from saro.data.records import SIDES, Example, Pair, Response, holds_pairs, read_examples, read_pairs
 from saro.data.tree import RowKind, ScoredSequence
 from saro.errors import SaroError
 from saro.evaluate.options import LoadOptions, ServerOptions
 from saro.evaluate.subjects import Subject, find_subjects
-from saro.files import atomic_write
+from saro.files import atomic_write, check_file_target
 from saro.model.score import score_packs, split_pairs, split_sequences
 from saro.program import positional, progress_bar, shown
 from saro.runs.finished import this_device
@@ -80,9 +81,12 @@ def run(options: Options, console: Console) -> int:
         SaroError: the file or a model does not exist, the two models have different vocabularies, the output exists, or
             whatever training would refuse.
     """
+    if options.output is None and is_hub(options.records):
+        raise SaroError(f"{options.records}: is a data set of the hub; name the file of the scores with --output FILE")
     target = Path(options.output or f"{options.records.removesuffix('.jsonl')}.scores.jsonl")
     if target.exists() and not options.overwrite:
         raise SaroError(f"{target}: exists already; name another --output, or replace it with --overwrite")
+    check_file_target(target)
     model, reference = _find_models(options)
     records = list((read_pairs if holds_pairs(options.records) else read_examples)(options.records))
     data = _encode(options, records, model)

@@ -176,6 +176,15 @@ def test_another_day_encodes_again_only_if_prompts_show_the_day(map_files, said,
     assert len(said) == times
 
 
+def test_special_tokens_that_are_split_encode_again(map_files, said, records_file):
+    file = records_file(PAIR_RECORDS)
+    splitting = tiny_tokenizer()
+    splitting.backend_tokenizer.encode_special_tokens = True
+    for tokenizer in (CHAT.tokenizer, splitting):
+        map_files(file, chat=replace(CHAT, tokenizer=tokenizer))
+    assert len(said) == 2
+
+
 def test_other_records_and_another_name_of_the_file_encode_again(map_files, said, records_file, tmp_path):
     map_files(records_file(PAIR_RECORDS, "a.jsonl"))
     map_files(records_file([*PAIR_RECORDS, OPEN], "a.jsonl"))

@@ -81,6 +81,13 @@ def test_a_faulty_row_is_named(tmp_path, records, expected):
     assert str(caught.value).startswith(path + expected)
 
 
+def test_an_id_or_kind_that_is_null_in_some_rows_of_a_table_is_absent(tmp_path):
+    rows = {"prompt": ["a", "b"], "answer": ["c", "d"], "kind": ["safety", None], "id": ["x", None]}
+    pq.write_table(pa.table(rows), tmp_path / "d.parquet")
+    records = list(read_examples(tmp_path / "d.parquet"))
+    assert [(record.id, record.kind) for record in records] == [("x", "safety"), ("d:2", "general")]
+
+
 @pytest.mark.parametrize(
     "content",
     [b"", b"PAR1", b"PAR1" + b"\0" * 64 + b"PAR1", b'{"prompt": "Hi"}'],

@@ -333,6 +333,12 @@ def test_a_run_of_examples_draws_each_kind_by_its_weight():
     assert [r.tolist() for r in epoch_of(schedule, 1)] == [r.tolist() for r in epoch_of(same, 1)]
 
 
+def test_a_weight_of_a_kind_that_no_record_has_is_an_error():
+    general = replace(by_hand(), kinds=np.zeros(5, np.uint8))
+    with pytest.raises(SaroError, match=r"^data\.weights: no record is of kind safety; leave it out, or add records$"):
+        Schedule.of(general, DataConfig(weights={"safety": 2}), TrainConfig())
+
+
 @pytest.mark.parametrize(("grouped", "groups"), [(True, [0, 1, 0]), (False, None)])
 def test_a_run_of_pairs_groups_them_by_prompt_if_the_option_is_set(grouped, groups):
     pairs = replace(pairs_by_hand(), prompts=np.array([0, 1, 0], np.int32))

@@ -395,6 +395,12 @@ def test_the_users_chat_template_replaces_the_models(folder, tmp_path):
     source = find_model(ModelConfig(name=str(folder)))
     chat = source.chat_format(DataConfig(chat_template=str(tmp_path / "mine.jinja")), date(2026, 1, 2))
     assert chat.tokenizer.chat_template.startswith("{% for m in messages %}[")
+    (tmp_path / "marked.jinja").write_text(chat.tokenizer.chat_template, encoding="utf-8-sig")
+    marked = source.chat_format(DataConfig(chat_template=str(tmp_path / "marked.jinja")), date(2026, 1, 2))
+    assert marked.tokenizer.chat_template.startswith("{% for m in messages %}[")
+    (tmp_path / "utf16.jinja").write_text("{{ x }}", encoding="utf-16")
+    with pytest.raises(SaroError, match=r"utf16.jinja: is not UTF-8; save it as UTF-8"):
+        source.chat_format(DataConfig(chat_template=str(tmp_path / "utf16.jinja")), date(2026, 1, 2))
     with pytest.raises(SaroError, match=r"nowhere.jinja: No such file or directory; give the file of a Jinja template"):
         source.chat_format(DataConfig(chat_template=str(tmp_path / "nowhere.jinja")), date(2026, 1, 2))
 

@@ -8,6 +8,7 @@ import json
 import random
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from chromium import CHROMIUM, browser
@@ -18,7 +19,7 @@ from saro.evaluate.outcomes import COUNTED
 from saro.report.evaluation_files import read_evaluation
 from saro.report.number import MINUS, MISSING, TIMES, format_number
 from saro.report.page import make_report
-from saro.report.page_data import OUTCOMES
+from saro.report.page_data import OUTCOMES, tradeoff_panels
 from saro.report.training_files import read_training_run
 from saro.tools.report_tool import add_opinions
 
@@ -31,6 +32,24 @@ ATTACKS = (
     {"id": "think-empty", "kind": "prefill", "think_off": True},
     *({"id": f"steps-{step}", "kind": "prefill", "step": step} for step in (1, 2)),
 )
+
+
+class Rates(SimpleNamespace):
+    """Stands in for an evaluation of one model on one suite."""
+
+    suites, models = ("suite",), ("model",)
+
+    def expects(self, suite):
+        return {"refuse", "comply"}
+
+    def score(self, metric, model, suite):
+        return {"value": getattr(self, metric)}
+
+
+def test_a_seed_without_a_rate_is_left_out_of_the_scatter():
+    seeds = [Rates(over_refusal=0.1, harmful_compliance=0.2), Rates(over_refusal=None, harmful_compliance=0.3)]
+    ((point,),) = tradeoff_panels(Rates(over_refusal=0.1, harmful_compliance=0.25), seeds).values()
+    assert point.seeds == [(0.1, 0.2)]
 
 
 @pytest.fixture(scope="module")

@@ -227,16 +227,26 @@ def test_files_in_another_order_are_other_data(folder, source, data_file, tmp_pa
                 run.begin(runtime, manifest)
 
 
-def test_a_training_file_that_becomes_a_held_out_one_is_other_data(folder, source, tmp_path):
+@pytest.mark.parametrize(
+    ("began", "now"),
+    [({"train": "ab"}, {"train": "a", "heldout": "b"}), ({"train": "ab", "heldout": "a"}, {"train": "ab", "heldout": "b"})],
+    ids=["a training file becomes a held-out one", "another training file is held out"],
+)  # fmt: skip
+def test_files_in_other_sets_are_other_data(folder, source, tmp_path, began, now):
     files = []
     for name in ("a", "b"):
         (tmp_path / f"{name}.jsonl").write_text(f'{{"prompt": "{name}", "answer": "So."}}\n')
         files.append(str(tmp_path / f"{name}.jsonl"))
     runtime = OneProcess()
-    run = open_run(folder, RWConfig(data=DataConfig(train=files, heldout=[])))
+
+    def options(train: str, heldout: str = "") -> RWConfig:
+        by_name = dict(zip("ab", files, strict=True))
+        return RWConfig(data=DataConfig(train=[by_name[n] for n in train], heldout=[by_name[n] for n in heldout]))
+
+    run = open_run(folder, options(**began))
     run.begin(runtime, manifest_of(run, source, files))
     run.lock.release(force=True)
-    run = open_run(folder, RWConfig(data=DataConfig(train=files[:1], heldout=files[1:])), resume=True)
+    run = open_run(folder, options(**now), resume=True)
     with pytest.raises(SaroError, match="the data is not what the run began with"):
         run.begin(runtime, manifest_of(run, source, files))
 

@@ -43,6 +43,16 @@ def test_the_manifest_names_the_inputs_of_the_run(folder, source, data_file):
     assert len(manifest["code"]) == 64
 
 
+def test_the_hash_of_the_code_is_that_of_the_kernels_too(folder, source, data_file, tmp_path, monkeypatch):
+    (tmp_path / "kernels").mkdir()
+    monkeypatch.setattr("saro_kernels.__spec__.origin", str(tmp_path / "kernels" / "__init__.py"))
+    hashes = []
+    for text in ("a = 1", "a = 2"):
+        (tmp_path / "kernels" / "one.py").write_text(text)
+        hashes.append(manifest_of(open_run(folder), source, [data_file])["code"])
+    assert hashes[0] != hashes[1]
+
+
 def test_the_manifest_holds_the_reports(folder, source, data_file):
     report = SimpleNamespace(as_dict=lambda: {"records": {"general": 3}})
     manifest = manifest_of(open_run(folder), source, [data_file], {"train": report})

@@ -583,6 +583,13 @@ def test_records_that_are_too_long_are_skipped(finished_run, records_file):
         choose_records([file], chat, 20, 4)
 
 
+def test_pairs_with_equal_sides_are_skipped_as_in_a_run_that_drops_them(finished_run, records_file):
+    chat = FinishedRun.open(str(finished_run())).chat_format()
+    equal = {"prompt": "Hi", "chosen": {"answer": "same"}, "rejected": {"answer": "same"}}
+    file = records_file([*pairs(2), equal], "some-equal.jsonl")
+    assert len(choose_records([file], chat, 256, 3)) == 2
+
+
 # The target.
 
 

@@ -67,6 +67,20 @@ def test_a_config_is_enough_to_plan_one_card_ddp_and_sharding(saro, config_only)
     assert found["checkpoint_bytes"] == 3 * 3 * adapters
 
 
+def test_the_tokens_of_all_steps_are_those_of_the_records(saro, config_only):
+    code, out, err = saro("--model.name", config_only, "--tokens", "1000", "--records", "17", "--train.epochs", "2")
+    assert code == 0, err
+    assert "; 34,000 in all" in out
+
+
+def test_checkpoints_of_a_paged_optimizer_hold_its_state(saro, tmp_path):
+    # Tensors of fewer than 4,096 entries keep moments of 32 bits.
+    tiny_config(hidden_size=128, intermediate_size=256).save_pretrained(tmp_path / "model")
+    known = ["--model.name", str(tmp_path / "model"), "--tokens", "64", "--model.method", "full", "--train.optimizer"]
+    plain, paged = (plan(saro, *known, name)["checkpoint_bytes"] for name in ("adamw8bit", "paged_adamw8bit"))
+    assert paged == pytest.approx(plain, rel=0.05)
+
+
 def test_files_of_records_are_counted_as_the_recipe_counts_them(saro, rw_arguments, tmp_path):
     config = tmp_path / "my.yaml"
     arguments = rw_arguments(train_max_steps=None, train_epochs=2)

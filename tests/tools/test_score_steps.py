@@ -169,6 +169,17 @@ def test_the_terminal_shows_means_and_how_often_the_chosen_response_is_ahead(sco
     assert f"the chosen response has the higher reward in {share} of the pairs" in printed
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"output": "gone/scores.jsonl"}, "gone/scores.jsonl: there is no folder gone; make it first"),
+        ({"records": "hf://org/name"}, "hf://org/name: is a data set of the hub; name the file of the scores with --output FILE"),
+    ],
+)  # fmt: skip
+def test_an_output_that_cannot_be_written_is_refused_before_a_model_is_found(records_file, changes, message):
+    assert refusal(**{"records": records_file([EXAMPLE]), "models": ["./gone", "./gone"]} | changes) == message
+
+
 def test_the_default_output_lies_beside_the_records_and_is_not_replaced(models, records_file):
     file = records_file([EXAMPLE], "mine.jsonl")
     assert run(Options(records=file, models=models), Console(quiet=True)) == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
@@ -31,6 +32,7 @@ class Records:
         total_steps: steps of the run; None if the number of records is not known.
         number: number of records; None if it is not known.
         read_only: the tokens of each tree that those steps only read, without a backward: with kto, for its reference point.
+        most_tokens: tokens of all epochs, if they are known.
     """
 
     workload: Workload
@@ -38,6 +40,14 @@ class Records:
     total_steps: int | None
     number: int | None
     read_only: Sequence[Sequence[int]] = ()
+    most_tokens: float = math.inf
+
+    @property
+    def all_tokens(self) -> float | None:
+        """Tokens of all steps; None if their number is not known. The last step of an epoch may be smaller than the others."""
+        if self.total_steps is None:
+            return None
+        return min(self.total_steps * self.step_tokens, self.most_tokens)
 
     @property
     def step_tokens(self) -> float:
@@ -273,4 +283,9 @@ def checkpoint_bytes(cost: StepCost, train: TrainConfig) -> int:
 
     ``cost``: of a rank that holds all weights.
     """
-    return (train.keep_checkpoints + 1) * (cost.trained + cost.optimizer)
+    optimizer = cost.optimizer
+    if train.optimizer == "paged_adamw8bit":
+        # Its pages make room on the card, and are in the checkpoint: two moments of one byte for each entry of four, and a
+        # scale of four for every 256 of them.
+        optimizer = round(cost.trained / 4 * 2 * (1 + 4 / 256))
+    return (train.keep_checkpoints + 1) * (cost.trained + optimizer)

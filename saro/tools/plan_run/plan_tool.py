@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import date
@@ -185,13 +186,15 @@ def _kind(options: Options) -> str:
 def _known_records(options: Options) -> Records:
     """Return records of one length, as the user gave it."""
     train = options.train
-    total = train.max_steps
+    total, most_tokens = train.max_steps, math.inf
     if options.records is not None:
         total = count_steps(train, -(-options.records // train.records_per_step))
+        most_tokens = train.epochs * options.records * options.tokens
     kind = _kind(options)
     workload = Workload(kind, options.tokens, all_rows=_has_all_rows(options.preference))
     steps = [[options.tokens] * train.records_per_step]
-    return Records(workload, steps, total, options.records, read_only=steps if kind == "kto" else ())
+    read_only = steps if kind == "kto" else ()
+    return Records(workload, steps, total, options.records, read_only, most_tokens)
 
 
 def _read_records(path: str, config: PretrainedConfig, options: Options) -> Records:
@@ -313,7 +316,7 @@ def _notes(options: Options, setting: Setting, card: Card, records: Records, lay
     noun = "pairs" if records.workload.stage == "srpo" else "records"
     number = "" if records.number is None else f"{records.number:,} {noun}, "
     steps = "" if records.total_steps is None else f"{records.total_steps:,} steps, "
-    tokens = "" if records.total_steps is None else f"; {records.total_steps * records.step_tokens:,.0f} in all"
+    tokens = "" if records.all_tokens is None else f"; {records.all_tokens:,.0f} in all"
     disk = checkpoint_bytes(layouts[0].cost, options.train)
     lines = [
         f"tensors can have {layouts[0].limit / _GIB:.1f} GiB of {card.memory / 1e9:.0f} GB",
