@@ -131,12 +131,13 @@ class Parser(ArgumentParser):
         message = re.sub(r'^Parser key "([\w.]+)":\s*', r"--\1: ", message)
         message = re.sub(r"<class '(\w+)'>", r"\1", message).replace("typing.", "")
         message = " ".join(message.split())
-        choice = r"(--[\w.]+): Expected a Literal\[([^]]*)\]\. Got value: (.*)"
-        if match := re.fullmatch(choice, message):
-            *values, last = re.findall(r"'(.*?)'", match[2])
-            return f"{match[1]} is {match[3]}; it must be {', '.join(values)} or {last}"
         optional = r"Does not validate against any of the Union subtypes Subtypes: \[(.*?), NoneType\].* Given value: "
         message = re.sub(optional, r"Expected a \1. Got value: ", message)
+        choice = r"(--[\w.]+): Expected a Literal\[([^]]*)\]\. Got value: (.*)"
+        if match := re.fullmatch(choice, message):
+            values = re.findall(r"'(.*?)'", match[2])
+            listed = " or ".join(filter(None, [", ".join(values[:-1]), values[-1]]))
+            return f"{match[1]} is {match[3]}; it must be {listed}"
         union = r"Does not validate against any of the Union subtypes Subtypes: \[(.*)\] Errors: .* Given value: "
         return re.sub(union, r"Expected one of \1. Got value: ", message)
 

@@ -48,6 +48,7 @@ class ExampleSet:
         conversations: (n,) int32, a number for each example's conversation: the turns of one have the same number. None if
             each example is a record of its own.
         ignored: names of the records' fields that were ignored.
+        raw: number of records that are raw text although the model has a chat template.
         digest: sha256 that stands for all of this; None if the set is not mapped from files.
         repeats: counted when the set was encoded; None if it is not mapped from files.
     """
@@ -66,6 +67,7 @@ class ExampleSet:
     is_open: np.ndarray | None = None
     conversations: np.ndarray | None = None
     ignored: tuple[str, ...] = ()
+    raw: int = 0
     digest: str | None = None
     repeats: Repeats | None = None
 
@@ -254,6 +256,7 @@ def make_set(columns: Mapping[str, Any], about: Mapping[str, Any]) -> ExampleSet
             is_open=is_open if is_open.any() else None,
             conversations=columns.get("conversations"),
             ignored=tuple(about["ignored"]),
+            raw=about.get("raw", 0),
         )
 
     if about["kind"] == "examples":

@@ -121,9 +121,10 @@ def encode_into(
     dropped: list[str] = []
     equal: list[str] = []
     ignored: set[str] = set()
-    count = 0
+    count = raw = 0
     for part in map_in_order(encode, parts, workers):
         ignored.update(part.ignored)
+        raw += part.raw
         if part.data is not None:
             count += len(part.data)
             _append(columns, part.data, number_of_prompt, forms)
@@ -138,7 +139,14 @@ def encode_into(
             raise SaroError(part.error)
     if not count:
         raise none_left(len(dropped), len(equal), options.pack_tokens)
-    return {"kind": kind, "dropped": dropped, "equal": equal, "forms": list(forms), "ignored": sorted(ignored)}
+    return {
+        "kind": kind,
+        "dropped": dropped,
+        "equal": equal,
+        "forms": list(forms),
+        "ignored": sorted(ignored),
+        "raw": raw,
+    }
 
 
 @dataclass(frozen=True)
@@ -152,6 +160,7 @@ class _Part:
         dropped: ids of those that are.
         equal: ids of pairs whose sides are the same, which are left out too.
         error: the first record that is wrong comes after all of these.
+        raw: number of records of ``data`` that are raw text although the model has a chat template.
     """
 
     ignored: tuple[str, ...]
@@ -160,6 +169,7 @@ class _Part:
     dropped: tuple[str, ...]
     equal: tuple[str, ...]
     error: str | None
+    raw: int
 
 
 def _divide(records: Iterable[Example | Pair]) -> Iterator[tuple[list[Example | Pair], str | None]]:
@@ -215,7 +225,8 @@ def _encode_part(
         data = _as_set(kept, encoded) if kept else None
         error = str(raised)
     conversations = tuple(getattr(record, "conversation", None) or record.id for record in kept)
-    return _Part(tuple(ignored), conversations, data, tuple(dropped), tuple(equal), error)
+    raw = sum(isinstance(record.prompt, str) for record in kept) if chat.tokenizer.chat_template else 0
+    return _Part(tuple(ignored), conversations, data, tuple(dropped), tuple(equal), error, raw)
 
 
 def _as_set(records: Sequence[Example | Pair], encoded: Sequence[tuple[ScoredSequence, ...]]) -> ExampleSet | PairSet:

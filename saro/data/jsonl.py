@@ -8,15 +8,24 @@ import difflib
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
 from saro.errors import SaroError, nearest
 
+# Names that other data sets give to our fields.
+_OTHER_NAMES = {
+    "prompt": ("question", "query", "problem"),
+    "answer": ("response", "output", "solution"),
+}
 
-def read_objects(path: str | os.PathLike) -> Iterator[tuple[int, str, dict[str, Any]]]:
+
+def read_objects(path: str | os.PathLike, form: str = "one JSON object") -> Iterator[tuple[int, str, dict[str, Any]]]:
     """Yield (line number from 1, "file:line", object) for each line of a JSONL file. Blank lines are skipped.
+
+    Args:
+        form: what a line must hold, for the error message.
 
     Raises SaroError for a file that cannot be read, is not UTF-8 or has no records, and for a line without an object.
     """
@@ -32,9 +41,11 @@ def read_objects(path: str | os.PathLike) -> Iterator[tuple[int, str, dict[str, 
             if not has_records and text.lstrip().startswith("["):
                 fault(where, "a JSON array begins here", "write each of its objects on a line of its own (JSONL)")
             has_records = True
-            value = parse_json(text, where)
+            # A line that does not begin as an object is no slip in one: the file is of another format.
+            is_object = text.lstrip().startswith("{")
+            value = parse_json(text, where, "fix it there" if is_object else f"write {form} on each line")
             if not isinstance(value, dict):
-                fault(where, f"the line is {type_name(value)}", "write one JSON object on each line")
+                fault(where, f"the line is {type_name(value)}", f"write {form} on each line")
             yield line, where, value
     if not has_records:
         fault(name, "the file has no records", "check how it was written")
@@ -66,14 +77,18 @@ def decode(raw: bytes, where: str) -> str:
         fault(where, f"not UTF-8 at byte {error.start + 1}", "convert the file to UTF-8")
 
 
-def parse_json(text: str, where: str) -> Any:
-    """Parse one JSON value, in which no object may have a key twice. Raises SaroError that names the place."""
+def parse_json(text: str, where: str, fix: str = "fix it there") -> Any:
+    """Parse one JSON value, in which no object may have a key twice. Raises SaroError that names the place.
+
+    Args:
+        fix: what to do if it is broken, for the error message.
+    """
     try:
         return json.loads(text, object_pairs_hook=_unique_keys)
     except json.JSONDecodeError as error:
         place = f"line {error.lineno} column {error.colno}" if error.lineno > 1 else f"column {error.colno}"
         # Safe to show: the parser's messages ("Expecting ',' delimiter") never quote the text.
-        fault(where, f"broken JSON at {place} ({error.msg})", "fix it there")
+        fault(where, f"broken JSON at {place} ({error.msg})", fix)
     except _DoubleKeyError as error:
         fault(where, f"field {shown(error.args[0])} is given twice", "keep one")
     except (ValueError, RecursionError):
@@ -95,6 +110,12 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def fault(where: str, wrong: str, fix: str) -> NoReturn:
     """Raise SaroError "where: wrong; fix". ``fix`` says what to do, and may be the result of ``nearest``."""
     raise SaroError(f"{where}: {wrong}; {fix.removeprefix('; ')}") from None
+
+
+def how_to_add(record: Mapping[str, Any], name: str) -> str:
+    """Return what to do about a missing field: rename one that has the same meaning elsewhere, or add it."""
+    other = next((other for other in _OTHER_NAMES.get(name, ()) if isinstance(record.get(other), str | list)), None)
+    return "add it" if other is None else f"rename {other} to {name}"
 
 
 def shown(name: str) -> str:

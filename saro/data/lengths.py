@@ -84,6 +84,7 @@ class LengthReport:
         dropped: ids of the records that were too long.
         equal: ids of the pairs that were left out because their two sides are the same.
         ignored: names of the records' fields that were ignored.
+        raw: number of records that are raw text although the model has a chat template.
         duplicates: number of records that repeat an earlier one, token by token; both sides of a pair must.
         trained_prompts: number of records with the prompt of a training record; 0 for the training records themselves.
         open_sides: number of sides of pairs that have no end.
@@ -99,6 +100,7 @@ class LengthReport:
     open_sides: int
     sharing: Sharing | None
     ignored: tuple[str, ...] = ()
+    raw: int = 0
 
     @classmethod
     def of(cls, data: ExampleSet | PairSet, train: ExampleSet | PairSet | None = None) -> LengthReport:
@@ -135,6 +137,7 @@ class LengthReport:
             open_sides=open_sides,
             sharing=sharing,
             ignored=first.ignored,
+            raw=first.raw,
         )
 
     def as_dict(self) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from saro.data.jsonl import fault, shown
+from saro.data.jsonl import fault, how_to_add, shown
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def find_format(record: Mapping[str, Any], formats: Mapping[str, Fields], where:
             for field, form in _CONVERTED.items():
                 if record.get(field) is not None:
                     fault(where, f"field {shown(field)} is that of another format", f"convert it: saro convert {form}")
-            fault(where, f"field {shown(name)} is missing", "add it")
+            fault(where, f"field {shown(name)} is missing", how_to_add(record, name))
     return fitting[0]
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from saro.config import KINDS, PAIR_KINDS
-from saro.data.jsonl import fault, parse_id, parse_kind, parse_text, shown, type_name
+from saro.data.jsonl import fault, how_to_add, parse_id, parse_kind, parse_text, shown, type_name
 from saro.data.messages import Message, RecordMessage, add_tools, check_prompt, parse_messages, parse_prompt
 from saro.data.read_rows import read_rows
 from saro.data.record_fields import EXAMPLE_FORMATS, PAIR_FORMATS, READ_COLUMNS, check_columns, find_format, get_synth
@@ -254,7 +254,8 @@ def _parse_sides(record: dict[str, Any], where: str) -> tuple[tuple[Message, ...
         if len(chosen) > 1 or len(rejected) > 1:
             return _parse_conversations(record.get("prompt"), chosen, rejected, where)
     if "prompt" not in record:
-        fault(where, 'field "prompt" is missing', "add it; it is never guessed from the text of the two sides")
+        fix = how_to_add(record, "prompt")
+        fault(where, 'field "prompt" is missing', f"{fix}; it is never guessed from the text of the two sides")
     if all(isinstance(side, dict) for side in sides):
         prompt = parse_prompt(record["prompt"], "prompt", where, in_record=True)
         return prompt, *(_parse_pair_side(record[name], name, where) for name in SIDES)

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from saro.data.jsonl import fault, parse_text, read_objects, shown, type_name
+from saro.data.jsonl import fault, how_to_add, parse_text, read_objects, shown, type_name
 from saro.data.messages import Message, parse_prompt
 from saro.errors import nearest
 
@@ -62,7 +62,7 @@ def read_suite(path: str | os.PathLike) -> list[Item]:
     check_name(name, "the suite's name, which is the file's,", os.fsdecode(path))
     items: dict[str, Item] = {}
     places: dict[str, str] = {}
-    for line, where, fields in read_objects(path):
+    for line, where, fields in read_objects(path, '{"id": ..., "prompt": ..., "expect": ...}'):
         item = parse_item(fields, name, where)
         if item.id in items:
             first = places[item.id].rpartition(":")[2]
@@ -75,10 +75,12 @@ def read_suite(path: str | os.PathLike) -> list[Item]:
 
 def parse_item(fields: dict[str, Any], suite: str, where: str) -> Item:
     """Parse a JSON object as an item. Its twin is not looked up. Raises SaroError at ``where`` if it is faulty."""
+    if "prompt" not in fields:
+        fault(where, 'field "prompt" is missing', how_to_add(fields, "prompt"))
     for name in fields:
         if name not in _FIELDS:
             fault(where, f"unknown field {shown(name)}", nearest(name, _FIELDS))
-    for name in ("id", "prompt", "expect"):
+    for name in ("id", "expect"):
         if name not in fields:
             fault(where, f"field {shown(name)} is missing", "add it")
     expect = _parse_choice(fields["expect"], EXPECTATIONS, "expect", where)

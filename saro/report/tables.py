@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from saro.config import PAIR_KINDS
+from saro.config import KINDS, PAIR_KINDS
 
 # Columns of the table of stage 1: metric -> (heading, format).
 _TOKEN_METRICS = {
@@ -60,6 +60,16 @@ def print_lengths(console: Console, title: str, report: Mapping[str, Any]) -> No
     console.print(line, markup=False, highlight=False, soft_wrap=True)
     if report["ignored"]:
         line = f"{title}: ignored fields: {', '.join(report['ignored'])}"
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    if report.get("raw"):
+        line = (
+            f"{title}: {report['raw']:,} {noun} are raw text and get no chat template; for a chat model give messages, or "
+            "prompt/answer fields"
+        )
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    is_rw = report["records"].keys() <= set(KINDS)
+    if is_rw and not report["lengths"]["reasoning"]["most"]:
+        line = f"{title}: no record has reasoning; RW is meant for chains"
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     table = Table()
     table.add_column("tokens")

@@ -74,6 +74,8 @@ class RunFolder:
         given |= {f"--{name}": repr(value) for name, value in flags._asdict().items()}
         runtime.compare(given, "start every rank with the same options")
         day, began = runtime.on_main(lambda: _look(folder, options, flags))
+        if flags.resume and began is None:
+            runtime.say(f"no run in {folder}; beginning a new one")
         path = Path(folder)
         return cls(
             folder=path,

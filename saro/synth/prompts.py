@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from saro.config import DEMO
-from saro.data.jsonl import fault, parse_text, read_objects, shown, type_name
+from saro.data.jsonl import fault, how_to_add, parse_text, read_objects, shown, type_name
 from saro.demo import suite_files
 from saro.errors import SaroError, nearest
 from saro.evaluate.contamination import Contamination, find_contamination
@@ -52,6 +52,8 @@ _EXPECT = {"harmful": ("refuse",), "harmless": ("comply",), "general": ("comply"
 # What a model may say of a prompt if its file does not.
 _OPEN_FIELDS = {"harmful": ("hazard", "level"), "harmless": ("level",), "general": ()}
 _LEVEL = {"harmful": "high", "harmless": "low", "general": "none"}
+# A line of a file of prompts, for error messages.
+_FORM = '{"prompt": ..., "kind": ..., "source": ..., "licence": ...}'
 # Overlaps that an error message names; it counts the others.
 _MOST_OVERLAPS = 5
 
@@ -94,9 +96,10 @@ class Prompt:
 def read_prompts(files: Sequence[str | os.PathLike], limit: int | None = None, seed: int = 0) -> list[Prompt]:
     """Read the prompts of JSONL files, one object a line, in order.
 
-    Fields: ``id``; ``prompt``, a string or messages; ``kind``, one of ``PROMPT_KINDS``; ``source`` and ``licence``. Those
-    that may be left out:
+    Fields: ``prompt``, a string or messages; ``kind``, one of ``PROMPT_KINDS``; ``source`` and ``licence``. Those that may
+    be left out:
 
+    - ``id``: default the file's stem and the line, as in training records.
     - ``target`` and ``match``: the right answer of a general prompt, as in a suite.
     - ``expect``: refuse for harmful prompts, comply for harmless ones; answer for general ones with a target, else comply.
     - ``level``: one of ``LEVELS``; default high, low and none for harmful, harmless and general prompts.
@@ -123,8 +126,8 @@ def _read_file(path: str | os.PathLike, places: dict[str, str]) -> dict[str, Pro
     name = Path(os.fsdecode(path)).stem
     check_name(name, "the name of the file", os.fsdecode(path))
     prompts: dict[str, Prompt] = {}
-    for _, where, fields in read_objects(path):
-        prompt = parse_prompt_fields(fields, name, where)
+    for line, where, fields in read_objects(path, _FORM):
+        prompt = parse_prompt_fields({"id": f"{name}:{line}"} | fields, name, where)
         if (other := places.setdefault(prompt.id, where)) != where:
             fault(
                 where,
@@ -154,10 +157,12 @@ def parse_prompt_fields(fields: Mapping[str, Any], name: str, where: str) -> Pro
     Args:
         name: name of the file without the suffix.
     """
+    if "prompt" not in fields:
+        fault(where, 'field "prompt" is missing', how_to_add(fields, "prompt"))
     for field in fields:
         if field not in _FIELDS:
             fault(where, f"unknown field {shown(field)}", nearest(field, _FIELDS))
-    for field in ("id", "prompt", "kind", "source", "licence"):
+    for field in ("id", "kind", "source", "licence"):
         if field not in fields:
             fault(where, f"field {shown(field)} is missing", "add it")
     for field in ("source", "licence"):

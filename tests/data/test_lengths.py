@@ -63,6 +63,20 @@ def test_the_report_names_dropped_records():
     assert LengthReport.of(by_hand(dropped=("x", "y"))).dropped == ("x", "y")
 
 
+def test_the_report_counts_records_of_raw_text_if_the_model_has_a_template(records_file):
+    raw = {"prompt": "Why? ", "completion": "So."}
+    native = {"prompt": [{"role": "user", "content": "Why?"}], "answer": "So."}
+    file = records_file([raw, native, raw | {"completion": "No."}])
+    assert LengthReport.of(encode_files([file], CHAT, DataConfig(pack_tokens=512))).raw == 2
+    base = tiny_tokenizer()
+    base.chat_template = None
+    without = replace(CHAT, tokenizer=base)
+    file = records_file([raw])
+    assert LengthReport.of(encode_files([file], without, DataConfig(pack_tokens=512))).raw == 0
+    pair = {"prompt": "Why? ", "chosen": "So.", "rejected": "No."}
+    assert LengthReport.of(encode_pair_files([records_file([pair])], CHAT, DataConfig(pack_tokens=512))).raw == 1
+
+
 def test_the_report_counts_duplicates():
     twins = by_hand(offsets=np.array([0, 5, 10, 15, 20, 38]), prompt_tokens=np.array([1, 1, 2, 1, 2], np.int32))
     assert LengthReport.of(twins).duplicates == 2

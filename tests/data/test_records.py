@@ -294,7 +294,9 @@ def test_a_line_that_is_not_a_json_object_is_an_error(tmp_path, line, expected):
 @pytest.mark.parametrize(
     ("record", "expected"),
     [
-        ({"prompt": "Why?"}, 'field "answer" is missing'),
+        ({"prompt": "Why?"}, 'field "answer" is missing; add it'),
+        ({"question": "Why?", "answer": "So."}, 'field "prompt" is missing; rename question to prompt'),
+        ({"prompt": "Why?", "response": "So."}, 'field "answer" is missing; rename response to answer'),
         ({"answer": "So."}, 'field "prompt" is missing'),
         ({"completion": "So."}, 'field "prompt" is missing'),
         ({}, 'field "prompt" is missing'),

@@ -45,6 +45,19 @@ def test_the_printed_report_does_not_mention_repeated_records_if_there_are_none(
     assert "prompt of a training record" not in text
 
 
+def test_the_printed_report_says_that_raw_text_gets_no_template():
+    text = " ".join(printed(LengthReport.of(by_hand(raw=2))).split())
+    assert "train: 2 records are raw text and get no chat template; for a chat model give messages" in text
+    assert "raw text" not in printed(LengthReport.of(by_hand()))
+
+
+def test_the_printed_report_says_that_no_record_has_reasoning():
+    without = by_hand(think_tokens=np.zeros(5, np.int32))
+    assert "train: no record has reasoning; RW is meant for chains" in printed(LengthReport.of(without))
+    assert "no record has reasoning" not in printed(LengthReport.of(by_hand()))
+    assert "no record has reasoning" not in printed(LengthReport.of(pairs_by_hand()))
+
+
 def test_a_file_name_that_looks_like_markup_is_printed_unchanged():
     assert "[bold]a.jsonl: 5 records" in printed(LengthReport.of(by_hand()), "[bold]a.jsonl")
 

@@ -19,7 +19,7 @@ from run_folders import (
 
 from saro.config import DataConfig, RWConfig, TrainConfig, as_dict
 from saro.errors import SaroError
-from saro.program import parse_recipe
+from saro.program import RunFlags, parse_recipe
 from saro.runs.folder import RunFolder
 
 pytestmark = pytest.mark.usefixtures("cache")
@@ -287,3 +287,10 @@ def test_without_trackers_no_id_is_written(folder, source, data_file):
     run = begin(folder, source, data_file)
     run.start_trackers(OneProcess(), "saro-rw")
     assert not (folder / "trackers.json").exists()
+
+
+def test_resuming_where_there_is_no_run_begins_one_and_says_so(folder):
+    runtime = OneProcess()
+    run = RunFolder.open(RWConfig(), str(folder), RunFlags(resume=True, overwrite=False), runtime)
+    assert not run.resumed
+    assert runtime.said == [f"no run in {folder}; beginning a new one"]

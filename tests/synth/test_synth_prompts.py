@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -141,10 +142,28 @@ def test_a_faulty_line_is_an_error_that_names_it(tmp_path, changes, expected):
     assert expected in message
 
 
-@pytest.mark.parametrize("field", ["id", "prompt", "kind", "source", "licence"])
+@pytest.mark.parametrize("field", ["prompt", "kind", "source", "licence"])
 def test_a_missing_field_is_an_error(tmp_path, field):
     row = {name: value for name, value in HARMFUL.items() if name != field}
     assert error(tmp_path, row) == f'mine.jsonl:1: field "{field}" is missing; add it'
+
+
+def test_a_prompt_without_an_id_gets_the_files_stem_and_the_line(tmp_path):
+    row = {name: value for name, value in HARMFUL.items() if name != "id"}
+    assert [prompt.id for prompt in read(tmp_path, HARMLESS, row)] == ["b", "mine:2"]
+
+
+@pytest.mark.parametrize("line", ["How do I rob a bank?", '"How do I rob a bank?"'])
+def test_a_file_that_is_not_of_objects_is_told_the_form_of_a_line(tmp_path, line):
+    (tmp_path / "mine.txt").write_text(line)
+    form = '; write {"prompt": ..., "kind": ..., "source": ..., "licence": ...} on each line'
+    with pytest.raises(SaroError, match=re.escape(form)):
+        read_prompts([tmp_path / "mine.txt"])
+
+
+def test_a_prompt_under_another_name_is_to_be_renamed(tmp_path):
+    row = {name: value for name, value in HARMFUL.items() if name != "prompt"} | {"question": "Why?"}
+    assert error(tmp_path, row) == 'mine.jsonl:1: field "prompt" is missing; rename question to prompt'
 
 
 def test_ids_are_unique_over_all_files_also_over_prompts_that_the_limit_leaves_out(tmp_path):

@@ -317,7 +317,7 @@ def test_think_tags_are_those_of_the_option_or_else_of_the_run(monkeypatch, caps
     ("arguments", "message"),
     [
         (["--run", "absent"], "absent: there is no such folder; give the one that --train.output named"),
-        (["--run", "x", "--compare", "bas"], "--compare: Expected a Literal['base']. Got value: bas"),
+        (["--run", "x", "--compare", "bas"], "--compare is bas; it must be base"),
         (["--run", "x", "--max_tokens", "0"], "--max_tokens is 0; it must be at least 1"),
         (["--run", "x", "--temperature", "-1"], "--temperature is -1.0; it must be at least 0"),
         (["--run", "x", "--temprature", "1"], "unknown option --temprature; did you mean --temperature?"),

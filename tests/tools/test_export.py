@@ -647,7 +647,7 @@ def test_the_command_ends_with_one_line_on_stdout(finished_run, tmp_path, monkey
     ("arguments", "message"),
     [
         (["--run", "absent"], "absent: there is no such folder"),
-        (["--run", "x", "--into", "orignal"], "--into: Expected a Literal['dequantized', 'original']"),
+        (["--run", "x", "--into", "orignal"], "--into is orignal; it must be dequantized or original"),
         (["--run", "x", "--records", "0"], "--records is 0; it must be at least 1"),
         (["--run", "x", "--mrge"], "unknown option --mrge; did you mean --merge?"),
     ],

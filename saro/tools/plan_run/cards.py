@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import psutil
 import torch
 
-from saro.errors import SaroError, nearest
+from saro.errors import SaroError
 
 # Share of an H100's bfloat16 rate that steps reach whose packs are large enough, and the seconds that Python takes to launch the
 # kernels of a layer's forward and backward, which limit small packs. From benchmarks/results/gpu/h100-2026-11-27: Llama-3-8B,
@@ -54,6 +54,8 @@ class Card:
 _MEASURED = "measured on this machine"
 _SHEET = "NVIDIA's data sheet of the {}, dense rates"
 
+_GEFORCE = "twice the published float32 rate; dense rates"
+
 # GB are taken as 10^9 bytes; drivers report up to 7 % more. The data sheets were not read again: the figures were compared with
 #   rates of A100, H100, H200, B200, L40S: github.com/pytorch/torchtitan, torchtitan/tools/utils.py, which names the data sheets
 #   memory and link of H200 and B200: github.com/mlcommons, inference_results_v4.1 and _v6.0, closed/*/systems
@@ -62,6 +64,9 @@ _SHEET = "NVIDIA's data sheet of the {}, dense rates"
 #   L40S: its data sheet's table at mullet.se/product.html?product_id=355414
 #   RTX 4090: waredb.com/processor/nvidia-geforce-rtx-4090
 #   L4: github.com/huggingface/text-generation-inference, launcher/src/main.rs (rate); fpsbench.com/compare/gpu/nvidia-l4-vs-nvidia-tesla-m40
+#   RTX 3090, 4080, 4060 Ti: github.com/nicejunjie/nicejunjie.github.io, _posts/2024-06-08-gpu-ranking.md (float32 rates and
+#   bandwidths). Tensor cores of these cards multiply bfloat16, summed in float32, at twice the float32 rate, as the RTX 4090's do.
+#   A10: its data sheet, from memory; not compared with another source
 CARDS = {
     "b200": Card(180e9, 2250e12, 8.0e12, 900e9, _SHEET.format("B200 SXM")),
     "h200": Card(141e9, 989e12, 4.8e12, 450e9, _SHEET.format("H200 SXM")),
@@ -70,6 +75,10 @@ CARDS = {
     "a100-40": Card(40e9, 312e12, 1.555e12, 300e9, _SHEET.format("A100 40GB SXM")),
     "l40s": Card(48e9, 362e12, 0.864e12, 32e9, _SHEET.format("L40S")),
     "rtx4090": Card(24e9, 165e12, 1.008e12, 32e9, "waredb.com, dense rates"),
+    "rtx4080": Card(16e9, 97e12, 0.717e12, 32e9, _GEFORCE),
+    "rtx4060ti-16gb": Card(16e9, 44e12, 0.288e12, 16e9, _GEFORCE),
+    "rtx3090": Card(24e9, 71e12, 0.936e12, 32e9, _GEFORCE),
+    "a10": Card(24e9, 125e12, 0.6e12, 32e9, _SHEET.format("A10")),
     "l4": Card(24e9, 121e12, 0.3e12, 32e9, _SHEET.format("L4")),
 }
 
@@ -88,7 +97,10 @@ def find_card(name: str, processes: int, dtype: torch.dtype) -> Card:
         memory = psutil.virtual_memory().available
         return Card(memory / processes, rate / processes, copied / processes, copied / processes, _MEASURED)
     if name not in CARDS:
-        raise SaroError(f"--card: unknown card {name!r}{nearest(name, (*CARDS, 'cpu'))}")
+        raise SaroError(
+            f"--card: unknown card {name!r}; known are {', '.join(CARDS)} and cpu; for another card name the one most like it, "
+            "and give --memory and --rate"
+        )
     return CARDS[name]
 
 

@@ -57,7 +57,8 @@ class Options:
         stage: The stage that the config is for.
         gpus: Number of cards, or of processes on a CPU.
         per_machine: Cards of a machine.
-        card: The card, such as h100, or cpu for this machine.
+        card: The card (b200, h200, h100, a100-80, a100-40, l40s, rtx4090, rtx4080, rtx4060ti-16gb, rtx3090, a10 or l4), or
+            cpu for this machine. For another one, name the card most like it, with memory and rate.
         memory: Memory of the card in GB; default that of its data sheet.
         rate: Floating-point operations per second that training reaches on a card, in TFLOP/s; default a share of the data
             sheet's, measured on an H100.
@@ -87,6 +88,7 @@ class Options:
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "card", self.card.lower())
         check_at_least(self, "--", 1, "gpus", "per_machine", "tokens", "records")
         check_numbers(self, "--", ("memory", "rate", "network"), lambda value: value > 0, "above 0")
         if self.records is not None and self.tokens is None:
@@ -280,22 +282,22 @@ def _show(
 
 
 def _rows(layouts: Sequence[Layout], records: Records) -> list[tuple[str, list[str]]]:
-    """Return the rows of the table: a name, and a cell for each layout."""
-
-    def memory(name: str, values: Sequence[int]) -> tuple[str, list[str]]:
-        return f"{name}, GiB", [f"{value / _GIB:.2f}" for value in values]
-
+    """Return the rows of the table: a name, and a cell for each layout. Parts of the memory that no layout needs have none."""
     costs = [layout.cost for layout in layouts]
-    rows = [memory(part, [getattr(cost, part) for cost in costs]) for part in ("weights", "adapters", "gradients")]
-    rest = [cost.working - cost.layers - cost.head - cost.gathered for cost in costs]
-    rows += [
-        memory("optimizer", [cost.optimizer for cost in costs]),
-        memory("activations", [cost.layers for cost in costs]),
-        memory("head", [cost.head for cost in costs]),
-        memory("backward beyond", rest),
-        memory("gathered", [cost.gathered for cost in costs]),
-        memory("freed and kept", [cost.gaps for cost in costs]),
-        memory("peak", [cost.peak for cost in costs]),
+    memory = {
+        "weights": [cost.weights for cost in costs],
+        "adapters": [cost.adapters for cost in costs],
+        "gradients": [cost.gradients for cost in costs],
+        "optimizer": [cost.optimizer for cost in costs],
+        "activations": [cost.layers for cost in costs],
+        "head": [cost.head for cost in costs],
+        "backward beyond": [cost.working - cost.layers - cost.head - cost.gathered for cost in costs],
+        "gathered": [cost.gathered for cost in costs],
+        "freed and kept": [cost.gaps for cost in costs],
+        "peak": [cost.peak for cost in costs],
+    }
+    return [
+        *((f"{part}, GiB", [f"{n / _GIB:.2f}" for n in values]) for part, values in memory.items() if any(values)),
         ("fits", ["yes" if layout.fits else "no" for layout in layouts]),
         ("largest pack", [f"{layout.largest_pack:,}" if layout.largest_pack else "none" for layout in layouts]),
         ("layers recomputed", [str(layout.recomputed) for layout in layouts]),
@@ -304,7 +306,6 @@ def _rows(layouts: Sequence[Layout], records: Records) -> list[tuple[str, list[s
         ("waiting for ranks", [f"{layout.idle:.1%}" for layout in layouts]),
         ("run", [_describe_run(layout.run_seconds) for layout in layouts]),
     ]
-    return rows
 
 
 def _describe_run(seconds: float | None) -> str:
