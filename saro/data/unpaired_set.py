@@ -138,8 +138,9 @@ def encode_unpaired_files(
         ids=tuple(record.id for record in records),
         where=tuple(record.where for record in records),
     )
+    raw = sum(isinstance(record.prompt, str) for record in records) if chat.tokenizer.chat_template else 0
     data = UnpairedSet(
-        **vars(encoded) | {"dropped": tuple(dropped), "equal": tuple(equal)},
+        **vars(encoded) | {"dropped": tuple(dropped), "equal": tuple(equal), "raw": raw},
         labels=np.array([record.label for record in records], bool),
         prompts=prompts,
         others=np.array(others, np.int64),

@@ -110,7 +110,7 @@ def test_dropping_all_records_as_too_long_is_an_error(recipes, rw_arguments, tmp
         (["--train.max_step", "3"], "unknown option --train.max_step; did you mean --train.max_steps?"),
         (["--train.learning_rate=3"], "unknown option --train.learning_rate"),
         (["--resum"], "unknown option --resum; did you mean --resume?"),
-        (["--model.method", "qlra"], "--model.method: "),
+        (["--model.method", "qlra"], "--model.method is qlra; it must be full, lora or qlora"),
         (["--train.lr", "fast"], "--train.lr: "),
         (["--train.lr", "0"], "lr is 0.0; it must be above 0"),
         (["--train.records_per_step", "0"], "records_per_step is 0; it must be at least 1"),
