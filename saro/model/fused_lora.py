@@ -174,7 +174,7 @@ def _active_adapter(layer: LoraLayer) -> _Adapter | None:
     """Return the adapter that our forward would compute; None if PEFT's forward computes the layer."""
     if layer.forward.__func__ is not _linear_forward:
         return None
-    name = _exact_adapter(layer)
+    name = _plain_adapter(layer)
     return None if name is None else _Adapter(name, layer.lora_A[name].weight, layer.lora_B[name].weight)
 
 
@@ -214,15 +214,15 @@ def _has_dropout(layer: LoraLayer) -> bool:
 
 
 def _can_run_fused(layer: LoraLayer, x: torch.Tensor) -> bool:
-    """Return True if our forward is exact for this call. False for a generation step, and for a layer that was replaced."""
+    """Return True if our forward can stand for PEFT's in this call: not in a generation step, nor for a layer that was replaced."""
     if not torch.is_grad_enabled() and x.numel() < _FEW_ROWS * x.shape[-1]:
         return False
     # Within a forward of the policy, ``cast_adapters`` has looked at the layer.
-    return layer in _CASTS.get().adapters or (isinstance(layer, LoraLayer) and _exact_adapter(layer) is not None)
+    return layer in _CASTS.get().adapters or (isinstance(layer, LoraLayer) and _plain_adapter(layer) is not None)
 
 
-def _exact_adapter(layer: LoraLayer) -> str | None:
-    """Return the name of the active adapter if our forward is exact: it is the only one, plain and without dropout."""
+def _plain_adapter(layer: LoraLayer) -> str | None:
+    """Return the name of the active adapter if our forward can stand for PEFT's: it is the only one, plain and without dropout."""
     if layer.disable_adapters or layer.merged or len(layer.active_adapters) != 1:
         return None
     (name,) = layer.active_adapters
