@@ -150,7 +150,8 @@ def test_options_of_the_user_come_behind_those_for_a_gpu_and_results_hold_no_tex
     assert done.returncode == 0, done.stderr
     (op,) = (call for call in calls_of(tmp_path) if call[:2] == ["synth", "op"])
     assert op[op.index("--limit") + 1] == "940"
-    (srpo,) = (call for call in calls_of(tmp_path) if str(tmp_path / "more/saro/srpo") in call)
+    runs = [call for call in calls_of(tmp_path) if call[0] == "recipes/srpo.py"]
+    (srpo,) = (run for run in runs if str(tmp_path / "more/saro/srpo") in run)
     assert srpo[srpo.index("--data.pack_tokens") + 1] == "8192"
     assert srpo[-2:] == ["--preference.nll", "0.1"]
 
