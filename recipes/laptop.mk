@@ -11,7 +11,8 @@
 # changed make nothing again: delete the output of a stage, data/NAME.jsonl or a folder, and those of all stages after it.
 #
 # Budget with DATA, for the demo model on 2 CPU cores with nothing else running: 3 hours 10 minutes, and 5 GB of disk. The
-# speeds were measured. The number of pairs, and so the tokens of pp, mirror and srpo, depends on what the model writes.
+# speeds were measured. The number of pairs, and so the tokens of pp, mirror and srpo, depends on what the model writes; the rollouts
+# that confirm the steps of siblings, at most eight texts a step, are not in those of pp.
 #
 #   stage       what there is to do                                     tokens     a second   minutes
 #   convert     eight conversions                                            –            –         2
