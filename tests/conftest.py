@@ -106,7 +106,7 @@ for name in ("rw", "srpo", "evaluate", "synth"):
     recipes[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(recipes[name])
 from saro.distributed.run_ranks import run_ranks
-# What each child would import or make by itself. The mapping is a thousand regular expressions.
+# Each child would import this or make it again. The mapping is a thousand regular expressions.
 import peft.tuners.lora.bnb, pytest, transformers.models.llama.modeling_llama
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 get_checkpoint_conversion_mapping("llama")

@@ -59,7 +59,8 @@ class Deviation:
 def choose_records(files: Sequence[str], chat: ChatFormat, pack_tokens: int, number: int) -> list[SequenceTree]:
     """Choose up to ``number`` records, examples or pairs, spread over the files. Each becomes a tree of its sequences.
 
-    Records longer than a pack, and pairs with two equal sides, which the run left out, are skipped. The ``record`` of a sequence is its number among the chosen sequences.
+    Records longer than a pack are skipped, and pairs with two equal sides, which the run left out. The ``record`` of a sequence is
+    its number among the chosen sequences.
 
     Raises:
         SaroError: a file or a record is faulty, or all are too long.

@@ -96,8 +96,8 @@ def fit(
 
     Raises:
         SaroError: the loss or the gradient is not finite; the step has not changed the weights. Or the first step with a
-            gradient has changed none of them. Or all checkpoints are damaged, the run has made more steps than ``total_steps``, or a
-            rank has another model, schedule or start than rank 0, or other weights at a checkpoint.
+            gradient has changed none of them. Or all checkpoints are damaged, the run has made more steps than
+            ``total_steps``, or a rank has another model, schedule or start than rank 0, or other weights at a checkpoint.
     """
     trainable = policy.trainable()
     optimizer = make_optimizer(trainable.values(), options)
